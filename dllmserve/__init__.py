@@ -1,0 +1,43 @@
+"""dllmserve: an engine that serves diffusion language models.
+
+Example:
+    >>> from dllmserve import LLM, SamplingParams
+    >>> llm = LLM()
+    >>> messages = [{"role": "user", "content": "Copy: red green blue"}]
+    >>> params = SamplingParams(temperature=0.0, gen_length=16, steps=16)
+    >>> outputs = llm.chat(messages, params, use_tqdm=False)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dllmserve.llm import LLM
+    from dllmserve.outputs import CanvasStep, RequestOutput
+    from dllmserve.sampling_params import SamplingParams
+    from dllmserve.sparse.state import SparseConfig
+
+__version__ = "0.1.0"
+
+__all__ = ["LLM", "CanvasStep", "RequestOutput", "SamplingParams", "SparseConfig", "__version__"]
+
+# resolved on first use, so that "import dllmserve" does not load torch
+_LAZY = {
+    "LLM": "dllmserve.llm",
+    "CanvasStep": "dllmserve.outputs",
+    "RequestOutput": "dllmserve.outputs",
+    "SamplingParams": "dllmserve.sampling_params",
+    "SparseConfig": "dllmserve.sparse.state",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,197 @@
+"""Reference backend: torch's scaled_dot_product_attention, on any device.
+
+Spans with equal shapes are attended in one batched call. The scheduler packs equal
+shapes side by side, so a group is a slice of the packed tokens and nothing is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dllmserve.attention.backend import KVStore
+from dllmserve.attention.select import select_tokens
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import Span, StepPlan, Write
+from dllmserve.core.rows import RowSelect
+from dllmserve.models.base import AttentionContext
+
+
+@dataclass
+class _Select:
+    """Selection of a group: which keys compete and where the kept ones go."""
+
+    block: slice
+    candidates: Tensor  # [C] int64 positions inside the span
+    slots: Tensor  # [b, keep] int64
+    pool_kernel: int
+    per_head: bool
+
+
+@dataclass
+class _Group:
+    """Spans of one shape, adjacent in the packed tokens."""
+
+    tokens: slice
+    batch: int
+    q_len: int
+    write_slots: Tensor | None  # [b * q_len] int64
+    read_slots: Tensor | None  # [b, ctx] int64
+    fresh: bool
+    mask: Tensor | None  # [q_len, ctx + fresh] bool, True = attend
+    select: _Select | None
+
+
+class SdpaBackend:
+    """See :class:`dllmserve.attention.backend.AttentionBackend`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._shift = spec.logit_shift
+
+    def unsupported(self, spec: ModelSpec, device: torch.device) -> list[str]:
+        """Runs everywhere."""
+        return []
+
+    def prepare(
+        self, plan: StepPlan, kv: KVStore, selects: dict[int, RowSelect]
+    ) -> AttentionContext:
+        """Group the plan's spans by shape."""
+        groups, start = [], 0
+        for _, members in groupby(plan.spans, key=lambda s: _shape(s, selects)):
+            spans = list(members)
+            groups.append(_build(spans, start, kv, selects, self._shift))
+            start += len(spans) * spans[0].q_len
+        return _SdpaContext(kv, groups)
+
+
+class _SdpaContext:
+    """One step's attention."""
+
+    def __init__(self, kv: KVStore, groups: list[_Group]) -> None:
+        self._kv = kv
+        self._groups = groups
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :class:`dllmserve.models.base.AttentionContext`."""
+        k_cache, v_cache = self._kv.k[layer], self._kv.v[layer]
+        outs = []
+        for group in self._groups:
+            shape = (group.batch, group.q_len, -1, q.shape[-1])
+            gq, gk, gv = (t[group.tokens].view(shape) for t in (q, k, v))
+            if group.write_slots is not None:
+                k_cache.index_copy_(0, group.write_slots, gk.flatten(0, 1))
+                v_cache.index_copy_(0, group.write_slots, gv.flatten(0, 1))
+            keys, values = gk, gv
+            if group.read_slots is not None:
+                keys, values = k_cache[group.read_slots], v_cache[group.read_slots]
+                if group.fresh:
+                    keys, values = torch.cat((keys, gk), 1), torch.cat((values, gv), 1)
+            outs.append(_sdpa(gq, keys, values, group.mask).flatten(0, 1))
+            if group.select is not None:
+                self._keep(group.select, gq, gk, gv, k_cache, v_cache)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    @staticmethod
+    def _keep(
+        select: _Select, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> None:
+        """Write each K,V head's best candidates to the row's first slots."""
+        keys, values = k[:, select.candidates], v[:, select.candidates]  # [b, C, Hkv, D]
+        keep = select.slots.shape[1]
+        kept = select_tokens(
+            q[:, select.block], keys, keep, select.pool_kernel, select.per_head
+        )  # [b, keep, Hkv]
+        index = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
+        slots = select.slots.flatten()
+        k_cache.index_copy_(0, slots, keys.gather(1, index).flatten(0, 1))
+        v_cache.index_copy_(0, slots, values.gather(1, index).flatten(0, 1))
+
+
+def _shape(span: Span, selects: dict[int, RowSelect]) -> tuple[int, ...]:
+    """Spans with equal shapes share a batched call; the row alone may differ."""
+    if span.write < Write.SELECT_PER_HEAD:
+        return span[1:]
+    select = selects[span.row]
+    return (*span[1:], select.pool_kernel, select.window)
+
+
+def _build(
+    spans: list[Span], start: int, kv: KVStore, selects: dict[int, RowSelect], shift: int
+) -> _Group:
+    span, batch, device = spans[0], len(spans), kv.k.device
+    rows = torch.tensor([s.row for s in spans], device=device)
+    positions = torch.arange(span.q_start, span.q_start + span.q_len, device=device)
+    end = span.q_start + span.q_len
+    cached, fresh, writes = span.ctx_len, True, None
+    if span.write == Write.ALL:
+        writes = kv.slots(rows, positions).flatten()
+        if end < span.ctx_len:
+            fresh = False  # the span's own K,V are read back from its slots
+        elif span.ctx_len > span.q_start:
+            cached = span.q_start  # the span covers the rest of the context itself
+    reads = kv.slots(rows, torch.arange(cached, device=device)) if cached else None
+    return _Group(
+        tokens=slice(start, start + batch * span.q_len),
+        batch=batch,
+        q_len=span.q_len,
+        write_slots=writes,
+        read_slots=reads,
+        fresh=fresh,
+        mask=_stair_mask(span, cached, fresh, device) if span.stair else None,
+        select=_build_select(span, rows, kv, selects, shift),
+    )
+
+
+def _build_select(
+    span: Span, rows: Tensor, kv: KVStore, selects: dict[int, RowSelect], shift: int
+) -> _Select | None:
+    if span.write < Write.SELECT_PER_HEAD or span.keep == 0:
+        return None
+    device = kv.k.device
+    # what the reuse spans that follow compute themselves never competes: the block's
+    # window and, in a shifted model, the token before it
+    settings = selects[span.row]
+    skip_from = max(span.blk_off - shift, 0)
+    skip_to = min(span.blk_off + max(span.blk_len, settings.window), span.q_len)
+    order = torch.arange(span.q_len, device=device)
+    return _Select(
+        block=slice(span.blk_off, skip_to),
+        candidates=torch.cat((order[:skip_from], order[skip_to:])),
+        slots=kv.slots(rows, torch.arange(span.keep, device=device)),
+        pool_kernel=settings.pool_kernel,
+        per_head=span.write == Write.SELECT_PER_HEAD,
+    )
+
+
+def _stair_mask(span: Span, cached: int, fresh: bool, device: torch.device) -> Tensor:
+    """Block-causal mask: a query sees keys of its own block and of earlier ones."""
+    queries = torch.arange(span.q_start, span.q_start + span.q_len, device=device)
+    keys = torch.arange(cached, device=device)
+    if fresh:
+        keys = torch.cat((keys, queries))
+    return keys[None, :] // span.stair <= queries[:, None] // span.stair
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q [b, n, Hq, D] over k, v [b, m, Hkv, D] -> [b, n, Hq, D].
+
+    Without a mask every query sees every key, so the query heads of a group are folded
+    into the query length and K,V need no copies.
+    """
+    b, n, heads, dim = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # [b, Hkv, m, D]
+    if group == 1:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask)
+        return out.transpose(1, 2)
+    folded = q.view(b, n, kv_heads, group, dim).permute(0, 2, 3, 1, 4)  # [b, Hkv, g, n, D]
+    folded = folded.reshape(b, kv_heads, group * n, dim)
+    wide = mask.repeat(group, 1) if mask is not None else None
+    out = F.scaled_dot_product_attention(folded, k, v, attn_mask=wide)
+    out = out.view(b, kv_heads, group, n, dim).permute(0, 3, 1, 2, 4)
+    return out.reshape(b, n, heads, dim)

@@ -1,0 +1,1 @@
+"""Cache policies: which tokens are computed, read and kept in each step."""

@@ -1,0 +1,24 @@
+"""No cache: every step recomputes the whole canvas. Exact."""
+
+from __future__ import annotations
+
+from dllmserve.cache.policy import whole_canvas
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import Span, Write
+from dllmserve.core.request import Request
+
+
+class NoCache:
+    """LLaDA's and Dream's own generation: one forward over everything per step."""
+
+    def slots(self, request: Request, spec: ModelSpec) -> int:
+        """No K,V is kept."""
+        return 0
+
+    def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
+        """Always the whole canvas."""
+        return whole_canvas(request, row, Write.NONE)
+
+    def unsupported(self, spec: ModelSpec) -> list[str]:
+        """Works with every model."""
+        return []

@@ -1,0 +1,57 @@
+"""CachePolicy: a pure function from a request's progress to the span of its next step."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import Span
+from dllmserve.core.request import Request
+
+
+class CachePolicy(Protocol):
+    """Decides which tokens are computed, read and written. Stateless; host integers only.
+
+    Example:
+        A policy that never caches returns, for every step, the whole canvas:
+        ``whole_canvas(request, spec, write=Write.NONE)``.
+    """
+
+    def slots(self, request: Request, spec: ModelSpec) -> int:
+        """K,V slots (tokens) that one row of the request needs at most."""
+        ...
+
+    def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
+        """The span of the request's next step, for ``row``."""
+        ...
+
+    def unsupported(self, spec: ModelSpec) -> list[str]:
+        """Reasons why this policy cannot serve the model; empty if it can."""
+        ...
+
+
+def whole_canvas(
+    request: Request, row: int, write: int, *, ctx_len: int = 0, keep: int = 0
+) -> Span:
+    """A refresh: every position is a query."""
+    start, end = request.block_range(request.progress.block)
+    return Span(
+        row=row,
+        q_start=0,
+        q_len=request.canvas_len,
+        ctx_len=ctx_len,
+        write=int(write),
+        keep=keep,
+        blk_off=start,
+        blk_len=end - start,
+        stair=0,
+    )
+
+
+def shifted_start(start: int, spec: ModelSpec) -> int:
+    """First query position of a span whose first LM-head row predicts ``start``.
+
+    A shifted model (Dream) reads position p's logits at p - 1, so its span begins one
+    token earlier.
+    """
+    return max(start - spec.logit_shift, 0)

@@ -1,0 +1,96 @@
+"""EngineConfig: the options of LLM(...), checked once and never written to afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
+from dllmserve.errors import ConfigError
+from dllmserve.registry import ATTENTION_BACKENDS
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "dummy")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Engine options, all keywords of :class:`dllmserve.LLM`.
+
+    Attributes:
+        model: local directory, hub id, or "tiny" for the embedded model.
+        enforce_eager: never use CUDA graphs. (This version captures none.)
+        tensor_parallel_size: number of devices for one model. (This version runs 1.)
+        max_model_len: longest prompt + answer in tokens; None takes it from config.json.
+        trust_remote_code: let a tokenizer that nothing else can load run its own code;
+            config and model never do.
+        dtype: "auto" is float32 on a CPU and the checkpoint's dtype elsewhere.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        load_format: "auto" reads safetensors; "dummy" makes random weights from a bare
+            config.json, for benchmarks.
+        attention: attention backend.
+        max_num_seqs: rows of the state table; a request with cfg_scale > 0 takes two.
+        max_num_batched_tokens: tokens in one forward pass; None is twice max_model_len,
+            at least 8192 and at most 32768.
+        max_logit_rows: rows of logits that may exist at once; at least 2.
+        page_size: tokens per K,V page.
+        kv_pages: pages of the K,V store; None sizes it from memory.
+        gpu_memory_utilization: share of the device's memory that the engine may plan with.
+        seed: base of the seeds of requests that bring none; None is random.
+
+    Raises:
+        ConfigError: (a ValueError) a wrong value or type.
+    """
+
+    model: str = "tiny"
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    trust_remote_code: bool = True
+    dtype: str = "auto"
+    device: str = "auto"
+    load_format: str = "auto"
+    attention: str = "sdpa"
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    max_logit_rows: int = 1024
+    page_size: int = 32
+    kv_pages: int | None = None
+    gpu_memory_utilization: float = 0.9
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        err = ConfigError
+        if not isinstance(self.model, str) or not self.model:
+            raise err(f"model must be a path, a hub id or 'tiny', got {self.model!r}")
+        check_bool(err, "enforce_eager", self.enforce_eager)
+        check_bool(err, "trust_remote_code", self.trust_remote_code)
+        check_int(err, "tensor_parallel_size", self.tensor_parallel_size, 1)
+        if self.tensor_parallel_size > 1:
+            raise err(
+                f"tensor_parallel_size={self.tensor_parallel_size} is not supported by this "
+                "version: use tensor_parallel_size=1"
+            )
+        check_choice(err, "dtype", self.dtype, DTYPES)
+        check_choice(err, "load_format", self.load_format, LOAD_FORMATS)
+        check_choice(err, "attention", self.attention, ATTENTION_BACKENDS)
+        if not isinstance(self.device, str):
+            raise err(f"device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
+        for name, low in (("max_num_seqs", 1), ("max_logit_rows", 2), ("page_size", 1)):
+            check_int(err, name, getattr(self, name), low)
+        for name in ("max_model_len", "max_num_batched_tokens"):
+            if getattr(self, name) is not None:
+                check_int(err, name, getattr(self, name), 2)
+        if self.kv_pages is not None:
+            check_int(err, "kv_pages", self.kv_pages, 0)
+        if self.seed is not None:
+            check_int(err, "seed", self.seed, 0, 2**63 - 1)
+        check_float(
+            err, "gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_open=True
+        )
+
+    @classmethod
+    def from_options(cls, owner: str, options: dict[str, Any]) -> EngineConfig:
+        """Build a config from keywords; an unknown one is a TypeError with a suggestion."""
+        check_known(owner, options, [f.name for f in fields(cls)])
+        return cls(**options)

@@ -1,0 +1,1 @@
+"""Host-side heart of the engine: integers only, no torch."""

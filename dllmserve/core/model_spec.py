@@ -1,0 +1,56 @@
+"""ModelSpec: everything the engine must know about a checkpoint, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Dimensions and special ids of a checkpoint, read from its config.json.
+
+    Attributes:
+        architecture: ``architectures[0]`` of config.json.
+        vocab_size: ids a prompt may contain are ``0 .. vocab_size - 1``.
+        embedding_size: rows of the embedding and of the LM head, >= vocab_size.
+        logit_shift: 1 if position i's hidden state predicts token i + 1 (Dream), else 0.
+        mask_id: id fed to the model at masked positions.
+        eos_ids: ids that end an answer.
+    """
+
+    architecture: str
+    vocab_size: int
+    embedding_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    max_model_len: int
+    rope_theta: float
+    norm_eps: float
+    mask_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int | None = None
+    bos_id: int | None = None
+    logit_shift: int = 0
+    qkv_bias: bool = False
+    tied_head: bool = False
+    default_block_length: int | None = None
+    dtype: str = "bfloat16"
+
+    def kv_values(self) -> int:
+        """Numbers (not bytes) of K and V that one token takes, all layers together."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    def parameters(self) -> int:
+        """Number of weights."""
+        head = 0 if self.tied_head else self.embedding_size * self.hidden_size
+        q = self.num_heads * self.head_dim
+        kv = self.num_kv_heads * self.head_dim
+        layer = self.hidden_size * (2 * q + 2 * kv + 3 * self.mlp_size + 2)
+        if self.qkv_bias:
+            layer += q + 2 * kv
+        embed = self.embedding_size * self.hidden_size
+        return embed + head + self.num_layers * layer + self.hidden_size

@@ -1,0 +1,109 @@
+"""Request: the host record of one job, and how far it has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from dllmserve.core.schedule import block_lengths, block_quotas
+from dllmserve.sampling_params import SamplingParams
+from dllmserve.sparse.state import SparseConfig
+
+
+class Status(Enum):
+    """Life of a request."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+    ABORTED = "aborted"
+
+
+@dataclass
+class Progress:
+    """Where a request stands. Written by the scheduler's commit alone.
+
+    Attributes:
+        block: index of the active block.
+        step_in_block: forwards already run for the active block.
+        masks_left: masked positions of the active block.
+        forwards: forwards already run for the request; also the noise counter.
+        frontier: answer positions unmasked without a gap, from the left.
+    """
+
+    block: int = 0
+    step_in_block: int = 0
+    masks_left: int = 0
+    forwards: int = 0
+    frontier: int = 0
+
+
+@dataclass
+class Request:
+    """Host record of one job. It holds no tensors.
+
+    ``row``, ``uncond_row`` and ``pages`` are set by the scheduler at admission;
+    ``error`` and ``finish_reason`` when the request ends.
+    """
+
+    id: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    sparse: SparseConfig | None
+    seed: int
+    policy: str
+    watch: bool = False
+    status: Status = Status.WAITING
+    progress: Progress = field(default_factory=Progress)
+    row: int = -1
+    uncond_row: int = -1
+    pages: list[int] = field(default_factory=list)
+    uncond_pages: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: Exception | None = None
+    last_step: int = -1
+    skipped: int = 0
+    blocks: tuple[int, ...] = ()
+    quotas: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.blocks = block_lengths(self.params.gen_length, self.block_length)
+        if self.params.unmask == "steps":
+            self.quotas = block_quotas(
+                self.blocks, self.params.steps, self.params.schedule, self.params.eps
+            )
+        self.progress.masks_left = self.blocks[0]
+
+    @property
+    def block_length(self) -> int:
+        """Diffusion block length in tokens; the last block may be shorter."""
+        if self.params.block_length is not None:
+            return self.params.block_length
+        if self.sparse is not None:
+            return self.sparse.default_block_len
+        return self.params.gen_length
+
+    @property
+    def guided(self) -> bool:
+        """True if the request runs a second, unconditional row."""
+        return self.params.cfg_scale > 0
+
+    @property
+    def rows_needed(self) -> int:
+        """Rows of the state table that the request takes."""
+        return 2 if self.guided else 1
+
+    @property
+    def prompt_len(self) -> int:
+        """Prompt tokens."""
+        return len(self.prompt_ids)
+
+    @property
+    def canvas_len(self) -> int:
+        """Prompt and answer together, in tokens."""
+        return len(self.prompt_ids) + self.params.gen_length
+
+    def block_range(self, block: int) -> tuple[int, int]:
+        """Canvas positions ``[start, end)`` of a block."""
+        start = self.prompt_len + block * self.block_length
+        return start, start + self.blocks[block]

@@ -1,0 +1,122 @@
+"""RowInit: what a rank must know to fill a row of the state table, as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from dllmserve.core.request import Request
+from dllmserve.sampling_params import CONFIDENCE
+
+
+class FloatField(IntEnum):
+    """Columns of the state table's float64 parameters."""
+
+    TEMPERATURE = 0
+    TOP_P = 1
+    THRESHOLD = 2
+    FACTOR = 3
+    ENTROPY_BOUND = 4
+    CFG_SCALE = 5
+
+
+class IntField(IntEnum):
+    """Columns of the state table's int64 parameters."""
+
+    PROMPT_LEN = 0
+    GEN_LENGTH = 1
+    TOP_K = 2
+    SEED = 3
+    CONFIDENCE = 4
+    TEMPERED = 5
+    RANDOM_REMASKING = 6
+    IGNORE_EOS = 7
+
+
+@dataclass(frozen=True)
+class RowSelect:
+    """Selection settings of a row with sparse attention.
+
+    Attributes:
+        pool_kernel: width of the max-pooling over neighbouring scores.
+        window: tokens from the block's start whose queries score the context and which
+            never compete themselves.
+    """
+
+    pool_kernel: int = 1
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class RowInit:
+    """Initial content of one row.
+
+    Attributes:
+        row: row number.
+        prompt: prompt ids; on an unconditional row, all mask ids.
+        gen_length: masked positions behind the prompt.
+        floats, ints: parameters in the order of FloatField and IntField.
+        quotas: tokens to write in each forward of a fixed schedule, all blocks in a row.
+        pages: K,V pages of the row.
+        confidence: name of the confidence, for the host's choice of statistics.
+        sampled, filtered: whether the row has a temperature, or top-p or top-k.
+        select: settings of sparse attention.
+    """
+
+    row: int
+    prompt: list[int]
+    gen_length: int
+    floats: tuple[float, ...]
+    ints: tuple[int, ...]
+    quotas: tuple[int, ...]
+    pages: list[int]
+    confidence: str
+    sampled: bool
+    filtered: bool
+    select: RowSelect
+
+
+def row_inits(request: Request, mask_id: int) -> list[RowInit]:
+    """The rows of a newly admitted request: one, or two with guidance."""
+    params = request.params
+    floats = (
+        params.temperature,
+        params.top_p,
+        params.threshold,
+        params.factor,
+        params.entropy_bound,
+        params.cfg_scale,
+    )
+    ints = (
+        request.prompt_len,
+        params.gen_length,
+        params.top_k,
+        request.seed,
+        CONFIDENCE.index(params.confidence),
+        int(params.schedule == "dream"),
+        int(params.remasking == "random"),
+        int(params.ignore_eos),
+    )
+    quotas = tuple(k for block in request.quotas for k in block)
+    sparse = request.sparse
+    select = RowSelect(sparse.pool_kernel, sparse.default_block_len) if sparse else RowSelect()
+    rows = [(request.row, request.prompt_ids, request.pages)]
+    if request.guided:
+        unconditional = [mask_id] * request.prompt_len
+        rows.append((request.uncond_row, unconditional, request.uncond_pages))
+    return [
+        RowInit(
+            row=row,
+            prompt=prompt,
+            gen_length=params.gen_length,
+            floats=floats,
+            ints=ints,
+            quotas=quotas,
+            pages=pages,
+            confidence=params.confidence,
+            sampled=params.temperature > 0,
+            filtered=params.top_p < 1 or params.top_k > 0,
+            select=select,
+        )
+        for row, prompt, pages in rows
+    ]

@@ -1,0 +1,94 @@
+"""How many tokens each step of a fixed schedule writes.
+
+Sources: LLaDA generate.py (get_num_transfer_tokens) for "uniform", Dream's
+``_sample`` for "dream". Steps that would write nothing are left out: they change no
+token, so the answer is the same with fewer forwards.
+"""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+
+
+def block_lengths(gen_length: int, block_length: int) -> tuple[int, ...]:
+    """Lengths of the blocks of an answer; the last may be shorter.
+
+    Example:
+        >>> block_lengths(70, 32)
+        (32, 32, 6)
+    """
+    full, rest = divmod(gen_length, block_length)
+    return (block_length,) * full + ((rest,) if rest else ())
+
+
+def steps_per_block(steps: int, blocks: int) -> tuple[int, ...]:
+    """Spread steps over blocks as evenly as they can be, at least one a block.
+
+    Example:
+        >>> steps_per_block(10, 4)
+        (3, 3, 2, 2)
+    """
+    return tuple(max(1, steps // blocks + (b < steps % blocks)) for b in range(blocks))
+
+
+def split(n: int, steps: int) -> list[int]:
+    """LLaDA's even split of n tokens over the steps, larger shares first.
+
+    Example:
+        >>> split(30, 8), split(5, 8)
+        ([4, 4, 4, 4, 4, 4, 3, 3], [1, 1, 1, 1, 1, 0, 0, 0])
+    """
+    return [n // steps + (t < n % steps) for t in range(steps)]
+
+
+def dream_split(n: int, steps: int, eps: float) -> list[int]:
+    """Dream's counts: ``int(left * (1 - t[i+1] / t[i]))``, all that is left at the end.
+
+    The arithmetic is float32, as in Dream, so that counts fall on the same side.
+
+    Example:
+        >>> dream_split(32, 8, 1e-3)
+        [3, 4, 4, 4, 4, 4, 4, 5]
+    """
+    times = _linspace_f32(1.0, eps, steps + 1)
+    counts: list[int] = []
+    left = n
+    for i in range(steps):
+        if i == steps - 1:
+            count = left
+        else:
+            share = _f32(1.0 - _f32(times[i + 1] / times[i]))
+            count = int(_f32(left * share))
+        counts.append(count)
+        left -= count
+    return counts
+
+
+@lru_cache(maxsize=512)
+def block_quotas(
+    blocks: tuple[int, ...], steps: int, schedule: str, eps: float
+) -> tuple[tuple[int, ...], ...]:
+    """Tokens to write in each step of each block, without the empty steps."""
+    quotas = []
+    for length, count in zip(blocks, steps_per_block(steps, len(blocks)), strict=True):
+        shares = dream_split(length, count, eps) if schedule == "dream" else split(length, count)
+        quotas.append(tuple(k for k in shares if k > 0))
+    return tuple(quotas)
+
+
+def _f32(value: float) -> float:
+    """Round to float32, as a host without numpy can."""
+    result: float = struct.unpack("f", struct.pack("f", value))[0]
+    return result
+
+
+def _linspace_f32(start: float, end: float, count: int) -> list[float]:
+    """torch.linspace in float32: the first half counts up, the second counts down."""
+    start, end = _f32(start), _f32(end)
+    step = _f32(_f32(end - start) / (count - 1))
+    half = count // 2
+    return [
+        _f32(start + _f32(step * i)) if i < half else _f32(end - _f32(step * (count - 1 - i)))
+        for i in range(count)
+    ]

@@ -1,0 +1,265 @@
+"""Scheduler: which requests run in the next step, under which budget.
+
+Admission reserves everything a request will ever need (rows and pages, since the canvas
+length is known), so an admitted request is never preempted and never runs out. What can
+never fit is refused at once, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from dllmserve.core.budget import StepBudget
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.pages import PageAllocator
+from dllmserve.core.plan import Span, StepEntry, StepPlan
+from dllmserve.core.request import Request, Status
+from dllmserve.errors import CapacityError, EngineError
+
+#: How many younger requests may be admitted past the oldest waiting one.
+MAX_SKIPS = 16
+
+
+class SpanSource(Protocol):
+    """The part of a cache policy that the scheduler uses."""
+
+    def slots(self, request: Request, spec: ModelSpec) -> int:
+        """K,V slots that one row needs."""
+        ...
+
+    def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
+        """The request's next span."""
+        ...
+
+
+@dataclass(frozen=True)
+class EntryReport:
+    """What the runner says of one entry after a step.
+
+    Attributes:
+        masks_left: masked positions left in the block.
+        frontier: answer positions unmasked without a gap, from the left.
+        eos: answer index of the first end-of-sequence id before the frontier, or -1.
+    """
+
+    masks_left: int
+    frontier: int
+    eos: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Fixed sizes of an engine that the scheduler packs against."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_logit_rows: int
+    page_size: int
+    num_pages: int
+
+
+class Scheduler:
+    """Waiting and running requests, rows and pages.
+
+    Args:
+        spec: the model's dimensions.
+        limits: the engine's sizes.
+        policy: maps a policy name to its policy.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, limits: Limits, policy: Callable[[str], SpanSource]
+    ) -> None:
+        self.spec = spec
+        self.limits = limits
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.allocator = PageAllocator(limits.num_pages)
+        self._policy = policy
+        self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._step = 0
+
+    @property
+    def has_work(self) -> bool:
+        """True while any request waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def pages_needed(self, request: Request) -> int:
+        """Pages that one row of the request reserves."""
+        slots = self._policy(request.policy).slots(request, self.spec)
+        return -(-slots // self.limits.page_size)
+
+    def check(self, request: Request) -> None:
+        """Raise CapacityError if the request can never run on this engine."""
+        limits = self.limits
+        tokens = request.canvas_len * request.rows_needed
+        if tokens > limits.max_num_batched_tokens:
+            raise CapacityError(
+                f"the request needs {tokens} tokens in one step, over "
+                f"max_num_batched_tokens={limits.max_num_batched_tokens}: raise it to {tokens} "
+                "or shorten the prompt or gen_length"
+            )
+        if request.rows_needed > limits.max_num_seqs:
+            raise CapacityError(
+                f"cfg_scale > 0 takes {request.rows_needed} rows, over "
+                f"max_num_seqs={limits.max_num_seqs}: raise it to {request.rows_needed}"
+            )
+        pages = self.pages_needed(request) * request.rows_needed
+        if pages > limits.num_pages:
+            raise CapacityError(
+                f"the request needs {pages} K,V pages of {limits.page_size} tokens, the engine "
+                f"has kv_pages={limits.num_pages}: raise kv_pages to {pages}, shorten the "
+                "prompt or gen_length, or use cache='none'"
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises CapacityError if it can never run."""
+        self.check(request)
+        self.waiting.append(request)
+
+    def abort(self, request: Request) -> None:
+        """Drop a request and free what it holds; finished ones are left alone."""
+        if request.status is Status.WAITING:
+            self.waiting.remove(request)
+        elif request.status is Status.RUNNING:
+            self._release(request)
+        else:
+            return
+        request.status = Status.ABORTED
+
+    def schedule(self) -> tuple[StepPlan, list[Request], list[Request]]:
+        """Admit what fits, then pack one step.
+
+        Returns:
+            The plan, the requests of its entries in the same order, and the requests
+            admitted now (their rows must be initialised before the plan runs).
+        """
+        admitted = self._admit()
+        limits = self.limits
+        budget = StepBudget(
+            tokens=limits.max_num_batched_tokens,
+            logit_rows=limits.max_logit_rows,
+            rows=limits.max_num_seqs,
+        )
+        picked: list[tuple[Request, StepEntry]] = []
+        # whoever was left out of the last steps comes first: nobody starves
+        for request in sorted(self.running, key=lambda r: (r.last_step, r.id)):
+            entry = self._entry(request)
+            if budget.take(entry.tokens, entry.logit_rows, request.rows_needed):
+                request.last_step = self._step
+                picked.append((request, entry))
+        self._step += 1
+        picked.sort(key=lambda pair: _packing_order(*pair))
+        return StepPlan(tuple(e for _, e in picked)), [r for r, _ in picked], admitted
+
+    def commit(self, requests: Sequence[Request], reports: Sequence[EntryReport]) -> list[Request]:
+        """Take the runner's reports; return the requests that finished.
+
+        Finished requests keep their rows until :meth:`release` is called, so that their
+        tokens can still be read.
+        """
+        finished = []
+        for request, report in zip(requests, reports, strict=True):
+            progress = request.progress
+            if report.masks_left >= progress.masks_left:
+                raise EngineError(f"request {request.id} made no progress in a step")
+            progress.forwards += 1
+            progress.step_in_block += 1
+            progress.masks_left = report.masks_left
+            progress.frontier = report.frontier
+            if report.eos >= 0:
+                request.finish_reason = "stop"
+                finished.append(request)
+            elif report.masks_left == 0:
+                self._next_block(request)
+                if request.finish_reason:
+                    finished.append(request)
+        return finished
+
+    def release(self, request: Request) -> None:
+        """Mark a request finished and free its rows and pages."""
+        self._release(request)
+        request.status = Status.FINISHED
+
+    def check_integrity(self) -> None:
+        """Raise ValueError unless rows and pages add up (for tests and idle checks)."""
+        self.allocator.check_integrity()
+        rows = sum(r.rows_needed for r in self.running) + len(self._free_rows)
+        if rows != self.limits.max_num_seqs:
+            raise ValueError(f"{rows} rows in use and free, expected {self.limits.max_num_seqs}")
+
+    def _next_block(self, request: Request) -> None:
+        progress = request.progress
+        progress.block += 1
+        progress.step_in_block = 0
+        if progress.block == len(request.blocks):
+            request.finish_reason = "length"
+        else:
+            progress.masks_left = request.blocks[progress.block]
+
+    def _admit(self) -> list[Request]:
+        """First come first served, with bounded skipping past a request that must wait."""
+        admitted: list[Request] = []
+        blocked: list[Request] = []
+        while self.waiting and self._free_rows:
+            request = self.waiting.popleft()
+            if self._fits(request):
+                self._start(request)
+                admitted.append(request)
+                for other in blocked:
+                    other.skipped += 1
+            else:
+                blocked.append(request)
+            if any(other.skipped >= MAX_SKIPS for other in blocked):
+                break
+        self.waiting.extendleft(reversed(blocked))
+        return admitted
+
+    def _fits(self, request: Request) -> bool:
+        pages = self.pages_needed(request) * request.rows_needed
+        return request.rows_needed <= len(self._free_rows) and pages <= self.allocator.num_free
+
+    def _start(self, request: Request) -> None:
+        pages = self.pages_needed(request)
+        request.row = self._free_rows.pop()
+        request.pages = self.allocator.reserve(pages)
+        if request.guided:
+            request.uncond_row = self._free_rows.pop()
+            request.uncond_pages = self.allocator.reserve(pages)
+        request.status = Status.RUNNING
+        request.last_step = self._step - 1
+        self.running.append(request)
+
+    def _release(self, request: Request) -> None:
+        self.running.remove(request)
+        self._free_rows.append(request.row)
+        self.allocator.free(request.pages)
+        if request.guided:
+            self._free_rows.append(request.uncond_row)
+            self.allocator.free(request.uncond_pages)
+        request.pages, request.uncond_pages = [], []
+
+    def _entry(self, request: Request) -> StepEntry:
+        policy = self._policy(request.policy)
+        uncond = None
+        if request.guided:
+            uncond = policy.span(request, self.spec, request.uncond_row)
+        return StepEntry(
+            span=policy.span(request, self.spec, request.row),
+            uncond=uncond,
+            masks=request.progress.masks_left,
+            rule=request.params.unmask,
+        )
+
+
+def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
+    """Guided entries last; then like with like, so that kernels see few, large groups."""
+    params = request.params
+    span = entry.span
+    filtered = params.top_k > 0 or params.top_p < 1
+    shape = (span.q_len, span.ctx_len, span.write, span.q_start, span.keep, span.blk_off)
+    return (entry.uncond is not None, params.temperature > 0, filtered, shape, request.id)

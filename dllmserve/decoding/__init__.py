@@ -1,0 +1,1 @@
+"""Decoding: which positions are written in a step, and with which token."""

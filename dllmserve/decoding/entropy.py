@@ -1,0 +1,27 @@
+"""Entropy-bounded rule (EB sampler; SGLang's EBSampling, DiffusionGemma)."""
+
+from __future__ import annotations
+
+import torch
+
+from dllmserve.decoding.rule import RuleView, Update, write_best
+
+
+class EntropyBoundRule:
+    """In order of rising entropy, write while the entropies before stay within the bound.
+
+    The first position is always written; position j is if
+    ``H_1 + ... + H_{j-1} <= entropy_bound``.
+    """
+
+    needs: frozenset[str] = frozenset({"entropy"})
+
+    def apply(self, view: RuleView) -> Update:
+        """Cumulative sum over the sorted entropies."""
+        if view.entropy is None:
+            raise ValueError("the entropy_bound rule needs the entropy statistic")
+        ranked = view.entropy.sort(dim=-1).values  # [n, W], +inf behind
+        real = torch.isfinite(ranked)
+        before = torch.where(real, ranked, 0.0).cumsum(dim=-1) - torch.where(real, ranked, 0.0)
+        passing = (before <= view.entropy_bound[:, None]) & real
+        return write_best(view, -view.entropy, passing.sum(dim=-1))

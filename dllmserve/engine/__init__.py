@@ -1,0 +1,1 @@
+"""Engine: the step loop, text, and start-up."""

@@ -1,0 +1,178 @@
+"""Tokenizer: text to ids and back, and chat templates.
+
+tokenizer.json is read with the ``tokenizers`` library, which loads in milliseconds;
+anything else goes through transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from dllmserve.errors import TokenizerError
+
+
+class _Codec(Protocol):
+    def encode(self, text: str, special: bool) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class Tokenizer:
+    """Text codec of one checkpoint.
+
+    Example:
+        >>> tokenizer = load_tokenizer(find_model("tiny"))  # doctest: +SKIP
+        >>> tokenizer.decode(tokenizer.encode("Hello"))  # doctest: +SKIP
+        'Hello'
+    """
+
+    def __init__(self, codec: _Codec, template: str | None, names: Mapping[str, str]) -> None:
+        self._codec = codec
+        self._template = template
+        self._names = dict(names)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether chat() can be used."""
+        return self._template is not None
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Ids of a text. ``special`` adds what the tokenizer adds to a plain prompt."""
+        return self._codec.encode(text, special)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return self._codec.decode(list(ids))
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The prompt text of a conversation, up to where the assistant speaks.
+
+        Raises:
+            TokenizerError: no chat template, or the template refuses the messages.
+        """
+        if self._template is None:
+            raise TokenizerError("the checkpoint has no chat template; use generate() instead")
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def raise_exception(message: str) -> None:
+            raise TokenizerError(f"the chat template refused the messages: {message}")
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = raise_exception
+        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        try:
+            template = environment.from_string(self._template)
+            return template.render(
+                messages=list(messages), add_generation_prompt=True, **self._names
+            )
+        except TemplateError as error:
+            raise TokenizerError(f"the chat template failed: {error}") from error
+
+
+class _FastCodec:
+    """tokenizer.json through the tokenizers library."""
+
+    def __init__(self, path: Path) -> None:
+        from tokenizers import Tokenizer as Fast
+
+        self._fast = Fast.from_file(str(path))
+        self._fast.no_padding()
+        self._fast.no_truncation()
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        ids: list[int] = self._fast.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._fast.decode(ids, skip_special_tokens=True)
+        return text
+
+
+class _TransformersCodec:
+    """Any other tokenizer through transformers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Tokenizer | None:
+    """The directory's tokenizer, or None if it has none at all.
+
+    Remote code runs only if nothing plain can be loaded, trust_remote_code is set and the
+    tokenizer asks for it; a warning says so.
+
+    Raises:
+        TokenizerError: there are tokenizer files, but none could be loaded.
+    """
+    config = _read(directory / "tokenizer_config.json")
+    template = _chat_template(directory, config)
+    names = {k: _token_text(v) for k, v in config.items() if k.endswith("_token")}
+    fast = directory / "tokenizer.json"
+    if fast.is_file():
+        try:
+            return Tokenizer(_FastCodec(fast), template, names)
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{fast} cannot be read: {error}") from error
+    if not config and not any(directory.glob("vocab*")) and not any(directory.glob("*.model")):
+        return None
+    codec = _TransformersCodec(_slow_tokenizer(directory, config, trust_remote_code))
+    return Tokenizer(codec, template, names)
+
+
+def _slow_tokenizer(directory: Path, config: dict[str, Any], trust: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    remote = "AutoTokenizer" in (config.get("auto_map") or {})
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if not remote:
+            raise TokenizerError(
+                f"no tokenizer could be loaded from {directory}: {error}"
+            ) from error
+        if not trust:
+            raise TokenizerError(
+                f"the tokenizer of {directory} needs its own code to load; "
+                "pass trust_remote_code=True if you trust it, or add a tokenizer.json"
+            ) from error
+    warnings.warn(f"running the tokenizer code shipped with {directory}", stacklevel=2)
+    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates
+        named = {t.get("name"): t.get("template") for t in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _token_text(value: Any) -> str:
+    """Special tokens are strings, or objects with the string in "content"."""
+    if isinstance(value, dict):
+        return str(value.get("content", ""))
+    return "" if value is None else str(value)

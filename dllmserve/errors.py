@@ -1,0 +1,138 @@
+"""Every error that dllmserve raises on purpose.
+
+::
+
+    DllmServeError
+    ├── InvalidRequestError    (ValueError)         a request that is wrong in itself
+    │   ├── InvalidParameterError                   a bad SamplingParams or SparseConfig field
+    │   ├── PromptError                             an empty prompt, ids outside the vocabulary
+    │   └── ContextLengthError                      prompt + gen_length over max_model_len
+    ├── CapacityError          (ValueError)         a valid request that this engine can never fit
+    ├── UnknownOptionError     (TypeError)          a keyword that nothing reads
+    ├── ConfigError            (ValueError)         a bad engine option
+    ├── ModelError
+    │   ├── ModelNotFoundError (FileNotFoundError)  no such directory, name or hub id
+    │   ├── UnsupportedModelError (ValueError)      an architecture or option we do not run
+    │   ├── WeightsError       (ValueError)         missing, unexpected, misshapen, truncated tensors
+    │   └── TokenizerError     (ValueError)         no tokenizer, no chat template
+    ├── OutOfMemoryError       (MemoryError)        the device ran out of memory
+    └── EngineError            (RuntimeError)       the engine failed, not the request
+
+Each class also derives from the built-in exception that Python users expect, so
+``except ValueError`` keeps working. ``code`` is stable and meant for machines;
+``http_status`` is what a server answers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DllmServeError(Exception):
+    """Base class of all errors raised on purpose by dllmserve."""
+
+    code: str = "error"
+    http_status: int = 500
+
+
+class InvalidRequestError(DllmServeError, ValueError):
+    """A request that no engine could run."""
+
+    code = "invalid_request"
+    http_status = 400
+
+
+class InvalidParameterError(InvalidRequestError):
+    """A field of SamplingParams or SparseConfig has a wrong value or type."""
+
+    code = "invalid_parameter"
+
+
+class PromptError(InvalidRequestError):
+    """The prompt is empty, of the wrong type, or has ids outside the vocabulary."""
+
+    code = "invalid_prompt"
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt plus gen_length is longer than max_model_len."""
+
+    code = "context_length_exceeded"
+
+
+class CapacityError(DllmServeError, ValueError):
+    """A valid request that this engine, as configured, can never hold."""
+
+    code = "capacity_exceeded"
+    http_status = 400
+
+
+class UnknownOptionError(DllmServeError, TypeError):
+    """A keyword argument that nothing reads."""
+
+    code = "unknown_option"
+    http_status = 400
+
+
+class ConfigError(DllmServeError, ValueError):
+    """An engine option has a wrong value or type."""
+
+    code = "invalid_config"
+
+
+class ModelError(DllmServeError):
+    """The model cannot be loaded."""
+
+    code = "model_error"
+
+
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """There is no model under that name or path."""
+
+    code = "model_not_found"
+    http_status = 404
+
+
+class UnsupportedModelError(ModelError, ValueError):
+    """The checkpoint's architecture or one of its options is not supported."""
+
+    code = "unsupported_model"
+
+
+class WeightsError(ModelError, ValueError):
+    """The checkpoint's tensors do not match its config.json."""
+
+    code = "invalid_weights"
+
+
+class TokenizerError(ModelError, ValueError):
+    """Text was given (or asked for) but the checkpoint has no usable tokenizer."""
+
+    code = "tokenizer_error"
+
+
+class OutOfMemoryError(DllmServeError, MemoryError):
+    """The device ran out of memory. The message says what to change."""
+
+    code = "out_of_memory"
+    http_status = 503
+
+
+class EngineError(DllmServeError, RuntimeError):
+    """The engine itself failed; the request may be fine."""
+
+    code = "engine_error"
+
+
+def unknown_option(owner: str, name: str, known: Iterable[str]) -> UnknownOptionError:
+    """Build the error for an unknown keyword, with the nearest known name.
+
+    Example:
+        >>> str(unknown_option("LLM", "max_len", ["max_model_len", "dtype"]))
+        "LLM got an unknown option 'max_len'; did you mean 'max_model_len'?"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(names)}"
+    return UnknownOptionError(f"{owner} got an unknown option {name!r}; {hint}")

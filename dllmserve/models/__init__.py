@@ -1,0 +1,1 @@
+"""Models: config.json to ModelSpec, tensor names, and the decoder they share."""

@@ -1,0 +1,151 @@
+"""The bidirectional pre-norm decoder that LLaDA and Dream share.
+
+Weights that are multiplied with the same input are stored as one matrix: q, k, v
+together, gate and up together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.layers.norm import rms_norm
+from dllmserve.layers.rotary import Rotary
+from dllmserve.models.base import AttentionContext, Target
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm; the LM head is a weight, applied elsewhere.
+
+    Args:
+        spec: the model's dimensions.
+        dtype, device: of the parameters, which are left uninitialised.
+        max_len: positions that the rotary tables cover.
+
+    Example:
+        ``hidden = decoder(ids, positions, context)`` with ids and positions [N] int64
+        gives [N, hidden_size]; ``hidden @ decoder.head_weight.T`` are the logits.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_len: int
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.q_size = spec.num_heads * spec.head_dim
+        self.kv_size = spec.num_kv_heads * spec.head_dim
+        self._rotary = Rotary(spec.head_dim, spec.rope_theta, max_len, device)
+        for name, shape in parameter_shapes(spec).items():
+            data = torch.empty(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[embedding_size, hidden_size]: the LM head, or the embedding if they are tied."""
+        return self.weight("embed" if self.spec.tied_head else "head")
+
+    def weight(self, name: str) -> Tensor:
+        """A parameter by name."""
+        return self.get_parameter(name)
+
+    def bias(self, name: str) -> Tensor | None:
+        """A bias, or None where the model has none."""
+        return self._parameters.get(name)
+
+    def forward(self, ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+        """Run N packed tokens of any number of requests.
+
+        Args:
+            ids: [N] int64 token ids.
+            positions: [N] int64 canvas positions.
+            context: attention for this step.
+
+        Returns:
+            [N, hidden_size] after the final norm.
+        """
+        eps = self.spec.norm_eps
+        x = F.embedding(ids, self.weight("embed"))
+        rotation = self._rotary.at(positions)
+        for layer in range(self.spec.num_layers):
+            normed = rms_norm(x, self.weight(f"l{layer}_attn_norm"), eps)
+            x = x + self._attention(layer, normed, rotation, context)
+            normed = rms_norm(x, self.weight(f"l{layer}_mlp_norm"), eps)
+            x = x + self._mlp(layer, normed)
+        return rms_norm(x, self.weight("norm"), eps)
+
+    def _attention(
+        self,
+        layer: int,
+        x: Tensor,  # [N, d]
+        rotation: tuple[Tensor, Tensor],
+        context: AttentionContext,
+    ) -> Tensor:
+        spec = self.spec
+        qkv = F.linear(x, self.weight(f"l{layer}_qkv"), self.bias(f"l{layer}_qkv_bias"))
+        heads = qkv.view(x.shape[0], -1, spec.head_dim)
+        split = spec.num_heads + spec.num_kv_heads
+        turned = self._rotary.rotate(heads[:, :split], *rotation)  # q and k together
+        q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
+        out = context.attend(layer, q, k, heads[:, split:])
+        flat = out.reshape(x.shape[0], self.q_size)
+        return F.linear(flat, self.weight(f"l{layer}_out"))
+
+    def _mlp(self, layer: int, x: Tensor) -> Tensor:
+        wide = F.linear(x, self.weight(f"l{layer}_gate_up"))
+        gate, up = wide.chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.weight(f"l{layer}_down"))
+
+
+def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every decoder parameter."""
+    d, m = spec.hidden_size, spec.mlp_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed": (spec.embedding_size, d)}
+    for i in range(spec.num_layers):
+        shapes[f"l{i}_attn_norm"] = (d,)
+        shapes[f"l{i}_qkv"] = (q + 2 * kv, d)
+        shapes[f"l{i}_out"] = (d, q)
+        shapes[f"l{i}_mlp_norm"] = (d,)
+        shapes[f"l{i}_gate_up"] = (2 * m, d)
+        shapes[f"l{i}_down"] = (d, m)
+        if spec.qkv_bias:
+            shapes[f"l{i}_qkv_bias"] = (q + 2 * kv,)
+    shapes["norm"] = (d,)
+    if not spec.tied_head:
+        shapes["head"] = (spec.embedding_size, d)
+    return shapes
+
+
+def layer_targets(spec: ModelSpec, layer: int, names: dict[str, str]) -> dict[str, Target]:
+    """Targets of one layer's tensors.
+
+    Args:
+        names: checkpoint stem of each part: attn_norm, q, k, v, out, mlp_norm, gate, up,
+            down. ".weight" (and ".bias" for q, k, v where the spec says so) is added here.
+    """
+    d, m = spec.hidden_size, spec.mlp_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    # part -> parameter, first row, rows
+    parts = {
+        "q": ("qkv", 0, q),
+        "k": ("qkv", q, kv),
+        "v": ("qkv", q + kv, kv),
+        "out": ("out", 0, d),
+        "gate": ("gate_up", 0, m),
+        "up": ("gate_up", m, m),
+        "down": ("down", 0, d),
+    }
+    columns = {"out": q, "down": m}
+    targets = {
+        f"{names[part]}.weight": Target(f"l{layer}_{part}", 0, (d,))
+        for part in ("attn_norm", "mlp_norm")
+    }
+    for part, (parameter, start, rows) in parts.items():
+        full = f"l{layer}_{parameter}"
+        shape = (rows, columns.get(part, d))
+        targets[f"{names[part]}.weight"] = Target(full, start, shape)
+        if parameter == "qkv" and spec.qkv_bias:
+            targets[f"{names[part]}.bias"] = Target(f"{full}_bias", start, (rows,))
+    return targets

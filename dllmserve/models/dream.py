@@ -1,0 +1,100 @@
+"""Dream (DreamLM): Qwen2 layers without a causal mask, logits shifted by one.
+
+Position i's hidden state predicts token i + 1, as in the autoregressive model that Dream
+was adapted from. Source of the fields and names: configuration_dream.py and
+modeling_dream.py of the public checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.errors import UnsupportedModelError
+from dllmserve.models.base import Target, eos_ids, need, refuse, rope_theta
+from dllmserve.models.decoder import layer_targets
+
+_STEMS = {
+    "attn_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "mlp_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
+
+_ONLY = {"hidden_act": "silu", "rope_scaling": None}
+
+#: <|im_end|> of Dream-7B, which its config.json does not list as an end id
+_DREAM_7B_VOCAB, _DREAM_7B_IM_END = 152064, 151645
+
+
+class _Dream:
+    """See :class:`dllmserve.models.base.ModelDefinition`."""
+
+    name = "DreamModel"
+
+    def spec(self, config: Mapping[str, Any]) -> ModelSpec:
+        """Read a Dream config.json."""
+        refuse(config, self.name, _ONLY)
+        if config.get("use_sliding_window"):
+            raise UnsupportedModelError("DreamModel with use_sliding_window is not supported")
+        width = int(need(config, "hidden_size", self.name))
+        heads = int(need(config, "num_attention_heads", self.name))
+        kv = int(config.get("num_key_value_heads") or heads)
+        if heads % kv:
+            raise UnsupportedModelError(
+                f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv}"
+            )
+        head_dim = config.get("head_dim")
+        if head_dim is None and width % heads:
+            raise UnsupportedModelError(
+                f"hidden_size={width} is not a multiple of num_attention_heads={heads}"
+            )
+        vocab = int(need(config, "vocab_size", self.name))
+        extra = (_DREAM_7B_IM_END,) if vocab == _DREAM_7B_VOCAB else ()
+        return ModelSpec(
+            architecture=self.name,
+            vocab_size=vocab,
+            embedding_size=vocab,
+            hidden_size=width,
+            num_layers=int(need(config, "num_hidden_layers", self.name)),
+            num_heads=heads,
+            num_kv_heads=kv,
+            head_dim=int(head_dim or width // heads),
+            mlp_size=int(need(config, "intermediate_size", self.name)),
+            max_model_len=int(need(config, "max_position_embeddings", self.name)),
+            rope_theta=rope_theta(config),
+            norm_eps=float(config.get("rms_norm_eps") or 1e-6),
+            mask_id=int(need(config, "mask_token_id", self.name)),
+            eos_ids=eos_ids(config, extra),
+            pad_id=config.get("pad_token_id"),
+            bos_id=config.get("bos_token_id"),
+            logit_shift=1,
+            qkv_bias=True,
+            tied_head=bool(config.get("tie_word_embeddings", False)),
+            dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
+        )
+
+    def targets(self, spec: ModelSpec) -> dict[str, Target]:
+        """Tensor names of modeling_dream.py (Qwen2's)."""
+        table = (spec.embedding_size, spec.hidden_size)
+        targets = {"model.embed_tokens.weight": Target("embed", 0, table)}
+        for i in range(spec.num_layers):
+            stems = {k: f"model.layers.{i}.{v}" for k, v in _STEMS.items()}
+            targets.update(layer_targets(spec, i, stems))
+        targets["model.norm.weight"] = Target("norm", 0, (spec.hidden_size,))
+        if not spec.tied_head:
+            targets["lm_head.weight"] = Target("head", 0, table)
+        return targets
+
+    def ignored(self, name: str, spec: ModelSpec) -> bool:
+        """Rotary tables, and a second copy of a tied head."""
+        return "rotary_emb" in name or (spec.tied_head and name == "lm_head.weight")
+
+
+DREAM = _Dream()

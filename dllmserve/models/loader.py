@@ -1,0 +1,232 @@
+"""Loading: a name to a directory, config.json to a spec, safetensors to a decoder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.errors import (
+    ModelNotFoundError,
+    UnsupportedModelError,
+    WeightsError,
+)
+from dllmserve.models.base import ModelDefinition, Target
+from dllmserve.models.decoder import Decoder
+from dllmserve.registry import MODELS, resolve
+
+#: Name of the model inside the package.
+EMBEDDED = "tiny"
+ASSETS = Path(__file__).parent.parent / "assets"
+#: File patterns fetched for a hub id: never pickles, never code.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_SHOWN = 6
+
+
+def find_model(model: str) -> Path:
+    """Directory of a model: the embedded name, a local directory, or a hub id.
+
+    Raises:
+        ModelNotFoundError: none of the three exists; the message says what was tried.
+    """
+    if model == EMBEDDED and not Path(model).is_dir():
+        return ASSETS / EMBEDDED
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelNotFoundError(f"{model!r} is a file; give the directory that holds config.json")
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_like_path:
+        raise ModelNotFoundError(
+            f"no directory {model!r}; give a local directory, a hub id such as "
+            f"'GSAI-ML/LLaDA-8B-Instruct', or {EMBEDDED!r} for the embedded model"
+        )
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        # hub errors run over many lines; the first says what happened
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelNotFoundError(
+            f"no directory {model!r}, and it could not be fetched as a hub id: {reason}"
+        ) from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as a dict, with the end ids of generation_config.json merged in."""
+    path = directory / "config.json"
+    config = _read_json(path, f"{directory} has no config.json, so it is not a model directory")
+    extra = directory / "generation_config.json"
+    if extra.is_file():
+        ids = [config.get("eos_token_id"), _read_json(extra, "").get("eos_token_id")]
+        merged: list[int] = []
+        for value in ids:
+            merged += value if isinstance(value, list) else [] if value is None else [value]
+        config["eos_token_id"] = list(dict.fromkeys(merged))
+    return config
+
+
+def _read_json(path: Path, missing: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelNotFoundError(missing)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UnsupportedModelError(f"{path} must hold a JSON object")
+    return value
+
+
+def definition_for(config: dict[str, Any]) -> ModelDefinition:
+    """The model definition for ``architectures[0]``.
+
+    The class name decides, not model_type: two architectures share "llada".
+    """
+    names = config.get("architectures") or []
+    supported = ", ".join(sorted(MODELS))
+    if not isinstance(names, list) or not names:
+        raise UnsupportedModelError(
+            f"config.json has no 'architectures'; supported architectures: {supported}"
+        )
+    if names[0] not in MODELS:
+        raise UnsupportedModelError(
+            f"architecture {names[0]!r} is not supported; supported architectures: {supported}"
+        )
+    definition: ModelDefinition = resolve(MODELS, names[0])
+    return definition
+
+
+def read_spec(config: dict[str, Any]) -> ModelSpec:
+    """The ModelSpec of a config.json, checked for values no engine could use."""
+    spec = definition_for(config).spec(config)
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
+        if getattr(spec, name) < 1:
+            raise UnsupportedModelError(f"config.json: {name} is {getattr(spec, name)}")
+    if spec.embedding_size < spec.vocab_size:
+        raise UnsupportedModelError(
+            f"embedding_size={spec.embedding_size} is under vocab_size={spec.vocab_size}"
+        )
+    if not 0 <= spec.mask_id < spec.embedding_size:
+        raise UnsupportedModelError(
+            f"mask_token_id={spec.mask_id} is outside the {spec.embedding_size} embeddings"
+        )
+    return spec
+
+
+def load_decoder(
+    directory: Path,
+    config: dict[str, Any],
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+) -> Decoder:
+    """Build the decoder and fill it from the directory's safetensors.
+
+    Raises:
+        WeightsError: names every missing, unexpected or misshapen tensor, or the file
+            that could not be read.
+    """
+    definition = definition_for(config)
+    targets = definition.targets(spec)
+    files = _weight_files(directory)
+    decoder = Decoder(spec, dtype, device, max_len)
+    seen: set[str] = set()
+    wrong: list[str] = []
+    unexpected: list[str] = []
+    for name, tensor in _tensors(files):
+        target = targets.get(name)
+        if target is None:
+            if not definition.ignored(name, spec):
+                unexpected.append(name)
+            continue
+        if tuple(tensor.shape) != target.shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {target.shape}")
+            continue
+        _fill(decoder, target, tensor)
+        seen.add(name)
+    misshapen = {w.split(" ", 1)[0] for w in wrong}
+    missing = [n for n in targets if n not in seen and n not in misshapen]
+    _report(directory, missing=missing, unexpected=unexpected, wrong=wrong)
+    return decoder
+
+
+def random_decoder(
+    spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, max_len: int
+) -> Decoder:
+    """A decoder with seeded random weights, for benchmarks (load_format="dummy")."""
+    decoder = Decoder(spec, dtype, device, max_len)
+    generator = torch.Generator(device=device).manual_seed(0)
+    for name, parameter in decoder.named_parameters():
+        if name.endswith("norm"):
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0.0, 0.02, generator=generator)
+    return decoder
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        table = _read_json(index, "").get("weight_map", {})
+        names = sorted(set(table.values()))
+        absent = [n for n in names if not (directory / n).is_file()]
+        if absent or not names:
+            listed = ", ".join(absent) or "(the index lists none)"
+            raise WeightsError(f"{directory} lacks weight files named by its index: {listed}")
+        return [directory / n for n in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if files:
+        return files
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+        raise WeightsError(
+            f"{directory} has only .bin or .pt weights, which can run code when loaded; "
+            "convert them to safetensors (transformers: model.save_pretrained(path))"
+        )
+    raise WeightsError(
+        f"{directory} has no .safetensors weights (use load_format='dummy' for random ones)"
+    )
+
+
+def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in files:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as handle:
+                for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    yield name, handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise WeightsError(f"{path} cannot be read (truncated or corrupt?): {error}") from error
+
+
+def _fill(decoder: Decoder, target: Target, tensor: Tensor) -> None:
+    rows = target.shape[0]
+    decoder.weight(target.parameter).data[target.start : target.start + rows].copy_(tensor)
+
+
+def _report(
+    directory: Path, *, missing: list[str], unexpected: list[str], wrong: list[str]
+) -> None:
+    parts = []
+    for label, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong)):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            parts.append(f"{label}: {', '.join(names[:_SHOWN])}{more}")
+    if parts:
+        raise WeightsError(
+            f"the tensors of {directory} do not match its config.json; {'; '.join(parts)}"
+        )

@@ -1,0 +1,48 @@
+"""Names of everything that can be added: one line here and one new file.
+
+The values are ``"module:attribute"`` strings, resolved on first use, so this
+leaf module imports nothing and parameter validation can list valid names
+without loading torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+#: architectures[0] of config.json -> model definition (dllmserve.models.base.ModelDefinition)
+MODELS: dict[str, str] = {
+    "LLaDAModelLM": "dllmserve.models.llada:LLADA",
+    "DreamModel": "dllmserve.models.dream:DREAM",
+}
+
+#: SamplingParams.unmask -> rule class (dllmserve.decoding.rule.UnmaskRule)
+UNMASK_RULES: dict[str, str] = {
+    "steps": "dllmserve.decoding.steps:StepsRule",
+    "threshold": "dllmserve.decoding.threshold:ThresholdRule",
+    "factor": "dllmserve.decoding.factor:FactorRule",
+    "entropy_bound": "dllmserve.decoding.entropy:EntropyBoundRule",
+}
+
+#: cache policy name -> policy class (dllmserve.cache.policy.CachePolicy)
+CACHE_POLICIES: dict[str, str] = {
+    "none": "dllmserve.cache.none:NoCache",
+    "prefix": "dllmserve.cache.dual:PrefixCache",
+    "dual": "dllmserve.cache.dual:DualCache",
+    "sparse": "dllmserve.cache.sparse:SparseCache",
+}
+
+#: attention backend name -> backend class (dllmserve.attention.backend.AttentionBackend)
+ATTENTION_BACKENDS: dict[str, str] = {
+    "sdpa": "dllmserve.attention.sdpa:SdpaBackend",
+}
+
+
+def resolve(table: dict[str, str], name: str) -> Any:
+    """Import and return the object that ``table[name]`` points to.
+
+    Raises:
+        KeyError: ``name`` is not in the table; callers turn it into their own error.
+    """
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,1 @@
+"""Runtime: device state and the execution of a plan."""

@@ -1,0 +1,72 @@
+"""StateTable: every running request's tokens, masks and parameters, in stable device rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dllmserve.core.rows import FloatField, IntField, RowInit
+from dllmserve.sampling_params import MAX_GEN_LENGTH
+
+
+class StateTable:
+    """Device rows. The last row and the last column are trash: padding may write there.
+
+    Attributes:
+        tokens: [R + 1, T + 1] int64 canvas ids; undefined where masked.
+        masked: [R + 1, T + 1] bool. The flag alone says what is masked, so a prompt may
+            contain the mask id.
+        floats: [R + 1, len(FloatField)] float64.
+        ints: [R + 1, len(IntField)] int64.
+        quotas: [R + 1, Q] int64, tokens to write in each forward of a fixed schedule.
+        forwards: [R + 1] int64, forwards done; index into quotas and noise counter.
+        host: row -> its RowInit, for choices that the host makes.
+    """
+
+    def __init__(self, num_rows: int, max_len: int, device: torch.device) -> None:
+        rows, width = num_rows + 1, max_len + 1
+        self.device = device
+        self.max_len = max_len
+        self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        self.masked = torch.zeros(rows, width, dtype=torch.bool, device=device)
+        self.floats = torch.zeros(rows, len(FloatField), dtype=torch.float64, device=device)
+        self.ints = torch.zeros(rows, len(IntField), dtype=torch.int64, device=device)
+        quotas = min(max_len, MAX_GEN_LENGTH)
+        self.quotas = torch.zeros(rows, quotas, dtype=torch.int64, device=device)
+        self.forwards = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.host: dict[int, RowInit] = {}
+
+    def write_row(self, init: RowInit) -> None:
+        """Fill a row for a newly admitted request."""
+        row, prompt_len = init.row, len(init.prompt)
+        end = prompt_len + init.gen_length
+        self.tokens[row, :prompt_len] = torch.tensor(init.prompt, device=self.device)
+        self.masked[row] = False
+        self.masked[row, prompt_len:end] = True
+        self.floats[row] = torch.tensor(init.floats, dtype=torch.float64, device=self.device)
+        self.ints[row] = torch.tensor(init.ints, dtype=torch.int64, device=self.device)
+        if init.quotas:
+            self.quotas[row, : len(init.quotas)] = torch.tensor(init.quotas, device=self.device)
+        self.forwards[row] = 0
+        self.host[row] = init
+
+    def float_field(self, rows: Tensor, field: FloatField) -> Tensor:
+        """One float parameter of rows [n] int64 -> [n] float64."""
+        return self.floats[rows, int(field)]
+
+    def int_field(self, rows: Tensor, field: IntField) -> Tensor:
+        """One int parameter of rows [n] int64 -> [n] int64."""
+        return self.ints[rows, int(field)]
+
+    def read_answer(self, row: int, count: int) -> list[int]:
+        """The first ``count`` answer ids of a row, copied to the host."""
+        start = len(self.host[row].prompt)
+        ids: list[int] = self.tokens[row, start : start + count].tolist()
+        return ids
+
+    def read_masked(self, row: int) -> list[bool]:
+        """Masked flags of a row's answer, copied to the host."""
+        init = self.host[row]
+        start = len(init.prompt)
+        flags: list[bool] = self.masked[row, start : start + init.gen_length].tolist()
+        return flags

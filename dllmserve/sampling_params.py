@@ -1,0 +1,179 @@
+"""SamplingParams: how one request is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
+from dllmserve.errors import InvalidParameterError
+from dllmserve.registry import UNMASK_RULES
+
+#: Longest answer and largest step count a request may ask for.
+MAX_GEN_LENGTH = 8192
+MAX_STEPS = 8192
+MAX_STOP_STRINGS = 16
+
+REMASKING = ("low_confidence", "random")
+CONFIDENCE = ("probability", "margin", "neg_entropy")
+SCHEDULES = ("uniform", "dream")
+CACHES = ("none", "prefix", "dual")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """Parameters of one request. All of them may differ inside one batch.
+
+    Attributes:
+        temperature: 0 is greedy. Above 0, tokens are drawn by Gumbel noise in float64
+            (LLaDA's ``add_gumbel_noise``): ``argmax(z - T ln(-ln u))``.
+        max_tokens: for autoregressive models only; diffusion models read gen_length.
+        ignore_eos: keep decoding after an end-of-sequence id; token_ids then has exactly
+            gen_length ids.
+        gen_length: length of the answer in tokens, 1 to 8192.
+        steps: denoising steps for the whole answer, 1 to 8192, spread over the blocks as
+            evenly as they can be, at least one a block. Only ``unmask="steps"`` reads it.
+        cfg_scale: classifier-free guidance, ``l = l_u + (s + 1)(l_c - l_u)``; 0 is off.
+        remasking: "low_confidence" keeps the most confident proposals, "random" keeps
+            random ones (only with ``unmask="steps"``).
+        block_length: diffusion block; None means one block for the whole answer (with a
+            SparseConfig: its default_block_len). The last block may be shorter.
+        unmask: which positions are written in a step: "steps", "threshold", "factor" or
+            "entropy_bound".
+        threshold: least confidence for ``unmask="threshold"`` (Fast-dLLM).
+        factor: the factor f of ``unmask="factor"`` (Fast-dLLM).
+        entropy_bound: entropy budget in nats of ``unmask="entropy_bound"``.
+        confidence: "probability", "margin" (top-1 minus top-2) or "neg_entropy".
+        schedule: how ``unmask="steps"`` spreads an answer over the steps: "uniform"
+            (LLaDA) or "dream" (Dream's ``t`` from 1 to eps; confidence is then taken from
+            the tempered, filtered distribution, as Dream does).
+        eps: last time of the Dream schedule.
+        cache: "none" (exact), "prefix" or "dual" (Fast-dLLM). A SparseConfig given to
+            generate() selects sparse attention instead.
+        top_p: nucleus filter on the tempered distribution, in (0, 1]; 1 is off.
+        top_k: keep the k most likely tokens; 0 is off.
+        seed: makes the request's random draws repeatable, whatever else is in the batch.
+            None draws a fresh seed.
+        stop: string or strings that end the answer; the text is cut before the match.
+
+    Raises:
+        InvalidParameterError: (a ValueError) a field has a wrong type or value.
+        UnknownOptionError: (a TypeError) an unknown keyword.
+
+    Example:
+        >>> SamplingParams(temperature=0.0, gen_length=64, steps=64, block_length=32).cache
+        'none'
+    """
+
+    temperature: float = 1.0
+    max_tokens: int = 64
+    ignore_eos: bool = False
+    gen_length: int = 128
+    steps: int = 128
+    cfg_scale: float = 0.0
+    remasking: str = "low_confidence"
+    block_length: int | None = None
+    unmask: str = "steps"
+    threshold: float = 0.9
+    factor: float = 1.0
+    entropy_bound: float = 0.15
+    confidence: str = "probability"
+    schedule: str = "uniform"
+    eps: float = 1e-3
+    cache: str = "none"
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: str | list[str] | tuple[str, ...] | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
+        # dataclasses would say "unexpected keyword" without the nearest name
+        check_known(cls.__name__, kwargs, [f.name for f in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_choices()
+        object.__setattr__(self, "stop", _normalise_stop(self.stop))
+        self._check_combinations()
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The stop strings as a tuple, possibly empty."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def _check_numbers(self) -> None:
+        err = InvalidParameterError
+        check_float(err, "temperature", self.temperature, 0.0)
+        check_int(err, "max_tokens", self.max_tokens, 1)
+        check_int(err, "gen_length", self.gen_length, 1, MAX_GEN_LENGTH)
+        check_int(err, "steps", self.steps, 1, MAX_STEPS)
+        check_float(err, "cfg_scale", self.cfg_scale, 0.0)
+        if self.block_length is not None:
+            check_int(err, "block_length", self.block_length, 1, MAX_GEN_LENGTH)
+        if self.confidence == "neg_entropy":
+            check_float(err, "threshold", self.threshold)
+        else:
+            check_float(err, "threshold", self.threshold, 0.0, 1.0)
+        check_float(err, "factor", self.factor, 0.0)
+        check_float(err, "entropy_bound", self.entropy_bound, 0.0)
+        check_float(err, "eps", self.eps, 0.0, 1.0, low_open=True)
+        check_float(err, "top_p", self.top_p, 0.0, 1.0, low_open=True)
+        check_int(err, "top_k", self.top_k, 0)
+        if self.seed is not None:
+            check_int(err, "seed", self.seed, 0, 2**63 - 1)
+
+    def _check_choices(self) -> None:
+        err = InvalidParameterError
+        check_bool(err, "ignore_eos", self.ignore_eos)
+        check_choice(err, "remasking", self.remasking, REMASKING)
+        check_choice(err, "unmask", self.unmask, UNMASK_RULES)
+        check_choice(err, "confidence", self.confidence, CONFIDENCE)
+        check_choice(err, "schedule", self.schedule, SCHEDULES)
+        if self.cache == "sparse":
+            raise err(
+                "cache='sparse' is chosen by passing a SparseConfig: "
+                "generate(prompts, params, sparse_configs=SparseConfig(...))"
+            )
+        check_choice(err, "cache", self.cache, CACHES)
+
+    def _check_combinations(self) -> None:
+        """Refuse what would have to be ignored silently."""
+        if self.remasking == "random" and self.unmask != "steps":
+            raise InvalidParameterError(
+                f"remasking='random' works with unmask='steps' only, got unmask={self.unmask!r}"
+            )
+        if self.schedule == "dream" and self.unmask != "steps":
+            raise InvalidParameterError(
+                f"schedule='dream' works with unmask='steps' only, got unmask={self.unmask!r}"
+            )
+        if self.unmask == "factor" and self.confidence == "neg_entropy":
+            raise InvalidParameterError(
+                "unmask='factor' compares confidences with 1 - factor/(j+1), so it needs "
+                "confidence='probability' or 'margin', got 'neg_entropy'"
+            )
+        if self.unmask == "threshold" and self.confidence == "neg_entropy" and self.threshold > 0:
+            raise InvalidParameterError(
+                "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "
+                f"(for example -0.1), got {self.threshold:g}"
+            )
+
+
+def _normalise_stop(stop: Any) -> str | tuple[str, ...] | None:
+    if stop is None:
+        return None
+    if not isinstance(stop, (str, list, tuple)):
+        raise InvalidParameterError(
+            f"stop must be a string or a list of strings, got {stop!r} ({type(stop).__name__})"
+        )
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    if len(strings) > MAX_STOP_STRINGS:
+        raise InvalidParameterError(
+            f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(strings)}"
+        )
+    for item in strings:
+        if not isinstance(item, str) or not item:
+            raise InvalidParameterError(f"stop strings must be non-empty strings, got {item!r}")
+    return stop if isinstance(stop, str) else tuple(strings)

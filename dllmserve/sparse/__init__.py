@@ -1,0 +1,1 @@
+"""Sparse attention: the public configuration lives in :mod:`dllmserve.sparse.state`."""

@@ -1,0 +1,68 @@
+"""SparseConfig: which part of the context a block keeps attending to.
+
+Source: Sparse-dLLM (OpenMOSS) for the eviction rule, dLLM-Serve (arXiv 2512.17077)
+for the selection per K,V head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dllmserve._checks import check_bool, check_float, check_int, check_known
+from dllmserve.errors import InvalidParameterError
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Sparse attention of one request.
+
+    For each block of the answer, the first ``delay_step`` forwards run over the whole
+    canvas; the next one does too and then keeps, in every layer, the
+    ``int(candidates * retention_ratio)`` tokens outside the block that the block's mean
+    query likes best; all later forwards of the block compute the block alone against the
+    kept tokens.
+
+    Attributes:
+        enabled: False behaves as if no SparseConfig had been given.
+        retention_ratio: share of the tokens outside the block that is kept, 0 to 1.
+        delay_step: forwards over the whole canvas before the one that selects.
+        default_block_len: the window, from the block's start, whose queries score the
+            context and whose tokens never compete; a longer block widens it. Also the
+            block length when SamplingParams.block_length is None.
+        head_select: True selects per K,V head (dLLM-Serve), False one set for all heads
+            (Sparse-dLLM).
+        pool_kernel: width of the max-pooling over neighbouring scores; 1 is no pooling.
+
+    Raises:
+        InvalidParameterError: (a ValueError) a field has a wrong type or value.
+        UnknownOptionError: (a TypeError) an unknown keyword.
+
+    Example:
+        >>> SparseConfig(retention_ratio=0.25).keep(100)
+        25
+    """
+
+    enabled: bool = True
+    retention_ratio: float = 0.5
+    delay_step: int = 1
+    default_block_len: int = 32
+    head_select: bool = True
+    pool_kernel: int = 3
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
+        check_known(cls.__name__, kwargs, [f.name for f in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        err = InvalidParameterError
+        check_bool(err, "enabled", self.enabled)
+        check_float(err, "retention_ratio", self.retention_ratio, 0.0, 1.0)
+        check_int(err, "delay_step", self.delay_step, 0)
+        check_int(err, "default_block_len", self.default_block_len, 1)
+        check_bool(err, "head_select", self.head_select)
+        check_int(err, "pool_kernel", self.pool_kernel, 1)
+
+    def keep(self, candidates: int) -> int:
+        """Number of tokens kept out of ``candidates`` tokens outside the block."""
+        return int(candidates * self.retention_ratio)

@@ -1,0 +1,89 @@
+"""The unmask rules of one row, in scalar loops.
+
+Every rule takes the row's scores and its mask flags and returns the chosen slots, ascending. Equal
+scores are ordered by position, lower first; upstream leaves that to `torch.topk`.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+
+def split(n: int, steps: int) -> list[int]:
+    """LLaDA `get_num_transfer_tokens`: n masks over the steps, the remainder to the first ones."""
+    return [n // steps + (1 if t < n % steps else 0) for t in range(steps)]
+
+
+def dream_count(n: int, step: int, steps: int, eps: float = 1e-3) -> int:
+    """Dream `_sample`: how many of the n masks left are revealed at this step, in float32."""
+    if step == steps - 1:
+        return n
+    times = torch.linspace(1, eps, steps + 1)
+    return int(torch.tensor(float(n)) * (1 - times[step + 1] / times[step]))
+
+
+def dream_counts(n: int, steps: int, eps: float = 1e-3) -> list[int]:
+    """The counts of all steps, where each revealed slot stays revealed."""
+    counts: list[int] = []
+    for step in range(steps):
+        counts.append(dream_count(n - sum(counts), step, steps, eps))
+    return counts
+
+
+def ranked(scores: Sequence[float], masked: Sequence[bool]) -> list[int]:
+    """Masked slots by falling score."""
+    slots = [i for i, open_ in enumerate(masked) if open_]
+    return sorted(slots, key=lambda i: (-scores[i], i))
+
+
+def steps(confidence: Sequence[float], masked: Sequence[bool], count: int) -> list[int]:
+    """The fixed schedule (LLaDA `generate`): the `count` most confident slots."""
+    return sorted(ranked(confidence, masked)[:count])
+
+
+def threshold(confidence: Sequence[float], masked: Sequence[bool], tau: float) -> list[int]:
+    """Fast-dLLM `get_transfer_index`: the best slot always, any other iff c >= tau."""
+    order = ranked(confidence, masked)
+    return sorted(i for rank, i in enumerate(order) if rank == 0 or confidence[i] >= tau)
+
+
+def factor(confidence: Sequence[float], masked: Sequence[bool], f: float) -> list[int]:
+    """Fast-dLLM `get_transfer_index_dynamic`: rank j passes while c_j >= 1 - f / (j + 1).
+
+    Kept as upstream runs, not as meant: a failure at the last rank still reveals all slots, and so
+    does a failure at rank 2 of 2.
+    """
+    order = ranked(confidence, masked)
+    n = len(order)
+    if n == 0:
+        return []
+    stop = n - 1  # upstream's loop variable keeps its last value when no rank fails
+    for j in range(2, n + 1):  # rank 1 is compared with -1 and never fails
+        if confidence[order[j - 1]] < 1 - f / (j + 1):
+            stop = j - 1
+            break
+    if stop in (0, n - 1):
+        stop += 1
+    return sorted(order[:stop])
+
+
+def entropy_bound(entropy: Sequence[float], masked: Sequence[bool], gamma: float) -> list[int]:
+    """EB sampling: by rising entropy, slot j iff the entropies before it sum to at most gamma."""
+    order = ranked([-h for h in entropy], masked)
+    chosen: list[int] = []
+    spent = 0.0
+    for slot in order:
+        if chosen and spent > gamma:
+            break
+        chosen.append(slot)
+        spent += entropy[slot]
+    return sorted(chosen)
+
+
+def segments(start: int, length: int, block: int) -> list[tuple[int, int]]:
+    """The [start, end) of each block of an answer; the length must be a multiple of the block."""
+    if length % block:
+        raise ValueError(f"gen_length {length} is not a multiple of block_length {block}")
+    edges = range(start, start + length + 1, block)
+    return list(pairwise(edges))
