@@ -12,8 +12,8 @@
     ├── ConfigError            (ValueError)         a bad engine option
     ├── ModelError
     │   ├── ModelNotFoundError (FileNotFoundError)  no such directory, name or hub id
-    │   ├── UnsupportedModelError (ValueError)      an architecture or option we do not run
-    │   ├── WeightsError       (ValueError)         missing, unexpected, misshapen, truncated tensors
+    │   ├── UnsupportedModelError (ValueError)      an architecture we do not run
+    │   ├── WeightsError       (ValueError)         missing, misshapen or truncated tensors
     │   └── TokenizerError     (ValueError)         no tokenizer, no chat template
     ├── OutOfMemoryError       (MemoryError)        the device ran out of memory
     └── EngineError            (RuntimeError)       the engine failed, not the request

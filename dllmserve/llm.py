@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,10 +12,15 @@ from tqdm import tqdm
 from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
-from dllmserve.engine.core import is_live
 from dllmserve.engine.setup import EnginePlan, build_engine
 from dllmserve.engine.tokenizer import Tokenizer
-from dllmserve.errors import InvalidParameterError, InvalidRequestError, PromptError, TokenizerError
+from dllmserve.errors import (
+    EngineError,
+    InvalidParameterError,
+    InvalidRequestError,
+    PromptError,
+    TokenizerError,
+)
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.sampling_params import SamplingParams
@@ -68,8 +74,11 @@ class LLM:
         }
         self.config = EngineConfig.from_options("LLM", {**named, **engine_options})
         self._engine, self._plan = build_engine(self.config)
-        # the engine's state has one owner at a time
+        # one thread steps the engine at a time; a step serves the requests of all threads
         self._lock = threading.RLock()
+        self._live: dict[int, Request] = {}
+        self._outputs: dict[int, RequestOutput] = {}
+        self._canvases: dict[int, deque[CanvasStep]] = {}
 
     @property
     def spec(self) -> ModelSpec:
@@ -90,7 +99,7 @@ class LLM:
         self,
         prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        sparse_configs: SparseConfig | None | Sequence[SparseConfig | None] = None,
+        sparse_configs: SparseConfig | Sequence[SparseConfig | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
         """Complete prompts, many at a time.
@@ -113,7 +122,8 @@ class LLM:
         """
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise PromptError(
-                f"prompts must be a list of texts or of token-id lists, got {type(prompts).__name__}"
+                "prompts must be a list of texts or of token-id lists, "
+                f"got {type(prompts).__name__}"
             )
         count = len(prompts)
         params = _one_each("sampling_params", sampling_params, SamplingParams, count)
@@ -125,7 +135,7 @@ class LLM:
         self,
         messages: Messages | Sequence[Messages],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        sparse_configs: SparseConfig | None | Sequence[SparseConfig | None] = None,
+        sparse_configs: SparseConfig | Sequence[SparseConfig | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[dict[str, Any]]:
         """Answer one conversation, or several, with the checkpoint's chat template.
@@ -159,16 +169,16 @@ class LLM:
         request.
         """
         params = _one_each("sampling_params", sampling_params, SamplingParams, 1)[0]
+        sparse = _one_each("sparse_config", sparse_config, SparseConfig, 1, optional=True)[0]
         ids = self._prompt_ids(prompt, "prompt")
-        with self._lock:
-            request = self._engine.make_request(ids, params, sparse_config, watch=True)
-            self._engine.add(request)
-            try:
-                while is_live(request):
-                    for _, canvas in self._engine.step().watched:
-                        yield canvas
-            finally:
-                self._engine.abort(request)
+        (request,) = self._submit([ids], [params], [sparse], watch=True)
+        canvases = self._canvases[request.id]
+        try:
+            while self._advance(request) or canvases:
+                while canvases:
+                    yield canvases.popleft()
+        finally:
+            self._drop([request])
 
     def chat_ids(self, messages: Messages) -> list[int]:
         """Prompt ids of a conversation, rendered with the chat template."""
@@ -185,6 +195,8 @@ class LLM:
                     f"{name} is a text, but the checkpoint has no tokenizer: give token ids"
                 )
             return self._engine.tokenizer.encode(prompt)
+        if hasattr(prompt, "tolist"):  # a numpy array or a tensor
+            prompt = prompt.tolist()
         if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
             return list(prompt)
         raise PromptError(
@@ -199,27 +211,79 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Check all requests, then run them to the end."""
-        engine = self._engine
+        requests = self._submit(prompts, params, sparse)
+        bar = tqdm(total=len(requests), desc="Generating", disable=not use_tqdm or not requests)
+        try:
+            done = 0
+            for request in requests:
+                while self._advance(request):
+                    now = sum(r.id in self._outputs for r in requests)
+                    bar.update(now - done)
+                    done = now
+            bar.update(len(requests) - done)
+            return [self._outputs[r.id] for r in requests]
+        finally:
+            # after an error or Ctrl-C nothing of this call stays behind
+            self._drop(requests)
+            bar.close()
+
+    def _submit(
+        self,
+        prompts: list[list[int]],
+        params: list[Any],
+        sparse: list[Any],
+        *,
+        watch: bool = False,
+    ) -> list[Request]:
+        """Check all requests before any of them is queued."""
         with self._lock:
-            requests: list[Request] = [
-                engine.make_request(ids, params[i], sparse[i], name=f"prompts[{i}]")
+            requests = [
+                self._engine.make_request(
+                    ids, params[i], sparse[i], watch=watch, name=f"prompts[{i}]"
+                )
                 for i, ids in enumerate(prompts)
             ]
-            outputs: dict[int, RequestOutput] = {}
-            bar = tqdm(total=len(requests), desc="Generating", disable=not use_tqdm or not requests)
+            for request in requests:
+                self._engine.add(request)
+                self._live[request.id] = request
+                if watch:
+                    self._canvases[request.id] = deque()
+        return requests
+
+    def _advance(self, request: Request) -> bool:
+        """Run a step for everybody unless the request has ended; say whether it still runs.
+
+        Raises:
+            Exception: whatever ended the request, in this thread's step or in another's.
+        """
+        with self._lock:
+            if request.error is not None:
+                raise request.error
+            if request.id in self._outputs:
+                return False
             try:
-                for request in requests:
-                    engine.add(request)
-                while len(outputs) < len(requests):
-                    for request, output in engine.step().finished:
-                        outputs[request.id] = output
-                        bar.update()
-            finally:
-                # after an error or Ctrl-C nothing of this call stays behind
-                for request in requests:
-                    engine.abort(request)
-                bar.close()
-        return [outputs[r.id] for r in requests]
+                events = self._engine.step()
+            except BaseException as error:
+                # the step was cut short, so no request's state can be trusted any more
+                for other in self._live.values():
+                    other.error = EngineError(f"the engine's step failed: {error!r}")
+                    other.error.__cause__ = error
+                    self._engine.abort(other)
+                raise
+            for ended, output in events.finished:
+                self._outputs[ended.id] = output
+            for watched, canvas in events.watched:
+                self._canvases[watched.id].append(canvas)
+            return True
+
+    def _drop(self, requests: list[Request]) -> None:
+        """Forget requests, and free what those that still run hold."""
+        with self._lock:
+            for request in requests:
+                self._engine.abort(request)
+                self._live.pop(request.id, None)
+                self._outputs.pop(request.id, None)
+                self._canvases.pop(request.id, None)
 
 
 def _one_each(

@@ -87,7 +87,7 @@ class SamplingParams:
     stop: str | list[str] | tuple[str, ...] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
-        # dataclasses would say "unexpected keyword" without the nearest name
+        """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
         check_known(cls.__name__, kwargs, [f.name for f in fields(cls)])
         return super().__new__(cls)
 

@@ -116,7 +116,7 @@ def _without(z: Tensor, mask_id: int) -> Tensor:
 
 
 def _gumbel_argmax(tempered: Tensor, params: RowParams) -> Tensor:
-    """argmax of z/T - ln(-ln u) in float64: one draw of softmax(z/T) per row."""
+    """Argmax of z/T - ln(-ln u) in float64: one draw of softmax(z/T) per row."""
     ids = torch.arange(tempered.shape[-1], device=tempered.device)
     u = token_uniforms(params.keys, ids)  # [n, V]
     return (tempered.double() - (-u.log()).log()).argmax(dim=-1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import random
 from dataclasses import dataclass
 
 import torch
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.request import Request, Status
+from dllmserve.core.request import Request
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.engine.text import AnswerText
@@ -81,7 +82,7 @@ class EngineCore:
         """
         if sparse is not None and not sparse.enabled:
             sparse = None
-        _check_prompt(prompt_ids, self.spec, name)
+        prompt_ids = _checked_prompt(prompt_ids, self.spec, name)
         limit = self.scheduler.limits.max_model_len
         total = len(prompt_ids) + params.gen_length
         if total > limit:
@@ -204,16 +205,20 @@ class EngineCore:
         )
 
 
-def _check_prompt(ids: list[int], spec: ModelSpec, name: str) -> None:
+def _checked_prompt(ids: list[int], spec: ModelSpec, name: str) -> list[int]:
+    """The prompt as plain ints (numpy integers are welcome), or an error that says where."""
     if not ids:
         raise PromptError(f"{name} is empty: give at least one token")
+    checked = []
     for place, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, int):
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
             raise PromptError(f"{name}[{place}] must be an integer token id, got {token!r}")
         if not 0 <= token < spec.vocab_size:
             raise PromptError(
                 f"{name}[{place}] is {token}, outside the vocabulary 0..{spec.vocab_size - 1}"
             )
+        checked.append(operator.index(token))
+    return checked
 
 
 def _out_of_memory(error: RuntimeError, tokens: int) -> OutOfMemoryError | None:
@@ -224,8 +229,3 @@ def _out_of_memory(error: RuntimeError, tokens: int) -> OutOfMemoryError | None:
         return None
     first = text.strip().splitlines()[0]
     return OutOfMemoryError(f"out of memory in a step of {tokens} tokens ({first}): {OOM_ADVICE}")
-
-
-def is_live(request: Request) -> bool:
-    """True while a request waits or runs."""
-    return request.status in (Status.WAITING, Status.RUNNING)

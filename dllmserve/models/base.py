@@ -16,7 +16,7 @@ class AttentionContext(Protocol):
     """What a model's forward needs from the step: attention with its cache."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [N, Hq, D], k and v [N, Hkv, D] (rotated) -> [N, Hq, D]."""
+        """Q [N, Hq, D], k and v [N, Hkv, D] (rotated) -> [N, Hq, D]."""
         ...
 
 

@@ -207,7 +207,7 @@ def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     for path in files:
         try:
             with safe_open(path, framework="pt", device="cpu") as handle:
-                for name in handle.keys():  # noqa: SIM118 - safe_open is not a mapping
+                for name in handle.keys():
                     yield name, handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path} cannot be read (truncated or corrupt?): {error}") from error

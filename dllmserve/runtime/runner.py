@@ -190,9 +190,8 @@ class ModelRunner:
             by_rule.setdefault(entry.rule, []).append(index)
         table = self.table
         for name, members in by_rule.items():
-            pick = slice(None)
-            if len(by_rule) > 1:
-                pick = torch.tensor(members, device=table.device)
+            everyone = len(by_rule) == 1
+            pick = slice(None) if everyone else torch.tensor(members, device=table.device)
             rows = inputs.rows[pick]
             forwards = table.forwards[rows].clamp(max=table.quotas.shape[1] - 1)
             view = RuleView(

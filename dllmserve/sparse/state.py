@@ -51,6 +51,7 @@ class SparseConfig:
     pool_kernel: int = 3
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
+        """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
         check_known(cls.__name__, kwargs, [f.name for f in fields(cls)])
         return super().__new__(cls)
 
