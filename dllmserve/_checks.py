@@ -48,8 +48,16 @@ def check_float(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise err(f"{name} must be {bounds}, got {value!r} ({type(value).__name__})")
     too_low = low is not None and (value < low or (low_open and value == low))
-    if not math.isfinite(value) or too_low or (high is not None and value > high):
+    if not _finite(value) or too_low or (high is not None and value > high):
         raise err(f"{name} must be {bounds}, got {value}")
+
+
+def _finite(value: int | float) -> bool:
+    """Whether a float can hold the value; ints may be too large."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_bool(err: ErrorType, name: str, value: Any) -> None:

@@ -239,7 +239,11 @@ class LLM:
         with self._lock:
             requests = [
                 self._engine.make_request(
-                    ids, params[i], sparse[i], watch=watch, name=f"prompts[{i}]"
+                    ids,
+                    params[i],
+                    sparse[i],
+                    watch=watch,
+                    name="prompt" if watch else f"prompts[{i}]",
                 )
                 for i, ids in enumerate(prompts)
             ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
 from dllmserve.errors import InvalidParameterError
-from dllmserve.registry import UNMASK_RULES
+from dllmserve.registry import CACHE_POLICIES, UNMASK_RULES
 
 #: Longest answer and largest step count a request may ask for.
 MAX_GEN_LENGTH = 8192
@@ -17,7 +17,8 @@ MAX_STOP_STRINGS = 16
 REMASKING = ("low_confidence", "random")
 CONFIDENCE = ("probability", "margin", "neg_entropy")
 SCHEDULES = ("uniform", "dream")
-CACHES = ("none", "prefix", "dual")
+#: "sparse" is chosen by a SparseConfig
+CACHES = tuple(name for name in CACHE_POLICIES if name != "sparse")
 
 
 @dataclass(frozen=True)

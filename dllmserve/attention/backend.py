@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,13 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowSelect
 from dllmserve.models.base import AttentionContext
+
+
+def host_to_device(
+    values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """A 1-D tensor of host numbers on the device; on a GPU this is one small copy."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import KVStore
+from dllmserve.attention.backend import KVStore, host_to_device
 from dllmserve.attention.select import select_tokens
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, StepPlan, Write
@@ -123,7 +123,7 @@ def _build(
     spans: list[Span], start: int, kv: KVStore, selects: dict[int, RowSelect], shift: int
 ) -> _Group:
     span, batch, device = spans[0], len(spans), kv.k.device
-    rows = torch.tensor([s.row for s in spans], device=device)
+    rows = host_to_device([s.row for s in spans], device)
     positions = torch.arange(span.q_start, span.q_start + span.q_len, device=device)
     end = span.q_start + span.q_len
     cached, fresh, writes = span.ctx_len, True, None

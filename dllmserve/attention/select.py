@@ -35,7 +35,8 @@ def select_tokens(
         scores = scores.mean(dim=(1, 2))[:, None]  # [b, 1, C]
     if pool_kernel > 1:
         # an even kernel yields one score too many; the extra one is dropped
-        pooled = F.max_pool1d(scores, pool_kernel, stride=1, padding=pool_kernel // 2)
+        width = min(pool_kernel, 2 * candidates + 1)  # which already covers everything
+        pooled = F.max_pool1d(scores, width, stride=1, padding=width // 2)
         scores = pooled[..., :candidates]
     order = _best(scores, keep)
     kept = order.sort(dim=-1).values.transpose(1, 2)  # [b, keep, Hkv or 1]

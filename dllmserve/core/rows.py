@@ -8,6 +8,9 @@ from enum import IntEnum
 from dllmserve.core.request import Request
 from dllmserve.sampling_params import CONFIDENCE
 
+#: A larger k filters nothing, but would not fit the table.
+_MAX_TOP_K = 2**31 - 1
+
 
 class FloatField(IntEnum):
     """Columns of the state table's float64 parameters."""
@@ -90,7 +93,7 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
     ints = (
         request.prompt_len,
         params.gen_length,
-        params.top_k,
+        min(params.top_k, _MAX_TOP_K),
         request.seed,
         CONFIDENCE.index(params.confidence),
         int(params.schedule == "dream"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional as F
 
 from dllmserve.decoding.rule import RuleView, Update, write_best
 
@@ -22,6 +23,7 @@ class EntropyBoundRule:
             raise ValueError("the entropy_bound rule needs the entropy statistic")
         ranked = view.entropy.sort(dim=-1).values  # [n, W], +inf behind
         real = torch.isfinite(ranked)
-        before = torch.where(real, ranked, 0.0).cumsum(dim=-1) - torch.where(real, ranked, 0.0)
+        spent = torch.where(real, ranked, 0.0).cumsum(dim=-1)
+        before = F.pad(spent[:, :-1], (1, 0))  # a difference would round
         passing = (before <= view.entropy_bound[:, None]) & real
         return write_best(view, -view.entropy, passing.sum(dim=-1))

@@ -96,11 +96,14 @@ def row_stats(
     z = z.float()
     base, allowed = z, z
     if sampled or filtered:
-        # temperature 0 leaves the logits as they are
+        # temperature 0 leaves the distribution as it is; a tiny one must not overflow, so
+        # the largest logit is taken off first
         scale = torch.where(params.temperature > 0, params.temperature, 1.0)
-        allowed = (z.double() / scale[:, None]).float()
+        top = z.amax(dim=-1, keepdim=True).double()
+        allowed = ((z.double() - top) / scale[:, None]).float()
         if filtered:
-            allowed = filter_logits(allowed, params.top_p, params.top_k)
+            kept = filter_logits(allowed, params.top_p, params.top_k)
+            allowed = _keep_runner_up(kept, allowed, mask_id)
         base = torch.where(params.tempered[:, None], allowed, z)
     candidates = _without(allowed, mask_id)
     token = candidates.argmax(dim=-1)  # [n]
@@ -113,6 +116,12 @@ def row_stats(
 def _without(z: Tensor, mask_id: int) -> Tensor:
     ids = torch.arange(z.shape[-1], device=z.device)
     return z.masked_fill(ids == mask_id, float("-inf"))
+
+
+def _keep_runner_up(kept: Tensor, z: Tensor, mask_id: int) -> Tensor:
+    """Let the best token besides the mask id stay, or a filter might leave nothing else."""
+    best = _without(z, mask_id).argmax(dim=-1, keepdim=True)  # [n, 1]
+    return kept.scatter(1, best, z.gather(1, best))
 
 
 def _gumbel_argmax(tempered: Tensor, params: RowParams) -> Tensor:

@@ -95,6 +95,8 @@ class EngineCore:
                 f"a SparseConfig and cache={params.cache!r} exclude each other: "
                 "use cache='none' with sparse attention, or no SparseConfig"
             )
+        if params.stop_strings and self.tokenizer is None:
+            raise InvalidParameterError("stop strings need a tokenizer, and this checkpoint has none")
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         request = Request(
             id=next(self._ids),

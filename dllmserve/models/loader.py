@@ -102,7 +102,7 @@ def definition_for(config: dict[str, Any]) -> ModelDefinition:
         raise UnsupportedModelError(
             f"config.json has no 'architectures'; supported architectures: {supported}"
         )
-    if names[0] not in MODELS:
+    if not isinstance(names[0], str) or names[0] not in MODELS:
         raise UnsupportedModelError(
             f"architecture {names[0]!r} is not supported; supported architectures: {supported}"
         )
@@ -112,7 +112,13 @@ def definition_for(config: dict[str, Any]) -> ModelDefinition:
 
 def read_spec(config: dict[str, Any]) -> ModelSpec:
     """The ModelSpec of a config.json, checked for values no engine could use."""
-    spec = definition_for(config).spec(config)
+    definition = definition_for(config)
+    try:
+        spec = definition.spec(config)
+    except UnsupportedModelError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise UnsupportedModelError(f"config.json has a value of a wrong type: {error}") from error
     for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
         if getattr(spec, name) < 1:
             raise UnsupportedModelError(f"config.json: {name} is {getattr(spec, name)}")
@@ -184,7 +190,8 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         table = _read_json(index, "").get("weight_map", {})
-        names = sorted(set(table.values()))
+        values = table.values() if isinstance(table, dict) else []
+        names = sorted({str(name) for name in values})
         absent = [n for n in names if not (directory / n).is_file()]
         if absent or not names:
             listed = ", ".join(absent) or "(the index lists none)"

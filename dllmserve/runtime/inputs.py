@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllmserve.attention.backend import host_to_device
 from dllmserve.core.plan import StepPlan
 from dllmserve.runtime.state_table import StateTable
 
@@ -41,8 +42,7 @@ class StepInputs:
 def build_inputs(plan: StepPlan, table: StateTable, mask_id: int, logit_shift: int) -> StepInputs:
     """Gather a step's inputs from the state table."""
     device = table.device
-    packed = torch.frombuffer(plan.pack(), dtype=torch.int32).view(-1, 9)
-    spans = packed.to(device=device, dtype=torch.int64)  # the step's one copy to the device
+    spans = host_to_device(plan.pack(), device).view(-1, 9)  # the step's one copy
     row, q_start, q_len = spans[:, 0], spans[:, 1], spans[:, 2]
     total = plan.tokens
     starts = q_len.cumsum(0) - q_len  # first packed token of each span

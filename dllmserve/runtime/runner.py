@@ -8,7 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from dllmserve.attention.backend import AttentionBackend, KVStore
+from dllmserve.attention.backend import AttentionBackend, KVStore, host_to_device
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepEntry, StepPlan
 from dllmserve.core.rows import FloatField, IntField, RowInit
@@ -76,13 +76,13 @@ class ModelRunner:
         self._backend = backend
         self._head = LogitsHead(decoder.head_weight, max_logit_rows, decoder.spec.mask_id)
         self._rules: dict[str, UnmaskRule] = {n: resolve(UNMASK_RULES, n)() for n in UNMASK_RULES}
-        self._eos = torch.tensor(decoder.spec.eos_ids, dtype=torch.int64, device=table.device)
+        self._eos = host_to_device(decoder.spec.eos_ids, table.device)
 
     def admit(self, init: RowInit) -> None:
         """Fill a row of the state table and its page table."""
         self.table.write_row(init)
         if init.pages:
-            pages = torch.tensor(init.pages, dtype=torch.int64, device=self.table.device)
+            pages = host_to_device(init.pages, self.table.device)
             self.kv.page_table[init.row, : len(init.pages)] = pages
 
     @torch.inference_mode()
@@ -191,7 +191,7 @@ class ModelRunner:
         table = self.table
         for name, members in by_rule.items():
             everyone = len(by_rule) == 1
-            pick = slice(None) if everyone else torch.tensor(members, device=table.device)
+            pick = slice(None) if everyone else host_to_device(members, table.device)
             rows = inputs.rows[pick]
             forwards = table.forwards[rows].clamp(max=table.quotas.shape[1] - 1)
             view = RuleView(

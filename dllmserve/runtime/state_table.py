@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dllmserve.attention.backend import host_to_device
 from dllmserve.core.rows import FloatField, IntField, RowInit
 from dllmserve.sampling_params import MAX_GEN_LENGTH
 
@@ -40,13 +41,13 @@ class StateTable:
         """Fill a row for a newly admitted request."""
         row, prompt_len = init.row, len(init.prompt)
         end = prompt_len + init.gen_length
-        self.tokens[row, :prompt_len] = torch.tensor(init.prompt, device=self.device)
+        self.tokens[row, :prompt_len] = host_to_device(init.prompt, self.device)
         self.masked[row] = False
         self.masked[row, prompt_len:end] = True
-        self.floats[row] = torch.tensor(init.floats, dtype=torch.float64, device=self.device)
-        self.ints[row] = torch.tensor(init.ints, dtype=torch.int64, device=self.device)
+        self.floats[row] = host_to_device(init.floats, self.device, torch.float64)
+        self.ints[row] = host_to_device(init.ints, self.device)
         if init.quotas:
-            self.quotas[row, : len(init.quotas)] = torch.tensor(init.quotas, device=self.device)
+            self.quotas[row, : len(init.quotas)] = host_to_device(init.quotas, self.device)
         self.forwards[row] = 0
         self.host[row] = init
 

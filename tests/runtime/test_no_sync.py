@@ -1,0 +1,96 @@
+"""A step on the meta device: no value is ever read by the host, no tensor left behind.
+
+Meta tensors have shapes but no data, so a hidden ``.item()``, ``nonzero`` or boolean index
+raises here, and so does an operation that mixes in a tensor from another device.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dllmserve import SamplingParams, SparseConfig
+from dllmserve.attention.backend import KVStore
+from dllmserve.attention.sdpa import SdpaBackend
+from dllmserve.core.request import Request
+from dllmserve.core.rows import row_inits
+from dllmserve.core.scheduler import EntryReport, Limits, Scheduler
+from dllmserve.models.decoder import Decoder
+from dllmserve.models.loader import find_model, read_config, read_spec
+from dllmserve.registry import CACHE_POLICIES, resolve
+from dllmserve.runtime.runner import ModelRunner
+from dllmserve.runtime.state_table import StateTable
+
+META = torch.device("meta")
+LENGTH = 256
+
+
+def _requests() -> list[Request]:
+    """Every policy, rule, confidence and sampler in one batch."""
+    block = {"gen_length": 64, "block_length": 32}
+    given: list[tuple[SamplingParams, SparseConfig | None]] = [
+        (SamplingParams(temperature=0.0, steps=32, **block), None),
+        (SamplingParams(top_p=0.9, top_k=5, steps=32, cache="dual", cfg_scale=1.0, **block), None),
+        (SamplingParams(temperature=0.0, unmask="threshold", cache="prefix", **block), None),
+        (SamplingParams(temperature=0.0, unmask="entropy_bound", **block), SparseConfig()),
+        (
+            SamplingParams(temperature=0.0, unmask="factor", confidence="margin", **block),
+            SparseConfig(head_select=False, delay_step=0),
+        ),
+        (
+            SamplingParams(
+                schedule="dream", confidence="neg_entropy", remasking="random", gen_length=64
+            ),
+            None,
+        ),
+    ]
+    return [
+        Request(
+            id=i,
+            prompt_ids=[5] * (10 + i),
+            params=params,
+            sparse=sparse,
+            seed=i,
+            policy="sparse" if sparse else params.cache,
+        )
+        for i, (params, sparse) in enumerate(given)
+    ]
+
+
+def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
+    spec = read_spec(read_config(find_model("tiny")))
+    limits = Limits(
+        max_model_len=LENGTH,
+        max_num_seqs=16,
+        max_num_batched_tokens=4096,
+        max_logit_rows=1024,
+        page_size=32,
+        num_pages=200,
+    )
+    policies = {name: resolve(CACHE_POLICIES, name)() for name in CACHE_POLICIES}
+    scheduler = Scheduler(spec, limits, policies.__getitem__)
+    kv = KVStore.create(
+        spec,
+        num_pages=limits.num_pages,
+        page_size=limits.page_size,
+        num_rows=limits.max_num_seqs,
+        pages_per_row=LENGTH // limits.page_size,
+        dtype=torch.bfloat16,
+        device=META,
+    )
+    table = StateTable(limits.max_num_seqs, LENGTH, META)
+    decoder = Decoder(spec, torch.bfloat16, META, LENGTH)
+    runner = ModelRunner(decoder, table, kv, SdpaBackend(spec), limits.max_logit_rows)
+    requests = _requests()
+    for request in requests:
+        scheduler.add(request)
+    for _ in range(4):  # the first blocks go through refresh, selection and reuse
+        plan, picked, admitted = scheduler.schedule()
+        plan.validate(LENGTH)
+        assert len(picked) == len(requests)
+        for request in admitted:
+            for init in row_inits(request, spec.mask_id):
+                runner.admit(init)
+        handle = runner.execute(plan)
+        assert handle.proposals.tokens.device == META
+        progress = [EntryReport(r.progress.masks_left - 1, 0, -1) for r in picked]
+        scheduler.commit(picked, progress)

@@ -1,0 +1,131 @@
+"""The state table, the packed inputs and the chunked head."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllmserve.core.plan import Span, StepEntry, StepPlan
+from dllmserve.core.rows import FloatField, IntField, RowInit, RowSelect
+from dllmserve.decoding.stats import RowParams
+from dllmserve.runtime.inputs import build_inputs, compact
+from dllmserve.runtime.logits import LogitsHead, Segment
+from dllmserve.runtime.state_table import StateTable
+
+CPU = torch.device("cpu")
+MASK = 99
+
+
+def init(row: int, prompt: list[int], gen: int, quotas: tuple[int, ...] = ()) -> RowInit:
+    return RowInit(
+        row=row,
+        prompt=prompt,
+        gen_length=gen,
+        floats=(0.5, 0.9, 0.8, 0.7, 0.6, 0.4),
+        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1),
+        quotas=quotas,
+        pages=[],
+        confidence="probability",
+        sampled=False,
+        filtered=False,
+        select=RowSelect(),
+    )
+
+
+def test_rows_are_filled_and_reused() -> None:
+    table = StateTable(2, 16, CPU)
+    table.write_row(init(1, [5, MASK, 7], 6, (2, 2, 2)))
+    assert table.read_masked(1) == [True] * 6
+    table.tokens[1, 3:9] = torch.arange(6)
+    table.masked[1, 3:5] = False
+    table.forwards[1] = 2
+    assert table.read_answer(1, 4) == [0, 1, 2, 3]
+    assert table.read_masked(1) == [False] * 2 + [True] * 4
+    row = torch.tensor([1])
+    assert table.int_field(row, IntField.SEED).tolist() == [2**63 - 1]
+    assert table.float_field(row, FloatField.CFG_SCALE).tolist() == [0.4]
+    table.write_row(init(1, [8], 2))
+    assert table.read_masked(1) == [True, True]
+    assert int(table.masked[1].sum()) == 2
+    assert int(table.forwards[1]) == 0
+    assert not bool(table.masked[0].any())
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_compact_is_nonzero(flags: list[bool]) -> None:
+    given_flags = torch.tensor(flags, dtype=torch.bool)
+    got = compact(given_flags, sum(flags))
+    assert got.tolist() == given_flags.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_inputs(shift: int) -> None:
+    """Ids, positions and head rows of a plan with two widths and one guided entry."""
+    table = StateTable(4, 12, CPU)
+    for row, prompt in ((0, [11, 12, MASK]), (1, [21, 22]), (2, [MASK, MASK])):
+        table.write_row(init(row, prompt, 6))
+    table.tokens[:, 2:5] = 50
+    table.masked[0, 4] = False  # a committed token
+    table.masked[1:3, 3] = False
+    first = Span(0, 0, 9, 0, 0, 0, 3, 4, 0)
+    start = 2 - shift
+    guided = Span(1, start, 3 + shift, 2, 0, 0, shift, 3, 0)
+    plan = StepPlan(
+        (
+            StepEntry(first, None, 3, "steps"),
+            StepEntry(guided, guided._replace(row=2), 2, "steps"),
+        )
+    )
+    inputs = build_inputs(plan, table, MASK, shift)
+    window = list(range(start, 5))
+    assert inputs.positions.tolist() == [*range(9), *window, *window]
+    side = [MASK, 50, MASK]  # canvas 2, 3 and 4 of rows 1 and 2
+    head = [[22], [MASK]] if shift else [[], []]
+    expected = [11, 12, 50, MASK, 50] + [MASK] * 4 + head[0] + side + head[1] + side
+    assert inputs.ids.tolist() == expected
+    assert inputs.rows.tolist() == [0, 1]
+    assert inputs.uncond_rows.tolist() == [2]
+    assert inputs.block.tolist() == [[3, 4, 5, 6], [2, 3, 4, 12]]
+    assert inputs.eligible.tolist() == [[True, False, True, True], [True, False, True, False]]
+    assert inputs.head_cells.tolist() == [0, 2, 3, 4, 6]
+    second, third = 9, 9 + 3 + shift
+    assert inputs.head_rows.tolist() == [3 - shift, 5 - shift, 6 - shift, second, second + 2]
+    assert inputs.head_uncond.tolist() == [third, third + 2]
+
+
+@pytest.mark.parametrize("max_rows", [2, 3, 5, 100])
+def test_the_head_never_holds_more_rows_than_it_may(
+    max_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(13, 6, generator=generator)
+    hidden = torch.randn(30, 6, generator=generator)
+    seen: list[int] = []
+    linear = torch.nn.functional.linear
+
+    def counted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return linear(x, w)
+
+    monkeypatch.setattr("dllmserve.runtime.logits.F.linear", counted)
+    rows = torch.arange(10)
+    scale = torch.full((10,), 0.5, dtype=torch.float64)
+    params = RowParams(
+        temperature=torch.zeros(10, dtype=torch.float64),
+        top_p=torch.ones(10, dtype=torch.float64),
+        top_k=torch.zeros(10, dtype=torch.int64),
+        tempered=torch.zeros(10, dtype=torch.bool),
+        keys=torch.zeros(10, dtype=torch.int64),
+    )
+    segments = [Segment(6, False, False, False), Segment(4, True, False, False)]
+    stats = LogitsHead(weight, max_rows, 12).stats(
+        hidden, rows, torch.arange(20, 24), scale, params, segments, frozenset()
+    )
+    plain = linear(hidden[:10], weight)
+    twin = linear(hidden[20:24], weight)
+    plain[6:] = twin + 1.5 * (plain[6:] - twin)
+    plain[:, 12] = -torch.inf
+    assert stats.token.tolist() == plain.argmax(dim=-1).tolist()
+    assert max(seen) <= max_rows
+    halves = [n for n in seen if n <= max_rows // 2]
+    assert len(halves) >= 2  # a guided row counts twice
