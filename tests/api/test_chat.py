@@ -1,0 +1,153 @@
+"""chat() and the tokenizer behind it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllmserve import LLM, SamplingParams
+from dllmserve.engine.tokenizer import load_tokenizer
+from dllmserve.errors import PromptError, TokenizerError
+from tests.checkpoints import CHAT_TEMPLATE, byte_tokenizer
+from tests.conftest import Engines
+
+PARAMS = SamplingParams(temperature=0.0, gen_length=6, steps=3, ignore_eos=True)
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.fixture
+def llm(engines: Engines, byte_checkpoint: Path) -> LLM:
+    return engines(byte_checkpoint)
+
+
+def test_the_template_is_applied(llm: LLM) -> None:
+    assert llm.tokenizer is not None
+    ids = llm.chat_ids([USER])
+    assert ids == [257, *llm.tokenizer.encode("Hi"), 256, 258]
+    chatted = llm.chat([USER], PARAMS, use_tqdm=False)
+    generated = llm.generate([ids], PARAMS, use_tqdm=False)
+    assert chatted == generated
+
+
+def test_several_conversations(llm: LLM) -> None:
+    long = [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, USER]
+    both = llm.chat([[USER], long], [PARAMS, PARAMS], use_tqdm=False)
+    assert both == [llm.chat(c, PARAMS, use_tqdm=False)[0] for c in ([USER], long)]
+    assert both[0]["usage"]["prompt_tokens"] == 5
+    assert both[1]["usage"]["prompt_tokens"] == 11
+    assert llm.chat([], PARAMS) == []
+
+
+@pytest.mark.parametrize(
+    ("messages", "part"),
+    [
+        ("Hi", "must be a list of messages, got str"),
+        (3, "got int"),
+        (None, "got NoneType"),
+        ([{"content": "Hi"}], "'role' and 'content'"),
+        ([{"role": 3, "content": "Hi"}], "'role' and 'content'"),
+        ([{"role": "user"}], "content must be a text"),
+        ([{"role": "user", "content": ["Hi"]}], "content must be a text"),
+        ([[USER], []], "conversation 1 must be a non-empty list"),
+        ([[USER], 5], "conversation 1"),
+        ([["Hi"]], "'role' and 'content'"),
+        (["Hi"], "'role' and 'content'"),
+    ],
+)
+def test_bad_messages(llm: LLM, messages: Any, part: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        llm.chat(messages, PARAMS, use_tqdm=False)
+    assert part in str(caught.value)
+
+
+def test_a_template_may_refuse(llm: LLM) -> None:
+    with pytest.raises(TokenizerError, match="refused the messages: no errors"):
+        llm.chat([{"role": "error", "content": "x"}], PARAMS)
+
+
+def test_without_a_tokenizer(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    plain = engines(checkpoints["llada"])
+    assert plain.tokenizer is None
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        plain.chat([USER], PARAMS)
+    with pytest.raises(TokenizerError, match="give token ids"):
+        plain.generate(["Hi"], PARAMS)
+    output = plain.generate([[1, 2]], PARAMS, use_tqdm=False)[0]
+    assert output["text"] == ""
+    assert len(output["token_ids"]) == 6
+
+
+def settings(folder: Path, **changes: Any) -> None:
+    """A byte tokenizer whose tokenizer_config.json holds the changes."""
+    byte_tokenizer(folder, chat=False)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rendered(folder: Path) -> str:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    assert tokenizer.has_chat_template
+    return tokenizer.render_chat([USER])
+
+
+def test_where_templates_are_found(tmp_path: Path) -> None:
+    expected = "<|user|>Hi<|end|><|assistant|>"
+    settings(tmp_path, chat_template=CHAT_TEMPLATE)
+    assert rendered(tmp_path) == expected
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": CHAT_TEMPLATE}]
+    settings(tmp_path, chat_template=named)
+    assert rendered(tmp_path) == expected
+    settings(tmp_path, chat_template="not this one")
+    (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    assert rendered(tmp_path) == expected
+
+
+def test_special_tokens_may_be_text_or_objects(tmp_path: Path) -> None:
+    settings(tmp_path, chat_template="{{ eos_token }}{{ bos_token }}{{ pad_token }}")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"bos_token": "<s>", "pad_token": None})
+    )
+    assert rendered(tmp_path) == "<|end|><s>"
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ messages[0].role.missing.deeper }}"])
+def test_broken_templates(tmp_path: Path, template: str) -> None:
+    settings(tmp_path, chat_template=template)
+    with pytest.raises(TokenizerError, match="chat template failed"):
+        rendered(tmp_path)
+
+
+def test_templates_are_sandboxed(tmp_path: Path) -> None:
+    settings(tmp_path, chat_template="{{ messages.__class__.__mro__ }}{{ [].append(1) }}")
+    with pytest.raises(TokenizerError, match="chat template failed"):
+        rendered(tmp_path)
+
+
+def test_no_chat_template(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path, chat=False)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
+    assert not tokenizer.has_chat_template
+    with pytest.raises(TokenizerError, match="no chat template; use generate"):
+        tokenizer.render_chat([USER])
+
+
+def test_no_tokenizer_files_at_all(tmp_path: Path) -> None:
+    assert load_tokenizer(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["{", "", "[]", '{"version": "1.0"}'])
+def test_a_broken_tokenizer(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_broken_tokenizer_config(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path, chat=False)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not valid JSON"):
+        load_tokenizer(tmp_path)

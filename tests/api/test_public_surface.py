@@ -1,0 +1,135 @@
+"""The public names: present, documented, and cheap to import."""
+
+import importlib
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+
+import dllmserve
+from dllmserve import LLM, SamplingParams, SparseConfig, errors, registry
+
+DOCUMENTED = ("LLM", "SamplingParams", "SparseConfig", "CanvasStep", "RequestOutput")
+
+
+def run(code: str) -> str:
+    """Output of a fresh interpreter."""
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_all_is_what_can_be_imported() -> None:
+    assert {*dllmserve.__all__} == {*DOCUMENTED, "__version__"}
+    assert dir(dllmserve) == sorted(dllmserve.__all__)
+    namespace: dict[str, object] = {}
+    exec("from dllmserve import *", namespace)
+    assert {*dllmserve.__all__} <= set(namespace)
+    for name in dllmserve.__all__:
+        assert getattr(dllmserve, name) is namespace[name]
+
+
+def test_an_absent_name() -> None:
+    with pytest.raises(AttributeError, match="'dllmserve' has no attribute 'Llm'"):
+        dllmserve.Llm  # noqa: B018
+    with pytest.raises(ImportError):
+        exec("from dllmserve import Llm")
+
+
+def test_importing_loads_no_torch() -> None:
+    code = "import dllmserve, sys; print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    assert run(code) == "set()"
+    code = (
+        "from dllmserve import SamplingParams, SparseConfig; import dllmserve.errors, sys;"
+        "SamplingParams(); SparseConfig(); print('torch' in sys.modules)"
+    )
+    assert run(code) == "False"
+
+
+def test_documented_import_paths() -> None:
+    from dllmserve.sparse.state import SparseConfig as documented
+
+    assert documented is SparseConfig
+    assert LLM.__module__ == "dllmserve.llm"
+    assert dllmserve.__version__.count(".") >= 1
+
+
+def signature(kind: type) -> dict[str, object]:
+    parameters = inspect.signature(kind.__init__).parameters  # type: ignore[misc]
+    return {name: p.default for name, p in parameters.items() if name != "self"}
+
+
+def test_documented_signatures() -> None:
+    """Names, order and defaults of the API reference."""
+    params = {
+        "temperature": 1.0,
+        "max_tokens": 64,
+        "ignore_eos": False,
+        "gen_length": 128,
+        "steps": 128,
+        "cfg_scale": 0.0,
+        "remasking": "low_confidence",
+    }
+    assert list(signature(SamplingParams).items())[:7] == list(params.items())
+    sparse = {
+        "enabled": True,
+        "retention_ratio": 0.5,
+        "delay_step": 1,
+        "default_block_len": 32,
+        "head_select": True,
+    }
+    assert list(signature(SparseConfig).items())[:5] == list(sparse.items())
+    llm = {
+        "enforce_eager": False,
+        "tensor_parallel_size": 1,
+        "max_model_len": None,
+        "trust_remote_code": True,
+    }
+    assert list(signature(LLM))[:5] == ["model", *llm]
+    assert {**signature(LLM), **llm} == signature(LLM)
+    generate = inspect.signature(LLM.generate).parameters
+    assert list(generate) == ["self", "prompts", "sampling_params", "sparse_configs", "use_tqdm"]
+    assert generate["use_tqdm"].default is True
+    assert generate["sparse_configs"].default is None
+
+
+def test_parameters_are_values() -> None:
+    assert SamplingParams() == SamplingParams(temperature=1.0)
+    assert hash(SparseConfig()) == hash(SparseConfig())
+    assert SamplingParams(stop=["a", "b"]).stop_strings == ("a", "b")
+    assert SamplingParams(stop="ab").stop_strings == ("ab",)
+    assert SamplingParams().stop_strings == ()
+    with pytest.raises(AttributeError):
+        SamplingParams().temperature = 0.5  # type: ignore[misc]
+
+
+def test_every_public_name_is_documented() -> None:
+    for name in DOCUMENTED:
+        kind = getattr(dllmserve, name)
+        assert inspect.getdoc(kind)
+        for field in fields(kind) if name != "LLM" else ():
+            assert field.name in inspect.getdoc(kind), f"{name}.{field.name}"  # type: ignore[operator]
+    members = [m for n, m in vars(LLM).items() if not n.startswith("_")]
+    assert all(inspect.getdoc(member) for member in members)
+    for name, kind in vars(errors).items():
+        if inspect.isclass(kind) and issubclass(kind, errors.DllmServeError):
+            assert inspect.getdoc(kind)
+            assert name in (errors.__doc__ or "")
+
+
+def test_registered_names_resolve() -> None:
+    tables = ("MODELS", "UNMASK_RULES", "CACHE_POLICIES", "ATTENTION_BACKENDS")
+    for table in tables:
+        for name in getattr(registry, table):
+            assert registry.resolve(getattr(registry, table), name) is not None
+    with pytest.raises(KeyError):
+        registry.resolve(registry.MODELS, "absent")
+
+
+def test_every_module_imports_alone_and_is_documented() -> None:
+    import pkgutil
+
+    for module in pkgutil.walk_packages(dllmserve.__path__, "dllmserve."):
+        if not module.name.endswith("__main__"):
+            assert importlib.import_module(module.name).__doc__, module.name

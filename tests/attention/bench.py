@@ -1,0 +1,148 @@
+"""A K,V store with known contents, on which a backend is compared with the naive loops."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from dllmserve.attention.backend import AttentionBackend, KVStore
+from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from dllmserve.core.rows import RowSelect
+from dllmserve.registry import ATTENTION_BACKENDS, resolve
+from tests.attention.naive import Slots, attend, keep
+from tests.helpers import PLAIN
+
+LENGTH = 24  # slots of a row
+HEADS = [(4, 4, 8), (4, 2, 8), (3, 1, 6), (6, 2, 4), (1, 1, 16)]
+CPU = torch.device("cpu")
+
+
+class Bench:
+    """Rows whose slots are known, with shuffled pages and NaN wherever nothing was written."""
+
+    def __init__(
+        self,
+        heads: tuple[int, int, int],
+        name: str,
+        shift: int,
+        page: int,
+        device: torch.device = CPU,
+    ) -> None:
+        self.device = device
+        self.heads, self.kv_heads, self.dim = heads
+        self.spec = replace(
+            PLAIN,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.dim,
+            num_layers=2,
+            logit_shift=shift,
+        )
+        self.backend: AttentionBackend = resolve(ATTENTION_BACKENDS, name)(self.spec)
+        if reasons := self.backend.unsupported(self.spec, device):
+            pytest.skip("; ".join(reasons))
+        self.rows: dict[int, Slots] = {}
+        self.generator = torch.Generator().manual_seed(sum(heads) + page)
+        per_row = -(-LENGTH // page)
+        self.kv = KVStore.create(
+            self.spec,
+            num_pages=8 * per_row,
+            page_size=page,
+            num_rows=8,
+            pages_per_row=per_row,
+            dtype=torch.float32,
+            device=device,
+        )
+        self.kv.k.fill_(torch.nan)
+        self.kv.v.fill_(torch.nan)
+        pages = torch.randperm(8 * per_row, generator=self.generator) + 1
+        self.kv.page_table[:8] = pages.view(8, per_row).to(device)
+
+    def random(self, count: int, heads: int) -> Tensor:
+        return torch.randn(count, heads, self.dim, generator=self.generator)
+
+    def fill(self, row: int, length: int) -> None:
+        """Write slots 0..length - 1 of a row, in layer 1 only."""
+        k, v = self.random(length, self.kv_heads), self.random(length, self.kv_heads)
+        self.rows[row] = {i: (k[i], v[i]) for i in range(length)}
+        slots = self.slots(row, list(range(length)))
+        self.kv.k[1, slots], self.kv.v[1, slots] = k.to(self.device), v.to(self.device)
+
+    def slots(self, row: int, positions: list[int]) -> Tensor:
+        """Slots [n] in the store of a row's positions."""
+        wanted = torch.tensor(positions, dtype=torch.int64, device=self.device)
+        return self.kv.slots(torch.tensor([row], device=self.device), wanted)[0]
+
+    def check(self, spans: list[Span], selects: dict[int, RowSelect]) -> None:
+        """Attend a plan in layer 1 and compare outputs and slots with the naive loops."""
+        plan = StepPlan(tuple(StepEntry(s, None, 0, "steps") for s in spans))
+        plan.validate(LENGTH)
+        q = self.random(plan.tokens, self.heads)
+        k, v = self.random(plan.tokens, self.kv_heads), self.random(plan.tokens, self.kv_heads)
+        moved = [t.to(self.device) for t in (q, k, v)]
+        out = self.backend.prepare(plan, self.kv, selects).attend(1, *moved).cpu()
+        assert out.shape == q.shape
+        ends = [0]
+        for span in spans:
+            ends.append(ends[-1] + span.q_len)
+        for span, (low, high) in zip(spans, pairwise(ends), strict=True):
+            mine = slice(low, high)
+            slots = self.rows.setdefault(span.row, {})
+            expected = attend(span, q[mine], k[mine], v[mine], slots)
+            torch.testing.assert_close(out[mine], expected, atol=1e-5, rtol=1e-5)
+            if span.write >= Write.SELECT_PER_HEAD:
+                ties = "topk" if self.device == CPU else "position"
+                how, shift = selects[span.row], self.spec.logit_shift
+                slots.update(keep(span, q[mine], k[mine], v[mine], how, shift, ties))
+        self.check_slots()
+        assert bool(self.kv.k[0].isnan().all())  # the other layer is untouched
+
+    def check_slots(self) -> None:
+        """Written slots hold what they should, all others are still NaN."""
+        stored_k, stored_v = self.kv.k[1].cpu(), self.kv.v[1].cpu()
+        written = torch.zeros(len(stored_k), dtype=torch.bool)
+        for row, slots in self.rows.items():
+            places = self.slots(row, list(slots)).tolist()
+            for place, (k, v) in zip(places, slots.values(), strict=True):
+                written[place] = True
+                assert torch.equal(stored_k[place], k)
+                assert torch.equal(stored_v[place], v)
+        assert bool(stored_k[~written].isnan().all())
+        assert bool(stored_v[~written].isnan().all())
+
+
+def span(row: int, start: int, length: int, ctx: int, write: Write, **more: int) -> Span:
+    base = {"keep": 0, "blk_off": 0, "blk_len": length, "stair": 0} | more
+    return Span(row, start, length, ctx, int(write), **base)
+
+
+def mixed_plans(bench: Bench) -> None:
+    """Two steps that hold every write mode, ragged and with equal neighbours."""
+    for row, length in ((1, 9), (2, 9), (3, LENGTH), (4, 13)):
+        bench.fill(row, length)
+    selects = {5: RowSelect(3, 4), 6: RowSelect(3, 4), 7: RowSelect(2, 8)}
+    bench.check(
+        [
+            span(0, 0, 7, 0, Write.NONE),  # nothing cached
+            span(1, 9, 5, 9, Write.NONE),  # prefix reuse, twice the same shape
+            span(2, 9, 5, 9, Write.NONE),
+            span(3, 6, 7, LENGTH, Write.ALL),  # dual reuse in the middle
+            span(4, 0, 13, 0, Write.ALL),  # refresh over what was there
+            span(5, 0, 17, 0, Write.SELECT_PER_HEAD, keep=6, blk_off=5, blk_len=4),
+            span(6, 0, 17, 0, Write.SELECT_PER_HEAD, keep=6, blk_off=5, blk_len=4),
+            span(7, 0, 15, 0, Write.SELECT_SHARED, keep=4, blk_off=9, blk_len=3),
+        ],
+        selects,
+    )
+    bench.check(
+        [
+            span(4, 11, 2, 13, Write.ALL),  # dual reuse at the end
+            span(5, 5, 4, 6, Write.NONE),  # sparse reuse of what was kept
+            span(6, 4, 5, 6, Write.NONE, blk_off=1, blk_len=4),
+            span(7, 9, 3, 4, Write.NONE),
+            span(0, 3, 1, 0, Write.NONE),  # one query that sees itself only
+        ],
+        selects,
+    )

@@ -1,0 +1,56 @@
+"""A span attended in loops, from the definition in core/plan.py alone."""
+
+import torch
+from torch import Tensor
+
+from dllmserve.core.plan import Span, Write
+from dllmserve.core.rows import RowSelect
+from tests.oracles import sparse_dllm
+
+Slots = dict[int, tuple[Tensor, Tensor]]  # slot of a row -> K [Hkv, D], V [Hkv, D]
+
+
+def attend(span: Span, q: Tensor, k: Tensor, v: Tensor, slots: Slots) -> Tensor:
+    """Output [q_len, Hq, D] of q, k, v [q_len, H, D]; Write.ALL fills the row's slots."""
+    positions = range(span.q_start, span.q_start + span.q_len)
+    if span.write == Write.ALL:
+        slots.update({p: (k[i], v[i]) for i, p in enumerate(positions)})
+        seen = [p for p in range(span.ctx_len) if p not in positions]
+    else:
+        seen = list(range(span.ctx_len))
+    keys = [(s, *slots[s]) for s in seen] + [(p, k[i], v[i]) for i, p in enumerate(positions)]
+    out = torch.empty_like(q)
+    group = q.shape[1] // k.shape[1]
+    for i, p in enumerate(positions):
+        visible = [e for e in keys if not span.stair or e[0] // span.stair <= p // span.stair]
+        for head in range(q.shape[1]):
+            own_k = torch.stack([e[1][head // group] for e in visible])
+            own_v = torch.stack([e[2][head // group] for e in visible])
+            weights = (own_k @ q[i, head] / q.shape[2] ** 0.5).softmax(dim=0)
+            out[i, head] = weights @ own_v
+    return out
+
+
+def keep(
+    span: Span, q: Tensor, k: Tensor, v: Tensor, how: RowSelect, shift: int, ties: str
+) -> Slots:
+    """What a selecting span leaves in the row's first slots."""
+    until = min(span.blk_off + max(span.blk_len, how.window), span.q_len)
+    inside = range(max(span.blk_off - shift, 0), until)
+    outside = [i for i in range(span.q_len) if i not in inside]
+    per_head = span.write == Write.SELECT_PER_HEAD
+    mean = q[span.blk_off : until].mean(dim=0).view(k.shape[1], -1, k.shape[2])
+    scores = torch.einsum("hgd,nhd->hgn", mean, k[outside])
+    reduced = scores.amax(dim=1) if per_head else scores.mean(dim=(0, 1))[None]
+    chosen = [
+        sparse_dllm.greatest(sparse_dllm.max_pool(row, how.pool_kernel), span.keep, ties)
+        for row in reduced.tolist()
+    ]
+    kept: Slots = {}
+    for slot in range(span.keep):
+        picks = [outside[chosen[h if per_head else 0][slot]] for h in range(k.shape[1])]
+        kept[slot] = (
+            torch.stack([k[p, h] for h, p in enumerate(picks)]),
+            torch.stack([v[p, h] for h, p in enumerate(picks)]),
+        )
+    return kept

@@ -1,0 +1,90 @@
+"""Every attention backend against the naive span, for every write mode and shape."""
+
+import random
+
+import pytest
+
+from dllmserve.core.plan import Write
+from dllmserve.core.rows import RowSelect
+from dllmserve.registry import ATTENTION_BACKENDS
+from tests.attention.bench import HEADS, LENGTH, Bench, mixed_plans, span
+
+
+@pytest.fixture(
+    params=[(b, s, p) for b in ATTENTION_BACKENDS for s, p in ((0, 1), (1, 5), (0, 32))]
+)
+def setup(request: pytest.FixtureRequest) -> tuple[str, int, int]:
+    made: tuple[str, int, int] = request.param
+    return made
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_all_modes_in_one_ragged_plan(
+    heads: tuple[int, int, int], setup: tuple[str, int, int]
+) -> None:
+    bench = Bench(heads, *setup)
+    mixed_plans(bench)
+
+
+@pytest.mark.parametrize("heads", HEADS[:3])
+def test_stairs(heads: tuple[int, int, int], setup: tuple[str, int, int]) -> None:
+    bench = Bench(heads, *setup)
+    bench.fill(1, 9)
+    bench.fill(2, 20)
+    bench.check(
+        [
+            span(0, 0, 11, 0, Write.ALL, stair=4),
+            span(1, 9, 6, 9, Write.NONE, stair=5),
+            span(2, 4, 8, 20, Write.ALL, stair=4),
+        ],
+        {},
+    )
+
+
+@pytest.mark.parametrize("write", [Write.SELECT_PER_HEAD, Write.SELECT_SHARED])
+@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 41])
+@pytest.mark.parametrize("window", [0, 3, 6, 100])
+def test_selection_windows(
+    setup: tuple[str, int, int], write: Write, kernel: int, window: int
+) -> None:
+    bench = Bench((4, 2, 8), *setup)
+    offset, width, total = 8, 3, 19
+    until = min(offset + max(width, window), total)
+    candidates = total - (until - offset) - setup[1]
+    for place, count in enumerate(sorted({0, 1, candidates // 2, candidates})):
+        how = {place: RowSelect(kernel, window)}
+        one = span(place, 0, total, 0, write, keep=count, blk_off=offset, blk_len=width)
+        bench.check([one], how)
+        bench.check([span(place, offset, width, count, Write.NONE)], how)
+
+
+def test_equal_shapes_with_other_settings_are_kept_apart(setup: tuple[str, int, int]) -> None:
+    bench = Bench((4, 2, 8), *setup)
+    both = {"keep": 4, "blk_off": 6, "blk_len": 4}
+    bench.check(
+        [
+            span(0, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
+            span(1, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
+            span(2, 0, 16, 0, Write.SELECT_SHARED, **both),
+        ],
+        {0: RowSelect(1, 4), 1: RowSelect(3, 4), 2: RowSelect(3, 4)},
+    )
+
+
+def test_random_plans(setup: tuple[str, int, int]) -> None:
+    """Rows that refresh and reuse in any order, as mixed requests do."""
+    rng = random.Random(str(setup))
+    bench = Bench((6, 2, 4), *setup)
+    for _ in range(12):
+        spans = []
+        for row in rng.sample(range(8), rng.randint(1, 6)):
+            known = len(bench.rows.get(row, {}))
+            if known == LENGTH and rng.random() < 0.7:
+                start = rng.randrange(LENGTH)
+                length = rng.randint(1, LENGTH - start)
+                mode = rng.choice([Write.NONE, Write.ALL])
+                ctx = LENGTH if mode == Write.ALL else start
+                spans.append(span(row, start, length, ctx, mode))
+            else:
+                spans.append(span(row, 0, LENGTH, 0, Write.ALL))
+        bench.check(spans, {})

@@ -1,0 +1,54 @@
+"""A plan checks its own contract, and packs to nine integers a span."""
+
+from typing import Any
+
+import pytest
+
+from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+
+GOOD = Span(0, 2, 6, 8, int(Write.ALL), 0, 1, 4, 0)
+
+
+def entry(uncond: bool = False, masks: int = 2, **changes: Any) -> StepEntry:
+    span = GOOD._replace(**changes)
+    twin = span._replace(row=span.row + 10) if uncond else None
+    return StepEntry(span, twin, masks, "steps")
+
+
+def test_derived_positions() -> None:
+    assert (GOOD.blk_start, GOOD.blk_end, GOOD.refresh) == (3, 7, False)
+    assert GOOD._replace(q_start=0, ctx_len=6).refresh
+
+
+def test_order_of_spans_and_totals() -> None:
+    plan = StepPlan((entry(), entry(row=1, uncond=True), entry(row=2, uncond=True)))
+    plan.validate(16)
+    assert [s.row for s in plan.spans] == [0, 1, 2, 11, 12]
+    assert plan.guided == 2
+    assert plan.tokens == 30
+    assert [e.logit_rows for e in plan.entries] == [2, 4, 4]
+    packed = plan.pack()
+    assert packed.itemsize == 4
+    assert [tuple(packed[i : i + 9]) for i in range(0, len(packed), 9)] == [*plan.spans]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ((entry(uncond=True), entry(row=1)), "guidance must come last"),
+        ((entry(), entry()), "row appears twice"),
+        ((entry(q_len=0, blk_len=0),), "query range outside the canvas"),
+        ((entry(q_start=-1),), "query range outside the canvas"),
+        ((entry(q_start=11),), "query range outside the canvas"),
+        ((entry(blk_off=-1),), "block outside the query range"),
+        ((entry(blk_len=6),), "block outside the query range"),
+        ((entry(write=9),), "bad write mode"),
+        ((entry(keep=-1),), "bad write mode, keep"),
+        ((entry(ctx_len=-1),), "bad write mode, keep or ctx_len"),
+        ((entry(masks=5),), "5 masks in a block of 4"),
+        ((entry(masks=-1),), "-1 masks in a block of 4"),
+    ],
+)
+def test_broken_plans(entries: tuple[StepEntry, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StepPlan(entries).validate(16)

@@ -1,0 +1,151 @@
+"""Rules against their scalar twins, on drawn confidences."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dllmserve.decoding.rule import RuleView, UnmaskRule, rank_of
+from dllmserve.registry import UNMASK_RULES, resolve
+from tests.oracles import rules
+
+#: few values, so that ties are common, beside any value at all
+CONFIDENCE = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]), st.floats(0.0, 1.0))
+ENTROPY = st.one_of(st.sampled_from([0.0, 0.1, 0.5]), st.floats(0.0, 6.0))
+Row = list[tuple[bool, float, float]]  # masked, confidence, entropy
+ROWS = st.lists(
+    st.lists(st.tuples(st.booleans(), CONFIDENCE, ENTROPY), min_size=1, max_size=9),
+    min_size=1,
+    max_size=4,
+)
+PARAMETERS = st.fixed_dictionaries(
+    {
+        "quota": st.integers(1, 9),
+        "threshold": CONFIDENCE,
+        "factor": st.floats(0.0, 4.0),
+        "entropy_bound": ENTROPY,
+    }
+)
+Parameters = dict[str, float]
+Twin = Callable[[list[float], list[float], list[bool], Parameters], list[int]]
+
+TWINS: dict[str, Twin] = {
+    "steps": lambda c, h, m, p: rules.steps(c, m, int(p["quota"])),
+    "threshold": lambda c, h, m, p: rules.threshold(c, m, p["threshold"]),
+    "factor": lambda c, h, m, p: rules.factor(c, m, p["factor"]),
+    "entropy_bound": lambda c, h, m, p: rules.entropy_bound(h, m, p["entropy_bound"]),
+}
+
+
+def view(rows: list[Row], parameters: list[Parameters]) -> RuleView:
+    """Rows of different lengths as padded tensors; what is not eligible is -inf and +inf."""
+    width = max(len(row) for row in rows)
+    shape = (len(rows), width)
+    eligible = torch.zeros(shape, dtype=torch.bool)
+    confidence = torch.full(shape, -torch.inf, dtype=torch.float64)
+    entropy = torch.full(shape, torch.inf, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        for j, (masked, c, h) in enumerate(row):
+            if masked:
+                eligible[i, j], confidence[i, j], entropy[i, j] = True, c, h
+
+    def column(name: str) -> Tensor:
+        dtype = torch.int64 if name == "quota" else torch.float64
+        return torch.tensor([p[name] for p in parameters], dtype=dtype)
+
+    tokens = torch.arange(len(rows) * width).view(shape)
+    return RuleView(
+        eligible=eligible,
+        tokens=tokens,
+        confidence=confidence,
+        entropy=entropy,
+        quota=column("quota"),
+        threshold=column("threshold"),
+        factor=column("factor"),
+        entropy_bound=column("entropy_bound"),
+    )
+
+
+def rule(name: str) -> UnmaskRule:
+    made: UnmaskRule = resolve(UNMASK_RULES, name)()
+    return made
+
+
+def test_every_rule_has_a_twin() -> None:
+    assert set(TWINS) == set(UNMASK_RULES)
+    for name in UNMASK_RULES:
+        assert rule(name).needs <= {"entropy"}
+
+
+@pytest.mark.parametrize("name", TWINS)
+@given(rows=ROWS, data=st.data())
+def test_rule_equals_its_twin(name: str, rows: list[Row], data: st.DataObject) -> None:
+    parameters = [data.draw(PARAMETERS) for _ in rows]
+    given_view = view(rows, parameters)
+    update = rule(name).apply(given_view)
+    assert torch.equal(update.tokens, given_view.tokens)
+    assert not bool((update.write & ~given_view.eligible).any())
+    for i, row in enumerate(rows):
+        masked = [m for m, _, _ in row]
+        twin = TWINS[name]([c for _, c, _ in row], [h for _, _, h in row], masked, parameters[i])
+        assert update.write[i].nonzero().flatten().tolist() == twin
+        assert bool(update.write[i].any()) == any(masked)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_rows_do_not_see_each_other(name: str) -> None:
+    rows = [[(True, c, 1 - c) for c in row] for row in ([0.9, 0.2], [0.1, 0.8, 0.8], [0.5])]
+    parameters: list[Parameters] = [
+        {"quota": 1 + i, "threshold": 0.3 * i, "factor": 1.0 + i, "entropy_bound": 0.2 * i}
+        for i in range(3)
+    ]
+    together = rule(name).apply(view(rows, parameters)).write
+    for i, row in enumerate(rows):
+        alone = rule(name).apply(view([row], parameters[i : i + 1])).write
+        assert together[i, : len(row)].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("confidence", "count"),
+    [
+        ([0.99, 0.98, 0.9, 0.5], 4),  # a failure at the last rank writes that one too
+        ([0.99, 0.9, 0.2], 3),
+        ([0.3, 0.2], 2),  # rank 2 of 2 fails, and is written
+        ([0.3], 1),
+        ([0.4, 0.9, 0.1, 0.2], 1),
+        ([0.99] * 6, 6),
+    ],
+)
+def test_factor_keeps_upstreams_quirks(confidence: list[float], count: int) -> None:
+    parameters: Parameters = {"quota": 1, "threshold": 0.0, "factor": 1.0, "entropy_bound": 0.0}
+    write = rule("factor").apply(view([[(True, c, 0.0) for c in confidence]], [parameters])).write
+    assert int(write.sum()) == count
+
+
+@pytest.mark.parametrize(
+    ("bound", "count"), [(0.0, 1), (0.005, 1), (0.01, 2), (0.07, 3), (0.15, 3), (0.27, 4)]
+)
+def test_the_entropy_bound_counts_the_entropies_before(bound: float, count: int) -> None:
+    row: Row = [(True, 0.0, h) for h in (0.01, 0.05, 0.2, 1.0)]
+    parameters: Parameters = {"quota": 1, "threshold": 0, "factor": 0, "entropy_bound": bound}
+    write = rule("entropy_bound").apply(view([row], [parameters])).write
+    assert int(write.sum()) == count
+
+
+def test_the_entropy_rule_says_when_the_statistic_is_missing() -> None:
+    from dataclasses import replace
+
+    row: Row = [(True, 0.5, 0.5)]
+    parameters: Parameters = {"quota": 1, "threshold": 0, "factor": 0, "entropy_bound": 0}
+    with pytest.raises(ValueError, match="entropy"):
+        rule("entropy_bound").apply(replace(view([row], [parameters]), entropy=None))
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=1, max_size=12))
+def test_ties_go_to_the_lower_position(keys: list[float]) -> None:
+    order = sorted(range(len(keys)), key=lambda i: (-keys[i], i))
+    expected = [order.index(i) for i in range(len(keys))]
+    assert rank_of(torch.tensor([keys]))[0].tolist() == expected

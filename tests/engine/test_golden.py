@@ -1,0 +1,58 @@
+"""Upstream's own outputs, token for token, through the whole engine."""
+
+import random
+
+import pytest
+
+from tests import helpers
+from tests.conftest import Engines
+
+CASES = [
+    pytest.param(name, index, id=f"{name}-{index}-{case.kind}")
+    for name in helpers.MODELS
+    for index, case in enumerate(helpers.golden(name))
+]
+#: engine options that must change nothing
+OPTIONS = {
+    "defaults": {},
+    "two-logit-rows": {"max_logit_rows": 2},
+    "seven-logit-rows": {"max_logit_rows": 7},
+    "small-steps": {"max_num_batched_tokens": 180},
+    "page-of-one": {"page_size": 1},
+    "page-of-seven": {"page_size": 7, "max_num_batched_tokens": 700},
+    "two-rows": {"max_num_seqs": 2},
+    "few-pages": {"kv_pages": 6, "max_num_seqs": 16},
+    "short-model": {"max_model_len": 160, "max_logit_rows": 33},
+}
+
+
+@pytest.mark.parametrize(("name", "index"), CASES)
+def test_alone(engines: Engines, name: str, index: int) -> None:
+    case = helpers.golden(name)[index]
+    llm = engines(helpers.GOLDEN / name)
+    output = llm.generate([case.prompt], case.params, case.sparse, use_tqdm=False)[0]
+    assert output["token_ids"] == case.output
+    assert output["text"] == ""
+    assert output["finish_reason"] == "length"
+    assert output["usage"]["prompt_tokens"] == len(case.prompt)
+    assert output["usage"]["completion_tokens"] == len(case.output)
+
+
+@pytest.mark.parametrize("name", helpers.MODELS)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_mixed(engines: Engines, name: str, options: dict[str, int]) -> None:
+    order = random.Random(str(options))
+    cases = helpers.golden(name)
+    cases = order.sample(cases, len(cases) // (3 if options else 1))
+    llm = engines(helpers.GOLDEN / name, **options)
+    assert helpers.run_cases(llm, cases) == [c.output for c in cases]
+
+
+@pytest.mark.parametrize("name", helpers.MODELS)
+def test_what_was_in_the_pages_before_does_not_matter(engines: Engines, name: str) -> None:
+    llm = engines(helpers.GOLDEN / name)
+    kv = llm._engine._runner.kv
+    kv.k.fill_(float("nan"))
+    kv.v.fill_(float("nan"))
+    cases = helpers.golden(name)
+    assert helpers.run_cases(llm, cases) == [c.output for c in cases]

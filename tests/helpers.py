@@ -1,0 +1,121 @@
+"""Golden cases as engine arguments, and small things that many tests need."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dllmserve import LLM, SamplingParams, SparseConfig
+from dllmserve.core.model_spec import ModelSpec
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = ("llada-kv4of4", "llada-kv2of4", "dream-kv2of4")
+DREAM_CONFIDENCE = {
+    "maskgit_plus": "probability",
+    "entropy": "neg_entropy",
+    "topk_margin": "margin",
+}
+
+#: specs for tests that need no weights
+PLAIN = ModelSpec(
+    architecture="test",
+    vocab_size=50,
+    embedding_size=50,
+    hidden_size=8,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_size=8,
+    max_model_len=128,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    mask_id=49,
+    eos_ids=(48,),
+)
+SHIFTED = replace(PLAIN, logit_shift=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A golden case as arguments of generate()."""
+
+    kind: str
+    prompt: list[int]
+    output: list[int]
+    params: SamplingParams
+    sparse: SparseConfig | None
+
+
+def golden_case(case: dict[str, Any]) -> Case:
+    """The engine's parameters for an upstream script's."""
+    given = case["params"]
+    options: dict[str, Any] = {"gen_length": given["gen_length"], "steps": given["steps"]}
+    sparse = None
+    if case["kind"] == "dream":
+        options |= {"schedule": "dream", "eps": given["eps"]}
+        options |= {"confidence": DREAM_CONFIDENCE[given["alg"]]}
+    else:
+        options |= {"block_length": given["block_length"], "remasking": given["remasking"]}
+    if case["kind"] == "llada":
+        options |= {"cfg_scale": given["cfg_scale"]}
+    if case["kind"] == "fast-dllm":
+        options |= {"cache": given["cache"]}
+        if given["threshold"] is not None:
+            options |= {"unmask": "threshold", "threshold": given["threshold"]}
+    if case["kind"] == "sparse-dllm":
+        names = ("retention_ratio", "pool_kernel", "delay_step", "head_select")
+        sparse = SparseConfig(**{name: given[name] for name in names})
+    params = SamplingParams(temperature=0.0, ignore_eos=True, **options)
+    return Case(case["kind"], case["prompt"], case["output"], params, sparse)
+
+
+@cache
+def golden_raw(name: str) -> list[dict[str, Any]]:
+    """All cases of a golden checkpoint, as they are in its file."""
+    cases: list[dict[str, Any]] = json.loads((GOLDEN / name / "cases.json").read_text())["cases"]
+    return cases
+
+
+@cache
+def golden(name: str) -> list[Case]:
+    """The generation cases of a golden checkpoint."""
+    return [golden_case(c) for c in golden_raw(name) if c["kind"] != "forward"]
+
+
+def run_cases(llm: LLM, cases: list[Case]) -> list[list[int]]:
+    """Token ids of all cases, mixed in one call; rows and pages must add up afterwards."""
+    outputs = llm.generate(
+        [c.prompt for c in cases],
+        [c.params for c in cases],
+        [c.sparse for c in cases],
+        use_tqdm=False,
+    )
+    check_idle(llm)
+    return [output["token_ids"] for output in outputs]
+
+
+def answer(
+    llm: LLM, prompt: list[int], params: SamplingParams, sparse: SparseConfig | None = None
+) -> list[int]:
+    """Token ids of one prompt alone."""
+    ids: list[int] = llm.generate([prompt], params, sparse, use_tqdm=False)[0]["token_ids"]
+    return ids
+
+
+def check_idle(llm: LLM) -> None:
+    """Nothing waits or runs, and rows and pages are all free."""
+    scheduler = llm._engine.scheduler
+    scheduler.check_integrity()
+    assert not scheduler.has_work
+    assert scheduler.allocator.num_free == scheduler.limits.num_pages
+
+
+def random_prompt(seed: int, length: int) -> list[int]:
+    """Seeded ids 1..58: no mask id and no end id of the checkpoints in conftest.SHAPES."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(1, 59, (length,), generator=generator).tolist()
+    return ids
