@@ -1,0 +1,6 @@
+"""``python -m dllmserve``: the command line."""
+
+from dllmserve.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""The typer application: commands, help texts and what an error looks like."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from dllmserve import __version__
+from dllmserve.cli.generate import EPILOG, generate
+from dllmserve.cli.info import info
+
+# the base of all usage errors; newer typer versions bring their own click
+_USAGE_ERRORS: Any = tuple(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(
+    name="dllmserve",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="A first look: [bold]dllmserve generate[/bold] (the embedded model, no download)",
+)
+app.command(epilog=EPILOG)(generate)
+app.command()(info)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dllmserve {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            metavar=" ",
+            callback=_print_version,
+            is_eager=True,
+            help="Show the version.",
+        ),
+    ] = False,
+) -> None:
+    """Generate text with diffusion language models (LLaDA, Dream)."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), nl=False)
+
+
+def run(args: Sequence[str] | None = None) -> int:
+    """Run the application and return the exit code; usage errors are one line."""
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(
+            args=None if args is None else list(args),
+            prog_name="dllmserve",
+            standalone_mode=False,
+        )
+        sys.stdout.flush()
+    except _USAGE_ERRORS as error:
+        typer.echo(f"error: {' '.join(str(error.format_message()).split())}", err=True)
+        return int(error.exit_code)
+    except typer.Abort:
+        return 1
+    except BrokenPipeError:
+        # the reader went away (| head); without this Python complains once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,206 @@
+"""``dllmserve generate``: answer prompts, live in a terminal, plainly in a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dllmserve.cli.canvas import CanvasText
+from dllmserve.cli.failure import short_errors
+from dllmserve.cli.loading import loading
+from dllmserve.cli.options import (
+    ENGINE,
+    SAMPLING,
+    SPARSE,
+    ModelOption,
+    engine_config,
+    sampling_params,
+    sparse_config,
+    with_options,
+)
+from dllmserve.cli.prompts import read_prompts
+from dllmserve.cli.screen import Screen
+from dllmserve.config import EngineConfig
+from dllmserve.errors import TokenizerError
+from dllmserve.outputs import RequestOutput
+
+if TYPE_CHECKING:  # loads torch
+    from dllmserve.llm import LLM
+    from dllmserve.sampling_params import SamplingParams
+    from dllmserve.sparse.state import SparseConfig
+
+#: more prompts than this run as one batch, which is faster but cannot be watched
+LIVE_PROMPTS = 3
+
+EPILOG = """
+[bold]Examples[/bold]
+
+dllmserve generate --demo
+
+dllmserve generate "Compute 347 + 586 step by step."
+
+dllmserve generate --unmask threshold "Sort the numbers: 9 41 7"
+
+dllmserve generate --file prompts.txt --json > answers.jsonl
+
+dllmserve generate -m GSAI-ML/LLaDA-8B-Instruct "Who are you?"
+"""
+
+
+@with_options(SAMPLING, SPARSE, ENGINE)
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="Prompts. Without any, standard input is one prompt; at a terminal a demo runs.",
+            show_default=False,
+        ),
+    ] = None,
+    model: ModelOption = "tiny",
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            "-f",
+            metavar="FILE",
+            help="File of prompts, one a line (.jsonl: JSON lines); - is standard input.",
+        ),
+    ] = None,
+    demo: Annotated[
+        bool, typer.Option("--demo", metavar=" ", help="Run the demo prompts.")
+    ] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--raw",
+            metavar=" ",
+            help="Use the chat template, or send the text as it is. "
+            "Chat, if the checkpoint has a template.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar=" ", help="Print one JSON object per prompt.")
+    ] = False,
+    no_live: Annotated[
+        bool, typer.Option("--no-live", metavar=" ", help="Do not show the answer being filled in.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Answer prompts. In a terminal, watch the answer being filled in.
+
+    Dim text is what the model proposes at present, plain text is decided. In a pipe, only
+    the answers are printed.
+    """
+    with short_errors():
+        params, sparse = sampling_params(options), sparse_config(options)
+        config = engine_config(model, options)
+        texts = read_prompts(prompts or [], file, demo)
+        terminal = sys.stdout.isatty() and not as_json
+        with loading(config.model):
+            job = _Job(config, texts, chat, params, sparse)
+        if as_json:
+            job.print_json()
+        elif not terminal:
+            job.print_plain()
+        else:
+            console = Console(highlight=False, emoji=False)
+            live = not no_live and len(texts) <= LIVE_PROMPTS and not console.is_dumb_terminal
+            job.show(Screen(console), live=live, headings=len(texts) > 1 or texts != prompts)
+
+
+class _Job:
+    """A loaded model with checked prompts."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        texts: list[str],
+        chat: bool | None,
+        params: SamplingParams,
+        sparse: SparseConfig | None,
+    ) -> None:
+        from dllmserve.llm import LLM
+
+        self._llm: LLM = LLM(**asdict(config))
+        self._texts = texts
+        self._params = params
+        self._sparse = sparse
+        tokenizer = self._llm.tokenizer
+        if tokenizer is None:
+            raise TokenizerError(f"model {config.model!r} has no tokenizer, so it reads no text")
+        self._tokenizer = tokenizer
+        if tokenizer.has_chat_template if chat is None else chat:
+            self._ids = [self._llm.chat_ids([{"role": "user", "content": t}]) for t in texts]
+        else:
+            self._ids = [tokenizer.encode(text) for text in texts]
+
+    def print_json(self) -> None:
+        """One JSON object per prompt, one a line."""
+        outputs, seconds = self._batch()
+        # an ASCII terminal gets escapes, everything else readable text
+        escape = not (sys.stdout.encoding or "").lower().startswith("utf")
+        for prompt, output in zip(self._texts, outputs, strict=True):
+            line = {"prompt": prompt, **output.as_dict(), "seconds": round(seconds, 4)}
+            typer.echo(json.dumps(line, ensure_ascii=escape))
+
+    def print_plain(self) -> None:
+        """The answers and nothing else."""
+        encoding = sys.stdout.encoding or "utf-8"
+        for output in self._batch()[0]:
+            typer.echo(output.text.encode(encoding, "replace").decode(encoding))
+
+    def show(self, screen: Screen, *, live: bool, headings: bool) -> None:
+        """Show the answers in a terminal."""
+        if live:
+            for place in range(len(self._texts)):
+                self._heading(screen, place, headings)
+                self._show_live(screen, self._ids[place])
+            return
+        outputs, seconds = self._batch()
+        for place, output in enumerate(outputs):
+            self._heading(screen, place, headings)
+            screen.answer(output, seconds if len(outputs) == 1 else None)
+        if len(outputs) > 1:
+            tokens = sum(o.completion_tokens for o in outputs)
+            screen.blank()
+            screen.note(
+                f"{len(outputs)} answers, {tokens} tokens in {seconds:.2f} s, "
+                f"{tokens / max(seconds, 1e-9):.1f} tokens/s"
+            )
+
+    def _heading(self, screen: Screen, place: int, headings: bool) -> None:
+        if headings:
+            if place:
+                screen.blank()
+            screen.heading(self._texts[place])
+
+    def _show_live(self, screen: Screen, ids: list[int]) -> None:
+        ends = () if self._params.ignore_eos else self._llm.spec.eos_ids
+        canvas = CanvasText(self._tokenizer.decode, ends, screen.marks)
+        screen.live(self._llm.stream(ids, self._params, self._sparse), canvas)
+
+    def _batch(self) -> tuple[list[RequestOutput], float]:
+        """Answer all prompts at once; seconds are those of the whole batch."""
+        begin = time.perf_counter()
+        answers = self._llm.generate(
+            self._ids,
+            self._params,
+            self._sparse,
+            use_tqdm=len(self._ids) > 1 and sys.stderr.isatty(),
+        )
+        seconds = time.perf_counter() - begin
+        return [_output(answer) for answer in answers], seconds
+
+
+def _output(answer: dict[str, Any]) -> RequestOutput:
+    """The answer of LLM.generate as an object again."""
+    rest = {k: answer[k] for k in ("text", "token_ids", "finish_reason")}
+    return RequestOutput(**rest, **answer["usage"])

@@ -1,0 +1,69 @@
+"""Help text of every generated option; a test compares the keys with the dataclasses."""
+
+from __future__ import annotations
+
+from dllmserve.config import DTYPES, LOAD_FORMATS
+from dllmserve.registry import ATTENTION_BACKENDS, UNMASK_RULES
+from dllmserve.sampling_params import CACHES, CONFIDENCE, REMASKING, SCHEDULES
+
+#: field name -> its values, for the help text (the dataclasses do the checking)
+CHOICES: dict[str, tuple[str, ...]] = {
+    "remasking": REMASKING,
+    "unmask": tuple(UNMASK_RULES),
+    "confidence": CONFIDENCE,
+    "schedule": SCHEDULES,
+    "cache": CACHES,
+    "dtype": DTYPES,
+    "load_format": LOAD_FORMATS,
+    "attention": tuple(ATTENTION_BACKENDS),
+}
+
+SAMPLING: dict[str, str] = {
+    "temperature": "0 always takes the likeliest token; more is more varied.",
+    "ignore_eos": "Keep decoding after the end of the answer.",
+    "gen_length": "Length of the answer in tokens, at most 8192.",
+    "steps": "Denoising steps for the whole answer; fewer are faster (with --unmask steps).",
+    "cfg_scale": "Classifier-free guidance; 0 is off.",
+    "remasking": "Which proposals are kept in a step (with --unmask steps).",
+    "block_length": "Tokens per block; blocks are filled from left to right.",
+    "unmask": "Rule that chooses the positions written in a step.",
+    "threshold": "Least confidence for --unmask threshold.",
+    "factor": "The factor of --unmask factor.",
+    "entropy_bound": "Entropy budget, in nats, of --unmask entropy_bound.",
+    "confidence": "How sure the model is of a token: its probability, its lead over the "
+    "second best, or minus the entropy.",
+    "schedule": "How --unmask steps spreads the tokens over the steps.",
+    "eps": "Last time of the Dream schedule.",
+    "cache": "K,V cache: none is exact, prefix and dual are faster and approximate.",
+    "top_p": "Draw from the likeliest tokens that add up to this probability; 1 is off.",
+    "top_k": "Draw from the k likeliest tokens; 0 is off.",
+    "seed": "Make random draws repeatable.",
+    "stop": "End the answer before this text; may be given several times.",
+}
+
+SPARSE: dict[str, str] = {
+    "enabled": "Attend to a selected part of the context. Implied by the options below.",
+    "retention_ratio": "Share of the tokens outside the block that is kept.",
+    "delay_step": "Full forward passes of a block before the one that selects.",
+    "default_block_len": "Scoring window, and the block length unless --block-length is given.",
+    "head_select": "Select for each K,V head on its own, or one set for all.",
+    "pool_kernel": "Width of the max-pooling over neighbouring scores; 1 is off.",
+}
+
+ENGINE: dict[str, str] = {
+    "enforce_eager": "Never use CUDA graphs.",
+    "tensor_parallel_size": "Devices to spread the model over.",
+    "max_model_len": "Longest prompt + answer in tokens (the model's own, if not given).",
+    "trust_remote_code": "Let a tokenizer that nothing else can load run its own code.",
+    "dtype": "auto is float32 on a CPU, the checkpoint's dtype elsewhere.",
+    "device": "auto, cpu, cuda or cuda:N.",
+    "load_format": "dummy makes random weights from a bare config.json.",
+    "attention": "Attention backend.",
+    "max_num_seqs": "Requests that run at once (guided ones count twice).",
+    "max_num_batched_tokens": "Tokens in one forward pass (sized by the model, if not given).",
+    "max_logit_rows": "Rows of logits that may exist at once.",
+    "page_size": "Tokens per K,V page.",
+    "kv_pages": "Pages of the K,V store (sized by memory, if not given).",
+    "gpu_memory_utilization": "Share of the device's memory to plan with.",
+    "seed": "Base of the seeds of requests without --seed.",
+}

@@ -1,0 +1,145 @@
+"""``dllmserve info``: versions, device, model and memory plan, without loading weights."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dllmserve import __version__
+from dllmserve.cli.failure import short_errors
+from dllmserve.cli.loading import loading
+from dllmserve.cli.options import ENGINE, ModelOption, engine_config, with_options
+
+if TYPE_CHECKING:
+    from torch import device
+
+    from dllmserve.engine.setup import EnginePlan
+
+_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub")
+
+
+@with_options(ENGINE)
+def info(
+    model: ModelOption = "tiny",
+    as_json: Annotated[
+        bool, typer.Option("--json", metavar=" ", help="Print one JSON object.")
+    ] = False,
+    **options: Any,
+) -> None:
+    """Show versions, the device, the model and its memory plan. Loads no weights."""
+    with short_errors():
+        config = engine_config(model, options)
+        with loading(model):
+            from dllmserve.engine.setup import plan_engine
+
+            plan = plan_engine(config)
+            facts = {
+                "versions": _versions(),
+                "device": _device(plan.device),
+                "model": _model(model, plan, config.trust_remote_code),
+                "memory": _memory(plan),
+            }
+        if as_json:
+            typer.echo(json.dumps(facts))
+            return
+        facts["memory"] |= {"plan": plan.memory.equation()}
+        for title, group in facts.items():
+            _print_group(title, group)
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"dllmserve": __version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _device(device: device) -> dict[str, Any]:
+    import torch
+
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {
+            "device": str(device),
+            "name": properties.name,
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    return {"device": str(device), "name": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _model(name: str, plan: EnginePlan, trust_remote_code: bool) -> dict[str, Any]:
+    from dllmserve.engine.tokenizer import load_tokenizer
+
+    spec = asdict(plan.spec)
+    tokenizer = load_tokenizer(plan.directory, trust_remote_code=trust_remote_code)
+    return {
+        "name": name,
+        "directory": str(plan.directory),
+        "architecture": spec["architecture"],
+        "parameters": plan.spec.parameters(),
+        "layers": spec["num_layers"],
+        "hidden_size": spec["hidden_size"],
+        "heads": spec["num_heads"],
+        "kv_heads": spec["num_kv_heads"],
+        "vocab_size": spec["vocab_size"],
+        "mask_id": spec["mask_id"],
+        "eos_ids": list(spec["eos_ids"]),
+        "max_model_len": plan.limits.max_model_len,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "tokenizer": tokenizer is not None,
+        "chat_template": tokenizer is not None and tokenizer.has_chat_template,
+    }
+
+
+def _memory(plan: EnginePlan) -> dict[str, Any]:
+    memory, limits = plan.memory, plan.limits
+    return {
+        "kv_bytes_per_token": plan.spec.kv_values() * plan.dtype.itemsize,
+        "pages": limits.num_pages,
+        "tokens_per_page": limits.page_size,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "weights_bytes": memory.weights,
+        "activations_bytes": memory.activations,
+        "logits_bytes": memory.logits,
+        "pages_bytes": memory.pages,
+        "planned_bytes": memory.planned,
+        "allowed_bytes": memory.allowed,
+    }
+
+
+def _print_group(title: str, group: dict[str, Any]) -> None:
+    typer.secho(title, bold=True)
+    width = max(map(len, group)) + 2
+    for key, value in group.items():
+        typer.echo(f"  {key.replace('_', ' '):<{width}}{_text(value)}")
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "not installed"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

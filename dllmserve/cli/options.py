@@ -1,0 +1,195 @@
+"""Command-line options made from the dataclasses, so that no field can be forgotten."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+
+from dllmserve.cli import help_texts
+from dllmserve.config import EngineConfig
+from dllmserve.sampling_params import MAX_STEPS, SamplingParams
+from dllmserve.sparse.state import SparseConfig
+
+#: What a newcomer gets. Greedy and one token a step: the most careful decoding.
+DEFAULT_GEN_LENGTH = 64
+DEFAULT_BLOCK_LENGTH = 32
+
+#: --model of every command
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", metavar="NAME", help="Local directory, hub id, or tiny.")
+]
+
+_METAVARS: dict[Any, str] = {int: "N", float: "X", bool: " "}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Group:
+    """The options of one dataclass.
+
+    Attributes:
+        kind: the dataclass.
+        panel: headline in the help text.
+        help: field name to help text.
+        names: fields whose option has another name.
+        skipped: fields without an option.
+        shown: field name to the default that the help text shows, where it is not the
+            dataclass's own.
+        flags: boolean fields that take no "--no-" form.
+    """
+
+    kind: type[Any]
+    panel: str
+    help: Mapping[str, str]
+    names: Mapping[str, str] = field(default_factory=dict)
+    skipped: frozenset[str] = frozenset()
+    shown: Mapping[str, str] = field(default_factory=dict)
+    flags: frozenset[str] = frozenset()
+
+    def option(self, name: str) -> str:
+        """Python name of a field's option."""
+        return self.names.get(name, name)
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """One keyword parameter per field, as typer reads them."""
+        hints = get_type_hints(self.kind)
+        found = []
+        for item in fields(self.kind):
+            if item.name in self.skipped:
+                continue
+            option = self.option(item.name)
+            kind: Any = _plain_type(item.name, hints[item.name])
+            declared = typer.Option(
+                self._declaration(item.name, hints[item.name]),
+                help=self._help(item.name, item.default),
+                # the real defaults stay with the dataclasses; _help() tells them
+                show_default=False,
+                metavar=_METAVARS.get(kind, "TEXT"),
+                rich_help_panel=self.panel,
+            )
+            annotation = Annotated[kind | None, declared]
+            found.append(
+                inspect.Parameter(
+                    option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+                )
+            )
+        return found
+
+    def given(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields that the user set, by field name."""
+        values = {f.name: options.get(self.option(f.name)) for f in fields(self.kind)}
+        # an absent flag is False and an absent list is empty in some typer versions
+        unset = {name for name in self.flags if values[name] is False}
+        return {n: v for n, v in values.items() if v is not None and v != [] and n not in unset}
+
+    def _help(self, name: str, default: Any) -> str:
+        """Help text with the values to choose from and the default."""
+        text = self.help.get(name, "")
+        choices = help_texts.CHOICES.get(name)
+        shown = self.shown.get(name, _shown(default))
+        parts = [text] if text else []
+        parts += [f"One of {', '.join(choices)}."] if choices and len(choices) > 1 else []
+        parts += [f"(default {shown})"] if shown else []
+        return " ".join(parts)
+
+    def _declaration(self, name: str, hint: Any) -> str:
+        option = self.option(name).replace("_", "-")
+        if hint is bool and name not in self.flags:
+            return f"--{option}/--no-{option}"
+        return f"--{option}"
+
+
+SAMPLING = Group(
+    SamplingParams,
+    "Decoding",
+    help_texts.SAMPLING,
+    # read by autoregressive models only
+    skipped=frozenset({"max_tokens"}),
+    shown={
+        "temperature": "0",
+        "gen_length": str(DEFAULT_GEN_LENGTH),
+        "steps": "one per token",
+        "block_length": str(DEFAULT_BLOCK_LENGTH),
+    },
+    flags=frozenset({"ignore_eos"}),
+)
+SPARSE = Group(SparseConfig, "Sparse attention", help_texts.SPARSE, names={"enabled": "sparse"})
+ENGINE = Group(
+    EngineConfig,
+    "Engine",
+    help_texts.ENGINE,
+    # --seed is the request's
+    names={"seed": "engine_seed"},
+    # declared by the commands themselves, with a short form
+    skipped=frozenset({"model"}),
+    flags=frozenset({"enforce_eager", "trust_remote_code"}),
+)
+
+
+def with_options(*groups: Group) -> Callable[[F], F]:
+    """Give a command the options of the groups; they arrive in its ``**options``."""
+
+    def wrap(command: F) -> F:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        made = [p for group in groups for p in group.parameters()]
+        command.__signature__ = signature.replace(parameters=own + made)  # type: ignore[attr-defined]
+        return command
+
+    return wrap
+
+
+def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    """SamplingParams from the command line, with the command line's defaults."""
+    sparse = sparse_config(options)
+    values: dict[str, Any] = {"temperature": 0.0, "gen_length": DEFAULT_GEN_LENGTH}
+    if sparse is None:
+        # a SparseConfig brings its own block length
+        values["block_length"] = DEFAULT_BLOCK_LENGTH
+    params = SamplingParams(**values | SAMPLING.given(options))
+    if options.get("steps") is not None:
+        return params
+    block = params.block_length or (sparse.default_block_len if sparse else params.gen_length)
+    # the steps are shared out evenly among the blocks, however short the last one is;
+    # those that it does not need cost nothing
+    blocks = -(-params.gen_length // block)
+    steps = min(blocks * min(block, params.gen_length), MAX_STEPS)
+    return replace(params, steps=steps)
+
+
+def sparse_config(options: Mapping[str, Any]) -> SparseConfig | None:
+    """SparseConfig from the command line; None unless one of its options was given."""
+    return SparseConfig(**SPARSE.given(options)) if _wants_sparse(options) else None
+
+
+def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
+    """EngineConfig from the command line. Remote code runs only if asked for."""
+    values = {"trust_remote_code": False, **ENGINE.given(options)}
+    return EngineConfig(model=model, **values)
+
+
+def _wants_sparse(options: Mapping[str, Any]) -> bool:
+    """True for --sparse and for any sparse option without --no-sparse."""
+    given = SPARSE.given(options)
+    return bool(given) and bool(given.get("enabled", True))
+
+
+def _plain_type(name: str, hint: Any) -> Any:
+    """The type that the command line parses a field as."""
+    if name == "stop":
+        return list[str]
+    return next(t for t in get_args(hint) or (hint,) if t is not NoneType)
+
+
+def _shown(default: Any) -> str:
+    """Default for the help text; nothing for None and for booleans."""
+    if default is None or isinstance(default, bool):
+        return ""
+    return f"{default:g}" if isinstance(default, float) else str(default)

@@ -1,0 +1,186 @@
+"""Every field of the dataclasses has an option, and every option arrives."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from dllmserve.cli import help_texts
+from dllmserve.cli.options import (
+    DEFAULT_BLOCK_LENGTH,
+    DEFAULT_GEN_LENGTH,
+    ENGINE,
+    SAMPLING,
+    SPARSE,
+    Group,
+    engine_config,
+    sampling_params,
+    sparse_config,
+    with_options,
+)
+from dllmserve.config import EngineConfig
+from dllmserve.sampling_params import SamplingParams
+from dllmserve.sparse.state import SparseConfig
+
+#: a valid value for every field, different from the default, as typed and as parsed
+VALUES: dict[str, tuple[list[str], Any]] = {
+    "temperature": (["--temperature", "0.5"], 0.5),
+    "ignore_eos": (["--ignore-eos"], True),
+    "gen_length": (["--gen-length", "48"], 48),
+    "steps": (["--steps", "7"], 7),
+    "cfg_scale": (["--cfg-scale", "1.5"], 1.5),
+    "remasking": (["--remasking", "random"], "random"),
+    "block_length": (["--block-length", "16"], 16),
+    "unmask": (["--unmask", "threshold"], "threshold"),
+    "threshold": (["--threshold", "0.7"], 0.7),
+    "factor": (["--factor", "2"], 2.0),
+    "entropy_bound": (["--entropy-bound", "0.3"], 0.3),
+    "confidence": (["--confidence", "margin"], "margin"),
+    "schedule": (["--schedule", "dream"], "dream"),
+    "eps": (["--eps", "0.01"], 0.01),
+    "cache": (["--cache", "dual"], "dual"),
+    "top_p": (["--top-p", "0.9"], 0.9),
+    "top_k": (["--top-k", "20"], 20),
+    "seed": (["--seed", "3"], 3),
+    "stop": (["--stop", "a", "--stop", "b c"], ("a", "b c")),
+    "sparse.enabled": (["--sparse"], True),
+    "sparse.retention_ratio": (["--retention-ratio", "0.25"], 0.25),
+    "sparse.delay_step": (["--delay-step", "3"], 3),
+    "sparse.default_block_len": (["--default-block-len", "8"], 8),
+    "sparse.head_select": (["--no-head-select"], False),
+    "sparse.pool_kernel": (["--pool-kernel", "5"], 5),
+    "engine.enforce_eager": (["--enforce-eager"], True),
+    "engine.tensor_parallel_size": (["--tensor-parallel-size", "1"], 1),
+    "engine.max_model_len": (["--max-model-len", "100"], 100),
+    "engine.trust_remote_code": (["--trust-remote-code"], True),
+    "engine.dtype": (["--dtype", "bfloat16"], "bfloat16"),
+    "engine.device": (["--device", "cpu"], "cpu"),
+    "engine.load_format": (["--load-format", "dummy"], "dummy"),
+    "engine.attention": (["--attention", "sdpa"], "sdpa"),
+    "engine.max_num_seqs": (["--max-num-seqs", "4"], 4),
+    "engine.max_num_batched_tokens": (["--max-num-batched-tokens", "512"], 512),
+    "engine.max_logit_rows": (["--max-logit-rows", "64"], 64),
+    "engine.page_size": (["--page-size", "16"], 16),
+    "engine.kv_pages": (["--kv-pages", "9"], 9),
+    "engine.gpu_memory_utilization": (["--gpu-memory-utilization", "0.5"], 0.5),
+    "engine.seed": (["--engine-seed", "11"], 11),
+}
+
+
+def parse(*args: str) -> dict[str, Any]:
+    """The options of a command line as a command receives them."""
+    app = typer.Typer()
+    seen: dict[str, Any] = {}
+
+    @app.command()
+    @with_options(SAMPLING, SPARSE, ENGINE)
+    def command(**options: Any) -> None:
+        seen.update(options)
+
+    result = CliRunner().invoke(app, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return seen
+
+
+@pytest.mark.parametrize("group", [SAMPLING, SPARSE, ENGINE], ids=lambda g: g.kind.__name__)
+def test_every_field_is_an_option(group: Group) -> None:
+    names = {f.name for f in fields(group.kind)}
+    declared = {group.option(n) for n in names - group.skipped}
+    assert declared <= set(parse())
+    assert set(group.help) == names - group.skipped
+    assert all(group.help.values())
+    assert group.skipped <= names and set(group.names) <= names and group.flags <= names
+
+
+def test_what_has_no_option_is_known() -> None:
+    assert SAMPLING.skipped == {"max_tokens"}
+    assert SPARSE.skipped == frozenset()
+    assert ENGINE.skipped == {"model"}  # declared by the commands, as --model and -m
+
+
+def test_the_table_above_is_complete() -> None:
+    expected = {f.name for f in fields(SamplingParams)} - SAMPLING.skipped
+    expected |= {f"sparse.{f.name}" for f in fields(SparseConfig)}
+    expected |= {f"engine.{f.name}" for f in fields(EngineConfig)} - {"engine.model"}
+    assert set(VALUES) == expected
+
+
+@pytest.mark.parametrize("field", VALUES)
+def test_option_arrives(field: str) -> None:
+    args, value = VALUES[field]
+    options = parse(*args)
+    group, _, name = field.rpartition(".")
+    if group == "sparse":
+        made: Any = sparse_config(options)
+    elif group == "engine":
+        made = engine_config("tiny", options)
+    else:
+        made = sampling_params(options)
+    assert getattr(made, name) == value
+
+
+def test_choices_name_fields() -> None:
+    known = {f.name for kind in (SamplingParams, EngineConfig) for f in fields(kind)}
+    assert set(help_texts.CHOICES) <= known
+
+
+def test_defaults() -> None:
+    options = parse()
+    assert sampling_params(options) == SamplingParams(
+        temperature=0.0,
+        gen_length=DEFAULT_GEN_LENGTH,
+        steps=DEFAULT_GEN_LENGTH,
+        block_length=DEFAULT_BLOCK_LENGTH,
+    )
+    assert sparse_config(options) is None
+    assert engine_config("tiny", options) == EngineConfig(trust_remote_code=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "steps"),
+    [
+        (["--gen-length", "96"], 96),
+        (["--gen-length", "20"], 20),
+        (["--gen-length", "40"], 64),  # blocks of 32 and 8, with 32 steps each
+        (["--gen-length", "8192", "--block-length", "8191"], 8192),
+        (["--gen-length", "40", "--default-block-len", "16"], 48),
+        (["--gen-length", "200", "--steps", "9"], 9),
+    ],
+)
+def test_one_step_per_token_unless_told(args: list[str], steps: int) -> None:
+    assert sampling_params(parse(*args)).steps == steps
+
+
+def test_shown_defaults_are_the_used_ones() -> None:
+    used = sampling_params(parse())
+    for name in ("temperature", "gen_length", "block_length"):
+        assert SAMPLING.shown[name] == f"{getattr(used, name):g}"
+
+
+@pytest.mark.parametrize("field", [n for n in VALUES if n.startswith("sparse.")])
+def test_a_sparse_option_implies_sparse(field: str) -> None:
+    options = parse(*VALUES[field][0])
+    assert sparse_config(options) is not None
+    # the SparseConfig's own block length counts
+    assert sampling_params(options).block_length is None
+
+
+def test_sparse_can_be_refused() -> None:
+    options = parse("--retention-ratio", "0.3", "--no-sparse")
+    assert sparse_config(options) is None
+    assert sampling_params(options).block_length == DEFAULT_BLOCK_LENGTH
+
+
+def test_block_length_with_sparse() -> None:
+    assert sampling_params(parse("--sparse", "--block-length", "8")).block_length == 8
+
+
+def test_negative_values_are_values() -> None:
+    params = sampling_params(
+        parse("--unmask", "threshold", "--confidence", "neg_entropy", "--threshold", "-0.1")
+    )
+    assert params.threshold == -0.1
