@@ -105,7 +105,9 @@ def main() -> None:
     llm = LLM(args.model, device="cpu", dtype=args.dtype)
     loop = PlainLoop(args.model, getattr(torch, args.dtype))
     results = {n: measure(llm, loop, n, args) for n in args.concurrency}
-    print(f"{args.model}, {args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"{args.model}, {args.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     print(f"{'n':>4} {'plain loop':>11} {'engine none':>12} {'engine dual':>12} {'dual/loop':>10}")
     for n, r in results.items():
         print(

@@ -72,7 +72,9 @@ def main() -> None:
 
     llm = LLM(args.model, dtype=args.dtype, device=args.device, max_num_seqs=16)
     report: dict[str, Any] = {}
-    print(f"{'task':<12} {'n':>5} {'exact':>7} {'95 % interval':>15} {'forwards':>9} {'tok/fwd':>8}")
+    print(
+        f"{'task':<12} {'n':>5} {'exact':>7} {'95 % interval':>15} {'forwards':>9} {'tok/fwd':>8}"
+    )
     for task, items in read_items(HELD_OUT, args.limit).items():
         if args.tasks and task not in args.tasks:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str = EMBEDDED,
+        model: str | os.PathLike[str] = EMBEDDED,
         enforce_eager: bool = False,
         tensor_parallel_size: int = 1,
         max_model_len: int | None = None,
@@ -66,7 +67,7 @@ class LLM:
         **engine_options: Any,
     ) -> None:
         named = {
-            "model": model,
+            "model": os.fspath(model) if isinstance(model, os.PathLike) else model,
             "enforce_eager": enforce_eager,
             "tensor_parallel_size": tensor_parallel_size,
             "max_model_len": max_model_len,

@@ -96,7 +96,7 @@ class EngineCore:
                 "use cache='none' with sparse attention, or no SparseConfig"
             )
         if params.stop_strings and self.tokenizer is None:
-            raise InvalidParameterError("stop strings need a tokenizer, and this checkpoint has none")
+            raise InvalidParameterError("stop needs a tokenizer, and this checkpoint has none")
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         request = Request(
             id=next(self._ids),
@@ -131,6 +131,8 @@ class EngineCore:
         Raises:
             OutOfMemoryError: the device ran out of memory in this step.
         """
+        if not self.has_work:
+            return StepEvents([], [])
         plan, requests, admitted = self.scheduler.schedule()
         try:
             for request in admitted:

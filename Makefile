@@ -1,0 +1,68 @@
+# GNU make. Every target sets up what it needs in ./.venv and is fast once that is done.
+
+PYTHON ?= python3
+# Installed before everything else and alone, so that the build you choose stays. Another
+# index:  make generate TORCH="torch --index-url <your index>"
+TORCH ?= torch==2.13.0
+# Extra arguments of "dllmserve generate", of pytest, and the commands of bench and scores.
+ARGS ?=
+TESTS ?=
+BENCH ?= -m benchmarks.cpu_vs_loop
+SCORES ?= -m benchmarks.scores
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help generate test check fmt bench scores clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+generate: $(READY) ## set up, then generate text on this machine; PROMPT="..." asks your own question
+ifeq ($(origin PROMPT),command line)
+	@$(BIN)/dllmserve generate $(ARGS) -- "$$PROMPT"
+else
+	@$(BIN)/dllmserve generate --demo $(ARGS)
+endif
+
+test: $(READY)-test ## set up, then run the tests; TESTS="..." passes arguments to pytest
+	@$(BIN)/python -m pytest $(TESTS)
+
+check: $(READY)-dev ## set up, then lint, formatting, types and file sizes
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy --strict
+	@$(BIN)/python tools/check_sizes.py
+
+fmt: $(READY)-dev ## format the code and fix what the linter can fix
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY) ## set up, then measure the engine against a plain loop on this machine
+	@$(BIN)/python $(BENCH)
+
+scores: $(READY) ## set up, then reproduce the embedded model's held-out scores
+	@$(BIN)/python $(SCORES)
+
+clean: ## remove .venv, caches and build output
+	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written last, so an interrupted set-up is simply run again.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "Setting up $(VENV): PyTorch first. This happens once and can take some minutes." >&2
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) $(TORCH)
+	@$(PIP) --editable .
+	@touch $@
+
+# .ready-test and .ready-dev add the extra of that name
+$(READY)-%: $(READY)
+	@echo "Adding the packages for $*." >&2
+	@$(PIP) --editable ".[$*]"
+	@touch $@
