@@ -24,6 +24,7 @@ from dllmserve.cli.options import (
     sparse_config,
     with_options,
 )
+from dllmserve.cli.plain import plain_pieces
 from dllmserve.cli.prompts import read_prompts
 from dllmserve.cli.screen import Screen
 from dllmserve.config import EngineConfig
@@ -152,10 +153,16 @@ class _Job:
             typer.echo(json.dumps(line, ensure_ascii=escape))
 
     def print_plain(self) -> None:
-        """The answers and nothing else."""
-        encoding = sys.stdout.encoding or "utf-8"
-        for output in self._batch()[0]:
-            typer.echo(output.text.encode(encoding, "replace").decode(encoding))
+        """The answers and nothing else; a few prompts are answered as one reads."""
+        if len(self._texts) > LIVE_PROMPTS:
+            for output in self._batch()[0]:
+                _write(output.text + "\n")
+            return
+        for ids in self._ids:
+            steps = self._llm.stream(ids, self._params, self._sparse)
+            for piece in plain_pieces(steps, self._tokenizer.decode, self._params.stop_strings):
+                _write(piece)
+            _write("\n")
 
     def show(self, screen: Screen, *, live: bool, headings: bool) -> None:
         """Show the answers in a terminal."""
@@ -198,6 +205,12 @@ class _Job:
         )
         seconds = time.perf_counter() - begin
         return [_output(answer) for answer in answers], seconds
+
+
+def _write(text: str) -> None:
+    """Write to standard output at once, whatever its encoding can hold."""
+    encoding = sys.stdout.encoding or "utf-8"
+    typer.echo(text.encode(encoding, "replace").decode(encoding), nl=False)
 
 
 def _output(answer: dict[str, Any]) -> RequestOutput:

@@ -11,7 +11,7 @@ class FactorRule:
     """Write the longest run of best positions whose j-th confidence is >= 1 - f/(j + 1).
 
     As upstream does it: the first position always passes, and where the first failure is
-    the second or the last candidate, that one is written too.
+    the last candidate, that one is written too.
     """
 
     needs: frozenset[str] = frozenset()

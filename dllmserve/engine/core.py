@@ -28,8 +28,9 @@ from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
 OOM_ADVICE = (
-    "reduce max_model_len, use sparse attention, enable tensor parallelism, or lower "
-    "max_num_seqs, max_num_batched_tokens or max_logit_rows"
+    "reduce max_model_len, use sparse attention, enable tensor parallelism (this version "
+    "runs tensor_parallel_size=1 only), or lower max_num_seqs, max_num_batched_tokens or "
+    "max_logit_rows"
 )
 
 
