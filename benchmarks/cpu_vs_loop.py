@@ -40,13 +40,13 @@ class PlainLoop:
         return shift(logits) if self.model.shifted else logits
 
 
-def median_seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median wall time of a call, after one warm-up call."""
-    run()
+def median_seconds(run: Callable[[int], Any], answer: int, warm: int, repeats: int) -> float:
+    """Median wall time of ``run(answer)``, after a warm-up call with a shorter answer."""
+    run(warm)
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        run()
+        run(answer)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -64,28 +64,27 @@ def measure(llm: LLM, loop: PlainLoop, n: int, args: argparse.Namespace) -> dict
     tokens = n * args.answer
     rates = {}
     for cache in ("dual", "none"):
-        params = SamplingParams(
-            temperature=0.0,
-            gen_length=args.answer,
-            steps=args.answer,
-            block_length=args.block,
-            cache=cache,
-            ignore_eos=True,
-        )
 
-        def engine(params: SamplingParams = params) -> None:
+        def engine(answer: int, cache: str = cache) -> None:
+            params = SamplingParams(
+                temperature=0.0,
+                gen_length=answer,
+                steps=answer,
+                block_length=args.block,
+                cache=cache,
+                ignore_eos=True,
+            )
             llm.generate(ids, params, use_tqdm=False)
 
         repeats = args.repeats if cache == "dual" else 1
-        rates[f"engine_{cache}"] = tokens / median_seconds(engine, repeats)
+        seconds = median_seconds(engine, args.answer, args.block, repeats)
+        rates[f"engine_{cache}"] = tokens / seconds
 
-    def plain() -> None:
+    def plain(answer: int) -> None:
         batch = torch.tensor(ids)
-        llada.generate(
-            loop, batch, steps=args.answer, gen_length=args.answer, block_length=args.block
-        )
+        llada.generate(loop, batch, steps=answer, gen_length=answer, block_length=args.block)
 
-    rates["plain_loop"] = tokens / median_seconds(plain, max(1, args.repeats // 2))
+    rates["plain_loop"] = tokens / median_seconds(plain, args.answer, args.block, 1)
     rates["ratio"] = rates["engine_dual"] / rates["plain_loop"]
     return rates
 

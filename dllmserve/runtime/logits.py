@@ -32,7 +32,8 @@ class LogitsHead:
 
     Args:
         weight: [V, d].
-        max_rows: rows of logits that may exist at once; a guided row counts twice.
+        max_rows: rows of logits that may exist at once; a guided row counts twice, and rows
+            that are sampled or filtered four times, for the float64 work that they need.
         mask_id: id that is never proposed.
     """
 
@@ -57,7 +58,7 @@ class LogitsHead:
         start = 0
         for segment in segments:
             end = start + segment.count
-            step = max(self._max_rows // 2, 1) if segment.guided else self._max_rows
+            step = self._chunk_rows(segment)
             for low in range(start, end, step):
                 chunk = slice(low, min(low + step, end))
                 z = F.linear(hidden[rows[chunk]], self._weight)
@@ -75,6 +76,15 @@ class LogitsHead:
                 parts.append(stats)
             start = end
         return TokenStats.concat(parts)
+
+    def _chunk_rows(self, segment: Segment) -> int:
+        """Rows per chunk, so that every kind of segment takes about the same memory."""
+        rows = self._max_rows
+        if segment.guided:
+            rows //= 2  # two rows of logits each
+        if segment.sampled or segment.filtered:
+            rows //= 4  # noise and sorting work in float64 and int64
+        return max(rows, 1)
 
     def _guide(self, z: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
         """l_u + (s + 1)(l_c - l_u), with s per row."""

@@ -1,0 +1,1 @@
+"""Data that ships with the package: the embedded model, and the scorers of its tasks."""
