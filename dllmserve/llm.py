@@ -262,10 +262,10 @@ class LLM:
             Exception: whatever ended the request, in this thread's step or in another's.
         """
         with self._lock:
-            if request.error is not None:
-                raise request.error
             if request.id in self._outputs:
                 return False
+            if request.error is not None:
+                raise request.error
             try:
                 events = self._engine.step()
             except BaseException as error:

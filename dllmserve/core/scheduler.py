@@ -21,6 +21,8 @@ from dllmserve.errors import CapacityError, EngineError
 
 #: How many younger requests may be admitted past the oldest waiting one.
 MAX_SKIPS = 16
+#: How many requests that must wait are looked past, so that a long queue costs no more.
+MAX_LOOKED_PAST = 32
 
 
 class SpanSource(Protocol):
@@ -205,7 +207,7 @@ class Scheduler:
         """First come first served, with bounded skipping past a request that must wait."""
         admitted: list[Request] = []
         blocked: list[Request] = []
-        while self.waiting and self._free_rows:
+        while self.waiting and self._free_rows and len(blocked) < MAX_LOOKED_PAST:
             request = self.waiting.popleft()
             if self._fits(request):
                 self._start(request)
@@ -214,7 +216,7 @@ class Scheduler:
                     other.skipped += 1
             else:
                 blocked.append(request)
-            if any(other.skipped >= MAX_SKIPS for other in blocked):
+            if blocked and blocked[0].skipped >= MAX_SKIPS:  # the first has been skipped most
                 break
         self.waiting.extendleft(reversed(blocked))
         return admitted

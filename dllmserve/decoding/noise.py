@@ -37,8 +37,11 @@ def mix(x: Tensor) -> Tensor:
 
 
 def _uniform(bits: Tensor) -> Tensor:
-    """float64 in (0, 1) from the upper 53 bits; never 0 or 1."""
-    return (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    """float64 in (0, 1) from the upper 52 bits; never 0 or 1.
+
+    With 53 bits the half would not fit any more, and the largest draw would round to 1.
+    """
+    return (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
 
 
 def row_keys(seed: Tensor, position: Tensor, step: Tensor) -> Tensor:

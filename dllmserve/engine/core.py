@@ -142,7 +142,12 @@ class EngineCore:
             handle = self._runner.execute(plan)
             reports = handle.result()
         except RuntimeError as error:  # torch's out-of-memory errors derive from it
-            raise _out_of_memory(error, plan.tokens) or error from error
+            if not is_out_of_memory(error):
+                raise
+            first = str(error).strip().splitlines()[0]
+            raise OutOfMemoryError(
+                f"out of memory in a step of {plan.tokens} tokens ({first}): {OOM_ADVICE}"
+            ) from error
         finished = self.scheduler.commit(requests, reports)
         outputs: list[tuple[Request, RequestOutput]] = []
         for request, report in zip(requests, reports, strict=True):
@@ -226,11 +231,8 @@ def _checked_prompt(ids: list[int], spec: ModelSpec, name: str) -> list[int]:
     return checked
 
 
-def _out_of_memory(error: RuntimeError, tokens: int) -> OutOfMemoryError | None:
-    """Our error with the documented advice, or None for any other RuntimeError."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or torch, on any device, says that memory ran out."""
     text = str(error)
     cpu = "DefaultCPUAllocator" in text or "allocate memory" in text
-    if not isinstance(error, torch.OutOfMemoryError) and not cpu:
-        return None
-    first = text.strip().splitlines()[0]
-    return OutOfMemoryError(f"out of memory in a step of {tokens} tokens ({first}): {OOM_ADVICE}")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or cpu

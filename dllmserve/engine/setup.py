@@ -14,7 +14,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget, size_text
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.scheduler import Limits, Scheduler, SpanSource
-from dllmserve.engine.core import OOM_ADVICE, EngineCore
+from dllmserve.engine.core import OOM_ADVICE, EngineCore, is_out_of_memory
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import ConfigError, OutOfMemoryError
 from dllmserve.models.loader import (
@@ -91,7 +91,9 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
     plan = plan_engine(options)
     try:
         engine = _build(options, plan)
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise OutOfMemoryError(
             f"out of memory while loading {plan.directory.name} "
             f"({plan.memory.equation()}): {OOM_ADVICE}"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from dllmserve.errors import TokenizerError
+from dllmserve.errors import PromptError, TokenizerError
 
 
 class _Codec(Protocol):
@@ -41,7 +41,15 @@ class Tokenizer:
         return self._template is not None
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Ids of a text. ``special`` adds what the tokenizer adds to a plain prompt."""
+        """Ids of a text. ``special`` adds what the tokenizer adds to a plain prompt.
+
+        Raises:
+            PromptError: the text holds lone surrogates, which are no characters.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
         return self._codec.encode(text, special)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -64,13 +72,15 @@ class Tokenizer:
 
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = raise_exception
-        environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+        environment.filters["tojson"] = _to_json
         try:
             template = environment.from_string(self._template)
             return template.render(
                 messages=list(messages), add_generation_prompt=True, **self._names
             )
-        except TemplateError as error:
+        except TokenizerError:
+            raise
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise TokenizerError(f"the chat template failed: {error}") from error
 
 
@@ -98,12 +108,15 @@ class _TransformersCodec:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        # a model may propose ids that only pad its LM head; Python tokenizers fail on them
+        self._known = frozenset(tokenizer.get_vocab().values())
 
     def encode(self, text: str, special: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=special))
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        known = [i for i in ids if i in self._known]
+        return str(self._tokenizer.decode(known, skip_special_tokens=True))
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Tokenizer | None:
@@ -136,7 +149,7 @@ def _slow_tokenizer(directory: Path, config: dict[str, Any], trust: bool) -> Any
     remote = "AutoTokenizer" in (config.get("auto_map") or {})
     try:
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the libraries below raise bare Exception
         if not remote:
             raise TokenizerError(
                 f"no tokenizer could be loaded from {directory}: {error}"
@@ -147,7 +160,12 @@ def _slow_tokenizer(directory: Path, config: dict[str, Any], trust: bool) -> Any
                 "pass trust_remote_code=True if you trust it, or add a tokenizer.json"
             ) from error
     warnings.warn(f"running the tokenizer code shipped with {directory}", stacklevel=2)
-    return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=True)
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=True)
+    except Exception as error:  # it is foreign code
+        raise TokenizerError(
+            f"the tokenizer code of {directory} cannot be run ({error}); add a tokenizer.json"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -163,12 +181,20 @@ def _read(path: Path) -> dict[str, Any]:
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{path} is not UTF-8 text: {error}") from error
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates
-        named = {t.get("name"): t.get("template") for t in template}
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
         template = named.get("default")
     return template if isinstance(template, str) else None
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """The tojson of chat templates: like transformers', it escapes nothing."""
+    return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 def _token_text(value: Any) -> str:

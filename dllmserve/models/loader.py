@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,19 @@ ASSETS = Path(__file__).parent.parent / "assets"
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _SHOWN = 6
+#: fields of a ModelSpec that no model can do without
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "mlp_size",
+    "max_model_len",
+    "rope_theta",
+    "norm_eps",
+)
 
 
 def find_model(model: str) -> Path:
@@ -75,7 +89,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         merged: list[int] = []
         for value in ids:
             merged += value if isinstance(value, list) else [] if value is None else [value]
-        config["eos_token_id"] = list(dict.fromkeys(merged))
+        config["eos_token_id"] = merged  # eos_ids() checks them and drops doubles
     return config
 
 
@@ -117,11 +131,15 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         spec = definition.spec(config)
     except UnsupportedModelError:
         raise
-    except (TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"config.json has a value of a wrong type: {error}") from error
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads"):
-        if getattr(spec, name) < 1:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"config.json has a value of a wrong type or size: {error}"
+        ) from error
+    for name in _POSITIVE:
+        if not 0 < getattr(spec, name) < math.inf:
             raise UnsupportedModelError(f"config.json: {name} is {getattr(spec, name)}")
+    if spec.head_dim % 2:
+        raise UnsupportedModelError(f"head_dim={spec.head_dim} is odd, so it cannot be rotated")
     if spec.embedding_size < spec.vocab_size:
         raise UnsupportedModelError(
             f"embedding_size={spec.embedding_size} is under vocab_size={spec.vocab_size}"

@@ -78,6 +78,7 @@ class ModelRunner:
         self._rules: dict[str, UnmaskRule] = {n: resolve(UNMASK_RULES, n)() for n in UNMASK_RULES}
         self._eos = host_to_device(decoder.spec.eos_ids, table.device)
 
+    @torch.inference_mode()  # the table may have been made in this mode
     def admit(self, init: RowInit) -> None:
         """Fill a row of the state table and its page table."""
         self.table.write_row(init)
@@ -167,8 +168,10 @@ class ModelRunner:
         value = torch.where(random, position_uniforms(keys), value)
 
         shape = inputs.block.shape
-        flat = torch.full((inputs.block.numel(),), -torch.inf, dtype=torch.float64)
-        confidence = flat.to(table.device).scatter(0, cells, value).view(shape)
+        flat = torch.full(
+            (inputs.block.numel(),), -torch.inf, dtype=torch.float64, device=table.device
+        )
+        confidence = flat.scatter(0, cells, value).view(shape)
         tokens = torch.zeros_like(inputs.block).flatten().scatter(0, cells, stats.token)
         entropy = None
         if stats.entropy is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, SamplingParams
-from dllmserve.engine.tokenizer import load_tokenizer
+from dllmserve.engine.tokenizer import _TransformersCodec, load_tokenizer
 from dllmserve.errors import PromptError, TokenizerError
 from tests.checkpoints import CHAT_TEMPLATE, byte_tokenizer
 from tests.conftest import Engines
@@ -113,7 +113,16 @@ def test_special_tokens_may_be_text_or_objects(tmp_path: Path) -> None:
     assert rendered(tmp_path) == "<|end|><s>"
 
 
-@pytest.mark.parametrize("template", ["{% if %}", "{{ messages[0].role.missing.deeper }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% if %}",
+        "{{ messages[0].role.missing.deeper }}",
+        "{{ messages[0].content + 3 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages | tojson(no_such_option=1) }}",
+    ],
+)
 def test_broken_templates(tmp_path: Path, template: str) -> None:
     settings(tmp_path, chat_template=template)
     with pytest.raises(TokenizerError, match="chat template failed"):
@@ -151,3 +160,56 @@ def test_a_broken_tokenizer_config(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not valid JSON"):
         load_tokenizer(tmp_path)
+
+
+def test_tojson_takes_options(tmp_path: Path) -> None:
+    settings(tmp_path, chat_template="{{ ['é'] | tojson(indent=1) }}")
+    assert rendered(tmp_path) == '[\n "é"\n]'
+
+
+def test_a_template_that_is_no_text(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path, chat=False)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(TokenizerError, match=r"chat_template\.jinja is not UTF-8"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("given", [[1], [{"name": "other"}], 3])
+def test_templates_of_a_wrong_type(tmp_path: Path, given: Any) -> None:
+    settings(tmp_path, chat_template=given)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None and not tokenizer.has_chat_template
+
+
+def test_text_that_is_no_unicode(llm: LLM) -> None:
+    with pytest.raises(PromptError, match="not valid Unicode"):
+        llm.generate(["a", "b\ud800"], PARAMS)
+    with pytest.raises(PromptError, match="not valid Unicode"):
+        llm.chat([{"role": "user", "content": "\udfff"}], PARAMS)
+
+
+@pytest.mark.filterwarnings("ignore:running the tokenizer code")
+def test_tokenizer_code_that_is_not_there(tmp_path: Path) -> None:
+    remote = {"AutoTokenizer": ["tokenization_absent.AbsentTokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": remote, "tokenizer_class": "AbsentTokenizer"})
+    )
+    with pytest.raises(TokenizerError, match=r"add a tokenizer\.json"):
+        load_tokenizer(tmp_path, trust_remote_code=True)
+    with pytest.raises(TokenizerError, match="pass trust_remote_code=True"):
+        load_tokenizer(tmp_path, trust_remote_code=False)
+
+
+def test_ids_that_no_token_has_are_no_text() -> None:
+    """Dream's LM head has more rows than its tokenizer has tokens."""
+
+    class Strict:
+        """As Python tokenizers: ids without a token become None, which cannot be joined."""
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": 5}
+
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            return "".join({0: "a", 5: "b"}[i] for i in ids)
+
+    assert _TransformersCodec(Strict()).decode([0, 3, 5, 152000]) == "ab"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dllmserve import LLM, CanvasStep, SamplingParams, SparseConfig
 from tests.conftest import Engines
@@ -147,3 +148,28 @@ def test_a_failing_step_is_told_to_everybody(llm: LLM, monkeypatch: pytest.Monke
         list(paused)
     check_idle(llm)
     assert answer(llm, [2], params)
+
+
+def test_an_answer_that_is_complete_survives_a_failing_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was finished in a step before, but its caller has not come for it yet."""
+    done = llm.stream([1], SamplingParams(temperature=0.0, gen_length=4, steps=1))
+    assert next(done).output is not None
+
+    def broken(_: object) -> None:
+        raise RuntimeError("a kernel failed")
+
+    monkeypatch.setattr(llm._engine._runner, "execute", broken)
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        answer(llm, [2], SamplingParams(temperature=0.0, gen_length=4, steps=1))
+    assert list(done) == []
+    check_idle(llm)
+
+
+def test_the_mode_in_which_an_engine_is_made_does_not_matter(checkpoints: dict[str, Path]) -> None:
+    with torch.inference_mode():
+        made = LLM(str(checkpoints["llada"]), device="cpu")
+        params = SamplingParams(temperature=0.0, gen_length=6, steps=3, cache="dual")
+        inside = answer(made, [1, 2], params)
+    assert answer(made, [1, 2], params) == inside

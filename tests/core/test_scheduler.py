@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllmserve.core.request import Request, Status
-from dllmserve.core.scheduler import MAX_SKIPS, EntryReport, Limits, Scheduler
+from dllmserve.core.scheduler import MAX_LOOKED_PAST, MAX_SKIPS, EntryReport, Limits, Scheduler
 from dllmserve.errors import CapacityError, EngineError
 from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.sampling_params import SamplingParams
@@ -214,6 +214,23 @@ def test_skipped_requests_keep_their_place() -> None:
     assert [r.id for r in admitted] == [0, 2, 3]
     assert [r.id for r in under_test.waiting] == [1]
     assert requests[1].skipped == 2
+
+
+def test_a_long_queue_costs_no_more_than_a_short_one() -> None:
+    under_test = scheduler(num_pages=4)
+    add_all(under_test, [request(0, 20, 8, "dual") for _ in range(500)])
+    under_test.schedule()
+    looked_at: list[int] = []
+    fits_ = under_test._fits
+
+    def counted(r: Request) -> bool:
+        looked_at.append(r.id)
+        return fits_(r)
+
+    under_test._fits = counted  # type: ignore[method-assign]
+    under_test.schedule()
+    assert looked_at == list(range(1, 1 + MAX_LOOKED_PAST))
+    assert [r.id for r in under_test.waiting] == list(range(1, 500))
 
 
 def test_whoever_was_left_out_comes_first() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from dllmserve.decoding.noise import mix, position_uniforms, row_keys, token_uniforms
+from dllmserve.decoding.noise import _uniform, mix, position_uniforms, row_keys, token_uniforms
 
 MASK64 = (1 << 64) - 1
 
@@ -36,6 +36,12 @@ def test_uniform() -> None:
     assert bool(((u > 0) & (u < 1)).all())
     assert kstest(u.numpy(), "uniform").pvalue > 0.01
     assert kstest(position_uniforms(keys(5000)).numpy(), "uniform").pvalue > 0.01
+
+
+def test_the_extreme_draws_are_inside() -> None:
+    """ln 0 and ln(-ln 1) are infinite: such a draw would choose a token whatever its logit."""
+    lowest, highest = _uniform(torch.tensor([0, -1])).tolist()
+    assert 0.0 < lowest < highest < 1.0
 
 
 def test_every_counter_matters() -> None:

@@ -151,6 +151,17 @@ def test_missing_fields_are_named(tmp_path: Path, shape: Shape) -> None:
         (DREAM, {"hidden_size": 33}, ["hidden_size=33", "num_attention_heads=4"]),
         (DREAM, {"rope_parameters": {"rope_type": "yarn"}}, ["rope_type='yarn'"]),
         (DREAM, {"vocab_size": None}, ["'vocab_size'"]),
+        (LLADA, {"n_heads": 0}, ["wrong type or size", "zero"]),
+        (DREAM, {"num_attention_heads": 0}, ["wrong type or size", "zero"]),
+        (LLADA, {"n_layers": float("inf")}, ["wrong type or size", "infinity"]),
+        (LLADA, {"rope_parameters": [1]}, ["wrong type or size"]),
+        (LLADA, {"mlp_hidden_size": -3}, ["mlp_size is -3"]),
+        (LLADA, {"max_sequence_length": -5}, ["max_model_len is -5"]),
+        (LLADA, {"rope_theta": -1.0}, ["rope_theta is -1.0"]),
+        (LLADA, {"rope_theta": float("nan")}, ["rope_theta is nan"]),
+        (LLADA, {"rms_norm_eps": -1.0}, ["norm_eps is -1.0"]),
+        (DREAM, {"head_dim": -8}, ["head_dim is -8"]),
+        (DREAM, {"head_dim": 7}, ["head_dim=7 is odd"]),
     ],
 )
 def test_configs_that_we_do_not_run(
@@ -251,6 +262,13 @@ def test_end_ids_are_collected(tmp_path: Path) -> None:
     assert loader.read_spec(loader.read_config(folder)).eos_ids == (7, 9, 2)
 
 
+@pytest.mark.parametrize("ids", [[[1]], {"a": 1}, "end"])
+def test_end_ids_that_are_none(tmp_path: Path, ids: Any) -> None:
+    folder = broken(tmp_path, lambda _c, _t: None)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    refused(folder, UnsupportedModelError, "wrong type")
+
+
 def test_the_8b_checkpoints_end_of_turn_ids_are_known() -> None:
     llada = config(LLADA) | {"vocab_size": 126464, "embedding_size": 126464, "eos_token_id": 126081}
     assert loader.read_spec(llada).eos_ids == (126081, 126348)
@@ -315,11 +333,20 @@ def test_model_names(model: Any) -> None:
         LLM(model)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
 def test_running_out_of_memory_while_loading(
-    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(*_args: object, **_options: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr("dllmserve.engine.setup.KVStore.create", full)
     refused(checkpoints["llada"], OutOfMemoryError, "while loading", "weights ", "max_model_len")

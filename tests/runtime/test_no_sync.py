@@ -6,7 +6,10 @@ raises here, and so does an operation that mixes in a tensor from another device
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllmserve import SamplingParams, SparseConfig
 from dllmserve.attention.backend import KVStore
@@ -22,6 +25,21 @@ from dllmserve.runtime.state_table import StateTable
 
 META = torch.device("meta")
 LENGTH = 256
+
+
+class NoBlockingCopies(TorchDispatchMode):
+    """Refuses copies from the host that wait for the device to take them."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        options = kwargs or {}
+        to = options.get("device")
+        if func is torch.ops.aten._to_copy.default and to == META and args[0].device != META:
+            assert options.get("non_blocking"), "a blocking copy to the device"
+        if func is torch.ops.aten.copy_.default and args[0].device != args[1].device:
+            assert options.get("non_blocking") or args[2:], "a blocking copy to the device"
+        return func(*args, **options)
 
 
 def _requests() -> list[Request]:
@@ -87,10 +105,11 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
         plan, picked, admitted = scheduler.schedule()
         plan.validate(LENGTH)
         assert len(picked) == len(requests)
-        for request in admitted:
-            for init in row_inits(request, spec.mask_id):
-                runner.admit(init)
-        handle = runner.execute(plan)
+        with NoBlockingCopies():
+            for request in admitted:
+                for init in row_inits(request, spec.mask_id):
+                    runner.admit(init)
+            handle = runner.execute(plan)
         assert handle.proposals.tokens.device == META
         progress = [EntryReport(r.progress.masks_left - 1, 0, -1) for r in picked]
         scheduler.commit(picked, progress)
