@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllmserve import SamplingParams, SparseConfig
@@ -34,12 +35,12 @@ class NoBlockingCopies(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         options = kwargs or {}
-        to = options.get("device")
-        if func is torch.ops.aten._to_copy.default and to == META and args[0].device != META:
-            assert options.get("non_blocking"), "a blocking copy to the device"
-        if func is torch.ops.aten.copy_.default and args[0].device != args[1].device:
-            assert options.get("non_blocking") or args[2:], "a blocking copy to the device"
-        return func(*args, **options)
+        result = func(*args, **options)
+        # in inference mode .to() arrives here whole, elsewhere as _to_copy
+        copies = func.overloadpacket.__name__ in ("to", "_to_copy", "copy_")
+        if copies and len({t.device for t in (*args, result) if isinstance(t, Tensor)}) > 1:
+            assert options.get("non_blocking") or args[2:], f"a blocking copy: {func}"
+        return result
 
 
 def _requests() -> list[Request]:
