@@ -30,6 +30,9 @@ from dllmserve.sparse.state import SparseConfig
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]
 
+#: canvases kept for a stream that is read slower than the engine runs; older ones are lost
+_KEPT_CANVASES = 256
+
 
 class LLM:
     """A diffusion language model, loaded and ready to generate.
@@ -80,6 +83,9 @@ class LLM:
         self._live: dict[int, Request] = {}
         self._outputs: dict[int, RequestOutput] = {}
         self._canvases: dict[int, deque[CanvasStep]] = {}
+        # a stream that is closed by garbage collection may end in the middle of a step
+        self._dropped: deque[Request] = deque()
+        self._stepping = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -167,7 +173,8 @@ class LLM:
         """Watch one answer being filled in: an event per forward pass.
 
         The last event carries the finished output. Leaving the loop early drops the
-        request.
+        request. A reader that pauses while other threads generate may miss events, never
+        the last one.
         """
         params = _one_each("sampling_params", sampling_params, SamplingParams, 1)[0]
         sparse = _one_each("sparse_config", sparse_config, SparseConfig, 1, optional=True)[0]
@@ -186,8 +193,9 @@ class LLM:
         tokenizer = self._engine.tokenizer
         if tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer, so chat() cannot be used")
+        (conversation,) = _conversations([messages])
         # the template writes the special tokens itself
-        return tokenizer.encode(tokenizer.render_chat(messages), special=False)
+        return tokenizer.encode(tokenizer.render_chat(conversation), special=False)
 
     def _prompt_ids(self, prompt: Any, name: str) -> list[int]:
         if isinstance(prompt, str):
@@ -198,7 +206,7 @@ class LLM:
             return self._engine.tokenizer.encode(prompt)
         if hasattr(prompt, "tolist"):  # a numpy array or a tensor
             prompt = prompt.tolist()
-        if isinstance(prompt, Sequence) and not isinstance(prompt, bytes):
+        if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
             return list(prompt)
         raise PromptError(
             f"{name} must be a text or a list of token ids, got {type(prompt).__name__}"
@@ -252,7 +260,7 @@ class LLM:
                 self._engine.add(request)
                 self._live[request.id] = request
                 if watch:
-                    self._canvases[request.id] = deque()
+                    self._canvases[request.id] = deque(maxlen=_KEPT_CANVASES)
         return requests
 
     def _advance(self, request: Request) -> bool:
@@ -266,6 +274,8 @@ class LLM:
                 return False
             if request.error is not None:
                 raise request.error
+            self._free_dropped()
+            self._stepping = True
             try:
                 events = self._engine.step()
             except BaseException as error:
@@ -275,20 +285,29 @@ class LLM:
                     other.error.__cause__ = error
                     self._engine.abort(other)
                 raise
+            finally:
+                self._stepping = False
             for ended, output in events.finished:
                 self._outputs[ended.id] = output
             for watched, canvas in events.watched:
-                self._canvases[watched.id].append(canvas)
+                if watched.id in self._canvases:
+                    self._canvases[watched.id].append(canvas)
             return True
 
     def _drop(self, requests: list[Request]) -> None:
-        """Forget requests, and free what those that still run hold."""
+        """Forget requests, and free what those that still run hold, between two steps."""
+        self._dropped.extend(requests)
         with self._lock:
-            for request in requests:
-                self._engine.abort(request)
-                self._live.pop(request.id, None)
-                self._outputs.pop(request.id, None)
-                self._canvases.pop(request.id, None)
+            if not self._stepping:
+                self._free_dropped()
+
+    def _free_dropped(self) -> None:
+        while self._dropped:
+            request = self._dropped.popleft()
+            self._engine.abort(request)
+            self._live.pop(request.id, None)
+            self._outputs.pop(request.id, None)
+            self._canvases.pop(request.id, None)
 
 
 def _one_each(

@@ -122,6 +122,7 @@ def _memory(plan: EnginePlan) -> dict[str, Any]:
         "weights_bytes": memory.weights,
         "activations_bytes": memory.activations,
         "logits_bytes": memory.logits,
+        "tables_bytes": memory.tables,
         "pages_bytes": memory.pages,
         "planned_bytes": memory.planned,
         "allowed_bytes": memory.allowed,

@@ -37,30 +37,33 @@ class StepBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBudget:
-    """Bytes of each part: ``weights + activations + logits + pages = planned``.
+    """Bytes of each part: ``weights + activations + logits + tables + pages = planned``.
 
     Attributes:
         total: bytes of the device.
+        free: bytes that nobody else used when the plan was made.
         utilization: share of ``total`` that the engine may use.
-        weights, activations, logits, pages: bytes of each part.
+        weights, activations, logits, tables, pages: bytes of each part.
     """
 
     total: int
+    free: int
     utilization: float
     weights: int
     activations: int
     logits: int
+    tables: int
     pages: int
 
     @property
     def planned(self) -> int:
         """Sum of all parts in bytes."""
-        return self.weights + self.activations + self.logits + self.pages
+        return self.weights + self.activations + self.logits + self.tables + self.pages
 
     @property
     def allowed(self) -> int:
-        """Bytes that the engine may use."""
-        return int(self.total * self.utilization)
+        """Bytes that the engine may use: its share, or what others have left."""
+        return min(int(self.total * self.utilization), self.free)
 
     def equation(self) -> str:
         """The budget as one line for people."""
@@ -68,10 +71,13 @@ class MemoryBudget:
             ("weights", self.weights),
             ("activations", self.activations),
             ("logits", self.logits),
+            ("tables", self.tables),
             ("K,V pages", self.pages),
         )
         left = " + ".join(f"{name} {size_text(size)}" for name, size in parts)
         right = f"{size_text(self.total)} x {self.utilization:g}"
+        if self.free < int(self.total * self.utilization):
+            right = f"free memory of {size_text(self.total)}"
         return f"{left} = {size_text(self.planned)} of {right} = {size_text(self.allowed)}"
 
 

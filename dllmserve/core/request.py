@@ -38,7 +38,7 @@ class Progress:
     frontier: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """Host record of one job. It holds no tensors.
 

@@ -24,6 +24,9 @@ MAX_SKIPS = 16
 #: How many requests that must wait are looked past, so that a long queue costs no more.
 MAX_LOOKED_PAST = 32
 
+#: LM-head chunks of max_logit_rows that one step may take; a single request may take more.
+HEAD_CHUNKS = 8
+
 
 class SpanSource(Protocol):
     """The part of a cache policy that the scheduler uses."""
@@ -144,7 +147,7 @@ class Scheduler:
         limits = self.limits
         budget = StepBudget(
             tokens=limits.max_num_batched_tokens,
-            logit_rows=limits.max_logit_rows,
+            logit_rows=limits.max_logit_rows * HEAD_CHUNKS,
             rows=limits.max_num_seqs,
         )
         picked: list[tuple[Request, StepEntry]] = []

@@ -148,9 +148,12 @@ class EngineCore:
             raise OutOfMemoryError(
                 f"out of memory in a step of {plan.tokens} tokens ({first}): {OOM_ADVICE}"
             ) from error
+        before = [request.progress.frontier for request in requests]
         finished = self.scheduler.commit(requests, reports)
         outputs: list[tuple[Request, RequestOutput]] = []
-        for request, report in zip(requests, reports, strict=True):
+        for request, report, frontier in zip(requests, reports, before, strict=True):
+            if request not in finished and report.frontier == frontier:
+                continue  # no new text, so no stop string either
             output = self._output(request, report.eos, request in finished)
             if output is not None:
                 outputs.append((request, output))

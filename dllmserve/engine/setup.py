@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ import torch
 
 from dllmserve.attention.backend import AttentionBackend, KVStore
 from dllmserve.config import EngineConfig
-from dllmserve.core.budget import MemoryBudget, size_text
+from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.scheduler import Limits, Scheduler, SpanSource
 from dllmserve.engine.core import OOM_ADVICE, EngineCore, is_out_of_memory
+from dllmserve.engine.memory import plan_memory
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import ConfigError, OutOfMemoryError
 from dllmserve.models.loader import (
@@ -74,7 +74,7 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
     tokens = options.max_num_batched_tokens
     if tokens is None:
         tokens = min(max(2 * max_len, _MIN_STEP_TOKENS), _MAX_STEP_TOKENS)
-    memory, pages = _memory(options, spec, dtype, device, tokens, max_len)
+    memory, pages = plan_memory(options, spec, dtype, device, tokens=tokens, max_len=max_len)
     limits = Limits(
         max_model_len=max_len,
         max_num_seqs=options.max_num_seqs,
@@ -103,6 +103,8 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
 
 def _build(options: EngineConfig, plan: EnginePlan) -> EngineCore:
     spec, limits = plan.spec, plan.limits
+    # first, because a broken one should not be noticed after gigabytes of weights
+    tokenizer = load_tokenizer(plan.directory, trust_remote_code=options.trust_remote_code)
     sizes: dict[str, Any] = {"dtype": plan.dtype, "device": plan.device}
     if options.load_format == "dummy":
         decoder = random_decoder(spec, **sizes, max_len=limits.max_model_len)
@@ -123,7 +125,6 @@ def _build(options: EngineConfig, plan: EnginePlan) -> EngineCore:
     runner = ModelRunner(decoder, table, kv, backend, limits.max_logit_rows)
     policies: dict[str, SpanSource] = {n: resolve(CACHE_POLICIES, n)() for n in CACHE_POLICIES}
     scheduler = Scheduler(spec, limits, policies.__getitem__)
-    tokenizer = load_tokenizer(plan.directory, trust_remote_code=options.trust_remote_code)
     return EngineCore(scheduler, runner, tokenizer, options.seed)
 
 
@@ -150,52 +151,3 @@ def _dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
         raise ConfigError(f"config.json asks for dtype {name!r}; pass dtype='bfloat16'")
     assert isinstance(dtype, torch.dtype)  # narrows the type; the line above checked it
     return dtype
-
-
-def _memory(
-    options: EngineConfig,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    tokens: int,
-    max_len: int,
-) -> tuple[MemoryBudget, int]:
-    """The memory plan and the number of K,V pages that it leaves room for."""
-    size = dtype.itemsize
-    weights = spec.parameters() * size
-    # the widest moment of a layer: residual, norm, gate_up and its product, in packed tokens
-    q = spec.num_heads * spec.head_dim
-    kv = spec.num_kv_heads * spec.head_dim
-    widest = max(3 * spec.mlp_size, 2 * (q + 2 * kv) + q) + 3 * spec.hidden_size
-    activations = tokens * widest * size
-    # logits, their float32 copy, the candidates and the exponentials
-    logits = options.max_logit_rows * spec.embedding_size * (size + 3 * 4)
-    total = _device_memory(device)
-    page_bytes = options.page_size * spec.kv_values() * size
-    room = int(total * options.gpu_memory_utilization) - weights - activations - logits
-    wanted = options.max_num_seqs * -(-max_len // options.page_size)
-    pages = min(wanted, max(room, 0) // page_bytes)
-    if options.kv_pages is not None:
-        pages = options.kv_pages
-    memory = MemoryBudget(
-        total=total,
-        utilization=options.gpu_memory_utilization,
-        weights=weights,
-        activations=activations,
-        logits=logits,
-        pages=pages * page_bytes,
-    )
-    if memory.planned > memory.allowed:
-        raise OutOfMemoryError(
-            f"the engine needs {size_text(memory.planned)} and may use "
-            f"{size_text(memory.allowed)}: {memory.equation()}; {OOM_ADVICE}"
-            + (", or kv_pages" if options.kv_pages is not None else "")
-            + (", or use dtype='bfloat16'" if dtype == torch.float32 else "")
-        )
-    return memory, pages
-
-
-def _device_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,8 +71,11 @@ class Tokenizer:
         def raise_exception(message: str) -> None:
             raise TokenizerError(f"the chat template refused the messages: {message}")
 
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = _to_json
         try:
             template = environment.from_string(self._template)
@@ -144,10 +148,13 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Token
 
 
 def _slow_tokenizer(directory: Path, config: dict[str, Any], trust: bool) -> Any:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, Qwen2Tokenizer
 
     remote = "AutoTokenizer" in (config.get("auto_map") or {})
     try:
+        if remote and _is_byte_level(directory):
+            # Dream ships Qwen2's vocabulary with code of its own, which this replaces
+            return Qwen2Tokenizer.from_pretrained(str(directory))
         return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except Exception as error:  # the libraries below raise bare Exception
         if not remote:
@@ -166,6 +173,11 @@ def _slow_tokenizer(directory: Path, config: dict[str, Any], trust: bool) -> Any
         raise TokenizerError(
             f"the tokenizer code of {directory} cannot be run ({error}); add a tokenizer.json"
         ) from error
+
+
+def _is_byte_level(directory: Path) -> bool:
+    """Whether there are the two files of a byte-level BPE vocabulary."""
+    return all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
 
 
 def _read(path: Path) -> dict[str, Any]:

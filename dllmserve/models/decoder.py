@@ -95,7 +95,7 @@ class Decoder(nn.Module):
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         wide = F.linear(x, self.weight(f"l{layer}_gate_up"))
         gate, up = wide.chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.weight(f"l{layer}_down"))
+        return F.linear(F.silu(gate).mul_(up), self.weight(f"l{layer}_down"))
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -49,7 +49,7 @@ def find_model(model: str) -> Path:
     Raises:
         ModelNotFoundError: none of the three exists; the message says what was tried.
     """
-    if model == EMBEDDED and not Path(model).is_dir():
+    if model == EMBEDDED:  # a directory of that name is ./tiny
         return ASSETS / EMBEDDED
     path = Path(model).expanduser()
     if path.is_dir():
@@ -172,6 +172,7 @@ def load_decoder(
     decoder = Decoder(spec, dtype, device, max_len)
     seen: set[str] = set()
     wrong: list[str] = []
+    unusable: list[str] = []
     unexpected: list[str] = []
     for name, tensor in _tensors(files):
         target = targets.get(name)
@@ -182,11 +183,18 @@ def load_decoder(
         if tuple(tensor.shape) != target.shape:
             wrong.append(f"{name} is {tuple(tensor.shape)}, expected {target.shape}")
             continue
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            # quantized weights come with scales that nothing here would apply
+            unusable.append(f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16")
+            continue
+        if name in seen:
+            unusable.append(f"{name} is in more than one file")
+            continue
         _fill(decoder, target, tensor)
         seen.add(name)
-    misshapen = {w.split(" ", 1)[0] for w in wrong}
-    missing = [n for n in targets if n not in seen and n not in misshapen]
-    _report(directory, missing=missing, unexpected=unexpected, wrong=wrong)
+    named = {w.split(" ", 1)[0] for w in (*wrong, *unusable)}
+    missing = [n for n in targets if n not in seen and n not in named]
+    _report(directory, missing=missing, unexpected=unexpected, misshapen=wrong, unusable=unusable)
     return decoder
 
 
@@ -243,11 +251,10 @@ def _fill(decoder: Decoder, target: Target, tensor: Tensor) -> None:
     decoder.weight(target.parameter).data[target.start : target.start + rows].copy_(tensor)
 
 
-def _report(
-    directory: Path, *, missing: list[str], unexpected: list[str], wrong: list[str]
-) -> None:
+def _report(directory: Path, **problems: list[str]) -> None:
+    """Raise WeightsError with every kind of problem that has names."""
     parts = []
-    for label, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong)):
+    for label, names in problems.items():
         if names:
             more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
             parts.append(f"{label}: {', '.join(names[:_SHOWN])}{more}")

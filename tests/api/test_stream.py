@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dllmserve import LLM, CanvasStep, SamplingParams, SparseConfig
+from dllmserve.core.plan import StepPlan
+from dllmserve.runtime.runner import StepHandle
 from tests.conftest import Engines
 from tests.helpers import answer, check_idle, random_prompt
 
@@ -127,6 +129,38 @@ def test_threads_share_an_engine(llm: LLM) -> None:
         thread.join()
     assert [got[i] for i in range(6)] == expected
     check_idle(llm)
+
+
+def test_a_stream_that_ends_inside_a_step_disturbs_nobody(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Garbage collection may close an abandoned stream at any moment."""
+    params = SamplingParams(temperature=0.0, gen_length=8, steps=8, ignore_eos=True)
+    expected = llm.generate([[3, 4]], params, use_tqdm=False)
+    stream = llm.stream([5, 6, 7], params)
+    next(stream)
+    execute = llm._engine._runner.execute
+
+    def closing(plan: StepPlan) -> StepHandle:
+        stream.close()
+        return execute(plan)
+
+    monkeypatch.setattr(llm._engine._runner, "execute", closing)
+    assert llm.generate([[3, 4]], params, use_tqdm=False) == expected
+    assert not llm._live
+    llm._engine.scheduler.check_integrity()
+    assert not llm._engine.has_work
+
+
+def test_a_slow_reader_gets_the_last_canvas(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, gen_length=8, steps=8, ignore_eos=True)
+    stream = llm.stream([5, 6, 7], params)
+    first = next(stream)
+    llm.generate([[3, 4]] * 3, params, use_tqdm=False)
+    rest = list(stream)
+    assert first.output is None
+    assert rest[-1].output is not None
+    assert all(rest[-1].committed)
 
 
 def test_a_failing_step_is_told_to_everybody(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """What one step may hold, and the memory equation."""
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,12 +31,22 @@ def test_logit_rows_never_block_an_empty_step() -> None:
 
 def test_the_memory_equation() -> None:
     memory = MemoryBudget(
-        total=10 * GIB, utilization=0.5, weights=GIB, activations=2 * GIB, logits=GIB // 2, pages=0
+        total=10 * GIB,
+        free=9 * GIB,
+        utilization=0.5,
+        weights=GIB,
+        activations=2 * GIB,
+        logits=GIB // 2,
+        tables=0,
+        pages=0,
     )
     assert memory.planned == 3 * GIB + GIB // 2
     assert memory.allowed == 5 * GIB
     assert memory.equation() == (
-        "weights 1.00 GiB + activations 2.00 GiB + logits 512.0 MiB + K,V pages 0.0 MiB "
-        "= 3.50 GiB of 10.00 GiB x 0.5 = 5.00 GiB"
+        "weights 1.00 GiB + activations 2.00 GiB + logits 512.0 MiB + tables 0.0 MiB "
+        "+ K,V pages 0.0 MiB = 3.50 GiB of 10.00 GiB x 0.5 = 5.00 GiB"
     )
+    busy = replace(memory, free=2 * GIB)
+    assert busy.allowed == 2 * GIB < busy.planned
+    assert busy.equation().endswith("of free memory of 10.00 GiB = 2.00 GiB")
     assert size_text(0) == "0.0 MiB"

@@ -7,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllmserve.core.request import Request, Status
-from dllmserve.core.scheduler import MAX_LOOKED_PAST, MAX_SKIPS, EntryReport, Limits, Scheduler
+from dllmserve.core.scheduler import (
+    HEAD_CHUNKS,
+    MAX_LOOKED_PAST,
+    MAX_SKIPS,
+    EntryReport,
+    Limits,
+    Scheduler,
+)
 from dllmserve.errors import CapacityError, EngineError
 from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.sampling_params import SamplingParams
@@ -84,7 +91,7 @@ class Device:
         assert plan.tokens <= limits.max_num_batched_tokens
         assert len(plan.spans) <= limits.max_num_seqs
         rows = sum(e.logit_rows for e in plan.entries)
-        assert rows <= limits.max_logit_rows or len(plan.entries) == 1
+        assert rows <= limits.max_logit_rows * HEAD_CHUNKS or len(plan.entries) == 1
         self.order += [r.id for r in admitted]
         for r in requests:
             since = self.last_seen.get(r.id, self.steps - 1)

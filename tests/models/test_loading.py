@@ -1,6 +1,7 @@
 """Checkpoints: what loads, and what each broken one is told."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from dllmserve.errors import (
     WeightsError,
 )
 from dllmserve.models import loader
+from dllmserve.models.loader import ASSETS, find_model
 from tests.checkpoints import Config, Shape, Tensors, config, random_tensors, write
 from tests.helpers import answer
 
@@ -185,6 +187,33 @@ def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path) -> N
         "unexpected: model.transformer.extra.weight",
         "misshapen: model.transformer.ln_f.weight is (31,), expected (32,)",
     )
+
+
+def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
+    def edit(_: Config, tensors: Tensors) -> None:
+        tensors[Q] = tensors[Q].to(torch.int8)
+
+    refused(
+        broken(tmp_path, edit),
+        WeightsError,
+        f"unusable: {Q} is torch.int8, expected float32, bfloat16 or float16",
+    )
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    folder = broken(tmp_path, lambda _, __: None)
+    (first,) = folder.glob("*.safetensors")
+    shutil.copy(first, folder / "model-copy.safetensors")
+    refused(folder, WeightsError, "unusable: ", "is in more than one file")
+
+
+def test_the_embedded_model_does_not_depend_on_the_folder_one_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_model("tiny") == ASSETS / "tiny"
+    assert find_model("./tiny") == Path("tiny")
 
 
 def test_long_lists_of_tensors_are_cut(tmp_path: Path) -> None:
