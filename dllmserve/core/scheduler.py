@@ -48,11 +48,13 @@ class EntryReport:
         masks_left: masked positions left in the block.
         frontier: answer positions unmasked without a gap, from the left.
         eos: answer index of the first end-of-sequence id before the frontier, or -1.
+        broken: LM-head rows whose logits were not numbers; any ends the request.
     """
 
     masks_left: int
     frontier: int
     eos: int
+    broken: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +166,20 @@ class Scheduler:
     def commit(self, requests: Sequence[Request], reports: Sequence[EntryReport]) -> list[Request]:
         """Take the runner's reports; return the requests that finished.
 
-        Finished requests keep their rows until :meth:`release` is called, so that their
-        tokens can still be read.
+        A request with broken rows has finished with its ``error`` set. Finished requests
+        keep their rows until :meth:`release` is called, so that their tokens can still be
+        read.
         """
         finished = []
         for request, report in zip(requests, reports, strict=True):
             progress = request.progress
+            if report.broken:
+                request.error = EngineError(
+                    f"the model gave NaN or infinite logits after {progress.forwards} forwards: "
+                    "its weights are damaged, or numbers overflow its dtype (try 'float32')"
+                )
+                finished.append(request)
+                continue
             if report.masks_left >= progress.masks_left:
                 raise EngineError(f"request {request.id} made no progress in a step")
             progress.forwards += 1

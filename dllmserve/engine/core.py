@@ -152,6 +152,9 @@ class EngineCore:
         finished = self.scheduler.commit(requests, reports)
         outputs: list[tuple[Request, RequestOutput]] = []
         for request, report, frontier in zip(requests, reports, before, strict=True):
+            if request.error is not None:
+                self.scheduler.release(request)
+                continue
             if request not in finished and report.frontier == frontier:
                 continue  # no new text, so no stop string either
             output = self._output(request, report.eos, request in finished)
@@ -161,7 +164,7 @@ class EngineCore:
         watched = [
             (request, self._canvas(index, request, handle, done.get(request.id)))
             for index, request in enumerate(requests)
-            if request.watch
+            if request.watch and request.error is None
         ]
         for request, _ in outputs:
             self.scheduler.release(request)

@@ -96,7 +96,7 @@ class ModelRunner:
         stats, keys = self._stats(plan, inputs, hidden)
         confidence, entropy, tokens = self._block_view(plan, inputs, stats, keys)
         self._apply_rules(plan, inputs, confidence, entropy, tokens)
-        report = self._report(plan, inputs)
+        report = self._report(plan, inputs, stats)
         blocks = [(e.span.blk_start, e.span.blk_len) for e in plan.entries]
         return StepHandle(report, Proposals(tokens, confidence), blocks)
 
@@ -223,8 +223,8 @@ class ModelRunner:
         table.tokens[index, block] = torch.where(write, tokens, table.tokens[index, block])
         table.masked[index, block] = table.masked[index, block] & ~write
 
-    def _report(self, plan: StepPlan, inputs: StepInputs) -> Tensor:
-        """[n, 3] int64: masks left in the block, frontier, first EOS before it or -1."""
+    def _report(self, plan: StepPlan, inputs: StepInputs, stats: TokenStats) -> Tensor:
+        """[n, 4] int64: masks left, frontier, first EOS before it or -1, rows without numbers."""
         table, rows = self.table, inputs.rows
         inside = inputs.block < table.max_len
         left = (table.masked[rows[:, None], inputs.block] & inside).sum(dim=-1)
@@ -241,4 +241,6 @@ class ModelRunner:
         ]
         first = torch.where(ends, place, longest).amin(dim=-1)
         eos = torch.where(first < longest, first, -1)
-        return torch.stack((left, frontier, eos), dim=1)
+        owner = inputs.head_cells // inputs.block.shape[1]
+        broken = torch.zeros_like(left).index_add(0, owner, stats.prob.isnan().long())
+        return torch.stack((left, frontier, eos, broken), dim=1)
