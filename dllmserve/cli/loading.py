@@ -44,6 +44,9 @@ def _leave_at_once(before: bytes) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set signal handlers
         return
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield  # whoever started this in the background wants Ctrl-C to be ignored
+        return
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         os.write(_STDERR, before + b"interrupted\n")

@@ -36,6 +36,8 @@ class Terminal:
             stderr=other,
             env=environment,
             start_new_session=True,
+            # a job in the background of a script inherits an ignored Ctrl-C
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         os.close(other)
         self.written = ""
