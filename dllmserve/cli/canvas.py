@@ -13,7 +13,7 @@ from rich.text import Text
 from dllmserve.outputs import CanvasStep
 
 #: what decoders put where bytes do not form a character
-_BROKEN = "\ufffd"
+BROKEN = "\ufffd"
 _TAB = 4
 
 
@@ -115,7 +115,7 @@ class CanvasText:
         if any(s is not State.COMMITTED for s in states[:start]):
             return
         text = self._decode([t for t in step.token_ids[:start] if t is not None])
-        if not text.endswith(_BROKEN):  # a character that ends in the next block
+        if not text.endswith(BROKEN):  # a character that ends in the next block
             self._settled, self._settled_text = start, text
 
     def _holes(self, run: list[State]) -> Iterator[Piece]:
@@ -130,7 +130,7 @@ class CanvasText:
             start, stop = stop, stop + len(list(slots))
             text = self._decode(ids[:stop])
             if stop < len(ids):
-                text = text.rstrip(_BROKEN)
+                text = text.rstrip(BROKEN)
             if text.startswith(before):
                 yield Piece(text[len(before) :], state)
             else:  # a decoder that rewrites what it said before
@@ -146,7 +146,7 @@ def visible(text: str) -> str:
         'a�[2Jb�\n'
     """
     return "".join(
-        c if c == "\n" or c.isprintable() else " " * _TAB if c == "\t" else _BROKEN for c in text
+        c if c == "\n" or c.isprintable() else " " * _TAB if c == "\t" else BROKEN for c in text
     )
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from dllmserve.cli.canvas import BROKEN
 from dllmserve.outputs import CanvasStep
-
-#: what a byte-level tokenizer decodes an unfinished character to
-_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def plain_pieces(
@@ -27,7 +25,7 @@ def plain_pieces(
             return
         gap = step.committed.index(False) if False in step.committed else len(step.committed)
         text = decode([t for t in step.token_ids[:gap] if t is not None])
-        text = text.rstrip(_UNFINISHED)
+        text = text.rstrip(BROKEN)
         text = text[: max(len(text) - held_back, 0)]
         if len(text) > len(shown) and text.startswith(shown):
             yield text[len(shown) :]

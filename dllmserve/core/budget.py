@@ -63,7 +63,11 @@ class MemoryBudget:
     @property
     def allowed(self) -> int:
         """Bytes that the engine may use: its share, or what others have left."""
-        return min(int(self.total * self.utilization), self.free)
+        return min(self._share, self.free)
+
+    @property
+    def _share(self) -> int:
+        return int(self.total * self.utilization)
 
     def equation(self) -> str:
         """The budget as one line for people."""
@@ -76,7 +80,7 @@ class MemoryBudget:
         )
         left = " + ".join(f"{name} {size_text(size)}" for name, size in parts)
         right = f"{size_text(self.total)} x {self.utilization:g}"
-        if self.free < int(self.total * self.utilization):
+        if self.free < self._share:
             right = f"free memory of {size_text(self.total)}"
         return f"{left} = {size_text(self.planned)} of {right} = {size_text(self.allowed)}"
 

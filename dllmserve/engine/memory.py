@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -40,26 +41,26 @@ def plan_memory(
     # a layer gathers the context of a step's reuse spans, at worst all pages, and joins it
     # with the fresh K,V: twice a layer's share of the pages
     gather_bytes = 2 * page_bytes // spec.num_layers
-    parts = {
-        "weights": spec.parameters() * size,
-        "logits": _logit_bytes(options, spec, size),
-        "tables": _table_bytes(options, spec, max_len),
-    }
-    activations = tokens * _widest(spec) * size
     total, free = _device_memory(device)
-    allowed = min(int(total * options.gpu_memory_utilization), free)
-    room = allowed - activations - sum(parts.values())
-    wanted = options.max_num_seqs * -(-max_len // options.page_size)
-    pages = min(wanted, max(room, 0) // (page_bytes + gather_bytes))
-    if options.kv_pages is not None:
-        pages = options.kv_pages
-    memory = MemoryBudget(
+    bare = MemoryBudget(
         total=total,
         free=free,
         utilization=options.gpu_memory_utilization,
-        activations=activations + pages * gather_bytes,
+        weights=spec.parameters() * size,
+        activations=tokens * _widest(spec) * size,
+        logits=_logit_bytes(options, spec, size),
+        tables=_table_bytes(options, spec, max_len),
+        pages=0,
+    )
+    wanted = options.max_num_seqs * -(-max_len // options.page_size)
+    room = max(bare.allowed - bare.planned, 0)
+    pages = min(wanted, room // (page_bytes + gather_bytes))
+    if options.kv_pages is not None:
+        pages = options.kv_pages
+    memory = replace(
+        bare,
+        activations=bare.activations + pages * gather_bytes,
         pages=pages * page_bytes,
-        **parts,
     )
     if memory.planned > memory.allowed:
         raise OutOfMemoryError(
