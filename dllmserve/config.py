@@ -11,6 +11,8 @@ from dllmserve.registry import ATTENTION_BACKENDS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
+KERNELS = ("auto", "torch", "triton")
+PHASES = ("mixed", "separate")
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class EngineConfig:
 
     Attributes:
         model: local directory, hub id, or "tiny" for the embedded model.
-        enforce_eager: never use CUDA graphs. (This version captures none.)
+        enforce_eager: never use CUDA graphs.
         tensor_parallel_size: number of devices for one model. (This version runs 1.)
         max_model_len: longest prompt + answer in tokens; None takes it from config.json.
         trust_remote_code: let a tokenizer that nothing else can load run its own code;
@@ -28,11 +30,23 @@ class EngineConfig:
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         load_format: "auto" reads safetensors; "dummy" makes random weights from a bare
             config.json, for benchmarks.
-        attention: attention backend.
+        attention: attention backend; "auto" is "triton" on CUDA where Triton is installed,
+            else "sdpa".
+        kernels: "triton" or "torch" for normalisation, rotation, activation and the
+            statistics of logits; "auto" is "triton" on CUDA where it is installed.
         max_num_seqs: rows of the state table; a request with cfg_scale > 0 takes two.
         max_num_batched_tokens: tokens in one forward pass; None is twice max_model_len,
             at least 8192 and at most 32768.
+        max_refresh_tokens: tokens of one forward pass that may belong to refreshes, so
+            that they do not line up; None does not limit them.
         max_logit_rows: rows of logits that may exist at once; at least 2.
+        phases: "mixed" lets refreshes and reuse of different requests share a forward
+            pass, "separate" does not.
+        steps_per_sync: forward passes that may be launched before the host waits for the
+            report of the oldest, as long as all requests in them have a fixed schedule
+            (``unmask="steps"``). Only on CUDA. An answer that ends early costs up to this
+            many forwards more.
+        max_graphs: CUDA graphs that are kept; the least recently used are dropped.
         page_size: tokens per K,V page.
         kv_pages: pages of the K,V store; None sizes it from memory.
         gpu_memory_utilization: share of the device's memory that the engine may plan with.
@@ -50,10 +64,15 @@ class EngineConfig:
     dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
-    attention: str = "sdpa"
+    attention: str = "auto"
+    kernels: str = "auto"
     max_num_seqs: int = 64
     max_num_batched_tokens: int | None = None
+    max_refresh_tokens: int | None = None
     max_logit_rows: int = 1024
+    phases: str = "mixed"
+    steps_per_sync: int = 4
+    max_graphs: int = 64
     page_size: int = 32
     kv_pages: int | None = None
     gpu_memory_utilization: float = 0.9
@@ -73,12 +92,20 @@ class EngineConfig:
             )
         check_choice(err, "dtype", self.dtype, DTYPES)
         check_choice(err, "load_format", self.load_format, LOAD_FORMATS)
-        check_choice(err, "attention", self.attention, ATTENTION_BACKENDS)
+        check_choice(err, "attention", self.attention, ("auto", *ATTENTION_BACKENDS))
+        check_choice(err, "kernels", self.kernels, KERNELS)
+        check_choice(err, "phases", self.phases, PHASES)
         if not isinstance(self.device, str):
             raise err(f"device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
-        for name, low in (("max_num_seqs", 1), ("max_logit_rows", 2), ("page_size", 1)):
+        for name, low in (
+            ("max_num_seqs", 1),
+            ("max_logit_rows", 2),
+            ("page_size", 1),
+            ("steps_per_sync", 1),
+            ("max_graphs", 1),
+        ):
             check_int(err, name, getattr(self, name), low)
-        for name in ("max_model_len", "max_num_batched_tokens"):
+        for name in ("max_model_len", "max_num_batched_tokens", "max_refresh_tokens"):
             if getattr(self, name) is not None:
                 check_int(err, name, getattr(self, name), 2)
         if self.kv_pages is not None:

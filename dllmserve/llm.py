@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.setup import EnginePlan, build_engine
 from dllmserve.engine.tokenizer import Tokenizer
@@ -101,6 +103,19 @@ class LLM:
     def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's tokenizer, or None."""
         return self._engine.tokenizer
+
+    @contextmanager
+    def observe(self, callback: Callable[[StepPlan], None]) -> Iterator[None]:
+        """Call ``callback`` with the plan of every step launched inside the ``with`` block.
+
+        Plans tell what was computed (:class:`dllmserve.core.plan.StepPlan`), for
+        benchmarks and debugging; the callback must be quick.
+        """
+        self._engine.observers.append(callback)
+        try:
+            yield
+        finally:
+            self._engine.observers.remove(callback)
 
     def generate(
         self,
@@ -280,6 +295,7 @@ class LLM:
                 events = self._engine.step()
             except BaseException as error:
                 # the step was cut short, so no request's state can be trusted any more
+                self._engine.abandon()
                 for other in self._live.values():
                     other.error = EngineError(f"the engine's step failed: {error!r}")
                     other.error.__cause__ = error

@@ -35,6 +35,7 @@ CACHE_POLICIES: dict[str, str] = {
 #: attention backend name -> backend class (dllmserve.attention.backend.AttentionBackend)
 ATTENTION_BACKENDS: dict[str, str] = {
     "sdpa": "dllmserve.attention.sdpa:SdpaBackend",
+    "triton": "dllmserve.attention.triton:TritonBackend",
 }
 
 

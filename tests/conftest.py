@@ -1,5 +1,6 @@
 """Settings of the whole suite, and engines that tests share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,10 @@ from hypothesis import settings
 
 from dllmserve import LLM
 from tests.checkpoints import Shape, byte_tokenizer, constant_logits, write, write_random
+
+if not torch.cuda.is_available():
+    # before anything loads triton, which reads it once: kernels then run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")

@@ -22,6 +22,7 @@ LAYERS = (
     ("runtime",),
     ("engine",),
     ("llm",),
+    ("bench",),
     ("cli", "server"),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}

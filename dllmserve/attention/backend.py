@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import StepPlan
+from dllmserve.core.plan import Span, StepPlan
 from dllmserve.core.rows import RowSelect
 from dllmserve.models.base import AttentionContext
 
@@ -67,21 +68,74 @@ class KVStore:
         return pages.gather(1, page) * self.page_size + offset
 
 
+@dataclass(frozen=True)
+class AttentionStep:
+    """What a backend is told about a step.
+
+    Attributes:
+        plan: the host's view. A padded step holds more spans on the device than the plan;
+            padding has q_len 0 and the trash row.
+        kv: the store that spans read and write.
+        selects: row -> selection settings, read by spans that select.
+        spans: [S, 9] int32 on the device, the fields of :class:`dllmserve.core.plan.Span`.
+        starts: [S] int32 on the device, first packed token of each span.
+        places: index in ``spans`` of each span of the plan.
+        tokens: packed tokens; those of padding come last and belong to no span.
+        max_q: upper bound of q_len.
+    """
+
+    plan: StepPlan
+    kv: KVStore
+    selects: dict[int, RowSelect]
+    spans: Tensor
+    starts: Tensor
+    places: tuple[int, ...]
+    tokens: int
+    max_q: int
+
+
+def unpadded_step(
+    plan: StepPlan, kv: KVStore, selects: dict[int, RowSelect] | None = None
+) -> AttentionStep:
+    """The step of a plan alone.
+
+    Example:
+        >>> backend.prepare(unpadded_step(plan, kv)).attend(0, q, k, v)
+    """
+    lengths = [span.q_len for span in plan.spans]
+    fields = [field for span in plan.spans for field in span]
+    starts = list(accumulate(lengths, initial=0))
+    device = kv.k.device
+    return AttentionStep(
+        plan=plan,
+        kv=kv,
+        selects=selects or {},
+        spans=host_to_device(fields, device, torch.int32).view(-1, len(Span._fields)),
+        starts=host_to_device(starts[:-1], device, torch.int32),
+        places=tuple(range(len(lengths))),
+        tokens=starts[-1],
+        max_q=max(lengths, default=0),
+    )
+
+
+def whole(span: Span) -> bool:
+    """True if the span attends to itself alone, and every query to all of it."""
+    return span.refresh and not span.stair
+
+
 class AttentionBackend(Protocol):
     """Attends the spans of a plan. Add a file and a line in registry.ATTENTION_BACKENDS."""
+
+    #: True if a step may be captured in a CUDA graph and replayed with other spans, as long
+    #: as none of them is whole or selects. Of such a step ``prepare`` and ``attend`` then use
+    #: only the device tensors, ``tokens`` and ``max_q``: no host value of any span. False: the
+    #: backend is never given a padded step.
+    graphs: bool
 
     def unsupported(self, spec: ModelSpec, device: torch.device) -> list[str]:
         """Reasons why this backend cannot serve the model on the device."""
         ...
 
-    def prepare(
-        self, plan: StepPlan, kv: KVStore, selects: dict[int, RowSelect]
-    ) -> AttentionContext:
-        """Set up one step.
-
-        Args:
-            plan: the step.
-            kv: the store that spans read and write.
-            selects: row -> selection settings, read by spans that select.
-        """
+    def prepare(self, step: AttentionStep) -> AttentionContext:
+        """Set up one step."""
         ...

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import KVStore, host_to_device
+from dllmserve.attention.backend import AttentionStep, KVStore, host_to_device
 from dllmserve.attention.select import select_tokens
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, StepPlan, Write
+from dllmserve.core.plan import Span, Write
 from dllmserve.core.rows import RowSelect
 from dllmserve.models.base import AttentionContext
 
@@ -49,6 +49,8 @@ class _Group:
 class SdpaBackend:
     """See :class:`dllmserve.attention.backend.AttentionBackend`."""
 
+    graphs = False
+
     def __init__(self, spec: ModelSpec) -> None:
         self._shift = spec.logit_shift
 
@@ -56,12 +58,11 @@ class SdpaBackend:
         """Runs everywhere."""
         return []
 
-    def prepare(
-        self, plan: StepPlan, kv: KVStore, selects: dict[int, RowSelect]
-    ) -> AttentionContext:
+    def prepare(self, step: AttentionStep) -> AttentionContext:
         """Group the plan's spans by shape."""
+        kv, selects = step.kv, step.selects
         groups, start = [], 0
-        for _, members in groupby(plan.spans, key=lambda s: _shape(s, selects)):
+        for _, members in groupby(step.plan.spans, key=lambda s: _shape(s, selects)):
             spans = list(members)
             groups.append(_build(spans, start, kv, selects, self._shift))
             start += len(spans) * spans[0].q_len

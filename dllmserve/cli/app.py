@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from dllmserve import __version__
+from dllmserve.cli.bench import bench
 from dllmserve.cli.generate import EPILOG, generate
 from dllmserve.cli.info import info
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command(epilog=EPILOG)(generate)
 app.command()(info)
+app.add_typer(bench)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dllmserve.config import DTYPES, LOAD_FORMATS
+from dllmserve.config import DTYPES, KERNELS, LOAD_FORMATS, PHASES
 from dllmserve.registry import ATTENTION_BACKENDS, UNMASK_RULES
 from dllmserve.sampling_params import CACHES, CONFIDENCE, REMASKING, SCHEDULES
 
@@ -15,7 +15,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cache": CACHES,
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
-    "attention": tuple(ATTENTION_BACKENDS),
+    "attention": ("auto", *ATTENTION_BACKENDS),
+    "kernels": KERNELS,
+    "phases": PHASES,
 }
 
 SAMPLING: dict[str, str] = {
@@ -58,10 +60,16 @@ ENGINE: dict[str, str] = {
     "dtype": "auto is float32 on a CPU, the checkpoint's dtype elsewhere.",
     "device": "auto, cpu, cuda or cuda:N.",
     "load_format": "dummy makes random weights from a bare config.json.",
-    "attention": "Attention backend.",
+    "attention": "Attention backend; auto is triton on CUDA, sdpa elsewhere.",
+    "kernels": "Kernels of everything but attention; auto is triton on CUDA, torch elsewhere.",
     "max_num_seqs": "Requests that run at once (guided ones count twice).",
     "max_num_batched_tokens": "Tokens in one forward pass (sized by the model, if not given).",
+    "max_refresh_tokens": "Tokens of one forward pass that may refresh a cache (no limit, if not "
+    "given).",
     "max_logit_rows": "Rows of logits that may exist at once.",
+    "phases": "Whether refreshes and reuse of different requests share a forward pass.",
+    "steps_per_sync": "Forward passes in flight before the host waits (on CUDA, fixed schedules).",
+    "max_graphs": "CUDA graphs that are kept.",
     "page_size": "Tokens per K,V page.",
     "kv_pages": "Pages of the K,V store (sized by memory, if not given).",
     "gpu_memory_utilization": "Share of the device's memory to plan with.",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 GIB = 1024**3
+#: More tokens than any step holds.
+NO_LIMIT = 2**31 - 1
 
 
 @dataclass
@@ -16,18 +18,26 @@ class StepBudget:
         logit_rows: LM-head rows, soft: one entry always fits an empty step, because the
             head runs in chunks whatever the number of rows.
         rows: rows of the state table.
+        refresh_tokens: tokens that may be refreshes, soft: one refresh always fits.
     """
 
     tokens: int
     logit_rows: int
     rows: int
+    refresh_tokens: int = NO_LIMIT
     empty: bool = True
+    refreshed: bool = False
 
-    def take(self, tokens: int, logit_rows: int, rows: int) -> bool:
+    def take(self, tokens: int, logit_rows: int, rows: int, *, refresh: bool = False) -> bool:
         """Take a share if it fits; return whether it did."""
         fits = tokens <= self.tokens and rows <= self.rows
         if not fits or (logit_rows > self.logit_rows and not self.empty):
             return False
+        if refresh:
+            if tokens > self.refresh_tokens and self.refreshed:
+                return False
+            self.refresh_tokens -= tokens
+            self.refreshed = True
         self.tokens -= tokens
         self.logit_rows -= logit_rows
         self.rows -= rows
@@ -37,13 +47,14 @@ class StepBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBudget:
-    """Bytes of each part: ``weights + activations + logits + tables + pages = planned``.
+    """Bytes of each part; they add up to ``planned``.
 
     Attributes:
         total: bytes of the device.
         free: bytes that nobody else used when the plan was made.
         utilization: share of ``total`` that the engine may use.
-        weights, activations, logits, tables, pages: bytes of each part.
+        weights, activations, logits, tables, graphs, pages: bytes of each part.
+        measured: True if activations and graphs were measured, not worked out.
     """
 
     total: int
@@ -54,11 +65,18 @@ class MemoryBudget:
     logits: int
     tables: int
     pages: int
+    graphs: int = 0
+    measured: bool = False
+
+    @property
+    def fixed(self) -> int:
+        """Everything but the pages, in bytes."""
+        return self.weights + self.activations + self.logits + self.tables + self.graphs
 
     @property
     def planned(self) -> int:
         """Sum of all parts in bytes."""
-        return self.weights + self.activations + self.logits + self.tables + self.pages
+        return self.fixed + self.pages
 
     @property
     def allowed(self) -> int:
@@ -76,6 +94,7 @@ class MemoryBudget:
             ("activations", self.activations),
             ("logits", self.logits),
             ("tables", self.tables),
+            *([("graphs", self.graphs)] if self.graphs else []),
             ("K,V pages", self.pages),
         )
         left = " + ".join(f"{name} {size_text(size)}" for name, size in parts)

@@ -6,7 +6,6 @@ the runner and the attention backend never ask which policy or phase they serve.
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -55,8 +54,18 @@ class Span(NamedTuple):
 
     @property
     def refresh(self) -> bool:
-        """True if the span reads no cached K,V that it does not write itself."""
-        return self.ctx_len <= self.q_len and self.q_start == 0
+        """True if the span is the canvas from its start and attends to itself alone.
+
+        A span that writes NONE reads its cached slots even where it covers their positions: a
+        sparse reuse at the canvas's start finds there what was kept from elsewhere.
+        """
+        overwritten = self.write == Write.ALL and self.ctx_len <= self.q_len
+        return self.q_start == 0 and (self.ctx_len == 0 or overwritten)
+
+    @property
+    def selects(self) -> bool:
+        """True if the span keeps a selection of its tokens."""
+        return self.write >= Write.SELECT_PER_HEAD
 
 
 @dataclass(frozen=True)
@@ -68,12 +77,14 @@ class StepEntry:
         uncond: the same span on the row whose prompt is masked (cfg_scale > 0), or None.
         masks: masked positions in the block, which is the number of LM-head rows.
         rule: name of the unmask rule.
+        last: True if the request's answer is known to be complete after this step.
     """
 
     span: Span
     uncond: Span | None
     masks: int
     rule: str
+    last: bool = False
 
     @property
     def tokens(self) -> int:
@@ -111,13 +122,6 @@ class StepPlan:
     def tokens(self) -> int:
         """Query tokens of the step."""
         return sum(e.tokens for e in self.entries)
-
-    def pack(self) -> array[int]:
-        """The nine integers of each span, span after span, as one int32 array."""
-        packed = array("i")
-        for span in self.spans:
-            packed.extend(span)
-        return packed
 
     def validate(self, max_model_len: int) -> None:
         """Raise ValueError if the plan breaks its own contract (a bug, never user input)."""

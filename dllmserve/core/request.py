@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -21,14 +22,16 @@ class Status(Enum):
 
 @dataclass
 class Progress:
-    """Where a request stands. Written by the scheduler's commit alone.
+    """Where a request stands. Written by the scheduler alone.
+
+    All but ``frontier`` count forwards that were launched ahead of their reports.
 
     Attributes:
         block: index of the active block.
         step_in_block: forwards already run for the active block.
         masks_left: masked positions of the active block.
         forwards: forwards already run for the request; also the noise counter.
-        frontier: answer positions unmasked without a gap, from the left.
+        frontier: answer positions unmasked without a gap, from the left, as last reported.
     """
 
     block: int = 0
@@ -43,7 +46,8 @@ class Request:
     """Host record of one job. It holds no tensors.
 
     ``row``, ``uncond_row`` and ``pages`` are set by the scheduler at admission;
-    ``error`` and ``finish_reason`` when the request ends.
+    ``error`` and ``finish_reason`` when the request ends. ``assumed`` holds the masks that
+    each forward launched ahead of its report is expected to leave in its block.
     """
 
     id: int
@@ -63,6 +67,7 @@ class Request:
     error: Exception | None = None
     last_step: int = -1
     skipped: int = 0
+    assumed: deque[int] = field(default_factory=deque)
     blocks: tuple[int, ...] = ()
     quotas: tuple[tuple[int, ...], ...] = ()
 
@@ -82,6 +87,26 @@ class Request:
         if self.sparse is not None:
             return self.sparse.default_block_len
         return self.params.gen_length
+
+    @property
+    def predictable(self) -> bool:
+        """True if the host knows each step's outcome (but for an early end) beforehand."""
+        return bool(self.quotas) and not self.watch and not self.params.stop_strings
+
+    @property
+    def launched(self) -> bool:
+        """True if every forward has been launched; some reports may be outstanding."""
+        return self.progress.block == len(self.blocks)
+
+    @property
+    def reported_forwards(self) -> int:
+        """Forwards whose reports have arrived."""
+        return self.progress.forwards - len(self.assumed)
+
+    @property
+    def quota(self) -> int:
+        """Tokens that the next forward of a fixed schedule writes."""
+        return self.quotas[self.progress.block][self.progress.step_in_block]
 
     @property
     def guided(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from dllmserve.core.request import Request
+from dllmserve.registry import UNMASK_RULES
 from dllmserve.sampling_params import CONFIDENCE
 
 #: A larger k filters nothing, but would not fit the table.
@@ -34,6 +35,7 @@ class IntField(IntEnum):
     TEMPERED = 5
     RANDOM_REMASKING = 6
     IGNORE_EOS = 7
+    RULE = 8
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class RowInit:
     select: RowSelect
 
 
+def rule_index(name: str) -> int:
+    """Number of an unmask rule, as the state table holds it."""
+    return list(UNMASK_RULES).index(name)
+
+
 def row_inits(request: Request, mask_id: int) -> list[RowInit]:
     """The rows of a newly admitted request: one, or two with guidance."""
     params = request.params
@@ -99,6 +106,7 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
         int(params.schedule == "dream"),
         int(params.remasking == "random"),
         int(params.ignore_eos),
+        rule_index(params.unmask),
     )
     quotas = tuple(k for block in request.quotas for k in block)
     sparse = request.sparse

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from dllmserve.core.budget import StepBudget
+from dllmserve.core.budget import NO_LIMIT, StepBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.pages import PageAllocator
 from dllmserve.core.plan import Span, StepEntry, StepPlan
@@ -59,7 +59,12 @@ class EntryReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Fixed sizes of an engine that the scheduler packs against."""
+    """Fixed sizes of an engine that the scheduler packs against.
+
+    ``max_refresh_tokens`` is how many tokens of a step may be refreshes, so that refreshes
+    of different requests do not line up; soft for the first one. ``phases`` is "mixed"
+    (refresh and reuse spans share steps) or "separate".
+    """
 
     max_model_len: int
     max_num_seqs: int
@@ -67,6 +72,8 @@ class Limits:
     max_logit_rows: int
     page_size: int
     num_pages: int
+    max_refresh_tokens: int = NO_LIMIT
+    phases: str = "mixed"
 
 
 class Scheduler:
@@ -151,48 +158,68 @@ class Scheduler:
             tokens=limits.max_num_batched_tokens,
             logit_rows=limits.max_logit_rows * HEAD_CHUNKS,
             rows=limits.max_num_seqs,
+            refresh_tokens=limits.max_refresh_tokens,
         )
         picked: list[tuple[Request, StepEntry]] = []
+        phase: bool | None = None
         # whoever was left out of the last steps comes first: nobody starves
         for request in sorted(self.running, key=lambda r: (r.last_step, r.id)):
+            if request.launched:
+                continue
             entry = self._entry(request)
-            if budget.take(entry.tokens, entry.logit_rows, request.rows_needed):
+            refresh = entry.span.refresh
+            if limits.phases == "separate" and phase not in (None, refresh):
+                continue
+            if budget.take(entry.tokens, entry.logit_rows, request.rows_needed, refresh=refresh):
                 request.last_step = self._step
                 picked.append((request, entry))
+                phase = refresh
         self._step += 1
         picked.sort(key=lambda pair: _packing_order(*pair))
         return StepPlan(tuple(e for _, e in picked)), [r for r, _ in picked], admitted
 
+    def assume(self, requests: Sequence[Request]) -> None:
+        """Advance the requests of a launched step without waiting for its report.
+
+        Only a fixed schedule can be foreseen; others stay where they are until
+        :meth:`commit`, and must not be scheduled before it.
+        """
+        for request in requests:
+            if not request.predictable:
+                continue
+            progress = request.progress
+            left = progress.masks_left - request.quota
+            request.assumed.append(left)
+            self._forward_done(request, left)
+
     def commit(self, requests: Sequence[Request], reports: Sequence[EntryReport]) -> list[Request]:
         """Take the runner's reports; return the requests that finished.
 
-        A request with broken rows has finished with its ``error`` set. Finished requests
-        keep their rows until :meth:`release` is called, so that their tokens can still be
-        read.
+        Steps are committed in the order of their launch. A request with broken rows has
+        finished with its ``error`` set. Finished requests keep their rows until
+        :meth:`release` is called, so that their tokens can still be read. Reports of
+        requests that have ended meanwhile (forwards launched ahead) are ignored.
         """
         finished = []
         for request, report in zip(requests, reports, strict=True):
-            progress = request.progress
+            if request.status is not Status.RUNNING:
+                continue
             if report.broken:
                 request.error = EngineError(
-                    f"the model gave NaN or infinite logits after {progress.forwards} forwards: "
+                    "the model gave NaN or infinite logits after "
+                    f"{request.reported_forwards} forwards: "
                     "its weights are damaged, or numbers overflow its dtype (try 'float32')"
                 )
                 finished.append(request)
                 continue
-            if report.masks_left >= progress.masks_left:
-                raise EngineError(f"request {request.id} made no progress in a step")
-            progress.forwards += 1
-            progress.step_in_block += 1
-            progress.masks_left = report.masks_left
-            progress.frontier = report.frontier
+            self._check_progress(request, report)
+            request.progress.frontier = report.frontier
             if report.eos >= 0:
                 request.finish_reason = "stop"
                 finished.append(request)
-            elif report.masks_left == 0:
-                self._next_block(request)
-                if request.finish_reason:
-                    finished.append(request)
+            elif request.launched and not request.assumed:
+                request.finish_reason = "length"
+                finished.append(request)
         return finished
 
     def release(self, request: Request) -> None:
@@ -207,14 +234,30 @@ class Scheduler:
         if rows != self.limits.max_num_seqs:
             raise ValueError(f"{rows} rows in use and free, expected {self.limits.max_num_seqs}")
 
-    def _next_block(self, request: Request) -> None:
+    def _check_progress(self, request: Request, report: EntryReport) -> None:
+        """Advance by a report, or hold it against what was assumed of it."""
+        if request.assumed:
+            expected = request.assumed.popleft()
+            if report.masks_left != expected:
+                raise EngineError(
+                    f"request {request.id} has {report.masks_left} masks left in its block, its "
+                    f"schedule leaves {expected}"
+                )
+            return
+        if report.masks_left >= request.progress.masks_left:
+            raise EngineError(f"request {request.id} made no progress in a step")
+        self._forward_done(request, report.masks_left)
+
+    def _forward_done(self, request: Request, masks_left: int) -> None:
         progress = request.progress
-        progress.block += 1
-        progress.step_in_block = 0
-        if progress.block == len(request.blocks):
-            request.finish_reason = "length"
-        else:
-            progress.masks_left = request.blocks[progress.block]
+        progress.forwards += 1
+        progress.step_in_block += 1
+        progress.masks_left = masks_left
+        if masks_left == 0:
+            progress.block += 1
+            progress.step_in_block = 0
+            if not request.launched:
+                progress.masks_left = request.blocks[progress.block]
 
     def _admit(self) -> list[Request]:
         """First come first served, with bounded skipping past a request that must wait."""
@@ -268,6 +311,9 @@ class Scheduler:
             uncond=uncond,
             masks=request.progress.masks_left,
             rule=request.params.unmask,
+            last=request.predictable
+            and request.progress.block == len(request.blocks) - 1
+            and request.progress.masks_left == request.quota,
         )
 
 

@@ -6,11 +6,16 @@ one step with blocks up to W long, and return [n, W] tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+#: ``key [n, W] floating, count [n] int64, eligible [n, W] bool -> [n, W] bool``: see
+#: :func:`write_best`, of which it is a faster twin
+PickBest = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,7 @@ class RuleView:
         entropy: [n, W] float64 in nats, +inf where not eligible; None unless asked for.
         quota: [n] int64, tokens that a fixed schedule writes in this step.
         threshold, factor, entropy_bound: [n] float64, the requests' own parameters.
+        pick: what :func:`write_best` picks positions with; None for torch operations.
     """
 
     eligible: Tensor
@@ -34,6 +40,7 @@ class RuleView:
     threshold: Tensor
     factor: Tensor
     entropy_bound: Tensor
+    pick: PickBest | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,8 @@ def rank_of(key: Tensor) -> Tensor:
 
 def write_best(view: RuleView, key: Tensor, count: Tensor) -> Update:
     """Write the ``count`` [n] (at least one) eligible positions with the largest key."""
+    if view.pick is not None:
+        return Update(tokens=view.tokens, write=view.pick(key, count, view.eligible))
     count = count.clamp(min=1)
     write = (rank_of(key) < count[:, None]) & view.eligible
     return Update(tokens=view.tokens, write=write)

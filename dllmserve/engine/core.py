@@ -5,14 +5,16 @@ from __future__ import annotations
 import itertools
 import operator
 import random
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.request import Request
+from dllmserve.core.plan import StepPlan
+from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
+from dllmserve.engine.advice import OOM_ADVICE
 from dllmserve.engine.text import AnswerText
 from dllmserve.engine.tokenizer import Tokenizer
 from dllmserve.errors import (
@@ -23,15 +25,10 @@ from dllmserve.errors import (
 )
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.registry import CACHE_POLICIES, resolve
-from dllmserve.runtime.runner import ModelRunner, Proposals, StepHandle
+from dllmserve.runtime.platform import is_out_of_memory, release_cached_memory
+from dllmserve.runtime.runner import ModelRunner, StepHandle
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
-
-OOM_ADVICE = (
-    "reduce max_model_len, use sparse attention, enable tensor parallelism (this version "
-    "runs tensor_parallel_size=1 only), or lower max_num_seqs, max_num_batched_tokens or "
-    "max_logit_rows"
-)
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,25 @@ class StepEvents:
     watched: list[tuple[Request, CanvasStep]]
 
 
+@dataclass(frozen=True)
+class _Flight:
+    """A step that was launched and not yet taken in; without a handle, one that failed."""
+
+    requests: list[Request]
+    handle: StepHandle | None
+    error: OutOfMemoryError | None = None
+
+    @property
+    def foreseen(self) -> bool:
+        """True if the next step can be planned without this one's report."""
+        return self.handle is not None and all(r.predictable for r in self.requests)
+
+    @property
+    def over(self) -> bool:
+        """True if every request in it has ended."""
+        return all(r.status is not Status.RUNNING for r in self.requests)
+
+
 class EngineCore:
     """Requests in, steps, outputs.
 
@@ -50,6 +66,10 @@ class EngineCore:
         runner: device state.
         tokenizer: None for checkpoints without one; text is then "".
         seed: base for requests without a seed; None draws it.
+        depth: steps that may be in flight before the host waits for the oldest.
+
+    Attributes:
+        observers: called with every plan that is launched.
     """
 
     def __init__(
@@ -58,6 +78,7 @@ class EngineCore:
         runner: ModelRunner,
         tokenizer: Tokenizer | None,
         seed: int | None,
+        depth: int = 1,
     ) -> None:
         self.scheduler = scheduler
         self.spec: ModelSpec = runner.spec
@@ -66,6 +87,9 @@ class EngineCore:
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._text = AnswerText(tokenizer)
+        self._depth = depth
+        self._flights: deque[_Flight] = deque()
+        self.observers: list[Callable[[StepPlan], None]] = []
 
     def make_request(
         self,
@@ -121,62 +145,123 @@ class EngineCore:
         """Drop a request and free what it holds."""
         self.scheduler.abort(request)
 
+    def abandon(self) -> None:
+        """Forget the steps in flight, after an error that left their requests in doubt."""
+        self._flights.clear()
+
     @property
     def has_work(self) -> bool:
         """True while any request waits or runs."""
         return self.scheduler.has_work
 
     def step(self) -> StepEvents:
-        """Run one forward pass and return what came of it.
+        """Launch what can be launched, then take in the oldest step and return what came of it.
 
-        Raises:
-            OutOfMemoryError: the device ran out of memory in this step.
+        Out of memory ends the requests that do not fit by themselves, with their
+        ``error`` set; the others go on.
         """
-        if not self.has_work:
+        while len(self._flights) < self._depth:
+            # the next step of a request that cannot be foreseen needs its last report
+            if self._flights and not self._flights[-1].foreseen:
+                break
+            if not self._launch():
+                break
+        if not self._flights:
             return StepEvents([], [])
+        events = self._land(self._flights.popleft())
+        # launched for answers that have ended early: nobody waits for their reports
+        while self._flights and self._flights[0].over:
+            self._flights.popleft()
+        return events
+
+    def _launch(self) -> bool:
+        """Plan a step and start it; False if there is nothing to plan now."""
         plan, requests, admitted = self.scheduler.schedule()
+        for request in admitted:
+            for init in row_inits(request, self.spec.mask_id):
+                self._runner.admit(init)
+        if not requests:
+            return False
+        for observer in self.observers:
+            observer(plan)
+        for part, members, error in self._execute(plan, requests):
+            if isinstance(part, StepHandle):
+                self.scheduler.assume(members)
+                self._flights.append(_Flight(members, part))
+            else:
+                self._flights.append(_Flight(members, None, error))
+        return True
+
+    def _execute(
+        self, plan: StepPlan, requests: list[Request]
+    ) -> list[tuple[StepHandle | None, list[Request], OutOfMemoryError | None]]:
+        """Start a plan; if memory runs out, its halves, down to single requests.
+
+        A forward that ran out of memory has changed no row: rows are written at its end.
+        """
         try:
-            for request in admitted:
-                for init in row_inits(request, self.spec.mask_id):
-                    self._runner.admit(init)
-            handle = self._runner.execute(plan)
-            reports = handle.result()
-        except RuntimeError as error:  # torch's out-of-memory errors derive from it
+            return [(self._runner.execute(plan), requests, None)]
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            first = str(error).strip().splitlines()[0]
-            raise OutOfMemoryError(
-                f"out of memory in a step of {plan.tokens} tokens ({first}): {OOM_ADVICE}"
-            ) from error
+            reason = str(error).strip().splitlines()[0]
+        # outside the handler, whose traceback holds on to the failed step's tensors
+        if len(requests) == 1:
+            failure = OutOfMemoryError(
+                f"out of memory in a step of {plan.tokens} tokens ({reason}): {OOM_ADVICE}"
+            )
+            return [(None, requests, failure)]
+        release_cached_memory()
+        half = len(requests) // 2
+        return [
+            *self._execute(StepPlan(plan.entries[:half]), requests[:half]),
+            *self._execute(StepPlan(plan.entries[half:]), requests[half:]),
+        ]
+
+    def _land(self, flight: _Flight) -> StepEvents:
+        """Wait for a step's report and act on it."""
+        requests, handle = flight.requests, flight.handle
+        if handle is None:
+            for request in requests:
+                if request.status is Status.RUNNING:
+                    request.error = flight.error
+                    self.scheduler.release(request)
+            return StepEvents([], [])
+        reports = handle.result()
+        live = [r.status is Status.RUNNING for r in requests]
         before = [request.progress.frontier for request in requests]
         finished = self.scheduler.commit(requests, reports)
         outputs: list[tuple[Request, RequestOutput]] = []
-        for request, report, frontier in zip(requests, reports, before, strict=True):
+        watched: list[tuple[Request, CanvasStep]] = []
+        for index, (request, report) in enumerate(zip(requests, reports, strict=True)):
+            if not live[index]:
+                continue
             if request.error is not None:
                 self.scheduler.release(request)
                 continue
-            if request not in finished and report.frontier == frontier:
-                continue  # no new text, so no stop string either
-            output = self._output(request, report.eos, request in finished)
+            output = None
+            # without new text there is no stop string either
+            if request in finished or report.frontier != before[index]:
+                output = self._output(request, report.eos, handle, request in finished)
             if output is not None:
                 outputs.append((request, output))
-        done = {request.id: output for request, output in outputs}
-        watched = [
-            (request, self._canvas(index, request, handle, done.get(request.id)))
-            for index, request in enumerate(requests)
-            if request.watch and request.error is None
-        ]
+            if request.watch:
+                watched.append((request, self._canvas(index, request, handle, output)))
         for request, _ in outputs:
             self.scheduler.release(request)
         return StepEvents(outputs, watched)
 
-    def _output(self, request: Request, eos: int, finished: bool) -> RequestOutput | None:
+    def _output(
+        self, request: Request, eos: int, handle: StepHandle, finished: bool
+    ) -> RequestOutput | None:
         """The output of a request that ended in this step, by itself or by a stop string."""
         params = request.params
         if not finished and not params.stop_strings:
             return None
         count = eos + 1 if eos >= 0 else request.progress.frontier
-        ids = self._runner.table.read_answer(request.row, count)
+        ids = handle.answer(request.row, count)
+        if ids is None:
+            ids = self._runner.table.read_answer(request.row, count)
         text, used, stopped = self._text.read(ids, params.stop_strings)
         if stopped:
             request.finish_reason = "stop"
@@ -188,7 +273,7 @@ class EngineCore:
             finish_reason=request.finish_reason or "length",
             prompt_tokens=request.prompt_len,
             completion_tokens=used,
-            forward_passes=request.progress.forwards,
+            forward_passes=request.reported_forwards,
         )
 
     def _canvas(
@@ -198,18 +283,18 @@ class EngineCore:
         table = self._runner.table
         ids: list[int | None] = list(table.read_answer(request.row, request.params.gen_length))
         masked = table.read_masked(request.row)
-        proposals: Proposals = handle.proposals
         start, width = handle.blocks[index]
-        proposed = proposals.tokens[index, :width].tolist()
-        values = proposals.confidence[index, :width].tolist()
+        place = handle.place(index)
+        proposed = handle.proposals.tokens[place, :width].tolist()
+        values = handle.proposals.confidence[place, :width].tolist()
         confidence: list[float | None] = [None] * len(ids)
         shown: list[int | None] = [None if m else t for m, t in zip(masked, ids, strict=True)]
         for offset, (token, value) in enumerate(zip(proposed, values, strict=True)):
-            place = start - request.prompt_len + offset
+            column = start - request.prompt_len + offset
             if value != float("-inf"):
-                confidence[place] = value
-                if masked[place]:
-                    shown[place] = token
+                confidence[column] = value
+                if masked[column]:
+                    shown[column] = token
         block = start - request.prompt_len
         return CanvasStep(
             token_ids=shown,
@@ -235,10 +320,3 @@ def _checked_prompt(ids: list[int], spec: ModelSpec, name: str) -> list[int]:
             )
         checked.append(operator.index(token))
     return checked
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python or torch, on any device, says that memory ran out."""
-    text = str(error)
-    cpu = "DefaultCPUAllocator" in text or "allocate memory" in text
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or cpu

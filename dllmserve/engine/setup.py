@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,17 @@ import torch
 
 from dllmserve.attention.backend import AttentionBackend, KVStore
 from dllmserve.config import EngineConfig
-from dllmserve.core.budget import MemoryBudget
+from dllmserve.core.budget import NO_LIMIT, MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.scheduler import Limits, Scheduler, SpanSource
-from dllmserve.engine.core import OOM_ADVICE, EngineCore, is_out_of_memory
-from dllmserve.engine.memory import plan_memory
+from dllmserve.engine.advice import OOM_ADVICE
+from dllmserve.engine.core import EngineCore
+from dllmserve.engine.memory import check_fit, count_pages, plan_memory
+from dllmserve.engine.profile import PROFILE_PAGES, measure
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import ConfigError, OutOfMemoryError
+from dllmserve.kernels import missing
+from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
     find_model,
     load_decoder,
@@ -25,9 +30,13 @@ from dllmserve.models.loader import (
     read_spec,
 )
 from dllmserve.registry import ATTENTION_BACKENDS, CACHE_POLICIES, resolve
+from dllmserve.runtime.graphs import GraphPool
+from dllmserve.runtime.logits import LogitsHead, TorchReducer, TritonReducer
+from dllmserve.runtime.platform import is_out_of_memory, release_cached_memory
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
 
+_log = logging.getLogger(__name__)
 _MIN_STEP_TOKENS, _MAX_STEP_TOKENS = 8192, 32768
 
 
@@ -40,6 +49,8 @@ class EnginePlan:
         config: its config.json.
         spec, limits, memory: derived from it and from the options.
         dtype, device: of weights, activations and K,V.
+        attention: name of the attention backend.
+        kernels: "triton" or "torch".
     """
 
     directory: Path
@@ -49,6 +60,60 @@ class EnginePlan:
     memory: MemoryBudget
     dtype: torch.dtype
     device: torch.device
+    attention: str
+    kernels: str
+
+
+@dataclass(frozen=True)
+class RunnerParts:
+    """Everything of a runner but the K,V pages, whose number is known last."""
+
+    options: EngineConfig
+    plan: EnginePlan
+    decoder: Decoder
+    table: StateTable
+    backend: AttentionBackend
+    head: LogitsHead
+
+    @classmethod
+    def create(cls, options: EngineConfig, plan: EnginePlan, decoder: Decoder) -> RunnerParts:
+        """Allocate state table and LM head."""
+        spec, limits = plan.spec, plan.limits
+        triton = plan.kernels == "triton"
+        exact = None
+        if triton and plan.dtype == torch.float32:
+            from dllmserve.kernels.linear import invariant_linear
+
+            exact = invariant_linear
+        head = LogitsHead(
+            decoder.head_weight,
+            limits.max_logit_rows,
+            spec.mask_id,
+            TritonReducer() if triton else TorchReducer(),
+            exact,
+        )
+        table = StateTable(limits.max_num_seqs, limits.max_model_len, plan.device)
+        backend: AttentionBackend = resolve(ATTENTION_BACKENDS, plan.attention)(spec)
+        return cls(options, plan, decoder, table, backend, head)
+
+    def runner(self, num_pages: int) -> ModelRunner:
+        """A runner with its own pages and graphs."""
+        plan, limits = self.plan, self.plan.limits
+        kv = KVStore.create(
+            plan.spec,
+            num_pages=num_pages,
+            page_size=limits.page_size,
+            num_rows=limits.max_num_seqs,
+            pages_per_row=-(-limits.max_model_len // limits.page_size),
+            dtype=plan.dtype,
+            device=plan.device,
+        )
+        graphs = None
+        if plan.device.type == "cuda" and not self.options.enforce_eager:
+            graphs = GraphPool(self.options.max_graphs)
+        return ModelRunner(
+            self.decoder, self.table, kv, self.backend, self.head, graphs, kernels=plan.kernels
+        )
 
 
 def plan_engine(options: EngineConfig) -> EnginePlan:
@@ -64,8 +129,8 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
     spec = read_spec(config)
     device = _device(options.device)
     dtype = _dtype(options.dtype, spec, device)
-    if reasons := resolve(ATTENTION_BACKENDS, options.attention)(spec).unsupported(spec, device):
-        raise ConfigError(f"attention={options.attention!r}: {'; '.join(reasons)}")
+    attention = _attention(options.attention, spec, device)
+    kernels = _kernels(options.kernels, device)
     max_len = options.max_model_len or spec.max_model_len
     if max_len > spec.max_model_len:
         raise ConfigError(
@@ -74,7 +139,15 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
     tokens = options.max_num_batched_tokens
     if tokens is None:
         tokens = min(max(2 * max_len, _MIN_STEP_TOKENS), _MAX_STEP_TOKENS)
-    memory, pages = plan_memory(options, spec, dtype, device, tokens=tokens, max_len=max_len)
+    memory, pages = plan_memory(
+        options,
+        spec,
+        dtype,
+        device,
+        tokens=tokens,
+        max_len=max_len,
+        fused=attention == kernels == "triton",
+    )
     limits = Limits(
         max_model_len=max_len,
         max_num_seqs=options.max_num_seqs,
@@ -82,50 +155,93 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
         max_logit_rows=options.max_logit_rows,
         page_size=options.page_size,
         num_pages=pages,
+        max_refresh_tokens=options.max_refresh_tokens or NO_LIMIT,
+        phases=options.phases,
     )
-    return EnginePlan(directory, config, spec, limits, memory, dtype, device)
+    return EnginePlan(directory, config, spec, limits, memory, dtype, device, attention, kernels)
 
 
 def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
     """Load the model and set up an engine."""
     plan = plan_engine(options)
     try:
-        engine = _build(options, plan)
+        return _build(options, plan)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
             raise
         raise OutOfMemoryError(
             f"out of memory while loading {plan.directory.name} "
             f"({plan.memory.equation()}): {OOM_ADVICE}"
         ) from error
-    return engine, plan
 
 
-def _build(options: EngineConfig, plan: EnginePlan) -> EngineCore:
+def _build(options: EngineConfig, plan: EnginePlan) -> tuple[EngineCore, EnginePlan]:
     spec, limits = plan.spec, plan.limits
     # first, because a broken one should not be noticed after gigabytes of weights
     tokenizer = load_tokenizer(plan.directory, trust_remote_code=options.trust_remote_code)
-    sizes: dict[str, Any] = {"dtype": plan.dtype, "device": plan.device}
+    sizes: dict[str, Any] = {
+        "dtype": plan.dtype,
+        "device": plan.device,
+        "max_len": limits.max_model_len,
+        "kernels": plan.kernels,
+    }
     if options.load_format == "dummy":
-        decoder = random_decoder(spec, **sizes, max_len=limits.max_model_len)
+        decoder = random_decoder(spec, **sizes)
     else:
-        decoder = load_decoder(
-            plan.directory, plan.config, spec, **sizes, max_len=limits.max_model_len
-        )
-    kv = KVStore.create(
-        spec,
-        num_pages=limits.num_pages,
-        page_size=limits.page_size,
-        num_rows=limits.max_num_seqs,
-        pages_per_row=-(-limits.max_model_len // limits.page_size),
-        **sizes,
-    )
-    table = StateTable(limits.max_num_seqs, limits.max_model_len, plan.device)
-    backend: AttentionBackend = resolve(ATTENTION_BACKENDS, options.attention)(spec)
-    runner = ModelRunner(decoder, table, kv, backend, limits.max_logit_rows)
+        decoder = load_decoder(plan.directory, plan.config, spec, **sizes)
+    parts = RunnerParts.create(options, plan, decoder)
+    if plan.device.type == "cuda":
+        plan = measured_plan(options, plan, parts)
+        limits = plan.limits
+    _log.info("memory: %s", plan.memory.equation())
+    runner = parts.runner(limits.num_pages)
     policies: dict[str, SpanSource] = {n: resolve(CACHE_POLICIES, n)() for n in CACHE_POLICIES}
     scheduler = Scheduler(spec, limits, policies.__getitem__)
-    return EngineCore(scheduler, runner, tokenizer, options.seed)
+    depth = options.steps_per_sync if plan.device.type == "cuda" else 1
+    return EngineCore(scheduler, runner, tokenizer, options.seed, depth), plan
+
+
+def measured_plan(options: EngineConfig, plan: EnginePlan, parts: RunnerParts) -> EnginePlan:
+    """The plan with activations and graphs as measured, and the pages that they leave room for.
+
+    Raises:
+        OutOfMemoryError: it does not fit; the message says which option to change.
+    """
+    spec, limits = plan.spec, plan.limits
+    runner = parts.runner(PROFILE_PAGES)
+    bare = measure(runner, limits, plan.memory, max_graphs=options.max_graphs)
+    del runner
+    release_cached_memory()
+    page_bytes = limits.page_size * spec.kv_values() * plan.dtype.itemsize
+    pages = count_pages(options, bare, page_bytes, limits.max_model_len)
+    memory = replace(bare, pages=pages * page_bytes)
+    check_fit(
+        options,
+        memory,
+        plan.dtype,
+        tokens=limits.max_num_batched_tokens,
+        max_len=limits.max_model_len,
+    )
+    return replace(plan, memory=memory, limits=replace(limits, num_pages=pages))
+
+
+def _attention(name: str, spec: ModelSpec, device: torch.device) -> str:
+    """The attention backend; "auto" is the fastest that serves the model on the device."""
+    if name == "auto":
+        return "triton" if device.type == "cuda" and not missing(device) else "sdpa"
+    if reasons := resolve(ATTENTION_BACKENDS, name)(spec).unsupported(spec, device):
+        raise ConfigError(f"attention={name!r}: {'; '.join(reasons)}")
+    return name
+
+
+def _kernels(name: str, device: torch.device) -> str:
+    """Which kernels serve everything but attention."""
+    reasons = missing(device)
+    if name == "auto":
+        return "triton" if device.type == "cuda" and not reasons else "torch"
+    if name == "triton" and reasons:
+        raise ConfigError(f"kernels='triton': {'; '.join(reasons)}")
+    return name
 
 
 def _device(name: str) -> torch.device:

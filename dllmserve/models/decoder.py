@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.layers.norm import rms_norm
+from dllmserve.layers.ops import Angles, choose_ops
 from dllmserve.layers.rotary import Rotary
 from dllmserve.models.base import AttentionContext, Target
 
@@ -23,6 +23,10 @@ class Decoder(nn.Module):
         spec: the model's dimensions.
         dtype, device: of the parameters, which are left uninitialised.
         max_len: positions that the rotary tables cover.
+        kernels: "torch", "triton" or "auto", see :func:`dllmserve.layers.ops.choose_ops`.
+
+    Attributes:
+        ops: the operations that the layers are made of.
 
     Example:
         ``hidden = decoder(ids, positions, context)`` with ids and positions [N] int64
@@ -30,13 +34,19 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, max_len: int
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_len: int,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         self.spec = spec
         self.q_size = spec.num_heads * spec.head_dim
         self.kv_size = spec.num_kv_heads * spec.head_dim
-        self._rotary = Rotary(spec.head_dim, spec.rope_theta, max_len, device)
+        rotary = Rotary(spec.head_dim, spec.rope_theta, max_len, device)
+        self.ops = choose_ops(kernels, device, rotary)
         for name, shape in parameter_shapes(spec).items():
             data = torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(data, requires_grad=False))
@@ -65,37 +75,42 @@ class Decoder(nn.Module):
         Returns:
             [N, hidden_size] after the final norm.
         """
-        eps = self.spec.norm_eps
+        ops, eps = self.ops, self.spec.norm_eps
         x = F.embedding(ids, self.weight("embed"))
-        rotation = self._rotary.at(positions)
+        angles = ops.at(positions)
+        # every residual addition runs together with the norm that follows it
+        normed, h = ops.add_norm(x, None, self.weight(self._norm_before(0)), eps)
         for layer in range(self.spec.num_layers):
-            normed = rms_norm(x, self.weight(f"l{layer}_attn_norm"), eps)
-            x = x + self._attention(layer, normed, rotation, context)
-            normed = rms_norm(x, self.weight(f"l{layer}_mlp_norm"), eps)
-            x = x + self._mlp(layer, normed)
-        return rms_norm(x, self.weight("norm"), eps)
+            x = self._attention(layer, normed, angles, context)
+            normed, h = ops.add_norm(x, h, self.weight(f"l{layer}_mlp_norm"), eps)
+            x = self._mlp(layer, normed)
+            normed, h = ops.add_norm(x, h, self.weight(self._norm_before(layer + 1)), eps)
+        return normed
+
+    def _norm_before(self, layer: int) -> str:
+        """The norm before a layer's attention, or after the last layer."""
+        return f"l{layer}_attn_norm" if layer < self.spec.num_layers else "norm"
 
     def _attention(
         self,
         layer: int,
         x: Tensor,  # [N, d]
-        rotation: tuple[Tensor, Tensor],
+        angles: Angles,
         context: AttentionContext,
     ) -> Tensor:
-        spec = self.spec
-        qkv = F.linear(x, self.weight(f"l{layer}_qkv"), self.bias(f"l{layer}_qkv_bias"))
+        spec, ops = self.spec, self.ops
+        qkv = ops.linear(x, self.weight(f"l{layer}_qkv"), self.bias(f"l{layer}_qkv_bias"))
         heads = qkv.view(x.shape[0], -1, spec.head_dim)
         split = spec.num_heads + spec.num_kv_heads
-        turned = self._rotary.rotate(heads[:, :split], *rotation)  # q and k together
+        turned = ops.rotate(heads, split, angles)  # q and k together
         q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
         out = context.attend(layer, q, k, heads[:, split:])
         flat = out.reshape(x.shape[0], self.q_size)
-        return F.linear(flat, self.weight(f"l{layer}_out"))
+        return ops.linear(flat, self.weight(f"l{layer}_out"), None)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        wide = F.linear(x, self.weight(f"l{layer}_gate_up"))
-        gate, up = wide.chunk(2, dim=-1)
-        return F.linear(F.silu(gate).mul_(up), self.weight(f"l{layer}_down"))
+        wide = self.ops.linear(x, self.weight(f"l{layer}_gate_up"), None)
+        return self.ops.linear(self.ops.silu_mul(wide), self.weight(f"l{layer}_down"), None)
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

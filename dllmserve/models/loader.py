@@ -25,6 +25,8 @@ from dllmserve.registry import MODELS, resolve
 #: Name of the model inside the package.
 EMBEDDED = "tiny"
 ASSETS = Path(__file__).parent.parent / "assets"
+#: Inside the package too, as a bare config.json: the public checkpoints' shapes, for benchmarks.
+SHAPES_ONLY = ("llada-8b", "dream-7b")
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _SHOWN = 6
@@ -44,13 +46,13 @@ _POSITIVE = (
 
 
 def find_model(model: str) -> Path:
-    """Directory of a model: the embedded name, a local directory, or a hub id.
+    """Directory of a model: a name inside the package, a local directory, or a hub id.
 
     Raises:
         ModelNotFoundError: none of the three exists; the message says what was tried.
     """
-    if model == EMBEDDED:  # a directory of that name is ./tiny
-        return ASSETS / EMBEDDED
+    if model in (EMBEDDED, *SHAPES_ONLY):  # a directory of that name is ./tiny
+        return ASSETS / model
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -159,6 +161,7 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     max_len: int,
+    kernels: str = "auto",
 ) -> Decoder:
     """Build the decoder and fill it from the directory's safetensors.
 
@@ -169,7 +172,7 @@ def load_decoder(
     definition = definition_for(config)
     targets = definition.targets(spec)
     files = _weight_files(directory)
-    decoder = Decoder(spec, dtype, device, max_len)
+    decoder = Decoder(spec, dtype, device, max_len, kernels)
     seen: set[str] = set()
     wrong: list[str] = []
     unusable: list[str] = []
@@ -199,10 +202,15 @@ def load_decoder(
 
 
 def random_decoder(
-    spec: ModelSpec, *, dtype: torch.dtype, device: torch.device, max_len: int
+    spec: ModelSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_len: int,
+    kernels: str = "auto",
 ) -> Decoder:
     """A decoder with seeded random weights, for benchmarks (load_format="dummy")."""
-    decoder = Decoder(spec, dtype, device, max_len)
+    decoder = Decoder(spec, dtype, device, max_len, kernels)
     generator = torch.Generator(device=device).manual_seed(0)
     for name, parameter in decoder.named_parameters():
         if name.endswith("norm"):
@@ -212,7 +220,17 @@ def random_decoder(
     return decoder
 
 
+def require_weights(directory: Path) -> None:
+    """Raise WeightsError for a name inside the package that stands for shapes alone."""
+    if directory.parent == ASSETS and directory.name in SHAPES_ONLY:
+        raise WeightsError(
+            f"{directory.name!r} is the shapes of a public checkpoint without its weights: use "
+            "load_format='dummy' for random ones, or give the checkpoint's directory or hub id"
+        )
+
+
 def _weight_files(directory: Path) -> list[Path]:
+    require_weights(directory)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         table = _read_json(index, "").get("weight_map", {})

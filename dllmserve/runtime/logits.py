@@ -2,29 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.decoding.stats import RowParams, TokenStats, row_stats
+from dllmserve.runtime.shape import SegmentShape
+
+#: ``x [n, d], weight [out, d], bias [out] or None -> [n, out]``
+Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Successive LM-head rows with the same needs.
+class RowReducer(Protocol):
+    """Reduces a chunk of logits to its statistics; see :func:`decoding.stats.row_stats`."""
 
-    Attributes:
-        count: rows.
-        guided: they have an unconditional twin.
-        sampled: some have a temperature above 0.
-        filtered: some use top-p or top-k.
-    """
+    #: rows that a chunk of sampled, and of filtered, rows counts for, by their extra memory
+    sampled_cost: int
+    filtered_cost: int
 
-    count: int
-    guided: bool
-    sampled: bool
-    filtered: bool
+    def reduce(
+        self,
+        z: Tensor,  # [n, V]
+        params: RowParams,
+        mask_id: int,
+        segment: SegmentShape,
+        needs: frozenset[str],
+    ) -> TokenStats:
+        """Statistics of n rows."""
+        ...
+
+
+class TorchReducer:
+    """Plain torch operations, on any device."""
+
+    sampled_cost = 4  # noise and sorting work in float64 and int64
+    filtered_cost = 4
+
+    def reduce(
+        self,
+        z: Tensor,  # [n, V]
+        params: RowParams,
+        mask_id: int,
+        segment: SegmentShape,
+        needs: frozenset[str],
+    ) -> TokenStats:
+        """See :class:`RowReducer`."""
+        return row_stats(
+            z,
+            params,
+            mask_id=mask_id,
+            sampled=segment.sampled,
+            filtered=segment.filtered,
+            needs=needs,
+        )
+
+
+class TritonReducer(TorchReducer):
+    """One pass over the logits by a Triton kernel; filtered rows still sort with torch."""
+
+    sampled_cost = 1
+    filtered_cost = 16  # the sort's keys, indices and float64 sums, beside a bf16 row
+
+    def reduce(
+        self,
+        z: Tensor,  # [n, V]
+        params: RowParams,
+        mask_id: int,
+        segment: SegmentShape,
+        needs: frozenset[str],
+    ) -> TokenStats:
+        """See :class:`RowReducer`."""
+        if segment.filtered:
+            return super().reduce(z, params, mask_id, segment, needs)
+        from dllmserve.kernels.stats import fused_row_stats
+
+        return fused_row_stats(z, params, mask_id=mask_id, sampled=segment.sampled, needs=needs)
 
 
 class LogitsHead:
@@ -33,14 +88,37 @@ class LogitsHead:
     Args:
         weight: [V, d].
         max_rows: rows of logits that may exist at once; a guided row counts twice, and rows
-            that are sampled or filtered four times, for the float64 work that they need.
+            that are sampled or filtered as often as the reducer says.
         mask_id: id that is never proposed.
+        reducer: turns logits into statistics.
+        exact: products whose result for a row depends on that row alone, bit for bit;
+            None takes the fastest.
     """
 
-    def __init__(self, weight: Tensor, max_rows: int, mask_id: int) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        max_rows: int,
+        mask_id: int,
+        reducer: RowReducer | None = None,
+        exact: Linear | None = None,
+    ) -> None:
         self._weight = weight
         self._max_rows = max_rows
         self._mask_id = mask_id
+        self._reducer = reducer or TorchReducer()
+        self._exact = exact
+        self._buffer: Tensor | None = None
+        if weight.device.type == "cuda" and exact is None:
+            # one buffer for all steps and all CUDA graphs
+            self._buffer = torch.empty(
+                max_rows, weight.shape[0], dtype=weight.dtype, device=weight.device
+            )
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes of the shared buffer, 0 without one."""
+        return 0 if self._buffer is None else self._buffer.nbytes
 
     def stats(
         self,
@@ -49,7 +127,7 @@ class LogitsHead:
         uncond: Tensor,  # [m] int64 into hidden, twins of the last m rows
         cfg_scale: Tensor,  # [M] float64
         params: RowParams,
-        segments: list[Segment],
+        segments: tuple[SegmentShape, ...],
         needs: frozenset[str],
     ) -> TokenStats:
         """Statistics of M rows, in order."""
@@ -57,36 +135,38 @@ class LogitsHead:
         first_guided = len(rows) - len(uncond)
         start = 0
         for segment in segments:
-            end = start + segment.count
+            end = start + segment.rows
             step = self._chunk_rows(segment)
             for low in range(start, end, step):
                 chunk = slice(low, min(low + step, end))
-                z = F.linear(hidden[rows[chunk]], self._weight)
+                z = self._logits(hidden[rows[chunk]], 0)
                 if segment.guided:
                     twins = uncond[chunk.start - first_guided : chunk.stop - first_guided]
                     z = self._guide(z, hidden[twins], cfg_scale[chunk])
-                stats = row_stats(
-                    z,
-                    params[chunk],
-                    mask_id=self._mask_id,
-                    sampled=segment.sampled,
-                    filtered=segment.filtered,
-                    needs=needs,
-                )
-                parts.append(stats)
+                parts.append(self._reducer.reduce(z, params[chunk], self._mask_id, segment, needs))
             start = end
         return TokenStats.concat(parts)
 
-    def _chunk_rows(self, segment: Segment) -> int:
+    def _chunk_rows(self, segment: SegmentShape) -> int:
         """Rows per chunk, so that every kind of segment takes about the same memory."""
         rows = self._max_rows
         if segment.guided:
             rows //= 2  # two rows of logits each
-        if segment.sampled or segment.filtered:
-            rows //= 4  # noise and sorting work in float64 and int64
+        if segment.filtered:
+            rows //= self._reducer.filtered_cost
+        elif segment.sampled:
+            rows //= self._reducer.sampled_cost
         return max(rows, 1)
 
+    def _logits(self, x: Tensor, offset: int) -> Tensor:
+        """[n, V] logits of x [n, d], in the shared buffer from row ``offset`` if there is one."""
+        if self._exact is not None:
+            return self._exact(x, self._weight, None)
+        if self._buffer is None:
+            return F.linear(x, self._weight)
+        return torch.mm(x, self._weight.t(), out=self._buffer[offset : offset + len(x)])
+
     def _guide(self, z: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
-        """l_u + (s + 1)(l_c - l_u), with s per row."""
-        base = F.linear(hidden, self._weight)
-        return base + (scale[:, None] + 1.0).to(z.dtype) * (z - base)
+        """l_u + (s + 1)(l_c - l_u), with s per row; in place."""
+        base = self._logits(hidden, len(z))
+        return z.sub_(base).mul_((scale[:, None] + 1.0).to(z.dtype)).add_(base)

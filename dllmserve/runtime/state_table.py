@@ -28,6 +28,7 @@ class StateTable:
         rows, width = num_rows + 1, max_len + 1
         self.device = device
         self.max_len = max_len
+        self.trash_row = num_rows
         self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self.masked = torch.zeros(rows, width, dtype=torch.bool, device=device)
         self.floats = torch.zeros(rows, len(FloatField), dtype=torch.float64, device=device)
@@ -51,18 +52,15 @@ class StateTable:
         self.forwards[row] = 0
         self.host[row] = init
 
-    def float_field(self, rows: Tensor, field: FloatField) -> Tensor:
-        """One float parameter of rows [n] int64 -> [n] float64."""
-        return self.floats[rows, int(field)]
-
-    def int_field(self, rows: Tensor, field: IntField) -> Tensor:
-        """One int parameter of rows [n] int64 -> [n] int64."""
-        return self.ints[rows, int(field)]
+    def answer(self, row: int) -> Tensor:
+        """Answer ids of a row, on the device: [gen_length] int64, a view."""
+        init = self.host[row]
+        start = len(init.prompt)
+        return self.tokens[row, start : start + init.gen_length]
 
     def read_answer(self, row: int, count: int) -> list[int]:
         """The first ``count`` answer ids of a row, copied to the host."""
-        start = len(self.host[row].prompt)
-        ids: list[int] = self.tokens[row, start : start + count].tolist()
+        ids: list[int] = self.answer(row)[:count].tolist()
         return ids
 
     def read_masked(self, row: int) -> list[bool]:

@@ -1,6 +1,9 @@
 """Every attention backend against the naive span, for every write mode and shape."""
 
 import random
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
 
 import pytest
 
@@ -9,25 +12,31 @@ from dllmserve.core.rows import RowSelect
 from dllmserve.registry import ATTENTION_BACKENDS
 from tests.attention.bench import HEADS, LENGTH, Bench, mixed_plans, span
 
+Setup = tuple[str, int, int]  # backend, logit_shift, page size
+SETUPS: list[Setup] = [(b, s, p) for b in ATTENTION_BACKENDS for s, p in ((0, 1), (1, 5), (0, 32))]
 
-@pytest.fixture(
-    params=[(b, s, p) for b in ATTENTION_BACKENDS for s, p in ((0, 1), (1, 5), (0, 32))]
-)
-def setup(request: pytest.FixtureRequest) -> tuple[str, int, int]:
-    made: tuple[str, int, int] = request.param
+
+def share(cases: Iterable[tuple[Any, ...]], every: int) -> list[tuple[Any, ...]]:
+    """All cases (setup, ...), but of triton one in ``every``: on a CPU each takes a second."""
+    listed = list(cases)
+    slow = [case for case in listed if case[0][0] == "triton"]
+    return [case for case in listed if case not in slow] + slow[::every]
+
+
+@pytest.fixture(params=SETUPS, ids=lambda made: "{}-shift{}-page{}".format(*made))
+def setup(request: pytest.FixtureRequest) -> Setup:
+    made: Setup = request.param
     return made
 
 
-@pytest.mark.parametrize("heads", HEADS)
-def test_all_modes_in_one_ragged_plan(
-    heads: tuple[int, int, int], setup: tuple[str, int, int]
-) -> None:
+@pytest.mark.parametrize(("setup", "heads"), share(product(SETUPS, HEADS), 4))
+def test_all_modes_in_one_ragged_plan(setup: Setup, heads: tuple[int, int, int]) -> None:
     bench = Bench(heads, *setup)
     mixed_plans(bench)
 
 
-@pytest.mark.parametrize("heads", HEADS[:3])
-def test_stairs(heads: tuple[int, int, int], setup: tuple[str, int, int]) -> None:
+@pytest.mark.parametrize(("setup", "heads"), share(product(SETUPS, HEADS[:3]), 4))
+def test_stairs(setup: Setup, heads: tuple[int, int, int]) -> None:
     bench = Bench(heads, *setup)
     bench.fill(1, 9)
     bench.fill(2, 20)
@@ -41,12 +50,19 @@ def test_stairs(heads: tuple[int, int, int], setup: tuple[str, int, int]) -> Non
     )
 
 
-@pytest.mark.parametrize("write", [Write.SELECT_PER_HEAD, Write.SELECT_SHARED])
-@pytest.mark.parametrize("kernel", [1, 2, 3, 4, 5, 41])
-@pytest.mark.parametrize("window", [0, 3, 6, 100])
-def test_selection_windows(
-    setup: tuple[str, int, int], write: Write, kernel: int, window: int
-) -> None:
+@pytest.mark.parametrize(
+    ("setup", "write", "kernel", "window"),
+    share(
+        product(
+            SETUPS,
+            [Write.SELECT_PER_HEAD, Write.SELECT_SHARED],
+            [1, 2, 3, 4, 5, 41],
+            [0, 3, 6, 100],
+        ),
+        11,
+    ),
+)
+def test_selection_windows(setup: Setup, write: Write, kernel: int, window: int) -> None:
     bench = Bench((4, 2, 8), *setup)
     offset, width, total = 8, 3, 19
     until = min(offset + max(width, window), total)
@@ -58,7 +74,7 @@ def test_selection_windows(
         bench.check([span(place, offset, width, count, Write.NONE)], how)
 
 
-def test_equal_shapes_with_other_settings_are_kept_apart(setup: tuple[str, int, int]) -> None:
+def test_equal_shapes_with_other_settings_are_kept_apart(setup: Setup) -> None:
     bench = Bench((4, 2, 8), *setup)
     both = {"keep": 4, "blk_off": 6, "blk_len": 4}
     bench.check(
@@ -71,11 +87,11 @@ def test_equal_shapes_with_other_settings_are_kept_apart(setup: tuple[str, int, 
     )
 
 
-def test_random_plans(setup: tuple[str, int, int]) -> None:
+def test_random_plans(setup: Setup) -> None:
     """Rows that refresh and reuse in any order, as mixed requests do."""
     rng = random.Random(str(setup))
     bench = Bench((6, 2, 4), *setup)
-    for _ in range(12):
+    for _ in range(3 if setup[0] == "triton" else 12):  # see share()
         spans = []
         for row in rng.sample(range(8), rng.randint(1, 6)):
             known = len(bench.rows.get(row, {}))

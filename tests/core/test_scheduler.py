@@ -1,6 +1,7 @@
 """The scheduler under drawn requests, with a device that is simulated by a few lines."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -31,7 +32,7 @@ LIMITS = {
 }
 
 
-def scheduler(**changes: int) -> Scheduler:
+def scheduler(**changes: Any) -> Scheduler:
     policies = {name: resolve(CACHE_POLICIES, name)() for name in CACHE_POLICIES}
     return Scheduler(PLAIN, Limits(**{**LIMITS, **changes}), policies.__getitem__)
 
@@ -141,16 +142,32 @@ def fits(under_test: Scheduler, r: Request) -> bool:
     )
 
 
-@settings(max_examples=150)
-@given(REQUESTS, st.integers(1, 6), st.integers(70, 300), st.integers(2, 60), st.integers(4, 30))
+@settings(max_examples=200)
+@given(
+    REQUESTS,
+    st.integers(1, 6),
+    st.integers(70, 300),
+    st.integers(2, 60),
+    st.integers(4, 30),
+    st.sampled_from(["mixed", "separate"]),
+    st.sampled_from([1, 40, 10**6]),
+)
 def test_everything_ends_and_nothing_starves(
-    requests: list[Request], rows: int, tokens: int, logit_rows: int, pages: int
+    requests: list[Request],
+    rows: int,
+    tokens: int,
+    logit_rows: int,
+    pages: int,
+    phases: str,
+    refresh_tokens: int,
 ) -> None:
     under_test = scheduler(
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
         max_logit_rows=logit_rows,
         num_pages=pages,
+        phases=phases,
+        max_refresh_tokens=refresh_tokens,
     )
     accepted = add_all(under_test, requests)
     device = Device(under_test)

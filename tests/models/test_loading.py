@@ -338,7 +338,15 @@ def test_parameters_are_counted_as_loaded(checkpoints: dict[str, Path]) -> None:
         ({"trust_remote_code": "no"}, ConfigError, ["trust_remote_code", "'no' (str)"]),
         ({"kv_pages": 10**9}, OutOfMemoryError, ["K,V pages", "reduce max_model_len", "kv_pages"]),
         ({"max_logit_rows": 10**9}, OutOfMemoryError, ["logits", "max_logit_rows"]),
-        ({"gpu_memory_utilization": 1e-9}, OutOfMemoryError, ["may use 0.0 MiB", "bfloat16"]),
+        (
+            {"gpu_memory_utilization": 1e-9},
+            OutOfMemoryError,
+            ["may use 0.0 MiB", "set gpu_memory_utilization=0.01"],
+        ),
+        ({"phases": "both"}, ConfigError, ["phases", "'both'", "mixed"]),
+        ({"steps_per_sync": 0}, ConfigError, ["steps_per_sync", "0"]),
+        ({"max_graphs": 0}, ConfigError, ["max_graphs", "0"]),
+        ({"kernels": "cuda"}, ConfigError, ["kernels", "'cuda'", "triton"]),
     ],
 )
 def test_engine_options(

@@ -21,6 +21,7 @@ from dllmserve.core.scheduler import EntryReport, Limits, Scheduler
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import find_model, read_config, read_spec
 from dllmserve.registry import CACHE_POLICIES, resolve
+from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
 
@@ -97,8 +98,9 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
         device=META,
     )
     table = StateTable(limits.max_num_seqs, LENGTH, META)
-    decoder = Decoder(spec, torch.bfloat16, META, LENGTH)
-    runner = ModelRunner(decoder, table, kv, SdpaBackend(spec), limits.max_logit_rows)
+    decoder = Decoder(spec, torch.bfloat16, META, LENGTH, kernels="torch")
+    head = LogitsHead(decoder.head_weight, limits.max_logit_rows, spec.mask_id)
+    runner = ModelRunner(decoder, table, kv, SdpaBackend(spec), head)
     requests = _requests()
     for request in requests:
         scheduler.add(request)

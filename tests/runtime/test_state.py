@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllmserve.core.plan import Span, StepEntry, StepPlan
-from dllmserve.core.rows import FloatField, IntField, RowInit, RowSelect
+from dllmserve.core.rows import FloatField, IntField, RowInit, RowSelect, rule_index
 from dllmserve.decoding.stats import RowParams
-from dllmserve.runtime.inputs import build_inputs, compact
-from dllmserve.runtime.logits import LogitsHead, Segment
+from dllmserve.runtime.inputs import StepInputs, build_inputs, compact
+from dllmserve.runtime.logits import LogitsHead
+from dllmserve.runtime.shape import EXACT, LADDER, Padding, SegmentShape, StepShape, lay_out
 from dllmserve.runtime.state_table import StateTable
 
 CPU = torch.device("cpu")
@@ -22,7 +23,7 @@ def init(row: int, prompt: list[int], gen: int, quotas: tuple[int, ...] = ()) ->
         prompt=prompt,
         gen_length=gen,
         floats=(0.5, 0.9, 0.8, 0.7, 0.6, 0.4),
-        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1),
+        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, rule_index("steps")),
         quotas=quotas,
         pages=[],
         confidence="probability",
@@ -41,9 +42,8 @@ def test_rows_are_filled_and_reused() -> None:
     table.forwards[1] = 2
     assert table.read_answer(1, 4) == [0, 1, 2, 3]
     assert table.read_masked(1) == [False] * 2 + [True] * 4
-    row = torch.tensor([1])
-    assert table.int_field(row, IntField.SEED).tolist() == [2**63 - 1]
-    assert table.float_field(row, FloatField.CFG_SCALE).tolist() == [0.4]
+    assert int(table.ints[1, IntField.SEED]) == 2**63 - 1
+    assert float(table.floats[1, FloatField.CFG_SCALE]) == 0.4
     table.write_row(init(1, [8], 2))
     assert table.read_masked(1) == [True, True]
     assert int(table.masked[1].sum()) == 2
@@ -58,9 +58,15 @@ def test_compact_is_nonzero(flags: list[bool]) -> None:
     assert got.tolist() == given_flags.nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-def test_inputs(shift: int) -> None:
-    """Ids, positions and head rows of a plan with two widths and one guided entry."""
+@given(st.lists(st.booleans(), max_size=40), st.integers(0, 9))
+def test_compact_pads_with_the_first_cell(flags: list[bool], more: int) -> None:
+    found = [i for i, flag in enumerate(flags) if flag]
+    got = compact(torch.tensor(flags, dtype=torch.bool), len(found) + more)
+    assert got.tolist() == found + [0] * more
+
+
+def two_widths(shift: int) -> tuple[StateTable, StepPlan]:
+    """A plan with two block widths and one guided entry, and the table it runs on."""
     table = StateTable(4, 12, CPU)
     for row, prompt in ((0, [11, 12, MASK]), (1, [21, 22]), (2, [MASK, MASK])):
         table.write_row(init(row, prompt, 6))
@@ -76,8 +82,24 @@ def test_inputs(shift: int) -> None:
             StepEntry(guided, guided._replace(row=2), 2, "steps"),
         )
     )
-    inputs = build_inputs(plan, table, MASK, shift)
-    window = list(range(start, 5))
+    return table, plan
+
+
+def inputs_of(
+    table: StateTable, plan: StepPlan, shift: int, pad: Padding = EXACT
+) -> tuple[StepInputs, StepShape, tuple[int, ...]]:
+    packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
+    spans = torch.tensor(packing.ints, dtype=torch.int32).view(-1, 9)
+    return build_inputs(spans, packing.shape, table, MASK, shift), packing.shape, packing.places
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_inputs(shift: int) -> None:
+    """Ids, positions and head rows."""
+    table, plan = two_widths(shift)
+    inputs, _, places = inputs_of(table, plan, shift)
+    assert places == (0, 1, 2)
+    window = list(range(2 - shift, 5))
     assert inputs.positions.tolist() == [*range(9), *window, *window]
     side = [MASK, 50, MASK]  # canvas 2, 3 and 4 of rows 1 and 2
     head = [[22], [MASK]] if shift else [[], []]
@@ -91,6 +113,48 @@ def test_inputs(shift: int) -> None:
     second, third = 9, 9 + 3 + shift
     assert inputs.head_rows.tolist() == [3 - shift, 5 - shift, 6 - shift, second, second + 2]
     assert inputs.head_uncond.tolist() == [third, third + 2]
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_padding_adds_nothing_that_counts(shift: int) -> None:
+    """In a larger shape the same tokens, cells and rows come first in their segments."""
+
+    def more(size: int) -> int:
+        return LADDER.other(size) + 4
+
+    table, plan = two_widths(shift)
+    plain, _, _ = inputs_of(table, plan, shift)
+    wide, shape, places = inputs_of(table, plan, shift, Padding(tokens=more, rows=more, other=more))
+    count = plan.tokens
+    assert shape.tokens > count
+    assert torch.equal(wide.ids[:count], plain.ids)
+    assert torch.equal(wide.positions[:count], plain.positions)
+    assert bool((wide.positions[count:] == 0).all())
+    for index, place in enumerate(places[:2]):
+        assert int(wide.rows[place]) == int(plain.rows[index])
+        assert torch.equal(wide.block[place, :4], plain.block[index])
+        assert torch.equal(wide.eligible[place, :4], plain.eligible[index])
+    others = [i for i in range(shape.entries) if i not in places]
+    assert bool((wide.rows[others] == table.trash_row).all())
+    assert not bool(wide.eligible[others].any())
+    first, second = shape.segments
+    assert wide.head_rows[:3].tolist() == plain.head_rows[:3].tolist()
+    assert wide.head_rows[first.rows : first.rows + 2].tolist() == plain.head_rows[3:].tolist()
+    assert wide.head_uncond[:2].tolist() == plain.head_uncond.tolist()
+    assert len(wide.head_rows) == first.rows + second.rows
+
+
+def test_sizes_of_the_ladder() -> None:
+    """They waste little, and there are few of them."""
+    for size in range(1, 5000):
+        tokens, rows, other = LADDER.tokens(size), LADDER.rows(size), LADDER.other(size)
+        for padded, again in ((tokens, LADDER.tokens), (rows, LADDER.rows), (other, LADDER.other)):
+            assert size <= padded
+            assert again(padded) == padded
+        assert tokens < max(2 * size, 2) or size == 1
+        assert size <= 512 or tokens <= size * 1.07
+    assert len({LADDER.rows(n) for n in range(1, 2049)}) <= 24
+    assert len({LADDER.tokens(n) for n in range(1, 2049)}) <= 64
 
 
 @pytest.mark.parametrize("max_rows", [2, 3, 5, 100])
@@ -117,7 +181,7 @@ def test_the_head_never_holds_more_rows_than_it_may(
         tempered=torch.zeros(10, dtype=torch.bool),
         keys=torch.zeros(10, dtype=torch.int64),
     )
-    segments = [Segment(6, False, False, False), Segment(4, True, False, False)]
+    segments = (SegmentShape(1, 6, False, False, False), SegmentShape(1, 4, True, False, False))
     stats = LogitsHead(weight, max_rows, 12).stats(
         hidden, rows, torch.arange(20, 24), scale, params, segments, frozenset()
     )

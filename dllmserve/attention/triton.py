@@ -1,0 +1,115 @@
+"""Triton backend: all spans of a step in a fixed number of launches, whatever their shapes.
+
+Spans that attend to themselves alone (refreshes) go through torch's flash attention where it
+runs, because it is faster on long sequences; all others, and everything in float32, go through
+one kernel that reads pages in place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dllmserve.attention.backend import AttentionStep, whole
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import Span
+from dllmserve.kernels import missing
+from dllmserve.models.base import AttentionContext
+
+#: Longer K,V tiles do not fit into a multiprocessor's memory.
+MAX_HEAD_DIM = 256
+
+
+class TritonBackend:
+    """See :class:`dllmserve.attention.backend.AttentionBackend`."""
+
+    graphs = True
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
+
+    def unsupported(self, spec: ModelSpec, device: torch.device) -> list[str]:
+        """Needs triton and a CUDA device, whose shared memory bounds the head dimension."""
+        reasons = missing(device)
+        if spec.head_dim > MAX_HEAD_DIM:
+            reasons.append(f"head_dim {spec.head_dim} is more than {MAX_HEAD_DIM}")
+        return reasons
+
+    def prepare(self, step: AttentionStep) -> AttentionContext:
+        """Sort out which kernels the step needs."""
+        return _TritonContext(step, self._spec)
+
+
+class _TritonContext:
+    """One step's attention. Kernels are imported here, where triton is known to be there."""
+
+    def __init__(self, step: AttentionStep, spec: ModelSpec) -> None:
+        from dllmserve.kernels import attention, select
+
+        self._span_attention = attention.span_attention
+        self._store_pages = attention.store_pages
+        self._keep_best = select.keep_best
+        self._step = step
+        spans, device = step.plan.spans, step.kv.k.device
+        alone = sum(whole(span) for span in spans)
+        # ends [S + 1] int32 of the spans, for flash attention
+        self._ends: Tensor | None = None
+        if alone and _flash_runs(step.kv.k, spec.head_dim):
+            # from the lengths, because a padding span may start anywhere
+            ends = step.spans[:, Span._fields.index("q_len")].cumsum(0, dtype=torch.int32)
+            self._ends = F.pad(ends, (1, 0))
+        self._rest = self._ends is None or alone < len(spans)
+        chosen = [
+            (place, span, step.selects[span.row])
+            for place, span in zip(step.places, spans, strict=True)
+            if span.selects and span.keep
+        ]
+        heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        self._selection = (
+            select.plan_selection(chosen, heads, spec.logit_shift, device) if chosen else None
+        )
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :class:`dllmserve.models.base.AttentionContext`."""
+        step, kv = self._step, self._step.kv
+        caches = (kv.k[layer], kv.v[layer])
+        where = (step.spans, step.starts, kv.page_table)
+        page, longest = kv.page_size, step.max_q
+        if self._ends is None:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        else:
+            out = _flash(q, k, v, self._ends, longest)
+            self._store_pages(k, v, *caches, *where, page, longest)
+        if self._rest:
+            skip = self._ends is not None
+            self._span_attention(q, k, v, out, *caches, *where, page, longest, skip)
+        if self._selection is not None:
+            self._keep_best(self._selection, q, k, v, *caches, *where, page)
+        return out
+
+
+def _flash_runs(k: Tensor, head_dim: int) -> bool:
+    """True if torch's flash attention takes such K,V; it knows no float32."""
+    if not k.is_cuda or k.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    capable = torch.cuda.get_device_capability(k.device) >= (8, 0)
+    return capable and torch.version.hip is None and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+
+
+def _flash(
+    q: Tensor,  # [N, Hq, D]
+    k: Tensor,  # [N, Hkv, D]
+    v: Tensor,  # [N, Hkv, D]
+    ends: Tensor,  # [S + 1] int32
+    max_q: int,
+) -> Tensor:
+    """Every span over its own fresh K,V [N, Hq, D]; of use for whole spans alone.
+
+    torch.nn.attention.varlen, the public way to the same kernel, is not in torch 2.9 and
+    learned of grouped heads later still. This operator is in all of 2.9 to 2.13.
+    """
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q, k, v, ends, ends, max_q, max_q, 0.0, False, False
+    )[0]
+    return out.contiguous()

@@ -1,0 +1,295 @@
+"""The report: a header and a table for people, one record for machines."""
+
+from __future__ import annotations
+
+import platform
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from dllmserve import __version__
+from dllmserve.bench.roofline import Ceilings, ModelCost
+from dllmserve.bench.run import Result
+from dllmserve.bench.workload import Workload
+from dllmserve.config import EngineConfig
+from dllmserve.core.budget import size_text
+from dllmserve.engine.setup import EnginePlan
+
+#: version of the record's layout, raised when a key changes its meaning or goes away
+SCHEMA = 1
+#: columns of the header, and of the table where there is no terminal
+WIDTH = 100
+_INDENT = 11
+_NONE = "n/a"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that one benchmark command has to say.
+
+    Attributes:
+        benchmark: "throughput" or "latency".
+        config: engine options.
+        plan: the engine's sizes.
+        workload: what was asked of it.
+        ceilings: of the device.
+        results: one per number of requests.
+    """
+
+    benchmark: str
+    config: EngineConfig
+    plan: EnginePlan
+    workload: Workload
+    ceilings: Ceilings
+    results: Sequence[Result]
+
+    def header(self) -> str:
+        """What was measured, on what; lines of at most WIDTH columns."""
+        lines = {
+            "model": self._model_text(),
+            "device": self._device_text(),
+            "engine": self._engine_text(),
+            "workload": self._workload_text(),
+            "memory": f"planned: {self.plan.memory.equation()}",
+            "ceilings": self._ceilings_text(),
+        }
+        if notes := self.notes():
+            lines["note"] = "; ".join(notes)
+        return "\n".join(_line(label, text) for label, text in lines.items())
+
+    def table(self) -> Table:
+        """One row per result."""
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
+        rows = [
+            _latency_cells(result) if result.latency is not None else _throughput_cells(result)
+            for result in self.results
+        ]
+        for name in rows[0]:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row.values())
+        return table
+
+    def title(self) -> str:
+        """What was measured, for a picture."""
+        name = device_facts(self.plan.device)["name"]
+        first = f"{self.benchmark}: {self.config.model}, {_dtype_name(self.plan.dtype)}, {name}"
+        text = self._workload_text().partition(";")[0]
+        return f"{first}\n{text}"
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know."""
+        rows, room = self.workload.rows_per_request, self.config.max_num_seqs
+        waiting = [
+            f"{result.requests} requests need {result.requests * rows} rows, over "
+            f"max_num_seqs={room}: some wait for others"
+            for result in self.results
+            if result.requests * rows > room
+        ]
+        above = [
+            f"{result.requests} requests ran above the roofline: the ceilings are too low, "
+            "probably because the device was busy while they were measured"
+            for result in self.results
+            if result.roofline_fraction > 1
+        ]
+        return waiting + above
+
+    def record(self) -> dict[str, Any]:
+        """The JSON record; docs/benchmarks.md describes it."""
+        plan, work, memory = self.plan, self.workload, self.plan.memory
+        cost = ModelCost.of(plan.spec, plan.dtype.itemsize)
+        return {
+            "benchmark": self.benchmark,
+            "schema": SCHEMA,
+            "versions": versions(),
+            "device": device_facts(plan.device),
+            "dtype": _dtype_name(plan.dtype),
+            "model": {
+                "name": self.config.model,
+                "parameters": plan.spec.parameters(),
+                "layer_weight_bytes": cost.layer_weights * cost.weight_bytes,
+                "head_weight_bytes": cost.head_weights * cost.weight_bytes,
+                **asdict(plan.spec),
+            },
+            "options": {
+                "engine": asdict(self.config),
+                "limits": asdict(plan.limits),
+                "attention": plan.attention,
+                "kernels": plan.kernels,
+                "sampling": asdict(work.params),
+                "sparse": None if work.sparse is None else asdict(work.sparse),
+                "prompt_len": work.prompt_len,
+                "seed": work.seed,
+                "runs": work.runs,
+                "warmup": work.warmup,
+            },
+            "memory": {
+                **asdict(memory),
+                "planned": memory.planned,
+                "allowed": memory.allowed,
+            },
+            "ceilings": asdict(self.ceilings),
+            "notes": self.notes(),
+            "results": [_result_record(result) for result in self.results],
+        }
+
+    def _model_text(self) -> str:
+        spec = self.plan.spec
+        weights = "random weights" if self.config.load_format == "dummy" else "its own weights"
+        return (
+            f"{self.config.model} ({spec.architecture}), {weights}: {spec.num_layers} layers of "
+            f"{spec.hidden_size}, {spec.num_heads} heads, {spec.num_kv_heads} K,V heads of "
+            f"{spec.head_dim}, MLP {spec.mlp_size}, vocabulary {spec.vocab_size}, "
+            f"{spec.parameters() / 1e6:,.1f} M parameters"
+        )
+
+    def _device_text(self) -> str:
+        facts = device_facts(self.plan.device)
+        threads = f" ({facts['threads']} threads)" if "threads" in facts else ""
+        cuda = f", CUDA {torch.version.cuda}" if self.plan.device.type == "cuda" else ""
+        dtype = _dtype_name(self.plan.dtype)
+        return f"{facts['name']}{threads}, {dtype}, torch {torch.__version__}{cuda}"
+
+    def _engine_text(self) -> str:
+        plan, limits = self.plan, self.plan.limits
+        mode = ", eager" if self.config.enforce_eager else ""
+        return (
+            f"dllmserve {__version__}, attention {plan.attention}, kernels {plan.kernels}{mode}, "
+            f"max_model_len {limits.max_model_len}, max_num_seqs {limits.max_num_seqs}, "
+            f"max_num_batched_tokens {limits.max_num_batched_tokens}, "
+            f"max_logit_rows {limits.max_logit_rows}"
+        )
+
+    def _workload_text(self) -> str:
+        work, params = self.workload, self.workload.params
+        cache = f"cache {params.cache}"
+        block = params.block_length or params.gen_length
+        if (sparse := work.sparse) is not None:
+            heads = "per head" if sparse.head_select else "for all heads"
+            cache = (
+                f"sparse (keep {sparse.retention_ratio:g} {heads}, delay_step {sparse.delay_step})"
+            )
+            block = params.block_length or sparse.default_block_len
+        rule = {
+            "steps": f"{params.steps} steps",
+            "threshold": f"threshold {params.threshold:g}",
+            "factor": f"factor {params.factor:g}",
+            "entropy_bound": f"entropy_bound {params.entropy_bound:g}",
+        }.get(params.unmask, params.unmask)
+        guided = f", cfg_scale {params.cfg_scale:g}" if params.cfg_scale else ""
+        return (
+            f"prompt {work.prompt_len} + answer {params.gen_length}, blocks of {block}, {rule}, "
+            f"{cache}, temperature {params.temperature:g}{guided}, seed {work.seed}; "
+            f"{_count(work.warmup, 'warm-up run')}, {_count(work.runs, 'timed run')}"
+        )
+
+    def _ceilings_text(self) -> str:
+        found = self.ceilings
+        return (
+            f"copy {found.bytes_per_second / 1e9:,.1f} GB/s ({size_text(found.copy_bytes)}), "
+            f"matrix product {found.flop_per_second / 1e12:,.3f} TFLOP/s "
+            f"({found.matrix_size} x {found.matrix_size}, {_dtype_name(self.plan.dtype)})"
+        )
+
+
+def versions() -> dict[str, str | None]:
+    """Versions that figures depend on."""
+    return {
+        "dllmserve": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Name and size of a device."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return {"device": str(device), "name": found.name, "memory_bytes": found.total_memory}
+    return {"device": str(device), "name": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _throughput_cells(result: Result) -> dict[str, str]:
+    rate = result.tokens_per_second
+    return {
+        "requests": str(result.requests),
+        "tokens/s": _rate(rate.median),
+        "min": _rate(rate.min),
+        "max": _rate(rate.max),
+        **_common_cells(result, "ms/step"),
+    }
+
+
+def _latency_cells(result: Result) -> dict[str, str]:
+    latency = result.latency
+    if latency is None:
+        raise ValueError("a result of the throughput benchmark has no latency")
+    return {
+        "median\nlatency": f"{latency.median:.3f} s",
+        "p90": f"{latency.p90:.3f} s",
+        "max": f"{latency.max:.3f} s",
+        "first\ntoken": f"{latency.first_token:.3f} s",
+        "tokens/s": _rate(result.tokens_per_second.median),
+        **_common_cells(result, "ms/\nforward"),
+    }
+
+
+def _common_cells(result: Result, step: str) -> Mapping[str, str]:
+    kernels, peak = result.kernels, result.peak_allocated
+    cells = {
+        "forwards": str(result.steps),
+        "forwards/\nrequest": f"{result.forwards_per_request:,.1f}",
+        "tokens/\nforward": f"{result.tokens_per_forward:.2f}",
+        step: f"{result.ms_per_step:,.2f}",
+        "kernels\nrunning": _NONE if kernels is None else f"{kernels.share:.1%}",
+        "of the\nroofline": f"{result.roofline_fraction:.1%}",
+        "peak\nmemory": _NONE if peak is None else size_text(peak),
+    }
+    if result.latency is not None:
+        del cells["forwards/\nrequest"]  # the same number for a request that runs alone
+    return cells
+
+
+def _result_record(result: Result) -> dict[str, Any]:
+    rate = result.roofline_tokens_per_second
+    return {**asdict(result), "roofline_tokens_per_second": rate}
+
+
+def _rate(value: float) -> str:
+    """Tokens per second, without digits that runs do not agree on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _line(label: str, text: str) -> str:
+    return textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=label.ljust(_INDENT),
+        subsequent_indent=" " * _INDENT,
+        break_on_hyphens=False,
+    )

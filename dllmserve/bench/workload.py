@@ -1,0 +1,94 @@
+"""What a benchmark asks of the engine: seeded random prompts, decoded one way."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from dllmserve._checks import check_int
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.errors import ConfigError, ContextLengthError
+from dllmserve.sampling_params import SamplingParams
+from dllmserve.sparse.state import SparseConfig
+
+#: a derived max_model_len is rounded up to this, so that small changes keep the engine's sizes
+LENGTH_STEP = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One way of decoding, and how often it is measured.
+
+    Attributes:
+        prompt_len: tokens of each prompt.
+        params: of every request.
+        sparse: of every request, or None.
+        seed: of the prompts.
+        runs: timed runs.
+        warmup: runs before them that are not timed.
+
+    Raises:
+        ConfigError: a number is too small.
+    """
+
+    prompt_len: int
+    params: SamplingParams
+    sparse: SparseConfig | None
+    seed: int
+    runs: int
+    warmup: int
+
+    def __post_init__(self) -> None:
+        check_int(ConfigError, "prompt_len", self.prompt_len, 1)
+        check_int(ConfigError, "runs", self.runs, 1)
+        check_int(ConfigError, "warmup", self.warmup, 0)
+
+    @property
+    def canvas_len(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.prompt_len + self.params.gen_length
+
+    @property
+    def rows_per_request(self) -> int:
+        """Rows of the state table that a request takes."""
+        return 2 if self.params.cfg_scale > 0 else 1
+
+    def max_model_len(self, spec: ModelSpec) -> int:
+        """The smallest engine that holds the workload, rounded up to LENGTH_STEP.
+
+        Raises:
+            ContextLengthError: the model has too few positions.
+        """
+        if self.canvas_len > spec.max_model_len:
+            raise ContextLengthError(
+                f"prompt_len={self.prompt_len} and gen_length={self.params.gen_length} are "
+                f"{self.canvas_len} tokens together, over the model's {spec.max_model_len}"
+            )
+        return min(-(-self.canvas_len // LENGTH_STEP) * LENGTH_STEP, spec.max_model_len)
+
+    def prompts(self, count: int, spec: ModelSpec) -> list[list[int]]:
+        """Random prompts, the same for the same seed; fewer are the first of more."""
+        # mask and end ids would be legal, but no text has them inside a prompt
+        barred = {spec.mask_id, *spec.eos_ids}
+        ids = [token for token in range(spec.vocab_size) if token not in barred]
+        draw = random.Random(self.seed)
+        return [draw.choices(ids, k=self.prompt_len) for _ in range(count)]
+
+
+def parse_counts(text: str) -> list[int]:
+    """Numbers of requests from a comma list.
+
+    Raises:
+        ConfigError: the text is no such list.
+
+    Example:
+        >>> parse_counts("1,16,64")
+        [1, 16, 64]
+    """
+    parts = [part.strip() for part in text.split(",")]
+    # str.isdecimal alone would let through digits of other scripts
+    if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(
+            f"requests must be integers >= 1 with commas between, such as 1,16,64, got {text!r}"
+        )
+    return [int(part) for part in parts]

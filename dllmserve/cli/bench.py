@@ -1,0 +1,269 @@
+"""``dllmserve bench``: throughput and latency of this engine on this machine."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dllmserve.bench.plot import check_plot, plot_latency, plot_throughput
+from dllmserve.bench.workload import Workload, parse_counts
+from dllmserve.cli.failure import short_errors
+from dllmserve.cli.loading import loading
+from dllmserve.cli.options import (
+    ENGINE,
+    SAMPLING,
+    SPARSE,
+    engine_config,
+    sampling_params,
+    sparse_config,
+    with_options,
+)
+from dllmserve.config import EngineConfig
+from dllmserve.errors import ConfigError
+
+if TYPE_CHECKING:  # loads torch
+    from dllmserve.bench.report import Report
+    from dllmserve.bench.run import Bench, Result
+
+DEFAULT_PROMPT_LENGTH = 256
+DEFAULT_GEN_LENGTH = 128
+DEFAULT_SEED = 0
+DEFAULT_MODEL = "tiny"
+
+EPILOG = """
+[bold]Examples[/bold]
+
+dllmserve bench throughput -n 1,4,16 --cache dual
+
+dllmserve bench throughput llada-8b --load-format dummy -n 1,16,64 --sparse --plot rates.png
+
+dllmserve bench latency --unmask threshold --json
+"""
+
+_DECODING = replace(
+    SAMPLING,
+    help={**SAMPLING.help, "seed": "Seed of the prompts and of the requests."},
+    # end ids are always ignored, and random prompts have no text to stop at
+    skipped=SAMPLING.skipped | {"ignore_eos", "stop"},
+    shown={**SAMPLING.shown, "gen_length": str(DEFAULT_GEN_LENGTH), "seed": str(DEFAULT_SEED)},
+)
+_ENGINE = replace(
+    ENGINE,
+    help={
+        **ENGINE.help,
+        "max_model_len": "Longest prompt + answer in tokens (what the workload needs, if not "
+        "given).",
+    },
+)
+
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Local directory, hub id, or tiny; llada-8b and dream-7b are the public "
+        "checkpoints' shapes, for --load-format dummy. (default tiny)",
+        show_default=False,
+    ),
+]
+NamedModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="NAME", help="The same as MODEL.", show_default=False),
+]
+PromptLength = Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")]
+Warmup = Annotated[
+    int, typer.Option(metavar="N", help="Runs that are not timed, before the others.")
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", metavar=" ", help="Print one JSON object and nothing else.")
+]
+Plot = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Draw a .png or .svg (needs the extra bench)."),
+]
+NoProfile = Annotated[
+    bool,
+    typer.Option(
+        "--no-profile",
+        metavar=" ",
+        help="Leave out the profiled run, and with it the share of time with a kernel running.",
+    ),
+]
+
+bench = typer.Typer(
+    name="bench",
+    help="Measure the engine on this machine, against the device's own limits.",
+    rich_markup_mode="rich",
+)
+
+
+@bench.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    """Measure the engine on this machine, against the device's own limits."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), nl=False)
+
+
+@bench.command(epilog=EPILOG)
+@with_options(_DECODING, SPARSE, _ENGINE)
+def throughput(
+    model: ModelArgument = None,
+    named: NamedModel = None,
+    requests: Annotated[
+        str,
+        typer.Option(
+            "--requests",
+            "-n",
+            metavar="N,N,...",
+            help="Requests submitted at once; each number is a row of the table.",
+        ),
+    ] = "1",
+    prompt_len: PromptLength = DEFAULT_PROMPT_LENGTH,
+    runs: Annotated[int, typer.Option(metavar="N", help="Timed runs; medians are reported.")] = 3,
+    warmup: Warmup = 1,
+    as_json: AsJson = False,
+    plot: Plot = None,
+    no_profile: NoProfile = False,
+    **options: Any,
+) -> None:
+    """Output tokens per second with many requests at once.
+
+    Prompts are random token ids, and end ids are ignored, so every answer is as long as
+    --gen-length says. The last line is a JSON object with every figure.
+    """
+    with short_errors():
+        counts = parse_counts(requests)
+        picture = _picture(plot)
+        job = _Job(_model(model, named), prompt_len, runs, warmup, options)
+
+        def measure(engine: Bench) -> list[Result]:
+            return [engine.throughput(count) for count in counts]
+
+        report = job.report("throughput", measure, profile=not no_profile)
+        _show(report, as_json)
+        if picture is not None:
+            plot_throughput(report.results, report.title(), picture)
+
+
+@bench.command(epilog=EPILOG)
+@with_options(_DECODING, SPARSE, _ENGINE)
+def latency(
+    model: ModelArgument = None,
+    named: NamedModel = None,
+    prompt_len: PromptLength = DEFAULT_PROMPT_LENGTH,
+    runs: Annotated[int, typer.Option(metavar="N", help="Timed runs, one after the other.")] = 5,
+    warmup: Warmup = 1,
+    as_json: AsJson = False,
+    plot: Plot = None,
+    no_profile: NoProfile = False,
+    **options: Any,
+) -> None:
+    """Time of a request that runs alone, and until its first token.
+
+    Prompts are random token ids, and end ids are ignored, so the answer is as long as
+    --gen-length says. The last line is a JSON object with every figure.
+    """
+    with short_errors():
+        picture = _picture(plot)
+        job = _Job(_model(model, named), prompt_len, runs, warmup, options)
+
+        def measure(engine: Bench) -> list[Result]:
+            return [engine.latency()]
+
+        report = job.report("latency", measure, profile=not no_profile)
+        _show(report, as_json)
+        if picture is not None:
+            plot_latency(report.results[0], report.title(), picture)
+
+
+class _Job:
+    """The checked options of a benchmark; the model is loaded by :meth:`report`."""
+
+    def __init__(
+        self, model: str, prompt_len: int, runs: int, warmup: int, options: dict[str, Any]
+    ) -> None:
+        given = {**options, "ignore_eos": True}
+        for name, default in (("gen_length", DEFAULT_GEN_LENGTH), ("seed", DEFAULT_SEED)):
+            if given[name] is None:
+                given[name] = default
+        params = sampling_params(given)
+        self._workload = Workload(
+            prompt_len=prompt_len,
+            params=params,
+            sparse=sparse_config(given),
+            seed=given["seed"],
+            runs=runs,
+            warmup=warmup,
+        )
+        self._config = engine_config(model, given)
+
+    def report(
+        self, benchmark: str, measure: Callable[[Bench], list[Result]], *, profile: bool
+    ) -> Report:
+        """Load, measure the ceilings, then the engine."""
+        with loading(self._config.model):
+            from dllmserve.bench.report import Report
+            from dllmserve.bench.roofline import measure_ceilings
+            from dllmserve.bench.run import Bench
+            from dllmserve.engine.setup import plan_engine
+            from dllmserve.llm import LLM
+
+            config = self._fitting()
+            plan = plan_engine(config)
+            # before the engine takes the memory that this needs
+            ceilings = measure_ceilings(plan.device, plan.dtype)
+            llm = LLM(**asdict(config))
+        engine = Bench(llm, self._workload, ceilings, profile=profile, progress=_progress)
+        return Report(benchmark, config, llm.plan, self._workload, ceilings, measure(engine))
+
+    def _fitting(self) -> EngineConfig:
+        """The engine options, with an engine that is as long as the workload needs."""
+        from dllmserve.models.loader import find_model, read_config, read_spec, require_weights
+
+        config = self._config
+        directory = find_model(config.model)
+        if config.load_format != "dummy":
+            require_weights(directory)  # before anything is measured
+        if config.max_model_len is not None:
+            return config
+        spec = read_spec(read_config(directory))
+        return replace(config, max_model_len=self._workload.max_model_len(spec))
+
+
+def _model(argument: str | None, option: str | None) -> str:
+    if argument is not None and option is not None:
+        raise ConfigError("give MODEL or --model, not both")
+    return next((name for name in (argument, option) if name is not None), DEFAULT_MODEL)
+
+
+def _picture(plot: str | None) -> Path | None:
+    """Where the picture goes; checked before minutes of measuring."""
+    if plot is None:
+        return None
+    path = Path(plot).expanduser()
+    check_plot(path)
+    return path
+
+
+def _progress(text: str) -> None:
+    """A line per run, to a terminal alone; a live display would take time from the engine."""
+    if sys.stderr.isatty():
+        typer.echo(text, err=True)
+
+
+def _show(report: Report, as_json: bool) -> None:
+    if not as_json:
+        from dllmserve.bench.report import WIDTH
+
+        typer.echo(report.header() + "\n")
+        # wider than any table, which takes what it needs: a cell that is cut off is no use
+        console = Console(highlight=False, emoji=False, width=2 * WIDTH)
+        console.print(report.table())
+        typer.echo()
+    typer.echo(json.dumps(report.record()))

@@ -1,0 +1,139 @@
+"""Measures, on the device, what a step and CUDA graphs take, before pages are allocated.
+
+The worst step is run through the runner itself, so nothing is estimated twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from dllmserve.core.budget import MemoryBudget
+from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from dllmserve.core.request import Request
+from dllmserve.core.rows import row_inits
+from dllmserve.core.scheduler import Limits
+from dllmserve.engine.memory import device_memory
+from dllmserve.runtime.runner import MAX_GRAPH_TOKENS, ModelRunner
+from dllmserve.sampling_params import MAX_GEN_LENGTH, SamplingParams
+from dllmserve.sparse.state import SparseConfig
+
+#: All rows of the measurement share one page: what they read does not matter.
+PROFILE_PAGES = 1
+_GRAPH_BLOCK = 32
+
+
+def measure(
+    runner: ModelRunner, limits: Limits, plan: MemoryBudget, *, max_graphs: int
+) -> MemoryBudget:
+    """The memory budget with measured weights, activations and graphs, and no pages.
+
+    Args:
+        runner: with ``PROFILE_PAGES`` pages; its rows are overwritten.
+        limits: sizes of the largest step.
+        plan: the estimate, of which ``utilization`` and ``tables`` are kept.
+        max_graphs: graphs that are kept at most.
+    """
+    device = runner.table.device
+    activations = _activation_bytes(runner, limits)
+    graphs = 0
+    if runner.graphs is not None:
+        graphs = _graph_bytes(runner, limits, max_graphs)
+        runner.graphs.clear()
+    runner.table.host.clear()
+    total, free = device_memory(device)
+    allocated = torch.cuda.memory_allocated(device)
+    logits = runner.logit_bytes
+    return replace(
+        plan,
+        total=total,
+        free=free + allocated,
+        weights=allocated - logits - plan.tables,
+        activations=activations,
+        logits=logits,
+        graphs=graphs,
+        pages=0,
+        measured=True,
+    )
+
+
+def _activation_bytes(runner: ModelRunner, limits: Limits) -> int:
+    """Memory that the worst step takes beyond what is allocated before it."""
+    device = runner.table.device
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    runner.execute(_worst_step(runner, limits)).result()
+    peak = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def _graph_bytes(runner: ModelRunner, limits: Limits, max_graphs: int) -> int:
+    """Memory of all graphs: one pool for the largest, and what each takes by itself."""
+    device = runner.table.device
+    rows = max(min(limits.max_num_seqs, MAX_GRAPH_TOKENS // _GRAPH_BLOCK), 1)
+    taken = []
+    for count in (rows, max(rows // 2, 1)):
+        plan = _reuse_step(runner, limits, count)
+        runner.execute(plan).result()
+        torch.cuda.empty_cache()
+        before = device_memory(device)[1]
+        runner.execute(plan).result()
+        torch.cuda.empty_cache()
+        taken.append(max(before - device_memory(device)[1], 0))
+    return taken[0] + (max_graphs - 1) * taken[1]
+
+
+def _worst_step(runner: ModelRunner, limits: Limits) -> StepPlan:
+    """Whole canvases that fill the step, all selecting, with every statistic and filter."""
+    length = min(limits.max_model_len, limits.max_num_batched_tokens, MAX_GEN_LENGTH + 1)
+    rows = max(min(limits.max_num_batched_tokens // length, limits.max_num_seqs), 1)
+    block = length // 2
+    entries = []
+    for row in range(rows):
+        filtered = row == rows - 1
+        params = SamplingParams(
+            temperature=1.0 if filtered else 0.0,
+            top_p=0.9 if filtered else 1.0,
+            gen_length=length - 1,
+            unmask="entropy_bound",
+            confidence="margin",
+            seed=row,
+        )
+        _admit(runner, row, params)
+        span = Span(
+            row=row,
+            q_start=0,
+            q_len=length,
+            ctx_len=0,
+            write=int(Write.SELECT_PER_HEAD),
+            keep=1 if length > block + 1 else 0,
+            blk_off=length - block,
+            blk_len=block,
+            stair=0,
+        )
+        entries.append(StepEntry(span, None, block, params.unmask))
+    return StepPlan(tuple(entries))
+
+
+def _reuse_step(runner: ModelRunner, limits: Limits, rows: int) -> StepPlan:
+    """One block of every row against cached K,V."""
+    block = min(_GRAPH_BLOCK, limits.max_model_len - 1)
+    params = SamplingParams(temperature=0.0, gen_length=block, steps=block)
+    entries = []
+    for row in range(rows):
+        _admit(runner, row, params)
+        span = Span(row, 1, block, 1, int(Write.NONE), 0, 0, block, 0)
+        entries.append(StepEntry(span, None, block, params.unmask))
+    return StepPlan(tuple(entries))
+
+
+def _admit(runner: ModelRunner, row: int, params: SamplingParams) -> None:
+    """Fill a row as the engine would."""
+    sparse = SparseConfig(default_block_len=1)
+    request = Request(row, [0], params, sparse, seed=row, policy="sparse")
+    request.row, request.pages = row, [1]
+    for init in row_inits(request, runner.spec.mask_id):
+        runner.admit(init)

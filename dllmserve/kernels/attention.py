@@ -1,0 +1,498 @@
+"""Attention of all spans of a step in one launch: cached pages, then fresh K,V.
+
+A program attends one tile of queries of one K,V head of one span. The query heads that
+share the K,V head lie side by side in the tile's rows, so K,V are loaded once for all of
+them, and a span of few queries still fills the tile. Everything about a span is read on
+the device, so a captured launch serves every plan that its grid is large enough for.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from math import e, log2
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dllmserve.kernels.pages import (
+    CTX_LEN,
+    FIELDS,
+    Q_LEN,
+    Q_START,
+    ROW,
+    STAIR,
+    WRITE,
+    WRITE_ALL,
+    heads_together,
+    need_contiguous,
+    padded,
+    put,
+    reads_nothing,
+    slots,
+    store_fresh,
+    vectors,
+)
+
+#: Position of a key that no query sees, and horizon of a query that sees every other key.
+_HIDDEN = tl.constexpr(2**31 - 1)
+_NEVER = tl.constexpr(float("-inf"))
+#: Triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers.
+_WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+#: Programs that fill the device (an H100 has 132 multiprocessors).
+_PROGRAMS = 264
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a program's work.
+
+    Attributes:
+        block_m: rows of the query tile (queries times the query heads of a K,V head).
+        block_n: keys that are loaded at once.
+        num_warps, num_stages: as in Triton.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int) -> Tile:
+    """The tile of a launch; this is what to tune on a new device.
+
+    In float32 it depends on the model alone: sums are then made in the same order whatever
+    else is in the batch, so a request's result does not change by a bit.
+    """
+    wide = head_dim > 128
+    if dtype == torch.float32:
+        # no tensor cores here, so registers set the limits; these spill nothing on sm_90
+        return Tile(16, 64, 8, 1) if wide else Tile(32, 64, 8, 2)
+    rows = max(16, min(triton.next_power_of_2(group * max_q), 64 if wide else 128))
+    return Tile(
+        block_m=rows,
+        block_n=32 if wide else 64,
+        num_warps=8 if rows == 128 or (wide and rows == 64) else 4,
+        num_stages=3,
+    )
+
+
+def parts_for(dtype: torch.dtype, programs: int, context: int) -> int:
+    """Into how many parts the context is split where the launch would not fill the device.
+
+    Args:
+        programs: programs of the launch without splitting.
+        context: slots that a row may hold, of which a part has at least 256.
+
+    Never in float32, see :func:`tile_for`.
+    """
+    if dtype == torch.float32:
+        return 1
+    parts = 1
+    while parts < 16 and 2 * parts * programs <= _PROGRAMS and context >= 512 * parts:
+        parts *= 2
+    return parts
+
+
+def span_attention(
+    q: Tensor,  # [N, Hq, D] rotated, last dimension contiguous
+    k: Tensor,  # [N, Hkv, D] likewise
+    v: Tensor,  # [N, Hkv, D]
+    out: Tensor,  # [N, Hq, D] contiguous
+    k_cache: Tensor,  # [slots, Hkv, D] of one layer, contiguous
+    v_cache: Tensor,  # [slots, Hkv, D]
+    spans: Tensor,  # [S, 9] int32, the fields of core.plan.Span
+    starts: Tensor,  # [S] int32, first packed token of each span
+    page_table: Tensor,  # [rows + 1, P] int64, contiguous
+    page_size: int,
+    max_q: int,
+    skip_whole: bool,
+) -> None:
+    """Attend every span and store the fresh K,V of those that write them all.
+
+    Args:
+        max_q: upper bound of q_len over the spans; the grid is made for it.
+        skip_whole: leave out the spans that :func:`dllmserve.attention.backend.whole` names:
+            neither ``out`` nor pages are written for them (see :func:`store_pages`).
+
+    Raises:
+        ValueError: ``out`` or the cache is not contiguous.
+
+    Example:
+        >>> span_attention(q, k, v, out, kv.k[0], kv.v[0], spans, starts, table, 32, 64, False)
+    """
+    tokens, heads, dim = q.shape
+    kv_heads, group = k.shape[1], heads // k.shape[1]
+    need_contiguous(out, k_cache, v_cache)
+    q, k, v = heads_together(q), heads_together(k), heads_together(v)
+    tile = tile_for(q.dtype, dim, group, max_q)
+    tiles, count = triton.cdiv(max_q * group, tile.block_m), spans.shape[0]
+    if tiles == 0 or count == 0:
+        return
+    parts = parts_for(q.dtype, tiles * kv_heads * count, page_table.shape[1] * page_size)
+    target, sums = out, out
+    if parts > 1:
+        target = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+        sums = torch.empty(parts, tokens, heads, dtype=torch.float32, device=out.device)
+    shape = {"GROUP": group, "HEADS": kv_heads, "DIM": dim, "D": padded(dim), "PARTS": parts}
+    _attend[(tiles * parts, kv_heads, count)](
+        *(q, k, v, target, sums, k_cache, v_cache, spans, starts, page_table),
+        *(tokens, q.stride(0), k.stride(0), v.stride(0), page_table.stride(0)),
+        log2(e) / dim**0.5,
+        **shape,
+        M=tile.block_m,
+        N=tile.block_n,
+        PAGE=page_size,
+        SKIP_WHOLE=skip_whole,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if parts > 1:
+        grid = (triton.cdiv(max_q * group, 16), kv_heads, count)
+        _combine[grid](
+            *(target, sums, out, spans, starts, tokens), **shape, M=16, SKIP_WHOLE=skip_whole
+        )
+
+
+def store_pages(
+    k: Tensor,  # [N, Hkv, D] rotated, last dimension contiguous
+    v: Tensor,  # [N, Hkv, D]
+    k_cache: Tensor,  # [slots, Hkv, D] of one layer, contiguous
+    v_cache: Tensor,  # [slots, Hkv, D]
+    spans: Tensor,  # [S, 9] int32
+    starts: Tensor,  # [S] int32
+    page_table: Tensor,  # [rows + 1, P] int64, contiguous
+    page_size: int,
+    max_q: int,
+) -> None:
+    """Store the fresh K,V of the spans that ``skip_whole`` leaves out and that write them all.
+
+    Raises:
+        ValueError: the cache is not contiguous.
+
+    Example:
+        >>> store_pages(k, v, kv.k[0], kv.v[0], spans, starts, table, 32, max_q=1024)
+    """
+    kv_heads, dim = k.shape[1:]
+    need_contiguous(k_cache, v_cache)
+    k, v = heads_together(k), heads_together(v)
+    block = 32
+    _store[(triton.cdiv(max_q, block), kv_heads, spans.shape[0])](
+        *(k, v, k_cache, v_cache, spans, starts, page_table),
+        *(k.stride(0), v.stride(0), page_table.stride(0)),
+        HEADS=kv_heads,
+        DIM=dim,
+        D=padded(dim),
+        N=block,
+        PAGE=page_size,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _see(
+    acc: tl.tensor,  # [M, D] float32, weighted values so far
+    peak: tl.tensor,  # [M] float32, greatest score so far
+    total: tl.tensor,  # [M] float32, sum of weights so far
+    q: tl.tensor,  # [M, D]
+    k: tl.tensor,  # [N, D]
+    v: tl.tensor,  # [N, D], zero where hidden
+    position: tl.tensor,  # [N] int32 of the keys
+    horizon: tl.tensor,  # [M] int32, first position that a query does not see
+    scale: tl.tensor,
+) -> Any:
+    """One step of the running softmax, in powers of two."""
+    if _WIDEN:
+        q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.where(position[None, :] < horizon[:, None], scores, _NEVER)
+    higher = tl.maximum(peak, tl.max(scores, 1))
+    # a query that has seen no key yet has no peak to subtract
+    base = tl.where(higher == _NEVER, 0.0, higher)
+    weights = tl.exp2(scores - base[:, None])
+    decay = tl.exp2(peak - base)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, higher, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def _see_cached(
+    acc: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    q: tl.tensor,  # [M, D]
+    k_cache: tl.tensor,  # pointer to slot 0, own head
+    v_cache: tl.tensor,
+    table: tl.tensor,  # pointer to the row's pages
+    low: tl.tensor,  # keys low .. high - 1: key i is at position i, from ``gap`` on at i + skipped
+    high: tl.tensor,
+    gap: tl.tensor,
+    skipped: tl.tensor,
+    horizon: tl.tensor,  # [M]
+    scale: tl.tensor,
+    SLOT: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+) -> Any:
+    """Attend cached keys, except those that the span overwrites."""
+    for j in range(low, high, N):
+        index = j + tl.arange(0, N)
+        valid = index < high
+        position = tl.where(index < gap, index, index + skipped)
+        slot = slots(table, position, valid, PAGE) * SLOT
+        k = vectors(k_cache, slot, valid, DIM, D)
+        v = vectors(v_cache, slot, valid, DIM, D)
+        position = tl.where(valid, position, _HIDDEN)
+        acc, peak, total = _see(acc, peak, total, q, k, v, position, horizon, scale)
+    return acc, peak, total
+
+
+@triton.jit
+def _see_fresh(
+    acc: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    q: tl.tensor,  # [M, D]
+    k: tl.tensor,  # pointer to the span's first token, own head
+    v: tl.tensor,
+    q_start: tl.tensor,
+    q_len: tl.tensor,
+    horizon: tl.tensor,  # [M]
+    scale: tl.tensor,
+    k_token: tl.tensor,
+    v_token: tl.tensor,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+) -> Any:
+    """Attend the span itself."""
+    for j in range(0, q_len, N):
+        index = j + tl.arange(0, N)
+        valid = index < q_len
+        token = index.to(tl.int64)
+        k_tile = vectors(k, token * k_token, valid, DIM, D)
+        v_tile = vectors(v, token * v_token, valid, DIM, D)
+        position = tl.where(valid, q_start + index, _HIDDEN)
+        acc, peak, total = _see(acc, peak, total, q, k_tile, v_tile, position, horizon, scale)
+    return acc, peak, total
+
+
+@triton.jit
+def _horizon(span: tl.tensor, query: tl.tensor) -> Any:
+    """First position [M] that the span's queries number ``query`` [M] do not see."""
+    stair = tl.load(span + STAIR)
+    step = tl.maximum(stair, 1)
+    block = (tl.load(span + Q_START) + query) // step
+    return tl.where(stair > 0, (block + 1) * step, _HIDDEN)
+
+
+@triton.jit
+def _tile(
+    q: tl.tensor,  # [M, D]
+    query: tl.tensor,  # [M] int32, number of the row's query in the span
+    k: tl.tensor,  # pointer to the span's first token, own head
+    v: tl.tensor,
+    k_cache: tl.tensor,  # pointer to slot 0, own head
+    v_cache: tl.tensor,
+    table: tl.tensor,  # pointer to the row's pages
+    span: tl.tensor,
+    part: tl.tensor,
+    k_token: tl.tensor,
+    v_token: tl.tensor,
+    scale: tl.tensor,
+    PARTS: tl.constexpr,
+    SLOT: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+) -> Any:
+    """Attend a tile of queries to one part of the span's keys; the last has the fresh ones."""
+    q_start, q_len = tl.load(span + Q_START), tl.load(span + Q_LEN)
+    ctx_len = tl.load(span + CTX_LEN)
+    writes = tl.load(span + WRITE) == WRITE_ALL
+    before = tl.where(writes, tl.minimum(q_start, ctx_len), ctx_len)
+    after = tl.where(writes, tl.maximum(ctx_len - q_start - q_len, 0), 0)
+    count = before + after
+    share = tl.cdiv(tl.cdiv(count, PARTS), N) * N
+    low = tl.minimum(part * share, count)
+    high = tl.minimum(low + share, count)
+    fresh = tl.where(part == PARTS - 1, q_len, 0)
+    skipped = q_start + q_len - before
+    horizon = _horizon(span, query)
+    acc = tl.zeros([M, D], dtype=tl.float32)
+    peak = tl.full([M], _NEVER, dtype=tl.float32)
+    total = tl.zeros([M], dtype=tl.float32)
+    acc, peak, total = _see_cached(
+        acc, peak, total, q, k_cache, v_cache, table, low, high, before, skipped, horizon, scale,
+        SLOT, DIM, D, N, PAGE,
+    )  # fmt: skip
+    return _see_fresh(
+        acc, peak, total, q, k, v, q_start, fresh, horizon, scale, k_token, v_token, DIM, D, N
+    )
+
+
+@triton.jit
+def _share(span: tl.tensor, first: tl.tensor, GROUP: tl.constexpr, M: tl.constexpr) -> Any:
+    """Tokens low, high of the span whose fresh K,V a query tile stores; none if low == high.
+
+    Every tile stores a share, and nobody reads those slots in the same launch.
+    """
+    writes = tl.load(span + WRITE) == WRITE_ALL
+    low = tl.cdiv(first, GROUP)
+    high = tl.minimum(tl.cdiv(first + M, GROUP), tl.load(span + Q_LEN))
+    return low, tl.where(writes, high, low)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _attend(
+    q: tl.tensor,
+    k: tl.tensor,
+    v: tl.tensor,
+    out: tl.tensor,
+    sums: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    spans: tl.tensor,
+    starts: tl.tensor,
+    page_table: tl.tensor,
+    tokens: tl.tensor,
+    q_token: tl.tensor,
+    k_token: tl.tensor,
+    v_token: tl.tensor,
+    pages: tl.tensor,
+    scale: tl.tensor,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+    PARTS: tl.constexpr,
+    SKIP_WHOLE: tl.constexpr,
+) -> None:
+    span = spans + tl.program_id(2) * FIELDS
+    first = tl.program_id(0) // PARTS * M
+    part = tl.program_id(0) % PARTS
+    if _done(span, first, GROUP, SKIP_WHOLE):
+        return
+    start = tl.load(starts + tl.program_id(2)).to(tl.int64)
+    k += start * k_token + tl.program_id(1) * DIM
+    v += start * v_token + tl.program_id(1) * DIM
+    k_cache += tl.program_id(1) * DIM
+    v_cache += tl.program_id(1) * DIM
+    table = page_table + tl.load(span + ROW).to(tl.int64) * pages
+    low, high = _share(span, first, GROUP, M)
+    last = tl.where(part == 0, high, low)
+    store_fresh(
+        k, v, k_cache, v_cache, table, tl.load(span + Q_START), low, last,
+        k_token, v_token, HEADS * DIM, DIM, D, N, PAGE,
+    )  # fmt: skip
+    row = first + tl.arange(0, M)
+    real = row < tl.load(span + Q_LEN) * GROUP
+    head = tl.program_id(1) * GROUP + row % GROUP
+    token = start + row // GROUP
+    q_tile = vectors(q, token * q_token + head * DIM, real, DIM, D)
+    acc, peak, total = _tile(
+        q_tile, row // GROUP, k, v, k_cache, v_cache, table, span, part, k_token, v_token, scale,
+        PARTS, HEADS * DIM, DIM, D, M, N, PAGE,
+    )  # fmt: skip
+    place = (part.to(tl.int64) * tokens + token) * (HEADS * GROUP) + head
+    if PARTS > 1:
+        # a part of an empty context has seen nothing: its sum stays -inf, its weight is 0
+        total = tl.where(total == 0.0, 1.0, total)
+        tl.store(sums + place, peak + tl.log2(total), mask=real)
+    put(out, place * DIM, real, acc / total[:, None], DIM, D)
+
+
+@triton.jit
+def _done(span: tl.tensor, first: tl.tensor, GROUP: tl.constexpr, SKIP_WHOLE: tl.constexpr) -> Any:
+    """True if a tile that begins at row ``first`` has nothing to do for the span."""
+    done = first >= tl.load(span + Q_LEN) * GROUP
+    if SKIP_WHOLE:
+        done = done | reads_nothing(span)
+    return done
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _combine(
+    parts: tl.tensor,  # [PARTS, N, Hq, D] float32, the parts' outputs
+    sums: tl.tensor,  # [PARTS, N, Hq] float32, log2 of the sum of their weights
+    out: tl.tensor,
+    spans: tl.tensor,
+    starts: tl.tensor,
+    tokens: tl.tensor,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+    SKIP_WHOLE: tl.constexpr,
+) -> None:
+    span = spans + tl.program_id(2) * FIELDS
+    first = tl.program_id(0) * M
+    if _done(span, first, GROUP, SKIP_WHOLE):
+        return
+    row = first + tl.arange(0, M)
+    real = row < tl.load(span + Q_LEN) * GROUP
+    token = tl.load(starts + tl.program_id(2)).to(tl.int64) + row // GROUP
+    place = token * (HEADS * GROUP) + tl.program_id(1) * GROUP + row % GROUP
+    step = tokens.to(tl.int64) * (HEADS * GROUP)
+    peak = tl.full([M], _NEVER, dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        peak = tl.maximum(peak, tl.load(sums + part * step + place, mask=real, other=0.0))
+    acc = tl.zeros([M, D], dtype=tl.float32)
+    total = tl.zeros([M], dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        seen = tl.load(sums + part * step + place, mask=real, other=0.0)
+        weight = tl.exp2(seen - peak)
+        acc += vectors(parts, (part * step + place) * DIM, real, DIM, D) * weight[:, None]
+        total += weight
+    put(out, place * DIM, real, acc / total[:, None], DIM, D)
+
+
+@triton.jit
+def _store(
+    k: tl.tensor,
+    v: tl.tensor,
+    k_cache: tl.tensor,
+    v_cache: tl.tensor,
+    spans: tl.tensor,
+    starts: tl.tensor,
+    page_table: tl.tensor,
+    k_token: tl.tensor,
+    v_token: tl.tensor,
+    pages: tl.tensor,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
+) -> None:
+    span = spans + tl.program_id(2) * FIELDS
+    low = tl.program_id(0) * N
+    q_len = tl.load(span + Q_LEN)
+    stores = (tl.load(span + WRITE) == WRITE_ALL) & reads_nothing(span) & (low < q_len)
+    if stores == 0:
+        return
+    start = tl.load(starts + tl.program_id(2)).to(tl.int64)
+    k += start * k_token + tl.program_id(1) * DIM
+    v += start * v_token + tl.program_id(1) * DIM
+    k_cache += tl.program_id(1) * DIM
+    v_cache += tl.program_id(1) * DIM
+    table = page_table + tl.load(span + ROW).to(tl.int64) * pages
+    high = tl.minimum(low + N, q_len)
+    store_fresh(
+        k, v, k_cache, v_cache, table, tl.load(span + Q_START), low, high, k_token, v_token,
+        HEADS * DIM, DIM, D, N, PAGE,
+    )  # fmt: skip

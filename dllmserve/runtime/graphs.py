@@ -1,0 +1,115 @@
+"""GraphPool: CUDA graphs of whole steps, captured when a shape comes back.
+
+A graph replays a step's kernels with one call, so the host's work for a step no longer
+depends on the number of layers. What a graph reads lies at fixed addresses: the packed
+spans, the state table, the K,V pages. What it leaves is read before the next replay.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dllmserve.runtime.shape import StepShape
+
+#: A shape seen this often gets a graph: one that never returns is not worth the capture.
+CAPTURE_AT = 2
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """What a step leaves on the device for the host.
+
+    Attributes:
+        report: [n, 4] int64, see :class:`dllmserve.core.scheduler.EntryReport`.
+        tokens: [n, W] int64, proposals.
+        confidence: [n, W] float64, -inf where nothing was proposed.
+    """
+
+    report: Tensor
+    tokens: Tensor
+    confidence: Tensor
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    outputs: StepOutputs
+
+
+class GraphPool:
+    """Graphs by shape, all in one memory pool; the least recently used are dropped.
+
+    Args:
+        limit: graphs kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._graphs: OrderedDict[StepShape, _Captured] = OrderedDict()
+        self._seen: OrderedDict[StepShape, int] = OrderedDict()
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self.captures = 0
+        self.replays = 0
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def wanted(self, shape: StepShape) -> bool:
+        """Count a use of ``shape``; True if it has a graph or is worth one."""
+        if shape in self._graphs:
+            return True
+        seen = self._seen.pop(shape, 0) + 1
+        self._seen[shape] = seen
+        if len(self._seen) > 16 * self._limit:
+            self._seen.popitem(last=False)
+        return seen >= CAPTURE_AT
+
+    def run(
+        self, shape: StepShape, step: Callable[[], StepOutputs], rehearse: Callable[[], None]
+    ) -> StepOutputs:
+        """Replay the shape's graph, capturing it first if need be.
+
+        Args:
+            shape: key.
+            step: runs the step on what lies in the step's buffers; called once, to capture.
+            rehearse: runs the same kernels once without effect, so that all of them are
+                compiled and loaded before the capture.
+        """
+        captured = self._graphs.get(shape)
+        if captured is None:
+            rehearse()
+            captured = self._capture(step)
+            self._graphs[shape] = captured
+            self._seen.pop(shape, None)
+            if len(self._graphs) > self._limit:
+                self._graphs.popitem(last=False)
+        self._graphs.move_to_end(shape)
+        captured.graph.replay()
+        self.replays += 1
+        return captured.outputs
+
+    def clear(self) -> None:
+        """Drop all graphs and what is known of shapes."""
+        self._graphs.clear()
+        self._seen.clear()
+
+    def _capture(self, step: Callable[[], StepOutputs]) -> _Captured:
+        # not torch.cuda.graph(): it collects garbage and empties the allocator's cache on
+        # every capture, which costs more than the capture
+        graph = torch.cuda.CUDAGraph()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = step()
+            finally:
+                graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self.captures += 1
+        return _Captured(graph, outputs)

@@ -1,0 +1,168 @@
+"""StepOps: a step's work on the state rows, before and after the model, in two twins.
+
+TorchStep is made of plain operations, for any device; TritonStep does the same, bit for
+bit, in a few launches. Neither waits for the device, and all sizes come from the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from dllmserve.attention.backend import host_to_device
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.decoding.rule import RuleView, UnmaskRule
+from dllmserve.decoding.stats import RowParams, TokenStats
+from dllmserve.runtime.decide import Decider, StepDecision, apply_rules
+from dllmserve.runtime.graphs import StepOutputs
+from dllmserve.runtime.inputs import build_inputs
+from dllmserve.runtime.shape import SPAN_FIELDS, StepShape
+from dllmserve.runtime.state_table import StateTable
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """What the model and the LM head read: N tokens, S spans, M LM-head rows.
+
+    Attributes:
+        ids, positions: [N] int64.
+        starts: [S] int32, first packed token of each span.
+        head_rows: [M] int64, index into ids of the hidden state of each LM-head row.
+        head_uncond: [m] int64, the same on the unconditional side, for the last m rows.
+        cfg_scale: [M] float64.
+        row_params: parameters of the M rows.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    starts: Tensor
+    head_rows: Tensor
+    head_uncond: Tensor
+    cfg_scale: Tensor
+    row_params: RowParams
+
+
+class StepWork(Protocol):
+    """One step."""
+
+    @property
+    def tensors(self) -> StepTensors:
+        """What the step computes with."""
+        ...
+
+    def finish(self, stats: TokenStats) -> StepOutputs:
+        """Apply the rules to the statistics of the M rows, write the state table, report."""
+        ...
+
+
+class StepOps(Protocol):
+    """Reads and writes the state table."""
+
+    def begin(self, packed: Tensor, shape: StepShape) -> StepWork:
+        """Gather a step's inputs.
+
+        Args:
+            packed: int32, ``Packing.ints`` on the device; it may be longer.
+            shape: the packing's.
+        """
+        ...
+
+
+def span_fields(packed: Tensor, shape: StepShape) -> Tensor:
+    """[S, 9] int32, the spans at the start of a packing."""
+    return packed[: shape.spans * SPAN_FIELDS].view(shape.spans, SPAN_FIELDS)
+
+
+def step_ops(
+    kernels: str, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec
+) -> StepOps:
+    """The twin that ``kernels`` names: "torch" or "triton"."""
+    kind = TritonStep if kernels == "triton" else TorchStep
+    return kind(table, rules, spec)
+
+
+class TorchStep:
+    """Plain torch operations.
+
+    Args:
+        table: state rows.
+        rules: unmask rules by name.
+        spec: the model.
+    """
+
+    def __init__(
+        self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec
+    ) -> None:
+        self._table, self._spec = table, spec
+        self._decider = Decider(table, rules, spec.eos_ids)
+
+    def begin(self, packed: Tensor, shape: StepShape) -> TorchWork:
+        """See :class:`StepOps`."""
+        spec, table = self._spec, self._table
+        spans = span_fields(packed, shape)
+        inputs = build_inputs(spans, shape, table, spec.mask_id, spec.logit_shift)
+        decision = self._decider.begin(shape, inputs)
+        tensors = StepTensors(
+            ids=inputs.ids,
+            positions=inputs.positions,
+            starts=inputs.starts.int(),
+            head_rows=inputs.head_rows,
+            head_uncond=inputs.head_uncond,
+            cfg_scale=decision.cfg_scale,
+            row_params=decision.row_params,
+        )
+        return TorchWork(tensors, decision)
+
+
+@dataclass(frozen=True)
+class TorchWork:
+    """See :class:`StepWork`."""
+
+    tensors: StepTensors
+    decision: StepDecision
+
+    def finish(self, stats: TokenStats) -> StepOutputs:
+        """See :class:`StepWork`."""
+        return self.decision.finish(stats)
+
+
+class TritonStep:
+    """Three launches besides what the rules do.
+
+    Args:
+        table: state rows.
+        rules: unmask rules by name.
+        spec: the model.
+    """
+
+    def __init__(
+        self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec
+    ) -> None:
+        self.table, self.rules, self.spec = table, rules, spec
+        # never empty: no token is -1
+        self.eos = host_to_device((*spec.eos_ids, -1), table.device)
+
+    def begin(self, packed: Tensor, shape: StepShape) -> TritonWork:
+        """See :class:`StepOps`."""
+        from dllmserve.kernels.step import begin_step
+
+        spec = self.spec
+        begun = begin_step(packed, shape, self.table, spec.mask_id, spec.logit_shift)
+        return TritonWork(self, packed, shape, StepTensors(**begun))
+
+
+@dataclass(frozen=True)
+class TritonWork:
+    """See :class:`StepWork`."""
+
+    ops: TritonStep
+    packed: Tensor
+    shape: StepShape
+    tensors: StepTensors
+
+    def finish(self, stats: TokenStats) -> StepOutputs:
+        """See :class:`StepWork`."""
+        raise NotImplementedError

@@ -1,0 +1,111 @@
+"""The floor of a run, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dllmserve.bench.roofline import (
+    Ceilings,
+    ModelCost,
+    attended_keys,
+    head_rows,
+    measure_ceilings,
+)
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+
+SPEC = ModelSpec(
+    architecture="LLaDAModelLM",
+    vocab_size=30,
+    embedding_size=32,
+    hidden_size=8,
+    num_layers=2,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_size=16,
+    max_model_len=64,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    mask_id=29,
+    eos_ids=(28,),
+)
+#: a layer's matrices: q, k, v [8 + 4 + 4, 8], out [8, 8], gate and up [32, 8], down [8, 16]
+LAYERS = 2 * (16 * 8 + 8 * 8 + 32 * 8 + 8 * 16)
+HEAD = 32 * 8
+COST = ModelCost.of(SPEC, weight_bytes=2)
+
+
+def span(q_start: int, q_len: int, ctx_len: int, write: Write, row: int = 0) -> Span:
+    return Span(row, q_start, q_len, ctx_len, int(write), 0, 0, min(q_len, 4), 0)
+
+
+def step(*spans: Span, masks: int, guided: bool = False) -> StepPlan:
+    entries = [StepEntry(s, s._replace(row=9) if guided else None, masks, "steps") for s in spans]
+    return StepPlan(tuple(entries))
+
+
+REFRESH = step(span(0, 10, 0, Write.ALL), masks=4)
+REUSE = step(span(4, 4, 10, Write.ALL), masks=2)
+
+
+def test_costs_of_the_model() -> None:
+    assert (LAYERS, HEAD) == (1152, 256)
+    assert ModelCost(LAYERS, HEAD, 4 * 2 * 4 * 2, 2) == COST
+    norms = 8 * (2 * 2 + 1)
+    assert SPEC.parameters() == LAYERS + 2 * HEAD + norms
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys"),
+    [
+        (span(0, 10, 0, Write.NONE), 10),  # no cache
+        (span(0, 10, 0, Write.SELECT_PER_HEAD), 10),
+        (span(6, 4, 6, Write.NONE), 10),  # prefix: the cache ends where the span begins
+        (span(3, 4, 10, Write.ALL), 10),  # dual, in the middle: 4 slots are overwritten
+        (span(6, 4, 10, Write.ALL), 10),  # dual, last block
+        (span(6, 4, 8, Write.ALL), 10),  # overwrites the context's end and goes on behind it
+        (span(6, 4, 5, Write.NONE), 9),  # sparse: 5 kept tokens, whatever their slots
+        (span(0, 4, 5, Write.NONE), 9),  # sparse at the canvas's start
+    ],
+)
+def test_attended_keys(shape: Span, keys: int) -> None:
+    assert attended_keys(shape) == keys
+
+
+def test_flop() -> None:
+    # 10 tokens through the layers, 4 rows through the head, 10 x 10 pairs
+    assert COST.flop(REFRESH) == 2 * (10 * 1152 + 4 * 256) + 64 * 100 == 31488
+    assert COST.flop(REUSE) == 2 * (4 * 1152 + 2 * 256) + 64 * 4 * 10 == 12800
+
+
+def test_guidance_counts_twice() -> None:
+    guided = step(span(4, 4, 10, Write.ALL), masks=2, guided=True)
+    assert head_rows(guided) == 4
+    assert COST.flop(guided) == 2 * 12800
+    assert COST.bytes_read(guided) == COST.bytes_read(REUSE)
+
+
+def test_bytes() -> None:
+    assert COST.bytes_read(REFRESH) == (1152 + 256) * 2 == 2816
+    assert COST.bytes_read(step(span(0, 10, 0, Write.ALL), masks=0)) == 1152 * 2
+
+
+def test_floor_is_the_longer_time_of_each_step() -> None:
+    ceilings = Ceilings(
+        bytes_per_second=1408.0, flop_per_second=10_000.0, copy_bytes=0, matrix_size=0
+    )
+    # the refresh is bound by arithmetic, 3.1488 s against 2 s; the reuse by its weights,
+    # 2 s against 1.28 s
+    assert COST.floor_seconds([REFRESH], ceilings) == pytest.approx(3.1488)
+    assert COST.floor_seconds([REUSE], ceilings) == pytest.approx(2.0)
+    assert COST.floor_seconds([REFRESH, REUSE, REUSE], ceilings) == pytest.approx(7.1488)
+    assert COST.floor_seconds([], ceilings) == 0
+
+
+def test_ceilings_are_plausible() -> None:
+    found = measure_ceilings(torch.device("cpu"), torch.float32)
+    assert 1e8 < found.bytes_per_second < 1e13
+    assert 1e8 < found.flop_per_second < 1e15
+    assert found.matrix_size == 1024 and found.copy_bytes == 128 * 1024**2
