@@ -12,7 +12,7 @@ from dllmserve.registry import ATTENTION_BACKENDS
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 KERNELS = ("auto", "torch", "triton")
-PHASES = ("mixed", "separate")
+PHASES = ("auto", "mixed", "separate")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class EngineConfig:
             that they do not line up; None does not limit them.
         max_logit_rows: rows of logits that may exist at once; at least 2.
         phases: "mixed" lets refreshes and reuse of different requests share a forward
-            pass, "separate" does not.
+            pass, "separate" does not; "auto" runs refreshes by themselves when they fill
+            half a pass, and mixes them otherwise.
         steps_per_sync: forward passes that may be launched before the host waits for the
             report of the oldest, as long as all requests in them have a fixed schedule
             (``unmask="steps"``). Only on CUDA. An answer that ends early costs up to this
@@ -70,7 +71,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_refresh_tokens: int | None = None
     max_logit_rows: int = 1024
-    phases: str = "mixed"
+    phases: str = "auto"
     steps_per_sync: int = 4
     max_graphs: int = 64
     page_size: int = 32

@@ -63,7 +63,8 @@ class Limits:
 
     ``max_refresh_tokens`` is how many tokens of a step may be refreshes, so that refreshes
     of different requests do not line up; soft for the first one. ``phases`` is "mixed"
-    (refresh and reuse spans share steps) or "separate".
+    (refresh and reuse spans share steps), "separate", or "auto": refreshes that fill half
+    a step run by themselves, fewer share a step with reuse spans.
     """
 
     max_model_len: int
@@ -73,7 +74,7 @@ class Limits:
     page_size: int
     num_pages: int
     max_refresh_tokens: int = NO_LIMIT
-    phases: str = "mixed"
+    phases: str = "auto"
 
 
 class Scheduler:
@@ -160,20 +161,18 @@ class Scheduler:
             rows=limits.max_num_seqs,
             refresh_tokens=limits.max_refresh_tokens,
         )
-        picked: list[tuple[Request, StepEntry]] = []
-        phase: bool | None = None
         # whoever was left out of the last steps comes first: nobody starves
-        for request in sorted(self.running, key=lambda r: (r.last_step, r.id)):
-            if request.launched:
-                continue
-            entry = self._entry(request)
+        order = sorted(self.running, key=lambda r: (r.last_step, r.id))
+        ready = [(r, self._entry(r)) for r in order if not r.launched]
+        phase = self._phase([entry for _, entry in ready])
+        picked: list[tuple[Request, StepEntry]] = []
+        for request, entry in ready:
             refresh = entry.span.refresh
-            if limits.phases == "separate" and phase not in (None, refresh):
+            if phase is not None and refresh is not phase:
                 continue
             if budget.take(entry.tokens, entry.logit_rows, request.rows_needed, refresh=refresh):
                 request.last_step = self._step
                 picked.append((request, entry))
-                phase = refresh
         self._step += 1
         picked.sort(key=lambda pair: _packing_order(*pair))
         return StepPlan(tuple(e for _, e in picked)), [r for r, _ in picked], admitted
@@ -300,6 +299,22 @@ class Scheduler:
             self._free_rows.append(request.uncond_row)
             self.allocator.free(request.uncond_pages)
         request.pages, request.uncond_pages = [], []
+
+    def _phase(self, entries: list[StepEntry]) -> bool | None:
+        """Which spans a step takes: True for refreshes alone, False for reuse, None for both.
+
+        The oldest entry always belongs to it.
+        """
+        phases, limit = self.limits.phases, self.limits.max_num_batched_tokens
+        if phases == "mixed" or not entries:
+            return None
+        oldest = entries[0].span.refresh
+        if phases == "separate":
+            return oldest
+        # a step that refreshes can fill by themselves gains nothing from reuse spans, and
+        # requests that were in step stay in step
+        refreshing = sum(entry.tokens for entry in entries if entry.span.refresh)
+        return True if oldest and 2 * refreshing >= limit else None
 
     def _entry(self, request: Request) -> StepEntry:
         policy = self._policy(request.policy)

@@ -73,12 +73,13 @@ def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int) -> Tile:
     if dtype == torch.float32:
         # no tensor cores here, so registers set the limits; these spill nothing on sm_90
         return Tile(16, 64, 8, 1) if wide else Tile(32, 64, 8, 2)
-    rows = max(16, min(triton.next_power_of_2(group * max_q), 64 if wide else 128))
+    rows = max(16, min(triton.next_power_of_2(group * max_q), 64))
+    # small tiles are bound by memory: fewer stages leave room for more of them at once
     return Tile(
         block_m=rows,
         block_n=32 if wide else 64,
-        num_warps=8 if rows == 128 or (wide and rows == 64) else 4,
-        num_stages=3,
+        num_warps=8 if wide and rows == 64 else 4,
+        num_stages=3 if wide or rows == 64 else 2,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllmserve.runtime.platform import is_out_of_memory
 from dllmserve.runtime.shape import StepShape
 
 #: A shape seen this often gets a graph: one that never returns is not worth the capture.
@@ -54,6 +55,7 @@ class GraphPool:
         self._seen: OrderedDict[StepShape, int] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._full = False
         self.captures = 0
         self.replays = 0
 
@@ -64,6 +66,8 @@ class GraphPool:
         """Count a use of ``shape``; True if it has a graph or is worth one."""
         if shape in self._graphs:
             return True
+        if self._full:
+            return False
         seen = self._seen.pop(shape, 0) + 1
         self._seen[shape] = seen
         if len(self._seen) > 16 * self._limit:
@@ -83,8 +87,13 @@ class GraphPool:
         """
         captured = self._graphs.get(shape)
         if captured is None:
-            rehearse()
-            captured = self._capture(step)
+            try:
+                rehearse()
+                captured = self._capture(step)
+            except RuntimeError as error:
+                # graphs take memory of their own: without it, steps run kernel by kernel
+                self._full = self._full or is_out_of_memory(error)
+                raise
             self._graphs[shape] = captured
             self._seen.pop(shape, None)
             if len(self._graphs) > self._limit:
@@ -96,6 +105,7 @@ class GraphPool:
 
     def clear(self) -> None:
         """Drop all graphs and what is known of shapes."""
+        self._full = False
         self._graphs.clear()
         self._seen.clear()
 

@@ -7,9 +7,12 @@ import torch
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error of Python or torch, on any device, says that memory ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
     text = str(error)
-    cpu = "DefaultCPUAllocator" in text or "allocate memory" in text
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or cpu
+    # the CPU's allocator, and what CUDA itself needs (graphs, handles), have no own type
+    signs = ("DefaultCPUAllocator", "allocate memory", "CUDA error: out of memory")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
 def release_cached_memory() -> None:

@@ -159,7 +159,8 @@ def lay_out(
         return entry.uncond is not None, init.sampled, init.filtered
 
     empty = (trash_row,) + (0,) * (SPAN_FIELDS - 1)
-    segments, places, twins = [], [], []
+    segments: list[SegmentShape] = []
+    places, twins = [], []
     ints, uncond, heads = array("i"), array("i"), array("i")
     for flags, members in groupby(plan.entries, key=kind):
         entries = list(members)

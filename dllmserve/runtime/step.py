@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllmserve.attention.backend import host_to_device
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.decoding.rule import RuleView, UnmaskRule
+from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.runtime.decide import Decider, StepDecision, apply_rules
 from dllmserve.runtime.graphs import StepOutputs
@@ -93,9 +93,7 @@ class TorchStep:
         spec: the model.
     """
 
-    def __init__(
-        self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec
-    ) -> None:
+    def __init__(self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec) -> None:
         self._table, self._spec = table, spec
         self._decider = Decider(table, rules, spec.eos_ids)
 
@@ -138,9 +136,7 @@ class TritonStep:
         spec: the model.
     """
 
-    def __init__(
-        self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec
-    ) -> None:
+    def __init__(self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec) -> None:
         self.table, self.rules, self.spec = table, rules, spec
         # never empty: no token is -1
         self.eos = host_to_device((*spec.eos_ids, -1), table.device)
@@ -150,8 +146,8 @@ class TritonStep:
         from dllmserve.kernels.step import begin_step
 
         spec = self.spec
-        begun = begin_step(packed, shape, self.table, spec.mask_id, spec.logit_shift)
-        return TritonWork(self, packed, shape, StepTensors(**begun))
+        tensors = begin_step(packed, shape, self.table, spec.mask_id, spec.logit_shift)
+        return TritonWork(self, packed, shape, tensors)
 
 
 @dataclass(frozen=True)
@@ -165,4 +161,11 @@ class TritonWork:
 
     def finish(self, stats: TokenStats) -> StepOutputs:
         """See :class:`StepWork`."""
-        raise NotImplementedError
+        from dllmserve.kernels.step_finish import commit_step, spread_stats
+
+        table, shape = self.ops.table, self.shape
+        keys = self.tensors.row_params.keys
+        view, kind = spread_stats(self.packed, shape, table, stats, keys)
+        update = apply_rules(self.ops.rules, shape.rules, view, kind)
+        report = commit_step(self.packed, shape, table, update, stats.prob, self.ops.eos)
+        return StepOutputs(report, view.tokens, view.confidence)

@@ -119,3 +119,21 @@ def test_refreshes_can_be_spread() -> None:
     tight = scheduler(max_num_batched_tokens=1000, max_refresh_tokens=5, num_pages=100)
     add_all(tight, [request(0, gen=8, cache="dual") for _ in range(3)])
     assert sum(e.span.refresh for e in tight.schedule()[0].entries) == 1
+
+
+def test_refreshes_that_fill_a_step_run_alone() -> None:
+    """Of 13 tokens each; reuse of 8 tokens joins them only where they leave much room."""
+
+    def kinds(count: int) -> list[bool]:
+        under_test = scheduler(max_num_batched_tokens=60, num_pages=100, max_num_seqs=8)
+        (first,) = add_all(under_test, [request(0, gen=8, cache="dual")])
+        under_test.schedule()
+        under_test.assume([first])
+        first.id = count  # of equally old ones the lowest id comes first
+        for n in range(count):
+            under_test.add(request(n, gen=8, cache="dual"))
+        return [e.span.refresh for e in under_test.schedule()[0].entries]
+
+    assert sorted(kinds(1)) == [False, True]
+    assert sorted(kinds(2)) == [False, True, True]
+    assert kinds(3) == [True] * 3

@@ -149,7 +149,7 @@ def fits(under_test: Scheduler, r: Request) -> bool:
     st.integers(70, 300),
     st.integers(2, 60),
     st.integers(4, 30),
-    st.sampled_from(["mixed", "separate"]),
+    st.sampled_from(["auto", "mixed", "separate"]),
     st.sampled_from([1, 40, 10**6]),
 )
 def test_everything_ends_and_nothing_starves(

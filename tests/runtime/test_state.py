@@ -10,8 +10,18 @@ from dllmserve.core.rows import FloatField, IntField, RowInit, RowSelect, rule_i
 from dllmserve.decoding.stats import RowParams
 from dllmserve.runtime.inputs import StepInputs, build_inputs, compact
 from dllmserve.runtime.logits import LogitsHead
-from dllmserve.runtime.shape import EXACT, LADDER, Padding, SegmentShape, StepShape, lay_out
+from dllmserve.runtime.shape import (
+    EXACT,
+    LADDER,
+    SPAN_FIELDS,
+    Padding,
+    SegmentShape,
+    StepShape,
+    empty_ints,
+    lay_out,
+)
 from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.step import span_fields
 
 CPU = torch.device("cpu")
 MASK = 99
@@ -89,7 +99,7 @@ def inputs_of(
     table: StateTable, plan: StepPlan, shift: int, pad: Padding = EXACT
 ) -> tuple[StepInputs, StepShape, tuple[int, ...]]:
     packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
-    spans = torch.tensor(packing.ints, dtype=torch.int32).view(-1, 9)
+    spans = span_fields(torch.tensor(packing.ints, dtype=torch.int32), packing.shape)
     return build_inputs(spans, packing.shape, table, MASK, shift), packing.shape, packing.places
 
 
@@ -142,6 +152,29 @@ def test_padding_adds_nothing_that_counts(shift: int) -> None:
     assert wide.head_rows[first.rows : first.rows + 2].tolist() == plain.head_rows[3:].tolist()
     assert wide.head_uncond[:2].tolist() == plain.head_uncond.tolist()
     assert len(wide.head_rows) == first.rows + second.rows
+
+
+def test_the_host_knows_where_head_rows_lie() -> None:
+    """Per entry: first row and number of rows, then those of its segment's padding."""
+
+    def more(size: int) -> int:
+        return size + 2
+
+    table, plan = two_widths(0)
+    pad = Padding(tokens=more, rows=more, other=more)
+    packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
+    shape = packing.shape
+    heads = list(packing.ints[shape.spans * SPAN_FIELDS :])
+    none = [3, 0, 0, 0]
+    assert heads == [0, 3, 3, 2, *none, *none, 5, 2, 7, 2, *[7, 0, 0, 0] * 2]
+    empty = empty_ints(shape, table.trash_row)
+    assert len(empty) == len(packing.ints)
+    assert list(empty[:SPAN_FIELDS]) == [table.trash_row] + [0] * 8
+    none = [0] * 4
+    assert list(empty[shape.spans * SPAN_FIELDS :]) == [
+        *(0, 0, 0, 5, *none, *none),
+        *(5, 0, 5, 4, *[5, 0, 0, 0] * 2),
+    ]
 
 
 def test_sizes_of_the_ladder() -> None:

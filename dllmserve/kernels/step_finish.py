@@ -1,0 +1,391 @@
+"""What a step writes to the state table: the twin of ``TorchStep``'s second half.
+
+One launch spreads the statistics of LM-head rows over the blocks, the rules say what is
+written, and one launch writes it and reports. In both, a program takes one entry.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dllmserve.core.rows import FloatField, IntField
+from dllmserve.decoding.rule import RuleView, Update
+from dllmserve.decoding.stats import TokenStats
+from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_START, ROW
+from dllmserve.kernels.stats import _uniform
+from dllmserve.kernels.step import FLOATS, INTS, block_tile, find_masked, head_rows_of
+from dllmserve.runtime.shape import StepShape
+from dllmserve.runtime.state_table import StateTable
+from dllmserve.sampling_params import CONFIDENCE
+
+_THRESHOLD = tl.constexpr(int(FloatField.THRESHOLD))
+_FACTOR = tl.constexpr(int(FloatField.FACTOR))
+_ENTROPY_BOUND = tl.constexpr(int(FloatField.ENTROPY_BOUND))
+_PROMPT_LEN = tl.constexpr(int(IntField.PROMPT_LEN))
+_GEN_LENGTH = tl.constexpr(int(IntField.GEN_LENGTH))
+_CONFIDENCE = tl.constexpr(int(IntField.CONFIDENCE))
+_RANDOM = tl.constexpr(int(IntField.RANDOM_REMASKING))
+_IGNORE_EOS = tl.constexpr(int(IntField.IGNORE_EOS))
+_RULE = tl.constexpr(int(IntField.RULE))
+_MARGIN_KIND = tl.constexpr(CONFIDENCE.index("margin"))
+_NEG_ENTROPY_KIND = tl.constexpr(CONFIDENCE.index("neg_entropy"))
+_POSITION_SALT = tl.constexpr(0x5EED)  # of decoding.noise
+_INF = tl.constexpr(float("inf"))
+_HIGHEST = tl.constexpr(2**63 - 1)
+
+#: Positions that a program ranks, and that it compares them with at once.
+_RANKED, _COMPARED = 32, 128
+#: Counting takes the square of the width; above, sorting is faster.
+_MAX_RANKED = 1024
+
+
+@triton.jit
+def _block(packed: tl.tensor, entry: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """An entry's row (int64), and its block's first position and length."""
+    fields = packed + entry * FIELDS
+    start = tl.load(fields + Q_START) + tl.load(fields + BLK_OFF)
+    return tl.load(fields + ROW).to(tl.int64), start, tl.load(fields + BLK_LEN)
+
+
+@triton.jit
+def _store_rule(
+    floats: tl.tensor,  # pointers to the request's
+    ints: tl.tensor,
+    quotas: tl.tensor,
+    forwards: tl.tensor,
+    quota_width: tl.tensor,
+    quota_out: tl.tensor,
+    threshold_out: tl.tensor,
+    factor_out: tl.tensor,
+    bound_out: tl.tensor,
+    rule_out: tl.tensor,
+    entry: tl.tensor,
+) -> None:
+    """The request's rule and what the rule reads."""
+    forward = tl.minimum(tl.load(forwards), quota_width - 1)
+    tl.store(quota_out + entry, tl.load(quotas + forward))
+    tl.store(threshold_out + entry, tl.load(floats + _THRESHOLD))
+    tl.store(factor_out + entry, tl.load(floats + _FACTOR))
+    tl.store(bound_out + entry, tl.load(floats + _ENTROPY_BOUND))
+    tl.store(rule_out + entry, tl.load(ints + _RULE))
+
+
+@triton.jit(do_not_specialize=["spans", "columns", "width", "quota_width"])
+def _spread(
+    packed: tl.tensor,
+    masked: tl.tensor,
+    floats: tl.tensor,
+    ints: tl.tensor,
+    quotas: tl.tensor,
+    forwards: tl.tensor,
+    token: tl.tensor,
+    prob: tl.tensor,
+    margin: tl.tensor,
+    entropy: tl.tensor,
+    keys: tl.tensor,
+    eligible_out: tl.tensor,
+    token_out: tl.tensor,
+    confidence_out: tl.tensor,
+    entropy_out: tl.tensor,
+    quota_out: tl.tensor,
+    threshold_out: tl.tensor,
+    factor_out: tl.tensor,
+    bound_out: tl.tensor,
+    rule_out: tl.tensor,
+    spans: tl.tensor,
+    columns: tl.tensor,
+    width: tl.tensor,
+    quota_width: tl.tensor,
+    MARGIN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    entry = tl.program_id(0)
+    row, start, length = _block(packed, entry)
+    first, count, _, _ = head_rows_of(packed, spans, entry)
+    ints += row * INTS
+    _store_rule(
+        *(floats + row * FLOATS, ints, quotas + row * quota_width, forwards + row, quota_width),
+        *(quota_out, threshold_out, factor_out, bound_out, rule_out, entry),
+    )
+    masked += row * width + start
+    kind = tl.load(ints + _CONFIDENCE)
+    random = tl.load(ints + _RANDOM) > 0
+    found = length * 0
+    for low in range(0, columns, BLOCK):
+        column = low + tl.arange(0, BLOCK)
+        hidden, rank, found = find_masked(masked, column, length, found)
+        valid = hidden & (rank < count)
+        there = first + rank
+        value = tl.load(prob + there, mask=valid, other=0.0)
+        to = entry.to(tl.int64) * columns + column
+        if MARGIN:
+            other = tl.load(margin + there, mask=valid, other=0.0)
+            value = tl.where(kind == _MARGIN_KIND, other, value)
+        if ENTROPY:
+            spread = tl.load(entropy + there, mask=valid, other=_INF)
+            value = tl.where(kind == _NEG_ENTROPY_KIND, -spread, value)
+            tl.store(entropy_out + to, spread, mask=column < columns)
+        key = tl.load(keys + there, mask=valid, other=0) ^ _POSITION_SALT
+        value = tl.where(random, _uniform(key, column * 0), value)
+        tl.store(confidence_out + to, tl.where(valid, value, -_INF), mask=column < columns)
+        tl.store(token_out + to, tl.load(token + there, mask=valid, other=0), mask=column < columns)
+        tl.store(eligible_out + to, hidden, mask=column < columns)
+
+
+def spread_stats(
+    packed: Tensor,  # [..] int32
+    shape: StepShape,
+    table: StateTable,
+    stats: TokenStats,
+    keys: Tensor,  # [M] int64
+) -> tuple[RuleView, Tensor]:
+    """Spread the [M] statistics over the [n, W] block cells.
+
+    Returns:
+        What the rules see, and each entry's rule, [n] int64.
+    """
+    count, columns = shape.entries, shape.width
+
+    def room(*sizes: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=table.device)
+
+    view = RuleView(
+        eligible=room(count, columns, dtype=torch.bool),
+        tokens=room(count, columns, dtype=torch.int64),
+        confidence=room(count, columns),
+        entropy=None if stats.entropy is None else room(count, columns),
+        quota=room(count, dtype=torch.int64),
+        threshold=room(count),
+        factor=room(count),
+        entropy_bound=room(count),
+        pick=pick_best if columns <= _MAX_RANKED else None,
+    )
+    kind = room(count, dtype=torch.int64)
+    _spread[(count,)](
+        *(packed, table.masked, table.floats, table.ints, table.quotas, table.forwards),
+        *(stats.token, stats.prob),
+        stats.prob if stats.margin is None else stats.margin,
+        stats.prob if stats.entropy is None else stats.entropy,
+        *(keys, view.eligible, view.tokens, view.confidence),
+        view.confidence if view.entropy is None else view.entropy,
+        *(view.quota, view.threshold, view.factor, view.entropy_bound, kind),
+        *(shape.spans, columns, table.masked.shape[1], table.quotas.shape[1]),
+        MARGIN=stats.margin is not None,
+        ENTROPY=stats.entropy is not None,
+        BLOCK=block_tile(columns),
+    )
+    return view, kind
+
+
+@triton.jit
+def _write_block(
+    packed: tl.tensor,
+    tokens: tl.tensor,
+    masked: tl.tensor,
+    new: tl.tensor,  # pointers to the entry's [W]
+    write: tl.tensor,
+    entry: tl.tensor,
+    spans: tl.tensor,
+    entries: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tl.tensor:
+    """Write an entry's block to its row, and all of it to the twin's; masks left."""
+    row, start, length = _block(packed, entry)
+    guided = spans - entries
+    twin = entry >= entries - guided
+    other = tl.load(packed + (entry + tl.where(twin, guided, 0)) * FIELDS + ROW).to(tl.int64)
+    shared = tl.where(twin, length, 0)
+    left = length * 0
+    for low in range(0, length, BLOCK):
+        column = low + tl.arange(0, BLOCK)
+        inside = column < length
+        place = row * width + start + column
+        chosen = tl.load(write + column, mask=inside, other=0) != 0
+        fresh = tl.load(new + column, mask=inside, other=0)
+        token = tl.where(chosen, fresh, tl.load(tokens + place, mask=inside, other=0))
+        hidden = (tl.load(masked + place, mask=inside, other=0) != 0) & (chosen == 0)
+        left += tl.sum(hidden.to(tl.int32), 0)
+        tl.store(tokens + place, token, mask=chosen)
+        tl.store(masked + place, hidden, mask=chosen)
+        place = other * width + start + column
+        tl.store(tokens + place, token, mask=column < shared)
+        tl.store(masked + place, hidden, mask=column < shared)
+    return left
+
+
+@triton.jit
+def _frontier(
+    packed: tl.tensor,
+    tokens: tl.tensor,
+    masked: tl.tensor,
+    ints: tl.tensor,  # pointer to the row's
+    new: tl.tensor,
+    write: tl.tensor,
+    eos: tl.tensor,
+    ends: tl.tensor,
+    entry: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Answer positions unmasked without a gap, and the first end id among them, or -1.
+
+    What the program itself has just written is laid over what is read, so it does not
+    matter whether a load sees it.
+    """
+    row, start, blk_len = _block(packed, entry)
+    prompt = tl.load(ints + _PROMPT_LEN).to(tl.int32)
+    length = tl.load(ints + _GEN_LENGTH).to(tl.int32)
+    frontier = length
+    first = length
+    for low in range(0, length, BLOCK):
+        place = low + tl.arange(0, BLOCK)
+        inside = place < length
+        source = row * width + prompt + place
+        column = prompt + place - start
+        recent = inside & (column >= 0) & (column < blk_len)
+        chosen = tl.load(write + column, mask=recent, other=0) != 0
+        fresh = tl.load(new + column, mask=chosen, other=0)
+        token = tl.where(chosen, fresh, tl.load(tokens + source, mask=inside, other=0))
+        hidden = (tl.load(masked + source, mask=inside, other=0) != 0) & (chosen == 0)
+        frontier = tl.minimum(frontier, tl.min(tl.where(hidden, place, length), 0))
+        end = place < 0
+        for i in range(ends):
+            end = end | (token == tl.load(eos + i))
+        first = tl.minimum(first, tl.min(tl.where(end & inside, place, length), 0))
+    # a masked position's token is left over from before, but lies behind the frontier
+    stops = (first < frontier) & (tl.load(ints + _IGNORE_EOS) == 0)
+    return frontier, tl.where(stops, first, -1)
+
+
+@triton.jit
+def _count_nan(
+    values: tl.tensor, low: tl.tensor, count: tl.tensor, BLOCK: tl.constexpr
+) -> tl.tensor:
+    total = tl.zeros([BLOCK], dtype=tl.int32)
+    for i in range(0, count, BLOCK):
+        place = i + tl.arange(0, BLOCK)
+        value = tl.load(values + low + place, mask=place < count, other=0.0)
+        total += (value != value).to(tl.int32)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["ends", "spans", "entries", "columns", "width", "trash_row"])
+def _commit(
+    packed: tl.tensor,
+    tokens: tl.tensor,
+    masked: tl.tensor,
+    ints: tl.tensor,
+    forwards: tl.tensor,
+    new: tl.tensor,
+    write: tl.tensor,
+    prob: tl.tensor,
+    eos: tl.tensor,
+    report: tl.tensor,
+    ends: tl.tensor,
+    spans: tl.tensor,
+    entries: tl.tensor,
+    columns: tl.tensor,
+    width: tl.tensor,
+    trash_row: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    entry = tl.program_id(0)
+    row = tl.load(packed + entry * FIELDS + ROW).to(tl.int64)
+    new += entry.to(tl.int64) * columns
+    write += entry.to(tl.int64) * columns
+    left = _write_block(packed, tokens, masked, new, write, entry, spans, entries, width, BLOCK)
+    frontier, end = _frontier(
+        packed, tokens, masked, ints + row * INTS, new, write, eos, ends, entry, width, BLOCK
+    )
+    first, count, pad_first, pad_count = head_rows_of(packed, spans, entry)
+    broken = _count_nan(prob, first, count, BLOCK) + _count_nan(prob, pad_first, pad_count, BLOCK)
+    # all padding entries lie on the trash row, and programs must not share what they write
+    tl.store(forwards + row, tl.load(forwards + row) + 1, mask=row != trash_row)
+    report += entry * 4
+    tl.store(report, left.to(tl.int64))
+    tl.store(report + 1, frontier.to(tl.int64))
+    tl.store(report + 2, end.to(tl.int64))
+    tl.store(report + 3, broken.to(tl.int64))
+
+
+def commit_step(
+    packed: Tensor,  # [..] int32
+    shape: StepShape,
+    table: StateTable,
+    update: Update,
+    prob: Tensor,  # [M] float64
+    eos: Tensor,  # [at least 1] int64
+) -> Tensor:
+    """Write the update to the state table.
+
+    Returns:
+        [n, 4] int64: masks left, frontier, first end id before it or -1, rows without numbers.
+    """
+    count = shape.entries
+    report = torch.empty((count, 4), dtype=torch.int64, device=table.device)
+    _commit[(count,)](
+        *(packed, table.tokens, table.masked, table.ints, table.forwards),
+        *(update.tokens.contiguous(), update.write.contiguous(), prob, eos, report),
+        *(len(eos), shape.spans, count, shape.width, table.tokens.shape[1], table.trash_row),
+        BLOCK=block_tile(max(shape.width, shape.answer)),
+    )
+    return report
+
+
+@triton.jit
+def _ordered(keys: tl.tensor, place: tl.tensor, columns: tl.tensor) -> tl.tensor:
+    """Keys as int64 of the same order; NaN is the greatest, as in torch's sort."""
+    key = tl.load(keys + place, mask=place < columns, other=0.0).to(tl.float64)
+    bits = tl.where(key == 0.0, 0.0, key).to(tl.int64, bitcast=True)  # -0 equals 0
+    return tl.where(key != key, _HIGHEST, bits ^ ((bits >> 63) & _HIGHEST))
+
+
+@triton.jit(do_not_specialize=["columns"])
+def _pick_best(
+    keys: tl.tensor,
+    counts: tl.tensor,
+    eligible: tl.tensor,
+    write: tl.tensor,
+    columns: tl.tensor,
+    RANKED: tl.constexpr,
+    COMPARED: tl.constexpr,
+) -> None:
+    """Rank a tile of positions: how many come before each, ties by position."""
+    base = tl.program_id(0).to(tl.int64) * columns
+    keys += base
+    own = tl.program_id(1) * RANKED + tl.arange(0, RANKED)
+    key = _ordered(keys, own, columns)[:, None]
+    rank = tl.zeros([RANKED], dtype=tl.int32)
+    for low in range(0, columns, COMPARED):
+        place = low + tl.arange(0, COMPARED)
+        other = _ordered(keys, place, columns)[None, :]
+        earlier = place[None, :] < own[:, None]
+        before = (other > key) | ((other == key) & earlier)
+        rank += tl.sum((before & (place < columns)[None, :]).to(tl.int32), 1)
+    count = tl.maximum(tl.load(counts + tl.program_id(0)), 1)
+    can = tl.load(eligible + base + own, mask=own < columns, other=0) != 0
+    tl.store(write + base + own, can & (rank < count), mask=own < columns)
+
+
+def pick_best(
+    key: Tensor,  # [n, W] floating
+    count: Tensor,  # [n] int64
+    eligible: Tensor,  # [n, W] bool
+) -> Tensor:
+    """The ``count`` (at least one) eligible positions with the largest key: [n, W] bool.
+
+    Ties go to the lower position; see :func:`dllmserve.decoding.rule.write_best`.
+    """
+    rows, columns = key.shape
+    write = torch.empty((rows, columns), dtype=torch.bool, device=key.device)
+    _pick_best[(rows, triton.cdiv(columns, _RANKED))](
+        *(key.contiguous(), count.contiguous(), eligible.contiguous(), write, columns),
+        RANKED=_RANKED,
+        COMPARED=_COMPARED,
+    )
+    return write

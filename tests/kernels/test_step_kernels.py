@@ -1,0 +1,343 @@
+"""The step kernels against the torch operations of runtime.inputs and runtime.decide: same bits."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import Span, StepEntry, StepPlan
+from dllmserve.core.rows import RowInit, RowSelect, rule_index
+from dllmserve.decoding.rule import RuleView, UnmaskRule, Update, write_best
+from dllmserve.decoding.stats import TokenStats
+from dllmserve.kernels.step_finish import pick_best
+from dllmserve.models.loader import find_model, read_config, read_spec
+from dllmserve.registry import UNMASK_RULES, resolve
+from dllmserve.runtime.inputs import build_inputs
+from dllmserve.runtime.shape import EXACT, LADDER, Padding, StepShape, empty_ints, lay_out
+from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.step import StepTensors, TorchStep, TritonStep, span_fields
+from dllmserve.sampling_params import CONFIDENCE
+
+MASK, VOCABULARY = 7, 24
+NEEDS = {"margin": {"margin"}, "neg_entropy": {"entropy"}}
+#: More padding than an engine ever has: whole entries, tokens and rows of it.
+MUCH = Padding(tokens=lambda n: n + 300, rows=lambda n: n + 150, other=lambda n: n + 3)
+
+
+class Seen:
+    """A rule that keeps what it was shown."""
+
+    def __init__(self, rule: UnmaskRule, views: list[RuleView]) -> None:
+        self.needs, self._rule, self._views = rule.needs, rule, views
+
+    def apply(self, view: RuleView) -> Update:
+        self._views.append(view)
+        return self._rule.apply(view)
+
+
+def spec_with(shift: int, eos: Sequence[int]) -> ModelSpec:
+    spec = read_spec(read_config(find_model("tiny")))
+    return replace(spec, logit_shift=shift, mask_id=MASK, eos_ids=tuple(eos))
+
+
+def init_of(dice: random.Random, row: int, rule: str, longest: int) -> RowInit:
+    """A row with a setting of every parameter."""
+    confidence = dice.choice(CONFIDENCE)
+    prompt = [dice.randrange(VOCABULARY) for _ in range(dice.randrange(1, 12))]
+    gen = dice.randrange(1, longest + 1)
+    floats = (
+        dice.choice([0.0, 0.7]),
+        dice.choice([1.0, 0.9]),
+        dice.choice([0.0, 0.5, 1.0]),
+        dice.choice([0.0, 1.0, 3.0]),
+        dice.choice([0.0, 0.5, 9.0]),
+        dice.choice([0.0, 1.5]),
+    )
+    ints = (
+        *(len(prompt), gen, dice.choice([0, 5]), dice.getrandbits(63)),
+        *(CONFIDENCE.index(confidence), dice.randrange(2), dice.randrange(2)),
+        *(int(dice.random() < 0.3), rule_index(rule)),
+    )
+    return RowInit(
+        row=row,
+        prompt=prompt,
+        gen_length=gen,
+        floats=floats,
+        ints=ints,
+        quotas=tuple(dice.randrange(1, 5) for _ in range(9)),
+        pages=[],
+        confidence=confidence,
+        sampled=dice.random() < 0.3,
+        filtered=dice.random() < 0.3,
+        select=RowSelect(),
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One state of an engine, twice, with all that a step needs."""
+
+    spec: ModelSpec
+    tables: tuple[StateTable, StateTable]
+    spans: list[tuple[Span, Span | None, str]]
+
+    def plan(self) -> StepPlan:
+        """The plan that the scheduler would make of what the table holds."""
+        masked = self.tables[0].masked
+        return StepPlan(
+            tuple(
+                StepEntry(one, twin, int(masked[one.row, one.blk_start : one.blk_end].sum()), rule)
+                for one, twin, rule in self.spans
+            )
+        )
+
+    def shape(self, pad: Padding) -> tuple[StepShape, Tensor]:
+        """The plan's shape and its packing on the device."""
+        table = self.tables[0]
+
+        def needs(entry: StepEntry) -> frozenset[str]:
+            wanted = NEEDS.get(table.host[entry.span.row].confidence, set())
+            rule: UnmaskRule = resolve(UNMASK_RULES, entry.rule)()
+            return rule.needs | frozenset(wanted)
+
+        packing = lay_out(self.plan(), table.host, needs, table.trash_row, pad)
+        return packing.shape, on_device(list(packing.ints), table.device)
+
+
+def on_device(ints: Sequence[int], device: torch.device) -> Tensor:
+    """A packing at the start of a buffer with rubbish behind it."""
+    return torch.tensor([*ints, *[-(10**6)] * 99], dtype=torch.int32).to(device)
+
+
+def make_case(
+    seed: int,
+    device: torch.device,
+    *,
+    entries: int = 5,
+    longest: int = 40,
+    rules: Sequence[str] = tuple(UNMASK_RULES),
+    eos: Sequence[int] = (3, 5),
+) -> Case:
+    dice = random.Random(seed)
+    shift = seed % 2
+    first = StateTable(2 * entries + 1, longest + 20, device)
+    numbers = torch.Generator().manual_seed(seed)
+    first.tokens.copy_(torch.randint(VOCABULARY, first.tokens.shape, generator=numbers))
+    first.tokens[-1] = 0
+    rows = list(range(2 * entries + 1))
+    dice.shuffle(rows)
+    guided = sorted(dice.random() < 0.4 for _ in range(entries))
+    spans = []
+    for twin in guided:
+        rule = dice.choice(rules)
+        init = init_of(dice, rows.pop(), rule, longest)
+        first.write_row(init)
+        start = len(init.prompt) + dice.randrange(init.gen_length)
+        stop = dice.randrange(start, len(init.prompt) + init.gen_length) + 1
+        low = dice.choice([0, start - shift])
+        high = dice.choice([stop, len(init.prompt) + init.gen_length])
+        span = Span(init.row, low, high - low, 0, 0, 0, start - low, stop - start, 0)
+        other = None
+        committed = torch.rand(stop - start, generator=numbers) < dice.choice([0.0, 0.5, 0.9])
+        committed[dice.randrange(stop - start)] = False
+        first.masked[init.row, len(init.prompt) : start] = False
+        first.masked[init.row, start:stop] &= ~committed.to(device)
+        first.forwards[init.row] = dice.choice([0, 1, 5, 10**4])
+        if twin:
+            other = span._replace(row=rows.pop())
+            first.write_row(replace(init, row=other.row, prompt=[MASK] * len(init.prompt)))
+            first.masked[other.row] = first.masked[init.row]
+        spans.append((span, other, rule))
+    second = StateTable(2 * entries + 1, longest + 20, device)
+    for name in ("tokens", "masked", "floats", "ints", "quotas", "forwards"):
+        getattr(second, name).copy_(getattr(first, name))
+    return Case(spec_with(shift, eos), (first, second), spans)
+
+
+def make_stats(case: Case, shape: StepShape, packed: Tensor, seed: int, nan: bool) -> TokenStats:
+    """Statistics with many ties; rows of the same cell have the same, as in an engine."""
+    table, spec = case.tables[0], case.spec
+    spans = span_fields(packed, shape)
+    cells = build_inputs(spans, shape, table, spec.mask_id, spec.logit_shift).head_cells.cpu()
+    numbers = torch.Generator().manual_seed(seed)
+    count = shape.entries * shape.width
+
+    def values(scale: float) -> Tensor:
+        steps = torch.randint(0, 9, (count,), generator=numbers).double() * scale
+        if nan:
+            steps[torch.rand(count, generator=numbers) < 0.1] = torch.nan
+        return steps[cells].to(table.device)
+
+    token = torch.randint(VOCABULARY, (count,), generator=numbers)[cells].to(table.device)
+    prob, margin, entropy = values(1 / 8), values(1 / 8), values(0.1)
+    return TokenStats(
+        token=token,
+        prob=prob,
+        margin=margin if "margin" in shape.needs else None,
+        entropy=entropy if "entropy" in shape.needs else None,
+    )
+
+
+def same(got: Tensor | None, expected: Tensor | None, name: str) -> None:
+    """The same dtype, shape and bits, but for which NaN it is."""
+    assert (got is None) == (expected is None), name
+    if got is None or expected is None:
+        return
+    assert got.dtype == expected.dtype, name
+    assert got.shape == expected.shape, name
+    if got.is_floating_point():
+        assert torch.equal(got.isnan(), expected.isnan()), name
+        got, expected = got.nan_to_num(nan=-9.0), expected.nan_to_num(nan=-9.0)
+        assert torch.equal(got.signbit(), expected.signbit()), name
+    assert torch.equal(got, expected), name
+
+
+def same_tensors(got: StepTensors, expected: StepTensors) -> None:
+    for field in fields(StepTensors):
+        if field.name != "row_params":
+            same(getattr(got, field.name), getattr(expected, field.name), field.name)
+    for field in fields(got.row_params):
+        mine, theirs = getattr(got.row_params, field.name), getattr(expected.row_params, field.name)
+        same(mine, theirs, field.name)
+
+
+def same_tables(got: StateTable, expected: StateTable) -> None:
+    """All but the trash, which padding may write."""
+    for name in ("tokens", "masked"):
+        same(getattr(got, name)[:-1, :-1], getattr(expected, name)[:-1, :-1], name)
+    for name in ("floats", "ints", "quotas"):
+        same(getattr(got, name), getattr(expected, name), name)
+    same(got.forwards[:-1], expected.forwards[:-1], "forwards")
+
+
+def check(case: Case, pad: Padding, *, steps: int = 2, nan: bool = False) -> None:
+    """Both twins do the same, step after step."""
+    views: tuple[list[RuleView], list[RuleView]] = ([], [])
+    ops = [
+        kind(
+            table,
+            {n: Seen(resolve(UNMASK_RULES, n)(), seen) for n in UNMASK_RULES},
+            case.spec,
+        )
+        for kind, table, seen in zip((TritonStep, TorchStep), case.tables, views, strict=True)
+    ]
+    for step in range(steps):
+        shape, packed = case.shape(pad)
+        stats = make_stats(case, shape, packed, step, nan)
+        mine, theirs = (one.begin(packed, shape) for one in ops)
+        same_tensors(mine.tensors, theirs.tensors)
+        got, expected = mine.finish(stats), theirs.finish(stats)
+        same_views(*(seen[-1] for seen in views))
+        eligible = views[1][-1].eligible
+        same(got.confidence, expected.confidence, "confidence")
+        same(got.tokens, expected.tokens.masked_fill(~eligible, 0), "tokens")
+        same_tables(*case.tables)
+        same(got.report, expected.report, "report")
+
+
+def same_views(got: RuleView, expected: RuleView) -> None:
+    for name in ("eligible", "confidence", "entropy", "quota"):
+        same(getattr(got, name), getattr(expected, name), name)
+    for name in ("threshold", "factor", "entropy_bound"):
+        same(getattr(got, name), getattr(expected, name), name)
+
+
+#: Random cases: few of those that take the interpreter long.
+CASES = [
+    *((seed, EXACT) for seed in range(8)),
+    *((seed, LADDER) for seed in range(20, 23)),
+    *((seed, MUCH) for seed in range(40, 42)),
+]
+
+
+@pytest.mark.parametrize(("seed", "pad"), CASES)
+def test_random_steps(seed: int, pad: Padding, device: torch.device) -> None:
+    """Every parameter, segments of every kind, all rules at once."""
+    check(make_case(seed, device), pad)
+
+
+@pytest.mark.parametrize("rule", UNMASK_RULES)
+@pytest.mark.parametrize("pad", [EXACT, LADDER], ids=["exact", "ladder"])
+def test_one_rule(rule: str, pad: Padding, device: torch.device) -> None:
+    """Until nothing is left of the blocks, or nearly."""
+    check(make_case(100, device, rules=[rule]), pad, steps=3)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_numbers_that_are_none(seed: int, device: torch.device) -> None:
+    check(make_case(seed, device), EXACT, nan=True)
+    check(make_case(seed + 10, device), LADDER, nan=True)
+
+
+@pytest.mark.parametrize("eos", [(), (0,), tuple(range(VOCABULARY))])
+def test_ends(eos: tuple[int, ...], device: torch.device) -> None:
+    check(make_case(4, device, eos=eos), EXACT)
+
+
+@pytest.mark.parametrize("pad", [EXACT, LADDER], ids=["exact", "ladder"])
+def test_one_request(pad: Padding, device: torch.device) -> None:
+    for seed in range(3):
+        check(make_case(seed + 20, device, entries=1), pad)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_blocks_and_answers_wider_than_a_tile(seed: int, device: torch.device) -> None:
+    check(make_case(seed, device, entries=2, longest=2600), EXACT, steps=1)
+    check(make_case(seed + 30, device, entries=3, longest=700), LADDER, steps=1, nan=True)
+
+
+def test_many_spans(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are added up at once."""
+    monkeypatch.setattr("dllmserve.kernels.step._SPANS", 4)
+    check(make_case(5, device, entries=9, longest=3), EXACT, steps=1)
+
+
+def test_a_packing_of_padding_alone_changes_nothing(device: torch.device) -> None:
+    """What a shape is rehearsed with; its rows must still point at tokens."""
+    case = make_case(6, device)
+    shape, _ = case.shape(LADDER)
+    got, expected = case.tables
+    packed = on_device(empty_ints(shape, got.trash_row), device)
+    rules = {name: resolve(UNMASK_RULES, name)() for name in UNMASK_RULES}
+    work = TritonStep(got, rules, case.spec).begin(packed, shape)
+    same_tensors(work.tensors, TorchStep(expected, rules, case.spec).begin(packed, shape).tensors)
+    assert not work.tensors.head_rows.any()
+    work.finish(make_stats(case, shape, packed, 0, False))
+    same_tables(got, expected)
+    same(got.tokens, expected.tokens, "tokens")
+
+
+def test_rows_of_masks_that_are_gone_point_at_tokens(device: torch.device) -> None:
+    """A step may be run twice, to measure it: then the host counts more masks than there are."""
+    case = make_case(7, device, rules=["steps"])
+    shape, packed = case.shape(LADDER)
+    table = case.tables[0]
+    rules = {name: resolve(UNMASK_RULES, name)() for name in UNMASK_RULES}
+    ops = TritonStep(table, rules, case.spec)
+    for _ in range(2):
+        stats = make_stats(case, shape, packed, 1, False)
+        work = ops.begin(packed, shape)
+        rows = torch.cat((work.tensors.head_rows, work.tensors.head_uncond))
+        assert bool(((rows >= 0) & (rows < shape.tokens)).all())
+        work.finish(stats)
+
+
+@pytest.mark.parametrize("width", [1, 5, 32, 33, 129, 300])
+def test_best_positions(width: int, device: torch.device) -> None:
+    """Ties, both zeros, infinities and NaN, in the order of a stable sort."""
+    dice = torch.Generator().manual_seed(width)
+    pool = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, 1e-310, 0.3])
+    for dtype in (torch.float64, torch.float32):
+        key = pool.to(dtype)[torch.randint(len(pool), (6, width), generator=dice)]
+        eligible = torch.rand(6, width, generator=dice) < 0.8
+        count = torch.randint(0, width + 1, (6,), generator=dice)
+        zeros = torch.zeros(6, width, dtype=torch.int64)
+        none = torch.zeros(6, dtype=torch.float64)
+        view = RuleView(eligible, zeros, key, None, count, none, none, none)
+        expected = write_best(view, key, count).write
+        got = pick_best(*(x.to(device) for x in (key, count, eligible)))
+        assert torch.equal(got.cpu(), expected)
