@@ -9,7 +9,6 @@ the device, so a captured launch serves every plan that its grid is large enough
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from math import e, log2
 from typing import Any
 
@@ -36,68 +35,13 @@ from dllmserve.kernels.pages import (
     store_fresh,
     vectors,
 )
+from dllmserve.kernels.tiles import parts_for, tile_for
 
 #: Position of a key that no query sees, and horizon of a query that sees every other key.
 _HIDDEN = tl.constexpr(2**31 - 1)
 _NEVER = tl.constexpr(float("-inf"))
 #: Triton's interpreter multiplies the bit patterns of bfloat16 as if they were integers.
 _WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-#: Programs that fill the device (an H100 has 132 multiprocessors).
-_PROGRAMS = 264
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Shape of a program's work.
-
-    Attributes:
-        block_m: rows of the query tile (queries times the query heads of a K,V head).
-        block_n: keys that are loaded at once.
-        num_warps, num_stages: as in Triton.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int) -> Tile:
-    """The tile of a launch; this is what to tune on a new device.
-
-    In float32 it depends on the model alone: sums are then made in the same order whatever
-    else is in the batch, so a request's result does not change by a bit.
-    """
-    wide = head_dim > 128
-    if dtype == torch.float32:
-        # no tensor cores here, so registers set the limits; these spill nothing on sm_90
-        return Tile(16, 64, 8, 1) if wide else Tile(32, 64, 8, 2)
-    rows = max(16, min(triton.next_power_of_2(group * max_q), 64))
-    # small tiles are bound by memory: fewer stages leave room for more of them at once
-    return Tile(
-        block_m=rows,
-        block_n=32 if wide else 64,
-        num_warps=8 if wide and rows == 64 else 4,
-        num_stages=3 if wide or rows == 64 else 2,
-    )
-
-
-def parts_for(dtype: torch.dtype, programs: int, context: int) -> int:
-    """Into how many parts the context is split where the launch would not fill the device.
-
-    Args:
-        programs: programs of the launch without splitting.
-        context: slots that a row may hold, of which a part has at least 256.
-
-    Never in float32, see :func:`tile_for`.
-    """
-    if dtype == torch.float32:
-        return 1
-    parts = 1
-    while parts < 16 and 2 * parts * programs <= _PROGRAMS and context >= 512 * parts:
-        parts *= 2
-    return parts
 
 
 def span_attention(
@@ -152,6 +96,7 @@ def span_attention(
         SKIP_WHOLE=skip_whole,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=tile.max_registers,
     )
     if parts > 1:
         grid = (triton.cdiv(max_q * group, 16), kv_heads, count)

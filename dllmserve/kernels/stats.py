@@ -23,20 +23,20 @@ _PARTIALS = 4
 _INF = tl.constexpr(float("inf"))
 _NO_ID = tl.constexpr(0x7FFFFFFF)
 # the mixer of decoding.noise, on uint64
-_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-_MUL_1 = tl.constexpr(0xBF58476D1CE4E5B9)
-_MUL_2 = tl.constexpr(0x94D049BB133111EB)
+GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+MUL_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+MUL_2 = tl.constexpr(0x94D049BB133111EB)
 
 
 @triton.jit
-def _uniform(
+def uniform(
     key: tl.tensor,
     ids: tl.tensor,
 ) -> tl.tensor:
     """token_uniforms of one row: float64 in (0, 1), bit for bit."""
-    x = key.to(tl.uint64) + ids.to(tl.uint64) * _GOLDEN + _GOLDEN
-    x = (x ^ (x >> 30)) * _MUL_1
-    x = (x ^ (x >> 27)) * _MUL_2
+    x = key.to(tl.uint64) + ids.to(tl.uint64) * GOLDEN + GOLDEN
+    x = (x ^ (x >> 30)) * MUL_1
+    x = (x ^ (x >> 27)) * MUL_2
     x = x ^ (x >> 31)
     # below 2^52, so the signed conversion is the same and cheaper
     return ((x >> 12).to(tl.int64).to(tl.float64) + 0.5) * 2.220446049250313e-16
@@ -253,7 +253,7 @@ def _sampled_kernel(
         allowed = _tempered(z, row_top, scale)
         score = allowed.to(tl.float64)
         if temperature > 0:
-            score -= tl.log(-tl.log(_uniform(key, ids)))
+            score -= tl.log(-tl.log(uniform(key, ids)))
         # torch's argmax takes a NaN for the largest value
         score = tl.where(score == score, score, _INF)
         score = tl.where((ids < vocab) & (ids != mask_id), score, -_INF)

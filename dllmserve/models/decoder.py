@@ -64,16 +64,25 @@ class Decoder(nn.Module):
         """A bias, or None where the model has none."""
         return self._parameters.get(name)
 
-    def forward(self, ids: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        context: AttentionContext,
+        rows: Tensor | None = None,
+    ) -> Tensor:
         """Run N packed tokens of any number of requests.
 
         Args:
             ids: [N] int64 token ids.
             positions: [N] int64 canvas positions.
             context: attention for this step.
+            rows: [M] int64, the tokens whose result is wanted; None for all of them. The
+                last layer's K,V are those of all tokens, the rest of it is computed for
+                these alone.
 
         Returns:
-            [N, hidden_size] after the final norm.
+            [M, hidden_size] (or [N, hidden_size]) after the final norm.
         """
         ops, eps = self.ops, self.spec.norm_eps
         x = F.embedding(ids, self.weight("embed"))
@@ -81,7 +90,10 @@ class Decoder(nn.Module):
         # every residual addition runs together with the norm that follows it
         normed, h = ops.add_norm(x, None, self.weight(self._norm_before(0)), eps)
         for layer in range(self.spec.num_layers):
-            x = self._attention(layer, normed, angles, context)
+            wanted = rows if layer == self.spec.num_layers - 1 else None
+            x = self._attention(layer, normed, angles, context, wanted)
+            if wanted is not None:
+                h = h[wanted]
             normed, h = ops.add_norm(x, h, self.weight(f"l{layer}_mlp_norm"), eps)
             x = self._mlp(layer, normed)
             normed, h = ops.add_norm(x, h, self.weight(self._norm_before(layer + 1)), eps)
@@ -97,6 +109,7 @@ class Decoder(nn.Module):
         x: Tensor,  # [N, d]
         angles: Angles,
         context: AttentionContext,
+        rows: Tensor | None,  # [M] int64
     ) -> Tensor:
         spec, ops = self.spec, self.ops
         qkv = ops.linear(x, self.weight(f"l{layer}_qkv"), self.bias(f"l{layer}_qkv_bias"))
@@ -106,6 +119,8 @@ class Decoder(nn.Module):
         q, k = turned[:, : spec.num_heads], turned[:, spec.num_heads :]
         out = context.attend(layer, q, k, heads[:, split:])
         flat = out.reshape(x.shape[0], self.q_size)
+        if rows is not None:
+            flat = flat[rows]
         return ops.linear(flat, self.weight(f"l{layer}_out"), None)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:

@@ -122,9 +122,7 @@ class LogitsHead:
 
     def stats(
         self,
-        hidden: Tensor,  # [N, d]
-        rows: Tensor,  # [M] int64 into hidden
-        uncond: Tensor,  # [m] int64 into hidden, twins of the last m rows
+        hidden: Tensor,  # [M + m, d]; the last m are the unconditional twins of the m before
         cfg_scale: Tensor,  # [M] float64
         params: RowParams,
         segments: tuple[SegmentShape, ...],
@@ -132,17 +130,17 @@ class LogitsHead:
     ) -> TokenStats:
         """Statistics of M rows, in order."""
         parts = []
-        first_guided = len(rows) - len(uncond)
+        twins = len(hidden) - len(cfg_scale)
         start = 0
         for segment in segments:
             end = start + segment.rows
             step = self._chunk_rows(segment)
             for low in range(start, end, step):
                 chunk = slice(low, min(low + step, end))
-                z = self._logits(hidden[rows[chunk]], 0)
+                z = self._logits(hidden[chunk], 0)
                 if segment.guided:
-                    twins = uncond[chunk.start - first_guided : chunk.stop - first_guided]
-                    z = self._guide(z, hidden[twins], cfg_scale[chunk])
+                    other = hidden[chunk.start + twins : chunk.stop + twins]
+                    z = self._guide(z, other, cfg_scale[chunk])
                 parts.append(self._reducer.reduce(z, params[chunk], self._mask_id, segment, needs))
             start = end
         return TokenStats.concat(parts)

@@ -16,6 +16,7 @@ from dllmserve.models.decoder import Decoder
 from dllmserve.registry import UNMASK_RULES, resolve
 from dllmserve.runtime.graphs import GraphPool, StepOutputs
 from dllmserve.runtime.logits import LogitsHead
+from dllmserve.runtime.platform import record_event, to_host
 from dllmserve.runtime.shape import (
     EXACT,
     HEAD_FIELDS,
@@ -49,6 +50,7 @@ class StepHandle:
         self._places = packing.places[: len(plan.entries)]
         self._answers: dict[int, Tensor] = {}
         self._event: torch.cuda.Event | None = None
+        self._device = outputs.report.device
         self._report = to_host(outputs.report)
 
     def place(self, index: int) -> int:
@@ -61,9 +63,7 @@ class StepHandle:
 
     def launched(self) -> None:
         """Mark the end of what the handle waits for."""
-        if self._report.is_pinned():
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
+        self._event = record_event(self._device)
 
     def result(self) -> list[EntryReport]:
         """Wait for the device and return one report per entry."""
@@ -203,22 +203,16 @@ class ModelRunner:
             tokens=shape.tokens,
             max_q=shape.max_q,
         )
-        hidden = self._decoder(given.ids, given.positions, self._backend.prepare(step))
+        rows = given.head_rows
+        if len(given.head_uncond):
+            rows = torch.cat((rows, given.head_uncond))
+        context = self._backend.prepare(step)
+        hidden = self._decoder(given.ids, given.positions, context, rows)
         stats = self._head.stats(
             hidden,
-            given.head_rows,
-            given.head_uncond,
             given.cfg_scale,
             given.row_params,
             shape.segments,
             shape.needs,
         )
         return work.finish(stats)
-
-
-def to_host(values: Tensor) -> Tensor:
-    """Start a copy to the host; on a GPU it lands in pinned memory, some time later."""
-    if not values.is_cuda:
-        return values
-    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return pinned.copy_(values, non_blocking=True)

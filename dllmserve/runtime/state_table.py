@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dllmserve.attention.backend import host_to_device
 from dllmserve.core.rows import FloatField, IntField, RowInit
+from dllmserve.runtime.platform import fetch
 from dllmserve.sampling_params import MAX_GEN_LENGTH
 
 
@@ -49,7 +50,7 @@ class StateTable:
         self.ints[row] = host_to_device(init.ints, self.device)
         if init.quotas:
             self.quotas[row, : len(init.quotas)] = host_to_device(init.quotas, self.device)
-        self.forwards[row] = 0
+        self.forwards[row : row + 1] = 0  # a single element would be copied, and waited for
         self.host[row] = init
 
     def answer(self, row: int) -> Tensor:
@@ -60,12 +61,12 @@ class StateTable:
 
     def read_answer(self, row: int, count: int) -> list[int]:
         """The first ``count`` answer ids of a row, copied to the host."""
-        ids: list[int] = self.answer(row)[:count].tolist()
+        ids: list[int] = fetch(self.answer(row)[:count]).tolist()
         return ids
 
     def read_masked(self, row: int) -> list[bool]:
         """Masked flags of a row's answer, copied to the host."""
         init = self.host[row]
         start = len(init.prompt)
-        flags: list[bool] = self.masked[row, start : start + init.gen_length].tolist()
+        flags: list[bool] = fetch(self.masked[row, start : start + init.gen_length]).tolist()
         return flags

@@ -143,7 +143,7 @@ class TritonStep:
 
     def begin(self, packed: Tensor, shape: StepShape) -> TritonWork:
         """See :class:`StepOps`."""
-        from dllmserve.kernels.step import begin_step
+        from dllmserve.runtime.kernels.begin import begin_step
 
         spec = self.spec
         tensors = begin_step(packed, shape, self.table, spec.mask_id, spec.logit_shift)
@@ -161,7 +161,7 @@ class TritonWork:
 
     def finish(self, stats: TokenStats) -> StepOutputs:
         """See :class:`StepWork`."""
-        from dllmserve.kernels.step_finish import commit_step, spread_stats
+        from dllmserve.runtime.kernels.finish import commit_step, spread_stats
 
         table, shape = self.ops.table, self.shape
         keys = self.tensors.row_params.keys

@@ -13,7 +13,7 @@ from dllmserve.kernels import missing
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dllmserve.kernels.stats import _uniform, fused_row_stats  # noqa: E402
+from dllmserve.kernels.stats import fused_row_stats, uniform  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOTH = frozenset({"margin", "entropy"})
@@ -221,7 +221,7 @@ def test_no_rows() -> None:
 def draw(keys_ptr, out_ptr, first, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0)
     column = tl.arange(0, BLOCK)
-    u = _uniform(tl.load(keys_ptr + row), first + column)
+    u = uniform(tl.load(keys_ptr + row), first + column)
     tl.store(out_ptr + row * BLOCK + column, u)
 
 

@@ -13,10 +13,10 @@ from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, RowSelect, rule_index
 from dllmserve.decoding.rule import RuleView, UnmaskRule, Update, write_best
 from dllmserve.decoding.stats import TokenStats
-from dllmserve.kernels.step_finish import pick_best
 from dllmserve.models.loader import find_model, read_config, read_spec
 from dllmserve.registry import UNMASK_RULES, resolve
 from dllmserve.runtime.inputs import build_inputs
+from dllmserve.runtime.kernels.finish import pick_best
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, StepShape, empty_ints, lay_out
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import StepTensors, TorchStep, TritonStep, span_fields
@@ -292,7 +292,7 @@ def test_blocks_and_answers_wider_than_a_tile(seed: int, device: torch.device) -
 
 def test_many_spans(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than are added up at once."""
-    monkeypatch.setattr("dllmserve.kernels.step._SPANS", 4)
+    monkeypatch.setattr("dllmserve.runtime.kernels.begin._SPANS", 4)
     check(make_case(5, device, entries=9, longest=3), EXACT, steps=1)
 
 

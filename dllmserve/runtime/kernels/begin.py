@@ -15,7 +15,7 @@ from torch import Tensor
 from dllmserve.core.rows import FloatField, IntField
 from dllmserve.decoding.stats import RowParams
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_LEN, Q_START, ROW
-from dllmserve.kernels.stats import _GOLDEN, _MUL_1, _MUL_2
+from dllmserve.kernels.stats import GOLDEN, MUL_1, MUL_2
 from dllmserve.runtime.shape import HEAD_FIELDS, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import StepTensors
@@ -76,9 +76,9 @@ def _start_of(packed: tl.tensor, span: tl.tensor, SPANS: tl.constexpr) -> tl.ten
 @triton.jit
 def _mix(x: tl.tensor) -> tl.tensor:
     """decoding.noise.mix on uint64."""
-    x = x + _GOLDEN
-    x = (x ^ (x >> 30)) * _MUL_1
-    x = (x ^ (x >> 27)) * _MUL_2
+    x = x + GOLDEN
+    x = (x ^ (x >> 30)) * MUL_1
+    x = (x ^ (x >> 27)) * MUL_2
     return x ^ (x >> 31)
 
 

@@ -15,8 +15,8 @@ from dllmserve.core.rows import FloatField, IntField
 from dllmserve.decoding.rule import RuleView, Update
 from dllmserve.decoding.stats import TokenStats
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_START, ROW
-from dllmserve.kernels.stats import _uniform
-from dllmserve.kernels.step import FLOATS, INTS, block_tile, find_masked, head_rows_of
+from dllmserve.kernels.stats import uniform
+from dllmserve.runtime.kernels.begin import FLOATS, INTS, block_tile, find_masked, head_rows_of
 from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.sampling_params import CONFIDENCE
@@ -127,10 +127,10 @@ def _spread(
             value = tl.where(kind == _MARGIN_KIND, other, value)
         if ENTROPY:
             spread = tl.load(entropy + there, mask=valid, other=_INF)
-            value = tl.where(kind == _NEG_ENTROPY_KIND, -spread, value)
+            value = tl.where(kind == _NEG_ENTROPY_KIND, spread * -1.0, value)
             tl.store(entropy_out + to, spread, mask=column < columns)
         key = tl.load(keys + there, mask=valid, other=0) ^ _POSITION_SALT
-        value = tl.where(random, _uniform(key, column * 0), value)
+        value = tl.where(random, uniform(key, column * 0), value)
         tl.store(confidence_out + to, tl.where(valid, value, -_INF), mask=column < columns)
         tl.store(token_out + to, tl.load(token + there, mask=valid, other=0), mask=column < columns)
         tl.store(eligible_out + to, hidden, mask=column < columns)

@@ -1,0 +1,66 @@
+"""Launch shapes of the attention kernel; this is what to tune on a new device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+#: Programs that fill the device (an H100 has 132 multiprocessors).
+_PROGRAMS = 264
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of a program's work.
+
+    Attributes:
+        block_m: rows of the query tile (queries times the query heads of a K,V head).
+        block_n: keys that are loaded at once.
+        num_warps, num_stages: as in Triton.
+        max_registers: of a thread; None leaves it to the compiler.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
+def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int) -> Tile:
+    """The tile of a launch.
+
+    In float32 it depends on the model alone: sums are then made in the same order whatever
+    else is in the batch, so a request's result does not change by a bit.
+    """
+    wide = head_dim > 128
+    if dtype == torch.float32:
+        # no tensor cores here, so registers set the limits; these spill nothing on sm_90
+        return Tile(16, 64, 8, 1) if wide else Tile(32, 64, 8, 2)
+    rows = max(16, min(triton.next_power_of_2(group * max_q), 64))
+    # small tiles are bound by memory: fewer stages leave room for more of them at once
+    return Tile(
+        block_m=rows,
+        block_n=32 if wide else 64,
+        num_warps=8 if wide and rows == 64 else 4,
+        num_stages=3 if wide or rows == 64 else 2,
+    )
+
+
+def parts_for(dtype: torch.dtype, programs: int, context: int) -> int:
+    """Into how many parts the context is split where the launch would not fill the device.
+
+    Args:
+        programs: programs of the launch without splitting.
+        context: slots that a row may hold, of which a part has at least 256.
+
+    Never in float32, see :func:`tile_for`.
+    """
+    if dtype == torch.float32:
+        return 1
+    parts = 1
+    while parts < 16 and 2 * parts * programs <= _PROGRAMS and context >= 512 * parts:
+        parts *= 2
+    return parts

@@ -1,0 +1,1 @@
+"""Triton kernels over the state table; the others are in dllmserve.kernels."""
