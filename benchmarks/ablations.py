@@ -81,7 +81,7 @@ class Ablations:
     def speed(self, llm: LLM, jobs: Jobs) -> float:
         """Output tokens per second: median of ``runs`` after a warm-up."""
         values = []
-        for number in range(self.args.runs + 1):
+        for number in range(self.args.runs + 1):  # the first warms up
             if self.cuda:
                 torch.cuda.synchronize()
             start = time.perf_counter()
@@ -113,21 +113,22 @@ class Ablations:
     def phases(self) -> Iterator[Row]:
         """Requests in step, and three times as many of mixed lengths with staggered blocks."""
         n = self.args.requests
-        for phases in ("auto", "mixed", "separate"):
-            llm = self.engine(phases=phases)
+        limit = 4 * (PROMPT + self.args.gen_length)
+        llm = self.engine()
+        scheduler = llm._engine.scheduler  # the engine stays, only its packing changes
+        limits = scheduler.limits
+        for name, changes in (
+            ("auto", {"phases": "auto"}),
+            ("mixed", {"phases": "mixed"}),
+            ("separate", {"phases": "separate"}),
+            (f"mixed, {limit} refresh tokens", {"phases": "mixed", "max_refresh_tokens": limit}),
+        ):
+            scheduler.limits = replace(limits, **changes)
             yield {
-                "variant": phases,
+                "variant": name,
                 "in step": self.speed(llm, self.jobs(llm, n)),
                 "staggered": self.speed(llm, self.jobs(llm, 3 * n, ragged=True)),
             }
-            del llm
-        limit = 4 * (PROMPT + self.args.gen_length)
-        llm = self.engine(phases="mixed", max_refresh_tokens=limit)
-        yield {
-            "variant": f"mixed, at most {limit} refresh tokens a step",
-            "in step": self.speed(llm, self.jobs(llm, n)),
-            "staggered": self.speed(llm, self.jobs(llm, 3 * n, ragged=True)),
-        }
 
     def heads(self) -> Iterator[Row]:
         """Attention over everything, over what each head likes, over what all like."""

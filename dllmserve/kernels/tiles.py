@@ -40,13 +40,12 @@ def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int) -> Tile:
         # no tensor cores here, so registers set the limits; these spill nothing on sm_90
         return Tile(16, 64, 8, 1) if wide else Tile(32, 64, 8, 2)
     rows = max(16, min(triton.next_power_of_2(group * max_q), 64))
-    # small tiles are bound by memory: fewer stages leave room for more of them at once
-    return Tile(
-        block_m=rows,
-        block_n=32 if wide else 64,
-        num_warps=8 if wide and rows == 64 else 4,
-        num_stages=3 if wide or rows == 64 else 2,
-    )
+    if wide:
+        return Tile(rows, block_n=32, num_warps=8 if rows == 64 else 4, num_stages=3)
+    if rows == 64:
+        return Tile(rows, block_n=64, num_warps=4, num_stages=3)
+    # a small tile waits for memory: with 128 registers four of them share a multiprocessor
+    return Tile(rows, block_n=32, num_warps=4, num_stages=3, max_registers=128)
 
 
 def parts_for(dtype: torch.dtype, programs: int, context: int) -> int:
@@ -54,13 +53,13 @@ def parts_for(dtype: torch.dtype, programs: int, context: int) -> int:
 
     Args:
         programs: programs of the launch without splitting.
-        context: slots that a row may hold, of which a part has at least 256.
+        context: slots that a row may hold, of which a part has at least 128.
 
     Never in float32, see :func:`tile_for`.
     """
     if dtype == torch.float32:
         return 1
     parts = 1
-    while parts < 16 and 2 * parts * programs <= _PROGRAMS and context >= 512 * parts:
+    while parts < 16 and 2 * parts * programs <= _PROGRAMS and context >= 256 * parts:
         parts *= 2
     return parts

@@ -121,8 +121,9 @@ def test_when_the_context_is_split() -> None:
     parts = attention.parts_for
     assert parts(torch.float32, 4, 100_000) == 1
     assert parts(torch.bfloat16, 10_000, 100_000) == 1
-    assert parts(torch.bfloat16, 4, 511) == 1
-    assert parts(torch.bfloat16, 4, 512) == 2
+    assert parts(torch.bfloat16, 4, 255) == 1
+    assert parts(torch.bfloat16, 4, 256) == 2
+    assert parts(torch.bfloat16, 4, 512) == 4
     assert parts(torch.bfloat16, 4, 100_000) == 16
 
 
