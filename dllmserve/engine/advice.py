@@ -54,9 +54,12 @@ def _ways(
         pages = math.floor(options.kv_pages * (1 - over / memory.pages)) if memory.pages else 0
         if pages > 0:
             ways.append(f"kv_pages={pages}")
-    rows = options.max_logit_rows - math.ceil(over / (memory.logits / options.max_logit_rows))
-    if rows >= _LEAST_LOGIT_ROWS:
-        ways.append(f"max_logit_rows={rows}")
+    if memory.graphs >= over:
+        ways.append("enforce_eager=True")
+    if memory.logits > over:
+        rows = options.max_logit_rows - math.ceil(over / memory.logits * options.max_logit_rows)
+        if rows >= _LEAST_LOGIT_ROWS:
+            ways.append(f"max_logit_rows={rows}")
     fitting = tokens - math.ceil(over / (memory.activations / tokens))
     if fitting >= max_len:
         ways.append(f"max_num_batched_tokens={fitting}")

@@ -115,7 +115,7 @@ class TritonOps:
         from dllmserve.kernels.norm import add_rms_norm
         from dllmserve.kernels.rotary import rotate_
 
-        self._tables = rotary._cos, rotary._sin  # [max_len, D/2] each, of the same package
+        self._tables = rotary.tables
         self._add_norm = add_rms_norm
         self._silu_mul = silu_mul
         self._linear = invariant_linear

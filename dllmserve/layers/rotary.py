@@ -24,6 +24,11 @@ class Rotary:
         self._cos = angles.cos()  # [max_len, D/2] float32
         self._sin = angles.sin()
 
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """Cos and sin of all positions, [max_len, D/2] float32 each."""
+        return self._cos, self._sin
+
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rows of the tables for ``positions`` [N] int64: two tensors [N, 1, D/2]."""
         return self._cos[positions][:, None, :], self._sin[positions][:, None, :]

@@ -1,0 +1,88 @@
+"""What does not fit says which option to change, and to a value that fits."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dllmserve.config import EngineConfig
+from dllmserve.core.budget import MemoryBudget
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.engine import memory
+from dllmserve.engine.advice import does_not_fit
+from dllmserve.errors import OutOfMemoryError
+from dllmserve.models.loader import find_model, read_config, read_spec
+
+GIB = 2**30
+CPU = torch.device("cpu")
+SPEC: ModelSpec = read_spec(read_config(find_model("llada-8b")))
+
+
+def plan(gib: float, tokens: int = 16384, max_len: int = 4096, **options: Any) -> MemoryBudget:
+    """The memory plan of LLaDA-8B's shapes on a device of some size."""
+    dtype = getattr(torch, options.pop("dtype", "bfloat16"))
+    sizes = {"tokens": options.pop("max_num_batched_tokens", tokens), "max_len": max_len}
+    sizes["max_len"] = options.pop("max_model_len", max_len)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "device_memory", lambda _: (int(gib * GIB), int(gib * GIB)))
+        config = EngineConfig(**options)
+        return memory.plan_memory(config, SPEC, dtype, CPU, **sizes, fused=True)[0]
+
+
+def suggestions(message: str) -> list[dict[str, Any]]:
+    """The options of a message, as keywords."""
+    listed = re.search(r"; set (.*?); in general", message)
+    if listed is None:
+        return []
+    found = []
+    for way in listed[1].split(", or "):
+        pairs = (part.split("=") for part in way.split(" with "))
+        found.append({name: _value(text) for name, text in pairs})
+    return found
+
+
+def _value(text: str) -> Any:
+    if text.startswith("'"):
+        return text.strip("'")
+    return float(text) if "." in text else int(text)
+
+
+@pytest.mark.parametrize(
+    ("gib", "options", "names"),
+    [
+        (18.9, {}, {"max_logit_rows", "max_num_batched_tokens", "gpu_memory_utilization"}),
+        (18.6, {}, {"max_num_batched_tokens"}),
+        (17.6, {"tokens": 4096}, {"max_model_len"}),
+        (60.0, {"kv_pages": 10_000}, {"kv_pages"}),
+        (24.0, {"dtype": "float32"}, {"dtype"}),
+    ],
+)
+def test_each_suggestion_alone_is_enough(
+    gib: float, options: dict[str, Any], names: set[str]
+) -> None:
+    with pytest.raises(OutOfMemoryError) as caught:
+        plan(gib, **options)
+    ways = suggestions(str(caught.value))
+    assert names <= {name for way in ways for name in way}
+    for way in ways:
+        fitting = plan(gib, **options | way)
+        assert fitting.planned <= fitting.allowed, way
+
+
+def test_nothing_helps_where_the_weights_do_not_fit() -> None:
+    with pytest.raises(OutOfMemoryError, match="no single option makes room") as caught:
+        plan(8.0)
+    assert suggestions(str(caught.value)) == []
+    assert "enable tensor parallelism" in str(caught.value)
+
+
+def test_graphs_can_be_given_up() -> None:
+    """A measured plan; in float32 no logits buffer is part of it."""
+    base = plan(80.0)
+    measured = replace(base, graphs=GIB, logits=0, utilization=0.9, pages=0, measured=True)
+    tight = replace(measured, total=measured.planned - GIB // 2, free=10**12, utilization=1.0)
+    message = does_not_fit(EngineConfig(), tight, torch.bfloat16, tokens=16384, max_len=4096)
+    assert "set enforce_eager=True" in message
+    assert "max_logit_rows=" not in message.split("in general")[0]

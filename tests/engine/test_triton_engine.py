@@ -1,0 +1,42 @@
+"""The whole engine on Triton kernels, under the interpreter (a GPU runs tests/gpu)."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllmserve import LLM, SamplingParams, SparseConfig
+from tests import helpers
+from tests.conftest import Engines
+
+pytest.importorskip("triton")
+
+
+def variants() -> list[tuple[dict[str, Any], SparseConfig | None]]:
+    return [
+        ({"cache": "dual", "steps": 4}, None),
+        ({"steps": 4}, SparseConfig(default_block_len=4)),
+        ({"cache": "prefix", "unmask": "threshold", "threshold": 0.2, "cfg_scale": 0.7}, None),
+        ({"steps": 3, "temperature": 0.9, "seed": 5}, SparseConfig(head_select=False)),
+        ({"steps": 3, "top_p": 0.8, "temperature": 1.0, "seed": 6}, None),
+    ]
+
+
+@pytest.mark.parametrize("name", ["llada-odd", "dream"])
+def test_the_same_tokens(engines: Engines, checkpoints: dict[str, Path], name: str) -> None:
+    """Mixed in one batch; one reference engine runs each request alone."""
+    options = {"page_size": 8, "kv_pages": 40, "max_num_seqs": 8, "max_model_len": 64}
+    triton = LLM(
+        str(checkpoints[name]), device="cpu", attention="triton", kernels="triton", **options
+    )
+    torch = engines(checkpoints[name])
+    jobs = []
+    for number, (given, sparse) in enumerate(variants()):
+        base = {"temperature": 0.0, "gen_length": 8, "block_length": 4, "ignore_eos": True}
+        jobs.append(
+            (helpers.random_prompt(number, 5 + number), SamplingParams(**base | given), sparse)
+        )
+    prompts, params, sparse_configs = (list(column) for column in zip(*jobs, strict=True))
+    outputs = triton.generate(prompts, params, sparse_configs, use_tqdm=False)
+    assert [o["token_ids"] for o in outputs] == [helpers.answer(torch, *job) for job in jobs]
+    helpers.check_idle(triton)
