@@ -299,6 +299,7 @@ class LLM:
                 for other in self._live.values():
                     other.error = EngineError(f"the engine's step failed: {error!r}")
                     other.error.__cause__ = error
+                for other in self._live.values():
                     self._engine.abort(other)
                 raise
             finally:

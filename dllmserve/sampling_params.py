@@ -136,7 +136,8 @@ class SamplingParams:
         if self.cache == "sparse":
             raise err(
                 "cache='sparse' is chosen by passing a SparseConfig: "
-                "generate(prompts, params, sparse_configs=SparseConfig(...))"
+                "generate(prompts, params, sparse_configs=SparseConfig(...)), or on the command "
+                "line by --sparse"
             )
         check_choice(err, "cache", self.cache, CACHES)
 

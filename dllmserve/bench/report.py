@@ -6,7 +6,6 @@ import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from dllmserve.bench.workload import Workload
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import size_text
 from dllmserve.engine.setup import EnginePlan
+from dllmserve.runtime.platform import device_facts
 
 #: version of the record's layout, raised when a key changes its meaning or goes away
 SCHEMA = 1
@@ -206,24 +206,6 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
     }
-
-
-def device_facts(device: torch.device) -> dict[str, Any]:
-    """Name and size of a device."""
-    if device.type == "cuda":
-        found = torch.cuda.get_device_properties(device)
-        return {"device": str(device), "name": found.name, "memory_bytes": found.total_memory}
-    return {"device": str(device), "name": _cpu_name(), "threads": torch.get_num_threads()}
-
-
-def _cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _throughput_cells(result: Result) -> dict[str, str]:

@@ -18,6 +18,7 @@ import torch
 from dllmserve.core.budget import GIB
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, StepPlan, Write
+from dllmserve.engine.memory import device_memory
 
 #: bytes of the copied buffer: far more than any cache holds
 _COPY_BYTES = {"cuda": 2 * GIB, "cpu": GIB // 8}
@@ -110,9 +111,17 @@ def head_rows(plan: StepPlan) -> int:
     return sum(entry.logit_rows for entry in plan.entries)
 
 
+#: a smaller product says nothing about the device
+_LEAST_MATRIX = 1024
+
+
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """Measure copy bandwidth and matrix product rate; medians, after a warm-up."""
     copy_bytes, size = _COPY_BYTES[device.type], _MATRIX[device.type]
+    free = device_memory(device)[1]
+    copy_bytes = min(copy_bytes, free // 8)  # two buffers, beside whatever else there is
+    while size > _LEAST_MATRIX and 3 * size**2 * dtype.itemsize > free // 4:
+        size //= 2
     copy, product = _copy_seconds(copy_bytes, device), _product_seconds(size, dtype, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the engine is about to plan with what is free

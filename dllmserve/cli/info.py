@@ -6,7 +6,6 @@ import json
 import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -66,25 +65,10 @@ def _versions() -> dict[str, str | None]:
 def _device(device: device) -> dict[str, Any]:
     import torch
 
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        return {
-            "device": str(device),
-            "name": properties.name,
-            "memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-        }
-    return {"device": str(device), "name": _cpu_name(), "threads": torch.get_num_threads()}
+    from dllmserve.runtime.platform import device_facts
 
-
-def _cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    path = Path("/proc/cpuinfo")
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    version = {"cuda": torch.version.cuda} if device.type == "cuda" else {}
+    return device_facts(device) | version
 
 
 def _model(name: str, plan: EnginePlan, trust_remote_code: bool) -> dict[str, Any]:

@@ -139,7 +139,8 @@ class Scheduler:
     def abort(self, request: Request) -> None:
         """Drop a request and free what it holds; finished ones are left alone."""
         if request.status is Status.WAITING:
-            self.waiting.remove(request)
+            if request in self.waiting:  # not if an interrupt hit its admission
+                self.waiting.remove(request)
         elif request.status is Status.RUNNING:
             self._release(request)
         else:

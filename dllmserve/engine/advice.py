@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -16,22 +18,54 @@ OOM_ADVICE = (
 )
 #: Fewer rows would run the LM head in chunks too small to be worth the launch.
 _LEAST_LOGIT_ROWS = 16
-_MOST_UTILIZATION = 0.98
+#: percent; the library itself needs the rest
+_MOST_UTILIZATION = 98
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another choice of options.
+
+    Attributes:
+        options: fields of EngineConfig.
+        tokens, max_len, dtype: sizes that follow from them, where they change.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    max_len: int | None = None
+    dtype: torch.dtype | None = None
 
 
 def does_not_fit(
-    options: EngineConfig, memory: MemoryBudget, dtype: torch.dtype, *, tokens: int, max_len: int
+    options: EngineConfig,
+    memory: MemoryBudget,
+    planned: Callable[[Change], int],
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    max_len: int,
 ) -> str:
     """The message for a plan that is larger than the memory.
 
     Args:
         options: what was asked for.
         memory: the plan; ``memory.planned > memory.allowed``.
+        planned: bytes of the plan after a change, as they can be worked out; a measured plan
+            is taken to change by as much.
         dtype: of the weights.
         tokens: query tokens of the largest step.
         max_len: longest canvas.
     """
-    ways = _ways(options, memory, dtype, tokens, max_len)
+    off = memory.planned - planned(Change()) if memory.measured else 0
+
+    def fits(change: Change) -> bool:
+        share = change.options.get("gpu_memory_utilization", memory.utilization)
+        allowed = replace(memory, utilization=share).allowed
+        graphs = memory.graphs if change.options.get("enforce_eager") else 0
+        return planned(change) + off - graphs <= allowed
+
+    ways = _ways(options, memory, fits, dtype, tokens, max_len)
     if ways:
         cure = f"set {', or '.join(ways)}; in general: {OOM_ADVICE}"
     else:
@@ -45,30 +79,44 @@ def does_not_fit(
 
 
 def _ways(
-    options: EngineConfig, memory: MemoryBudget, dtype: torch.dtype, tokens: int, max_len: int
+    options: EngineConfig,
+    memory: MemoryBudget,
+    fits: Callable[[Change], bool],
+    dtype: torch.dtype,
+    tokens: int,
+    max_len: int,
 ) -> list[str]:
     """Options of which each alone would make the plan fit, with the value that does."""
-    over = memory.planned - memory.allowed
     ways = []
-    if options.kv_pages:
-        pages = math.floor(options.kv_pages * (1 - over / memory.pages)) if memory.pages else 0
-        if pages > 0:
-            ways.append(f"kv_pages={pages}")
-    if memory.graphs >= over:
+    if memory.graphs and fits(Change({"enforce_eager": True})):
         ways.append("enforce_eager=True")
-    if memory.logits > over:
-        rows = options.max_logit_rows - math.ceil(over / memory.logits * options.max_logit_rows)
-        if rows >= _LEAST_LOGIT_ROWS:
-            ways.append(f"max_logit_rows={rows}")
-    fitting = tokens - math.ceil(over / (memory.activations / tokens))
-    if fitting >= max_len:
-        ways.append(f"max_num_batched_tokens={fitting}")
-    elif fitting >= 2:
-        # a step must hold the longest canvas, so both go down together
-        ways.append(f"max_model_len={fitting} with max_num_batched_tokens={fitting}")
-    share = memory.planned / memory.total
-    if options.gpu_memory_utilization < share <= _MOST_UTILIZATION and memory.planned < memory.free:
-        ways.append(f"gpu_memory_utilization={math.ceil(share * 100) / 100:g}")
-    if dtype == torch.float32 and memory.planned / 2 < memory.allowed:
+    if options.kv_pages:
+        pages = _largest(1, options.kv_pages, lambda n: fits(Change({"kv_pages": n})))
+        ways += [f"kv_pages={pages}"] if pages else []
+    rows = _largest(
+        _LEAST_LOGIT_ROWS, options.max_logit_rows, lambda n: fits(Change({"max_logit_rows": n}))
+    )
+    ways += [f"max_logit_rows={rows}"] if rows else []
+    step = _largest(max_len, tokens, lambda n: fits(Change(tokens=n)))
+    if step:
+        ways.append(f"max_num_batched_tokens={step}")
+    # a step must hold the longest canvas, so both go down together
+    elif length := _largest(2, max_len, lambda n: fits(Change(tokens=n, max_len=n))):
+        ways.append(f"max_model_len={length} with max_num_batched_tokens={length}")
+    for percent in range(int(options.gpu_memory_utilization * 100) + 1, _MOST_UTILIZATION + 1):
+        if fits(Change({"gpu_memory_utilization": percent / 100})):
+            ways.append(f"gpu_memory_utilization={percent / 100:g}")
+            break
+    if dtype == torch.float32 and fits(Change(dtype=torch.bfloat16)):
         ways.append("dtype='bfloat16'")
     return ways
+
+
+def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest number in ``low .. high - 1`` that fits, if a smaller one always fits better."""
+    if low >= high or not fits(low):
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

@@ -25,7 +25,12 @@ from dllmserve.errors import (
 )
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.registry import CACHE_POLICIES, resolve
-from dllmserve.runtime.platform import is_out_of_memory, release_cached_memory
+from dllmserve.runtime.platform import (
+    first_line,
+    is_out_of_memory,
+    on_device,
+    release_cached_memory,
+)
 from dllmserve.runtime.runner import ModelRunner, StepHandle
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
@@ -160,6 +165,10 @@ class EngineCore:
         Out of memory ends the requests that do not fit by themselves, with their
         ``error`` set; the others go on.
         """
+        with on_device(self._runner.table.device):
+            return self._step()
+
+    def _step(self) -> StepEvents:
         while len(self._flights) < self._depth:
             # the next step of a request that cannot be foreseen needs its last report
             if self._flights and not self._flights[-1].foreseen:
@@ -177,11 +186,13 @@ class EngineCore:
     def _launch(self) -> bool:
         """Plan a step and start it; False if there is nothing to plan now."""
         plan, requests, admitted = self.scheduler.schedule()
-        for request in admitted:
-            for init in row_inits(request, self.spec.mask_id):
-                self._runner.admit(init)
+        lost = [request for request in admitted if not self._fill_rows(request)]
+        if lost:
+            kept = [i for i, request in enumerate(requests) if request not in lost]
+            plan = StepPlan(tuple(plan.entries[i] for i in kept))
+            requests = [requests[i] for i in kept]
         if not requests:
-            return False
+            return bool(lost)
         for observer in self.observers:
             observer(plan)
         for part, members, error in self._execute(plan, requests):
@@ -192,19 +203,37 @@ class EngineCore:
                 self._flights.append(_Flight(members, None, error))
         return True
 
+    def _fill_rows(self, request: Request) -> bool:
+        """Fill the rows of an admitted request; False if there is no memory even for that."""
+        for attempt in range(2):
+            try:
+                for init in row_inits(request, self.spec.mask_id):
+                    self._runner.admit(init)
+                return True
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            if attempt == 0:
+                release_cached_memory()
+        failure = OutOfMemoryError(f"out of memory at admission ({reason}): {OOM_ADVICE}")
+        self._flights.append(_Flight([request], None, failure))
+        return False
+
     def _execute(
         self, plan: StepPlan, requests: list[Request]
     ) -> list[tuple[StepHandle | None, list[Request], OutOfMemoryError | None]]:
         """Start a plan; if memory runs out, its halves, down to single requests.
 
-        A forward that ran out of memory has changed no row: rows are written at its end.
+        A forward that runs out of memory does so before the last, small operations, which
+        write the rows; so it can be run again.
         """
         try:
             return [(self._runner.execute(plan), requests, None)]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
         # outside the handler, whose traceback holds on to the failed step's tensors
         if len(requests) == 1:
             failure = OutOfMemoryError(
@@ -213,10 +242,11 @@ class EngineCore:
             return [(None, requests, failure)]
         release_cached_memory()
         half = len(requests) // 2
-        return [
-            *self._execute(StepPlan(plan.entries[:half]), requests[:half]),
-            *self._execute(StepPlan(plan.entries[half:]), requests[half:]),
-        ]
+        first = self._execute(StepPlan(plan.entries[:half]), requests[:half])
+        for handle, _, _ in first:
+            if handle is not None:
+                handle.keep_proposals()
+        return [*first, *self._execute(StepPlan(plan.entries[half:]), requests[half:])]
 
     def _land(self, flight: _Flight) -> StepEvents:
         """Wait for a step's report and act on it."""

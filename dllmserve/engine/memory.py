@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.engine.advice import does_not_fit
+from dllmserve.engine.advice import Change, does_not_fit
 from dllmserve.errors import OutOfMemoryError
 from dllmserve.sampling_params import MAX_GEN_LENGTH
 
@@ -39,15 +39,47 @@ def plan_memory(
     Raises:
         OutOfMemoryError: the parts do not fit together; the message has the equation.
     """
-    size = dtype.itemsize
-    page_bytes = options.page_size * spec.kv_values() * size
-    # in torch, a layer gathers the context of a step's reuse spans, at worst all pages, and
-    # joins it with the fresh K,V: twice a layer's share of the pages
-    gather_bytes = 0 if fused else 2 * page_bytes // spec.num_layers
     total, free = device_memory(device)
-    bare = MemoryBudget(
-        total=total,
-        free=free,
+    bare = estimate(options, spec, dtype, tokens=tokens, max_len=max_len, fused=fused)
+    bare = replace(bare, total=total, free=free)
+    cost = PageCost.of(options, spec, dtype, fused=fused)
+    memory, pages = with_pages(options, bare, cost, max_len)
+    check_fit(memory, options, spec, dtype, tokens=tokens, max_len=max_len, fused=fused)
+    return memory, pages
+
+
+@dataclass(frozen=True)
+class PageCost:
+    """Bytes that each K,V page costs: itself, and what is gathered of it in a step."""
+
+    page: int
+    gather: int
+
+    @classmethod
+    def of(
+        cls, options: EngineConfig, spec: ModelSpec, dtype: torch.dtype, *, fused: bool
+    ) -> PageCost:
+        """Triton reads pages in place; in torch a layer gathers the context of a step's reuse
+        spans, at worst all pages, and joins it with the fresh K,V: twice a layer's share.
+        """  # noqa: D205
+        page = options.page_size * spec.kv_values() * dtype.itemsize
+        return cls(page, 0 if fused else 2 * page // spec.num_layers)
+
+
+def estimate(
+    options: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    max_len: int,
+    fused: bool,
+) -> MemoryBudget:
+    """Bytes of everything but the pages, on a device of no size yet."""
+    size = dtype.itemsize
+    return MemoryBudget(
+        total=0,
+        free=0,
         utilization=options.gpu_memory_utilization,
         weights=spec.parameters() * size,
         activations=tokens * _widest(spec) * size,
@@ -55,40 +87,60 @@ def plan_memory(
         tables=_table_bytes(options, spec, max_len),
         pages=0,
     )
-    pages = count_pages(options, bare, page_bytes + gather_bytes, max_len)
-    memory = replace(
-        bare,
-        activations=bare.activations + pages * gather_bytes,
-        pages=pages * page_bytes,
-    )
-    check_fit(options, memory, dtype, tokens=tokens, max_len=max_len)
-    return memory, pages
 
 
-def count_pages(
-    options: EngineConfig, bare: MemoryBudget, bytes_per_page: int, max_len: int
-) -> int:
-    """K,V pages that fit beside everything else, or as many as the options say.
+def with_pages(
+    options: EngineConfig, bare: MemoryBudget, cost: PageCost, max_len: int
+) -> tuple[MemoryBudget, int]:
+    """The plan with K,V pages, and their number: as many as fit, or as the options say.
 
     Args:
         options: ``kv_pages`` decides if it is given.
         bare: the plan without pages.
-        bytes_per_page: what each page costs.
+        cost: of a page.
         max_len: longest canvas; more than ``max_num_seqs`` of them are never needed.
     """
-    if options.kv_pages is not None:
-        return options.kv_pages
-    wanted = options.max_num_seqs * -(-max_len // options.page_size)
-    return min(wanted, max(bare.allowed - bare.fixed, 0) // bytes_per_page)
+    pages = options.kv_pages
+    if pages is None:
+        wanted = options.max_num_seqs * -(-max_len // options.page_size)
+        pages = min(wanted, max(bare.allowed - bare.fixed, 0) // (cost.page + cost.gather))
+    memory = replace(
+        bare,
+        activations=bare.activations + pages * cost.gather,
+        pages=pages * cost.page,
+    )
+    return memory, pages
 
 
 def check_fit(
-    options: EngineConfig, memory: MemoryBudget, dtype: torch.dtype, *, tokens: int, max_len: int
+    memory: MemoryBudget,
+    options: EngineConfig,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    *,
+    tokens: int,
+    max_len: int,
+    fused: bool,
 ) -> None:
     """Raise OutOfMemoryError, with the option to change, if the plan is too large."""
-    if memory.planned > memory.allowed:
-        message = does_not_fit(options, memory, dtype, tokens=tokens, max_len=max_len)
-        raise OutOfMemoryError(message)
+    if memory.planned <= memory.allowed:
+        return
+
+    def planned(change: Change) -> int:
+        """Bytes of the plan with some options changed, and room for one canvas at least."""
+        changed = replace(options, **change.options)
+        kind = change.dtype or dtype
+        length, step = change.max_len or max_len, change.tokens or tokens
+        bare = estimate(changed, spec, kind, tokens=step, max_len=length, fused=fused)
+        cost = PageCost.of(changed, spec, kind, fused=fused)
+        pages = changed.kv_pages
+        if pages is None:
+            pages = -(-length // changed.page_size)
+        return bare.fixed + pages * (cost.page + cost.gather)
+
+    raise OutOfMemoryError(
+        does_not_fit(options, memory, planned, dtype, tokens=tokens, max_len=max_len)
+    )
 
 
 def _widest(spec: ModelSpec) -> int:

@@ -64,7 +64,7 @@ def _activation_bytes(runner: ModelRunner, limits: Limits) -> int:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
-    runner.execute(_worst_step(runner, limits)).result()
+    runner.execute(worst_step(runner, limits)).result()
     peak = torch.cuda.max_memory_reserved(device) - before
     torch.cuda.empty_cache()
     return peak
@@ -86,23 +86,26 @@ def _graph_bytes(runner: ModelRunner, limits: Limits, max_graphs: int) -> int:
     return taken[0] + (max_graphs - 1) * taken[1]
 
 
-def _worst_step(runner: ModelRunner, limits: Limits) -> StepPlan:
+def worst_step(runner: ModelRunner, limits: Limits) -> StepPlan:
     """Whole canvases that fill the step, all selecting, with every statistic and filter."""
-    length = min(limits.max_model_len, limits.max_num_batched_tokens, MAX_GEN_LENGTH + 1)
-    rows = max(min(limits.max_num_batched_tokens // length, limits.max_num_seqs), 1)
-    block = length // 2
+    longest = min(limits.max_model_len, limits.max_num_batched_tokens)
+    full, rest = divmod(limits.max_num_batched_tokens, longest)
+    lengths = [longest] * full + ([rest] if rest > 1 else [])
+    lengths = lengths[: limits.max_num_seqs]
     entries = []
-    for row in range(rows):
-        filtered = row == rows - 1
+    for row, length in enumerate(lengths):
+        filtered = row == len(lengths) - 1
+        answer = min(length - 1, MAX_GEN_LENGTH)
+        block = min(max(length // 2, 1), answer)
         params = SamplingParams(
             temperature=1.0 if filtered else 0.0,
             top_p=0.9 if filtered else 1.0,
-            gen_length=length - 1,
+            gen_length=answer,
             unmask="entropy_bound",
             confidence="margin",
             seed=row,
         )
-        _admit(runner, row, params)
+        _admit(runner, row, [0] * (length - answer), params)
         span = Span(
             row=row,
             q_start=0,
@@ -124,16 +127,16 @@ def _reuse_step(runner: ModelRunner, limits: Limits, rows: int) -> StepPlan:
     params = SamplingParams(temperature=0.0, gen_length=block, steps=block)
     entries = []
     for row in range(rows):
-        _admit(runner, row, params)
+        _admit(runner, row, [0], params)
         span = Span(row, 1, block, 1, int(Write.NONE), 0, 0, block, 0)
         entries.append(StepEntry(span, None, block, params.unmask))
     return StepPlan(tuple(entries))
 
 
-def _admit(runner: ModelRunner, row: int, params: SamplingParams) -> None:
+def _admit(runner: ModelRunner, row: int, prompt: list[int], params: SamplingParams) -> None:
     """Fill a row as the engine would."""
     sparse = SparseConfig(default_block_len=1)
-    request = Request(row, [0], params, sparse, seed=row, policy="sparse")
+    request = Request(row, prompt, params, sparse, seed=row, policy="sparse")
     request.row, request.pages = row, [1]
     for init in row_inits(request, runner.spec.mask_id):
         runner.admit(init)

@@ -16,7 +16,7 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.scheduler import Limits, Scheduler, SpanSource
 from dllmserve.engine.advice import OOM_ADVICE
 from dllmserve.engine.core import EngineCore
-from dllmserve.engine.memory import check_fit, count_pages, plan_memory
+from dllmserve.engine.memory import PageCost, check_fit, plan_memory, with_pages
 from dllmserve.engine.profile import PROFILE_PAGES, measure
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import ConfigError, OutOfMemoryError
@@ -28,11 +28,12 @@ from dllmserve.models.loader import (
     random_decoder,
     read_config,
     read_spec,
+    require_weights,
 )
 from dllmserve.registry import ATTENTION_BACKENDS, CACHE_POLICIES, resolve
 from dllmserve.runtime.graphs import GraphPool
 from dllmserve.runtime.logits import LogitsHead, TorchReducer, TritonReducer
-from dllmserve.runtime.platform import is_out_of_memory, release_cached_memory
+from dllmserve.runtime.platform import is_out_of_memory, on_device, release_cached_memory
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
 
@@ -63,6 +64,11 @@ class EnginePlan:
     attention: str
     kernels: str
 
+    @property
+    def fused(self) -> bool:
+        """True if Triton kernels read pages in place and reduce logits in one pass."""
+        return self.attention == self.kernels == "triton"
+
 
 @dataclass(frozen=True)
 class RunnerParts:
@@ -80,11 +86,7 @@ class RunnerParts:
         """Allocate state table and LM head."""
         spec, limits = plan.spec, plan.limits
         triton = plan.kernels == "triton"
-        exact = None
-        if triton and plan.dtype == torch.float32:
-            from dllmserve.kernels.linear import invariant_linear
-
-            exact = invariant_linear
+        exact = decoder.ops.linear if triton and plan.dtype == torch.float32 else None
         head = LogitsHead(
             decoder.head_weight,
             limits.max_logit_rows,
@@ -162,10 +164,17 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
 
 
 def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
-    """Load the model and set up an engine."""
+    """Load the model and set up an engine.
+
+    Raises:
+        ModelError, ConfigError, OutOfMemoryError: see :func:`plan_engine` and the loader.
+    """
+    if options.load_format != "dummy":
+        require_weights(find_model(options.model))  # before its sizes are held against memory
     plan = plan_engine(options)
     try:
-        return _build(options, plan)
+        with on_device(plan.device):
+            return _build(options, plan)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
             raise
@@ -212,15 +221,16 @@ def measured_plan(options: EngineConfig, plan: EnginePlan, parts: RunnerParts) -
     bare = measure(runner, limits, plan.memory, max_graphs=options.max_graphs)
     del runner
     release_cached_memory()
-    page_bytes = limits.page_size * spec.kv_values() * plan.dtype.itemsize
-    pages = count_pages(options, bare, page_bytes, limits.max_model_len)
-    memory = replace(bare, pages=pages * page_bytes)
+    cost = PageCost.of(options, spec, plan.dtype, fused=plan.fused)
+    memory, pages = with_pages(options, bare, cost, limits.max_model_len)
     check_fit(
-        options,
         memory,
+        options,
+        spec,
         plan.dtype,
         tokens=limits.max_num_batched_tokens,
         max_len=limits.max_model_len,
+        fused=plan.fused,
     )
     return replace(plan, memory=memory, limits=replace(limits, num_pages=pages))
 

@@ -8,13 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve import kernels
-from dllmserve.errors import ConfigError
 from dllmserve.layers.norm import rms_norm
 from dllmserve.layers.rotary import Rotary
-
-#: values of ``choose_ops``'s name
-KERNELS = ("auto", "torch", "triton")
 
 #: what ``at`` gives and ``rotate`` takes; its content is the implementation's own
 Angles = tuple[Tensor, ...]
@@ -148,27 +143,11 @@ class TritonOps:
         return F.linear(x, weight, bias)
 
 
-def choose_ops(name: str, device: torch.device, rotary: Rotary) -> LayerOps:
+def choose_ops(name: str, rotary: Rotary) -> LayerOps:
     """The operations by name.
 
     Args:
-        name: "torch", "triton", or "auto": Triton on a CUDA device that can run it, torch
-            elsewhere.
-        rotary: tables on ``device``.
-
-    Raises:
-        ConfigError: an unknown name, or "triton" where it cannot run.
-
-    Example:
-        ``choose_ops("auto", torch.device("cpu"), rotary).name`` is "torch".
+        name: "torch" or "triton".
+        rotary: tables on the device.
     """
-    if name not in KERNELS:
-        raise ConfigError(f"kernels must be one of {', '.join(KERNELS)}, got {name!r}")
-    if name == "torch" or (name == "auto" and device.type != "cuda"):
-        return TorchOps(rotary)
-    reasons = kernels.missing(device)
-    if not reasons:
-        return TritonOps(rotary)
-    if name == "auto":
-        return TorchOps(rotary)
-    raise ConfigError(f"kernels='triton' cannot be used: {'; '.join(reasons)}")
+    return TritonOps(rotary) if name == "triton" else TorchOps(rotary)

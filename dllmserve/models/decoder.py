@@ -23,7 +23,7 @@ class Decoder(nn.Module):
         spec: the model's dimensions.
         dtype, device: of the parameters, which are left uninitialised.
         max_len: positions that the rotary tables cover.
-        kernels: "torch", "triton" or "auto", see :func:`dllmserve.layers.ops.choose_ops`.
+        kernels: "torch" or "triton", see :func:`dllmserve.layers.ops.choose_ops`.
 
     Attributes:
         ops: the operations that the layers are made of.
@@ -39,14 +39,14 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         max_len: int,
-        kernels: str = "auto",
+        kernels: str = "torch",
     ) -> None:
         super().__init__()
         self.spec = spec
         self.q_size = spec.num_heads * spec.head_dim
         self.kv_size = spec.num_kv_heads * spec.head_dim
         rotary = Rotary(spec.head_dim, spec.rope_theta, max_len, device)
-        self.ops = choose_ops(kernels, device, rotary)
+        self.ops = choose_ops(kernels, rotary)
         for name, shape in parameter_shapes(spec).items():
             data = torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(data, requires_grad=False))
@@ -77,9 +77,8 @@ class Decoder(nn.Module):
             ids: [N] int64 token ids.
             positions: [N] int64 canvas positions.
             context: attention for this step.
-            rows: [M] int64, the tokens whose result is wanted; None for all of them. The
-                last layer's K,V are those of all tokens, the rest of it is computed for
-                these alone.
+            rows: [M] int64, the tokens whose result is wanted; None for all of them. What
+                follows the last layer's attention is computed for these alone.
 
         Returns:
             [M, hidden_size] (or [N, hidden_size]) after the final norm.

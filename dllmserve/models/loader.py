@@ -161,7 +161,7 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device,
     max_len: int,
-    kernels: str = "auto",
+    kernels: str = "torch",
 ) -> Decoder:
     """Build the decoder and fill it from the directory's safetensors.
 
@@ -207,7 +207,7 @@ def random_decoder(
     dtype: torch.dtype,
     device: torch.device,
     max_len: int,
-    kernels: str = "auto",
+    kernels: str = "torch",
 ) -> Decoder:
     """A decoder with seeded random weights, for benchmarks (load_format="dummy")."""
     decoder = Decoder(spec, dtype, device, max_len, kernels)
@@ -225,7 +225,8 @@ def require_weights(directory: Path) -> None:
     if directory.parent == ASSETS and directory.name in SHAPES_ONLY:
         raise WeightsError(
             f"{directory.name!r} is the shapes of a public checkpoint without its weights: use "
-            "load_format='dummy' for random ones, or give the checkpoint's directory or hub id"
+            "load_format='dummy' for random ones, or give the checkpoint's hub id or directory "
+            f"(./{directory.name} if it has that name)"
         )
 
 

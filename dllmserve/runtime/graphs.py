@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from dllmserve.runtime.shape import StepShape
 
 #: A shape seen this often gets a graph: one that never returns is not worth the capture.
 CAPTURE_AT = 2
+#: Steps for which no graph is captured after one ran out of memory.
+PAUSE = 256
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class GraphPool:
         self._seen: OrderedDict[StepShape, int] = OrderedDict()
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._full = False
+        self._paused = 0
         self.captures = 0
         self.replays = 0
 
@@ -66,7 +69,8 @@ class GraphPool:
         """Count a use of ``shape``; True if it has a graph or is worth one."""
         if shape in self._graphs:
             return True
-        if self._full:
+        if self._paused:
+            self._paused -= 1
             return False
         seen = self._seen.pop(shape, 0) + 1
         self._seen[shape] = seen
@@ -84,6 +88,10 @@ class GraphPool:
             step: runs the step on what lies in the step's buffers; called once, to capture.
             rehearse: runs the same kernels once without effect, so that all of them are
                 compiled and loaded before the capture.
+
+        Raises:
+            RuntimeError: the capture failed, for want of memory for example. The step has
+                had no effect, and can be run without a graph.
         """
         captured = self._graphs.get(shape)
         if captured is None:
@@ -91,8 +99,8 @@ class GraphPool:
                 rehearse()
                 captured = self._capture(step)
             except RuntimeError as error:
-                # graphs take memory of their own: without it, steps run kernel by kernel
-                self._full = self._full or is_out_of_memory(error)
+                if is_out_of_memory(error):
+                    self._paused = PAUSE
                 raise
             self._graphs[shape] = captured
             self._seen.pop(shape, None)
@@ -105,7 +113,7 @@ class GraphPool:
 
     def clear(self) -> None:
         """Drop all graphs and what is known of shapes."""
-        self._full = False
+        self._paused = 0
         self._graphs.clear()
         self._seen.clear()
 
@@ -118,8 +126,11 @@ class GraphPool:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 outputs = step()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # says once more that the capture failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._stream)
         self.captures += 1
         return _Captured(graph, outputs)

@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+import platform
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
+
+#: out of memory without a type of its own: the CPU's allocator, what CUDA needs for itself
+#: (graphs, handles), kernels that Triton loads, workspaces of cuBLAS
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "allocate memory",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -11,9 +26,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error)
-    # the CPU's allocator, and what CUDA itself needs (graphs, handles), have no own type
-    signs = ("DefaultCPUAllocator", "allocate memory", "CUDA error: out of memory")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _OUT_OF_MEMORY)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make ``device`` and its default stream the current ones.
+
+    Kernels, events and graphs go to the current device and stream, which are the calling
+    thread's own; an engine may be used from any thread, and its steps need one order.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    stream: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.default_stream(device))
+    return stream
 
 
 def release_cached_memory() -> None:
@@ -46,3 +76,21 @@ def fetch(values: Tensor) -> Tensor:
     if event is not None:
         event.synchronize()
     return copy
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """Name and size of a device, for people and records."""
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        return {"device": str(device), "name": found.name, "memory_bytes": found.total_memory}
+    return {"device": str(device), "name": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from dllmserve.models.decoder import Decoder
 from dllmserve.registry import UNMASK_RULES, resolve
 from dllmserve.runtime.graphs import GraphPool, StepOutputs
 from dllmserve.runtime.logits import LogitsHead
-from dllmserve.runtime.platform import record_event, to_host
+from dllmserve.runtime.platform import (
+    is_out_of_memory,
+    record_event,
+    release_cached_memory,
+    to_host,
+)
 from dllmserve.runtime.shape import (
     EXACT,
     HEAD_FIELDS,
@@ -60,6 +66,13 @@ class StepHandle:
     def keep_answer(self, row: int, ids: Tensor) -> None:
         """Start copying a row's answer ids [gen_length] to the host."""
         self._answers[row] = to_host(ids)
+
+    def keep_proposals(self) -> None:
+        """Copy the proposals, which the next replay of the same graph would overwrite."""
+        found = self.proposals
+        self.proposals = replace(
+            found, tokens=found.tokens.clone(), confidence=found.confidence.clone()
+        )
 
     def launched(self) -> None:
         """Mark the end of what the handle waits for."""
@@ -179,7 +192,15 @@ class ModelRunner:
             self._upload(packing.ints)
 
         self._upload(packing.ints)
-        return graphs.run(packing.shape, lambda: self._step(plan, packing), rehearse)
+        try:
+            return graphs.run(packing.shape, lambda: self._step(plan, packing), rehearse)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        # a graph needs memory of its own: without it the step runs kernel by kernel
+        release_cached_memory()
+        self._upload(packing.ints)
+        return self._step(plan, packing)
 
     def _upload(self, ints: array[int]) -> None:
         """Copy a packing to the device: the step's one copy."""

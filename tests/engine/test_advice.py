@@ -11,7 +11,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.engine import memory
-from dllmserve.engine.advice import does_not_fit
+from dllmserve.engine.advice import Change, does_not_fit
 from dllmserve.errors import OutOfMemoryError
 from dllmserve.models.loader import find_model, read_config, read_spec
 
@@ -25,10 +25,11 @@ def plan(gib: float, tokens: int = 16384, max_len: int = 4096, **options: Any) -
     dtype = getattr(torch, options.pop("dtype", "bfloat16"))
     sizes = {"tokens": options.pop("max_num_batched_tokens", tokens), "max_len": max_len}
     sizes["max_len"] = options.pop("max_model_len", max_len)
+    fused = options.pop("fused", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "device_memory", lambda _: (int(gib * GIB), int(gib * GIB)))
         config = EngineConfig(**options)
-        return memory.plan_memory(config, SPEC, dtype, CPU, **sizes, fused=True)[0]
+        return memory.plan_memory(config, SPEC, dtype, CPU, **sizes, fused=fused)[0]
 
 
 def suggestions(message: str) -> list[dict[str, Any]]:
@@ -52,11 +53,19 @@ def _value(text: str) -> Any:
 @pytest.mark.parametrize(
     ("gib", "options", "names"),
     [
-        (18.9, {}, {"max_logit_rows", "max_num_batched_tokens", "gpu_memory_utilization"}),
-        (18.6, {}, {"max_num_batched_tokens"}),
-        (17.6, {"tokens": 4096}, {"max_model_len"}),
+        (
+            19.2,
+            {"kv_pages": 32},
+            {"max_logit_rows", "max_num_batched_tokens", "gpu_memory_utilization"},
+        ),
+        (18.6, {"kv_pages": 32}, {"max_num_batched_tokens"}),
+        (17.6, {"tokens": 4096, "kv_pages": 8}, {"max_model_len"}),
         (60.0, {"kv_pages": 10_000}, {"kv_pages"}),
         (24.0, {"dtype": "float32"}, {"dtype"}),
+        (16.0, {"dtype": "float32"}, set()),
+        (39.0, {"kv_pages": 1000, "fused": False}, {"kv_pages"}),
+        (20.0, {"fused": False}, set()),
+        (18.6, {}, set()),
     ],
 )
 def test_each_suggestion_alone_is_enough(
@@ -69,6 +78,9 @@ def test_each_suggestion_alone_is_enough(
     for way in ways:
         fitting = plan(gib, **options | way)
         assert fitting.planned <= fitting.allowed, way
+        # and there is room for a canvas, unless the number of pages was given
+        canvas = way.get("max_model_len", 4096) * SPEC.kv_values() * 2
+        assert "kv_pages" in options or fitting.pages >= canvas, way
 
 
 def test_nothing_helps_where_the_weights_do_not_fit() -> None:
@@ -79,10 +91,16 @@ def test_nothing_helps_where_the_weights_do_not_fit() -> None:
 
 
 def test_graphs_can_be_given_up() -> None:
-    """A measured plan; in float32 no logits buffer is part of it."""
+    """A measured plan, which takes more than was worked out; in float32 it has no logits."""
     base = plan(80.0)
     measured = replace(base, graphs=GIB, logits=0, utilization=0.9, pages=0, measured=True)
     tight = replace(measured, total=measured.planned - GIB // 2, free=10**12, utilization=1.0)
-    message = does_not_fit(EngineConfig(), tight, torch.bfloat16, tokens=16384, max_len=4096)
+
+    def planned(_: Change) -> int:
+        return tight.planned - GIB
+
+    message = does_not_fit(
+        EngineConfig(), tight, planned, torch.bfloat16, tokens=16384, max_len=4096
+    )
     assert "set enforce_eager=True" in message
     assert "max_logit_rows=" not in message.split("in general")[0]

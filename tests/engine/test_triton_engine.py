@@ -1,5 +1,6 @@
 """The whole engine on Triton kernels, under the interpreter (a GPU runs tests/gpu)."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,54 @@ def test_the_same_tokens(engines: Engines, checkpoints: dict[str, Path], name: s
     outputs = triton.generate(prompts, params, sparse_configs, use_tqdm=False)
     assert [o["token_ids"] for o in outputs] == [helpers.answer(torch, *job) for job in jobs]
     helpers.check_idle(triton)
+
+
+class Rehearsing:
+    """A pool of graphs that runs the padded step, after its rehearsal, as a capture would."""
+
+    def __init__(self) -> None:
+        self.replays = 0
+
+    def wanted(self, _: object) -> bool:
+        return True
+
+    def run(self, _: object, step: Callable[[], Any], rehearse: Callable[[], None]) -> Any:
+        self.replays += 1
+        rehearse()
+        return step()
+
+
+# padding tokens hold whatever lay in the memory, which numpy complains about
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_padded_steps_in_flight(
+    engines: Engines, checkpoints: dict[str, Path], kernels: str
+) -> None:
+    """What graphs replay: padded shapes, rehearsed on padding alone, four steps in flight."""
+    llm = LLM(
+        str(checkpoints["llada"]),
+        device="cpu",
+        attention="triton",
+        kernels=kernels,
+        max_model_len=64,
+        max_num_seqs=6,
+        page_size=3,
+        kv_pages=80,
+        max_logit_rows=3,
+    )
+    pool: Any = Rehearsing()
+    llm._engine._depth, llm._engine._runner.graphs = 4, pool
+    torch = engines(checkpoints["llada"])
+    base = {"temperature": 0.0, "gen_length": 8, "block_length": 4, "cache": "dual"}
+    params = [
+        SamplingParams(steps=4, ignore_eos=True, **base),
+        SamplingParams(**{**base, "gen_length": 1}, steps=1),
+        SamplingParams(unmask="threshold", threshold=0.2, cfg_scale=0.5, **base),
+        SamplingParams(**{**base, "temperature": 0.8, "block_length": 9}, steps=4, seed=3),
+    ]
+    prompts = [helpers.random_prompt(n, 1 + 2 * n) for n in range(len(params))]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    expected = [helpers.answer(torch, p, one) for p, one in zip(prompts, params, strict=True)]
+    assert [o["token_ids"] for o in outputs] == expected
+    assert pool.replays > 0
+    helpers.check_idle(llm)

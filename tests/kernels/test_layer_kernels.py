@@ -6,10 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.errors import ConfigError
 from dllmserve.kernels import missing
 from dllmserve.layers.norm import rms_norm
-from dllmserve.layers.ops import LayerOps, TorchOps, choose_ops
+from dllmserve.layers.ops import LayerOps, choose_ops
 from dllmserve.layers.rotary import Rotary
 from dllmserve.models.decoder import Decoder
 
@@ -147,7 +146,7 @@ def test_no_rows() -> None:
 
 def both_ops(dim: int = 6) -> tuple[LayerOps, LayerOps]:
     rotary = Rotary(dim, 1e4, 64, DEVICE)
-    return choose_ops("torch", DEVICE, rotary), choose_ops("triton", DEVICE, rotary)
+    return choose_ops("torch", rotary), choose_ops("triton", rotary)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,20 +166,6 @@ def test_ops_agree(dtype: torch.dtype) -> None:
     heads = x.view(5, 4, 6)
     expected = plain.rotate(heads, 3, plain.at(positions))
     close(fused.rotate(heads.clone(), 3, fused.at(positions)), expected)
-
-
-def test_choice_of_ops(monkeypatch: pytest.MonkeyPatch) -> None:
-    rotary = Rotary(4, 1e4, 8, DEVICE)
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_ops("auto", cpu, rotary).name == "torch"
-    assert choose_ops("auto", DEVICE, rotary).name == ("triton" if HAS_CUDA else "torch")
-    assert isinstance(choose_ops("torch", cuda, rotary), TorchOps)
-    with pytest.raises(ConfigError, match="kernels must be one of"):
-        choose_ops("cuda", cpu, rotary)
-    monkeypatch.setattr("dllmserve.kernels.missing", lambda device: ["no triton"])
-    assert choose_ops("auto", cuda, rotary).name == "torch"
-    with pytest.raises(ConfigError, match="no triton"):
-        choose_ops("triton", cuda, rotary)
 
 
 class OwnHeads:
