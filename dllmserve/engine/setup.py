@@ -256,7 +256,7 @@ def _kernels(name: str, device: torch.device) -> str:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -265,6 +265,9 @@ def _device(name: str) -> torch.device:
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device={name!r}: this machine has {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda" and device.index is None:
+        # with its number, because which device is the current one differs between threads
+        device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 
