@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from dllmserve import LLM, SamplingParams, SparseConfig
+from dllmserve.bench.workload import prompt_vocabulary
 from dllmserve.core.budget import size_text
 
 PROMPT, BLOCK = 256, 32
@@ -57,9 +58,7 @@ class Ablations:
         self, llm: LLM, count: int, sparse: SparseConfig | None = None, *, ragged: bool = False
     ) -> Jobs:
         """Equal requests, or ``ragged`` ones whose blocks do not begin together."""
-        draw = random.Random(0)
-        barred = {llm.spec.mask_id, *llm.spec.eos_ids}
-        ids = [i for i in range(llm.spec.vocab_size) if i not in barred]
+        ids, draw = prompt_vocabulary(llm.spec), random.Random(0)
         gen, per_step = self.args.gen_length, self.args.tokens_per_step
         prompts, params = [], []
         for _ in range(count):

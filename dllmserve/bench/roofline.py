@@ -63,13 +63,11 @@ class ModelCost:
     @classmethod
     def of(cls, spec: ModelSpec, weight_bytes: int) -> ModelCost:
         """Costs of a model whose weights take ``weight_bytes`` bytes each."""
-        q = spec.num_heads * spec.head_dim
-        kv = spec.num_kv_heads * spec.head_dim
-        layer = spec.hidden_size * (2 * q + 2 * kv + 3 * spec.mlp_size)
         return cls(
-            layer_weights=spec.num_layers * layer,
+            layer_weights=spec.num_layers * spec.layer_matrices(),
             head_weights=spec.embedding_size * spec.hidden_size,
-            attention_flop=4 * q * spec.num_layers,  # scores and weighted sum, 2 each
+            # scores and weighted sum, 2 each
+            attention_flop=4 * spec.num_heads * spec.head_dim * spec.num_layers,
             weight_bytes=weight_bytes,
         )
 

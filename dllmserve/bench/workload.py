@@ -68,11 +68,15 @@ class Workload:
 
     def prompts(self, count: int, spec: ModelSpec) -> list[list[int]]:
         """Random prompts, the same for the same seed; fewer are the first of more."""
-        # mask and end ids would be legal, but no text has them inside a prompt
-        barred = {spec.mask_id, *spec.eos_ids}
-        ids = [token for token in range(spec.vocab_size) if token not in barred]
-        draw = random.Random(self.seed)
+        ids, draw = prompt_vocabulary(spec), random.Random(self.seed)
         return [draw.choices(ids, k=self.prompt_len) for _ in range(count)]
+
+
+def prompt_vocabulary(spec: ModelSpec) -> list[int]:
+    """Ids that random prompts are made of."""
+    # mask and end ids would be legal, but no text has them inside a prompt
+    barred = {spec.mask_id, *spec.eos_ids}
+    return [token for token in range(spec.vocab_size) if token not in barred]
 
 
 def parse_counts(text: str) -> list[int]:

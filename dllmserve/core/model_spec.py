@@ -44,12 +44,18 @@ class ModelSpec:
         """Numbers (not bytes) of K and V that one token takes, all layers together."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
+    def layer_matrices(self) -> int:
+        """Weights of one layer's matrices: q, k, v, output, gate, up, down."""
+        q = self.num_heads * self.head_dim
+        kv = self.num_kv_heads * self.head_dim
+        return self.hidden_size * (2 * q + 2 * kv + 3 * self.mlp_size)
+
     def parameters(self) -> int:
         """Number of weights."""
         head = 0 if self.tied_head else self.embedding_size * self.hidden_size
         q = self.num_heads * self.head_dim
         kv = self.num_kv_heads * self.head_dim
-        layer = self.hidden_size * (2 * q + 2 * kv + 3 * self.mlp_size + 2)
+        layer = self.layer_matrices() + 2 * self.hidden_size
         if self.qkv_bias:
             layer += q + 2 * kv
         embed = self.embedding_size * self.hidden_size

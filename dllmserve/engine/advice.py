@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget, size_text
+from dllmserve.engine.sizing import Sizing
 
 OOM_ADVICE = (
     "reduce max_model_len, use sparse attention, enable tensor parallelism (this version "
@@ -22,55 +22,29 @@ _LEAST_LOGIT_ROWS = 16
 _MOST_UTILIZATION = 98
 
 
-@dataclass(frozen=True)
-class Change:
-    """Another choice of options.
-
-    Attributes:
-        options: fields of EngineConfig.
-        tokens, max_len, dtype: sizes that follow from them, where they change.
-    """
-
-    options: dict[str, Any] = field(default_factory=dict)
-    tokens: int | None = None
-    max_len: int | None = None
-    dtype: torch.dtype | None = None
-
-
-def does_not_fit(
-    options: EngineConfig,
-    memory: MemoryBudget,
-    planned: Callable[[Change], int],
-    dtype: torch.dtype,
-    *,
-    tokens: int,
-    max_len: int,
-) -> str:
+def does_not_fit(sizing: Sizing, memory: MemoryBudget, planned: Callable[[Sizing], int]) -> str:
     """The message for a plan that is larger than the memory.
 
     Args:
-        options: what was asked for.
+        sizing: what was asked for.
         memory: the plan; ``memory.planned > memory.allowed``.
-        planned: bytes of the plan after a change, as they can be worked out; a measured plan
-            is taken to change by as much.
-        dtype: of the weights.
-        tokens: query tokens of the largest step.
-        max_len: longest canvas.
+        planned: bytes that a sizing takes, as they can be worked out; a measured plan is
+            taken to change by as much.
     """
-    off = memory.planned - planned(Change()) if memory.measured else 0
+    options = sizing.options
+    off = memory.planned - planned(sizing) if memory.measured else 0
 
-    def fits(change: Change) -> bool:
-        share = change.options.get("gpu_memory_utilization", memory.utilization)
+    def fits(other: Sizing) -> bool:
+        share = other.options.gpu_memory_utilization
         allowed = replace(memory, utilization=share).allowed
-        graphs = memory.graphs if change.options.get("enforce_eager") else 0
-        return planned(change) + off - graphs <= allowed
+        without = memory.graphs if other.options.enforce_eager else 0
+        return planned(other) + off - without <= allowed
 
-    ways = _ways(options, memory, fits, dtype, tokens, max_len)
-    if ways:
+    if ways := _ways(sizing, memory, fits):
         cure = f"set {', or '.join(ways)}; in general: {OOM_ADVICE}"
     else:
         more = ", or kv_pages" if options.kv_pages else ""
-        more += ", or use dtype='bfloat16'" if dtype == torch.float32 else ""
+        more += ", or use dtype='bfloat16'" if sizing.dtype == torch.float32 else ""
         cure = f"no single option makes room for it: {OOM_ADVICE}{more}"
     return (
         f"the engine needs {size_text(memory.planned)} and may use "
@@ -78,36 +52,34 @@ def does_not_fit(
     )
 
 
-def _ways(
-    options: EngineConfig,
-    memory: MemoryBudget,
-    fits: Callable[[Change], bool],
-    dtype: torch.dtype,
-    tokens: int,
-    max_len: int,
-) -> list[str]:
+def _ways(sizing: Sizing, memory: MemoryBudget, fits: Callable[[Sizing], bool]) -> list[str]:
     """Options of which each alone would make the plan fit, with the value that does."""
+    options, max_len = sizing.options, sizing.max_len
+
+    def fits_with(**changes: Any) -> bool:
+        return fits(replace(sizing, options=replace(options, **changes)))
+
     ways = []
-    if memory.graphs and fits(Change({"enforce_eager": True})):
+    if memory.graphs and fits_with(enforce_eager=True):
         ways.append("enforce_eager=True")
     if options.kv_pages:
-        pages = _largest(1, options.kv_pages, lambda n: fits(Change({"kv_pages": n})))
+        pages = _largest(1, options.kv_pages, lambda n: fits_with(kv_pages=n))
         ways += [f"kv_pages={pages}"] if pages else []
     rows = _largest(
-        _LEAST_LOGIT_ROWS, options.max_logit_rows, lambda n: fits(Change({"max_logit_rows": n}))
+        _LEAST_LOGIT_ROWS, options.max_logit_rows, lambda n: fits_with(max_logit_rows=n)
     )
     ways += [f"max_logit_rows={rows}"] if rows else []
-    step = _largest(max_len, tokens, lambda n: fits(Change(tokens=n)))
+    step = _largest(max_len, sizing.tokens, lambda n: fits(replace(sizing, tokens=n)))
     if step:
         ways.append(f"max_num_batched_tokens={step}")
     # a step must hold the longest canvas, so both go down together
-    elif length := _largest(2, max_len, lambda n: fits(Change(tokens=n, max_len=n))):
+    elif length := _largest(2, max_len, lambda n: fits(replace(sizing, tokens=n, max_len=n))):
         ways.append(f"max_model_len={length} with max_num_batched_tokens={length}")
     for percent in range(int(options.gpu_memory_utilization * 100) + 1, _MOST_UTILIZATION + 1):
-        if fits(Change({"gpu_memory_utilization": percent / 100})):
+        if fits_with(gpu_memory_utilization=percent / 100):
             ways.append(f"gpu_memory_utilization={percent / 100:g}")
             break
-    if dtype == torch.float32 and fits(Change(dtype=torch.bfloat16)):
+    if sizing.dtype == torch.float32 and fits(replace(sizing, dtype=torch.bfloat16)):
         ways.append("dtype='bfloat16'")
     return ways
 

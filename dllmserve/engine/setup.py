@@ -16,8 +16,9 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.scheduler import Limits, Scheduler, SpanSource
 from dllmserve.engine.advice import OOM_ADVICE
 from dllmserve.engine.core import EngineCore
-from dllmserve.engine.memory import PageCost, check_fit, plan_memory, with_pages
+from dllmserve.engine.memory import checked_plan, plan_memory
 from dllmserve.engine.profile import PROFILE_PAGES, measure
+from dllmserve.engine.sizing import Sizing
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import ConfigError, OutOfMemoryError
 from dllmserve.kernels import missing
@@ -52,6 +53,7 @@ class EnginePlan:
         dtype, device: of weights, activations and K,V.
         attention: name of the attention backend.
         kernels: "triton" or "torch".
+        sizing: what the memory plan follows from.
     """
 
     directory: Path
@@ -63,18 +65,13 @@ class EnginePlan:
     device: torch.device
     attention: str
     kernels: str
-
-    @property
-    def fused(self) -> bool:
-        """True if Triton kernels read pages in place and reduce logits in one pass."""
-        return self.attention == self.kernels == "triton"
+    sizing: Sizing
 
 
 @dataclass(frozen=True)
 class RunnerParts:
     """Everything of a runner but the K,V pages, whose number is known last."""
 
-    options: EngineConfig
     plan: EnginePlan
     decoder: Decoder
     table: StateTable
@@ -82,7 +79,7 @@ class RunnerParts:
     head: LogitsHead
 
     @classmethod
-    def create(cls, options: EngineConfig, plan: EnginePlan, decoder: Decoder) -> RunnerParts:
+    def create(cls, plan: EnginePlan, decoder: Decoder) -> RunnerParts:
         """Allocate state table and LM head."""
         spec, limits = plan.spec, plan.limits
         triton = plan.kernels == "triton"
@@ -96,11 +93,11 @@ class RunnerParts:
         )
         table = StateTable(limits.max_num_seqs, limits.max_model_len, plan.device)
         backend: AttentionBackend = resolve(ATTENTION_BACKENDS, plan.attention)(spec)
-        return cls(options, plan, decoder, table, backend, head)
+        return cls(plan, decoder, table, backend, head)
 
     def runner(self, num_pages: int) -> ModelRunner:
         """A runner with its own pages and graphs."""
-        plan, limits = self.plan, self.plan.limits
+        plan, limits, options = self.plan, self.plan.limits, self.plan.sizing.options
         kv = KVStore.create(
             plan.spec,
             num_pages=num_pages,
@@ -111,8 +108,8 @@ class RunnerParts:
             device=plan.device,
         )
         graphs = None
-        if plan.device.type == "cuda" and not self.options.enforce_eager:
-            graphs = GraphPool(self.options.max_graphs)
+        if plan.device.type == "cuda" and not options.enforce_eager:
+            graphs = GraphPool(options.max_graphs)
         return ModelRunner(
             self.decoder, self.table, kv, self.backend, self.head, graphs, kernels=plan.kernels
         )
@@ -141,15 +138,15 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
     tokens = options.max_num_batched_tokens
     if tokens is None:
         tokens = min(max(2 * max_len, _MIN_STEP_TOKENS), _MAX_STEP_TOKENS)
-    memory, pages = plan_memory(
-        options,
-        spec,
-        dtype,
-        device,
+    sizing = Sizing(
+        options=options,
+        spec=spec,
+        dtype=dtype,
         tokens=tokens,
         max_len=max_len,
         fused=attention == kernels == "triton",
     )
+    memory, pages = plan_memory(sizing, device)
     limits = Limits(
         max_model_len=max_len,
         max_num_seqs=options.max_num_seqs,
@@ -160,7 +157,9 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
         max_refresh_tokens=options.max_refresh_tokens or NO_LIMIT,
         phases=options.phases,
     )
-    return EnginePlan(directory, config, spec, limits, memory, dtype, device, attention, kernels)
+    return EnginePlan(
+        directory, config, spec, limits, memory, dtype, device, attention, kernels, sizing
+    )
 
 
 def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
@@ -198,9 +197,9 @@ def _build(options: EngineConfig, plan: EnginePlan) -> tuple[EngineCore, EngineP
         decoder = random_decoder(spec, **sizes)
     else:
         decoder = load_decoder(plan.directory, plan.config, spec, **sizes)
-    parts = RunnerParts.create(options, plan, decoder)
+    parts = RunnerParts.create(plan, decoder)
     if plan.device.type == "cuda":
-        plan = measured_plan(options, plan, parts)
+        plan = measured_plan(plan, parts)
         limits = plan.limits
     _log.info("memory: %s", plan.memory.equation())
     runner = parts.runner(limits.num_pages)
@@ -210,28 +209,18 @@ def _build(options: EngineConfig, plan: EnginePlan) -> tuple[EngineCore, EngineP
     return EngineCore(scheduler, runner, tokenizer, options.seed, depth), plan
 
 
-def measured_plan(options: EngineConfig, plan: EnginePlan, parts: RunnerParts) -> EnginePlan:
+def measured_plan(plan: EnginePlan, parts: RunnerParts) -> EnginePlan:
     """The plan with activations and graphs as measured, and the pages that they leave room for.
 
     Raises:
         OutOfMemoryError: it does not fit; the message says which option to change.
     """
-    spec, limits = plan.spec, plan.limits
+    limits = plan.limits
     runner = parts.runner(PROFILE_PAGES)
-    bare = measure(runner, limits, plan.memory, max_graphs=options.max_graphs)
+    bare = measure(runner, limits, plan.memory, max_graphs=plan.sizing.options.max_graphs)
     del runner
     release_cached_memory()
-    cost = PageCost.of(options, spec, plan.dtype, fused=plan.fused)
-    memory, pages = with_pages(options, bare, cost, limits.max_model_len)
-    check_fit(
-        memory,
-        options,
-        spec,
-        plan.dtype,
-        tokens=limits.max_num_batched_tokens,
-        max_len=limits.max_model_len,
-        fused=plan.fused,
-    )
+    memory, pages = checked_plan(plan.sizing, bare)
     return replace(plan, memory=memory, limits=replace(limits, num_pages=pages))
 
 

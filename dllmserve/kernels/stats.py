@@ -22,10 +22,20 @@ _PARTIALS = 4
 
 _INF = tl.constexpr(float("inf"))
 _NO_ID = tl.constexpr(0x7FFFFFFF)
-# the mixer of decoding.noise, on uint64
-GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
-MUL_1 = tl.constexpr(0xBF58476D1CE4E5B9)
-MUL_2 = tl.constexpr(0x94D049BB133111EB)
+_GOLDEN = tl.constexpr(0x9E3779B97F4A7C15)
+_MUL_1 = tl.constexpr(0xBF58476D1CE4E5B9)
+_MUL_2 = tl.constexpr(0x94D049BB133111EB)
+
+
+@triton.jit
+def mix(
+    x: tl.tensor,
+) -> tl.tensor:
+    """decoding.noise.mix on uint64."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> 30)) * _MUL_1
+    x = (x ^ (x >> 27)) * _MUL_2
+    return x ^ (x >> 31)
 
 
 @triton.jit
@@ -34,10 +44,7 @@ def uniform(
     ids: tl.tensor,
 ) -> tl.tensor:
     """token_uniforms of one row: float64 in (0, 1), bit for bit."""
-    x = key.to(tl.uint64) + ids.to(tl.uint64) * GOLDEN + GOLDEN
-    x = (x ^ (x >> 30)) * MUL_1
-    x = (x ^ (x >> 27)) * MUL_2
-    x = x ^ (x >> 31)
+    x = mix(key.to(tl.uint64) + ids.to(tl.uint64) * _GOLDEN)
     # below 2^52, so the signed conversion is the same and cheaper
     return ((x >> 12).to(tl.int64).to(tl.float64) + 0.5) * 2.220446049250313e-16
 

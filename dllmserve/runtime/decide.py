@@ -1,4 +1,4 @@
-"""Decider: from the statistics of a step to what is written, and the report of it."""
+"""StepDecision: from the statistics of a step to what is written, and the report of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dllmserve.attention.backend import host_to_device
 from dllmserve.core.rows import FloatField, IntField, rule_index
 from dllmserve.decoding.noise import position_uniforms, row_keys
 from dllmserve.decoding.rule import RuleView, UnmaskRule, Update
@@ -19,38 +18,29 @@ from dllmserve.runtime.state_table import StateTable
 from dllmserve.sampling_params import CONFIDENCE
 
 
-class Decider:
-    """Applies unmask rules to the state table.
+class StepDecision:
+    """One step: parameters before the LM head, decisions after it.
 
     Args:
         table: state rows.
         rules: unmask rules by name.
-        eos_ids: ids that end an answer.
-    """
-
-    def __init__(
-        self, table: StateTable, rules: Mapping[str, UnmaskRule], eos_ids: tuple[int, ...]
-    ) -> None:
-        self.table = table
-        self.rules = rules
-        self.eos = host_to_device(eos_ids, table.device)
-
-    def begin(self, shape: StepShape, inputs: StepInputs) -> StepDecision:
-        """Gather the parameters of a step's rows."""
-        return StepDecision(self, shape, inputs)
-
-
-class StepDecision:
-    """One step: parameters before the LM head, decisions after it.
+        eos: [E] int64, ids that end an answer.
+        shape, inputs: the step's.
 
     Attributes:
         row_params: parameters of the M LM-head rows.
         cfg_scale: [M] float64.
     """
 
-    def __init__(self, decider: Decider, shape: StepShape, inputs: StepInputs) -> None:
-        table = decider.table
-        self._decider, self._table = decider, table
+    def __init__(
+        self,
+        table: StateTable,
+        rules: Mapping[str, UnmaskRule],
+        eos: Tensor,
+        shape: StepShape,
+        inputs: StepInputs,
+    ) -> None:
+        self._table, self._rules, self._eos = table, rules, eos
         self._shape, self._inputs = shape, inputs
         self._floats = table.floats[inputs.rows]  # [n, fields] float64
         self._ints = table.ints[inputs.rows]  # [n, fields] int64
@@ -126,9 +116,7 @@ class StepDecision:
             factor=floats[:, FloatField.FACTOR],
             entropy_bound=floats[:, FloatField.ENTROPY_BOUND],
         )
-        return apply_rules(
-            self._decider.rules, self._shape.rules, view, self._ints[:, IntField.RULE]
-        )
+        return apply_rules(self._rules, self._shape.rules, view, self._ints[:, IntField.RULE])
 
     def _write(self, update: Update) -> None:
         """Write where the rules say so; cells outside the block are trash."""
@@ -157,7 +145,7 @@ class StepDecision:
         columns = torch.where(place < length, prompt + place, table.max_len)
         open_ = table.masked[rows, columns] | (place >= length)
         frontier = torch.where(open_, place, longest).amin(dim=-1)
-        ends = (table.tokens[rows, columns][..., None] == self._decider.eos).any(dim=-1)
+        ends = (table.tokens[rows, columns][..., None] == self._eos).any(dim=-1)
         ends &= (place < frontier[:, None]) & (self._ints[:, IntField.IGNORE_EOS, None] == 0)
         first = torch.where(ends, place, longest).amin(dim=-1)
         eos = torch.where(first < longest, first, -1)

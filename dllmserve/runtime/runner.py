@@ -6,7 +6,6 @@ from array import array
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore, host_to_device
 from dllmserve.core.model_spec import ModelSpec
@@ -50,22 +49,20 @@ class StepHandle:
         blocks: canvas start and length of each entry's block.
     """
 
-    def __init__(self, plan: StepPlan, packing: Packing, outputs: StepOutputs) -> None:
+    def __init__(
+        self, plan: StepPlan, packing: Packing, outputs: StepOutputs, table: StateTable
+    ) -> None:
         self.blocks = [(e.span.blk_start, e.span.blk_len) for e in plan.entries]
         self.proposals = outputs
         self._places = packing.places[: len(plan.entries)]
-        self._answers: dict[int, Tensor] = {}
-        self._event: torch.cuda.Event | None = None
-        self._device = outputs.report.device
         self._report = to_host(outputs.report)
+        ending = [e.span.row for e in plan.entries if e.last]
+        self._answers = {row: to_host(table.answer(row)) for row in ending}
+        self._event = record_event(table.device)  # behind all that the host will wait for
 
     def place(self, index: int) -> int:
         """Row of entry ``index`` in the proposals."""
         return self._places[index]
-
-    def keep_answer(self, row: int, ids: Tensor) -> None:
-        """Start copying a row's answer ids [gen_length] to the host."""
-        self._answers[row] = to_host(ids)
 
     def keep_proposals(self) -> None:
         """Copy the proposals, which the next replay of the same graph would overwrite."""
@@ -73,10 +70,6 @@ class StepHandle:
         self.proposals = replace(
             found, tokens=found.tokens.clone(), confidence=found.confidence.clone()
         )
-
-    def launched(self) -> None:
-        """Mark the end of what the handle waits for."""
-        self._event = record_event(self._device)
 
     def result(self) -> list[EntryReport]:
         """Wait for the device and return one report per entry."""
@@ -152,13 +145,7 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepHandle:
         """Run one step: forward, statistics, rules, report. Does not wait for the device."""
         packing, outputs = self._run(plan)
-        handle = StepHandle(plan, packing, outputs)
-        for entry in plan.entries:
-            if entry.last:
-                row = entry.span.row
-                handle.keep_answer(row, self.table.answer(row))
-        handle.launched()
-        return handle
+        return StepHandle(plan, packing, outputs, self.table)
 
     def _run(self, plan: StepPlan) -> tuple[Packing, StepOutputs]:
         if self._graphable(plan):

@@ -16,7 +16,7 @@ from dllmserve.attention.backend import host_to_device
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import RowParams, TokenStats
-from dllmserve.runtime.decide import Decider, StepDecision, apply_rules
+from dllmserve.runtime.decide import StepDecision, apply_rules
 from dllmserve.runtime.graphs import StepOutputs
 from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.shape import SPAN_FIELDS, StepShape
@@ -94,15 +94,15 @@ class TorchStep:
     """
 
     def __init__(self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec) -> None:
-        self._table, self._spec = table, spec
-        self._decider = Decider(table, rules, spec.eos_ids)
+        self._table, self._rules, self._spec = table, rules, spec
+        self._eos = host_to_device(spec.eos_ids, table.device)
 
     def begin(self, packed: Tensor, shape: StepShape) -> TorchWork:
         """See :class:`StepOps`."""
         spec, table = self._spec, self._table
         spans = span_fields(packed, shape)
         inputs = build_inputs(spans, shape, table, spec.mask_id, spec.logit_shift)
-        decision = self._decider.begin(shape, inputs)
+        decision = StepDecision(table, self._rules, self._eos, shape, inputs)
         tensors = StepTensors(
             ids=inputs.ids,
             positions=inputs.positions,

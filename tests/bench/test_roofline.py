@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,22 +14,16 @@ from dllmserve.bench.roofline import (
     head_rows,
     measure_ceilings,
 )
-from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from tests.helpers import PLAIN
 
-SPEC = ModelSpec(
-    architecture="LLaDAModelLM",
+SPEC = replace(
+    PLAIN,
     vocab_size=30,
     embedding_size=32,
-    hidden_size=8,
     num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    head_dim=4,
     mlp_size=16,
     max_model_len=64,
-    rope_theta=1e4,
-    norm_eps=1e-6,
     mask_id=29,
     eos_ids=(28,),
 )

@@ -11,7 +11,8 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.engine import memory
-from dllmserve.engine.advice import Change, does_not_fit
+from dllmserve.engine.advice import does_not_fit
+from dllmserve.engine.sizing import Sizing
 from dllmserve.errors import OutOfMemoryError
 from dllmserve.models.loader import find_model, read_config, read_spec
 
@@ -20,16 +21,23 @@ CPU = torch.device("cpu")
 SPEC: ModelSpec = read_spec(read_config(find_model("llada-8b")))
 
 
-def plan(gib: float, tokens: int = 16384, max_len: int = 4096, **options: Any) -> MemoryBudget:
-    """The memory plan of LLaDA-8B's shapes on a device of some size."""
-    dtype = getattr(torch, options.pop("dtype", "bfloat16"))
-    sizes = {"tokens": options.pop("max_num_batched_tokens", tokens), "max_len": max_len}
-    sizes["max_len"] = options.pop("max_model_len", max_len)
-    fused = options.pop("fused", True)
+def sizing(tokens: int = 16384, max_len: int = 4096, **options: Any) -> Sizing:
+    """What LLaDA-8B's shapes are to be run with."""
+    return Sizing(
+        spec=SPEC,
+        dtype=getattr(torch, options.pop("dtype", "bfloat16")),
+        tokens=options.pop("max_num_batched_tokens", tokens),
+        max_len=options.pop("max_model_len", max_len),
+        fused=options.pop("fused", True),
+        options=EngineConfig(**options),
+    )
+
+
+def plan(gib: float, **options: Any) -> MemoryBudget:
+    """The memory plan on a device of some size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "device_memory", lambda _: (int(gib * GIB), int(gib * GIB)))
-        config = EngineConfig(**options)
-        return memory.plan_memory(config, SPEC, dtype, CPU, **sizes, fused=fused)[0]
+        return memory.plan_memory(sizing(**options), CPU)[0]
 
 
 def suggestions(message: str) -> list[dict[str, Any]]:
@@ -96,11 +104,6 @@ def test_graphs_can_be_given_up() -> None:
     measured = replace(base, graphs=GIB, logits=0, utilization=0.9, pages=0, measured=True)
     tight = replace(measured, total=measured.planned - GIB // 2, free=10**12, utilization=1.0)
 
-    def planned(_: Change) -> int:
-        return tight.planned - GIB
-
-    message = does_not_fit(
-        EngineConfig(), tight, planned, torch.bfloat16, tokens=16384, max_len=4096
-    )
+    message = does_not_fit(sizing(gpu_memory_utilization=1.0), tight, lambda _: tight.planned - GIB)
     assert "set enforce_eager=True" in message
     assert "max_logit_rows=" not in message.split("in general")[0]

@@ -11,7 +11,6 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.rows import RowInit
 from dllmserve.core.scheduler import Limits
 from dllmserve.engine import setup
-from dllmserve.engine.memory import PageCost
 from dllmserve.engine.profile import worst_step
 from dllmserve.errors import ConfigError
 from tests.helpers import PLAIN
@@ -84,14 +83,14 @@ def test_pages_that_torch_gathers_are_paid_for_after_the_measurement_too(
     """The measured step reads no pages, so the plan adds what later steps gather."""
     options = EngineConfig(device="cpu", max_model_len=256)
     plan = setup.plan_engine(options)
-    cost = PageCost.of(options, plan.spec, plan.dtype, fused=False)
-    gathered = plan.limits.num_pages * cost.gather
+    page, gather = plan.sizing.page_bytes, plan.sizing.gather_bytes
+    gathered = plan.limits.num_pages * gather
     bare = replace(plan.memory, activations=plan.memory.activations - gathered, pages=0)
     monkeypatch.setattr(setup, "measure", lambda *_, **__: bare)
     parts: Any = SimpleNamespace(runner=lambda pages: None)
-    measured = setup.measured_plan(options, plan, parts)
-    assert cost.gather > 0
+    measured = setup.measured_plan(plan, parts)
+    assert gather > 0
     pages = measured.limits.num_pages
-    assert measured.memory.pages == pages * cost.page
-    assert measured.memory.activations - bare.activations == pages * cost.gather
+    assert measured.memory.pages == pages * page
+    assert measured.memory.activations - bare.activations == pages * gather
     assert pages == plan.limits.num_pages

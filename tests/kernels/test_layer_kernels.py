@@ -1,16 +1,18 @@
 """The layers' kernels against the torch operations that they replace."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.core.model_spec import ModelSpec
 from dllmserve.kernels import missing
 from dllmserve.layers.norm import rms_norm
 from dllmserve.layers.ops import LayerOps, choose_ops
 from dllmserve.layers.rotary import Rotary
 from dllmserve.models.decoder import Decoder
+from tests.helpers import PLAIN
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "cpu")
@@ -179,21 +181,14 @@ class OwnHeads:
 
 def decoders(bias: bool, dtype: torch.dtype) -> tuple[Decoder, Decoder]:
     """The same random weights with either kernels."""
-    spec = ModelSpec(
-        architecture="test",
-        vocab_size=50,
-        embedding_size=50,
+    spec = replace(
+        PLAIN,
         hidden_size=36,
         num_layers=2,
         num_heads=6,
         num_kv_heads=3,
         head_dim=6,
         mlp_size=70,
-        max_model_len=64,
-        rope_theta=1e4,
-        norm_eps=1e-5,
-        mask_id=49,
-        eos_ids=frozenset({0}),
         qkv_bias=bias,
     )
     plain, fused = (Decoder(spec, dtype, DEVICE, 64, kernels=k) for k in ("torch", "triton"))

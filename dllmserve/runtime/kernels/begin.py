@@ -15,7 +15,7 @@ from torch import Tensor
 from dllmserve.core.rows import FloatField, IntField
 from dllmserve.decoding.stats import RowParams
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_LEN, Q_START, ROW
-from dllmserve.kernels.stats import GOLDEN, MUL_1, MUL_2
+from dllmserve.kernels.stats import mix
 from dllmserve.runtime.shape import HEAD_FIELDS, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import StepTensors
@@ -71,15 +71,6 @@ def _start_of(packed: tl.tensor, span: tl.tensor, SPANS: tl.constexpr) -> tl.ten
         before = low + tl.arange(0, SPANS)
         total += tl.load(packed + before * FIELDS + Q_LEN, mask=before < span, other=0)
     return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _mix(x: tl.tensor) -> tl.tensor:
-    """decoding.noise.mix on uint64."""
-    x = x + GOLDEN
-    x = (x ^ (x >> 30)) * MUL_1
-    x = (x ^ (x >> 27)) * MUL_2
-    return x ^ (x >> 31)
 
 
 @triton.jit
@@ -175,7 +166,7 @@ def _list_rows(
     guided = spans - entries  # these entries come last, their twins in the same order
     twin = entry >= entries - guided
     twin_start = _start_of(packed, tl.where(twin, entry + guided, 0), SPANS)
-    key = _mix(tl.load(ints + row * INTS + _SEED).to(tl.uint64))
+    key = mix(tl.load(ints + row * INTS + _SEED).to(tl.uint64))
     forward = tl.load(forwards + row).to(tl.uint64)
     floats += row * FLOATS
     ints += row * INTS
@@ -198,7 +189,7 @@ def _list_rows(
         tl.store(
             head_uncond + to - first_twin, twin_start + offset, mask=valid & (to >= first_twin)
         )
-        noise = _mix(_mix(key + (place + column).to(tl.uint64)) + forward)
+        noise = mix(mix(key + (place + column).to(tl.uint64)) + forward)
         tl.store(keys + to, noise.to(tl.int64), mask=valid)
         _store_params(floats, ints, temperature, top_p, top_k, tempered, cfg_scale, to, valid)
 

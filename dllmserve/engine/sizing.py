@@ -1,0 +1,114 @@
+"""Sizing: what an engine's memory depends on, and the bytes that follow from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from dllmserve.config import EngineConfig
+from dllmserve.core.budget import MemoryBudget
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.sampling_params import MAX_GEN_LENGTH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizing:
+    """The choices that decide how much memory an engine takes.
+
+    Attributes:
+        options: as asked for.
+        spec: the model.
+        dtype: of weights, activations and K,V.
+        tokens: query tokens of the largest step.
+        max_len: longest canvas.
+        fused: Triton kernels read pages in place and reduce logits in one pass; plain torch
+            operations gather and copy.
+    """
+
+    options: EngineConfig
+    spec: ModelSpec
+    dtype: torch.dtype
+    tokens: int
+    max_len: int
+    fused: bool
+
+    def bare(self) -> MemoryBudget:
+        """Bytes of everything but the pages, on a device of no size yet."""
+        size = self.dtype.itemsize
+        return MemoryBudget(
+            total=0,
+            free=0,
+            utilization=self.options.gpu_memory_utilization,
+            weights=self.spec.parameters() * size,
+            activations=self.tokens * _widest(self.spec) * size,
+            logits=self._logits(),
+            tables=self._tables(),
+            pages=0,
+        )
+
+    def with_pages(self, bare: MemoryBudget) -> tuple[MemoryBudget, int]:
+        """The plan with K,V pages, and their number: as many as fit, or as the options say.
+
+        More than ``max_num_seqs`` canvases are never needed.
+        """
+        pages = self.options.kv_pages
+        if pages is None:
+            wanted = self.options.max_num_seqs * self._canvas_pages
+            room = max(bare.allowed - bare.fixed, 0)
+            pages = min(wanted, room // (self.page_bytes + self.gather_bytes))
+        memory = replace(
+            bare,
+            activations=bare.activations + pages * self.gather_bytes,
+            pages=pages * self.page_bytes,
+        )
+        return memory, pages
+
+    def least(self) -> int:
+        """Bytes of the plan with the pages that were asked for, or those of one canvas."""
+        pages = self.options.kv_pages
+        if pages is None:
+            pages = self._canvas_pages
+        return self.bare().fixed + pages * (self.page_bytes + self.gather_bytes)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, all layers together."""
+        return self.options.page_size * self.spec.kv_values() * self.dtype.itemsize
+
+    @property
+    def gather_bytes(self) -> int:
+        """Bytes that a step needs per page beside it.
+
+        In torch, a layer gathers the context of a step's reuse spans, at worst all pages,
+        and joins it with the fresh K,V: twice a layer's share of the pages.
+        """
+        return 0 if self.fused else 2 * self.page_bytes // self.spec.num_layers
+
+    @property
+    def _canvas_pages(self) -> int:
+        return -(-self.max_len // self.options.page_size)
+
+    def _logits(self) -> int:
+        """Logits of max_logit_rows rows and what their statistics need beside them."""
+        # torch: float32 logits, candidates, shifted, exponentials, weights; with entropy two
+        # more. Triton: the sorting of filtered rows, which come in smaller chunks
+        extra = 4 if self.fused else 7 * 4
+        values = self.options.max_logit_rows * self.spec.embedding_size
+        return values * (self.dtype.itemsize + extra)
+
+    def _tables(self) -> int:
+        """State table (ids, flags, quotas), page table and rotary tables."""
+        length = self.max_len
+        pages = length // self.options.page_size
+        per_row = length * 9 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8
+        return (self.options.max_num_seqs + 1) * per_row + length * self.spec.head_dim * 4
+
+
+def _widest(spec: ModelSpec) -> int:
+    """Numbers per token in the widest moment of a layer."""
+    q = spec.num_heads * spec.head_dim
+    kv = spec.num_kv_heads * spec.head_dim
+    # the MLP holds gate, up and their product; attention holds q, k, v twice (before and
+    # after the rotation) and its output; the residual stream and its norm are always there
+    return max(3 * spec.mlp_size, 2 * (q + 2 * kv) + q) + 3 * spec.hidden_size
