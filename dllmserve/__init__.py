@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dllmserve.async_llm import AsyncLLM
     from dllmserve.llm import LLM
     from dllmserve.outputs import CanvasStep, RequestOutput
     from dllmserve.sampling_params import SamplingParams
@@ -21,11 +22,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "CanvasStep", "RequestOutput", "SamplingParams", "SparseConfig", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CanvasStep",
+    "RequestOutput",
+    "SamplingParams",
+    "SparseConfig",
+    "__version__",
+]
 
 # resolved on first use, so that "import dllmserve" does not load torch
 _LAZY = {
     "LLM": "dllmserve.llm",
+    "AsyncLLM": "dllmserve.async_llm",
     "CanvasStep": "dllmserve.outputs",
     "RequestOutput": "dllmserve.outputs",
     "SamplingParams": "dllmserve.sampling_params",

@@ -16,7 +16,11 @@
     │   ├── WeightsError       (ValueError)         missing, misshapen or truncated tensors
     │   └── TokenizerError     (ValueError)         no tokenizer, no chat template
     ├── OutOfMemoryError       (MemoryError)        the device ran out of memory
+    ├── JobStoreError          (RuntimeError)       the store of jobs and results failed
     └── EngineError            (RuntimeError)       the engine failed, not the request
+        ├── EngineStartError                        the engine process did not get ready
+        ├── EngineDiedError                         it died with the request, which is not run again
+        └── RequestAbortedError                     somebody dropped the request
 
 Each class also derives from the built-in exception that Python users expect, so
 ``except ValueError`` keeps working. ``code`` is stable and meant for machines;
@@ -119,10 +123,38 @@ class OutOfMemoryError(DllmServeError, MemoryError):
     http_status = 503
 
 
+class JobStoreError(DllmServeError, RuntimeError):
+    """The store of jobs and results failed, by a full disk for instance; it may recover."""
+
+    code = "job_store_error"
+    http_status = 503
+
+
 class EngineError(DllmServeError, RuntimeError):
     """The engine itself failed; the request may be fine."""
 
     code = "engine_error"
+
+
+class EngineStartError(EngineError):
+    """The engine process could not be started, or did not get ready."""
+
+    code = "engine_start_failed"
+
+
+class EngineDiedError(EngineError):
+    """The engine process died or hung while it ran the request, which was not run again.
+
+    Either a part of the answer had been given out, or the engine died once more with it.
+    """
+
+    code = "engine_died"
+
+
+class RequestAbortedError(EngineError):
+    """The request was dropped before it was finished."""
+
+    code = "request_aborted"
 
 
 def unknown_option(owner: str, name: str, known: Iterable[str]) -> UnknownOptionError:

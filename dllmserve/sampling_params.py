@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NoReturn
 
 from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
 from dllmserve.errors import InvalidParameterError
@@ -13,12 +14,31 @@ from dllmserve.registry import CACHE_POLICIES, UNMASK_RULES
 MAX_GEN_LENGTH = 8192
 MAX_STEPS = 8192
 MAX_STOP_STRINGS = 16
+#: Token ids that a request may bias; the largest bias, up or down, is that of OpenAI's API.
+MAX_LOGIT_BIAS = 1024
+LOGIT_BIAS_BOUND = 100.0
 
 REMASKING = ("low_confidence", "random")
 CONFIDENCE = ("probability", "margin", "neg_entropy")
 SCHEDULES = ("uniform", "dream")
 #: "sparse" is chosen by a SparseConfig
 CACHES = tuple(name for name in CACHE_POLICIES if name != "sparse")
+
+
+class LogitBias(dict[int, float]):
+    """A dict that stays as it is, and so can be hashed with the parameters that hold it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LogitBias, (dict(self),)  # not filled item by item
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("logit_bias cannot be changed: make new SamplingParams")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,10 @@ class SamplingParams:
         seed: makes the request's random draws repeatable, whatever else is in the batch.
             None draws a fresh seed.
         stop: string or strings that end the answer; the text is cut before the match.
+        logit_bias: token id to a number in [-100, 100] that is added to the token's logit in
+            every forward, as in OpenAI's API: after guidance, before temperature, top-p and
+            top-k, and before confidences are taken. -100 bans a token, 100 all but forces
+            it. At most 1024 ids; kept as an immutable dict, sorted by id, and None if empty.
 
     Raises:
         InvalidParameterError: (a ValueError) a field has a wrong type or value.
@@ -86,6 +110,7 @@ class SamplingParams:
     top_k: int = 0
     seed: int | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
+    logit_bias: Mapping[int, float] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
@@ -96,6 +121,7 @@ class SamplingParams:
         self._check_numbers()
         self._check_choices()
         object.__setattr__(self, "stop", _normalise_stop(self.stop))
+        object.__setattr__(self, "logit_bias", _normalise_bias(self.logit_bias))
         self._check_combinations()
 
     @property
@@ -179,3 +205,20 @@ def _normalise_stop(stop: Any) -> str | tuple[str, ...] | None:
         if not isinstance(item, str) or not item:
             raise InvalidParameterError(f"stop strings must be non-empty strings, got {item!r}")
     return stop if isinstance(stop, str) else tuple(strings)
+
+
+def _normalise_bias(bias: Any) -> LogitBias | None:
+    err, bound = InvalidParameterError, LOGIT_BIAS_BOUND
+    if bias is None:
+        return None
+    if not isinstance(bias, Mapping):
+        raise err(
+            "logit_bias must be a mapping of token ids to numbers, "
+            f"got {bias!r} ({type(bias).__name__})"
+        )
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise err(f"logit_bias takes at most {MAX_LOGIT_BIAS} token ids, got {len(bias)}")
+    for token, value in bias.items():
+        check_int(err, "a token id of logit_bias", token, 0)
+        check_float(err, f"logit_bias[{token}]", value, -bound, bound)
+    return LogitBias((int(t), float(bias[t])) for t in sorted(bias)) or None

@@ -199,6 +199,8 @@ def decode(
             z, *twin = (side.logits(ids, base + start, base + end, t) for side in sides)
             if twin:
                 z = twin[0] + (params.cfg_scale + 1) * (z - twin[0])
+            for token, value in (params.logit_bias or {}).items():
+                z[:, token] += value
             tokens, scores = proposals(z, params, mask, params.seed or 0, base + start, forwards)
             for offset in rule_of(params, counts, t)(scores, masked[start:end]):
                 ids[start + offset], masked[start + offset] = tokens[offset], False

@@ -21,9 +21,11 @@ LAYERS = (
     ("attention", "kernels", "layers", "models"),
     ("runtime",),
     ("engine",),
-    ("llm",),
+    ("process",),
+    ("llm", "async_llm"),
     ("bench",),
-    ("cli", "server"),
+    ("server",),
+    ("cli",),
 )
 RANK = {part: rank for rank, parts in enumerate(LAYERS) for part in parts}
 #: layers that must work without torch

@@ -13,9 +13,9 @@ if TYPE_CHECKING:  # loads torch
     from dllmserve.bench.run import Result
 
 SUFFIXES = (".png", ".svg")
-_MEASURED, _ROOFLINE, _QUIET = "#1f5fa8", "#8a8a8a", "#d9d9d9"
-_BLUES, _GREENS = (_MEASURED, "#7fa8d1", _QUIET), ("#2f7d4f", "#a9cfb6")
-_DPI = 150
+MEASURED, REFERENCE, QUIET = "#1f5fa8", "#8a8a8a", "#d9d9d9"
+BLUES, GREENS = (MEASURED, "#7fa8d1", QUIET), ("#2f7d4f", "#a9cfb6")
+DPI = 150
 #: characters of a title's line that fit the picture
 _TITLE_WIDTH = 92
 
@@ -45,18 +45,18 @@ def plot_throughput(results: Sequence[Result], title: str, path: Path) -> None:
     rates = [r.tokens_per_second for r in ordered]
     from matplotlib.ticker import LogLocator
 
-    figure, axes = _figure(title, 4.4)
+    figure, axes = new_figure(title, 4.4)
     low = [rate.median - rate.min for rate in rates]
     high = [rate.max - rate.median for rate in rates]
     floor = [r.roofline_tokens_per_second for r in ordered]
-    axes.plot(counts, floor, "--", marker="s", markersize=4, color=_ROOFLINE, label="roofline")
+    axes.plot(counts, floor, "--", marker="s", markersize=4, color=REFERENCE, label="roofline")
     axes.errorbar(
         counts,
         [rate.median for rate in rates],
         yerr=[low, high],
         marker="o",
         capsize=3,
-        color=_MEASURED,
+        color=MEASURED,
         label="measured: median, min to max",
     )
     for result in ordered:
@@ -68,7 +68,7 @@ def plot_throughput(results: Sequence[Result], title: str, path: Path) -> None:
             ha="center",
             va="top",
             fontsize=8,
-            color=_MEASURED,
+            color=MEASURED,
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -79,9 +79,9 @@ def plot_throughput(results: Sequence[Result], title: str, path: Path) -> None:
     axes.set_xlabel("requests submitted at once")
     axes.set_ylabel("output tokens per second")
     axes.minorticks_off()
-    axes.grid(color=_QUIET, linewidth=0.6)
+    axes.grid(color=QUIET, linewidth=0.6)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
 
 
 def plot_latency(result: Result, title: str, path: Path) -> None:
@@ -91,10 +91,10 @@ def plot_latency(result: Result, title: str, path: Path) -> None:
         raise ValueError("a result of the throughput benchmark has no latency")
     first = min(latency.first_token, latency.median)
     seen = {"before the first token": first, "after it": latency.median - first}
-    figure, axes = _figure(title, 3.0)
+    figure, axes = new_figure(title, 3.0)
     for name, parts, shades in (
-        ("by what the\ndevice does", work_parts(result, latency.median), _BLUES),
-        ("by what the\nreader sees", seen, _GREENS),
+        ("by what the\ndevice does", work_parts(result, latency.median), BLUES),
+        ("by what the\nreader sees", seen, GREENS),
     ):
         left = 0.0
         for (label, seconds), color in zip(parts.items(), shades, strict=False):
@@ -115,7 +115,7 @@ def plot_latency(result: Result, title: str, path: Path) -> None:
         loc="outside lower center",
         ncols=3,
     )
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
 
 
 def work_parts(result: Result, whole: float) -> dict[str, float]:
@@ -135,11 +135,12 @@ def work_parts(result: Result, whole: float) -> dict[str, float]:
     }
 
 
-def _figure(title: str, height: float) -> tuple[Any, Any]:
+def new_figure(title: str, height: float, panels: int = 1) -> tuple[Any, Any]:
+    """A figure of that height in inches, and its axes; several ones below each other."""
     from matplotlib.figure import Figure  # not pyplot, which looks for a display
 
     figure = Figure(figsize=(7.2, height), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.subplots(panels, sharex=True)
     lines = [part for line in title.splitlines() for part in textwrap.wrap(line, _TITLE_WIDTH)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9)
     return figure, axes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from rich.table import Table
 from dllmserve import __version__
 from dllmserve.bench.roofline import Ceilings, ModelCost
 from dllmserve.bench.run import Result
+from dllmserve.bench.text import counted, header_line, rate_text
 from dllmserve.bench.workload import Workload
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import size_text
@@ -23,9 +23,6 @@ from dllmserve.runtime.platform import device_facts
 
 #: version of the record's layout, raised when a key changes its meaning or goes away
 SCHEMA = 1
-#: columns of the header, and of the table where there is no terminal
-WIDTH = 100
-_INDENT = 11
 _NONE = "n/a"
 
 
@@ -50,7 +47,7 @@ class Report:
     results: Sequence[Result]
 
     def header(self) -> str:
-        """What was measured, on what; lines of at most WIDTH columns."""
+        """What was measured, on what; lines of at most text.WIDTH columns."""
         lines = {
             "model": self._model_text(),
             "device": self._device_text(),
@@ -61,7 +58,7 @@ class Report:
         }
         if notes := self.notes():
             lines["note"] = "; ".join(notes)
-        return "\n".join(_line(label, text) for label, text in lines.items())
+        return "\n".join(header_line(label, text) for label, text in lines.items())
 
     def table(self) -> Table:
         """One row per result."""
@@ -186,7 +183,7 @@ class Report:
         return (
             f"prompt {work.prompt_len} + answer {params.gen_length}, blocks of {block}, {rule}, "
             f"{cache}, temperature {params.temperature:g}{guided}, seed {work.seed}; "
-            f"{_count(work.warmup, 'warm-up run')}, {_count(work.runs, 'timed run')}"
+            f"{counted(work.warmup, 'warm-up run')}, {counted(work.runs, 'timed run')}"
         )
 
     def _ceilings_text(self) -> str:
@@ -212,9 +209,9 @@ def _throughput_cells(result: Result) -> dict[str, str]:
     rate = result.tokens_per_second
     return {
         "requests": str(result.requests),
-        "tokens/s": _rate(rate.median),
-        "min": _rate(rate.min),
-        "max": _rate(rate.max),
+        "tokens/s": rate_text(rate.median),
+        "min": rate_text(rate.min),
+        "max": rate_text(rate.max),
         **_common_cells(result, "ms/step"),
     }
 
@@ -228,7 +225,7 @@ def _latency_cells(result: Result) -> dict[str, str]:
         "p90": f"{latency.p90:.3f} s",
         "max": f"{latency.max:.3f} s",
         "first\ntoken": f"{latency.first_token:.3f} s",
-        "tokens/s": _rate(result.tokens_per_second.median),
+        "tokens/s": rate_text(result.tokens_per_second.median),
         **_common_cells(result, "ms/\nforward"),
     }
 
@@ -254,24 +251,5 @@ def _result_record(result: Result) -> dict[str, Any]:
     return {**asdict(result), "roofline_tokens_per_second": rate}
 
 
-def _rate(value: float) -> str:
-    """Tokens per second, without digits that runs do not agree on."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _line(label: str, text: str) -> str:
-    return textwrap.fill(
-        text,
-        WIDTH,
-        initial_indent=label.ljust(_INDENT),
-        subsequent_indent=" " * _INDENT,
-        break_on_hyphens=False,
-    )

@@ -1,19 +1,18 @@
-"""``dllmserve bench``: throughput and latency of this engine on this machine."""
+"""``dllmserve bench``: this engine on this machine, and any server from outside."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
-from dllmserve.bench.plot import check_plot, plot_latency, plot_throughput
+from dllmserve.bench.plot import plot_latency, plot_throughput
 from dllmserve.bench.workload import Workload, parse_counts
+from dllmserve.cli.bench_output import AsJson, Plot, picture, progress, show
+from dllmserve.cli.bench_serve import EPILOG as SERVE_EPILOG
+from dllmserve.cli.bench_serve import serve
 from dllmserve.cli.failure import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import (
@@ -80,13 +79,6 @@ PromptLength = Annotated[int, typer.Option(metavar="N", help="Tokens of each pro
 Warmup = Annotated[
     int, typer.Option(metavar="N", help="Runs that are not timed, before the others.")
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", metavar=" ", help="Print one JSON object and nothing else.")
-]
-Plot = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Draw a .png or .svg (needs the extra bench)."),
-]
 NoProfile = Annotated[
     bool,
     typer.Option(
@@ -98,14 +90,14 @@ NoProfile = Annotated[
 
 bench = typer.Typer(
     name="bench",
-    help="Measure the engine on this machine, against the device's own limits.",
+    help="Measure the engine on this machine, or a running server from outside.",
     rich_markup_mode="rich",
 )
 
 
 @bench.callback(invoke_without_command=True)
 def root(context: typer.Context) -> None:
-    """Measure the engine on this machine, against the device's own limits."""
+    """Measure the engine on this machine, or a running server from outside."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), nl=False)
 
@@ -139,16 +131,16 @@ def throughput(
     """
     with short_errors():
         counts = parse_counts(requests)
-        picture = _picture(plot)
+        image = picture(plot)
         job = _Job(_model(model, named), prompt_len, runs, warmup, options)
 
         def measure(engine: Bench) -> list[Result]:
             return [engine.throughput(count) for count in counts]
 
         report = job.report("throughput", measure, profile=not no_profile)
-        _show(report, as_json)
-        if picture is not None:
-            plot_throughput(report.results, report.title(), picture)
+        show(report, as_json)
+        if image is not None:
+            plot_throughput(report.results, report.title(), image)
 
 
 @bench.command(epilog=EPILOG)
@@ -170,16 +162,19 @@ def latency(
     --gen-length says. The last line is a JSON object with every figure.
     """
     with short_errors():
-        picture = _picture(plot)
+        image = picture(plot)
         job = _Job(_model(model, named), prompt_len, runs, warmup, options)
 
         def measure(engine: Bench) -> list[Result]:
             return [engine.latency()]
 
         report = job.report("latency", measure, profile=not no_profile)
-        _show(report, as_json)
-        if picture is not None:
-            plot_latency(report.results[0], report.title(), picture)
+        show(report, as_json)
+        if image is not None:
+            plot_latency(report.results[0], report.title(), image)
+
+
+bench.command(epilog=SERVE_EPILOG)(serve)
 
 
 class _Job:
@@ -219,7 +214,7 @@ class _Job:
             # before the engine takes the memory that this needs
             ceilings = measure_ceilings(plan.device, plan.dtype)
             llm = LLM(**asdict(config))
-        engine = Bench(llm, self._workload, ceilings, profile=profile, progress=_progress)
+        engine = Bench(llm, self._workload, ceilings, profile=profile, progress=progress)
         return Report(benchmark, config, llm.plan, self._workload, ceilings, measure(engine))
 
     def _fitting(self) -> EngineConfig:
@@ -240,30 +235,3 @@ def _model(argument: str | None, option: str | None) -> str:
     if argument is not None and option is not None:
         raise ConfigError("give MODEL or --model, not both")
     return next((name for name in (argument, option) if name is not None), DEFAULT_MODEL)
-
-
-def _picture(plot: str | None) -> Path | None:
-    """Where the picture goes; checked before minutes of measuring."""
-    if plot is None:
-        return None
-    path = Path(plot).expanduser()
-    check_plot(path)
-    return path
-
-
-def _progress(text: str) -> None:
-    """A line per run, to a terminal alone; a live display would take time from the engine."""
-    if sys.stderr.isatty():
-        typer.echo(text, err=True)
-
-
-def _show(report: Report, as_json: bool) -> None:
-    if not as_json:
-        from dllmserve.bench.report import WIDTH
-
-        typer.echo(report.header() + "\n")
-        # wider than any table, which takes what it needs: a cell that is cut off is no use
-        console = Console(highlight=False, emoji=False, width=2 * WIDTH)
-        console.print(report.table())
-        typer.echo()
-    typer.echo(json.dumps(report.record()))

@@ -41,6 +41,8 @@ SAMPLING: dict[str, str] = {
     "top_k": "Draw from the k likeliest tokens; 0 is off.",
     "seed": "Make random draws repeatable.",
     "stop": "End the answer before this text; may be given several times.",
+    "logit_bias": "Add a number from -100 (never) to 100 (always) to the logit of a token id; "
+    "may be given several times.",
 }
 
 SPARSE: dict[str, str] = {

@@ -12,6 +12,7 @@ import typer
 
 from dllmserve.cli import help_texts
 from dllmserve.config import EngineConfig
+from dllmserve.errors import InvalidParameterError
 from dllmserve.sampling_params import MAX_STEPS, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -25,6 +26,8 @@ ModelOption = Annotated[
 ]
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: " "}
+#: options that may be repeated
+_LISTS = {"stop": "TEXT", "logit_bias": "ID=VALUE"}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -70,7 +73,7 @@ class Group:
                 help=self._help(item.name, item.default),
                 # the real defaults stay with the dataclasses; _help() tells them
                 show_default=False,
-                metavar=_METAVARS.get(kind, "TEXT"),
+                metavar=_LISTS.get(item.name, _METAVARS.get(kind, "TEXT")),
                 rich_help_panel=self.panel,
             )
             annotation = Annotated[kind | None, declared]
@@ -153,7 +156,10 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     if sparse is None:
         # a SparseConfig brings its own block length
         values["block_length"] = DEFAULT_BLOCK_LENGTH
-    params = SamplingParams(**values | SAMPLING.given(options))
+    given = SAMPLING.given(options)
+    if "logit_bias" in given:
+        given["logit_bias"] = _logit_bias(given["logit_bias"])
+    params = SamplingParams(**values | given)
     if options.get("steps") is not None:
         return params
     block = params.block_length or (sparse.default_block_len if sparse else params.gen_length)
@@ -183,9 +189,26 @@ def _wants_sparse(options: Mapping[str, Any]) -> bool:
 
 def _plain_type(name: str, hint: Any) -> Any:
     """The type that the command line parses a field as."""
-    if name == "stop":
+    if name in _LISTS:
         return list[str]
     return next(t for t in get_args(hint) or (hint,) if t is not NoneType)
+
+
+def _logit_bias(pairs: list[str]) -> dict[int, float]:
+    """The mapping that several ID=VALUE stand for."""
+    bias: dict[int, float] = {}
+    for pair in pairs:
+        token, _, value = pair.partition("=")
+        try:
+            key, number = int(token), float(value)
+        except ValueError as error:
+            raise InvalidParameterError(
+                f"--logit-bias takes ID=VALUE, for example 198=-100, got {pair!r}"
+            ) from error
+        if key in bias:
+            raise InvalidParameterError(f"--logit-bias gives token id {key} twice")
+        bias[key] = number
+    return bias
 
 
 def _shown(default: Any) -> str:

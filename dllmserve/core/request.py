@@ -47,7 +47,8 @@ class Request:
 
     ``row``, ``uncond_row`` and ``pages`` are set by the scheduler at admission;
     ``error`` and ``finish_reason`` when the request ends. ``assumed`` holds the masks that
-    each forward launched ahead of its report is expected to leave in its block.
+    each forward launched ahead of its report is expected to leave in its block. ``watch``
+    asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
     """
 
     id: int
@@ -57,6 +58,7 @@ class Request:
     seed: int
     policy: str
     watch: bool = False
+    stream: bool = False
     status: Status = Status.WAITING
     progress: Progress = field(default_factory=Progress)
     row: int = -1

@@ -66,6 +66,7 @@ class RowInit:
         confidence: name of the confidence, for the host's choice of statistics.
         sampled, filtered: whether the row has a temperature, or top-p or top-k.
         select: settings of sparse attention.
+        bias: token ids and what is added to their logits; none on an unconditional row.
     """
 
     row: int
@@ -79,6 +80,7 @@ class RowInit:
     sampled: bool
     filtered: bool
     select: RowSelect
+    bias: tuple[tuple[int, float], ...] = ()
 
 
 def rule_index(name: str) -> int:
@@ -111,10 +113,11 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
     quotas = tuple(k for block in request.quotas for k in block)
     sparse = request.sparse
     select = RowSelect(sparse.pool_kernel, sparse.default_block_len) if sparse else RowSelect()
-    rows = [(request.row, request.prompt_ids, request.pages)]
+    bias = tuple((params.logit_bias or {}).items())
+    rows = [(request.row, request.prompt_ids, request.pages, bias)]
     if request.guided:
         unconditional = [mask_id] * request.prompt_len
-        rows.append((request.uncond_row, unconditional, request.uncond_pages))
+        rows.append((request.uncond_row, unconditional, request.uncond_pages, ()))
     return [
         RowInit(
             row=row,
@@ -128,6 +131,7 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
             sampled=params.temperature > 0,
             filtered=params.top_p < 1 or params.top_k > 0,
             select=select,
+            bias=added,
         )
-        for row, prompt, pages in rows
+        for row, prompt, pages, added in rows
     ]

@@ -76,6 +76,33 @@ class Limits:
     max_refresh_tokens: int = NO_LIMIT
     phases: str = "auto"
 
+    def check(self, request: Request, slots: int) -> None:
+        """Raise CapacityError if the request can never run within these sizes.
+
+        Args:
+            request: the request.
+            slots: K,V slots that one of its rows needs.
+        """
+        tokens = request.canvas_len * request.rows_needed
+        if tokens > self.max_num_batched_tokens:
+            raise CapacityError(
+                f"the request needs {tokens} tokens in one step, over "
+                f"max_num_batched_tokens={self.max_num_batched_tokens}: raise it to {tokens} "
+                "or shorten the prompt or gen_length"
+            )
+        if request.rows_needed > self.max_num_seqs:
+            raise CapacityError(
+                f"cfg_scale > 0 takes {request.rows_needed} rows, over "
+                f"max_num_seqs={self.max_num_seqs}: raise it to {request.rows_needed}"
+            )
+        pages = -(-slots // self.page_size) * request.rows_needed
+        if pages > self.num_pages:
+            raise CapacityError(
+                f"the request needs {pages} K,V pages of {self.page_size} tokens, the engine "
+                f"has kv_pages={self.num_pages}: raise kv_pages to {pages}, shorten the "
+                "prompt or gen_length, or use cache='none'"
+            )
+
 
 class Scheduler:
     """Waiting and running requests, rows and pages.
@@ -110,26 +137,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """Raise CapacityError if the request can never run on this engine."""
-        limits = self.limits
-        tokens = request.canvas_len * request.rows_needed
-        if tokens > limits.max_num_batched_tokens:
-            raise CapacityError(
-                f"the request needs {tokens} tokens in one step, over "
-                f"max_num_batched_tokens={limits.max_num_batched_tokens}: raise it to {tokens} "
-                "or shorten the prompt or gen_length"
-            )
-        if request.rows_needed > limits.max_num_seqs:
-            raise CapacityError(
-                f"cfg_scale > 0 takes {request.rows_needed} rows, over "
-                f"max_num_seqs={limits.max_num_seqs}: raise it to {request.rows_needed}"
-            )
-        pages = self.pages_needed(request) * request.rows_needed
-        if pages > limits.num_pages:
-            raise CapacityError(
-                f"the request needs {pages} K,V pages of {limits.page_size} tokens, the engine "
-                f"has kv_pages={limits.num_pages}: raise kv_pages to {pages}, shorten the "
-                "prompt or gen_length, or use cache='none'"
-            )
+        self.limits.check(request, self._policy(request.policy).slots(request, self.spec))
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises CapacityError if it can never run."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import operator
 import random
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from dllmserve.core.door import Door
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request, Status
@@ -17,14 +17,8 @@ from dllmserve.core.scheduler import Scheduler
 from dllmserve.engine.advice import OOM_ADVICE
 from dllmserve.engine.text import AnswerText
 from dllmserve.engine.tokenizer import Tokenizer
-from dllmserve.errors import (
-    ContextLengthError,
-    InvalidParameterError,
-    OutOfMemoryError,
-    PromptError,
-)
+from dllmserve.errors import OutOfMemoryError
 from dllmserve.outputs import CanvasStep, RequestOutput
-from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.runtime.platform import (
     first_line,
     is_out_of_memory,
@@ -38,10 +32,22 @@ from dllmserve.sparse.state import SparseConfig
 
 @dataclass(frozen=True)
 class StepEvents:
-    """What a step brought: finished requests, and canvases of the watched ones."""
+    """What a step brought.
 
-    finished: list[tuple[Request, RequestOutput]]
-    watched: list[tuple[Request, CanvasStep]]
+    Attributes:
+        finished: requests that ended, with their outputs.
+        watched: canvases of the watched requests.
+        streamed: ids that a streamed request has added to its committed prefix; the last
+            ones come with its output.
+        failed: requests that ended with their ``error`` set.
+        committed: positions that joined the committed prefixes of all requests.
+    """
+
+    finished: list[tuple[Request, RequestOutput]] = field(default_factory=list)
+    watched: list[tuple[Request, CanvasStep]] = field(default_factory=list)
+    streamed: list[tuple[Request, list[int]]] = field(default_factory=list)
+    failed: list[Request] = field(default_factory=list)
+    committed: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class EngineCore:
 
     Attributes:
         observers: called with every plan that is launched.
+        on_admitted: called with the requests that a step admits, before it is launched;
+            what a crash may have to do with is then known outside.
     """
 
     def __init__(
@@ -89,12 +97,14 @@ class EngineCore:
         self.spec: ModelSpec = runner.spec
         self.tokenizer = tokenizer
         self._runner = runner
+        self._door = Door(self.spec, scheduler.limits, tokenizer is not None)
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._text = AnswerText(tokenizer)
         self._depth = depth
         self._flights: deque[_Flight] = deque()
         self.observers: list[Callable[[StepPlan], None]] = []
+        self.on_admitted: Callable[[list[Request]], None] | None = None
 
     def make_request(
         self,
@@ -103,6 +113,7 @@ class EngineCore:
         sparse: SparseConfig | None,
         *,
         watch: bool = False,
+        stream: bool = False,
         name: str = "prompt",
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
@@ -110,37 +121,17 @@ class EngineCore:
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
-        if sparse is not None and not sparse.enabled:
-            sparse = None
-        prompt_ids = _checked_prompt(prompt_ids, self.spec, name)
-        limit = self.scheduler.limits.max_model_len
-        total = len(prompt_ids) + params.gen_length
-        if total > limit:
-            raise ContextLengthError(
-                f"{name} has {len(prompt_ids)} tokens and gen_length is {params.gen_length}: "
-                f"{total} together, over max_model_len={limit}"
-            )
-        if sparse is not None and params.cache != "none":
-            raise InvalidParameterError(
-                f"a SparseConfig and cache={params.cache!r} exclude each other: "
-                "use cache='none' with sparse attention, or no SparseConfig"
-            )
-        if params.stop_strings and self.tokenizer is None:
-            raise InvalidParameterError("stop needs a tokenizer, and this checkpoint has none")
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        request = Request(
-            id=next(self._ids),
-            prompt_ids=prompt_ids,
-            params=params,
-            sparse=sparse,
+        return self._door.request(
+            next(self._ids),
+            prompt_ids,
+            params,
+            sparse,
             seed=seed,
-            policy="sparse" if sparse is not None else params.cache,
             watch=watch,
+            stream=stream,
+            name=name,
         )
-        if reasons := resolve(CACHE_POLICIES, request.policy)().unsupported(self.spec):
-            raise InvalidParameterError(f"cache {request.policy!r}: {'; '.join(reasons)}")
-        self.scheduler.check(request)
-        return request
 
     def add(self, request: Request) -> None:
         """Queue a request made by :meth:`make_request`."""
@@ -176,7 +167,7 @@ class EngineCore:
             if not self._launch():
                 break
         if not self._flights:
-            return StepEvents([], [])
+            return StepEvents()
         events = self._land(self._flights.popleft())
         # launched for answers that have ended early: nobody waits for their reports
         while self._flights and self._flights[0].over:
@@ -186,6 +177,8 @@ class EngineCore:
     def _launch(self) -> bool:
         """Plan a step and start it; False if there is nothing to plan now."""
         plan, requests, admitted = self.scheduler.schedule()
+        if admitted and self.on_admitted is not None:
+            self.on_admitted(admitted)
         lost = [request for request in admitted if not self._fill_rows(request)]
         if lost:
             kept = [i for i, request in enumerate(requests) if request not in lost]
@@ -252,34 +245,47 @@ class EngineCore:
         """Wait for a step's report and act on it."""
         requests, handle = flight.requests, flight.handle
         if handle is None:
-            for request in requests:
-                if request.status is Status.RUNNING:
-                    request.error = flight.error
-                    self.scheduler.release(request)
-            return StepEvents([], [])
+            return self._give_up(flight)
         reports = handle.result()
         live = [r.status is Status.RUNNING for r in requests]
         before = [request.progress.frontier for request in requests]
         finished = self.scheduler.commit(requests, reports)
-        outputs: list[tuple[Request, RequestOutput]] = []
-        watched: list[tuple[Request, CanvasStep]] = []
+        events = StepEvents()
+        committed = 0
         for index, (request, report) in enumerate(zip(requests, reports, strict=True)):
             if not live[index]:
                 continue
             if request.error is not None:
                 self.scheduler.release(request)
+                events.failed.append(request)
                 continue
             output = None
             # without new text there is no stop string either
             if request in finished or report.frontier != before[index]:
+                committed += report.frontier - before[index]
                 output = self._output(request, report.eos, handle, request in finished)
+                if output is None and request.stream:
+                    ids = self._runner.table.read_settled(
+                        request.row, before[index], report.frontier
+                    )
+                    events.streamed.append((request, ids))
             if output is not None:
-                outputs.append((request, output))
+                events.finished.append((request, output))
             if request.watch:
-                watched.append((request, self._canvas(index, request, handle, output)))
-        for request, _ in outputs:
+                events.watched.append((request, self._canvas(index, request, handle, output)))
+        for request, _ in events.finished:
             self.scheduler.release(request)
-        return StepEvents(outputs, watched)
+        return replace(events, committed=committed)
+
+    def _give_up(self, flight: _Flight) -> StepEvents:
+        """End the requests of a step that could not be launched."""
+        events = StepEvents()
+        for request in flight.requests:
+            if request.status is Status.RUNNING:
+                request.error = flight.error
+                self.scheduler.release(request)
+                events.failed.append(request)
+        return events
 
     def _output(
         self, request: Request, eos: int, handle: StepHandle, finished: bool
@@ -334,19 +340,3 @@ class EngineCore:
             forward_passes=request.progress.forwards,
             output=output,
         )
-
-
-def _checked_prompt(ids: list[int], spec: ModelSpec, name: str) -> list[int]:
-    """The prompt as plain ints (numpy integers are welcome), or an error that says where."""
-    if not ids:
-        raise PromptError(f"{name} is empty: give at least one token")
-    checked = []
-    for place, token in enumerate(ids):
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise PromptError(f"{name}[{place}] must be an integer token id, got {token!r}")
-        if not 0 <= token < spec.vocab_size:
-            raise PromptError(
-                f"{name}[{place}] is {token}, outside the vocabulary 0..{spec.vocab_size - 1}"
-            )
-        checked.append(operator.index(token))
-    return checked

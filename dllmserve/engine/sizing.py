@@ -9,7 +9,7 @@ import torch
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.sampling_params import MAX_GEN_LENGTH
+from dllmserve.sampling_params import MAX_GEN_LENGTH, MAX_LOGIT_BIAS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,10 @@ class Sizing:
         return values * (self.dtype.itemsize + extra)
 
     def _tables(self) -> int:
-        """State table (ids, flags, quotas), page table and rotary tables."""
+        """State table (ids, flags, quotas, biases), page table and rotary tables."""
         length = self.max_len
         pages = length // self.options.page_size
-        per_row = length * 9 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8
+        per_row = length * 9 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8 + MAX_LOGIT_BIAS * 12
         return (self.options.max_num_seqs + 1) * per_row + length * self.spec.head_dim * 4
 
 

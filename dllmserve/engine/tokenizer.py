@@ -7,6 +7,7 @@ anything else goes through transformers.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -15,9 +16,16 @@ from typing import Any, Protocol
 
 from dllmserve.errors import PromptError, TokenizerError
 
+#: private-use characters that stand for special tokens' texts while a template is rendered
+_MARKS = range(0x100000, 0x10FFFE)
+
 
 class _Codec(Protocol):
     def encode(self, text: str, special: bool) -> list[int]: ...
+
+    def encode_literally(self, text: str) -> list[int]: ...
+
+    def special_texts(self) -> tuple[str, ...]: ...
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -52,6 +60,35 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
         return self._codec.encode(text, special)
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False
+    ) -> list[int]:
+        """Prompt ids of a conversation, up to where the assistant speaks.
+
+        Args:
+            messages: ``[{"role": "user", "content": "..."}]``.
+            literal_contents: a special token's text inside a message becomes ordinary text,
+                so that whoever wrote the message cannot end it or speak for others.
+
+        Raises:
+            TokenizerError: no chat template, or the template refuses the messages.
+            PromptError: a message is no valid Unicode text.
+        """
+        marks: dict[str, str] = {}
+        if literal_contents:
+            messages, marks = _marked(messages, self._codec.special_texts())
+        text = self.render_chat(messages)
+        if not marks:
+            # the template writes the special tokens itself
+            return self.encode(text, special=False)
+        ids: list[int] = []
+        for part in re.split(f"([{''.join(marks)}])", text):
+            if part in marks:
+                ids += self._codec.encode_literally(marks[part])
+            elif part:
+                ids += self.encode(part, special=False)
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
@@ -97,10 +134,22 @@ class _FastCodec:
         self._fast = Fast.from_file(str(path))
         self._fast.no_padding()
         self._fast.no_truncation()
+        self._literal: Any = None
 
     def encode(self, text: str, special: bool) -> list[int]:
         ids: list[int] = self._fast.encode(text, add_special_tokens=special).ids
         return ids
+
+    def encode_literally(self, text: str) -> list[int]:
+        if self._literal is None:
+            self._literal = type(self._fast).from_str(self._fast.to_str())
+            self._literal.encode_special_tokens = True
+        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def special_texts(self) -> tuple[str, ...]:
+        added = self._fast.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._fast.decode(ids, skip_special_tokens=True)
@@ -117,6 +166,14 @@ class _TransformersCodec:
 
     def encode(self, text: str, special: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def encode_literally(self, text: str) -> list[int]:
+        return list(
+            self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        )
+
+    def special_texts(self) -> tuple[str, ...]:
+        return tuple(self._tokenizer.all_special_tokens)
 
     def decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i in self._known]
@@ -173,6 +230,32 @@ def _slow_tokenizer(directory: Path, config: dict[str, Any], trust: bool) -> Any
         raise TokenizerError(
             f"the tokenizer code of {directory} cannot be run ({error}); add a tokenizer.json"
         ) from error
+
+
+def _marked(
+    messages: Sequence[Mapping[str, Any]], specials: Sequence[str]
+) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
+    """Replace the texts of special tokens in contents by marks that no message contains.
+
+    Returns:
+        The messages, and each mark with the text that it stands for.
+    """
+    contents = "".join(m["content"] for m in messages if isinstance(m.get("content"), str))
+    # longest first, so that a token that contains another one is taken whole
+    found = sorted((s for s in specials if s and s in contents), key=len, reverse=True)
+    free = (chr(c) for c in range(_MARKS.start, _MARKS.stop) if chr(c) not in contents)
+    marks = dict(zip(free, found, strict=False))
+    if len(marks) < len(found):
+        raise PromptError("the messages use up all private-use characters of Unicode's plane 16")
+    marked: list[Mapping[str, Any]] = []
+    for message in messages:
+        content = message.get("content")
+        if isinstance(content, str):
+            for mark, text in marks.items():
+                content = content.replace(text, mark)
+            message = {**message, "content": content}
+        marked.append(message)
+    return marked, marks
 
 
 def _is_byte_level(directory: Path) -> bool:

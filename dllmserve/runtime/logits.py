@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.decoding.stats import RowParams, TokenStats, row_stats
+from dllmserve.runtime.bias import StepBias
 from dllmserve.runtime.shape import SegmentShape
 
 #: ``x [n, d], weight [out, d], bias [out] or None -> [n, out]``
@@ -127,8 +128,9 @@ class LogitsHead:
         params: RowParams,
         segments: tuple[SegmentShape, ...],
         needs: frozenset[str],
+        bias: StepBias | None = None,
     ) -> TokenStats:
-        """Statistics of M rows, in order."""
+        """Statistics of M rows, in order; ``bias`` is what segments with a bias add."""
         parts = []
         twins = len(hidden) - len(cfg_scale)
         start = 0
@@ -141,6 +143,8 @@ class LogitsHead:
                 if segment.guided:
                     other = hidden[chunk.start + twins : chunk.stop + twins]
                     z = self._guide(z, other, cfg_scale[chunk])
+                if segment.bias and bias is not None:
+                    z = bias.add(z, chunk, segment.bias)
                 parts.append(self._reducer.reduce(z, params[chunk], self._mask_id, segment, needs))
             start = end
         return TokenStats.concat(parts)
@@ -150,6 +154,8 @@ class LogitsHead:
         rows = self._max_rows
         if segment.guided:
             rows //= 2  # two rows of logits each
+        if segment.bias and self._weight.dtype != torch.float32:
+            rows //= 2  # a float32 copy of each, twice its size
         if segment.filtered:
             rows //= self._reducer.filtered_cost
         elif segment.sampled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,22 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
         return nullcontext()
     stream: AbstractContextManager[Any] = torch.cuda.stream(torch.cuda.default_stream(device))
     return stream
+
+
+def beside_steps(device: torch.device) -> AbstractContextManager[Any]:
+    """Launch copies that wait for nothing, not even for what was launched before them.
+
+    Only for memory that no step in flight writes, and whose writer the host has waited for.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    stream: AbstractContextManager[Any] = torch.cuda.stream(_side_stream(device))
+    return stream
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def release_cached_memory() -> None:

@@ -14,6 +14,7 @@ from dllmserve.core.rows import RowInit
 from dllmserve.core.scheduler import EntryReport
 from dllmserve.models.decoder import Decoder
 from dllmserve.registry import UNMASK_RULES, resolve
+from dllmserve.runtime.bias import BiasTable
 from dllmserve.runtime.graphs import GraphPool, StepOutputs
 from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.platform import (
@@ -124,6 +125,7 @@ class ModelRunner:
         rules = {n: resolve(UNMASK_RULES, n)() for n in UNMASK_RULES}
         self._rule_needs: dict[str, frozenset[str]] = {n: r.needs for n, r in rules.items()}
         self._ops = step_ops(kernels, table, rules, decoder.spec)
+        self._bias = BiasTable(table.trash_row + 1, decoder.spec.vocab_size, table.device)
         # padding at most doubles the number of spans
         capacity = (4 * table.trash_row + 64) * (SPAN_FIELDS + HEAD_FIELDS)
         self._packed = torch.zeros(capacity, dtype=torch.int32, device=table.device)
@@ -135,8 +137,9 @@ class ModelRunner:
 
     @torch.inference_mode()  # the table may have been made in this mode
     def admit(self, init: RowInit) -> None:
-        """Fill a row of the state table and its page table."""
+        """Fill a row of the state table, its bias and its page table."""
         self.table.write_row(init)
+        self._bias.write_row(init.row, init.bias)
         if init.pages:
             pages = host_to_device(init.pages, self.table.device)
             self.kv.page_table[init.row, : len(init.pages)] = pages
@@ -222,5 +225,6 @@ class ModelRunner:
             given.row_params,
             shape.segments,
             shape.needs,
+            self._bias.begin(self._packed, shape),
         )
         return work.finish(stats)

@@ -29,6 +29,7 @@ class SegmentShape:
         guided: each row has an unconditional twin.
         sampled: some have a temperature above 0.
         filtered: some use top-p or top-k.
+        bias: most token ids that one of them biases, padding included; 0 where none does.
     """
 
     entries: int
@@ -36,6 +37,7 @@ class SegmentShape:
     guided: bool
     sampled: bool
     filtered: bool
+    bias: int = 0
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ def lay_out(
         entries = list(members)
         count = pad.other(len(entries))
         masks = [e.masks for e in entries] + [0] * (count - len(entries))
-        segment = SegmentShape(count, pad.rows(sum(masks)), *flags)
+        most = max(len(host[e.span.row].bias) for e in entries)
+        bias = pad.other(most) if most else 0
+        segment = SegmentShape(count, pad.rows(sum(masks)), *flags, bias)
         heads.extend(_head_rows(masks, sum(s.rows for s in segments), segment.rows))
         segments.append(segment)
         for entry in entries:

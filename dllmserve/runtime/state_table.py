@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dllmserve.attention.backend import host_to_device
 from dllmserve.core.rows import FloatField, IntField, RowInit
-from dllmserve.runtime.platform import fetch
+from dllmserve.runtime.platform import beside_steps, fetch
 from dllmserve.sampling_params import MAX_GEN_LENGTH
 
 
@@ -62,6 +62,15 @@ class StateTable:
     def read_answer(self, row: int, count: int) -> list[int]:
         """The first ``count`` answer ids of a row, copied to the host."""
         ids: list[int] = fetch(self.answer(row)[:count]).tolist()
+        return ids
+
+    def read_settled(self, row: int, start: int, end: int) -> list[int]:
+        """Answer ids ``[start, end)`` of a row that no later step writes any more.
+
+        They are read beside the steps in flight, not behind them.
+        """
+        with beside_steps(self.device):
+            ids: list[int] = fetch(self.answer(row)[start:end]).tolist()
         return ids
 
     def read_masked(self, row: int) -> list[bool]:

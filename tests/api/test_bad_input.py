@@ -65,6 +65,20 @@ WRONG_PARAMS = [
     ({"stop": ["a", 5]}, ["stop strings", "got 5"]),
     ({"stop": ""}, ["stop strings", "''"]),
     ({"stop": ["x"] * 17}, ["at most 16", "got 17"]),
+    *numbers("logit_bias", "mapping of token ids to numbers", [5], "5", 5, {5}, ((5, 1.0),)),
+    ({"logit_bias": {"5": 1.0}}, ["token id of logit_bias", ">= 0", "'5' (str)"]),
+    ({"logit_bias": {True: 1.0}}, ["token id of logit_bias", "True (bool)"]),
+    ({"logit_bias": {5.0: 1.0}}, ["token id of logit_bias", "5.0 (float)"]),
+    ({"logit_bias": {-1: 1.0}}, ["token id of logit_bias", ">= 0", "got -1"]),
+    ({"logit_bias": {5: 100.5}}, ["logit_bias[5]", "[-100, 100]", "got 100.5"]),
+    ({"logit_bias": {5: -101}}, ["logit_bias[5]", "[-100, 100]", "got -101"]),
+    ({"logit_bias": {5: NAN}}, ["logit_bias[5]", "got nan"]),
+    ({"logit_bias": {5: INF}}, ["logit_bias[5]", "got inf"]),
+    ({"logit_bias": {5: HUGE}}, ["logit_bias[5]", "[-100, 100]"]),
+    ({"logit_bias": {5: True}}, ["logit_bias[5]", "True (bool)"]),
+    ({"logit_bias": {5: "1"}}, ["logit_bias[5]", "'1' (str)"]),
+    ({"logit_bias": {5: None}}, ["logit_bias[5]", "None (NoneType)"]),
+    ({"logit_bias": dict.fromkeys(range(1025), 1)}, ["at most 1024 token ids", "got 1025"]),
     ({"remasking": "random", "unmask": "factor"}, ["remasking='random'", "unmask='factor'"]),
     ({"schedule": "dream", "unmask": "threshold"}, ["schedule='dream'", "unmask='threshold'"]),
     ({"unmask": "factor", "confidence": "neg_entropy"}, ["unmask='factor'", "'neg_entropy'"]),
@@ -97,6 +111,7 @@ def test_the_limits_themselves_are_fine() -> None:
     SamplingParams(temperature=0, gen_length=8192, steps=8192, top_p=1, seed=2**63 - 1)
     SamplingParams(gen_length=1, steps=1, threshold=0, eps=1.0, block_length=1)
     SamplingParams(stop=["x"] * 16)
+    SamplingParams(logit_bias=dict.fromkeys(range(1023), -100) | {10**30: 100})
     SparseConfig(retention_ratio=0, delay_step=0, default_block_len=1, pool_kernel=1)
     SparseConfig(retention_ratio=1)
 
@@ -170,6 +185,11 @@ BAD_REQUESTS: list[tuple[type[DllmServeError], list[str], tuple[Any, ...]]] = [
         ([[1] * 50], SamplingParams(cache="dual", gen_length=6)),
     ),
     (InvalidParameterError, ["stop", "tokenizer"], ([[1]], SamplingParams(stop="x", gen_length=6))),
+    (
+        InvalidParameterError,
+        ["logit_bias has token id 61", "vocabulary 0..60"],
+        ([[1]], SamplingParams(logit_bias={61: 1, 3: 1}, gen_length=6)),
+    ),
 ]
 
 
@@ -302,7 +322,11 @@ BUILTINS = {
     "WeightsError": ValueError,
     "TokenizerError": ValueError,
     "OutOfMemoryError": MemoryError,
+    "JobStoreError": RuntimeError,
     "EngineError": RuntimeError,
+    "EngineStartError": RuntimeError,
+    "EngineDiedError": RuntimeError,
+    "RequestAbortedError": RuntimeError,
 }
 
 

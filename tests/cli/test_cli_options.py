@@ -23,6 +23,7 @@ from dllmserve.cli.options import (
     with_options,
 )
 from dllmserve.config import EngineConfig
+from dllmserve.errors import InvalidParameterError
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -47,6 +48,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "top_k": (["--top-k", "20"], 20),
     "seed": (["--seed", "3"], 3),
     "stop": (["--stop", "a", "--stop", "b c"], ("a", "b c")),
+    "logit_bias": (["--logit-bias", "7=-100", "--logit-bias", "3=1.5"], {3: 1.5, 7: -100.0}),
     "sparse.enabled": (["--sparse"], True),
     "sparse.retention_ratio": (["--retention-ratio", "0.25"], 0.25),
     "sparse.delay_step": (["--delay-step", "3"], 3),
@@ -189,3 +191,22 @@ def test_negative_values_are_values() -> None:
         parse("--unmask", "threshold", "--confidence", "neg_entropy", "--threshold", "-0.1")
     )
     assert params.threshold == -0.1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["5"], "takes ID=VALUE, for example 198=-100, got '5'"),
+        (["=1"], "got '=1'"),
+        (["5="], "got '5='"),
+        (["a=1"], "got 'a=1'"),
+        (["5=1=2"], "got '5=1=2'"),
+        (["5=1", "5=1"], "gives token id 5 twice"),
+        (["5=101"], r"logit_bias\[5\] must be a number in \[-100, 100\], got 101"),
+        (["-1=3"], "must be an integer >= 0, got -1"),
+    ],
+)
+def test_wrong_logit_bias(given: list[str], message: str) -> None:
+    options = parse(*(part for pair in given for part in ("--logit-bias", pair)))
+    with pytest.raises(InvalidParameterError, match=message):
+        sampling_params(options)

@@ -47,6 +47,7 @@ class NoBlockingCopies(TorchDispatchMode):
 def _requests() -> list[Request]:
     """Every policy, rule, confidence and sampler in one batch."""
     block = {"gen_length": 64, "block_length": 32}
+    bias = {7: -100.0, 9: 2.5, 11: 100.0}
     given: list[tuple[SamplingParams, SparseConfig | None]] = [
         (SamplingParams(temperature=0.0, steps=32, **block), None),
         (SamplingParams(top_p=0.9, top_k=5, steps=32, cache="dual", cfg_scale=1.0, **block), None),
@@ -62,6 +63,8 @@ def _requests() -> list[Request]:
             ),
             None,
         ),
+        (SamplingParams(temperature=0.0, steps=32, logit_bias=bias, **block), None),
+        (SamplingParams(top_p=0.9, cfg_scale=1.0, logit_bias={8: 1}, **block), None),
     ]
     return [
         Request(

@@ -1,5 +1,7 @@
 """The state table, the packed inputs and the chunked head."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,9 +9,10 @@ from hypothesis import strategies as st
 
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import FloatField, IntField, RowInit, RowSelect, rule_index
-from dllmserve.decoding.stats import RowParams
+from dllmserve.decoding.stats import RowParams, TokenStats
+from dllmserve.runtime.bias import StepBias
 from dllmserve.runtime.inputs import StepInputs, build_inputs, compact
-from dllmserve.runtime.logits import LogitsHead
+from dllmserve.runtime.logits import LogitsHead, TorchReducer
 from dllmserve.runtime.shape import (
     EXACT,
     LADDER,
@@ -223,3 +226,46 @@ def test_the_head_never_holds_more_rows_than_it_may(
     assert max(seen) <= max_rows
     halves = [n for n in seen if n <= max_rows // 2]
     assert len(halves) >= 2  # a guided row counts twice
+
+
+@pytest.mark.parametrize("max_rows", [2, 4, 9, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bias_in_chunks(max_rows: int, dtype: torch.dtype) -> None:
+    """The same rows get the same whatever the chunks; a widened row counts twice."""
+    generator = torch.Generator().manual_seed(0)
+    # small integers: products and sums are exact in either dtype
+    weight = torch.randint(-3, 4, (13, 6), generator=generator).to(dtype)
+    hidden = torch.randint(-3, 4, (13, 6), generator=generator).to(dtype)
+    values = torch.zeros(3, 4)
+    values[1], values[2, 0] = torch.tensor([-100.0, 2.25, 0.5, 0.0]), 0.125
+    ids = torch.tensor([[0, 1, 2, 3], [4, 0, 9, 5], [7, 0, 1, 2]])
+    bias = StepBias(ids, values, torch.tensor([0, 1, 1, 0, 2, 1, 2, 0, 1, 2]))
+    segments = (
+        SegmentShape(1, 7, False, False, False, 4),
+        SegmentShape(1, 3, True, False, False, 3),
+    )
+    seen: list[torch.Tensor] = []
+
+    class Seeing(TorchReducer):
+        def reduce(self, z: torch.Tensor, *rest: Any) -> TokenStats:
+            seen.append(z)
+            return super().reduce(z, *rest)
+
+    params = RowParams(
+        temperature=torch.zeros(10, dtype=torch.float64),
+        top_p=torch.ones(10, dtype=torch.float64),
+        top_k=torch.zeros(10, dtype=torch.int64),
+        tempered=torch.zeros(10, dtype=torch.bool),
+        keys=torch.zeros(10, dtype=torch.int64),
+    )
+    scale = torch.full((10,), 1.0, dtype=torch.float64)
+    head = LogitsHead(weight, max_rows, 12, Seeing())
+    head.stats(hidden, scale, params, segments, frozenset(), bias)
+    z = (hidden[:10] @ weight.t()).float()
+    twin = (hidden[10:] @ weight.t()).float()
+    z[7:] = twin + 2 * (z[7:] - twin)
+    for row, owner in enumerate(bias.rows.tolist()):
+        z[row].index_add_(0, ids[owner], values[owner])
+    assert torch.equal(torch.cat(seen), z)
+    limit = max_rows if dtype == torch.float32 else max(max_rows // 2, 1)
+    assert max(len(chunk) for chunk in seen) <= limit

@@ -1,0 +1,115 @@
+"""Door: every check that a request can fail before it is queued. No torch, no weights.
+
+The engine and the processes that talk to it hold requests against the same checks.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.request import Request
+from dllmserve.core.scheduler import Limits
+from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
+from dllmserve.registry import CACHE_POLICIES, resolve
+from dllmserve.sampling_params import SamplingParams
+from dllmserve.sparse.state import SparseConfig
+
+
+@dataclass(frozen=True)
+class Door:
+    """The checks of one engine.
+
+    Attributes:
+        spec: the model.
+        limits: the engine's sizes.
+        has_tokenizer: whether answers have a text.
+    """
+
+    spec: ModelSpec
+    limits: Limits
+    has_tokenizer: bool
+
+    def request(
+        self,
+        id: int,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        sparse: SparseConfig | None,
+        *,
+        seed: int = 0,
+        watch: bool = False,
+        stream: bool = False,
+        name: str = "prompt",
+    ) -> Request:
+        """A checked request.
+
+        Args:
+            id, seed, watch, stream: the request's.
+            prompt_ids: token ids; integers of any kind.
+            params, sparse: how it is decoded.
+            name: of the prompt, in errors.
+
+        Raises:
+            PromptError, ContextLengthError, InvalidParameterError, CapacityError.
+        """
+        if sparse is not None and not sparse.enabled:
+            sparse = None
+        ids = _checked_prompt(prompt_ids, self.spec, name)
+        self._check(ids, params, sparse, name)
+        request = Request(
+            id=id,
+            prompt_ids=ids,
+            params=params,
+            sparse=sparse,
+            seed=seed,
+            policy="sparse" if sparse is not None else params.cache,
+            watch=watch,
+            stream=stream,
+        )
+        policy = resolve(CACHE_POLICIES, request.policy)()
+        if reasons := policy.unsupported(self.spec):
+            raise InvalidParameterError(f"cache {request.policy!r}: {'; '.join(reasons)}")
+        self.limits.check(request, policy.slots(request, self.spec))
+        return request
+
+    def _check(
+        self, ids: list[int], params: SamplingParams, sparse: SparseConfig | None, name: str
+    ) -> None:
+        limit = self.limits.max_model_len
+        total = len(ids) + params.gen_length
+        if total > limit:
+            raise ContextLengthError(
+                f"{name} has {len(ids)} tokens and gen_length is {params.gen_length}: "
+                f"{total} together, over max_model_len={limit}"
+            )
+        if sparse is not None and params.cache != "none":
+            raise InvalidParameterError(
+                f"a SparseConfig and cache={params.cache!r} exclude each other: "
+                "use cache='none' with sparse attention, or no SparseConfig"
+            )
+        if params.stop_strings and not self.has_tokenizer:
+            raise InvalidParameterError("stop needs a tokenizer, and this checkpoint has none")
+        if params.logit_bias and max(params.logit_bias) >= self.spec.vocab_size:
+            raise InvalidParameterError(
+                f"logit_bias has token id {max(params.logit_bias)}, outside the vocabulary "
+                f"0..{self.spec.vocab_size - 1}"
+            )
+
+
+def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:
+    """The prompt as plain ints (numpy integers are welcome), or an error that says where."""
+    if not ids:
+        raise PromptError(f"{name} is empty: give at least one token")
+    checked = []
+    for place, token in enumerate(ids):
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise PromptError(f"{name}[{place}] must be an integer token id, got {token!r}")
+        if not 0 <= token < spec.vocab_size:
+            raise PromptError(
+                f"{name}[{place}] is {token}, outside the vocabulary 0..{spec.vocab_size - 1}"
+            )
+        checked.append(operator.index(token))
+    return checked

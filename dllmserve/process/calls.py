@@ -1,0 +1,164 @@
+"""Call: one request on its way through an engine process, and what becomes of it.
+
+What to do with a request whose engine died is decided here, by :meth:`Call.judge`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from enum import Enum
+
+from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.process.messages import Submit
+
+
+class Cause(Enum):
+    """Why an engine process ended."""
+
+    STOPPED = "stopped"
+    KILLED = "killed"
+    CRASHED = "crashed"
+    HUNG = "hung"
+
+
+@dataclass(frozen=True)
+class Death:
+    """The end of an engine process.
+
+    Attributes:
+        cause: KILLED is a signal that only comes from outside (SIGKILL, SIGTERM).
+        text: for the log and for errors.
+    """
+
+    cause: Cause
+    text: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request takes part in the coming forward pass. ``at``: monotonic seconds."""
+
+    at: float
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Ids that joined the committed prefix."""
+
+    token_ids: list[int]
+
+
+Event = Started | Delta | CanvasStep | RequestOutput
+
+
+class Fate(Enum):
+    """What becomes of a request whose engine died."""
+
+    RERUN = "rerun"
+    ALONE = "alone"
+    FAIL = "fail"
+
+
+class Call:
+    """One request, from submission to its end.
+
+    Attributes:
+        submit: the message that runs it, as often as it takes.
+        in_engine: sent to the engine, and not ended.
+        running: takes part in forward passes.
+        ended: has an output or an error.
+        started: monotonic seconds of the first forward pass, or None.
+    """
+
+    def __init__(self, submit: Submit) -> None:
+        self.submit = submit
+        self.in_engine = False
+        self.running = False
+        self.ended = False
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self._given_out = False
+        self._deaths = 0
+        self._deaths_alone = 0
+
+    @property
+    def id(self) -> int:
+        """The id in messages."""
+        return self.submit.id
+
+    async def next(self) -> Event:
+        """The next event; a RequestOutput is the last.
+
+        Raises:
+            DllmServeError: the request has failed.
+        """
+        event = await self._events.get()
+        if isinstance(event, BaseException):
+            raise event
+        if isinstance(event, Delta | CanvasStep):
+            self._given_out = True
+        return event
+
+    async def output(self) -> RequestOutput:
+        """Wait for the end. Raises what :meth:`next` raises."""
+        while True:
+            event = await self.next()
+            if isinstance(event, RequestOutput):
+                return event
+
+    def start(self) -> None:
+        """The engine has admitted it."""
+        self.running = True
+        if self.started is None:
+            self.started = time.monotonic()
+            self._events.put_nowait(Started(self.started))
+
+    def put(self, event: Delta | CanvasStep) -> None:
+        """Something came of a step."""
+        self._events.put_nowait(event)
+
+    def end(self, result: RequestOutput | BaseException) -> None:
+        """An output or an error."""
+        self.in_engine = self.running = False
+        self.ended = True
+        self._events.put_nowait(result)
+
+    def judge(self, cause: Cause, alone: bool) -> Fate:
+        """Decide what happens after the engine died with the call in it.
+
+        A request that had not begun to run has nothing to do with it. One that ran may be
+        the reason: after a crash or a hang it runs again by itself, so that the guilty one
+        is found and the others are not; after a kill from outside only when it happens
+        again. It fails when the engine has died with it twice, the last time alone (after
+        kills from outside: twice alone).
+
+        Args:
+            cause: why the engine ended.
+            alone: no other request was running.
+        """
+        was_running, self.in_engine, self.running = self.running, False, False
+        if self._given_out:
+            return Fate.FAIL
+        self._forget_events()
+        if not was_running:
+            return Fate.RERUN
+        self._deaths += 1
+        self._deaths_alone += alone
+        if cause is Cause.KILLED:
+            if self._deaths_alone >= 2:
+                return Fate.FAIL
+            return Fate.ALONE if self._deaths >= 2 else Fate.RERUN
+        return Fate.FAIL if alone and self._deaths >= 2 else Fate.ALONE
+
+    def _forget_events(self) -> None:
+        """Drop what nobody has taken: the next run gives it again."""
+        kept = []
+        while not self._events.empty():
+            event = self._events.get_nowait()
+            if isinstance(event, Started):
+                kept.append(event)
+        for event in kept:
+            self._events.put_nowait(event)

@@ -1,0 +1,263 @@
+"""EngineProcess: one engine process, from its start to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from dllmserve import errors
+from dllmserve.errors import DllmServeError, EngineError, EngineStartError
+from dllmserve.process.calls import Cause, Death
+from dllmserve.process.channel import Connection, Listener
+from dllmserve.process.messages import (
+    Configure,
+    Crashed,
+    EngineInfo,
+    FromEngine,
+    NotLoaded,
+    Ready,
+    Stop,
+    ToEngine,
+    decode_from_engine,
+    encode,
+)
+
+_log = logging.getLogger("dllmserve.engine")
+
+#: how an engine is started; the socket's path and the owner's process id follow
+COMMAND = (sys.executable, "-m", "dllmserve.process.child")
+#: seconds that an engine gets to leave by itself, and to write its stacks, before it is killed
+STOP_S = 5.0
+STACKS_S = 1.0
+#: signals that no engine sends itself
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
+_MAX_LINE = 1 << 16
+
+
+class EngineProcess:
+    """A running engine. Made by :meth:`start`.
+
+    Attributes:
+        info: the loaded engine.
+        pid: its process id.
+        last_message: monotonic seconds of its last sign of life.
+    """
+
+    def __init__(
+        self,
+        process: asyncio.subprocess.Process,
+        connection: Connection,
+        relay: asyncio.Task[None],
+    ) -> None:
+        self.info: EngineInfo
+        self.pid = process.pid
+        self.last_message = time.monotonic()
+        self._process = process
+        self._connection = connection
+        self._relay = relay
+        self._crash: str | None = None
+        self._hung = False
+
+    @classmethod
+    async def start(
+        cls,
+        options: dict[str, Any],
+        *,
+        timeout_s: float,
+        command: Sequence[str] = COMMAND,
+    ) -> EngineProcess:
+        """Start a process and wait until its model is loaded.
+
+        Args:
+            options: fields of EngineConfig.
+            timeout_s: for all of it.
+            command: program and arguments; the socket and the owner's id are appended.
+
+        Raises:
+            DllmServeError: what the engine says is wrong with model or options.
+            EngineStartError: it died or took too long.
+        """
+        listener = Listener()
+        process: asyncio.subprocess.Process | None = None
+        try:
+            await listener.start()
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                listener.path,
+                str(os.getpid()),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                limit=_MAX_LINE,
+                start_new_session=True,  # Ctrl-C in a terminal is for the owner alone
+            )
+            async with asyncio.timeout(timeout_s):
+                return await cls._meet(process, listener, options)
+        except BaseException as error:
+            if process is not None:
+                await _end(process)
+            if isinstance(error, TimeoutError):
+                raise EngineStartError(
+                    f"the engine was not ready after {timeout_s:g} s: give it more time, or "
+                    "look at its log"
+                ) from error
+            raise
+        finally:
+            listener.close()
+
+    @classmethod
+    async def _meet(
+        cls, process: asyncio.subprocess.Process, listener: Listener, options: dict[str, Any]
+    ) -> EngineProcess:
+        """Connect to a new process, configure it and wait until it is ready."""
+        relay = asyncio.create_task(_relay_log(process))
+        accepting = asyncio.create_task(listener.accept(process.pid))
+        dead = asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait((accepting, dead), return_when=asyncio.FIRST_COMPLETED)
+            if not accepting.done():
+                await relay  # what it said is the reason
+                raise EngineStartError(f"the engine {_how(process)} before it had started")
+            connection = accepting.result()
+        finally:
+            accepting.cancel()
+            dead.cancel()
+        self = cls(process, connection, relay)
+        try:
+            await self._load(options)
+        except BaseException:
+            connection.close()
+            raise
+        return self
+
+    async def _load(self, options: dict[str, Any]) -> None:
+        """Configure the engine and wait until it is ready."""
+        self.send(Configure(options))
+        while (data := await self._connection.receive()) is not None:
+            self.last_message = time.monotonic()
+            message = decode_from_engine(data)
+            if isinstance(message, NotLoaded):
+                raise error_named(message.error, message.message)
+            if isinstance(message, Ready):
+                self.info = message.info
+                return
+        await self._process.wait()
+        raise EngineStartError(f"the engine {_how(self._process)} while it loaded the model")
+
+    def send(self, message: ToEngine) -> None:
+        """Send a message; that the engine is dead is noticed elsewhere."""
+        self._connection.send(encode(message))
+
+    async def run(self, handle: Callable[[FromEngine], None], watchdog_s: float) -> Death:
+        """Hand every message to ``handle`` until the process ends.
+
+        Args:
+            handle: called with each message.
+            watchdog_s: an engine that says nothing for this long is killed; its threads'
+                stacks are in the log then.
+        """
+        watchdog = asyncio.create_task(self._watch(watchdog_s))
+        try:
+            while (data := await self._connection.receive()) is not None:
+                self.last_message = time.monotonic()
+                message = decode_from_engine(data)
+                if isinstance(message, Crashed):
+                    self._crash = message.message
+                else:
+                    handle(message)
+        finally:
+            watchdog.cancel()
+            self._connection.close()
+        return await self._death()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
+
+    async def stop(self) -> None:
+        """Ask the process to leave, and see to it that it does."""
+        self.send(Stop())
+        try:
+            async with asyncio.timeout(STOP_S):
+                await self._process.wait()
+        except TimeoutError:
+            await _end(self._process)
+
+    async def _watch(self, limit_s: float) -> None:
+        while True:
+            silent = time.monotonic() - self.last_message
+            if silent > limit_s:
+                break
+            await asyncio.sleep(min(limit_s - silent + 0.01, 1.0))
+        self._hung = True
+        _log.error("the engine has been silent for %.0f s; its stacks follow", silent)
+        with suppress(ProcessLookupError):  # it may end at any moment
+            self._process.send_signal(signal.SIGUSR1)
+            await asyncio.sleep(STACKS_S)
+            self.kill()
+
+    async def _death(self) -> Death:
+        """What the process died of."""
+        try:
+            async with asyncio.timeout(STOP_S):
+                code = await self._process.wait()
+        except TimeoutError:  # it closed its socket and lives on
+            await _end(self._process)
+            return Death(Cause.HUNG, "the engine closed its socket and did not leave")
+        how = f"the engine {_how(self._process)}"
+        if self._hung:
+            return Death(Cause.HUNG, "the engine hung and was killed")
+        if self._crash is not None:
+            return Death(Cause.CRASHED, f"the engine's step failed: {self._crash}")
+        if code == 0:
+            return Death(Cause.STOPPED, how)
+        return Death(Cause.KILLED if -code in _FROM_OUTSIDE else Cause.CRASHED, how)
+
+
+def error_named(name: str, message: str) -> DllmServeError:
+    """The error of dllmserve.errors with that name, or an EngineError."""
+    kind = getattr(errors, name, EngineError)
+    if not (isinstance(kind, type) and issubclass(kind, DllmServeError)):
+        kind = EngineError
+    return kind(message)
+
+
+def _how(process: asyncio.subprocess.Process) -> str:
+    """How a process ended, for people."""
+    code = process.returncode
+    if code is None:
+        return "closed its socket"
+    if code < 0:
+        return f"died of {signal.Signals(-code).name}"
+    return f"ended with code {code}"
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill a process, if it still runs, and wait for it."""
+    with suppress(ProcessLookupError):
+        process.kill()
+    await process.wait()
+
+
+async def _relay_log(process: asyncio.subprocess.Process) -> None:
+    """Log every line that the process writes, so that logs have one format."""
+    stream = process.stdout
+    if stream is None:
+        return
+    while True:
+        try:
+            line = await stream.readline()
+        except ValueError:  # longer than _MAX_LINE; readline() has dropped it
+            _log.warning("a line of more than %d bytes was left out", _MAX_LINE)
+            continue
+        if not line:
+            return
+        _log.info("%s", line.decode(errors="replace").rstrip())

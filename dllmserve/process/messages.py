@@ -1,0 +1,204 @@
+"""What the engine process and its owner say to each other: typed structs, as msgpack.
+
+Nothing that crosses the socket is ever executed or unpickled: a message that does not fit
+its type is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import msgspec
+
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.scheduler import Limits
+from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.sampling_params import SamplingParams
+from dllmserve.sparse.state import SparseConfig
+
+#: a field of SamplingParams, SparseConfig or EngineConfig
+Value = bool | int | float | str | list[str] | dict[int, float] | None
+
+
+class Configure(msgspec.Struct, tag="configure", array_like=True, frozen=True):
+    """First message to the engine: the fields of its EngineConfig."""
+
+    options: dict[str, Value]
+
+
+class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
+    """Run a request.
+
+    Attributes:
+        id: the owner's, not used by another request that is under way.
+        prompt_ids: token ids.
+        params: fields of its SamplingParams that are not defaults.
+        sparse: fields of its SparseConfig, or None.
+        stream: report committed ids as they come.
+        watch: report a canvas after every step.
+    """
+
+    id: int
+    prompt_ids: list[int]
+    params: dict[str, Value]
+    sparse: dict[str, Value] | None = None
+    stream: bool = False
+    watch: bool = False
+
+
+class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):
+    """Drop requests; those that have ended are left alone."""
+
+    ids: list[int]
+
+
+class Stop(msgspec.Struct, tag="stop", array_like=True, frozen=True):
+    """Leave at once."""
+
+
+ToEngine = Configure | Submit | Abort | Stop
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """A loaded engine.
+
+    Attributes:
+        directory: of the checkpoint.
+        spec, limits: the model's dimensions and the engine's sizes.
+        device, dtype, memory: as text, for people.
+    """
+
+    directory: str
+    spec: ModelSpec
+    limits: Limits
+    device: str
+    dtype: str
+    memory: str
+
+
+class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
+    """The model is loaded."""
+
+    info: EngineInfo
+
+
+class NotLoaded(msgspec.Struct, tag="not_loaded", array_like=True, frozen=True):
+    """The model cannot be loaded; ``error`` is the name of a class in dllmserve.errors."""
+
+    error: str
+    message: str
+
+
+class Admitted(msgspec.Struct, tag="admitted", array_like=True, frozen=True):
+    """Requests that the coming step runs for the first time. Sent before it is launched."""
+
+    ids: list[int]
+
+
+class Committed(msgspec.Struct, array_like=True, frozen=True):
+    """Ids that joined a streamed request's committed prefix."""
+
+    id: int
+    token_ids: list[int]
+
+
+class Canvas(msgspec.Struct, array_like=True, frozen=True):
+    """A watched request's answer after a step; ``step.output`` is None in it."""
+
+    id: int
+    step: CanvasStep
+
+
+class Finished(msgspec.Struct, array_like=True, frozen=True):
+    """A request that has ended well."""
+
+    id: int
+    output: RequestOutput
+
+
+class Failed(msgspec.Struct, array_like=True, frozen=True):
+    """A request that has ended with an error, a class of dllmserve.errors."""
+
+    id: int
+    error: str
+    message: str
+
+
+class Counters(msgspec.Struct, array_like=True, frozen=True):
+    """How the engine stands; all but the gauges count from its start.
+
+    Attributes:
+        waiting, running: requests (gauges).
+        pages_used: share of the K,V pages in use, 0 to 1 (gauge).
+        steps: forward passes.
+        spans: rows that took part in them, summed.
+        positions: positions of active blocks in them, summed.
+        committed: positions that joined a committed prefix.
+        busy: seconds with a request under way.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    pages_used: float = 0.0
+    steps: int = 0
+    spans: int = 0
+    positions: int = 0
+    committed: int = 0
+    busy: float = 0.0
+
+
+class Report(msgspec.Struct, tag="report", array_like=True, frozen=True):
+    """What a step brought. Without requests, a sign of life."""
+
+    counters: Counters
+    committed: list[Committed] = []
+    canvases: list[Canvas] = []
+    finished: list[Finished] = []
+    failed: list[Failed] = []
+
+
+class Crashed(msgspec.Struct, tag="crashed", array_like=True, frozen=True):
+    """Last words of an engine whose step raised."""
+
+    message: str
+
+
+FromEngine = Ready | NotLoaded | Admitted | Report | Crashed
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """A message as msgpack."""
+    return _encoder.encode(message)
+
+
+def decode_to_engine(data: bytes) -> ToEngine:
+    """A message to the engine. Raises msgspec.ValidationError if it is none."""
+    return _to_engine.decode(data)
+
+
+def decode_from_engine(data: bytes) -> FromEngine:
+    """A message of the engine. Raises msgspec.ValidationError if it is none."""
+    return _from_engine.decode(data)
+
+
+def changed_fields(values: SamplingParams | SparseConfig) -> dict[str, Value]:
+    """The fields that differ from their defaults, as they go into a message."""
+    found: dict[str, Value] = {}
+    for item in fields(values):
+        value: Any = getattr(values, item.name)
+        if value != item.default:
+            found[item.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Value:
+    if isinstance(value, tuple):
+        return list(value)
+    if isinstance(value, bool | int | float | str) or value is None:
+        return value
+    return dict(value)  # logit_bias

@@ -1,0 +1,321 @@
+"""Supervisor: keeps an engine process alive, and every accepted request on its way.
+
+If the engine dies or hangs, a new one is started, and requests that have given nothing out
+yet are run again from their prompts; :mod:`dllmserve.process.calls` says which are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from dllmserve.errors import (
+    DllmServeError,
+    EngineDiedError,
+    EngineError,
+    EngineStartError,
+    RequestAbortedError,
+)
+from dllmserve.process.calls import Call, Cause, Death, Delta, Fate
+from dllmserve.process.engine_process import COMMAND, EngineProcess, error_named
+from dllmserve.process.messages import (
+    Abort,
+    Admitted,
+    Counters,
+    EngineInfo,
+    FromEngine,
+    Report,
+    Submit,
+    Value,
+)
+
+_log = logging.getLogger("dllmserve.engine")
+
+#: failed starts in a row before the supervisor gives up
+MAX_FAILED_STARTS = 5
+#: seconds between an engine's end and the next start: the first, and the most
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.1, 10.0
+#: an engine that dies sooner than this, in seconds, counts as a failed start
+_SETTLED_S = 2.0
+
+
+class State(Enum):
+    """How the engine stands."""
+
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisorOptions:
+    """How an engine process is started and watched.
+
+    Attributes:
+        command: program that runs the engine; the socket and the owner's id are appended.
+        watchdog_s: silence, in seconds, after which an engine is killed.
+        load_timeout_s: for starting it and loading the model.
+        restart: start a new engine when one dies; if not, its requests fail.
+    """
+
+    command: Sequence[str] = COMMAND
+    watchdog_s: float = 300.0
+    load_timeout_s: float = 1800.0
+    restart: bool = True
+
+
+class Supervisor:
+    """Owns the engine process. Lives on one event loop.
+
+    Args:
+        options: fields of EngineConfig.
+        how: see :class:`SupervisorOptions`.
+
+    Attributes:
+        state: see :class:`State`.
+        info: the loaded engine; None before the first one is ready.
+        counters: as last reported, summed over all engines but for the gauges.
+        restarts: engines started after the first.
+    """
+
+    def __init__(self, options: dict[str, Any], how: SupervisorOptions) -> None:
+        self.state = State.STARTING
+        self.info: EngineInfo | None = None
+        self.restarts = 0
+        self._options, self._how = options, how
+        self._ids = itertools.count()
+        self._engine: EngineProcess | None = None
+        self._calls: dict[int, Call] = {}
+        self._held: deque[Call] = deque()
+        self._suspects: deque[Call] = deque()
+        self._alone: Call | None = None
+        self._past = Counters()
+        self._now = Counters()
+        self._task: asyncio.Task[None] | None = None
+        self._failure: DllmServeError | None = None
+
+    @property
+    def counters(self) -> Counters:
+        """As last reported; what is counted is summed over all engines."""
+        past, now = self._past, self._now
+        return Counters(
+            waiting=now.waiting + len(self._held) + len(self._suspects),
+            running=now.running,
+            pages_used=now.pages_used,
+            steps=past.steps + now.steps,
+            spans=past.spans + now.spans,
+            positions=past.positions + now.positions,
+            committed=past.committed + now.committed,
+            busy=past.busy + now.busy,
+        )
+
+    @property
+    def engine_pid(self) -> int | None:
+        """Process id of the running engine."""
+        return None if self._engine is None else self._engine.pid
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the engine's last sign of life; 0 while there is none."""
+        return 0.0 if self._engine is None else time.monotonic() - self._engine.last_message
+
+    async def start(self) -> EngineInfo:
+        """Start the engine and wait until it is ready.
+
+        Raises:
+            DllmServeError: model or options are wrong, or the engine did not start.
+        """
+        engine = await self._launch()
+        self._task = asyncio.create_task(self._keep_alive(engine))
+        return engine.info
+
+    async def close(self) -> None:
+        """End the engine; what is still under way fails."""
+        self.state = State.CLOSED
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.stop()
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._fail_all(EngineError("the engine has been closed"))
+
+    async def failed(self) -> DllmServeError:
+        """Wait until the supervisor gives up; returns why. Never returns otherwise."""
+        if self._task is None:
+            raise EngineError("the supervisor has not been started")
+        await asyncio.shield(self._task)
+        if self._failure is None:
+            await asyncio.Event().wait()
+        return self._failure or EngineError("the engine has been closed")
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        params: dict[str, Value],
+        sparse: dict[str, Value] | None,
+        *,
+        stream: bool = False,
+        watch: bool = False,
+    ) -> Call:
+        """Queue a checked request.
+
+        Raises:
+            EngineError: the engine is gone for good.
+        """
+        if self.state in (State.FAILED, State.CLOSED):
+            raise self._failure or EngineError("the engine has been closed")
+        submit = Submit(next(self._ids), prompt_ids, params, sparse, stream, watch)
+        call = Call(submit)
+        self._calls[call.id] = call
+        self._held.append(call)
+        self._send_held()
+        return call
+
+    def abort(self, call: Call) -> None:
+        """Drop a request; its rows and pages are free after the current forward pass."""
+        if call.ended:
+            return
+        if call.in_engine and self._engine is not None:
+            self._engine.send(Abort([call.id]))
+        call.end(RequestAbortedError("the request has been aborted"))
+        self._forget(call)
+
+    def _forget(self, call: Call) -> None:
+        self._calls.pop(call.id, None)
+        for queue in (self._held, self._suspects):
+            if call in queue:
+                queue.remove(call)
+        if self._alone is call:
+            self._alone = None
+        self._send_held()
+
+    def _send_held(self) -> None:
+        """Send what may go to the engine now: suspects one by one, then everybody."""
+        if self._engine is None or self.state is not State.READY:
+            return
+        if self._suspects or self._alone is not None:
+            busy = any(call.in_engine for call in self._calls.values())
+            if self._suspects and not busy:
+                self._alone = self._suspects.popleft()
+                self._send(self._engine, self._alone)
+            return
+        while self._held:
+            self._send(self._engine, self._held.popleft())
+
+    def _send(self, engine: EngineProcess, call: Call) -> None:
+        call.in_engine = True
+        engine.send(call.submit)
+
+    def _handle(self, message: FromEngine) -> None:
+        """Take in what the engine says."""
+        if isinstance(message, Admitted):
+            for name in message.ids:
+                if name in self._calls:
+                    self._calls[name].start()
+        elif isinstance(message, Report):
+            self._now = message.counters
+            for part in message.committed:
+                if part.id in self._calls:
+                    self._calls[part.id].put(Delta(part.token_ids))
+            for canvas in message.canvases:
+                if canvas.id in self._calls:
+                    self._calls[canvas.id].put(canvas.step)
+            for finished in message.finished:
+                if finished.id in self._calls:
+                    self._end(self._calls[finished.id], finished.output)
+            for failed in message.failed:
+                if failed.id in self._calls:
+                    error = error_named(failed.error, failed.message)
+                    self._end(self._calls[failed.id], error)
+
+    def _end(self, call: Call, result: Any) -> None:
+        call.end(result)
+        self._forget(call)
+
+    async def _launch(self) -> EngineProcess:
+        how = self._how
+        engine = await EngineProcess.start(
+            self._options, timeout_s=how.load_timeout_s, command=how.command
+        )
+        self._engine, self.info = engine, engine.info
+        self.state = State.READY
+        self._send_held()
+        return engine
+
+    async def _keep_alive(self, engine: EngineProcess) -> None:
+        """Run engines until closed, or until they do not start any more."""
+        failed_starts = 0
+        running: EngineProcess | None = engine
+        while True:
+            if running is not None:
+                born = time.monotonic()
+                death = await running.run(self._handle, self._how.watchdog_s)
+                if self.state is State.CLOSED:
+                    return
+                suspected = self._judge(death)
+                settled = suspected or time.monotonic() - born > _SETTLED_S
+                failed_starts = 0 if settled else failed_starts + 1
+                if not self._how.restart:
+                    return self._give_up(EngineDiedError(f"{death.text}; restarts are off"))
+            if failed_starts >= MAX_FAILED_STARTS:
+                return self._give_up(
+                    EngineStartError(f"the engine failed to start {failed_starts} times in a row")
+                )
+            await asyncio.sleep(min(_FIRST_PAUSE_S * 4**failed_starts, _LAST_PAUSE_S))
+            self.restarts += 1
+            try:
+                running = await self._launch()
+                _log.info("a new engine is ready (process %d)", running.pid)
+            except DllmServeError as error:
+                running = None
+                failed_starts += 1
+                _log.error("the engine could not be started again: %s", error)
+
+    def _judge(self, death: Death) -> bool:
+        """Decide what becomes of every request; True if any was running."""
+        _log.error("%s; starting a new one", death.text)
+        self.state, self._engine, self._alone = State.RESTARTING, None, None
+        self._past = self.counters
+        self._now = Counters()
+        lost = [call for call in self._calls.values() if call.in_engine]
+        running = [call for call in lost if call.running]
+        cause = Cause.CRASHED if death.cause is Cause.STOPPED else death.cause
+        again: list[Call] = []
+        for call in lost:
+            fate = call.judge(cause, alone=len(running) == 1)
+            if fate is Fate.FAIL:
+                self._end(call, EngineDiedError(_why(death)))
+            elif fate is Fate.ALONE:
+                self._suspects.append(call)
+            else:
+                again.append(call)
+        self._held.extendleft(reversed(again))
+        return bool(running)
+
+    def _give_up(self, error: DllmServeError) -> None:
+        _log.critical("%s: giving up", error)
+        self.state, self._failure = State.FAILED, error
+        self._fail_all(error)
+
+    def _fail_all(self, error: DllmServeError) -> None:
+        for call in list(self._calls.values()):
+            self._end(call, error)
+
+
+def _why(death: Death) -> str:
+    return (
+        f"{death.text} while it answered this request; it was not run again, because text had "
+        "been given out already or because it had happened before"
+    )
