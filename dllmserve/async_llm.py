@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +16,9 @@ from dllmserve.core.door import Door
 from dllmserve.core.request import Request
 from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
-from dllmserve.errors import EngineError, PromptError, TokenizerError
+from dllmserve.errors import DllmServeError, EngineError, PromptError, TokenizerError
 from dllmserve.outputs import CanvasStep, RequestOutput
-from dllmserve.process.calls import Call, Delta
+from dllmserve.process.calls import Call, Delta, Event
 from dllmserve.process.messages import EngineInfo, changed_fields
 from dllmserve.process.supervisor import Supervisor, SupervisorOptions
 from dllmserve.sampling_params import SamplingParams
@@ -34,10 +34,12 @@ class TextDelta:
 
     Attributes:
         text: never taken back; all pieces together are the answer's text.
+        tokens: ids that became committed with it.
         output: the finished request, in the last piece.
     """
 
     text: str
+    tokens: int = 0
     output: RequestOutput | None = None
 
 
@@ -248,24 +250,37 @@ class AsyncLLM:
             watch=watch,
         )
 
-    def abort(self, call: Call) -> None:
-        """Drop a request that has not ended; it frees its place within one forward pass."""
-        self.supervisor.abort(call)
+    def abort(self, call: Call, error: DllmServeError | None = None) -> None:
+        """Drop a request that has not ended; it frees its place within one forward pass.
+
+        Args:
+            call: the request.
+            error: what whoever waits for it gets; a RequestAbortedError by default.
+        """
+        self.supervisor.abort(call, error)
 
     async def deltas(
-        self, call: Call, stops: Sequence[str] | None = None
+        self, call: Call, take: Callable[[], Awaitable[Event]] | None = None
     ) -> AsyncIterator[TextDelta]:
-        """Text of a call that was submitted with ``stream=True``."""
-        stop = call.submit.params.get("stop") if stops is None else list(stops)
+        """Text of a call that was submitted with ``stream=True``.
+
+        Args:
+            call: the request.
+            take: gives the call's next event; ``call.next`` by default.
+        """
+        stop = call.submit.params.get("stop")
         strings = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
         text = CommittedText(self._text_tokenizer(), strings)
+        count = 0
         while True:
-            event = await call.next()
+            event = await (take or call.next)()
             if isinstance(event, Delta):
+                count += len(event.token_ids)
                 if piece := text.add(event.token_ids):
-                    yield TextDelta(piece)
+                    yield TextDelta(piece, count)
+                    count = 0
             elif isinstance(event, RequestOutput):
-                yield TextDelta(text.finish(event.text), event)
+                yield TextDelta(text.finish(event.text), max(count, 1), event)
                 return
 
     def _text_tokenizer(self) -> Tokenizer:

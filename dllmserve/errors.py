@@ -16,6 +16,8 @@
     │   ├── WeightsError       (ValueError)         missing, misshapen or truncated tensors
     │   └── TokenizerError     (ValueError)         no tokenizer, no chat template
     ├── OutOfMemoryError       (MemoryError)        the device ran out of memory
+    ├── OverloadedError        (RuntimeError)       the server takes no more work now
+    ├── DeadlineError          (TimeoutError)       the request took too long
     ├── JobStoreError          (RuntimeError)       the store of jobs and results failed
     └── EngineError            (RuntimeError)       the engine failed, not the request
         ├── EngineStartError                        the engine process did not get ready
@@ -123,6 +125,24 @@ class OutOfMemoryError(DllmServeError, MemoryError):
     http_status = 503
 
 
+class OverloadedError(DllmServeError, RuntimeError):
+    """The server takes no more work now; ``retry_after`` says in how many seconds it may."""
+
+    code = "overloaded"
+    http_status = 503
+
+    def __init__(self, message: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(DllmServeError, TimeoutError):
+    """The request was not finished, or not even started, in the time it had."""
+
+    code = "deadline_exceeded"
+    http_status = 504
+
+
 class JobStoreError(DllmServeError, RuntimeError):
     """The store of jobs and results failed, by a full disk for instance; it may recover."""
 
@@ -155,6 +175,7 @@ class RequestAbortedError(EngineError):
     """The request was dropped before it was finished."""
 
     code = "request_aborted"
+    http_status = 503
 
 
 def unknown_option(owner: str, name: str, known: Iterable[str]) -> UnknownOptionError:

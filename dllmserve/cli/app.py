@@ -13,6 +13,8 @@ from dllmserve import __version__
 from dllmserve.cli.bench import bench
 from dllmserve.cli.generate import EPILOG, generate
 from dllmserve.cli.info import info
+from dllmserve.cli.serve import EPILOG as SERVE_EPILOG
+from dllmserve.cli.serve import serve
 
 # the base of all usage errors; newer typer versions bring their own click
 _USAGE_ERRORS: Any = tuple(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -26,6 +28,7 @@ app = typer.Typer(
     epilog="A first look: [bold]dllmserve generate[/bold] (the embedded model, no download)",
 )
 app.command(epilog=EPILOG)(generate)
+app.command(epilog=SERVE_EPILOG)(serve)
 app.command()(info)
 app.add_typer(bench)
 
@@ -50,7 +53,7 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Generate text with diffusion language models (LLaDA, Dream)."""
+    """Generate text with diffusion language models (LLaDA, Dream), and serve them."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), nl=False)
 

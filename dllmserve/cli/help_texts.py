@@ -5,6 +5,7 @@ from __future__ import annotations
 from dllmserve.config import DTYPES, KERNELS, LOAD_FORMATS, PHASES
 from dllmserve.registry import ATTENTION_BACKENDS, UNMASK_RULES
 from dllmserve.sampling_params import CACHES, CONFIDENCE, REMASKING, SCHEDULES
+from dllmserve.server import config as server_config
 
 #: field name -> its values, for the help text (the dataclasses do the checking)
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -18,6 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention": ("auto", *ATTENTION_BACKENDS),
     "kernels": KERNELS,
     "phases": PHASES,
+    **server_config.CHOICES,
 }
 
 SAMPLING: dict[str, str] = {

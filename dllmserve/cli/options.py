@@ -45,6 +45,7 @@ class Group:
         shown: field name to the default that the help text shows, where it is not the
             dataclass's own.
         flags: boolean fields that take no "--no-" form.
+        panels: headline of fields that have one of their own.
     """
 
     kind: type[Any]
@@ -54,6 +55,7 @@ class Group:
     skipped: frozenset[str] = frozenset()
     shown: Mapping[str, str] = field(default_factory=dict)
     flags: frozenset[str] = frozenset()
+    panels: Mapping[str, str] = field(default_factory=dict)
 
     def option(self, name: str) -> str:
         """Python name of a field's option."""
@@ -74,7 +76,7 @@ class Group:
                 # the real defaults stay with the dataclasses; _help() tells them
                 show_default=False,
                 metavar=_LISTS.get(item.name, _METAVARS.get(kind, "TEXT")),
-                rich_help_panel=self.panel,
+                rich_help_panel=self.panels.get(item.name, self.panel),
             )
             annotation = Annotated[kind | None, declared]
             found.append(

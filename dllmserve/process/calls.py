@@ -69,6 +69,7 @@ class Call:
         in_engine: sent to the engine, and not ended.
         running: takes part in forward passes.
         ended: has an output or an error.
+        finished: has an output.
         started: monotonic seconds of the first forward pass, or None.
     """
 
@@ -76,7 +77,7 @@ class Call:
         self.submit = submit
         self.in_engine = False
         self.running = False
-        self.ended = False
+        self.ended = self.finished = False
         self.submitted = time.monotonic()
         self.started: float | None = None
         self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
@@ -124,6 +125,7 @@ class Call:
         """An output or an error."""
         self.in_engine = self.running = False
         self.ended = True
+        self.finished = isinstance(result, RequestOutput)
         self._events.put_nowait(result)
 
     def judge(self, cause: Cause, alone: bool) -> Fate:

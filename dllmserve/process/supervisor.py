@@ -183,13 +183,18 @@ class Supervisor:
         self._send_held()
         return call
 
-    def abort(self, call: Call) -> None:
-        """Drop a request; its rows and pages are free after the current forward pass."""
+    def abort(self, call: Call, error: DllmServeError | None = None) -> None:
+        """Drop a request; its rows and pages are free after the current forward pass.
+
+        Args:
+            call: the request.
+            error: what whoever waits for it gets; a RequestAbortedError by default.
+        """
         if call.ended:
             return
         if call.in_engine and self._engine is not None:
             self._engine.send(Abort([call.id]))
-        call.end(RequestAbortedError("the request has been aborted"))
+        call.end(error or RequestAbortedError("the request has been aborted"))
         self._forget(call)
 
     def _forget(self, call: Call) -> None:

@@ -322,6 +322,8 @@ BUILTINS = {
     "WeightsError": ValueError,
     "TokenizerError": ValueError,
     "OutOfMemoryError": MemoryError,
+    "OverloadedError": RuntimeError,
+    "DeadlineError": TimeoutError,
     "JobStoreError": RuntimeError,
     "EngineError": RuntimeError,
     "EngineStartError": RuntimeError,

@@ -1,0 +1,66 @@
+"""``dllmserve serve``: an HTTP server with the documented and OpenAI's API."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from dllmserve.cli.failure import short_errors
+from dllmserve.cli.options import ENGINE, Group, with_options
+from dllmserve.errors import ConfigError
+from dllmserve.server.config import ServerConfig
+
+EPILOG = """
+Every option may also be an environment variable (DLLMSERVE_PORT=9000) or a line of the file
+given by --config; the command line comes first, then the environment, then the file.
+
+[bold]Examples[/bold]
+
+dllmserve serve
+
+dllmserve serve ./LLaDA-8B-Instruct --dtype bfloat16 --api-key-file keys.txt --host 0.0.0.0
+"""
+
+SERVER = Group(
+    ServerConfig,
+    "Server",
+    {f.name: f.metadata["help"] for f in fields(ServerConfig)},
+    panels={f.name: f.metadata["panel"] for f in fields(ServerConfig)},
+    flags=frozenset({"insecure_no_auth", "open_metrics", "log_prompts"}),
+)
+
+
+@with_options(SERVER, ENGINE)
+def serve(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Local directory, hub id, or tiny, the embedded model. (default tiny)",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="YAML file of options.", show_default=False)
+    ] = None,
+    **options: Any,
+) -> None:
+    """Serve a model over HTTP: OpenAI's API and submit-and-poll."""
+    with short_errors():
+        given = SERVER.given(options)
+        for name, value in ENGINE.given(options).items():
+            given["engine_seed" if name == "seed" else name] = value
+        if model is not None:
+            given["model"] = model
+        try:
+            from dllmserve.server.serve import serve as run
+            from dllmserve.server.settings import load_settings
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"the server needs {error.name}: pip install 'dllmserve[server]'"
+            ) from error
+        code = run(load_settings(given, os.environ, config))
+    raise typer.Exit(code)

@@ -1,0 +1,96 @@
+"""What routers share: the service of a request, its owner, documented answers."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from fastapi import Depends
+from pydantic import BaseModel
+from starlette.requests import Request as HttpRequest
+
+from dllmserve.server.jobs import Jobs
+from dllmserve.server.service import Run, Service
+
+
+class ErrorObject(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every refused request."""
+
+    error: ErrorObject
+    detail: str | None = None
+
+
+_TEXTS = {
+    400: "The request is wrong; the message says where.",
+    401: "No key, or an unknown one.",
+    404: "Not there, or not yours.",
+    408: "The body took too long.",
+    410: "It was there; the message says why it is not any more.",
+    413: "The body is too large.",
+    415: "The body is not JSON.",
+    429: "The key's limit is reached; see Retry-After.",
+    500: "The server or its engine failed.",
+    503: "Full, loading or shutting down; see Retry-After.",
+    504: "The request did not finish in its time.",
+}
+#: statuses that any request with a body may get
+_BODY = (400, 401, 408, 413, 415, 429, 500, 503)
+
+
+def errors(*more: int, body: bool = True) -> dict[int | str, dict[str, Any]]:
+    """Documented refusals of a route."""
+    statuses = sorted({*more, *(_BODY if body else (401, 408, 413, 415, 429, 500))})
+    return {s: {"model": ErrorAnswer, "description": _TEXTS[s]} for s in statuses}
+
+
+def service_of(http: HttpRequest) -> Service:
+    """The service behind the app."""
+    found: Service = http.app.state.service
+    return found
+
+
+def jobs_of(http: HttpRequest) -> Jobs:
+    """The jobs behind the app."""
+    found: Jobs = http.app.state.jobs
+    return found
+
+
+def owner_of(http: HttpRequest) -> str:
+    """Digest of the key that the request came with; "" without keys."""
+    return str(http.scope.get("state", {}).get("owner", ""))
+
+
+ServiceOf = Annotated[Service, Depends(service_of)]
+JobsOf = Annotated[Jobs, Depends(jobs_of)]
+OwnerOf = Annotated[str, Depends(owner_of)]
+
+
+def note(http: HttpRequest, **facts: Any) -> None:
+    """Add facts to the request's line in the log."""
+    http.scope.setdefault("state", {}).setdefault("log", {}).update(facts)
+
+
+def note_prompts(http: HttpRequest, service: Service, prompts: object) -> None:
+    """Add the prompts to the request's line, if the operator wants that."""
+    if service.settings.server.log_prompts:
+        note(http, prompts=json.dumps(prompts, ensure_ascii=False, default=str)[:200])
+
+
+def note_runs(http: HttpRequest, runs: list[Run], completion_tokens: int) -> None:
+    """Add what a request cost to its line."""
+    waits = [run.queue_time for run in runs if run.queue_time is not None]
+    note(
+        http,
+        prompt_tokens=sum(run.request.prompt_len for run in runs),
+        completion_tokens=completion_tokens,
+        queue_ms=round(1000 * max(waits, default=0.0), 1),
+    )

@@ -1,0 +1,212 @@
+"""ServerConfig: the options of ``dllmserve serve`` that are not the engine's."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
+from dllmserve.errors import ConfigError
+
+LOG_FORMATS = ("auto", "text", "json")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+ID_SCHEMES = ("auto", "sequential", "random")
+METRICS_COMPAT = ("none", "vllm")
+#: values to choose from, by field
+CHOICES = {
+    "log_format": LOG_FORMATS,
+    "log_level": LOG_LEVELS,
+    "request_id_scheme": ID_SCHEMES,
+    "metrics_compat": METRICS_COMPAT,
+}
+
+
+def _option(default: Any, panel: str, help: str) -> Any:
+    return field(default=default, metadata={"panel": panel, "help": help})
+
+
+_NET, _SAFE, _LOAD, _JOBS, _TEXT, _RUN = (
+    "Network",
+    "Access",
+    "Load",
+    "Jobs",
+    "Requests",
+    "Operation",
+)
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Options of the server; the help text of each is in its metadata.
+
+    Raises:
+        ConfigError: (a ValueError) a wrong value or type.
+
+    Example:
+        >>> ServerConfig(port=9000).sequential_ids
+        True
+    """
+
+    host: str = _option("127.0.0.1", _NET, "Address to listen on.")
+    port: int = _option(8000, _NET, "Port to listen on; 0 takes a free one.")
+    ssl_certfile: str | None = _option(None, _NET, "TLS certificate (chain) in PEM.")
+    ssl_keyfile: str | None = _option(None, _NET, "TLS private key in PEM.")
+    ssl_ca_certs: str | None = _option(
+        None, _NET, "PEM of the authorities whose client certificates are required."
+    )
+    cors_origins: str = _option("", _NET, "Origins that browsers may call from, with commas.")
+    max_connections: int = _option(1024, _NET, "Open connections; more are answered with 503.")
+    header_timeout: float = _option(10.0, _NET, "Seconds that a client has to send its headers.")
+    body_timeout: float = _option(30.0, _NET, "Seconds that a client has to send its body.")
+    write_timeout: float = _option(30.0, _NET, "Seconds that a client may leave text unread.")
+    keep_alive_timeout: float = _option(5.0, _NET, "Seconds that an idle connection stays open.")
+    max_body_bytes: int = _option(2 << 20, _NET, "Bytes of a request body.")
+
+    api_key_file: str | None = _option(
+        None, _SAFE, "File of API keys, one a line; DLLMSERVE_API_KEYS holds more, with commas."
+    )
+    insecure_no_auth: bool = _option(
+        False, _SAFE, "Listen on other than loopback addresses without any API key."
+    )
+    open_metrics: bool = _option(False, _SAFE, "Serve /metrics without a key.")
+    requests_per_minute: int | None = _option(
+        None, _SAFE, "Requests a minute for each key (no limit, if not given)."
+    )
+    max_parallel_per_key: int | None = _option(
+        None, _SAFE, "Requests at once for each key (no limit, if not given)."
+    )
+
+    max_requests: int = _option(256, _LOAD, "Requests waiting and running; more get a 503.")
+    max_outstanding_work: int | None = _option(
+        None,
+        _LOAD,
+        "Steps x canvas tokens of all of them (if not given: what takes a minute at the "
+        "measured speed).",
+    )
+    queue_timeout: float | None = _option(
+        None, _LOAD, "Seconds that a request may wait before it runs (no limit, if not given)."
+    )
+    request_timeout: float = _option(600.0, _LOAD, "Seconds that a request may take in all.")
+    watchdog_timeout: float = _option(
+        300.0, _LOAD, "Seconds without a sign of the engine after which it is started again."
+    )
+    load_timeout: float = _option(1800.0, _LOAD, "Seconds that loading the model may take.")
+    restart: bool = _option(True, _LOAD, "Start a new engine when one dies.")
+
+    job_store: str = _option(
+        "auto",
+        _JOBS,
+        "Where jobs of /v1/generate are kept: a file, memory, or auto (a file for each port "
+        "in the user's state directory).",
+    )
+    request_id_scheme: str = _option(
+        "auto", _JOBS, "Ids of jobs; auto is sequential on loopback without keys, else random."
+    )
+    result_ttl: float = _option(600.0, _JOBS, "Seconds that a result is kept.")
+    max_results: int = _option(10_000, _JOBS, "Results that are kept.")
+    max_result_bytes: int = _option(64 << 20, _JOBS, "Bytes of all results that are kept.")
+
+    served_model_name: str | None = _option(
+        None, _TEXT, "Name of the model in the API (its own, if not given)."
+    )
+    default_max_tokens: int = _option(
+        128, _TEXT, "Answer length of the OpenAI endpoints where a request gives none."
+    )
+    default_block_length: int = _option(
+        32, _TEXT, "Block length of the OpenAI endpoints where a request gives none."
+    )
+    max_prompts: int = _option(128, _TEXT, "Answers that one request may ask for.")
+    max_n: int = _option(8, _TEXT, "Choices for one prompt.")
+    sse_keep_alive: float = _option(
+        15.0, _TEXT, "Seconds of silence after which a stream gets a comment line."
+    )
+
+    shutdown_timeout: float = _option(
+        30.0, _RUN, "Seconds that requests under way get to finish after SIGTERM."
+    )
+    log_format: str = _option("auto", _RUN, "auto is text in a terminal and json elsewhere.")
+    log_level: str = _option("info", _RUN, "Least severity that is logged.")
+    log_prompts: bool = _option(False, _RUN, "Log the first 200 characters of prompts.")
+    metrics_compat: str = _option(
+        "none", _RUN, "vllm also exports the gauges that its routers read, under its names."
+    )
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        for name in ("host", "job_store", "cors_origins"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a string, got {getattr(self, name)!r}")
+        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "api_key_file"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ConfigError(f"{name} must be a file, got {getattr(self, name)!r}")
+        for name in ("insecure_no_auth", "open_metrics", "restart", "log_prompts"):
+            check_bool(ConfigError, name, getattr(self, name))
+        for name, choices in CHOICES.items():
+            check_choice(ConfigError, name, getattr(self, name), choices)
+        if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
+            raise ConfigError("TLS needs both ssl_certfile and ssl_keyfile")
+        if "*" in self.origins:
+            raise ConfigError("cors_origins='*' would let every web page call: name the origins")
+
+    def _check_numbers(self) -> None:
+        err = ConfigError
+        check_int(err, "port", self.port, 0, 65535)
+        for name in (
+            "max_connections",
+            "max_body_bytes",
+            "max_requests",
+            "max_results",
+            "max_result_bytes",
+            "default_max_tokens",
+            "default_block_length",
+            "max_prompts",
+            "max_n",
+        ):
+            check_int(err, name, getattr(self, name), 1)
+        for name in ("requests_per_minute", "max_parallel_per_key", "max_outstanding_work"):
+            if getattr(self, name) is not None:
+                check_int(err, name, getattr(self, name), 1)
+        for name in (
+            "header_timeout",
+            "body_timeout",
+            "write_timeout",
+            "keep_alive_timeout",
+            "request_timeout",
+            "watchdog_timeout",
+            "load_timeout",
+            "result_ttl",
+            "sse_keep_alive",
+        ):
+            check_float(err, name, getattr(self, name), 0.0, low_open=True)
+        if self.queue_timeout is not None:
+            check_float(err, "queue_timeout", self.queue_timeout, 0.0, low_open=True)
+        check_float(err, "shutdown_timeout", self.shutdown_timeout, 0.0)
+
+    @classmethod
+    def from_options(cls, owner: str, options: dict[str, Any]) -> ServerConfig:
+        """Build a config from keywords; an unknown one is a TypeError with a suggestion."""
+        check_known(owner, options, [f.name for f in fields(cls)])
+        return cls(**options)
+
+    @property
+    def origins(self) -> list[str]:
+        """The origins of ``cors_origins``."""
+        return [part.strip() for part in self.cors_origins.split(",") if part.strip()]
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @property
+    def sequential_ids(self) -> bool:
+        """Whether job ids count from 0, if there are no keys in the environment either."""
+        return self.request_id_scheme == "sequential" or (
+            self.request_id_scheme == "auto" and self.loopback and self.api_key_file is None
+        )

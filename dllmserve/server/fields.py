@@ -1,0 +1,178 @@
+"""Request fields that several endpoints share, and the parameters they stand for.
+
+Everything is strict: a boolean is no number, a text is no number, an unknown field is an
+error. None stands for "not given" everywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from dllmserve.errors import InvalidParameterError
+from dllmserve.registry import UNMASK_RULES
+from dllmserve.sampling_params import (
+    CACHES,
+    CONFIDENCE,
+    LOGIT_BIAS_BOUND,
+    MAX_GEN_LENGTH,
+    MAX_LOGIT_BIAS,
+    MAX_STEPS,
+    MAX_STOP_STRINGS,
+    REMASKING,
+    SCHEDULES,
+    SamplingParams,
+)
+from dllmserve.server.failures import ApiError
+from dllmserve.sparse.state import SparseConfig
+
+MAX_STOP_LENGTH = 256
+_LARGEST = 2**63 - 1
+
+
+def _unicode(text: str) -> str:
+    """Refuse lone surrogates: JSON can carry them, but they are no characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("holds a lone surrogate, which is no character") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+StopText = Annotated[str, AfterValidator(_unicode), Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
+TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-LOGIT_BIAS_BOUND, le=LOGIT_BIAS_BOUND, allow_inf_nan=False)]
+BiasId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+
+
+def _count(low: int, high: int, text: str) -> Any:
+    return Field(default=None, ge=low, le=high, description=text)
+
+
+def _number(low: float | None, high: float | None, text: str) -> Any:
+    return Field(default=None, ge=low, le=high, allow_inf_nan=False, description=text)
+
+
+def _choice(values: tuple[str, ...], text: str) -> Any:
+    # no Literal: rules and caches may be added to the registry
+    return Field(default=None, description=text, json_schema_extra={"enum": [*values, None]})
+
+
+class Body(BaseModel):
+    """A request body: strict, and without room for unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class SparseFields(Body):
+    """Fields of SparseConfig."""
+
+    enabled: bool | None = Field(default=None, description="False is as if it were not given.")
+    retention_ratio: float | None = _number(0, 1, "Share of the context that is kept.")
+    delay_step: int | None = _count(0, _LARGEST, "Full forwards before the one that selects.")
+    default_block_len: int | None = _count(1, MAX_GEN_LENGTH, "Scoring window in tokens.")
+    head_select: bool | None = Field(default=None, description="Select for each K,V head.")
+    pool_kernel: int | None = _count(1, 1024, "Width of the max-pooling over scores.")
+
+
+class DecodingFields(Body):
+    """How an answer is decoded: fields of SamplingParams and SparseConfig."""
+
+    steps: int | None = _count(1, MAX_STEPS, "Denoising steps for the whole answer.")
+    block_length: int | None = _count(1, MAX_GEN_LENGTH, "Tokens per diffusion block.")
+    cfg_scale: float | None = _number(0, None, "Classifier-free guidance; 0 is off.")
+    remasking: str | None = _choice(REMASKING, "Which proposals are kept.")
+    unmask: str | None = _choice(tuple(UNMASK_RULES), "Rule that chooses what is written.")
+    threshold: float | None = _number(None, None, "For unmask=threshold.")
+    factor: float | None = _number(0, None, "For unmask=factor.")
+    entropy_bound: float | None = _number(0, None, "For unmask=entropy_bound, in nats.")
+    confidence: str | None = _choice(CONFIDENCE, "What proposals are ranked by.")
+    schedule: str | None = _choice(SCHEDULES, "How unmask=steps spreads the tokens.")
+    eps: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    cache: str | None = _choice(CACHES, "K,V cache: none is exact.")
+    top_k: int | None = _count(0, _LARGEST, "Draw from the k likeliest tokens; 0 is off.")
+    ignore_eos: bool | None = Field(default=None, description="Go on after an end id.")
+    sparse: bool | SparseFields | None = Field(
+        default=None, description="Sparse attention: true, or its settings."
+    )
+    retention_ratio: float | None = _number(0, 1, "As sparse.retention_ratio; implies sparse.")
+    delay_step: int | None = _count(0, _LARGEST, "As sparse.delay_step; implies sparse.")
+    default_block_len: int | None = _count(1, MAX_GEN_LENGTH, "As sparse.default_block_len.")
+    head_select: bool | None = Field(default=None, description="As sparse.head_select.")
+    pool_kernel: int | None = _count(1, 1024, "As sparse.pool_kernel.")
+    timeout: float | None = Field(
+        default=None,
+        gt=0,
+        le=86400,
+        allow_inf_nan=False,
+        description="Seconds that the request may take; the server's own limit stays.",
+    )
+
+    def sparse_config(self) -> SparseConfig | None:
+        """The SparseConfig that the fields stand for; None for dense attention."""
+        flat = {
+            name: value
+            for name in SparseFields.model_fields
+            if name != "enabled" and (value := getattr(self, name)) is not None
+        }
+        nested: dict[str, Any] = {}
+        if isinstance(self.sparse, SparseFields):
+            nested = given(self.sparse)
+            if flat:
+                name = next(iter(flat))
+                raise ApiError(
+                    400,
+                    f"{name} is given twice: here and in sparse",
+                    code="invalid_parameter",
+                    param=name,
+                )
+        elif self.sparse is False or (self.sparse is None and not flat):
+            return None
+        config = SparseConfig(**{**flat, **nested})
+        return config if config.enabled else None
+
+    def decoding(self) -> dict[str, Any]:
+        """The fields of SamplingParams that were given."""
+        names = set(DecodingFields.model_fields) - set(SparseFields.model_fields)
+        names -= {"sparse", "timeout"}
+        return {n: v for n in names if (v := getattr(self, n)) is not None}
+
+
+class NativeFields(DecodingFields):
+    """All fields of SamplingParams, with its own defaults."""
+
+    temperature: float | None = _number(0, None, "0 takes the likeliest token.")
+    max_tokens: int | None = _count(1, _LARGEST, "For autoregressive models; not read.")
+    gen_length: int | None = _count(1, MAX_GEN_LENGTH, "Length of the answer in tokens.")
+    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = _count(0, _LARGEST, "Makes the draws repeatable.")
+    stop: StopText | StopTexts | None = None
+    logit_bias: dict[BiasId, Bias] | None = Field(default=None, max_length=MAX_LOGIT_BIAS)
+
+    def sampling_params(self) -> SamplingParams:
+        """The parameters. Raises InvalidParameterError for a combination that is refused."""
+        values = self.decoding()
+        for name in ("temperature", "max_tokens", "gen_length", "top_p", "seed", "stop"):
+            if (value := getattr(self, name)) is not None:
+                values[name] = value
+        if self.logit_bias:
+            values["logit_bias"] = bias_ids(self.logit_bias)
+        return SamplingParams(**values)
+
+
+def given(body: BaseModel) -> dict[str, Any]:
+    """The fields of a body that are not None."""
+    return {n: v for n in type(body).model_fields if (v := getattr(body, n)) is not None}
+
+
+def bias_ids(biases: dict[str, float]) -> dict[int, float]:
+    """JSON's text keys as token ids."""
+    found = {int(name): value for name, value in biases.items()}
+    if len(found) > MAX_LOGIT_BIAS:
+        raise InvalidParameterError(f"logit_bias takes at most {MAX_LOGIT_BIAS} tokens")
+    return found

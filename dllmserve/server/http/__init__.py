@@ -1,0 +1,11 @@
+"""Guards around an ASGI app and the connections below it; nothing here knows of engines.
+
+From the outside in::
+
+    connection.guarded_protocol   one per TCP connection, below ASGI
+    request_id.RequestLog         request id, the log line, the 500 of a handler that raised
+    (CORS, where it is configured)
+    auth.AuthGuard                API keys, owners, rate limits
+    body.BodyGuard                size, time and type of the body
+    the app
+"""

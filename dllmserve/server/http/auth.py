@@ -1,0 +1,182 @@
+"""Which key a request carries, who that is, and how much they may ask."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from dllmserve._checks import check_int
+from dllmserve.errors import ConfigError
+from dllmserve.server.http.keys import ApiKeys, Key
+from dllmserve.server.http.respond import send_error
+
+__all__ = ["ApiKeys", "AuthGuard", "Key"]
+
+#: who every request belongs to when no keys are configured
+ANYONE = Key(name="", owner="")
+
+
+class AuthGuard:
+    """ASGI middleware that lets nobody in without a key, on any path not listed as open.
+
+    The key comes as ``Authorization: Bearer <key>`` or ``X-Api-Key: <key>``. The path that
+    counts is ``scope["path"]``, which is the one the app routes by, compared exactly: neither
+    Host nor the query nor another spelling of a path can make it an open one. Sets
+    ``scope["state"]["owner"]`` (:attr:`Key.owner`, "" without keys and on open paths) and
+    ``["key_name"]``. WebSockets are closed.
+
+    Answers that it gives itself: 401 without a known key, or with two different ones; 429 with
+    Retry-After over a limit. All limits are per key; without keys everybody shares one.
+
+    Args:
+        app: the app behind.
+        keys: None lets everybody in.
+        open_paths: paths that need no key and count for no limit, for example health probes.
+        requests_per_minute: average rate; a key that was idle may use as many at once.
+        max_parallel_per_key: requests of one key that may be in progress.
+        unmetered_gets: paths for which GET, there and below, is outside requests_per_minute:
+            polling for a result.
+        clock: seconds, monotonic.
+
+    Raises:
+        ConfigError: a limit is not positive.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys | None,
+        open_paths: frozenset[str],
+        requests_per_minute: int | None = None,
+        max_parallel_per_key: int | None = None,
+        unmetered_gets: tuple[str, ...] = ("/v1/result",),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if requests_per_minute is not None:
+            check_int(ConfigError, "requests_per_minute", requests_per_minute, 1)
+        if max_parallel_per_key is not None:
+            check_int(ConfigError, "max_parallel_per_key", max_parallel_per_key, 1)
+        self.app = app
+        self.keys = keys
+        self.open_paths = open_paths
+        self.requests_per_minute = requests_per_minute
+        self.max_parallel_per_key = max_parallel_per_key
+        self.unmetered_gets = unmetered_gets
+        self.clock = clock
+        # both have at most one entry for each key
+        self._buckets: dict[str, _Bucket] = {}
+        self._running: dict[str, int] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Guard one request. Only the lifespan passes unguarded."""
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        state = scope.setdefault("state", {})
+        state["owner"] = state["key_name"] = ""
+        if scope["path"] in self.open_paths:
+            await self.app(scope, receive, send)
+            return
+        key = await self._authenticate(scope, receive, send)
+        if key is None or not await self._admit(key, scope, receive, send):
+            return
+        state["owner"], state["key_name"] = key.owner, key.name
+        self._running[key.owner] = self._running.get(key.owner, 0) + 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._running[key.owner] -= 1
+
+    async def _authenticate(self, scope: Scope, receive: Receive, send: Send) -> Key | None:
+        """The request's key; None if the request has been answered with 401."""
+        if self.keys is None:
+            return ANYONE
+        secrets = _presented(scope)
+        if not secrets:
+            code = "missing_api_key"
+            text = "No API key; send it as 'Authorization: Bearer <key>' or 'X-Api-Key: <key>'."
+        elif len(secrets) > 1:
+            code = "ambiguous_api_key"
+            text = "The request has several different API keys; send one."
+        else:
+            key = self.keys.match(secrets.pop())
+            if key is not None:
+                return key
+            code = "invalid_api_key"
+            text = "The API key is not known to this server."
+        headers = [(b"www-authenticate", b"Bearer")]
+        await send_error(scope, send, 401, text, code=code, headers=headers, receive=receive)
+        return None
+
+    async def _admit(self, key: Key, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Whether the key may have one more request; if not, it has been answered with 429."""
+        most = self.max_parallel_per_key
+        if most is not None and self._running.get(key.owner, 0) >= most:
+            wait, code = 1.0, "too_many_parallel_requests"
+            text = f"This key is limited to {most} requests at a time; wait for one to end."
+        else:
+            wait, code = self._take(key, scope), "rate_limit_exceeded"
+            text = (
+                f"This key is limited to {self.requests_per_minute} requests a minute;"
+                " try again when Retry-After has passed."
+            )
+        if wait <= 0:
+            return True
+        headers = [(b"retry-after", str(max(1, math.ceil(wait))).encode())]
+        await send_error(scope, send, 429, text, code=code, headers=headers, receive=receive)
+        return False
+
+    def _take(self, key: Key, scope: Scope) -> float:
+        """Count a request; seconds until there is one to count, 0 if it was counted."""
+        rate = self.requests_per_minute
+        if rate is None or (scope["method"] in ("GET", "HEAD") and self._unmetered(scope["path"])):
+            return 0.0
+        bucket = self._buckets.get(key.owner)
+        if bucket is None:
+            bucket = self._buckets[key.owner] = _Bucket(rate, self.clock())
+        return bucket.take(self.clock())
+
+    def _unmetered(self, path: str) -> bool:
+        return any(path == base or path.startswith(f"{base}/") for base in self.unmetered_gets)
+
+
+class _Bucket:
+    """Tokens that come back at a steady rate, up to as many as one minute gives."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self.capacity = float(per_minute)
+        self.rate = per_minute / 60
+        self.tokens = self.capacity
+        self.last = now
+
+    def take(self, now: float) -> float:
+        """Take one token and return 0, or the seconds until there is one."""
+        self.tokens = min(self.capacity, self.tokens + (now - self.last) * self.rate)
+        self.last = now
+        if self.tokens >= 1:
+            self.tokens -= 1
+            return 0.0
+        return (1 - self.tokens) / self.rate
+
+
+def _presented(scope: Scope) -> set[bytes]:
+    """The different keys that a request carries. Other schemes than Bearer carry none."""
+    found = set()
+    for name, value in scope["headers"]:
+        kind = name.lower()
+        if kind == b"authorization":
+            scheme, _, value = value.strip().partition(b" ")
+            if scheme.lower() != b"bearer":
+                continue
+        elif kind != b"x-api-key":
+            continue
+        if value.strip():
+            found.add(value.strip())
+    return found

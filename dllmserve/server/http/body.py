@@ -1,0 +1,176 @@
+"""Reads request bodies before the app sees them: bounded in bytes and in time."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dllmserve._checks import check_float, check_int
+from dllmserve.errors import ConfigError
+from dllmserve.server.http.respond import CLOSE, send_error, shown
+
+#: methods whose body, if there is one, means nothing, so that its type does not matter
+_BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
+
+
+class _TooLarge(Exception):
+    """More bytes came than allowed; ``complete`` if they were the last."""
+
+    def __init__(self, complete: bool) -> None:
+        super().__init__()
+        self.complete = complete
+
+
+class _Gone(Exception):
+    """The client went away before its body was complete."""
+
+
+class BodyGuard:
+    """ASGI middleware that reads the whole body, then calls the app with it.
+
+    The app gets the body as one ``http.request`` message; every later ``receive()`` goes to
+    the server, so that it still notices a client that goes away. Answers that it gives itself:
+
+    - 413 for more than ``max_bytes``: at once if Content-Length says so, else when they came
+    - 408 for a body that is not complete after ``timeout_s`` seconds
+    - 415 for a body that is not JSON, or compressed; not for GET, HEAD, DELETE and OPTIONS
+    - 400 for a Content-Length that is no number
+
+    413 and 408 close the connection. A client that goes away while it sends is not answered
+    and the app is not called.
+
+    Args:
+        app: the app behind.
+        max_bytes: largest body in bytes.
+        timeout_s: seconds for the whole body, however steadily it trickles.
+
+    Raises:
+        ConfigError: a limit is not positive.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int = 2 * 1024 * 1024, timeout_s: float = 30
+    ) -> None:
+        check_int(ConfigError, "max_bytes", max_bytes, 1)
+        check_float(ConfigError, "timeout_s", timeout_s, 0, low_open=True)
+        self.app = app
+        self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Guard one request; other kinds of scope pass."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        try:
+            declared = _declared_length(scope)
+        except ValueError as error:
+            await send_error(scope, send, 400, str(error), headers=[CLOSE], receive=receive)
+            return
+        if declared > self.max_bytes:
+            await self._refuse_size(scope, send, receive, f"{declared} bytes")
+            return
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                body = await self._read(receive)
+        except TimeoutError:
+            text = (
+                f"The request body was not complete after {self.timeout_s:g} seconds;"
+                " send it faster or make it smaller."
+            )
+            await send_error(scope, send, 408, text, code="body_timeout", headers=[CLOSE])
+            return
+        except _TooLarge as error:
+            unread = None if error.complete else receive
+            await self._refuse_size(scope, send, unread, "more")
+            return
+        except _Gone:
+            return
+        wrong = _wrong_type(scope) if body and scope["method"] not in _BODILESS else None
+        if wrong:
+            await send_error(scope, send, 415, wrong, code="unsupported_media_type")
+            return
+        await self.app(scope, _replay(body, receive), send)
+
+    async def _read(self, receive: Receive) -> bytes:
+        """The whole body; raises _TooLarge or _Gone."""
+        parts: list[bytes] = []
+        size = 0
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise _Gone
+            part = message.get("body", b"")
+            more = message.get("more_body", False)
+            size += len(part)
+            if size > self.max_bytes:
+                raise _TooLarge(complete=not more)
+            if part:
+                parts.append(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _refuse_size(
+        self, scope: Scope, send: Send, receive: Receive | None, given: str
+    ) -> None:
+        text = (
+            f"The request body is limited to {self.max_bytes} bytes and has {given};"
+            " split the request into smaller ones."
+        )
+        await send_error(
+            scope, send, 413, text, code="body_too_large", headers=[CLOSE], receive=receive
+        )
+
+
+def _headers(scope: Scope, name: bytes) -> list[bytes]:
+    """Every value of a header, in lower case and without surrounding blanks."""
+    return [value.strip().lower() for key, value in scope["headers"] if key.lower() == name]
+
+
+def _declared_length(scope: Scope) -> int:
+    """Content-Length, or 0; raises ValueError, with a message for the client."""
+    values = set(_headers(scope, b"content-length"))
+    if not values:
+        return 0
+    value = values.pop()
+    if values or not value.isdigit() or len(value) > 20:
+        raise ValueError(f"Content-Length must be one number of bytes, not '{shown(value, 40)}'.")
+    return int(value)
+
+
+def _wrong_type(scope: Scope) -> str | None:
+    """What is wrong with the body's type, as a message for the client; None if it is JSON."""
+    coding = _headers(scope, b"content-encoding")
+    if any(value not in (b"", b"identity") for value in coding):
+        return (
+            f"Content-Encoding '{shown(coding[0], 40)}' is not supported;"
+            " send the JSON uncompressed."
+        )
+    types = _headers(scope, b"content-type")
+    if types and all(_is_json(value) for value in types):
+        return None
+    given = f"not '{shown(types[0], 100)}'" if types else "and there is none"
+    return f"The Content-Type of a request body must be application/json, {given}."
+
+
+def _is_json(value: bytes) -> bool:
+    """Whether a content type is JSON; its parameters do not matter."""
+    kind = value.partition(b";")[0].strip()
+    return kind == b"application/json" or (
+        kind.startswith(b"application/") and kind.endswith(b"+json")
+    )
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A ``receive`` that gives the body once and then what the server has to say."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed

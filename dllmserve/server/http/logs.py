@@ -1,0 +1,196 @@
+"""Logging of the server: one line per event, whatever users put into it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import sys
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+from dllmserve._checks import check_choice
+from dllmserve.errors import ConfigError
+from dllmserve.server.http.escape import escaped, shown
+
+Format = Literal["json", "text"]
+
+#: names that the logging module keeps for itself; an ``extra`` with one of them raises
+RESERVED = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+#: uvicorn's copy of the message for colour terminals
+_NOISE = frozenset({"color_message"})
+
+#: loggers that get the handler; asyncio's reports exceptions that nobody awaited
+_LOGGERS = ("dllmserve", "uvicorn", "asyncio")
+
+_MAX_TEXT = 16_384  # characters of one field
+_MAX_TRACE = 65_536  # characters of one traceback
+_MAX_ITEMS = 64  # of one list or dict
+_MAX_DEPTH = 4
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PLAIN = re.compile(r"[^\s\"'=\\]+")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line, in ASCII.
+
+    Keys: ``time`` (ISO 8601, UTC, milliseconds), ``level``, ``logger``, ``message``, every field
+    of ``extra``, and ``exc`` with the traceback as one string. Control characters and
+    everything beyond ASCII are JSON escapes, so a value can end neither its string nor the
+    line; lone surrogates, which strict parsers refuse, become U+FFFD. Long values are cut.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as one line. Never raises."""
+        line: dict[str, Any] = {
+            "time": _time(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": _cut(_message(record), _MAX_TEXT),
+        }
+        for key, value in _extras(record).items():
+            line[f"extra_{key}" if key in line or key == "exc" else key] = _plain(value)
+        trace = _trace(self, record)
+        if trace:
+            line["exc"] = _cut(trace, _MAX_TRACE)
+        return json.dumps(_whole(line), ensure_ascii=True, separators=(",", ":"))
+
+
+class TextFormatter(logging.Formatter):
+    """``time LEVEL logger: message key=value ...`` on one line, for people.
+
+    Control characters are escaped. The lines of a traceback start with "  | ", so that no text
+    inside an exception can look like a line of the log.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text. Never raises."""
+        message = escaped(_cut(_message(record), _MAX_TEXT))
+        head = f"{_time(record)} {record.levelname:<7} {escaped(record.name)}: {message}"
+        fields = [f"{escaped(key)}={_word(value)}" for key, value in _extras(record).items()]
+        lines = [" ".join([head, *fields])]
+        trace = _trace(self, record)
+        if trace:
+            lines += [f"  | {escaped(line)}" for line in _cut(trace, _MAX_TRACE).split("\n")]
+        return "\n".join(lines)
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """The handler of this module, told from others when logging is configured again."""
+
+
+def configure_logging(
+    format: Format = "text", level: str = "INFO", *, stream: TextIO | None = None
+) -> None:
+    """Send the logs of dllmserve, uvicorn and asyncio to one stream, in one format.
+
+    May be called again: the handlers of the call before are replaced. uvicorn's access log is
+    off, :class:`~dllmserve.server.http.request_id.RequestLog` writes a better one. Run uvicorn
+    with ``log_config=None``, or it installs its own handlers.
+
+    Args:
+        format: "json" for machines, "text" for people.
+        level: DEBUG, INFO, WARNING, ERROR or CRITICAL, in upper or lower case.
+        stream: by default stderr.
+
+    Raises:
+        ConfigError: an unknown format or level.
+
+    Example:
+        >>> configure_logging("json", "warning")
+        >>> logging.getLogger("dllmserve").warning("hello")  # doctest: +SKIP
+        {"time":"2026-02-03T04:05:06.789Z","level":"WARNING","logger":"dllmserve",...}
+    """
+    check_choice(ConfigError, "log format", format, ("json", "text"))
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+    check_choice(ConfigError, "log level", level.upper(), levels)
+    handler = _Handler(stream if stream is not None else sys.stderr)
+    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    for name in (*_LOGGERS, "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        for old in list(logger.handlers):
+            # uvicorn's own would write each line a second time
+            if isinstance(old, _Handler) or name.startswith("uvicorn"):
+                logger.removeHandler(old)
+    for name in _LOGGERS:
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.propagate = False
+        logger.setLevel(level.upper() if name != "asyncio" else "WARNING")
+    logging.getLogger("uvicorn.error").propagate = True
+    logging.getLogger("uvicorn.access").propagate = False
+
+
+def _time(record: logging.LogRecord) -> str:
+    when = datetime.fromtimestamp(record.created, UTC)
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _message(record: logging.LogRecord) -> str:
+    """The message; a format string that does not fit its arguments is shown beside them."""
+    try:
+        return record.getMessage()
+    except Exception:  # logging would print it to stderr, unescaped
+        return f"{shown(record.msg, _MAX_TEXT)} {shown(record.args, _MAX_TEXT)}"
+
+
+def _extras(record: logging.LogRecord) -> dict[str, object]:
+    """What the caller gave as ``extra``."""
+    hidden = RESERVED | _NOISE
+    return {str(key): value for key, value in record.__dict__.items() if key not in hidden}
+
+
+def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
+    """Traceback and stack of the record, or ""."""
+    parts = []
+    if record.exc_info and record.exc_info[0] is not None:
+        parts.append(formatter.formatException(record.exc_info))
+    if record.stack_info:
+        parts.append(formatter.formatStack(record.stack_info))
+    return "\n".join(parts)
+
+
+def _cut(text: str, limit: int) -> str:
+    """At most about ``limit`` characters: the beginning and the end, which says the most."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}… ({len(text) - 2 * half} characters left out) …{text[-half:]}"
+
+
+def _plain(value: object, depth: int = 0) -> Any:
+    """A value as plain JSON types of bounded size."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and value.bit_length() <= 64:
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, str):
+        return _cut(value, _MAX_TEXT)
+    if depth < _MAX_DEPTH and isinstance(value, dict):
+        pairs = list(value.items())[:_MAX_ITEMS]
+        return {shown(key): _plain(item, depth + 1) for key, item in pairs}
+    if depth < _MAX_DEPTH and isinstance(value, (list, tuple)):
+        return [_plain(item, depth + 1) for item in value[:_MAX_ITEMS]]
+    return shown(value, 1000)
+
+
+def _whole(value: Any) -> Any:
+    """The same value without lone surrogates in its strings."""
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return value
+
+
+def _word(value: object) -> str:
+    """A value of a text line: as it is, or in quotes if it would not read as one word."""
+    plain = _plain(value)
+    text = plain if isinstance(plain, str) else json.dumps(plain)
+    text = escaped(text)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)

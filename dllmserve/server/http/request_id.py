@@ -1,0 +1,200 @@
+"""Request ids, one log line per request, and the answer when a handler raised."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dllmserve.server.http.connection import ABORT
+from dllmserve.server.http.logs import RESERVED
+from dllmserve.server.http.respond import CLOSE, send_error
+
+MetricsHook = Callable[[str, str, int, float], None]
+
+#: route of a request that no route of the app matched
+UNMATCHED = "unmatched"
+#: status in logs and metrics of a request whose client left before it was answered
+CLIENT_GONE = 499
+
+_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+_access_log = logging.getLogger("dllmserve.access")
+_log = logging.getLogger("dllmserve.server")
+
+
+class RequestLog:
+    """ASGI middleware that names, logs and counts every request; the outermost one.
+
+    A client's ``X-Request-Id`` is kept if it is 1 to 64 of ``A-Z a-z 0-9 . _ -``, else there is
+    a new one. It is in ``scope["state"]["request_id"]`` and on every response, those of the
+    guards inside included.
+
+    At its end a request is one INFO line with these fields: ``request_id``, ``method``,
+    ``route`` (the template, never the path), ``status`` (499: the client left first),
+    ``duration_ms``, ``key_name``, ``disconnected`` if the client left during the answer, and
+    what the handler put into the dict ``scope["state"]["log"]``.
+
+    An exception out of the app is logged with its traceback at ERROR on "dllmserve.server". The
+    client gets a 500 that tells nothing but the request id; if the answer had begun, its
+    connection is cut so that it is not taken for complete.
+
+    Args:
+        app: the app behind.
+        clock: seconds, monotonic.
+        log: where the lines go.
+        metrics_hook: called with method, route, status and seconds of each request.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        log: logging.Logger = _access_log,
+        metrics_hook: MetricsHook | None = None,
+    ) -> None:
+        self.app = app
+        self.clock = clock
+        self.log = log
+        self.metrics_hook = metrics_hook
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Log one request; other kinds of scope pass."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start = self.clock()
+        exchange = _Exchange(scope, receive, send)
+        scope.setdefault("state", {})["request_id"] = exchange.request_id
+        try:
+            await self._run(exchange)
+        finally:
+            self._finish(exchange, self.clock() - start)
+
+    async def _run(self, exchange: _Exchange) -> None:
+        """Call the app; whatever it does, the client gets a complete answer or a cut one."""
+        try:
+            await self.app(exchange.scope, exchange.receive, exchange.send)
+        except asyncio.CancelledError:
+            # only the server's shutdown cancels a request
+            if exchange.status is None and not exchange.gone:
+                await exchange.fail(503, "The server is shutting down; send the request again.")
+            raise
+        except ClientDisconnect as error:
+            if exchange.gone:
+                return
+            _log.error("request failed", exc_info=error, extra=exchange.names())
+        except Exception as error:
+            _log.error("request failed", exc_info=error, extra=exchange.names())
+        else:
+            if exchange.complete or exchange.gone:
+                return
+            _log.error("the handler ended without a complete response", extra=exchange.names())
+        if exchange.gone or exchange.complete:
+            return
+        if exchange.status is None:
+            await exchange.fail(500, "Internal server error; the log has it by its X-Request-Id.")
+        else:
+            await exchange.cut()
+
+    def _finish(self, exchange: _Exchange, seconds: float) -> None:
+        status = exchange.status
+        if status is None:
+            status = CLIENT_GONE if exchange.gone else 500
+        state = exchange.scope["state"]
+        fields: dict[str, object] = {
+            **exchange.names(),
+            "status": status,
+            "duration_ms": round(seconds * 1000, 3),
+            "key_name": state.get("key_name", ""),
+        }
+        if exchange.gone and exchange.status is not None:
+            fields["disconnected"] = True
+        own = state.get("log")
+        if isinstance(own, dict):
+            for key, value in own.items():
+                taken = key in RESERVED or key in fields
+                fields[f"log_{key}" if taken else str(key)] = value
+        self.log.info("request", extra=fields)
+        if self.metrics_hook is not None:
+            method, route = str(fields["method"]), str(fields["route"])
+            self.metrics_hook(method, route, status, seconds)
+
+
+class _Exchange:
+    """One request and what has become of it."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope = scope
+        self.request_id = _request_id(scope)
+        #: of the response, once it has begun
+        self.status: int | None = None
+        self.complete = False
+        #: the client left before its response was complete
+        self.gone = False
+        self._receive = receive
+        self._send = send
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self.complete:
+            self.gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [pair for pair in message.get("headers", ()) if pair[0] != b"x-request-id"]
+            headers.append((b"x-request-id", self.request_id.encode()))
+            message = {**message, "headers": headers}
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+        await self._send(message)
+
+    async def fail(self, status: int, text: str) -> None:
+        """Answer in place of the handler."""
+        await send_error(self.scope, self.send, status, text, headers=[CLOSE])
+
+    async def cut(self) -> None:
+        """End a response that cannot be completed, visibly."""
+        abort = self.scope.get("extensions", {}).get(ABORT)
+        if callable(abort):
+            abort()
+            # the server hears of the lost connection before it looks at the response
+            await asyncio.sleep(0)
+
+    def names(self) -> dict[str, Any]:
+        """The fields that say which request this is."""
+        method = self.scope["method"]
+        return {
+            "request_id": self.request_id,
+            "method": method if method in _METHODS else "OTHER",
+            "route": route_template(self.scope),
+        }
+
+
+def route_template(scope: Scope) -> str:
+    """The path template of the route that took the request, or "unmatched".
+
+    It is what the app's router left in the scope, so it is known only after the app ran. Never
+    the path itself, which a client can choose freely.
+    """
+    path = getattr(scope.get("route"), "path", None)
+    return path if isinstance(path, str) else UNMATCHED
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's request id if it is one and harmless, else a new one."""
+    given = [value for name, value in scope["headers"] if name.lower() == b"x-request-id"]
+    if len(given) == 1 and _ID.fullmatch(given[0]):
+        return bytes(given[0]).decode()
+    return uuid.uuid4().hex

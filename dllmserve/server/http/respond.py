@@ -1,0 +1,129 @@
+"""The error object that every refused request is answered with."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+
+from starlette.types import Receive, Scope, Send
+
+from dllmserve.server.http.escape import shown
+
+__all__ = ["CLOSE", "drain", "error_body", "error_type", "send_error", "shown", "wants_detail"]
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+#: header of a response after which the connection is closed
+CLOSE = (b"connection", b"close")
+#: longest error message, in characters
+MAX_MESSAGE = 2000
+#: how long an answered client may go on sending before its connection is closed
+LINGER_S = 1.0
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found",
+    410: "result_expired",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout",
+}
+
+
+def error_type(status: int) -> str:
+    """The ``type`` of an error object that goes with an HTTP status.
+
+    Example:
+        >>> error_type(413), error_type(500)
+        ('invalid_request_error', 'server_error')
+    """
+    return _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+def wants_detail(path: str) -> bool:
+    """Whether errors of this path repeat their message as ``detail``, as the native API does."""
+    return path.startswith(("/v1/generate", "/v1/result"))
+
+
+def error_body(
+    message: str,
+    *,
+    type: str,
+    code: str | None = None,
+    param: str | None = None,
+    detail: bool = False,
+) -> bytes:
+    """The error object as JSON.
+
+    Control characters of the message are escaped and it is cut after 2000 characters; use
+    :func:`shown` for each part of it that a user wrote.
+
+    Example:
+        >>> error_body("no", type="not_found")
+        b'{"error":{"message":"no","type":"not_found","param":null,"code":null}}'
+    """
+    message = shown(message, MAX_MESSAGE)
+    body: dict[str, object] = {
+        "error": {"message": message, "type": type, "param": param, "code": code}
+    }
+    if detail:
+        body["detail"] = message
+    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+async def send_error(
+    scope: Scope,
+    send: Send,
+    status: int,
+    message: str,
+    *,
+    type: str | None = None,
+    code: str | None = None,
+    param: str | None = None,
+    headers: Headers = (),
+    receive: Receive | None = None,
+) -> None:
+    """Answer a request with the error object.
+
+    Args:
+        scope: the request; its path decides about ``detail``.
+        send: the ASGI callable.
+        status: HTTP status.
+        message: for people; names the limit, the value given and the way out.
+        type: by default what :func:`error_type` says.
+        code: for machines.
+        param: the request's field that is wrong.
+        headers: besides content type and length.
+        receive: given when the request's body may not have been read. What still comes is
+            then thrown away for up to a second: closing a connection with unread data resets
+            it, and many clients would never see the answer.
+    """
+    body = error_body(
+        message,
+        type=type or error_type(status),
+        code=code,
+        param=param,
+        detail=wants_detail(scope.get("path", "")),
+    )
+    fixed = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
+    if receive is not None:
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+        await drain(receive, LINGER_S)
+        body = b""
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def drain(receive: Receive, seconds: float) -> None:
+    """Throw away what is left of a request's body, for at most so many seconds."""
+    try:
+        async with asyncio.timeout(seconds):
+            message = await receive()
+            while message["type"] == "http.request" and message.get("more_body", False):
+                message = await receive()
+    except TimeoutError:
+        return

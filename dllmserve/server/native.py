@@ -1,0 +1,275 @@
+"""The native API: submit and poll, and a stream of canvases for people who want to watch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, Literal
+
+import msgspec
+from fastapi import APIRouter, Path, Query
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+from starlette.requests import Request as HttpRequest
+
+from dllmserve.errors import DllmServeError
+from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.process.calls import Started
+from dllmserve.server.common import (
+    JobsOf,
+    OwnerOf,
+    ServiceOf,
+    errors,
+    note,
+    note_prompts,
+    note_runs,
+)
+from dllmserve.server.failures import ApiError, as_api_error
+from dllmserve.server.fields import NativeFields, Text, TokenIds
+from dllmserve.server.jobs import MAX_WAIT_S, Details
+from dllmserve.server.service import Run, Service
+from dllmserve.server.sse import EventStream, event
+from dllmserve.server.store import MAX_JOB_ID, Gone, Stored
+
+router = APIRouter(tags=["native"])
+
+#: most prompts that any server takes at once; --max-prompts is at most this
+MAX_PROMPTS = 1024
+_PLAIN_ID = re.compile(r"0|[1-9][0-9]{0,15}")
+
+Prompt = Annotated[Text, Field(min_length=1)] | TokenIds
+
+
+class GenerateRequest(NativeFields):
+    """One prompt."""
+
+    prompt: Prompt = Field(description="A text, or token ids.")
+
+
+class BatchRequest(NativeFields):
+    """Several prompts with the same settings."""
+
+    prompts: list[Prompt] = Field(min_length=1, max_length=MAX_PROMPTS)
+
+
+class Submitted(BaseModel):
+    """Accepted jobs."""
+
+    request_ids: list[int]
+    status: Literal["submitted"]
+
+
+class Usage(BaseModel):
+    """What an answer cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    forward_passes: int
+    queue_time: float | None = None
+
+
+class ResultAnswer(BaseModel):
+    """A job: the last three fields are there only where they apply."""
+
+    request_id: int
+    status: Literal["running", "finished", "failed", "cancelled"]
+    text: str | None
+    error: str | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+
+@router.post("/v1/generate", response_model=Submitted, responses=errors())
+async def generate(
+    body: GenerateRequest, http: HttpRequest, service: ServiceOf, jobs: JobsOf, owner: OwnerOf
+) -> Response:
+    """Accept one prompt; ask for the answer under /v1/result/{request_id}."""
+    ids = await _submit(body, [body.prompt], http, service, jobs, owner)
+    answer = {"request_ids": ids, "status": "submitted"}
+    return JSONResponse(answer, headers={"Location": f"/v1/result/{ids[0]}"})
+
+
+@router.post("/v1/generate_batch", response_model=Submitted, responses=errors())
+async def generate_batch(
+    body: BatchRequest, http: HttpRequest, service: ServiceOf, jobs: JobsOf, owner: OwnerOf
+) -> Response:
+    """Accept all prompts, or none."""
+    ids = await _submit(body, body.prompts, http, service, jobs, owner)
+    return JSONResponse({"request_ids": ids, "status": "submitted"})
+
+
+async def _submit(
+    body: NativeFields,
+    prompts: list[Any],
+    http: HttpRequest,
+    service: Service,
+    jobs: JobsOf,
+    owner: str,
+) -> list[int]:
+    limit = service.settings.server.max_prompts
+    if len(prompts) > limit:
+        raise ApiError(
+            400, f"prompts has {len(prompts)} entries, over max_prompts={limit}", param="prompts"
+        )
+    note_prompts(http, service, prompts)
+    params, sparse = body.sampling_params(), body.sparse_config()
+    requests = []
+    for place, prompt in enumerate(prompts):
+        name = "prompt" if len(prompts) == 1 else f"prompts[{place}]"
+        ids = await service.prompt_ids(prompt, name)
+        requests.append(service.llm.check(ids, params, sparse, name=name))
+    found = await jobs.submit(requests, owner, body.timeout)
+    note(http, jobs=len(found), prompt_tokens=sum(r.prompt_len for r in requests))
+    return found
+
+
+JobId = Annotated[int, Path(ge=0, le=MAX_JOB_ID, description="From request_ids.")]
+
+
+@router.get(
+    "/v1/result/{request_id}",
+    response_model=ResultAnswer,
+    responses=errors(400, 404, 410, 503, body=False),
+)
+async def result(
+    request_id: JobId,
+    http: HttpRequest,
+    jobs: JobsOf,
+    owner: OwnerOf,
+    wait: Annotated[
+        float,
+        Query(ge=0, le=MAX_WAIT_S, allow_inf_nan=False, description="Seconds to wait for the end."),
+    ] = 0,
+    details: Annotated[
+        Literal["true", "false"], Query(description="Also finish_reason and usage.")
+    ] = "false",
+) -> Response:
+    """What has become of a job. Reading changes nothing, so it may be repeated."""
+    _check_id(http)
+    stored = _there(request_id, await jobs.find(request_id, owner, wait))
+    answer: dict[str, Any] = {"request_id": request_id, "status": "running", "text": None}
+    found = stored.result
+    if found is None:
+        return JSONResponse(answer, headers={"Retry-After": "1"})
+    answer |= {"status": found.status, "text": found.text}
+    if found.error is not None:
+        answer["error"] = found.error
+    if details == "true" and found.details:
+        more = msgspec.msgpack.decode(found.details, type=Details)
+        answer["finish_reason"] = more.finish_reason
+        answer["usage"] = {
+            "prompt_tokens": more.prompt_tokens,
+            "completion_tokens": more.completion_tokens,
+            "forward_passes": more.forward_passes,
+            "queue_time": more.queue_time,
+        }
+    return JSONResponse(answer)
+
+
+@router.delete(
+    "/v1/result/{request_id}",
+    status_code=204,
+    response_class=Response,
+    responses=errors(400, 404, 410, 503, body=False),
+)
+async def delete(request_id: JobId, http: HttpRequest, jobs: JobsOf, owner: OwnerOf) -> Response:
+    """Drop a job: it is cancelled if it runs, and its result is freed."""
+    _check_id(http)
+    found = await jobs.delete(request_id, owner)
+    if found is not True:
+        _there(request_id, found if isinstance(found, Gone) else None)
+    return Response(status_code=204)
+
+
+def _check_id(http: HttpRequest) -> None:
+    """Only the plain form of an id: no sign, blank or leading zero."""
+    raw = http.scope["path"].rpartition("/")[2]
+    if not _PLAIN_ID.fullmatch(raw):
+        raise ApiError(
+            400, f"request_id must be an integer from 0 to {MAX_JOB_ID}", param="request_id"
+        )
+
+
+def _there(request_id: int, found: Stored | Gone | None) -> Stored:
+    if isinstance(found, Stored):
+        return found
+    if isinstance(found, Gone):
+        text = f"the result of request {request_id} is gone: it was {found.reason}"
+        raise ApiError(410, text, code=f"result_{found.reason}")
+    raise ApiError(404, f"there is no request {request_id}", code="not_found")
+
+
+@router.post(
+    "/v1/generate/stream",
+    response_class=Response,
+    responses={
+        **errors(),
+        200: {
+            "description": "Events: `step` with the changed positions of the answer, then `done` "
+            "with the answer, or `error`.",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+    },
+)
+async def stream(body: GenerateRequest, http: HttpRequest, service: ServiceOf) -> Response:
+    """Watch the answer being filled in: provisional and committed positions, step by step."""
+    note_prompts(http, service, [body.prompt])
+    ids = await service.prompt_ids(body.prompt)
+    request = service.llm.check(ids, body.sampling_params(), body.sparse_config())
+    (run,) = service.admit([request], watch=True, timeout_s=body.timeout)
+    return EventStream(_canvases(run, http, service), service.settings.server.sse_keep_alive)
+
+
+async def _canvases(run: Run, http: HttpRequest, service: Service) -> AsyncGenerator[bytes, None]:
+    """Events of a watched run."""
+    before: CanvasStep | None = None
+    output: RequestOutput | None = None
+    try:
+        while output is None:
+            found = await run.next()
+            if isinstance(found, CanvasStep):
+                yield event(_changes(before, found, service), "step")
+                before = found
+            elif isinstance(found, RequestOutput):
+                output = found
+                yield event(found.as_dict(), "done")
+            elif isinstance(found, Started):
+                yield event({"queue_time": run.queue_time}, "started")
+    except DllmServeError as failure:
+        error = as_api_error(failure)
+        yield event({"message": error.message, "code": error.code}, "error")
+    finally:
+        run.close("disconnect")
+        note_runs(http, [run], output.completion_tokens if output is not None else 0)
+
+
+def _changes(before: CanvasStep | None, now: CanvasStep, service: Service) -> dict[str, Any]:
+    """The positions of the answer that a step has changed."""
+    tokenizer = service.llm.tokenizer
+    changed = []
+    for place, token in enumerate(now.token_ids):
+        cell = (token, now.committed[place], now.confidence[place])
+        if before is not None and cell == (
+            before.token_ids[place],
+            before.committed[place],
+            before.confidence[place],
+        ):
+            continue
+        if before is None and token is None:
+            continue
+        text = "" if token is None or tokenizer is None else tokenizer.decode([token])
+        changed.append(
+            {
+                "position": place,
+                "token_id": token,
+                "text": text,
+                "committed": cell[1],
+                "confidence": cell[2],
+            }
+        )
+    return {
+        "forward_passes": now.forward_passes,
+        "block": list(now.block),
+        "length": len(now.token_ids),
+        "changed": changed,
+    }

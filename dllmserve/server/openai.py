@@ -1,0 +1,170 @@
+"""The OpenAI endpoints."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.requests import Request as HttpRequest
+
+from dllmserve.core.request import Request
+from dllmserve.server.common import ServiceOf, errors, note_prompts, note_runs
+from dllmserve.server.failures import ApiError
+from dllmserve.server.http.escape import shown
+from dllmserve.server.openai_answers import ChatAnswer, CompletionAnswer, Reply, stream
+from dllmserve.server.openai_bodies import ChatRequest, CompletionRequest, OpenAIFields
+from dllmserve.server.service import Service, finish_all
+from dllmserve.server.sse import EventStream, unless_gone
+
+router = APIRouter(tags=["openai"])
+
+_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+class ModelCard(BaseModel):
+    """A model."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    """All models: one."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+def _responses(kind: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    text = "The answer; with stream=true, events with its pieces."
+    return {**errors(404, 504), 200: {"model": kind, "description": text, "content": _EVENTS}}
+
+
+@router.post("/v1/completions", response_model=None, responses=_responses(CompletionAnswer))
+async def completions(body: CompletionRequest, http: HttpRequest, service: ServiceOf) -> Response:
+    """Complete prompts."""
+    _check_model(body.model, service)
+    prompts = body.prompts()
+    note_prompts(http, service, prompts)
+    _check_count(len(prompts) * body.choices(service.settings.server), "prompt", service)
+    ids = [
+        await service.prompt_ids(prompt, f"prompt[{i}]" if len(prompts) > 1 else "prompt")
+        for i, prompt in enumerate(prompts)
+    ]
+    tokenizer = service.llm.tokenizer
+    echoes: list[str] = []
+    if body.echo:
+        echoes = [
+            prompt if isinstance(prompt, str) else tokenizer.decode(prompt) if tokenizer else ""
+            for prompt in prompts
+        ]
+    return await _answer(body, ids, http, service, echoes, chat=False)
+
+
+@router.post("/v1/chat/completions", response_model=None, responses=_responses(ChatAnswer))
+async def chat(body: ChatRequest, http: HttpRequest, service: ServiceOf) -> Response:
+    """Answer a conversation."""
+    _check_model(body.model, service)
+    messages = [message.plain() for message in body.messages]
+    note_prompts(http, service, messages)
+    _check_count(body.choices(service.settings.server), "n", service)
+    ids = await service.chat_ids(messages)
+    return await _answer(body, [ids], http, service, [], chat=True)
+
+
+async def _answer(
+    body: OpenAIFields,
+    prompts: list[list[int]],
+    http: HttpRequest,
+    service: Service,
+    echoes: list[str],
+    *,
+    chat: bool,
+) -> Response:
+    config = service.settings.server
+    options = body.stream_options
+    if options is not None and not body.stream:
+        raise ApiError(
+            400,
+            "stream_options needs stream=true",
+            code="invalid_parameter",
+            param="stream_options",
+        )
+    requests = _requests(body, prompts, service)
+    reply = Reply(
+        chat=chat,
+        model=service.model_name,
+        choices=body.choices(config),
+        echoes=echoes,
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
+    )
+    runs = service.admit(requests, stream=bool(body.stream), timeout_s=body.timeout)
+    if body.stream:
+        return EventStream(stream(reply, runs, http), config.sse_keep_alive)
+    outputs = await unless_gone(http, finish_all(runs))
+    note_runs(http, runs, sum(output.completion_tokens for output in outputs))
+    return JSONResponse(reply.whole(runs, outputs))
+
+
+def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) -> list[Request]:
+    """Checked requests: every choice of every prompt."""
+    config, llm = service.settings.server, service.llm
+    sparse, choices = body.sparse_config(), body.choices(config)
+    max_len = llm.info.limits.max_model_len
+    requests = []
+    for place, ids in enumerate(prompts):
+        name = "prompt" if len(prompts) == 1 else f"prompt[{place}]"
+        choice = body.sampling_params(len(ids), max_len, config)
+        requests += [llm.check(ids, choice(i), sparse, name=name) for i in range(choices)]
+    return requests
+
+
+def _check_model(name: str | None, service: Service) -> None:
+    if name is not None and name != service.model_name:
+        raise ApiError(
+            404,
+            f"there is no model {shown(name, 100)}; this server has {service.model_name!r}",
+            code="model_not_found",
+            param="model",
+        )
+
+
+def _check_count(count: int, param: str, service: Service) -> None:
+    limit = service.settings.server.max_prompts
+    if count > limit:
+        raise ApiError(
+            400,
+            f"{count} answers are asked for, over max_prompts={limit}",
+            code="invalid_parameter",
+            param=param,
+        )
+
+
+@router.get("/v1/models", response_model=ModelList, responses=errors(body=False))
+async def models(service: ServiceOf) -> dict[str, Any]:
+    """The model of this server."""
+    return {"object": "list", "data": [_card(service)]}
+
+
+@router.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404, body=False))
+async def model(model: str, service: ServiceOf) -> dict[str, Any]:
+    """One model."""
+    _check_model(model, service)
+    return _card(service)
+
+
+def _card(service: Service) -> dict[str, Any]:
+    info = service.llm.supervisor.info
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "dllmserve",
+        "max_model_len": None if info is None else info.limits.max_model_len,
+    }

@@ -1,0 +1,245 @@
+"""What the OpenAI endpoints answer: whole, and in pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from starlette.requests import Request as HttpRequest
+
+from dllmserve import __version__
+from dllmserve.async_llm import TextDelta
+from dllmserve.errors import DllmServeError
+from dllmserve.outputs import RequestOutput
+from dllmserve.server.common import note_runs
+from dllmserve.server.failures import as_api_error
+from dllmserve.server.http.respond import error_type
+from dllmserve.server.service import Run
+from dllmserve.server.sse import event
+
+#: names the software behind an answer; OpenAI's clients show it
+FINGERPRINT = f"dllmserve-{__version__}"
+DONE = b"data: [DONE]\n\n"
+
+
+class UsageAnswer(BaseModel):
+    """Tokens, and what else a diffusion model can say of its cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    forward_passes: int
+    tokens_per_forward: float
+    queue_time: float
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: UsageAnswer
+
+
+class CompletionChoice(BaseModel):
+    """One completion."""
+
+    index: int
+    text: str
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+
+
+class CompletionAnswer(_Answer):
+    """Answer of /v1/completions."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class AnswerMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatAnswer(_Answer):
+    """Answer of /v1/chat/completions."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+@dataclass
+class Reply:
+    """The frame of one answer.
+
+    Attributes:
+        chat: /v1/chat/completions, else /v1/completions.
+        model: its name.
+        choices: answers to each prompt; choice i belongs to prompt i // choices.
+        echoes: text before each answer, by prompt; empty without echo.
+        include_usage, continuous_usage: what a stream also tells.
+    """
+
+    chat: bool
+    model: str
+    choices: int
+    echoes: Sequence[str] = ()
+    include_usage: bool = False
+    continuous_usage: bool = False
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        prefix = "chatcmpl" if self.chat else "cmpl"
+        self.id = f"{prefix}-{secrets.token_hex(12)}"
+
+    def whole(self, runs: Sequence[Run], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The answer in one piece."""
+        choices = []
+        for index, output in enumerate(outputs):
+            choice: dict[str, Any] = {"index": index}
+            if self.chat:
+                message = {"role": "assistant", "content": output.text, "refusal": None}
+                choice["message"] = message
+            else:
+                choice["text"] = self.echo(index) + output.text
+            choices.append(choice | {"logprobs": None, "finish_reason": output.finish_reason})
+        kind = "chat.completion" if self.chat else "text_completion"
+        return self._frame(kind, choices) | {"usage": self.usage(runs, outputs)}
+
+    def echo(self, index: int) -> str:
+        """The prompt of a choice, if it is echoed."""
+        return self.echoes[index // self.choices] if self.echoes else ""
+
+    def usage(self, runs: Sequence[Run], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """Tokens of all choices; each prompt counts once."""
+        prompt = sum(run.request.prompt_len for run in runs[:: self.choices])
+        completion = sum(output.completion_tokens for output in outputs)
+        forwards = sum(output.forward_passes for output in outputs)
+        waits = [run.queue_time for run in runs if run.queue_time is not None]
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "forward_passes": forwards,
+            "tokens_per_forward": round(completion / forwards, 3) if forwards else 0.0,
+            "queue_time": round(max(waits, default=0.0), 6),
+        }
+
+    def chunk(
+        self, index: int, text: str | None, reason: str | None = None, *, first: bool = False
+    ) -> dict[str, Any]:
+        """One piece of a stream."""
+        choice: dict[str, Any] = {"index": index}
+        if self.chat:
+            delta: dict[str, Any] = {"role": "assistant"} if first else {}
+            if text is not None:
+                delta["content"] = text
+            choice["delta"] = delta
+        else:
+            choice["text"] = text or ""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        frame = self._frame(kind, [choice | {"logprobs": None, "finish_reason": reason}])
+        return frame | {"usage": None} if self.include_usage else frame
+
+    def last(self, runs: Sequence[Run], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """The piece without choices that tells the usage."""
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return self._frame(kind, []) | {"usage": self.usage(runs, outputs)}
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+        }
+
+
+async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGenerator[bytes, None]:
+    """The answer in pieces of committed text; an error after the start is an event, too."""
+    outputs: dict[int, RequestOutput] = {}
+    try:
+        for index in range(len(runs)):
+            if reply.chat:
+                yield event(reply.chunk(index, "", first=True))
+            elif reply.echo(index):
+                yield event(reply.chunk(index, reply.echo(index)))
+        async for index, delta in _merged(runs):
+            if delta.text:
+                chunk = reply.chunk(index, delta.text)
+                if reply.continuous_usage:
+                    chunk["usage"] = reply.usage(runs, list(outputs.values()))
+                yield event(chunk)
+            if delta.output is not None:
+                outputs[index] = delta.output
+                yield event(reply.chunk(index, None, delta.output.finish_reason))
+        if reply.include_usage:
+            yield event(reply.last(runs, [outputs[i] for i in sorted(outputs)]))
+    except DllmServeError as failure:
+        error = as_api_error(failure)
+        body = {
+            "message": error.message,
+            "type": error_type(error.status),
+            "param": error.param,
+            "code": error.code,
+        }
+        yield event({"error": body})
+    finally:
+        for run in runs:
+            run.close("disconnect")
+        note_runs(http, runs, sum(o.completion_tokens for o in outputs.values()))
+    yield DONE
+
+
+async def _merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, TextDelta], None]:
+    """Text of all runs as it comes, with the run's number; the first failure ends it."""
+    found: asyncio.Queue[tuple[int, TextDelta] | BaseException | None] = asyncio.Queue()
+
+    async def read(index: int, run: Run) -> None:
+        try:
+            async for delta in run.text():
+                found.put_nowait((index, delta))
+            found.put_nowait(None)
+        except DllmServeError as error:
+            found.put_nowait(error)
+
+    tasks = [asyncio.create_task(read(index, run)) for index, run in enumerate(runs)]
+    try:
+        left = len(tasks)
+        while left:
+            item = await found.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task

@@ -1,0 +1,198 @@
+"""Run a server: bind first, load behind an open port, drain on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import ssl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import uvicorn
+
+from dllmserve.errors import ConfigError, DllmServeError
+from dllmserve.server.app import create_app, guarded
+from dllmserve.server.http.connection import ConnectionLimits, guarded_protocol
+from dllmserve.server.http.logs import configure_logging
+from dllmserve.server.jobs import Jobs
+from dllmserve.server.service import Service
+from dllmserve.server.settings import Settings, with_port
+
+_log = logging.getLogger("dllmserve.server")
+
+#: seconds that answered connections get to be flushed and closed
+_FLUSH_S = 5
+_BACKLOG = 2048
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code.
+
+    0 is a clean end, 1 an engine that is gone for good.
+
+    Raises:
+        ConfigError: the address is taken, the job store or a certificate cannot be used.
+        DllmServeError: the model cannot be loaded.
+    """
+    server = settings.server
+    form = server.log_format
+    if form == "auto":
+        form = "text" if sys.stderr.isatty() else "json"
+    configure_logging("json" if form == "json" else "text", server.log_level.upper())
+    bound = _bind(server.host, server.port)
+    try:
+        settings = with_port(settings, bound.getsockname()[1])
+        return asyncio.run(_Running(settings, bound).run())
+    finally:
+        bound.close()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handling: we drain before it closes the port."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+class _Running:
+    """One server, from its open port to its end."""
+
+    def __init__(self, settings: Settings, bound: socket.socket) -> None:
+        self._settings, self._bound = settings, bound
+        app = create_app(settings)
+        self._service: Service = app.state.service
+        self._jobs: Jobs = app.state.jobs
+        self._server = _Server(self._config(guarded(app)))
+        self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._signals.put_nowait, number)
+        await self._jobs.open()
+        self._announce()
+        serving = asyncio.create_task(self._server.serve(sockets=[self._bound]))
+        try:
+            return await self._until_the_end()
+        finally:
+            self._service.close_door()
+            await self._jobs.close()
+            self._server.should_exit = True
+            await asyncio.wait({serving}, timeout=2 * _FLUSH_S)
+            serving.cancel()
+            with suppress(asyncio.CancelledError):
+                await serving
+            await self._service.stop()
+
+    async def _until_the_end(self) -> int:
+        """Load, serve, drain."""
+        stopping = asyncio.create_task(self._signals.get())
+        loading = asyncio.create_task(self._load())
+        try:
+            await asyncio.wait({stopping, loading}, return_when=asyncio.FIRST_COMPLETED)
+            if loading.done():
+                loading.result()
+                dying = asyncio.create_task(self._service.watch())
+                try:
+                    await asyncio.wait({stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    dying.cancel()
+                if not stopping.done():
+                    _log.critical("the server ends: %s", dying.result())
+                    return 1
+            await self._drain(stopping.result())
+            return 0
+        finally:
+            for task in (stopping, loading):
+                task.cancel()
+                with suppress(asyncio.CancelledError, DllmServeError):
+                    await task
+
+    async def _load(self) -> None:
+        await self._service.start()
+        await self._jobs.resume()
+
+    async def _drain(self, number: signal.Signals) -> None:
+        """Finish what is under way; a second signal cuts that short."""
+        timeout = self._settings.server.shutdown_timeout
+        _log.info(
+            "%s: finishing %d requests, for up to %g s; another signal ends them now",
+            number.name,
+            len(self._service.runs),
+            timeout,
+        )
+        draining = asyncio.create_task(self._service.drain(timeout))
+        again = asyncio.create_task(self._signals.get())
+        await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            draining.cancel()
+            await self._service.drain(0)
+        again.cancel()
+
+    def _announce(self) -> None:
+        settings, server = self._settings, self._settings.server
+        scheme = "https" if server.ssl_certfile else "http"
+        host = f"[{server.host}]" if ":" in server.host else server.host
+        _log.info(
+            "listening on %s://%s:%d, loading %s; %s; job ids are %s; jobs are kept in %s",
+            scheme,
+            host,
+            server.port,
+            settings.model_name,
+            f"{len(settings.keys)} API keys" if settings.keys else "no API keys",
+            "sequential" if settings.sequential_ids else "random",
+            "memory" if server.job_store == "memory" else "a file",
+        )
+
+    def _config(self, app: object) -> uvicorn.Config:
+        server = self._settings.server
+        limits = ConnectionLimits(
+            header_timeout_s=server.header_timeout,
+            max_connections=server.max_connections,
+            write_timeout_s=server.write_timeout,
+        )
+        config = uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            http=guarded_protocol(limits, self._service.connections),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=server.keep_alive_timeout,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=_FLUSH_S,
+            backlog=_BACKLOG,
+            ssl_certfile=server.ssl_certfile,
+            ssl_keyfile=server.ssl_keyfile,
+            ssl_ca_certs=server.ssl_ca_certs,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if server.ssl_ca_certs else ssl.CERT_NONE,
+        )
+        try:
+            config.load()
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"the TLS certificate or key cannot be used: {error}") from error
+        return config
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A listening address, taken before the model is loaded."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {reason}; give another --port or --host"
+        ) from error
+    bound.setblocking(False)
+    return bound

@@ -1,0 +1,375 @@
+"""Service: engine, admission, jobs and metrics of one server, without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+from dllmserve.async_llm import AsyncLLM, TextDelta
+from dllmserve.core.request import Request
+from dllmserve.errors import (
+    ContextLengthError,
+    DeadlineError,
+    DllmServeError,
+    OverloadedError,
+    RequestAbortedError,
+)
+from dllmserve.outputs import RequestOutput
+from dllmserve.process.calls import Call, Event, Started
+from dllmserve.process.supervisor import State, SupervisorOptions
+from dllmserve.server.admission import Admission, Place
+from dllmserve.server.http.connection import ConnectionStats
+from dllmserve.server.metrics import Gauges, Metrics
+from dllmserve.server.settings import Settings
+from dllmserve.server.store import StoreStats
+
+_log = logging.getLogger("dllmserve.server")
+
+_LOADING = "the model is being loaded: try again later"
+_DRAINING = "the server is shutting down"
+#: silence of the engine, in seconds, that counts as a stall; it reports every half second
+#: unless a step takes longer
+_PATIENCE_S = 30.0
+
+
+class Run:
+    """An admitted request under way. Close it, however it ends; :meth:`output` does.
+
+    Args:
+        service: the owner.
+        request: the checked request.
+        place: its place among those under way.
+        stream, watch: what the engine is to report.
+        timeout_s: seconds from now in which it has to end.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        place: Place,
+        *,
+        stream: bool,
+        watch: bool,
+        timeout_s: float,
+    ) -> None:
+        self.request = request
+        self._service, self._place = service, place
+        self._began = time.monotonic()
+        self._until = asyncio.get_running_loop().time() + timeout_s
+        self._timeout_s = timeout_s
+        self._last_text: float | None = None
+        self.queue_time: float | None = None
+        try:
+            self.call: Call = service.llm.submit(request, stream=stream, watch=watch)
+        except BaseException:
+            service.admission.give_back(place, done=False)
+            raise
+        service.runs.add(self)
+        service.metrics.accepted(request.prompt_len, request.params.gen_length)
+
+    async def output(self) -> RequestOutput:
+        """Wait for the end.
+
+        Raises:
+            DllmServeError: it failed, or took too long. A cancelled call drops the request.
+        """
+        reason = "disconnect"
+        try:
+            while True:
+                event = await self.next()
+                if isinstance(event, RequestOutput):
+                    return event
+        except (DeadlineError, OverloadedError):
+            reason = "deadline"
+            raise
+        finally:
+            self.close(reason)
+
+    async def text(self) -> AsyncIterator[TextDelta]:
+        """Committed text as it comes; the last piece carries the output."""
+        reason = "disconnect"
+        try:
+            async for delta in self._service.llm.deltas(self.call, self.next):
+                self._note_text(delta)
+                yield delta
+        except (DeadlineError, OverloadedError):
+            reason = "deadline"
+            raise
+        finally:
+            self.close(reason)
+
+    async def next(self) -> Event:
+        """The next event; see :meth:`Call.next`.
+
+        Raises:
+            DeadlineError: its time is over.
+            OverloadedError: it waited too long to be started.
+        """
+        queue_s = self._service.settings.server.queue_timeout
+        until, waits = self._until, self.call.started is None and queue_s is not None
+        if waits and queue_s is not None:
+            until = min(until, self._until - self._timeout_s + queue_s)
+        try:
+            async with asyncio.timeout_at(until):
+                event = await self.call.next()
+        except TimeoutError as error:
+            if waits and until < self._until:
+                raise OverloadedError(
+                    f"the request waited for queue_timeout={queue_s:g} s and was not started",
+                    retry_after=self._service.admission.retry_after(),
+                ) from error
+            raise DeadlineError(
+                f"the request did not finish in {self._timeout_s:g} s; ask for less, or for "
+                "more time"
+            ) from error
+        except DllmServeError as error:
+            if not isinstance(error, RequestAbortedError):
+                self._service.metrics.failed(error.code)
+            raise
+        if isinstance(event, Started):
+            self.queue_time = event.at - self._began
+            self._service.metrics.queue.observe(self.queue_time)
+        elif isinstance(event, RequestOutput):
+            self._finished(event)
+        return event
+
+    def close(self, reason: str) -> None:
+        """Drop the request if it has not ended, and give its place back.
+
+        Args:
+            reason: of dropping it, for the metrics.
+        """
+        if self not in self._service.runs:
+            return
+        self._service.runs.discard(self)
+        if not self.call.ended:
+            self._service.metrics.aborted(reason)
+            self._service.llm.abort(self.call)
+        self._service.admission.give_back(self._place, done=self.call.finished)
+
+    def drop(self, reason: str, text: str) -> None:
+        """End the request from outside; whoever waits for it gets a RequestAbortedError."""
+        if not self.call.ended:
+            self._service.metrics.aborted(reason)
+            self._service.llm.abort(self.call, RequestAbortedError(text))
+
+    def _finished(self, output: RequestOutput) -> None:
+        metrics, now = self._service.metrics, time.monotonic()
+        metrics.finished(output.finish_reason, output.completion_tokens, output.forward_passes)
+        metrics.total.observe(now - self._began)
+        if self.call.started is not None:
+            metrics.inference.observe(now - self.call.started)
+
+    def _note_text(self, delta: TextDelta) -> None:
+        if not delta.text:
+            return
+        metrics, now = self._service.metrics, time.monotonic()
+        if self._last_text is None:
+            metrics.first_text.observe(now - self._began)
+        elif delta.tokens:
+            metrics.between_tokens.observe((now - self._last_text) / delta.tokens)
+        self._last_text = now
+
+
+class Service:
+    """What the endpoints work with.
+
+    Args:
+        settings: all options.
+
+    Attributes:
+        llm: the engine.
+        admission: what is under way.
+        metrics: for Prometheus.
+        runs: requests under way.
+        connections: of the HTTP server.
+        store_stats: of the job store; set by its owner.
+        failure: why the server cannot go on; None while it can.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        server = settings.server
+        self.settings = settings
+        self.model_name = settings.model_name
+        self.created = int(time.time())
+        self.llm = AsyncLLM(
+            supervision=SupervisorOptions(
+                watchdog_s=server.watchdog_timeout,
+                load_timeout_s=server.load_timeout,
+                restart=server.restart,
+            ),
+            **asdict(settings.engine),
+        )
+        self.admission = Admission(server.max_requests, server.max_outstanding_work)
+        self.admission.closed_because = _LOADING
+        self.metrics = Metrics(self.model_name, server.metrics_compat)
+        self.runs: set[Run] = set()
+        self.connections = ConnectionStats()
+        self.store_stats = StoreStats(0, 0, 0, {})
+        self.failure: DllmServeError | None = None
+        self._started = False
+        self._draining = False
+
+    async def start(self) -> None:
+        """Load the model. Raises what :meth:`AsyncLLM.start` raises."""
+        began = time.monotonic()
+        info = await self.llm.start()
+        self._started = True
+        if not self._draining:
+            self.admission.closed_because = None
+        _log.info(
+            "%s is ready after %.1f s: %s, %s, max_model_len %d; %s",
+            self.model_name,
+            time.monotonic() - began,
+            info.device,
+            info.dtype,
+            info.limits.max_model_len,
+            info.memory,
+        )
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new, wait for what is under way, then drop the rest."""
+        self.close_door()
+        until = time.monotonic() + timeout_s
+        while self.runs and time.monotonic() < until and self.failure is None:
+            await asyncio.sleep(0.05)
+        if self.runs:
+            _log.warning("%d requests are dropped: shutdown_timeout is over", len(self.runs))
+        for run in list(self.runs):
+            run.drop("shutdown", "the server shut down before the request was finished")
+
+    def close_door(self) -> None:
+        """Take nothing new from here on; readiness says so."""
+        self._draining = True
+        self.admission.closed_because = _DRAINING
+
+    async def stop(self) -> None:
+        """End the engine."""
+        await self.llm.close()
+
+    async def watch(self) -> DllmServeError:
+        """Wait until the engine is gone for good; returns why."""
+        self.failure = await self.llm.supervisor.failed()
+        return self.failure
+
+    @property
+    def status(self) -> str:
+        """Why no requests are answered now, in a word; "ok" if they are."""
+        if self._draining:
+            return "draining"
+        state = self.llm.supervisor.state
+        if self.failure is not None or state is State.FAILED:
+            return "failed"
+        if not self._started:
+            return "loading"
+        if state is not State.READY:
+            return "restarting"
+        busy = self.llm.supervisor.silence > max(_PATIENCE_S, self.settings.server.watchdog_timeout)
+        return "stalled" if busy else "ok"
+
+    def admit(
+        self,
+        requests: Sequence[Request],
+        *,
+        stream: bool = False,
+        watch: bool = False,
+        timeout_s: float | None = None,
+    ) -> list[Run]:
+        """Take all of the requests, or none.
+
+        Raises:
+            OverloadedError: there is no room.
+        """
+        places = self.take_places(requests)
+        runs: list[Run] = []
+        for request, place in zip(requests, places, strict=True):
+            runs.append(self.run(request, place, stream=stream, watch=watch, timeout_s=timeout_s))
+        return runs
+
+    def take_places(self, requests: Sequence[Request]) -> list[Place]:
+        """Places for all of the requests, or for none. Raises OverloadedError."""
+        self.admission.measure(self.llm.supervisor.counters.busy)
+        try:
+            return self.admission.take(requests)
+        except OverloadedError:
+            self.metrics.rejected(self.status if self.status != "ok" else "full")
+            raise
+
+    def run(
+        self,
+        request: Request,
+        place: Place,
+        *,
+        stream: bool = False,
+        watch: bool = False,
+        timeout_s: float | None = None,
+    ) -> Run:
+        """Start a request that has a place."""
+        limit = self.settings.server.request_timeout
+        seconds = limit if timeout_s is None else min(limit, timeout_s)
+        return Run(self, request, place, stream=stream, watch=watch, timeout_s=seconds)
+
+    async def prompt_ids(self, prompt: str | Sequence[int], name: str = "prompt") -> list[int]:
+        """Token ids of a prompt; a text that cannot fit is refused before it is tokenised."""
+        self.require_engine()
+        if isinstance(prompt, str):
+            self._check_length(len(prompt), name)
+        return await self.llm.prompt_ids(prompt)
+
+    async def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Prompt ids of a conversation; special tokens in contents are ordinary text."""
+        self.require_engine()
+        self._check_length(sum(len(m["content"]) for m in messages), "messages")
+        return await self.llm.chat_ids(messages, literal_contents=True)
+
+    def require_engine(self) -> None:
+        """Raise OverloadedError while no request can be taken."""
+        if self.failure is not None:
+            raise OverloadedError("the engine is gone; the server is about to end", 5)
+        if self.admission.closed_because is not None:
+            self.metrics.rejected(self.status)
+            raise OverloadedError(self.admission.closed_because, self.admission.retry_after())
+
+    def _check_length(self, characters: int, name: str) -> None:
+        limit = 16 * self.llm.info.limits.max_model_len
+        if characters > limit:
+            raise ContextLengthError(
+                f"{name} has {characters} characters, over the {limit} that "
+                f"max_model_len={self.llm.info.limits.max_model_len} tokens could hold"
+            )
+
+    def gauges(self) -> Gauges:
+        """What is read when Prometheus asks."""
+        running = sum(run.call.running for run in self.runs)
+        stats = self.store_stats
+        return Gauges(
+            engine=self.llm.supervisor.counters,
+            waiting=len(self.runs) - running,
+            running=running,
+            work=self.admission.work,
+            results=stats.results,
+            result_bytes=stats.bytes,
+            evicted={str(reason): count for reason, count in stats.evicted.items()},
+            restarts=self.llm.supervisor.restarts,
+            ready=self.status == "ok",
+            connections=self.connections.open,
+        )
+
+
+async def finish_all(runs: Sequence[Run]) -> list[RequestOutput]:
+    """Outputs of all runs; the first failure drops the others."""
+    tasks = [asyncio.create_task(run.output()) for run in runs]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError, DllmServeError):
+                await task

@@ -1,0 +1,172 @@
+"""Settings: where the options of a server come from.
+
+The command line comes before the environment (``DLLMSERVE_PORT``), that before a file
+(``--config``), that before the defaults.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from dllmserve.config import EngineConfig
+from dllmserve.errors import ConfigError, unknown_option
+from dllmserve.server.config import ServerConfig
+from dllmserve.server.http.keys import ApiKeys
+
+_log = logging.getLogger("dllmserve.server")
+
+PREFIX = "DLLMSERVE_"
+KEYS_VARIABLE = "DLLMSERVE_API_KEYS"
+#: variables of that prefix that are no options: the keys, and the client's own
+_OTHER_VARIABLES = frozenset({KEYS_VARIABLE, "DLLMSERVE_API_KEY", "DLLMSERVE_CONFIG"})
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a server is started with.
+
+    Attributes:
+        server, engine: the options.
+        keys: None lets everybody in.
+    """
+
+    server: ServerConfig
+    engine: EngineConfig
+    keys: ApiKeys | None = None
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the API."""
+        named = self.server.served_model_name
+        if named is not None:
+            return named
+        path = Path(self.engine.model)
+        return path.resolve().name if path.is_dir() else self.engine.model
+
+    @property
+    def sequential_ids(self) -> bool:
+        """Whether job ids may be guessed: only where everybody may read everything anyway."""
+        return self.server.request_id_scheme == "sequential" or (
+            self.server.sequential_ids and self.keys is None
+        )
+
+
+def option_names() -> dict[str, tuple[type[Any], str]]:
+    """Every option: its name, the dataclass it belongs to, and its field there."""
+    found: dict[str, tuple[type[Any], str]] = {}
+    for kind in (EngineConfig, ServerConfig):
+        for item in fields(kind):
+            # --seed is a request's elsewhere
+            name = "engine_seed" if (kind, item.name) == (EngineConfig, "seed") else item.name
+            found[name] = (kind, item.name)
+    return found
+
+
+def load_settings(
+    given: Mapping[str, Any], environ: Mapping[str, str], file: str | None = None
+) -> Settings:
+    """Options from the command line, the environment and a file.
+
+    Args:
+        given: options of the command line, by name; only those that were given.
+        environ: the environment.
+        file: YAML mapping of option names to values, or None.
+
+    Raises:
+        ConfigError, UnknownOptionError: a name that nothing reads, or a wrong value.
+    """
+    known = option_names()
+    file = file or environ.get("DLLMSERVE_CONFIG")
+    values = {**_from_file(file), **_from_environment(environ, known), **given}
+    values.setdefault("trust_remote_code", False)
+    parts: dict[type[Any], dict[str, Any]] = {EngineConfig: {}, ServerConfig: {}}
+    for name, value in values.items():
+        if name not in known:
+            raise unknown_option(file or "serve", name, known)
+        kind, item = known[name]
+        parts[kind][item] = value
+    server = ServerConfig(**parts[ServerConfig])
+    engine = EngineConfig(**parts[EngineConfig])
+    keys = _keys(server, environ)
+    if keys is None and not server.loopback and not server.insecure_no_auth:
+        raise ConfigError(
+            f"host={server.host!r} can be reached from other machines: give --api-key-file (or "
+            f"{KEYS_VARIABLE}), or say --insecure-no-auth to let everybody in"
+        )
+    return Settings(server, engine, keys)
+
+
+def _keys(server: ServerConfig, environ: Mapping[str, str]) -> ApiKeys | None:
+    """The keys of the file and of the environment together."""
+    from_file = None if server.api_key_file is None else ApiKeys.from_file(server.api_key_file)
+    value = environ.get(KEYS_VARIABLE)
+    from_env = ApiKeys.from_env(value, KEYS_VARIABLE) if value else None
+    if from_file is None or from_env is None:
+        return from_file or from_env
+    return ApiKeys([*from_file, *from_env])
+
+
+def _from_environment(
+    environ: Mapping[str, str], known: Mapping[str, tuple[type[Any], str]]
+) -> dict[str, Any]:
+    """Options of variables with our prefix; MODEL_PATH is another name for the model."""
+    found: dict[str, Any] = {}
+    if environ.get("MODEL_PATH"):
+        found["model"] = environ["MODEL_PATH"]
+    for variable, text in environ.items():
+        if not variable.startswith(PREFIX) or variable in _OTHER_VARIABLES:
+            continue
+        name = variable.removeprefix(PREFIX).lower()
+        if name not in known:
+            # orchestrators add variables of their own for a service of our name
+            _log.warning("the environment variable %s is no option and is ignored", variable)
+            continue
+        kind, item = known[name]
+        found[name] = _parsed(variable, text, get_type_hints(kind)[item])
+    return found
+
+
+def _from_file(file: str | None) -> dict[str, Any]:
+    if file is None:
+        return {}
+    import yaml
+
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config {file} cannot be read: {reason}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {file} must hold 'option: value' lines")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _parsed(variable: str, text: str, hint: Any) -> Any:
+    """A variable's text as the option's type."""
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
+    if bool in kinds:
+        if text.lower() in _TRUE + _FALSE:
+            return text.lower() in _TRUE
+        raise ConfigError(f"{variable} must be true or false, got {text!r}")
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError as error:
+                number = "an integer" if kind is int else "a number"
+                raise ConfigError(f"{variable} must be {number}, got {text!r}") from error
+    return text
+
+
+def with_port(settings: Settings, port: int) -> Settings:
+    """The same settings with the port that was bound."""
+    return replace(settings, server=replace(settings.server, port=port))

@@ -1,0 +1,108 @@
+"""A job store in a file, which outlives its server."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+
+from dllmserve.server.store.base import (
+    DROP_REASONS,
+    Gone,
+    JobRecord,
+    JobResult,
+    Stored,
+    StoreLimits,
+    StoreStats,
+)
+from dllmserve.server.store.commits import GroupCommit
+from dllmserve.server.store.files import JobFile, unusable
+from dllmserve.server.store.tables import EXPIRE_CHUNK, Tables
+
+
+class SqliteStore:
+    """A :class:`~dllmserve.server.store.base.JobStore` in an SQLite file.
+
+    What an operation did is on the disk when it returns (write-ahead log, synchronous=FULL), so it
+    is there after ``kill -9`` and after a power cut. One server at a time can have the file open.
+
+    Prompts and answers are sensitive, so only the file's user can read it. What is deleted,
+    evicted or expired is overwritten with zeros (secure_delete, which costs nothing measurable
+    here), as is the request of a job that finishes. Copies in the write-ahead log are emptied
+    after a second without work and when the store is closed; without such a pause, a few
+    megabytes of later writes replace them. This is not a guarantee: SQLite leaves traces in
+    unused parts of pages that it rearranged, until they are written again, and so do file
+    systems and disks. Who needs one encrypts the disk.
+
+    Args:
+        path: the file; it and its directory are made if they are missing.
+        limits: bounds of what is kept; None takes the defaults. Lower ones than before are
+            enforced when it is opened.
+    """
+
+    def __init__(self, path: str | Path, limits: StoreLimits | None = None) -> None:
+        self._limits = limits or StoreLimits()
+        self._commits = GroupCommit(str(path), lambda: _open(Path(path), self._limits))
+        self._tables: Tables | None = None
+
+    async def open(self) -> None:
+        """Open the file, at most once.
+
+        Raises:
+            ConfigError: another server has the file, or it is no job store, of a newer version,
+                damaged, or cannot be written. It is never replaced.
+        """
+        self._tables = await self._commits.start()
+
+    async def close(self) -> None:
+        """Finish what was asked for and close the file. Safe to call twice."""
+        await self._commits.stop()
+
+    async def reserve_ids(self, count: int) -> list[int]:
+        """Return ``count`` consecutive ids that were never given from this file."""
+        return await self._commits.run(lambda tables: tables.reserve_ids(count))
+
+    async def insert(self, records: Sequence[JobRecord]) -> None:
+        """Store all records or none. Raises JobIdTaken or ValueError for their ids."""
+        await self._commits.run(lambda tables: tables.insert(records))
+
+    async def unfinished(self) -> list[JobRecord]:
+        """Jobs without a result, the one accepted first in front."""
+        return await self._commits.run(lambda tables: tables.unfinished())
+
+    async def finish(self, id: int, result: JobResult) -> bool:
+        """Give a job its result; False if there is no such unfinished job."""
+        return await self._commits.run(lambda tables: tables.finish(id, result))
+
+    async def find(self, id: int) -> Stored | Gone | None:
+        """Return the job, why it is gone, or None."""
+        return await self._commits.run(lambda tables: tables.find(id))
+
+    async def mark_read(self, id: int) -> None:
+        """Note that a result was delivered; it is then evicted before unread ones."""
+        await self._commits.run(lambda tables: tables.mark_read(id))
+
+    async def delete(self, id: int) -> bool:
+        """Drop a job, finished or not, and leave a tombstone. False if it is not there."""
+        return await self._commits.run(lambda tables: tables.delete(id))
+
+    async def expire(self, now: float) -> None:
+        """Drop results that are past their ttl at ``now`` (unix seconds)."""
+        oldest = now - self._limits.ttl_s
+        while await self._commits.run(lambda tables: tables.expire(oldest)) == EXPIRE_CHUNK:
+            continue
+
+    def stats(self) -> StoreStats:
+        """Counts as of the last commit, from memory."""
+        if self._tables is None:
+            return StoreStats(0, 0, 0, dict.fromkeys(DROP_REASONS, 0))
+        return self._tables.stats
+
+
+def _open(path: Path, limits: StoreLimits) -> Tables:
+    file = JobFile(path)
+    try:
+        return Tables(file, limits)
+    except sqlite3.Error as error:
+        file.close()
+        raise unusable(file.path, error) from error

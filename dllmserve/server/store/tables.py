@@ -1,0 +1,244 @@
+"""The SQL of a job store: one connection, one thread, plain calls inside of transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dllmserve.errors import JobStoreError
+from dllmserve.server.store.base import (
+    DROP_REASONS,
+    MAX_JOB_ID,
+    DropReason,
+    Gone,
+    JobIdTaken,
+    JobRecord,
+    JobResult,
+    Stored,
+    StoreLimits,
+    StoreStats,
+    check_count,
+    check_new,
+    encode,
+)
+from dllmserve.server.store.files import JobFile
+
+UNFINISHED, UNREAD, READ = 0, 1, 2
+#: jobs that one call of expire drops, so that other operations get their turn in between
+EXPIRE_CHUNK = 1000
+
+_TAKEN = "SELECT 1 FROM jobs WHERE id = ?1 UNION ALL SELECT 1 FROM tombstones WHERE id = ?1"
+_INSERT = """INSERT INTO jobs (id, state, place, owner, model, created, deadline, request)
+    VALUES (?, 0, ?, ?, ?, ?, ?, ?)"""
+_UNFINISHED = """SELECT id, owner, model, created, deadline, request FROM jobs
+    WHERE state = 0 ORDER BY place"""
+_FINISH = """UPDATE jobs SET state = 1, place = ?, request = NULL, status = ?, text = ?,
+    error = ?, details = ?, finished = ?, size = ? WHERE id = ? AND state = 0"""
+_FIND = """SELECT id, owner, model, created, deadline, request, status, text, error, details,
+    finished FROM jobs WHERE id = ?"""
+_VICTIM = "SELECT id, owner, size, state FROM jobs WHERE state = ? ORDER BY place LIMIT 1"
+_EXPIRED = """SELECT id, owner, size, state FROM jobs WHERE finished <= ?
+    ORDER BY finished, id LIMIT ?"""
+_TRIM = "DELETE FROM tombstones WHERE place <= (SELECT max(place) FROM tombstones) - ?"
+
+#: id, owner, size and state of a job that is to be dropped
+_Row = tuple[int, bytes, int, int]
+
+
+@dataclass
+class _Counts:
+    """Running totals, so that nobody has to count rows; a rollback takes them back as well."""
+
+    results: int = 0
+    bytes: int = 0
+    unfinished: int = 0
+    place: int = 0
+    evicted: dict[DropReason, int] = field(default_factory=lambda: dict.fromkeys(DROP_REASONS, 0))
+
+    def copy(self) -> _Counts:
+        return replace(self, evicted=dict(self.evicted))
+
+
+class Tables:
+    """The operations of a job store on an open file.
+
+    All of them are called between :meth:`begin` and :meth:`commit` or :meth:`rollback`. What they
+    refuse (a DllmServeError), they refuse before they write anything.
+
+    Attributes:
+        stats: as of the last commit; may be read from any thread.
+        untidy: whether the log of the file may hold what was deleted.
+    """
+
+    stats: StoreStats
+
+    def __init__(self, file: JobFile, limits: StoreLimits) -> None:
+        self._file = file
+        self._db = file.db
+        self._limits = limits
+        self.untidy = True
+        self._now = self._count()
+        self._saved = self._now
+        # the limits may be lower than those it was written with
+        self.begin()
+        self._enforce()
+        self._trim()
+        self.commit()
+
+    def begin(self) -> None:
+        """Start a transaction."""
+        if self._db.in_transaction:  # a rollback that has failed
+            self._db.execute("ROLLBACK")
+        self._saved = self._now.copy()
+        self._writes = self._db.total_changes
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> bool:
+        """Make the transaction last. Returns whether it wrote anything."""
+        self._db.execute("COMMIT")
+        now = self._now
+        self.stats = StoreStats(now.results, now.bytes, now.unfinished, dict(now.evicted))
+        wrote = self._db.total_changes != self._writes
+        self.untidy = self.untidy or wrote
+        return wrote
+
+    def rollback(self) -> None:
+        """Undo the transaction."""
+        self._now = self._saved
+        if self._db.in_transaction:
+            self._db.execute("ROLLBACK")
+
+    def tidy(self) -> None:
+        """Move the log into the file and empty it, and with it what deleted jobs left there."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.untidy = False
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def reserve_ids(self, count: int) -> list[int]:
+        """Take the next ids."""
+        check_count(count)
+        (first,) = self._one("SELECT id FROM next_id")
+        if first + count > MAX_JOB_ID + 1:
+            raise JobStoreError(f"the sequential job ids are used up: {first} of {MAX_JOB_ID + 1}")
+        self._db.execute("UPDATE next_id SET id = ?", (first + count,))
+        return list(range(first, first + count))
+
+    def insert(self, records: Sequence[JobRecord]) -> None:
+        """Add unfinished jobs, all or none."""
+        check_new(records)
+        for record in records:
+            if self._one(_TAKEN, (record.id,)):
+                raise JobIdTaken(f"job id {record.id} is taken")
+        for r in records:
+            row = (r.id, self._place(), encode(r.owner), encode(r.model), r.created, r.deadline)
+            self._db.execute(_INSERT, (*row, r.request))
+        self._now.unfinished += len(records)
+
+    def unfinished(self) -> list[JobRecord]:
+        """Unfinished jobs in the order of their acceptance."""
+        return [_record(row) for row in self._db.execute(_UNFINISHED)]
+
+    def finish(self, id: int, result: JobResult) -> bool:
+        """Give an unfinished job its result and enforce the limits."""
+        text, error = encode(result.text), encode(result.error)
+        size = len(text or b"") + len(error or b"") + len(result.details)
+        row = (self._place(), result.status, text, error, result.details, result.finished, size)
+        if not self._db.execute(_FINISH, (*row, id)).rowcount:
+            return False
+        self._now.unfinished -= 1
+        self._now.results += 1
+        self._now.bytes += size
+        self._enforce()
+        return True
+
+    def find(self, id: int) -> Stored | Gone | None:
+        """Look in the jobs, then in the tombstones."""
+        if row := self._one(_FIND, (id,)):
+            status, text, error, details, finished = row[6:]
+            if status is None:
+                return Stored(_record(row), None)
+            result = JobResult(status, _decode(text), _decode(error), details, finished)
+            return Stored(_record(row), result)
+        row = self._one("SELECT reason, owner FROM tombstones WHERE id = ?", (id,))
+        return Gone(row[0], row[1].decode("utf-8", "surrogatepass")) if row else None
+
+    def mark_read(self, id: int) -> None:
+        """Put a result behind those that were read before."""
+        self._db.execute(
+            "UPDATE jobs SET state = 2, place = ? WHERE id = ? AND state = 1", (self._place(), id)
+        )
+
+    def delete(self, id: int) -> bool:
+        """Drop one job."""
+        row = self._one("SELECT id, owner, size, state FROM jobs WHERE id = ?", (id,))
+        self._drop([row] if row else [], "deleted")
+        return row is not None
+
+    def expire(self, oldest: float) -> int:
+        """Drop results of jobs that finished before, EXPIRE_CHUNK of them. Returns how many."""
+        rows = self._db.execute(_EXPIRED, (oldest, EXPIRE_CHUNK)).fetchall()
+        self._drop(rows, "expired")
+        return len(rows)
+
+    def _enforce(self) -> None:
+        """Evict until the limits hold."""
+        while self._limits.exceeded(self._now.results, self._now.bytes):
+            if row := self._one(_VICTIM, (READ,)):
+                self._drop([row], "evicted_read")
+            else:
+                self._drop([self._one(_VICTIM, (UNREAD,))], "evicted_unread")
+
+    def _drop(self, rows: Sequence[_Row], reason: DropReason) -> None:
+        """Replace jobs with tombstones."""
+        if not rows:
+            return
+        self._db.executemany("DELETE FROM jobs WHERE id = ?", [row[:1] for row in rows])
+        tombstones = [(id, DROP_REASONS[reason], owner) for id, owner, _, _ in rows]
+        insert = "INSERT INTO tombstones (id, reason, owner) VALUES (?, ?, ?)"
+        self._db.executemany(insert, tombstones)
+        self._trim()
+        now = self._now
+        waiting = sum(state == UNFINISHED for _, _, _, state in rows)
+        now.unfinished -= waiting
+        now.results -= len(rows) - waiting
+        now.bytes -= sum(size for _, _, size, _ in rows)
+        now.evicted[reason] += len(rows)
+
+    def _trim(self) -> None:
+        """Forget the oldest tombstones above their limit."""
+        self._db.execute(_TRIM, (self._limits.max_tombstones,))
+
+    def _place(self) -> int:
+        self._now.place += 1
+        return self._now.place
+
+    def _count(self) -> _Counts:
+        """Count what the file holds; the only time that all rows are looked at."""
+        counts = _Counts()
+        query = "SELECT state, count(*), sum(size), max(place) FROM jobs GROUP BY state"
+        for state, jobs, size, place in self._db.execute(query):
+            if state == UNFINISHED:
+                counts.unfinished = jobs
+            else:
+                counts.results += jobs
+                counts.bytes += size
+            counts.place = max(counts.place, place)
+        return counts
+
+    def _one(self, query: str, values: tuple[Any, ...] = ()) -> Any:
+        return self._db.execute(query, values).fetchone()
+
+
+def _record(row: Sequence[Any]) -> JobRecord:
+    id, owner, model, created, deadline, request = row[:6]
+    return JobRecord(
+        id, _decode(owner) or "", _decode(model) or "", created, deadline, request or b""
+    )
+
+
+def _decode(text: bytes | None) -> str | None:
+    return None if text is None else text.decode("utf-8", "surrogatepass")

@@ -1,0 +1,433 @@
+"""What a connection may hold and for how long."""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from typing import Any
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from dllmserve.errors import ConfigError
+from dllmserve.server.http.body import BodyGuard
+from dllmserve.server.http.connection import (
+    ABORT,
+    MAX_PIPELINED,
+    MAX_TURNED_AWAY,
+    ConnectionLimits,
+    guarded_protocol,
+)
+from tests.server.http.live import (
+    Client,
+    Echo,
+    Waiter,
+    ask,
+    connected,
+    get,
+    pending_timers,
+    post,
+    read_body,
+    reply,
+    serving,
+    until,
+)
+
+SHORT = 0.3  # seconds
+SLACK = 2.0
+
+
+async def half_headers(client: Client) -> float:
+    """Send a header now and then until the server has had enough; the seconds it took."""
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    await client.send(b"POST / HTTP/1.1\r\nHost: h\r\n")
+    answer = asyncio.ensure_future(client.answer())
+    while not answer.done():
+        await client.send(b"X-A: b\r\n")
+        await asyncio.wait({answer}, timeout=0.1)
+    assert answer.result().status == 408
+    assert answer.result().error["code"] == "header_timeout"
+    await client.closed()
+    return loop.time() - start
+
+
+async def slow_body(client: Client) -> float:
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    await client.send(post(b"")[:-2].replace(b"Length: 0", b"Length: 1000") + b"\r\n")
+    answer = asyncio.ensure_future(client.answer())
+    while not answer.done():
+        await client.send(b"x")
+        await asyncio.wait({answer}, timeout=0.1)
+    assert answer.result().status == 408
+    assert answer.result().error["code"] == "body_timeout"
+    await client.closed()
+    return loop.time() - start
+
+
+def test_slow_senders_are_closed_while_others_are_served() -> None:
+    async def main() -> None:
+        echo = Echo()
+        app = BodyGuard(echo, timeout_s=SHORT)
+        async with serving(app, header_timeout_s=SHORT) as live, contextlib.AsyncExitStack() as s:
+            clients = [await s.enter_async_context(connected(live.port)) for _ in range(150)]
+            slow = asyncio.gather(*map(half_headers, clients[:100]), *map(slow_body, clients[100:]))
+            served = 0
+            while not slow.done():
+                assert (await ask(live.port, get("/fine"))).body == b"GET /fine "
+                served += 1
+            taken = await slow
+            assert served > 2
+            assert max(taken) < SHORT + SLACK
+            assert len(echo.seen) == served, "the app must not see half a request"
+            await until(lambda: live.stats.open == 0, "connections are left")
+
+    asyncio.run(main())
+
+
+def test_silent_connection_is_closed_without_an_answer() -> None:
+    async def main() -> None:
+        async with serving(Echo(), header_timeout_s=SHORT) as live:
+            start = asyncio.get_running_loop().time()
+            async with connected(live.port) as client:
+                await client.closed()
+            taken = asyncio.get_running_loop().time() - start
+            assert SHORT - 0.01 <= taken < SHORT + SLACK
+            assert not live.stats.refused
+
+    asyncio.run(main())
+
+
+def test_header_clock_starts_again_with_each_request() -> None:
+    """Idle time between requests is the keep-alive timeout's, the next request's its own."""
+
+    async def main() -> None:
+        async with serving(Echo(), header_timeout_s=SHORT, keep_alive=5) as live:
+            async with connected(live.port) as client:
+                assert (await client.ask(get())).status == 200
+                await asyncio.sleep(2 * SHORT)
+                assert (await client.ask(get("/two"))).body == b"GET /two "
+                assert await half_headers(client) < SHORT + SLACK
+            async with connected(live.port) as client:
+                await client.ask(get())
+                await client.send(b"G")
+                assert (await client.answer()).status == 408
+                await client.closed()
+
+    asyncio.run(main())
+
+
+def test_stray_line_ends_do_not_keep_a_connection_open() -> None:
+    async def main() -> None:
+        async with serving(Echo(), header_timeout_s=SHORT, keep_alive=0.5) as live:
+            async with connected(live.port) as first, connected(live.port) as later:
+                await first.send(b"\r\n\r\n")
+                await later.ask(get())
+                await later.send(b"\r\n")
+                assert await first.closed() < SHORT + SLACK
+                assert await later.closed() < 1 + SLACK
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("keep_sending", [False, True])
+def test_unread_body_of_an_answered_request_cannot_hold_the_connection(keep_sending: bool) -> None:
+    """uvicorn alone forgets its keep-alive timer when a body comes after the answer."""
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, b"no", 401)
+
+    async def main() -> None:
+        async with serving(refuse, header_timeout_s=2 * SHORT) as live:
+            async with connected(live.port) as client:
+                whole = post(b"x" * 1000)
+                assert (await client.ask(whole[:-900])).status == 401
+                if not keep_sending:
+                    assert await client.closed() < 2 * SHORT + SLACK
+                    return
+                closed = asyncio.ensure_future(client.closed())
+                while not closed.done():
+                    await client.send(b"x")
+                    await asyncio.wait({closed}, timeout=0.05)
+                assert closed.result() < 2 * SHORT + SLACK
+
+    asyncio.run(main())
+
+
+def test_rest_of_an_answered_request_leaves_the_connection_usable() -> None:
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await reply(send, b"no", 401)
+
+    async def main() -> None:
+        async with serving(refuse, header_timeout_s=SHORT, keep_alive=1.5) as live:
+            async with connected(live.port) as client:
+                whole = post(b"x" * 1000)
+                assert (await client.ask(whole[:-900])).status == 401
+                await client.send(whole[-900:])
+                await asyncio.sleep(2 * SHORT)
+                assert (await client.ask(get())).status == 401
+                assert await client.closed() < 1.5 + SLACK
+
+    asyncio.run(main())
+
+
+BOMBS = {
+    "one endless header": (b"GET / HTTP/1.1\r\nA: ", b"x" * 40000, 431, "headers_too_large"),
+    "one endless name": (b"GET / HTTP/1.1\r\nA", b"x" * 40000, 431, "headers_too_large"),
+    "large headers": (
+        b"GET / HTTP/1.1\r\n",
+        b"A: %b\r\n" % (b"x" * 4000),
+        431,
+        "headers_too_large",
+    ),
+    "many headers": (b"GET / HTTP/1.1\r\n", b"A: b\r\n" * 20, 431, "too_many_headers"),
+    "long target": (b"GET /", b"x" * 4000, 414, "target_too_long"),
+    "long query": (b"GET /?", b"x" * 4000, 414, "target_too_long"),
+    "endless line ends": (b"", b"\r\n" * 20000, 431, "headers_too_large"),
+    "endless trailer": (
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: ",
+        b"x" * 40000,
+        431,
+        "headers_too_large",
+    ),
+    "many trailers": (
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+        b"A: b\r\n" * 20,
+        431,
+        "too_many_headers",
+    ),
+    "endless chunk extension": (
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;a=",
+        b"x" * 40000,
+        431,
+        "headers_too_large",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_header_bombs(name: str) -> None:
+    first, more, status, code = BOMBS[name]
+
+    async def main() -> None:
+        echo = Echo()
+        async with serving(BodyGuard(echo)) as live, connected(live.port) as client:
+            await client.send(first)
+            answer = asyncio.ensure_future(client.answer())
+            sent = 0
+            while not answer.done():
+                await client.send(more)
+                sent += len(more)
+                await asyncio.sleep(0.001)
+            assert sent < 2_000_000
+            assert answer.result().status == status
+            assert answer.result().headers["connection"] == "close"
+            assert answer.result().error["code"] == code
+            assert answer.result().error["type"] == "invalid_request_error"
+            assert await client.closed() < SLACK
+            assert not echo.bodies
+            assert live.stats.refused == {status: 1}
+
+    asyncio.run(main())
+
+
+def test_headers_just_within_the_limits_pass() -> None:
+    async def main() -> None:
+        limits = {"max_headers": 3, "max_header_bytes": 200, "max_target_bytes": 20}
+        async with serving(Echo(), **limits) as live:
+            assert (await ask(live.port, get("/" + "x" * 19, "A: b", "C: d"))).status == 200
+            assert (await ask(live.port, get("/" + "x" * 20))).status == 414
+            assert (await ask(live.port, get("/", "A: b", "C: d", "E: f"))).status == 431
+            # the target counts as well: 9 for Host, 5 for A
+            fits = get("/" + "x" * 18, "A: " + "x" * (200 - 19 - 9 - 5))
+            assert (await ask(live.port, fits)).status == 200
+            assert (await ask(live.port, fits.replace(b"A: x", b"A: xx"))).status == 431
+
+    asyncio.run(main())
+
+
+def test_connections_over_the_limit_get_503() -> None:
+    async def main() -> None:
+        async with serving(Echo(), max_connections=3) as live:
+            async with contextlib.AsyncExitStack() as stack:
+                held = [await stack.enter_async_context(connected(live.port)) for _ in range(3)]
+                await until(lambda: live.stats.open == 3, "not open")
+                async with connected(live.port) as client:
+                    answer = await client.ask(b"garbage that nobody parses")
+                    assert answer.status == 503
+                    assert answer.error["type"] == "overloaded_error"
+                    assert int(answer.headers["retry-after"]) >= 1
+                    await client.closed()
+                assert live.stats.open == 3
+                assert (await held[0].ask(get())).status == 200
+            await until(lambda: live.stats.open == 0, "still open")
+            assert (await ask(live.port, get())).status == 200
+
+    asyncio.run(main())
+
+
+def test_a_crowd_at_the_door_is_bounded() -> None:
+    """Those that do not leave when told are dropped, and beyond a number at once."""
+
+    async def main() -> None:
+        async with serving(Echo(), max_connections=1) as live:
+            async with contextlib.AsyncExitStack() as stack:
+                await stack.enter_async_context(connected(live.port))
+                await until(lambda: live.stats.open == 1, "not open")
+                crowd = MAX_TURNED_AWAY + 20
+                for _ in range(crowd):
+                    await stack.enter_async_context(connected(live.port))
+                await until(lambda: live.stats.refused[503] == crowd, "not refused")
+                assert live.stats.open == 1
+                took = await until(lambda: live.stats.turned_away <= MAX_TURNED_AWAY, "too many")
+                assert took < 0.8
+                # none of them closes its side
+                assert await until(lambda: live.stats.turned_away == 0, "kept") < 1 + SLACK
+
+    asyncio.run(main())
+
+
+def test_app_can_abort_its_connection() -> None:
+    async def main() -> None:
+        async def stuck(scope: Scope, receive: Receive, send: Send) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            scope["extensions"][ABORT]()
+            scope["extensions"][ABORT]()  # harmless
+            assert (await read_body(receive)) == b""
+
+        async with serving(stuck) as live, connected(live.port) as client:
+            await client.send(get())
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                await client.answer()
+            await client.closed()
+            await until(lambda: live.stats.open == 0, "still open")
+
+    asyncio.run(main())
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    async def main() -> None:
+        async with serving(BodyGuard(Echo())) as live, connected(live.port) as client:
+            await client.send(get("/1") + post(b"{}", path="/2") + get("/3"))
+            bodies = [(await client.answer()).body for _ in range(3)]
+            assert bodies == [b"GET /1 ", b"POST /2 {}", b"GET /3 "]
+
+    asyncio.run(main())
+
+
+def test_client_that_leaves_ends_all_its_pipelined_requests() -> None:
+    """uvicorn alone tells only the latest of them."""
+
+    async def main() -> None:
+        waiter = Waiter()
+        async with serving(waiter) as live:
+            async with connected(live.port) as client:
+                await client.send(get("/1") + get("/2"))
+                await until(lambda: waiter.started == 1, "not started")
+            await until(lambda: waiter.left == 1, "the first request still waits")
+            await until(lambda: not live.state.tasks, "tasks are left")
+            assert waiter.started == 1
+
+    asyncio.run(main())
+
+
+def test_number_of_pipelined_requests_is_bounded() -> None:
+    async def main() -> None:
+        waiter = Waiter()
+        async with serving(waiter) as live, connected(live.port) as client:
+            for _ in range(20):
+                await client.send(get() * 50)
+            await until(lambda: live.stats.refused[400] == 1, "not refused")
+            waiter.go.set()
+            for _ in range(MAX_PIPELINED + 1):
+                assert (await client.answer()).body == b"told"
+            last = await client.answer()
+            assert (last.status, last.error["code"]) == (400, "too_many_pipelined")
+            await client.closed()
+            assert waiter.started == MAX_PIPELINED + 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_upgrade_offers_are_ignored(split: bool) -> None:
+    """Java's HTTP client sends them; uvicorn alone drops the body, or takes it for a request."""
+    offer = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABk")
+
+    async def main() -> None:
+        echo = Echo()
+        async with serving(BodyGuard(echo)) as live, connected(live.port) as client:
+            request = post(b'{"a": 1}', *offer, path="/v1/x")
+            at = request.index(b"\r\n\r\n") + 4 if split else 1
+            await client.send(request[:at])
+            await asyncio.sleep(0.05)
+            await client.send(request[at:])
+            assert (await client.answer()).body == b'POST /v1/x {"a": 1}'
+            # and the connection goes on
+            assert (await client.ask(get("/2", *offer))).body == b"GET /2 "
+            await client.send(get("/3", *offer) + get("/4"))
+            assert [(await client.answer()).body for _ in range(2)] == [b"GET /3 ", b"GET /4 "]
+            websocket = get("/5", "Connection: upgrade", "Upgrade: websocket")
+            assert (await client.ask(websocket)).body == b"GET /5 "
+            assert [scope["type"] for scope in echo.seen] == ["http"] * 5
+
+    asyncio.run(main())
+
+
+def test_shutdown_closes_idle_connections_and_lets_requests_finish() -> None:
+    async def main() -> None:
+        waiter = Waiter()
+        async with serving(waiter) as live:
+            async with connected(live.port) as idle, connected(live.port) as busy:
+                await busy.send(get())
+                await until(lambda: waiter.started == 1, "not started")
+                await until(lambda: live.stats.open == 2, "not open")
+                for connection in list(live.state.connections):
+                    connection.shutdown()
+                assert await idle.closed() < SLACK
+                waiter.go.set()
+                answer = await busy.answer()
+                assert answer.body == b"told"
+                await busy.closed()
+
+    asyncio.run(main())
+
+
+def test_no_timer_outlives_its_connection() -> None:
+    async def main() -> None:
+        async with serving(BodyGuard(Echo()), header_timeout_s=60, write_timeout_s=60) as live:
+            for data in (b"", b"GET / HT", get(), get() + b"GET", post(b"{}")[:-1], b"bad\r\n\r\n"):
+                for reset in (False, True):
+                    async with connected(live.port) as client:
+                        await client.send(data)
+                        await asyncio.sleep(0.02)
+                        if reset:
+                            sock = client.writer.get_extra_info("socket")
+                            linger = struct.pack("ii", 1, 0)
+                            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    await until(lambda: live.stats.open == 0, "still open")
+                    assert not pending_timers(), data
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("header_timeout_s", 0),
+        ("write_timeout_s", -1.0),
+        ("max_header_bytes", 0),
+        ("max_headers", True),
+        ("max_connections", 1.5),
+    ],
+)
+def test_limits_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be .*got {value}"):
+        ConnectionLimits(**{name: value})
+
+
+def test_each_server_counts_for_itself() -> None:
+    first, second = (guarded_protocol(ConnectionLimits(max_headers=n)) for n in (1, 2))
+    assert first.stats is not second.stats
+    assert (first.limits.max_headers, second.limits.max_headers) == (1, 2)
