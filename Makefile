@@ -11,12 +11,13 @@ BENCH ?= -m benchmarks.cpu_vs_loop
 SCORES ?= -m benchmarks.scores
 
 VENV := .venv
+FUZZ := .venv-fuzz
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test check fmt bench scores clean
+.PHONY: help generate test check fmt bench fuzz scores clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,11 +45,15 @@ fmt: $(READY)-dev ## format the code and fix what the linter can fix
 bench: $(READY) ## set up, then measure the engine against a plain loop on this machine
 	@$(BIN)/python $(BENCH)
 
+fuzz: $(READY)-test $(FUZZ)/.ready ## set up, then send a server malformed requests and schemathesis' cases
+	@$(BIN)/python -m tests.server.fuzz.raw
+	@$(BIN)/python -m tests.server.fuzz.schema --st $(FUZZ)/bin/st
+
 scores: $(READY) ## set up, then reproduce the embedded model's held-out scores
 	@$(BIN)/python $(SCORES)
 
 clean: ## remove .venv, caches and build output
-	@rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(FUZZ) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted set-up is simply run again.
@@ -65,4 +70,11 @@ $(READY): pyproject.toml
 $(READY)-%: $(READY)
 	@echo "Adding the packages for $*." >&2
 	@$(PIP) --editable ".[$*]"
+	@touch $@
+
+# apart from .venv, whose packages it would change
+$(FUZZ)/.ready:
+	@echo "Setting up $(FUZZ)." >&2
+	@$(PYTHON) -m venv --clear $(FUZZ)
+	@$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check schemathesis==4.32.5
 	@touch $@

@@ -15,7 +15,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.door import Door
 from dllmserve.core.request import Request
 from dllmserve.engine.text import CommittedText
-from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
+from dllmserve.engine.tokenizer import Tokenizer, check_messages, load_tokenizer
 from dllmserve.errors import DllmServeError, EngineError, PromptError, TokenizerError
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
@@ -99,11 +99,15 @@ class AsyncLLM:
             DllmServeError: what :class:`dllmserve.LLM` raises, or the process did not start.
         """
         info = await self.supervisor.start()
-        self.tokenizer = await asyncio.to_thread(
-            load_tokenizer,
-            Path(info.directory),
-            trust_remote_code=self.config.trust_remote_code,
-        )
+        try:
+            self.tokenizer = await asyncio.to_thread(
+                load_tokenizer,
+                Path(info.directory),
+                trust_remote_code=self.config.trust_remote_code,
+            )
+        except BaseException:
+            await self.close()
+            raise
         self._door = Door(info.spec, info.limits, self.tokenizer is not None)
         return info
 
@@ -147,6 +151,7 @@ class AsyncLLM:
         sparse_config: SparseConfig | None = None,
     ) -> dict[str, Any]:
         """Answer a conversation with the checkpoint's chat template; see :meth:`generate`."""
+        check_messages(messages)
         return await self.generate(await self.chat_ids(messages), sampling_params, sparse_config)
 
     async def stream_text(
@@ -200,6 +205,8 @@ class AsyncLLM:
             if len(prompt) <= _SHORT_TEXT:
                 return tokenizer.encode(prompt)
             return await asyncio.to_thread(tokenizer.encode, prompt)
+        if hasattr(prompt, "tolist"):  # a numpy array or a tensor
+            prompt = prompt.tolist()
         if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
             kind = type(prompt).__name__
             raise PromptError(f"the prompt must be a text or a list of token ids, got {kind}")
@@ -210,6 +217,9 @@ class AsyncLLM:
     ) -> list[int]:
         """Prompt ids of a conversation; see :meth:`Tokenizer.encode_chat`."""
         tokenizer = self._text_tokenizer()
+        size = sum(len(str(value)) for message in messages for value in message.values())
+        if size <= _SHORT_TEXT:
+            return tokenizer.encode_chat(messages, literal_contents=literal_contents)
         return await asyncio.to_thread(
             tokenizer.encode_chat, messages, literal_contents=literal_contents
         )
@@ -271,16 +281,18 @@ class AsyncLLM:
         stop = call.submit.params.get("stop")
         strings = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
         text = CommittedText(self._text_tokenizer(), strings)
-        count = 0
+        count = given = 0
         while True:
             event = await (take or call.next)()
             if isinstance(event, Delta):
                 count += len(event.token_ids)
                 if piece := text.add(event.token_ids):
                     yield TextDelta(piece, count)
-                    count = 0
+                    count, given = 0, given + count
             elif isinstance(event, RequestOutput):
-                yield TextDelta(text.finish(event.text), max(count, 1), event)
+                # the last step's ids come with the output
+                left = event.completion_tokens - given
+                yield TextDelta(text.finish(event.text), max(left, 0), event)
                 return
 
     def _text_tokenizer(self) -> Tokenizer:

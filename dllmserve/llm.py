@@ -16,7 +16,7 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.setup import EnginePlan, build_engine
-from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.engine.tokenizer import Tokenizer, check_messages
 from dllmserve.errors import (
     EngineError,
     InvalidParameterError,
@@ -356,14 +356,5 @@ def _conversations(messages: Any) -> list[Messages]:
     if not messages:
         return []
     for place, conversation in enumerate(several):
-        if not isinstance(conversation, Sequence) or not conversation:
-            raise PromptError(f"conversation {place} must be a non-empty list of messages")
-        for message in conversation:
-            if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-                raise PromptError(
-                    "a message needs 'role' and 'content', for example "
-                    f"{{'role': 'user', 'content': 'Hi'}}; got {message!r}"
-                )
-            if not isinstance(message.get("content"), str):
-                raise PromptError(f"a message's content must be a text, got {message!r}")
+        check_messages(conversation, f"conversation {place}")
     return several

@@ -23,6 +23,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "SECURITY.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 FENCE = re.compile(r"^```(.*)$")
@@ -112,6 +113,8 @@ def test_every_error_is_listed() -> None:
     while todo:
         error = todo.pop()
         todo += error.__subclasses__()
+        if error.__module__ != DllmServeError.__module__:
+            continue  # of one layer, which does not let it out
         assert f"`{error.__name__}`" in page and f"`{error.code}`" in page, error.__name__
 
 

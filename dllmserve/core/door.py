@@ -57,8 +57,14 @@ class Door:
         """
         if sparse is not None and not sparse.enabled:
             sparse = None
+        if not prompt_ids:
+            raise PromptError(f"{name} is empty: give at least one token")
+        if len(prompt_ids) >= self.limits.max_model_len:
+            # before anything looks at every token
+            self._check_length(len(prompt_ids), params.gen_length, name)
         ids = _checked_prompt(prompt_ids, self.spec, name)
-        self._check(ids, params, sparse, name)
+        self._check_length(len(ids), params.gen_length, name)
+        self._check(params, sparse)
         request = Request(
             id=id,
             prompt_ids=ids,
@@ -75,16 +81,16 @@ class Door:
         self.limits.check(request, policy.slots(request, self.spec))
         return request
 
-    def _check(
-        self, ids: list[int], params: SamplingParams, sparse: SparseConfig | None, name: str
-    ) -> None:
+    def _check_length(self, tokens: int, gen_length: int, name: str) -> None:
         limit = self.limits.max_model_len
-        total = len(ids) + params.gen_length
+        total = tokens + gen_length
         if total > limit:
             raise ContextLengthError(
-                f"{name} has {len(ids)} tokens and gen_length is {params.gen_length}: "
+                f"{name} has {tokens} tokens and gen_length is {gen_length}: "
                 f"{total} together, over max_model_len={limit}"
             )
+
+    def _check(self, params: SamplingParams, sparse: SparseConfig | None) -> None:
         if sparse is not None and params.cache != "none":
             raise InvalidParameterError(
                 f"a SparseConfig and cache={params.cache!r} exclude each other: "
@@ -101,8 +107,6 @@ class Door:
 
 def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:
     """The prompt as plain ints (numpy integers are welcome), or an error that says where."""
-    if not ids:
-        raise PromptError(f"{name} is empty: give at least one token")
     checked = []
     for place, token in enumerate(ids):
         if isinstance(token, bool) or not hasattr(token, "__index__"):

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dllmserve.errors import PromptError, TokenizerError
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 #: private-use characters that stand for special tokens' texts while a template is rendered
 _MARKS = range(0x100000, 0x10FFFE)
@@ -100,9 +105,22 @@ class Tokenizer:
         Raises:
             TokenizerError: no chat template, or the template refuses the messages.
         """
+        from jinja2 import TemplateError
+
+        try:
+            return self._compiled.render(
+                messages=list(messages), add_generation_prompt=True, **self._names
+            )
+        except TokenizerError:
+            raise
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise TokenizerError(f"the chat template failed: {error}") from error
+
+    @cached_property
+    def _compiled(self) -> Template:
+        """The chat template; to compile it takes much longer than to render it."""
         if self._template is None:
             raise TokenizerError("the checkpoint has no chat template; use generate() instead")
-        from jinja2 import TemplateError
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         def raise_exception(message: str) -> None:
@@ -114,15 +132,7 @@ class Tokenizer:
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         environment.filters["tojson"] = _to_json
-        try:
-            template = environment.from_string(self._template)
-            return template.render(
-                messages=list(messages), add_generation_prompt=True, **self._names
-            )
-        except TokenizerError:
-            raise
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise TokenizerError(f"the chat template failed: {error}") from error
+        return environment.from_string(self._template)
 
 
 class _FastCodec:
@@ -142,8 +152,9 @@ class _FastCodec:
 
     def encode_literally(self, text: str) -> list[int]:
         if self._literal is None:
-            self._literal = type(self._fast).from_str(self._fast.to_str())
-            self._literal.encode_special_tokens = True
+            literal = type(self._fast).from_str(self._fast.to_str())
+            literal.encode_special_tokens = True
+            self._literal = literal  # last: other threads use it as soon as it is there
         ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -163,14 +174,18 @@ class _TransformersCodec:
         self._tokenizer = tokenizer
         # a model may propose ids that only pad its LM head; Python tokenizers fail on them
         self._known = frozenset(tokenizer.get_vocab().values())
+        # an encoding sets options of the tokenizer that others use at the same time
+        self._lock = threading.Lock()
 
     def encode(self, text: str, special: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=special))
+        with self._lock:
+            return list(self._tokenizer.encode(text, add_special_tokens=special))
 
     def encode_literally(self, text: str) -> list[int]:
-        return list(
-            self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        )
+        with self._lock:
+            return list(
+                self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            )
 
     def special_texts(self) -> tuple[str, ...]:
         return tuple(self._tokenizer.all_special_tokens)
@@ -178,6 +193,20 @@ class _TransformersCodec:
     def decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i in self._known]
         return str(self._tokenizer.decode(known, skip_special_tokens=True))
+
+
+def check_messages(messages: Any, name: str = "messages") -> None:
+    """Raise PromptError unless it is one conversation: messages with a role and a text."""
+    if not isinstance(messages, Sequence) or not messages:
+        raise PromptError(f"{name} must be a non-empty list of messages")
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise PromptError(
+                "a message needs 'role' and 'content', for example "
+                f"{{'role': 'user', 'content': 'Hi'}}; got {message!r}"
+            )
+        if not isinstance(message.get("content"), str):
+            raise PromptError(f"a message's content must be a text, got {message!r}")
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Tokenizer | None:

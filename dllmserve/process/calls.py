@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.messages import Submit
+
+#: answer positions in canvases that wait for a slow reader; beyond that older ones are lost
+MAX_WAITING_CELLS = 1 << 18
 
 
 class Cause(Enum):
@@ -80,8 +84,11 @@ class Call:
         self.ended = self.finished = False
         self.submitted = time.monotonic()
         self.started: float | None = None
-        self._events: asyncio.Queue[Event | BaseException] = asyncio.Queue()
+        self._events: deque[Event | BaseException] = deque()
+        self._arrived = asyncio.Event()
+        self._waiting_cells = 0
         self._given_out = False
+        self._suspected = False
         self._deaths = 0
         self._deaths_alone = 0
 
@@ -96,11 +103,16 @@ class Call:
         Raises:
             DllmServeError: the request has failed.
         """
-        event = await self._events.get()
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        event = self._events.popleft()
         if isinstance(event, BaseException):
             raise event
         if isinstance(event, Delta | CanvasStep):
             self._given_out = True
+        if isinstance(event, CanvasStep):
+            self._waiting_cells -= len(event.token_ids)
         return event
 
     async def output(self) -> RequestOutput:
@@ -115,18 +127,22 @@ class Call:
         self.running = True
         if self.started is None:
             self.started = time.monotonic()
-            self._events.put_nowait(Started(self.started))
+            self._put(Started(self.started))
 
     def put(self, event: Delta | CanvasStep) -> None:
-        """Something came of a step."""
-        self._events.put_nowait(event)
+        """Something came of a step. A reader that pauses for long may miss older canvases."""
+        self._put(event)
+        if isinstance(event, CanvasStep):
+            self._waiting_cells += len(event.token_ids)
+            while self._waiting_cells > MAX_WAITING_CELLS and self._lose_canvas(event):
+                continue
 
     def end(self, result: RequestOutput | BaseException) -> None:
         """An output or an error."""
         self.in_engine = self.running = False
         self.ended = True
         self.finished = isinstance(result, RequestOutput)
-        self._events.put_nowait(result)
+        self._put(result)
 
     def judge(self, cause: Cause, alone: bool) -> Fate:
         """Decide what happens after the engine died with the call in it.
@@ -146,21 +162,37 @@ class Call:
             return Fate.FAIL
         self._forget_events()
         if not was_running:
-            return Fate.RERUN
+            return Fate.ALONE if self._suspected else Fate.RERUN
         self._deaths += 1
         self._deaths_alone += alone
+        fate = self._judge_running(cause, alone)
+        self._suspected = fate is Fate.ALONE
+        return fate
+
+    def _judge_running(self, cause: Cause, alone: bool) -> Fate:
         if cause is Cause.KILLED:
             if self._deaths_alone >= 2:
                 return Fate.FAIL
             return Fate.ALONE if self._deaths >= 2 else Fate.RERUN
         return Fate.FAIL if alone and self._deaths >= 2 else Fate.ALONE
 
+    def _put(self, event: Event | BaseException) -> None:
+        self._events.append(event)
+        self._arrived.set()
+
+    def _lose_canvas(self, newest: CanvasStep) -> bool:
+        """Drop the oldest canvas but the newest one; False if there is no other."""
+        for place, event in enumerate(self._events):
+            if isinstance(event, CanvasStep):
+                if event is newest:
+                    break
+                del self._events[place]
+                self._waiting_cells -= len(event.token_ids)
+                return True
+        return False
+
     def _forget_events(self) -> None:
         """Drop what nobody has taken: the next run gives it again."""
-        kept = []
-        while not self._events.empty():
-            event = self._events.get_nowait()
-            if isinstance(event, Started):
-                kept.append(event)
-        for event in kept:
-            self._events.put_nowait(event)
+        kept = [event for event in self._events if isinstance(event, Started)]
+        self._events = deque(kept)
+        self._waiting_cells = 0

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import msgspec
+
 from dllmserve import errors
 from dllmserve.errors import DllmServeError, EngineError, EngineStartError
 from dllmserve.process.calls import Cause, Death
@@ -39,6 +41,7 @@ STACKS_S = 1.0
 #: signals that no engine sends itself
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 _MAX_LINE = 1 << 16
+_NO_MESSAGE = "the engine sent what is no message"
 
 
 class EngineProcess:
@@ -82,8 +85,19 @@ class EngineProcess:
 
         Raises:
             DllmServeError: what the engine says is wrong with model or options.
-            EngineStartError: it died or took too long.
+            EngineStartError: it died, took too long, or the system had no room for it.
         """
+        try:
+            return await cls._start(options, timeout_s, command)
+        except DllmServeError:
+            raise
+        except OSError as error:  # too many processes or open files, a full disk
+            raise EngineStartError(f"the engine could not be started: {error}") from error
+
+    @classmethod
+    async def _start(
+        cls, options: dict[str, Any], timeout_s: float, command: Sequence[str]
+    ) -> EngineProcess:
         listener = Listener()
         process: asyncio.subprocess.Process | None = None
         try:
@@ -142,7 +156,10 @@ class EngineProcess:
         self.send(Configure(options))
         while (data := await self._connection.receive()) is not None:
             self.last_message = time.monotonic()
-            message = decode_from_engine(data)
+            try:
+                message = decode_from_engine(data)
+            except msgspec.MsgspecError as error:
+                raise EngineStartError(f"{_NO_MESSAGE}: {error}") from error
             if isinstance(message, NotLoaded):
                 raise error_named(message.error, message.message)
             if isinstance(message, Ready):
@@ -169,9 +186,12 @@ class EngineProcess:
                 self.last_message = time.monotonic()
                 message = decode_from_engine(data)
                 if isinstance(message, Crashed):
-                    self._crash = message.message
+                    self._crash = f"the engine's step failed: {message.message}"
                 else:
                     handle(message)
+        except msgspec.MsgspecError as error:
+            self._crash = f"{_NO_MESSAGE}: {error}"
+            self.kill()
         finally:
             watchdog.cancel()
             self._connection.close()
@@ -216,7 +236,7 @@ class EngineProcess:
         if self._hung:
             return Death(Cause.HUNG, "the engine hung and was killed")
         if self._crash is not None:
-            return Death(Cause.CRASHED, f"the engine's step failed: {self._crash}")
+            return Death(Cause.CRASHED, self._crash)
         if code == 0:
             return Death(Cause.STOPPED, how)
         return Death(Cause.KILLED if -code in _FROM_OUTSIDE else Cause.CRASHED, how)

@@ -136,7 +136,7 @@ class Supervisor:
             DllmServeError: model or options are wrong, or the engine did not start.
         """
         engine = await self._launch()
-        self._task = asyncio.create_task(self._keep_alive(engine))
+        self._task = asyncio.create_task(self._supervise(engine))
         return engine.info
 
     async def close(self) -> None:
@@ -254,14 +254,27 @@ class Supervisor:
         engine = await EngineProcess.start(
             self._options, timeout_s=how.load_timeout_s, command=how.command
         )
+        if self.state is State.CLOSED:  # while it was being loaded
+            await engine.stop()
+            raise EngineError("the engine has been closed")
         self._engine, self.info = engine, engine.info
         self.state = State.READY
         self._send_held()
         return engine
 
+    async def _supervise(self, engine: EngineProcess) -> None:
+        """Keep engines alive; nobody waits for ever, whatever happens to that."""
+        try:
+            await self._keep_alive(engine)
+        except Exception:
+            _log.exception("the supervision of the engine failed")
+            if self._engine is not None:
+                self._engine.kill()
+            self._give_up(EngineError("the supervision of the engine failed"))
+
     async def _keep_alive(self, engine: EngineProcess) -> None:
         """Run engines until closed, or until they do not start any more."""
-        failed_starts = 0
+        failed_starts, reason = 0, ""
         running: EngineProcess | None = engine
         while True:
             if running is not None:
@@ -271,12 +284,14 @@ class Supervisor:
                     return
                 suspected = self._judge(death)
                 settled = suspected or time.monotonic() - born > _SETTLED_S
-                failed_starts = 0 if settled else failed_starts + 1
+                failed_starts, reason = 0 if settled else failed_starts + 1, death.text
                 if not self._how.restart:
                     return self._give_up(EngineDiedError(f"{death.text}; restarts are off"))
             if failed_starts >= MAX_FAILED_STARTS:
                 return self._give_up(
-                    EngineStartError(f"the engine failed to start {failed_starts} times in a row")
+                    EngineStartError(
+                        f"the engine failed to start {failed_starts} times in a row: {reason}"
+                    )
                 )
             await asyncio.sleep(min(_FIRST_PAUSE_S * 4**failed_starts, _LAST_PAUSE_S))
             self.restarts += 1
@@ -285,12 +300,12 @@ class Supervisor:
                 _log.info("a new engine is ready (process %d)", running.pid)
             except DllmServeError as error:
                 running = None
-                failed_starts += 1
+                failed_starts, reason = failed_starts + 1, str(error)
                 _log.error("the engine could not be started again: %s", error)
 
     def _judge(self, death: Death) -> bool:
         """Decide what becomes of every request; True if any was running."""
-        _log.error("%s; starting a new one", death.text)
+        _log.error("%s", death.text)
         self.state, self._engine, self._alone = State.RESTARTING, None, None
         self._past = self.counters
         self._now = Counters()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dllmserve.core.request import Request
-from dllmserve.errors import OverloadedError
+from dllmserve.errors import CapacityError, OverloadedError
 
 #: seconds of work that are let in when no bound was given
 WORK_SECONDS = 60.0
@@ -16,23 +16,32 @@ _WARM_S = 2.0
 _MOST_RETRY_S = 30
 
 
+def forwards_of(request: Request) -> int:
+    """Forward passes that a request takes at most."""
+    if request.quotas:
+        return sum(len(block) for block in request.quotas)
+    return request.params.gen_length
+
+
 def work_of(request: Request) -> int:
     """Steps x canvas tokens x rows: what a request costs at most, known on arrival.
 
     A rule that writes several tokens a step, an early end and a cache make it cost less.
     """
-    if request.quotas:
-        forwards = sum(len(block) for block in request.quotas)
-    else:
-        forwards = request.params.gen_length
-    return forwards * request.canvas_len * request.rows_needed
+    return forwards_of(request) * request.canvas_len * request.rows_needed
 
 
 @dataclass
 class Place:
-    """A request's place among those under way; give it back once."""
+    """A request's place among those under way; give it back once.
+
+    Attributes:
+        work, forwards: what it may cost.
+        taken: not given back yet.
+    """
 
     work: int
+    forwards: int
     taken: bool = True
 
 
@@ -45,7 +54,7 @@ class Admission:
 
     Attributes:
         requests, work: under way now.
-        open: False refuses everything (``closed_because`` says why).
+        closed_because: why nothing is taken, for clients; None while the door is open.
     """
 
     def __init__(self, max_requests: int, max_work: int | None) -> None:
@@ -53,65 +62,91 @@ class Admission:
         self.work = 0
         self.closed_because: str | None = None
         self._max_requests, self._max_work = max_requests, max_work
-        self._done = 0
+        self._forwards = 0
+        self._done = self._done_forwards = 0
         self._speed = 0.0
 
     def take(self, requests: Sequence[Request]) -> list[Place]:
         """Take a place for each request, or none at all.
 
         Raises:
-            OverloadedError: there is no room; it says when to try again.
+            CapacityError: there are more requests than ever have room.
+            OverloadedError: there is no room now; it says when to try again.
         """
         if self.closed_because is not None:
             raise OverloadedError(self.closed_because, retry_after=self.retry_after())
         count = len(requests)
         if count > self._max_requests:
+            raise CapacityError(
+                f"{count} requests at once are over max_requests={self._max_requests}: "
+                "send fewer at a time"
+            )
+        self.check_room(count)
+        places = [Place(work_of(request), forwards_of(request)) for request in requests]
+        work = sum(place.work for place in places)
+        limit = self._max_work
+        if limit is None and self._speed:
+            limit = int(self._speed * WORK_SECONDS)
+        # alone, anything may run: what could never run is refused elsewhere
+        if limit is not None and self.requests and self.work + work > limit:
             raise OverloadedError(
-                f"{count} requests at once are over max_requests={self._max_requests}",
+                f"work of {self.work} is under way and {work} more is over the "
+                f"{limit} that this server takes on: try again later",
                 retry_after=self.retry_after(),
             )
+        for place in places:
+            self._enter(place)
+        return places
+
+    def check_room(self, count: int) -> None:
+        """Raise OverloadedError if so many requests more would be too many, whatever they are."""
         if self.requests + count > self._max_requests:
             raise OverloadedError(
                 f"{self.requests} requests are under way and {count} more are over "
                 f"max_requests={self._max_requests}: try again later",
                 retry_after=self.retry_after(),
             )
-        works = [work_of(request) for request in requests]
-        limit = self._max_work
-        if limit is None and self._speed:
-            limit = int(self._speed * WORK_SECONDS)
-        # alone, anything may run: what could never run is refused elsewhere
-        if limit is not None and self.requests and self.work + sum(works) > limit:
-            raise OverloadedError(
-                f"work of {self.work} is under way and {sum(works)} more is over the "
-                f"{limit} that this server takes on: try again later",
-                retry_after=self.retry_after(),
-            )
-        self.requests += count
-        self.work += sum(works)
-        return [Place(work) for work in works]
 
     def take_anyway(self, request: Request) -> Place:
         """A place for a request that was accepted before this process began."""
-        place = Place(work_of(request))
-        self.requests += 1
-        self.work += place.work
+        place = Place(work_of(request), forwards_of(request))
+        self._enter(place)
         return place
 
-    def give_back(self, place: Place, *, done: bool) -> None:
-        """Free a place. ``done``: its work was done and not dropped."""
+    def _enter(self, place: Place) -> None:
+        self.requests += 1
+        self.work += place.work
+        self._forwards += place.forwards
+
+    def give_back(self, place: Place, forwards: int | None = None) -> None:
+        """Free a place.
+
+        Args:
+            place: from :meth:`take`.
+            forwards: forward passes that the request took; None if it was dropped.
+        """
         if not place.taken:
             return
         place.taken = False
         self.requests -= 1
         self.work -= place.work
-        if done:
+        self._forwards -= place.forwards
+        if forwards is not None:
             self._done += place.work
+            self._done_forwards += forwards
 
-    def measure(self, busy_s: float) -> None:
-        """Learn the speed from the seconds in which the engine had work, so far."""
-        if busy_s > _WARM_S and self._done:
-            self._speed = self._done / busy_s
+    def measure(self, busy_s: float, forwards: int) -> None:
+        """Learn the speed from what the engine has done so far.
+
+        Args:
+            busy_s: seconds in which it had work.
+            forwards: forward passes of all requests, each counted for itself.
+        """
+        known = self._done_forwards + self._forwards
+        if busy_s > _WARM_S and known:
+            # those under way count too: after some short ones, long ones would look like a
+            # standstill otherwise, and so would the time spent on what was dropped
+            self._speed = forwards / busy_s * (self._done + self.work) / known
 
     def retry_after(self) -> int:
         """Whole seconds until there may be room: 1 to 30."""

@@ -7,10 +7,12 @@ slow connections nor draining with an open port.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,30 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dllmserve import __version__
+from dllmserve.errors import DllmServeError, EngineError
 from dllmserve.server import failures, native, openai, ops
+from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.auth import AuthGuard
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.logs import configure_logging
 from dllmserve.server.http.request_id import RequestLog
+from dllmserve.server.http.respond import send_error
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings
 from dllmserve.server.sse import ClientGone
 from dllmserve.server.store import JobStore, MemoryStore, SqliteStore, StoreLimits
+from dllmserve.server.turnstile import Turnstile
 from dllmserve.server.workers import refuse_several_workers
 
 _log = logging.getLogger("dllmserve.server")
 
 __all__ = ["app", "create_app"]
+
+_NO_KEYS = (
+    "This server has no API keys and answers its own machine only; its operator has to set "
+    "DLLMSERVE_API_KEYS, or DLLMSERVE_INSECURE_NO_AUTH=true to let everybody in."
+)
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -65,20 +76,25 @@ def create_app(settings: Settings) -> FastAPI:
     ops.add_documentation(made)
     failures.install(made)
     made.add_exception_handler(ClientGone, _nobody)
-    _describe(made, secured=settings.keys is not None)
+    _describe(made, settings)
     return made
+
+
+def _open_paths(settings: Settings) -> frozenset[str]:
+    """Paths that need no key where others do."""
+    return ops.OPEN_PATHS | ({"/metrics"} if settings.server.open_metrics else frozenset())
 
 
 def guarded(app: FastAPI) -> ASGIApp:
     """The application behind its guards: log, CORS, keys, body limits."""
     service: Service = app.state.service
     settings, server = service.settings, service.settings.server
-    inner: ASGIApp = BodyGuard(app, max_bytes=server.max_body_bytes, timeout_s=server.body_timeout)
-    open_paths = ops.OPEN_PATHS | ({"/metrics"} if server.open_metrics else set())
+    inner: ASGIApp = Turnstile(app, service)
+    inner = BodyGuard(inner, max_bytes=server.max_body_bytes, timeout_s=server.body_timeout)
     inner = AuthGuard(
         inner,
         keys=settings.keys,
-        open_paths=open_paths,
+        open_paths=_open_paths(settings),
         requests_per_minute=server.requests_per_minute,
         max_parallel_per_key=server.max_parallel_per_key,
     )
@@ -109,6 +125,14 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.stop()
 
 
+def start_logging(server: ServerConfig) -> None:
+    """Log in the form and from the level that the options say."""
+    form = server.log_format
+    if form == "auto":
+        form = "text" if sys.stderr.isatty() else "json"
+    configure_logging("json" if form == "json" else "text", server.log_level.upper())
+
+
 def _store(settings: Settings) -> tuple[JobStore, bool]:
     """The job store, and whether it outlives the process."""
     server = settings.server
@@ -131,16 +155,16 @@ async def _nobody(request: HttpRequest, error: Exception) -> Response:
     return Response(status_code=499)
 
 
-def _describe(app: FastAPI, *, secured: bool) -> None:
+def _describe(app: FastAPI, settings: Settings) -> None:
     """Make /openapi.json say what is true: our own errors, and keys where they are needed."""
-    plain = app.openapi
+    plain, secured, open_paths = app.openapi, settings.keys is not None, _open_paths(settings)
 
     def openapi() -> dict[str, Any]:
         schema = plain()
         for path, operations in schema["paths"].items():
             for operation in operations.values():
                 operation["responses"].pop("422", None)
-                if secured and path not in ops.OPEN_PATHS:
+                if secured and path not in open_paths:
                     operation["security"] = [{"bearer": []}, {"header": []}]
         parts = schema.setdefault("components", {})
         for name in ("HTTPValidationError", "ValidationError"):
@@ -156,21 +180,57 @@ def _describe(app: FastAPI, *, secured: bool) -> None:
 
 
 class _FromEnvironment:
-    """The application for ``uvicorn dllmserve.server.app:app``, made when it is started."""
+    """The application for ``uvicorn dllmserve.server.app:app``, made when the server starts."""
 
     def __init__(self) -> None:
         self._inner: ASGIApp | None = None
+        self._local_only = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve; the first scope is the lifespan's."""
-        if self._inner is None:
-            refuse_several_workers()
-            configure_logging("text")
-            settings = load_settings({}, os.environ)
-            made = create_app(settings)
-            made.router.lifespan_context = lifespan
+        """Start and stop with the lifespan, and serve in between."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif self._inner is None:
+            raise EngineError("the application was never started: do not give --lifespan off")
+        elif self._local_only and scope["type"] == "http" and not _is_local(scope):
+            # here we are not asked before a port is opened
+            await send_error(scope, send, 401, _NO_KEYS, code="missing_api_key", receive=receive)
+        else:
+            await self._inner(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        configure_logging("text")
+        async with AsyncExitStack() as stack:
+            try:
+                refuse_several_workers()
+                settings = load_settings({}, os.environ)
+                start_logging(settings.server)
+                made = create_app(settings)
+                await stack.enter_async_context(lifespan(made))
+            except Exception as error:
+                # raised, it would be taken for an application that knows no lifespan
+                if not isinstance(error, DllmServeError):
+                    _log.exception("dllmserve cannot start")
+                text = f"dllmserve cannot start: {error}"
+                await send({"type": "lifespan.startup.failed", "message": text})
+                return
+            self._local_only = settings.keys is None and not settings.server.insecure_no_auth
             self._inner = guarded(made)
-        await self._inner(scope, receive, send)
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def _is_local(scope: Scope) -> bool:
+    """Whether a connection came in on an address that only this machine can reach."""
+    host, port = scope.get("server") or ("", 0)
+    if port is None:  # a UNIX socket
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 app = _FromEnvironment()

@@ -52,19 +52,35 @@ def errors(*more: int, body: bool = True) -> dict[int | str, dict[str, Any]]:
     return {s: {"model": ErrorAnswer, "description": _TEXTS[s]} for s in statuses}
 
 
-def service_of(http: HttpRequest) -> Service:
+def events(text: str, *names: str) -> dict[str, Any]:
+    """Documentation of a stream of events.
+
+    Args:
+        text: what their data is.
+        names: of the events; none for a stream of unnamed ones.
+    """
+    fields: dict[str, Any] = {"data": {"type": "string", "description": text}}
+    if names:
+        fields["event"] = {"type": "string", "enum": list(names)}
+    item = {"type": "object", "properties": fields, "required": list(fields)}
+    # "schema" would be of the whole body
+    return {"text/event-stream": {"itemSchema": item}}
+
+
+# async, because a thread is started for what is not
+async def service_of(http: HttpRequest) -> Service:
     """The service behind the app."""
     found: Service = http.app.state.service
     return found
 
 
-def jobs_of(http: HttpRequest) -> Jobs:
+async def jobs_of(http: HttpRequest) -> Jobs:
     """The jobs behind the app."""
     found: Jobs = http.app.state.jobs
     return found
 
 
-def owner_of(http: HttpRequest) -> str:
+async def owner_of(http: HttpRequest) -> str:
     """Digest of the key that the request came with; "" without keys."""
     return str(http.scope.get("state", {}).get("owner", ""))
 

@@ -208,5 +208,8 @@ class ServerConfig:
     def sequential_ids(self) -> bool:
         """Whether job ids count from 0, if there are no keys in the environment either."""
         return self.request_id_scheme == "sequential" or (
-            self.request_id_scheme == "auto" and self.loopback and self.api_key_file is None
+            self.request_id_scheme == "auto"
+            and self.loopback
+            and self.api_key_file is None
+            and not self.insecure_no_auth
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import fields
 from typing import Any
 
@@ -10,10 +11,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from dllmserve.errors import (
     DllmServeError,
     EngineDiedError,
+    EngineStartError,
+    JobStoreError,
+    OutOfMemoryError,
     OverloadedError,
     TokenizerError,
 )
@@ -25,6 +30,24 @@ from dllmserve.sparse.state import SparseConfig
 _log = logging.getLogger("dllmserve.server")
 
 _PARAMS = {f.name for kind in (SamplingParams, SparseConfig) for f in fields(kind)}
+_PARAMS |= {"prompt", "prompts", "messages"}
+#: in place of texts that are for the log
+_GENERAL: tuple[tuple[type[DllmServeError], str], ...] = (
+    (
+        EngineDiedError,
+        "The engine failed while it answered this request, which was not run again: a part of "
+        "the answer had been given out, or it had happened before.",
+    ),
+    (EngineStartError, "The engine could not be started again."),
+    (
+        OutOfMemoryError,
+        "The engine ran out of memory for this request: send a shorter prompt, ask for a "
+        "shorter answer, or try again later.",
+    ),
+    (JobStoreError, "The store of jobs failed; try again later."),
+)
+#: names that pydantic gives to the members of a union
+_MEMBER = re.compile(r"(function-|constrained-|list\[|(str|bool)$|SparseFields$)")
 #: errors of a request body that are named
 _MAX_ERRORS = 5
 
@@ -60,8 +83,8 @@ def as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if not isinstance(error, DllmServeError):
-        return ApiError(500, "The server failed; its log has the reason.", code="server_error")
-    message, status, headers = str(error), error.http_status, {}
+        return ApiError(500, explained(error), code="server_error")
+    message, status, headers = explained(error), error.http_status, {}
     param = None
     if isinstance(error, TokenizerError):
         status = 400  # text for a checkpoint without tokenizer or template
@@ -73,9 +96,32 @@ def as_api_error(error: Exception) -> ApiError:
     if status == 503:
         headers.setdefault("Retry-After", "1")
     if status == 400:
-        first = message.split(" ", 1)[0].split("=", 1)[0]
+        # messages begin with the field that is wrong: "prompt[3] is", "top_k=-1 must be"
+        first = re.split(r"[ =\[]", message, maxsplit=1)[0]
         param = first if first in _PARAMS else None
     return ApiError(status, message, code=error.code, param=param, headers=headers)
+
+
+def explained(error: Exception) -> str:
+    """What a client is told of an error.
+
+    Errors of the engine and of the store carry texts of drivers and of the system; those are
+    for the log.
+    """
+    if not isinstance(error, DllmServeError):
+        return "The server failed; its log has the reason."
+    for kind, text in _GENERAL:
+        if isinstance(error, kind):
+            return text
+    return str(error)
+
+
+def log_failure(error: Exception) -> None:
+    """Log what :func:`explained` leaves out."""
+    if not isinstance(error, DllmServeError | ApiError):
+        _log.error("a request failed", exc_info=error)
+    elif as_api_error(error).status >= 500 and not isinstance(error, OverloadedError):
+        _log.warning("%s: %s", type(error).__name__, error)
 
 
 def error_response(path: str, error: ApiError) -> Response:
@@ -96,10 +142,8 @@ def install(app: FastAPI) -> None:
     """Give an app the handlers."""
 
     async def known(request: Request, error: Exception) -> Response:
-        found = as_api_error(error)
-        if found.status >= 500 and not isinstance(error, OverloadedError):
-            _log.warning("%s: %s", type(error).__name__, error)
-        return error_response(request.scope["path"], found)
+        log_failure(error)
+        return error_response(request.scope["path"], as_api_error(error))
 
     async def invalid(request: Request, error: Exception) -> Response:
         details: list[Any] = []
@@ -110,6 +154,8 @@ def install(app: FastAPI) -> None:
     async def routing(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         headers = dict(getattr(error, "headers", None) or {})
+        if status == 405:
+            headers["Allow"] = ", ".join(_methods(request))
         texts = {
             404: ("There is nothing under this path.", "not_found"),
             405: ("This path does not take this method.", "method_not_allowed"),
@@ -130,13 +176,28 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, routing)
 
 
+def _methods(request: Request) -> list[str]:
+    """What the request's path takes; the router names only the first route's methods."""
+    routes = request.app.router.routes
+    return [
+        method
+        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+        if any(r.matches({**request.scope, "method": method})[0] is Match.FULL for r in routes)
+    ]
+
+
+def _place(detail: dict[str, Any]) -> list[str]:
+    """Where in the body an error is, without the names of a union's members."""
+    return [str(p) for p in detail.get("loc", ())[1:] if not _MEMBER.match(str(p))]
+
+
 def _invalid(details: list[Any]) -> ApiError:
     """What pydantic found, in words; the client's own values are cut and escaped."""
     if any(d.get("type") == "json_invalid" for d in details):
         return ApiError(400, "The body is not valid JSON.", code="invalid_json")
     parts, param = [], None
     for detail in details[:_MAX_ERRORS]:
-        place = [str(p) for p in detail.get("loc", ())[1:]]
+        place = _place(detail)
         name = ".".join(place)
         if param is None:
             param = shown(place[0], 100) if place else None

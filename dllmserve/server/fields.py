@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from dllmserve.errors import InvalidParameterError
 from dllmserve.registry import UNMASK_RULES
@@ -28,7 +28,12 @@ from dllmserve.server.failures import ApiError
 from dllmserve.sparse.state import SparseConfig
 
 MAX_STOP_LENGTH = 256
-_LARGEST = 2**63 - 1
+# /openapi.json writes bounds as floats, so they are numbers that a float holds exactly
+LARGEST = 2**53 - 1
+#: of a seed: more than 64 bits, of which 63 are used
+MAX_SEED = 2 * 10**19
+#: of a token id; larger ones are outside every vocabulary
+_MAX_TOKEN_ID = 2**31 - 1
 
 
 def _unicode(text: str) -> str:
@@ -41,13 +46,33 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
-StopText = Annotated[str, AfterValidator(_unicode), Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+# bounds come before validators, or the schema does not show them
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_unicode)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
-TokenId = Annotated[int, Field(ge=0, le=_LARGEST)]
+TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Prompt = Annotated[str, Field(min_length=1), AfterValidator(_unicode)] | TokenIds
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-LOGIT_BIAS_BOUND, le=LOGIT_BIAS_BOUND, allow_inf_nan=False)]
-BiasId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+_BIAS_ID = r"^(0|[1-9][0-9]{0,9})$"
+Biases = Annotated[
+    dict[Annotated[str, Field(pattern=_BIAS_ID)], Bias],
+    Field(max_length=MAX_LOGIT_BIAS),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "patternProperties": {
+                _BIAS_ID: {
+                    "type": "number",
+                    "minimum": -LOGIT_BIAS_BOUND,
+                    "maximum": LOGIT_BIAS_BOUND,
+                }
+            },
+            "additionalProperties": False,
+            "maxProperties": MAX_LOGIT_BIAS,
+        }
+    ),
+]
 
 
 def _count(low: int, high: int, text: str) -> Any:
@@ -74,7 +99,7 @@ class SparseFields(Body):
 
     enabled: bool | None = Field(default=None, description="False is as if it were not given.")
     retention_ratio: float | None = _number(0, 1, "Share of the context that is kept.")
-    delay_step: int | None = _count(0, _LARGEST, "Full forwards before the one that selects.")
+    delay_step: int | None = _count(0, LARGEST, "Full forwards before the one that selects.")
     default_block_len: int | None = _count(1, MAX_GEN_LENGTH, "Scoring window in tokens.")
     head_select: bool | None = Field(default=None, description="Select for each K,V head.")
     pool_kernel: int | None = _count(1, 1024, "Width of the max-pooling over scores.")
@@ -85,7 +110,8 @@ class DecodingFields(Body):
 
     steps: int | None = _count(1, MAX_STEPS, "Denoising steps for the whole answer.")
     block_length: int | None = _count(1, MAX_GEN_LENGTH, "Tokens per diffusion block.")
-    cfg_scale: float | None = _number(0, None, "Classifier-free guidance; 0 is off.")
+    # far above what is useful; without a bound the logits overflow
+    cfg_scale: float | None = _number(0, 1000, "Classifier-free guidance; 0 is off.")
     remasking: str | None = _choice(REMASKING, "Which proposals are kept.")
     unmask: str | None = _choice(tuple(UNMASK_RULES), "Rule that chooses what is written.")
     threshold: float | None = _number(None, None, "For unmask=threshold.")
@@ -95,13 +121,13 @@ class DecodingFields(Body):
     schedule: str | None = _choice(SCHEDULES, "How unmask=steps spreads the tokens.")
     eps: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     cache: str | None = _choice(CACHES, "K,V cache: none is exact.")
-    top_k: int | None = _count(0, _LARGEST, "Draw from the k likeliest tokens; 0 is off.")
+    top_k: int | None = _count(0, LARGEST, "Draw from the k likeliest tokens; 0 is off.")
     ignore_eos: bool | None = Field(default=None, description="Go on after an end id.")
     sparse: bool | SparseFields | None = Field(
         default=None, description="Sparse attention: true, or its settings."
     )
     retention_ratio: float | None = _number(0, 1, "As sparse.retention_ratio; implies sparse.")
-    delay_step: int | None = _count(0, _LARGEST, "As sparse.delay_step; implies sparse.")
+    delay_step: int | None = _count(0, LARGEST, "As sparse.delay_step; implies sparse.")
     default_block_len: int | None = _count(1, MAX_GEN_LENGTH, "As sparse.default_block_len.")
     head_select: bool | None = Field(default=None, description="As sparse.head_select.")
     pool_kernel: int | None = _count(1, 1024, "As sparse.pool_kernel.")
@@ -127,11 +153,19 @@ class DecodingFields(Body):
                 name = next(iter(flat))
                 raise ApiError(
                     400,
-                    f"{name} is given twice: here and in sparse",
+                    f"{name} belongs into sparse, where the other settings are",
                     code="invalid_parameter",
                     param=name,
                 )
-        elif self.sparse is False or (self.sparse is None and not flat):
+        elif self.sparse is False and flat:
+            name = next(iter(flat))
+            raise ApiError(
+                400,
+                f"{name} means nothing with sparse=false: leave one of them out",
+                code="invalid_parameter",
+                param=name,
+            )
+        elif not self.sparse and not flat:
             return None
         config = SparseConfig(**{**flat, **nested})
         return config if config.enabled else None
@@ -147,19 +181,21 @@ class NativeFields(DecodingFields):
     """All fields of SamplingParams, with its own defaults."""
 
     temperature: float | None = _number(0, None, "0 takes the likeliest token.")
-    max_tokens: int | None = _count(1, _LARGEST, "For autoregressive models; not read.")
+    max_tokens: int | None = _count(1, LARGEST, "For autoregressive models; not read.")
     gen_length: int | None = _count(1, MAX_GEN_LENGTH, "Length of the answer in tokens.")
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = _count(0, _LARGEST, "Makes the draws repeatable.")
+    seed: int | None = _count(0, MAX_SEED, "Makes the draws repeatable; taken modulo 2**63.")
     stop: StopText | StopTexts | None = None
-    logit_bias: dict[BiasId, Bias] | None = Field(default=None, max_length=MAX_LOGIT_BIAS)
+    logit_bias: Biases | None = None
 
     def sampling_params(self) -> SamplingParams:
         """The parameters. Raises InvalidParameterError for a combination that is refused."""
         values = self.decoding()
-        for name in ("temperature", "max_tokens", "gen_length", "top_p", "seed", "stop"):
+        for name in ("temperature", "max_tokens", "gen_length", "top_p", "stop"):
             if (value := getattr(self, name)) is not None:
                 values[name] = value
+        if self.seed is not None:
+            values["seed"] = self.seed % 2**63
         if self.logit_bias:
             values["logit_bias"] = bias_ids(self.logit_bias)
         return SamplingParams(**values)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -21,13 +21,18 @@ from dllmserve.core.request import Request
 from dllmserve.errors import (
     DeadlineError,
     DllmServeError,
+    EngineDiedError,
+    EngineError,
     JobStoreError,
+    OverloadedError,
     RequestAbortedError,
 )
 from dllmserve.outputs import RequestOutput
 from dllmserve.process.messages import Value, changed_fields
+from dllmserve.process.supervisor import State
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.admission import Place
+from dllmserve.server.failures import explained
 from dllmserve.server.service import Run, Service
 from dllmserve.server.store import (
     MAX_JOB_ID,
@@ -68,13 +73,21 @@ class Details(msgspec.Struct, frozen=True):
 
 
 class _Live:
-    """A job that is not finished."""
+    """A job that is not finished.
 
-    def __init__(self, owner: str) -> None:
-        self.owner = owner
+    Attributes:
+        owner: whose it is.
+        place: among what is under way; None until it has one.
+        done: it has a result, is deleted, or is left to the next server.
+        task: runs it; None while the model is being loaded.
+        run: its request, once the engine has it.
+    """
+
+    def __init__(self, owner: str, place: Place | None = None) -> None:
+        self.owner, self.place = owner, place
         self.done = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
-        self.deleted = False
+        self.run: Run | None = None
 
 
 class Jobs:
@@ -93,23 +106,27 @@ class Jobs:
         self._service, self._store = service, store
         self._sequential, self._durable = sequential, durable
         self._live: dict[int, _Live] = {}
+        self._unfinished: list[JobRecord] = []
         self._expiring: asyncio.Task[None] | None = None
         self._stopping = False
 
     async def open(self) -> None:
         """Open the store. Raises ConfigError if it cannot be used."""
         await self._store.open()
-        self._service.store_stats = self._store.stats()
+        self._note_stats()
+        self._unfinished = await self._store.unfinished()
+        self._live.update((record.id, _Live(record.owner)) for record in self._unfinished)
         self._expiring = asyncio.create_task(self._expire())
 
     async def resume(self) -> None:
         """Run what an earlier server had accepted and not finished."""
-        records = await self._store.unfinished()
+        records, self._unfinished = self._unfinished, []
         if records:
             _log.info("%d accepted jobs of an earlier run are finished now", len(records))
         for record in records:
-            live = self._live[record.id] = _Live(record.owner)
-            live.task = asyncio.create_task(self._resume(record, live))
+            live = self._live.get(record.id)
+            if live is not None:  # not deleted meanwhile
+                self._start(record.id, live, self._resume(record, live))
 
     async def submit(
         self, requests: Sequence[Request], owner: str, timeout_s: float | None
@@ -118,6 +135,7 @@ class Jobs:
 
         Raises:
             OverloadedError: there is no room.
+            CapacityError: there never is for so many.
             JobStoreError: they cannot be stored.
         """
         service = self._service
@@ -128,13 +146,18 @@ class Jobs:
             records = await asyncio.shield(
                 asyncio.ensure_future(self._insert(requests, owner, seconds))
             )
+            if self._stopping and not self._durable:
+                raise OverloadedError("the server is shutting down")
         except BaseException:
             for place in places:
-                service.admission.give_back(place, done=False)
+                service.admission.give_back(place)
             raise
         for record, request, place in zip(records, requests, places, strict=True):
-            live = self._live[record.id] = _Live(owner)
-            live.task = asyncio.create_task(self._run(record, request, place, live))
+            if self._stopping:  # the next server runs it
+                service.admission.give_back(place)
+                continue
+            live = self._live[record.id] = _Live(owner, place)
+            self._start(record.id, live, self._run(record, request, place, live))
         return [record.id for record in records]
 
     async def find(self, id: int, owner: str, wait_s: float) -> Stored | Gone | None:
@@ -159,25 +182,47 @@ class Jobs:
         found = await self.find(id, owner, 0)
         if not isinstance(found, Stored):
             return found if found is not None else False
+        if not await self._store.delete(id):  # somebody else was faster
+            gone = await self._store.find(id)
+            return gone if isinstance(gone, Gone) else False
+        self._note_stats()
         live = self._live.get(id)
         if live is not None:
-            live.deleted = True
-        deleted = await self._store.delete(id)
-        if live is not None and live.task is not None:
-            live.task.cancel()
-        self._service.store_stats = self._store.stats()
-        return deleted
+            self._drop(id, live, "deleted")
+        return True
 
     async def close(self) -> None:
         """Stop; a durable store keeps what is unfinished for the next start."""
         self._stopping = True
         tasks = [live.task for live in self._live.values() if live.task is not None]
+        for id, live in list(self._live.items()):
+            self._drop(id, live, "shutdown")
         if self._expiring is not None:
+            self._expiring.cancel()
             tasks.append(self._expiring)
-        for task in tasks:
-            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._store.close()
+
+    def _start(self, id: int, live: _Live, work: Coroutine[Any, Any, None]) -> None:
+        live.task = asyncio.create_task(work)
+        live.task.add_done_callback(lambda _: self._ended(id, live))
+
+    def _drop(self, id: int, live: _Live, reason: str) -> None:
+        """Stop running a job; ``reason`` is for the metrics."""
+        if live.run is not None:
+            live.run.reason = reason
+        if live.task is None:
+            self._ended(id, live)
+        else:
+            live.task.cancel()
+
+    def _ended(self, id: int, live: _Live) -> None:
+        """However it ended: nothing of it stays, and whoever waits for it looks."""
+        if self._live.get(id) is live:
+            del self._live[id]
+        if live.place is not None:
+            self._service.admission.give_back(live.place)
+        live.done.set()
 
     async def _insert(
         self, requests: Sequence[Request], owner: str, seconds: float
@@ -208,15 +253,17 @@ class Jobs:
                 f"the job was accepted for model {record.model!r}, and the server was started "
                 f"again with {service.model_name!r}"
             )
-            await self._finish(record.id, _failed(text), live)
+            await self._finish(record.id, _failed(text))
             return
         try:
             request = self._unpack(record)
         except (DllmServeError, msgspec.MsgspecError) as error:
-            await self._finish(record.id, _failed(str(error)), live)
+            await self._finish(record.id, _failed(str(error)))
             return
-        place = service.admission.take_anyway(request)
-        await self._run(record, request, place, live)
+        live.place = service.admission.take_anyway(request)
+        # the time that no server ran is not the job's
+        until = time.time() + record.deadline - record.created
+        await self._run(replace(record, deadline=until), request, live.place, live)
 
     def _unpack(self, record: JobRecord) -> Request:
         stored = msgspec.msgpack.decode(record.request, type=StoredRequest)
@@ -230,33 +277,36 @@ class Jobs:
 
     async def _run(self, record: JobRecord, request: Request, place: Place, live: _Live) -> None:
         """Run a job to its end and store what came of it."""
-        left = record.deadline - time.time()
-        run: Run | None = None
         try:
+            left = record.deadline - time.time()
             if left <= 0:
-                self._service.admission.give_back(place, done=False)
                 raise DeadlineError("the job's time was over before it could be run")
-            run = self._service.run(request, place, timeout_s=left)
-            output = await run.output()
-            result = _finished(output, run.queue_time)
-        except asyncio.CancelledError:
-            if run is not None:
-                run.close("deleted" if live.deleted else "shutdown")
-            else:
-                self._service.admission.give_back(place, done=False)
-            self._live.pop(record.id, None)
-            live.done.set()
-            raise
+            live.run = self._service.run(request, place, timeout_s=left)
+            output = await live.run.output()
+            result = _finished(output, live.run.queue_time)
         except DllmServeError as error:
-            if isinstance(error, RequestAbortedError) and self._durable:
-                # dropped by a shutdown: the next server finishes it
-                self._live.pop(record.id, None)
-                live.done.set()
+            if self._durable and self._is_left(error, live):
                 return
-            result = _failed(str(error))
-        await self._finish(record.id, result, live)
+            result = _failed(explained(error))
+        except Exception as error:
+            _log.exception("a job failed")
+            result = _failed(explained(error))
+        finally:
+            self._service.admission.give_back(place)
+        await self._finish(record.id, result)
 
-    async def _finish(self, id: int, result: JobResult, live: _Live) -> None:
+    def _is_left(self, error: DllmServeError, live: _Live) -> bool:
+        """Whether this server's end, and not the job, is the reason: the next one runs it."""
+        if isinstance(error, RequestAbortedError):
+            return True
+        over = self._service.llm.supervisor.state in (State.FAILED, State.CLOSED)
+        if not (over and isinstance(error, EngineError)):
+            return False
+        # what ran when an engine died that is not started again may be what killed it
+        began = live.run is not None and live.run.call.started is not None
+        return not (began and isinstance(error, EngineDiedError))
+
+    async def _finish(self, id: int, result: JobResult) -> None:
         """Store a result, as often as it takes: the disk may be full for a while."""
         pause = _FIRST_RETRY_S
         while True:
@@ -266,9 +316,10 @@ class Jobs:
             except JobStoreError:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, _LAST_RETRY_S)
+        self._note_stats()
+
+    def _note_stats(self) -> None:
         self._service.store_stats = self._store.stats()
-        self._live.pop(id, None)
-        live.done.set()
 
     async def _expire(self) -> None:
         ttl = self._service.settings.server.result_ttl
@@ -278,7 +329,7 @@ class Jobs:
                 await self._store.expire(time.time())
             except JobStoreError as error:
                 _log.warning("expired results are still there: %s", error)
-            self._service.store_stats = self._store.stats()
+            self._note_stats()
 
 
 def _pack(request: Request) -> bytes:

@@ -70,7 +70,8 @@ class Metrics:
     """
 
     def __init__(self, model: str, compat: str) -> None:
-        disable_created_metrics()  # one more series for each, which nothing reads
+        # one more series for each, which nothing reads
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._model = model
         self._compat = compat

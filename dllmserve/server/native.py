@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -12,7 +13,6 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 from starlette.requests import Request as HttpRequest
 
-from dllmserve.errors import DllmServeError
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Started
 from dllmserve.server.common import (
@@ -20,15 +20,16 @@ from dllmserve.server.common import (
     OwnerOf,
     ServiceOf,
     errors,
+    events,
     note,
     note_prompts,
     note_runs,
 )
-from dllmserve.server.failures import ApiError, as_api_error
-from dllmserve.server.fields import NativeFields, Text, TokenIds
+from dllmserve.server.failures import ApiError, as_api_error, log_failure
+from dllmserve.server.fields import NativeFields, Prompt
 from dllmserve.server.jobs import MAX_WAIT_S, Details
 from dllmserve.server.service import Run, Service
-from dllmserve.server.sse import EventStream, event
+from dllmserve.server.sse import EventStream, event, unless_gone
 from dllmserve.server.store import MAX_JOB_ID, Gone, Stored
 
 router = APIRouter(tags=["native"])
@@ -36,8 +37,6 @@ router = APIRouter(tags=["native"])
 #: most prompts that any server takes at once; --max-prompts is at most this
 MAX_PROMPTS = 1024
 _PLAIN_ID = re.compile(r"0|[1-9][0-9]{0,15}")
-
-Prompt = Annotated[Text, Field(min_length=1)] | TokenIds
 
 
 class GenerateRequest(NativeFields):
@@ -79,7 +78,19 @@ class ResultAnswer(BaseModel):
     usage: Usage | None = None
 
 
-@router.post("/v1/generate", response_model=Submitted, responses=errors())
+#: for tools that read /openapi.json: where the ids of an answer lead
+_ID = {"parameters": {"request_id": "$response.body#/request_ids/0"}}
+_LINKS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "links": {
+            "result": {**_ID, "operationId": "result_v1_result__request_id__get"},
+            "delete": {**_ID, "operationId": "delete_v1_result__request_id__delete"},
+        }
+    }
+}
+
+
+@router.post("/v1/generate", response_model=Submitted, responses={**errors(), **_LINKS})
 async def generate(
     body: GenerateRequest, http: HttpRequest, service: ServiceOf, jobs: JobsOf, owner: OwnerOf
 ) -> Response:
@@ -89,7 +100,7 @@ async def generate(
     return JSONResponse(answer, headers={"Location": f"/v1/result/{ids[0]}"})
 
 
-@router.post("/v1/generate_batch", response_model=Submitted, responses=errors())
+@router.post("/v1/generate_batch", response_model=Submitted, responses={**errors(), **_LINKS})
 async def generate_batch(
     body: BatchRequest, http: HttpRequest, service: ServiceOf, jobs: JobsOf, owner: OwnerOf
 ) -> Response:
@@ -146,7 +157,8 @@ async def result(
 ) -> Response:
     """What has become of a job. Reading changes nothing, so it may be repeated."""
     _check_id(http)
-    stored = _there(request_id, await jobs.find(request_id, owner, wait))
+    finding = jobs.find(request_id, owner, wait)
+    stored = _there(request_id, await (unless_gone(http, finding) if wait else finding))
     answer: dict[str, Any] = {"request_id": request_id, "status": "running", "text": None}
     found = stored.result
     if found is None:
@@ -207,7 +219,7 @@ def _there(request_id: int, found: Stored | Gone | None) -> Stored:
         200: {
             "description": "Events: `step` with the changed positions of the answer, then `done` "
             "with the answer, or `error`.",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "content": events("JSON.", "started", "step", "done", "error"),
         },
     },
 )
@@ -217,35 +229,44 @@ async def stream(body: GenerateRequest, http: HttpRequest, service: ServiceOf) -
     ids = await service.prompt_ids(body.prompt)
     request = service.llm.check(ids, body.sampling_params(), body.sparse_config())
     (run,) = service.admit([request], watch=True, timeout_s=body.timeout)
-    return EventStream(_canvases(run, http, service), service.settings.server.sse_keep_alive)
+    keep_alive = service.settings.server.sse_keep_alive
+    return EventStream(_canvases(run, http, service), keep_alive, run.close)
 
 
 async def _canvases(run: Run, http: HttpRequest, service: Service) -> AsyncGenerator[bytes, None]:
     """Events of a watched run."""
     before: CanvasStep | None = None
     output: RequestOutput | None = None
+    tokenizer = service.llm.tokenizer
+
+    @cache
+    def text(token: int) -> str:
+        return "" if tokenizer is None else tokenizer.decode([token])
+
     try:
         while output is None:
             found = await run.next()
             if isinstance(found, CanvasStep):
-                yield event(_changes(before, found, service), "step")
+                yield event(_changes(before, found, text), "step")
                 before = found
             elif isinstance(found, RequestOutput):
                 output = found
                 yield event(found.as_dict(), "done")
             elif isinstance(found, Started):
                 yield event({"queue_time": run.queue_time}, "started")
-    except DllmServeError as failure:
+    except Exception as failure:
+        log_failure(failure)
         error = as_api_error(failure)
         yield event({"message": error.message, "code": error.code}, "error")
     finally:
-        run.close("disconnect")
+        run.close()
         note_runs(http, [run], output.completion_tokens if output is not None else 0)
 
 
-def _changes(before: CanvasStep | None, now: CanvasStep, service: Service) -> dict[str, Any]:
-    """The positions of the answer that a step has changed."""
-    tokenizer = service.llm.tokenizer
+def _changes(
+    before: CanvasStep | None, now: CanvasStep, text: Callable[[int], str]
+) -> dict[str, Any]:
+    """The positions of the answer that a step has changed; ``text`` decodes one token."""
     changed = []
     for place, token in enumerate(now.token_ids):
         cell = (token, now.committed[place], now.confidence[place])
@@ -257,12 +278,11 @@ def _changes(before: CanvasStep | None, now: CanvasStep, service: Service) -> di
             continue
         if before is None and token is None:
             continue
-        text = "" if token is None or tokenizer is None else tokenizer.decode([token])
         changed.append(
             {
                 "position": place,
                 "token_id": token,
-                "text": text,
+                "text": "" if token is None else text(token),
                 "committed": cell[1],
                 "confidence": cell[2],
             }

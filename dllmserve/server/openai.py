@@ -10,17 +10,17 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from dllmserve.core.request import Request
-from dllmserve.server.common import ServiceOf, errors, note_prompts, note_runs
+from dllmserve.server.common import ServiceOf, errors, events, note_prompts, note_runs
 from dllmserve.server.failures import ApiError
 from dllmserve.server.http.escape import shown
 from dllmserve.server.openai_answers import ChatAnswer, CompletionAnswer, Reply, stream
 from dllmserve.server.openai_bodies import ChatRequest, CompletionRequest, OpenAIFields
-from dllmserve.server.service import Service, finish_all
+from dllmserve.server.service import Service, close_all, finish_all
 from dllmserve.server.sse import EventStream, unless_gone
 
 router = APIRouter(tags=["openai"])
 
-_EVENTS = {"text/event-stream": {"schema": {"type": "string"}}}
+_EVENTS = events("JSON: a piece of the answer, or an error object; [DONE] at the end.")
 
 
 class ModelCard(BaseModel):
@@ -106,8 +106,13 @@ async def _answer(
     )
     runs = service.admit(requests, stream=bool(body.stream), timeout_s=body.timeout)
     if body.stream:
-        return EventStream(stream(reply, runs, http), config.sse_keep_alive)
-    outputs = await unless_gone(http, finish_all(runs))
+        return EventStream(
+            stream(reply, runs, http), config.sse_keep_alive, lambda: close_all(runs)
+        )
+    try:
+        outputs = await unless_gone(http, finish_all(runs))
+    finally:
+        close_all(runs)
     note_runs(http, runs, sum(output.completion_tokens for output in outputs))
     return JSONResponse(reply.whole(runs, outputs))
 
@@ -119,7 +124,8 @@ def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) ->
     max_len = llm.info.limits.max_model_len
     requests = []
     for place, ids in enumerate(prompts):
-        name = "prompt" if len(prompts) == 1 else f"prompt[{place}]"
+        name = "messages" if isinstance(body, ChatRequest) else "prompt"
+        name = name if len(prompts) == 1 else f"{name}[{place}]"
         choice = body.sampling_params(len(ids), max_len, config)
         requests += [llm.check(ids, choice(i), sparse, name=name) for i in range(choices)]
     return requests

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,10 +15,9 @@ from starlette.requests import Request as HttpRequest
 
 from dllmserve import __version__
 from dllmserve.async_llm import TextDelta
-from dllmserve.errors import DllmServeError
 from dllmserve.outputs import RequestOutput
 from dllmserve.server.common import note_runs
-from dllmserve.server.failures import as_api_error
+from dllmserve.server.failures import as_api_error, log_failure
 from dllmserve.server.http.respond import error_type
 from dllmserve.server.service import Run
 from dllmserve.server.sse import event
@@ -131,10 +130,18 @@ class Reply:
         """The prompt of a choice, if it is echoed."""
         return self.echoes[index // self.choices] if self.echoes else ""
 
-    def usage(self, runs: Sequence[Run], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-        """Tokens of all choices; each prompt counts once."""
+    def usage(
+        self, runs: Sequence[Run], outputs: Sequence[RequestOutput], unfinished: int = 0
+    ) -> dict[str, Any]:
+        """Tokens of all choices; each prompt counts once.
+
+        Args:
+            runs: all of them.
+            outputs: of those that are finished.
+            unfinished: tokens given out so far of the others.
+        """
         prompt = sum(run.request.prompt_len for run in runs[:: self.choices])
-        completion = sum(output.completion_tokens for output in outputs)
+        completion = sum(output.completion_tokens for output in outputs) + unfinished
         forwards = sum(output.forward_passes for output in outputs)
         waits = [run.queue_time for run in runs if run.queue_time is not None]
         return {
@@ -181,24 +188,35 @@ class Reply:
 async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGenerator[bytes, None]:
     """The answer in pieces of committed text; an error after the start is an event, too."""
     outputs: dict[int, RequestOutput] = {}
+    sent: dict[int, int] = {}
+
+    def piece(*about: Any, first: bool = False) -> bytes:
+        chunk = reply.chunk(*about, first=first)
+        if reply.continuous_usage:
+            chunk["usage"] = reply.usage(runs, list(outputs.values()), sum(sent.values()))
+        return event(chunk)
+
     try:
         for index in range(len(runs)):
             if reply.chat:
-                yield event(reply.chunk(index, "", first=True))
+                yield piece(index, "", first=True)
             elif reply.echo(index):
-                yield event(reply.chunk(index, reply.echo(index)))
-        async for index, delta in _merged(runs):
-            if delta.text:
-                chunk = reply.chunk(index, delta.text)
-                if reply.continuous_usage:
-                    chunk["usage"] = reply.usage(runs, list(outputs.values()))
-                yield event(chunk)
-            if delta.output is not None:
-                outputs[index] = delta.output
-                yield event(reply.chunk(index, None, delta.output.finish_reason))
+                yield piece(index, reply.echo(index))
+        async with aclosing(_merged(runs)) as merged:
+            async for index, delta in merged:
+                if delta.output is None:
+                    sent[index] = sent.get(index, 0) + delta.tokens
+                else:
+                    outputs[index] = delta.output
+                    sent.pop(index, None)
+                if delta.text:
+                    yield piece(index, delta.text)
+                if delta.output is not None:
+                    yield piece(index, None, delta.output.finish_reason)
         if reply.include_usage:
             yield event(reply.last(runs, [outputs[i] for i in sorted(outputs)]))
-    except DllmServeError as failure:
+    except Exception as failure:
+        log_failure(failure)
         error = as_api_error(failure)
         body = {
             "message": error.message,
@@ -209,21 +227,21 @@ async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGener
         yield event({"error": body})
     finally:
         for run in runs:
-            run.close("disconnect")
+            run.close()
         note_runs(http, runs, sum(o.completion_tokens for o in outputs.values()))
     yield DONE
 
 
 async def _merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """Text of all runs as it comes, with the run's number; the first failure ends it."""
-    found: asyncio.Queue[tuple[int, TextDelta] | BaseException | None] = asyncio.Queue()
+    found: asyncio.Queue[tuple[int, TextDelta] | Exception | None] = asyncio.Queue()
 
     async def read(index: int, run: Run) -> None:
         try:
             async for delta in run.text():
                 found.put_nowait((index, delta))
             found.put_nowait(None)
-        except DllmServeError as error:
+        except Exception as error:  # whoever reads the queue would wait for ever
             found.put_nowait(error)
 
     tasks = [asyncio.create_task(read(index, run)) for index, run in enumerate(runs)]
@@ -231,7 +249,7 @@ async def _merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, TextDelta], 
         left = len(tasks)
         while left:
             item = await found.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
             if item is None:
                 left -= 1

@@ -11,23 +11,21 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema
 
 from dllmserve.core.schedule import block_lengths
-from dllmserve.errors import InvalidParameterError
 from dllmserve.sampling_params import (
     MAX_GEN_LENGTH,
-    MAX_LOGIT_BIAS,
     MAX_STEPS,
     SamplingParams,
 )
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.failures import ApiError
 from dllmserve.server.fields import (
-    Bias,
-    BiasId,
+    MAX_SEED,
+    Biases,
     Body,
     DecodingFields,
+    Prompt,
     StopText,
     Text,
-    TokenIds,
     bias_ids,
 )
 
@@ -74,10 +72,10 @@ class OpenAIFields(DecodingFields):
     )
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    seed: int | None = Field(default=None, ge=-MAX_SEED, le=MAX_SEED)
     stop: StopText | Stops | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    logit_bias: dict[BiasId, Bias] | None = Field(default=None, max_length=MAX_LOGIT_BIAS)
+    logit_bias: Biases | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Text | None = Field(default=None, description="Not read.")
@@ -145,7 +143,7 @@ class OpenAIFields(DecodingFields):
 class CompletionRequest(OpenAIFields):
     """Body of /v1/completions."""
 
-    prompt: Text | TokenIds | list[Text] | list[TokenIds] = Field(
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)] = Field(
         description="A text, token ids, or a list of either."
     )
     echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
@@ -157,13 +155,8 @@ class CompletionRequest(OpenAIFields):
         """The prompts, always as a list: list[str] or list[list[int]]."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise ApiError(400, "best_of must equal n", code="invalid_parameter", param="best_of")
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt:
-            raise InvalidParameterError("prompt is an empty list")
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        prompt = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
 class TextPart(Body):
@@ -181,6 +174,12 @@ class ChatMessage(Body):
     name: neutral() = None  # type: ignore[valid-type]
     # some clients mark whole messages as they mark parts
     type: neutral("text") = None  # type: ignore[valid-type]
+    # an answer's message comes back with them in the next turn
+    refusal: neutral() = None  # type: ignore[valid-type]
+    annotations: neutral([]) = None  # type: ignore[valid-type]
+    audio: neutral() = None  # type: ignore[valid-type]
+    function_call: neutral() = None  # type: ignore[valid-type]
+    tool_calls: neutral([]) = None  # type: ignore[valid-type]
 
     def plain(self) -> dict[str, str]:
         """As a chat template reads it."""
@@ -208,9 +207,19 @@ class ChatRequest(OpenAIFields):
     tools: neutral([]) = None  # type: ignore[valid-type]
     tool_choice: neutral("none", "auto") = None  # type: ignore[valid-type]
     parallel_tool_calls: neutral(True, False) = None  # type: ignore[valid-type]
+    functions: neutral([]) = None  # type: ignore[valid-type]
+    function_call: neutral("none", "auto") = None  # type: ignore[valid-type]
     modalities: neutral(["text"]) = None  # type: ignore[valid-type]
+    audio: neutral() = None  # type: ignore[valid-type]
+    prediction: neutral() = None  # type: ignore[valid-type]
+    moderation: neutral() = None  # type: ignore[valid-type]
+    reasoning_effort: neutral("none") = None  # type: ignore[valid-type]
+    verbosity: neutral("medium") = None  # type: ignore[valid-type]
+    web_search_options: neutral() = None  # type: ignore[valid-type]
     store: neutral(False) = None  # type: ignore[valid-type]
     metadata: dict[str, Text] | None = Field(default=None, description="Not read.")
     service_tier: neutral("auto", "default") = None  # type: ignore[valid-type]
     safety_identifier: Text | None = Field(default=None, description="Not read.")
     prompt_cache_key: Text | None = Field(default=None, description="Not read.")
+    prompt_cache_options: neutral() = None  # type: ignore[valid-type]
+    prompt_cache_retention: neutral("in_memory") = None  # type: ignore[valid-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from importlib.resources import files
 from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI
@@ -17,8 +17,6 @@ router = APIRouter(tags=["operation"])
 
 #: paths that need no key
 OPEN_PATHS = frozenset({"/health", "/v1/health", "/ready", "/live"})
-#: an engine in one of these states is going to answer again by itself, or is being replaced
-_ALIVE = ("ok", "loading", "restarting", "draining")
 _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 
 
@@ -51,7 +49,7 @@ async def ready(service: ServiceOf) -> Response:
 
 async def live(service: ServiceOf) -> Response:
     """For supervisors: 503 if only a restart of the server would help."""
-    return _answer(service.status, service.status in _ALIVE)
+    return _answer(service.status, not service.lost)
 
 
 for _path, _handler in (
@@ -102,7 +100,5 @@ def add_documentation(app: FastAPI) -> None:
     async def asset(name: str) -> Response:
         if name not in _ASSETS:
             raise ApiError(404, "There is nothing under this path.", code="not_found")
-        from swagger_ui_bundle import swagger_ui_path
-
-        content = (Path(swagger_ui_path) / name).read_bytes()
+        content = (files("fastapi_offline") / "static" / name).read_bytes()
         return Response(content, media_type=_ASSETS[name])

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import signal
 import socket
 import ssl
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import uvicorn
 
 from dllmserve.errors import ConfigError, DllmServeError
-from dllmserve.server.app import create_app, guarded
+from dllmserve.server.app import create_app, guarded, start_logging
 from dllmserve.server.http.connection import ConnectionLimits, guarded_protocol
-from dllmserve.server.http.logs import configure_logging
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, with_port
@@ -26,6 +25,8 @@ _log = logging.getLogger("dllmserve.server")
 #: seconds that answered connections get to be flushed and closed
 _FLUSH_S = 5
 _BACKLOG = 2048
+#: open files besides connections: log, job store, engine, modules that are being read
+_OTHER_FILES = 128
 
 
 def serve(settings: Settings) -> int:
@@ -38,10 +39,8 @@ def serve(settings: Settings) -> int:
         DllmServeError: the model cannot be loaded.
     """
     server = settings.server
-    form = server.log_format
-    if form == "auto":
-        form = "text" if sys.stderr.isatty() else "json"
-    configure_logging("json" if form == "json" else "text", server.log_level.upper())
+    start_logging(server)
+    _allow_files(server.max_connections + _OTHER_FILES)
     bound = _bind(server.host, server.port)
     try:
         settings = with_port(settings, bound.getsockname()[1])
@@ -180,6 +179,21 @@ class _Running:
         return config
 
 
+def _allow_files(count: int) -> None:
+    """Let the process have so many open files, as far as the system does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < count:
+        _log.warning(
+            "only %d files may be open: raise that limit (ulimit -n) to %d, or lower "
+            "--max-connections",
+            most,
+            count,
+        )
+
+
 def _bind(host: str, port: int) -> socket.socket:
     """A listening address, taken before the model is loaded."""
     try:
@@ -189,6 +203,8 @@ def _bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        # two that are only bound may share an address; this is also when clients can connect
+        bound.listen(_BACKLOG)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(

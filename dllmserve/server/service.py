@@ -35,6 +35,8 @@ _DRAINING = "the server is shutting down"
 #: silence of the engine, in seconds, that counts as a stall; it reports every half second
 #: unless a step takes longer
 _PATIENCE_S = 30.0
+#: seconds in which those who wait hear that their requests were dropped
+_TELL_S = 1.0
 
 
 class Run:
@@ -46,6 +48,11 @@ class Run:
         place: its place among those under way.
         stream, watch: what the engine is to report.
         timeout_s: seconds from now in which it has to end.
+        queue_s: seconds from now in which it has to start, or None.
+
+    Attributes:
+        reason: why it was dropped, for the metrics; None for a client that has gone.
+        queue_time: seconds until it was started.
     """
 
     def __init__(
@@ -57,18 +64,23 @@ class Run:
         stream: bool,
         watch: bool,
         timeout_s: float,
+        queue_s: float | None,
     ) -> None:
         self.request = request
         self._service, self._place = service, place
         self._began = time.monotonic()
-        self._until = asyncio.get_running_loop().time() + timeout_s
-        self._timeout_s = timeout_s
+        now = asyncio.get_running_loop().time()
+        self._until, self._timeout_s = now + timeout_s, timeout_s
+        self._start_until = None if queue_s is None else now + queue_s
+        self._queue_s = queue_s
         self._last_text: float | None = None
+        self._forwards: int | None = None
+        self.reason: str | None = None
         self.queue_time: float | None = None
         try:
             self.call: Call = service.llm.submit(request, stream=stream, watch=watch)
         except BaseException:
-            service.admission.give_back(place, done=False)
+            service.admission.give_back(place)
             raise
         service.runs.add(self)
         service.metrics.accepted(request.prompt_len, request.params.gen_length)
@@ -79,30 +91,22 @@ class Run:
         Raises:
             DllmServeError: it failed, or took too long. A cancelled call drops the request.
         """
-        reason = "disconnect"
         try:
             while True:
                 event = await self.next()
                 if isinstance(event, RequestOutput):
                     return event
-        except (DeadlineError, OverloadedError):
-            reason = "deadline"
-            raise
         finally:
-            self.close(reason)
+            self.close()
 
     async def text(self) -> AsyncIterator[TextDelta]:
         """Committed text as it comes; the last piece carries the output."""
-        reason = "disconnect"
         try:
             async for delta in self._service.llm.deltas(self.call, self.next):
                 self._note_text(delta)
                 yield delta
-        except (DeadlineError, OverloadedError):
-            reason = "deadline"
-            raise
         finally:
-            self.close(reason)
+            self.close()
 
     async def next(self) -> Event:
         """The next event; see :meth:`Call.next`.
@@ -111,17 +115,17 @@ class Run:
             DeadlineError: its time is over.
             OverloadedError: it waited too long to be started.
         """
-        queue_s = self._service.settings.server.queue_timeout
-        until, waits = self._until, self.call.started is None and queue_s is not None
-        if waits and queue_s is not None:
-            until = min(until, self._until - self._timeout_s + queue_s)
+        until = self._until
+        if self._start_until is not None and self.call.started is None:
+            until = min(until, self._start_until)
         try:
             async with asyncio.timeout_at(until):
                 event = await self.call.next()
         except TimeoutError as error:
-            if waits and until < self._until:
+            self.reason = "deadline"
+            if until < self._until:
                 raise OverloadedError(
-                    f"the request waited for queue_timeout={queue_s:g} s and was not started",
+                    f"the request waited for queue_timeout={self._queue_s:g} s and was not started",
                     retry_after=self._service.admission.retry_after(),
                 ) from error
             raise DeadlineError(
@@ -139,19 +143,15 @@ class Run:
             self._finished(event)
         return event
 
-    def close(self, reason: str) -> None:
-        """Drop the request if it has not ended, and give its place back.
-
-        Args:
-            reason: of dropping it, for the metrics.
-        """
+    def close(self) -> None:
+        """Drop the request if it has not ended, and give its place back."""
         if self not in self._service.runs:
             return
         self._service.runs.discard(self)
         if not self.call.ended:
-            self._service.metrics.aborted(reason)
+            self._service.metrics.aborted(self.reason or "disconnect")
             self._service.llm.abort(self.call)
-        self._service.admission.give_back(self._place, done=self.call.finished)
+        self._service.admission.give_back(self._place, self._forwards)
 
     def drop(self, reason: str, text: str) -> None:
         """End the request from outside; whoever waits for it gets a RequestAbortedError."""
@@ -161,6 +161,7 @@ class Run:
 
     def _finished(self, output: RequestOutput) -> None:
         metrics, now = self._service.metrics, time.monotonic()
+        self._forwards = output.forward_passes
         metrics.finished(output.finish_reason, output.completion_tokens, output.forward_passes)
         metrics.total.observe(now - self._began)
         if self.call.started is not None:
@@ -236,13 +237,18 @@ class Service:
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, wait for what is under way, then drop the rest."""
         self.close_door()
-        until = time.monotonic() + timeout_s
-        while self.runs and time.monotonic() < until and self.failure is None:
-            await asyncio.sleep(0.05)
+        await self._until_idle(timeout_s)
         if self.runs:
             _log.warning("%d requests are dropped: shutdown_timeout is over", len(self.runs))
         for run in list(self.runs):
             run.drop("shutdown", "the server shut down before the request was finished")
+        await self._until_idle(_TELL_S)
+
+    async def _until_idle(self, timeout_s: float) -> None:
+        """Wait until nothing is under way, jobs that are being accepted included."""
+        until = time.monotonic() + timeout_s
+        while self.admission.requests and time.monotonic() < until and self.failure is None:
+            await asyncio.sleep(0.02)
 
     def close_door(self) -> None:
         """Take nothing new from here on; readiness says so."""
@@ -270,8 +276,14 @@ class Service:
             return "loading"
         if state is not State.READY:
             return "restarting"
-        busy = self.llm.supervisor.silence > max(_PATIENCE_S, self.settings.server.watchdog_timeout)
-        return "stalled" if busy else "ok"
+        patience = min(_PATIENCE_S, self.settings.server.watchdog_timeout)
+        return "stalled" if self.llm.supervisor.silence > patience else "ok"
+
+    @property
+    def lost(self) -> bool:
+        """Whether only a restart of the server helps: not even the watchdog has."""
+        limit = self.settings.server.watchdog_timeout + _PATIENCE_S
+        return self.status == "failed" or self.llm.supervisor.silence > limit
 
     def admit(
         self,
@@ -285,20 +297,31 @@ class Service:
 
         Raises:
             OverloadedError: there is no room.
+            CapacityError: there never is for so many.
         """
         places = self.take_places(requests)
+        how: dict[str, Any] = {"stream": stream, "watch": watch, "timeout_s": timeout_s}
+        how["queue_s"] = self.settings.server.queue_timeout
         runs: list[Run] = []
-        for request, place in zip(requests, places, strict=True):
-            runs.append(self.run(request, place, stream=stream, watch=watch, timeout_s=timeout_s))
+        try:
+            for request, place in zip(requests, places, strict=True):
+                runs.append(self.run(request, place, **how))
+        except BaseException:
+            close_all(runs)
+            for place in places:
+                self.admission.give_back(place)
+            raise
         return runs
 
     def take_places(self, requests: Sequence[Request]) -> list[Place]:
-        """Places for all of the requests, or for none. Raises OverloadedError."""
-        self.admission.measure(self.llm.supervisor.counters.busy)
+        """Places for all of the requests, or for none. Raises what :meth:`admit` raises."""
+        counters = self.llm.supervisor.counters
+        self.admission.measure(counters.busy, counters.spans)
         try:
             return self.admission.take(requests)
         except OverloadedError:
-            self.metrics.rejected(self.status if self.status != "ok" else "full")
+            closed = self.admission.closed_because is not None
+            self.metrics.rejected(self.status if closed else "full")
             raise
 
     def run(
@@ -309,17 +332,21 @@ class Service:
         stream: bool = False,
         watch: bool = False,
         timeout_s: float | None = None,
+        queue_s: float | None = None,
     ) -> Run:
-        """Start a request that has a place."""
+        """Start a request that has a place. For the seconds see :class:`Run`."""
         limit = self.settings.server.request_timeout
         seconds = limit if timeout_s is None else min(limit, timeout_s)
-        return Run(self, request, place, stream=stream, watch=watch, timeout_s=seconds)
+        return Run(
+            self, request, place, stream=stream, watch=watch, timeout_s=seconds, queue_s=queue_s
+        )
 
     async def prompt_ids(self, prompt: str | Sequence[int], name: str = "prompt") -> list[int]:
         """Token ids of a prompt; a text that cannot fit is refused before it is tokenised."""
         self.require_engine()
         if isinstance(prompt, str):
             self._check_length(len(prompt), name)
+            await asyncio.sleep(0)  # others get their turn between the prompts of a batch
         return await self.llm.prompt_ids(prompt)
 
     async def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -330,11 +357,18 @@ class Service:
 
     def require_engine(self) -> None:
         """Raise OverloadedError while no request can be taken."""
-        if self.failure is not None:
-            raise OverloadedError("the engine is gone; the server is about to end", 5)
+        if self.status == "failed":
+            self.metrics.rejected("failed")
+            raise OverloadedError("the engine is gone; the server has to be started again", 30)
         if self.admission.closed_because is not None:
             self.metrics.rejected(self.status)
             raise OverloadedError(self.admission.closed_because, self.admission.retry_after())
+        try:
+            # a refusal must cost little, or a crowd that is refused starves everybody else
+            self.admission.check_room(1)
+        except OverloadedError:
+            self.metrics.rejected("full")
+            raise
 
     def _check_length(self, characters: int, name: str) -> None:
         limit = 16 * self.llm.info.limits.max_model_len
@@ -360,6 +394,12 @@ class Service:
             ready=self.status == "ok",
             connections=self.connections.open,
         )
+
+
+def close_all(runs: Sequence[Run]) -> None:
+    """Close all runs, whatever has become of them."""
+    for run in runs:
+        run.close()
 
 
 async def finish_all(runs: Sequence[Run]) -> list[RequestOutput]:

@@ -7,6 +7,7 @@ The command line comes before the environment (``DLLMSERVE_PORT``), that before 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ PREFIX = "DLLMSERVE_"
 KEYS_VARIABLE = "DLLMSERVE_API_KEYS"
 #: variables of that prefix that are no options: the keys, and the client's own
 _OTHER_VARIABLES = frozenset({KEYS_VARIABLE, "DLLMSERVE_API_KEY", "DLLMSERVE_CONFIG"})
+_LINK = re.compile(r"(tcp|udp|sctp)://")
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -123,8 +125,9 @@ def _from_environment(
         if not variable.startswith(PREFIX) or variable in _OTHER_VARIABLES:
             continue
         name = variable.removeprefix(PREFIX).lower()
-        if name not in known:
-            # orchestrators add variables of their own for a service of our name
+        if name not in known or _LINK.match(text):
+            # orchestrators add variables of their own for a service of our name; one of them
+            # is DLLMSERVE_PORT=tcp://10.0.0.1:8000
             _log.warning("the environment variable %s is no option and is ignored", variable)
             continue
         kind, item = known[name]
@@ -141,7 +144,8 @@ def _from_file(file: str | None) -> dict[str, Any]:
         text = Path(file).expanduser().read_text(encoding="utf-8")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        strerror = error.strerror if isinstance(error, OSError) else None
+        reason = strerror or " ".join(str(error).split())
         raise ConfigError(f"--config {file} cannot be read: {reason}") from error
     if values is None:
         return {}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from typing import TypeVar
 
 import msgspec
@@ -43,11 +43,17 @@ class EventStream(Response):
     Args:
         events: encoded events; it has handled its own errors.
         keep_alive_s: seconds of silence before a comment.
+        ended: called at the end, even if the generator was never begun and so cannot clean up.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], keep_alive_s: float) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        keep_alive_s: float,
+        ended: Callable[[], object] = lambda: None,
+    ) -> None:
         super().__init__(
             headers={
                 "Cache-Control": "no-store",
@@ -55,11 +61,19 @@ class EventStream(Response):
             }
         )
         del self.headers["content-length"]
-        self._events, self._keep_alive_s = events, keep_alive_s
+        self._events, self._keep_alive_s, self._ended = events, keep_alive_s, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything."""
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        try:
+            async with aclosing(self._events):
+                await send(start)
+                await self._until_gone(receive, send)
+        finally:
+            self._ended()
+
+    async def _until_gone(self, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send_all(send))
         leaving = asyncio.create_task(_gone(receive))
         try:
@@ -70,7 +84,6 @@ class EventStream(Response):
                 sending.cancel()
             with suppress(asyncio.CancelledError):
                 await sending
-            await self._events.aclose()
 
     async def _send_all(self, send: Send) -> None:
         waiting: asyncio.Task[bytes] | None = None
@@ -90,8 +103,9 @@ class EventStream(Response):
                 await _send(send, chunk)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            if waiting is not None and not waiting.done():
+            if waiting is not None:
                 waiting.cancel()
+                # it may have ended by itself; what nobody looks at is logged as an error
                 with suppress(asyncio.CancelledError, StopAsyncIteration):
                     await waiting
 

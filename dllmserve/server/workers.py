@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shlex
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from dllmserve.errors import ConfigError
@@ -14,30 +16,91 @@ _REASON = (
     "not know the jobs of the first. Use one worker here, and several servers behind a gateway "
     "to grow (docs/serving.md)"
 )
+_PROC = Path("/proc")
 
 
 def refuse_several_workers() -> None:
-    """Raise ConfigError, and stop the parent, in a worker of a multi-worker server.
+    """Raise ConfigError in a worker of a multi-worker server.
 
-    The parent would start refused workers again for ever.
+    Raises:
+        ConfigError: this process is one of several workers of uvicorn, which has been told to
+            stop, or of gunicorn, which stops by itself.
     """
-    if int(os.environ.get("WEB_CONCURRENCY", "1") or "1") > 1 or _one_of_several():
-        if multiprocessing.parent_process() is not None:
-            os.kill(os.getppid(), signal.SIGTERM)
+    if _of_uvicorn():
+        # it would start refused workers again for ever
+        os.kill(os.getppid(), signal.SIGTERM)
+        raise ConfigError(_REASON)
+    if _of_gunicorn():
         raise ConfigError(_REASON)
 
 
-def _one_of_several() -> bool:
-    """Whether the parent was told to start more than one worker."""
+def _of_uvicorn() -> bool:
+    """Whether the parent has several children that multiprocessing started.
+
+    However the workers were asked for, and unlike the one child of ``--reload``.
+    """
     if multiprocessing.parent_process() is None:
         return False
-    path = Path(f"/proc/{os.getppid()}/cmdline")
-    if not path.is_file():
-        return True  # it cannot be told apart from one worker with --reload
-    words = path.read_bytes().decode(errors="replace").split("\0")
-    for index, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if name in ("--workers", "-w"):
-            count = value or (words[index + 1] if index + 1 < len(words) else "")
-            return count.isdigit() and int(count) > 1
-    return False
+    if not _PROC.is_dir():
+        return True  # it cannot be told apart from --reload
+    spawned = [words for words in map(_command, _children(os.getppid())) if _is_spawned(words)]
+    return len(spawned) > 1
+
+
+def _of_gunicorn() -> bool:
+    """Whether the parent is gunicorn and was told to fork several workers.
+
+    A count in its configuration file is not seen; a job store in a file then refuses the second
+    worker.
+    """
+    if not os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
+        return False
+    given = (
+        _count(_command(os.getppid()))
+        or _count(shlex.split(os.environ.get("GUNICORN_CMD_ARGS", "")))
+        or os.environ.get("WEB_CONCURRENCY", "")
+    )
+    return given.isdigit() and int(given) > 1
+
+
+def _count(words: Sequence[str]) -> str:
+    """The number of workers in a command line of gunicorn; "" if there is none."""
+    found = ""
+    for place, word in enumerate(words):
+        if word in ("-w", "--workers"):
+            found = "".join(words[place + 1 : place + 2])
+        elif word.startswith("--workers="):
+            found = word.partition("=")[2]
+        elif word.startswith("-w") and word[2:].isdigit():
+            found = word[2:]
+    return found
+
+
+def _is_spawned(words: Sequence[str]) -> bool:
+    """Whether a command line is that of a process that multiprocessing has spawned."""
+    return "--multiprocessing-fork" in words
+
+
+def _command(pid: int) -> list[str]:
+    """Command line of a process; empty if it is gone."""
+    try:
+        text = (_PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return []
+    return text.split("\0")
+
+
+def _children(parent: int) -> list[int]:
+    """Process ids of a process's children."""
+    found = []
+    for entry in _PROC.iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            stat = (entry / "stat").read_text(errors="replace")
+        except OSError:  # it is gone
+            continue
+        # the second field, a name in parentheses, may hold anything
+        if int(stat.rpartition(")")[2].split()[1]) == parent:
+            found.append(int(entry.name))
+    return found

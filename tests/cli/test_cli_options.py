@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from dllmserve.cli import help_texts
+from dllmserve.cli import serve as serve_command
 from dllmserve.cli.options import (
     DEFAULT_BLOCK_LENGTH,
     DEFAULT_GEN_LENGTH,
@@ -25,6 +28,9 @@ from dllmserve.cli.options import (
 from dllmserve.config import EngineConfig
 from dllmserve.errors import InvalidParameterError
 from dllmserve.sampling_params import SamplingParams
+from dllmserve.server import serve as server_module
+from dllmserve.server.config import ServerConfig
+from dllmserve.server.settings import Settings
 from dllmserve.sparse.state import SparseConfig
 
 #: a valid value for every field, different from the default, as typed and as parsed
@@ -75,6 +81,50 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "engine.kv_pages": (["--kv-pages", "9"], 9),
     "engine.gpu_memory_utilization": (["--gpu-memory-utilization", "0.5"], 0.5),
     "engine.seed": (["--engine-seed", "11"], 11),
+}
+
+#: the same for the fields of ServerConfig
+SERVER_VALUES: dict[str, tuple[list[str], Any]] = {
+    "host": (["--host", "::1"], "::1"),
+    "port": (["--port", "9000"], 9000),
+    "ssl_certfile": (["--ssl-certfile", "a.pem", "--ssl-keyfile", "b.pem"], "a.pem"),
+    "ssl_keyfile": (["--ssl-certfile", "a.pem", "--ssl-keyfile", "b.pem"], "b.pem"),
+    "ssl_ca_certs": (["--ssl-ca-certs", "c.pem"], "c.pem"),
+    "cors_origins": (["--cors-origins", "https://a.example"], "https://a.example"),
+    "max_connections": (["--max-connections", "5"], 5),
+    "header_timeout": (["--header-timeout", "2"], 2.0),
+    "body_timeout": (["--body-timeout", "2.5"], 2.5),
+    "write_timeout": (["--write-timeout", "3"], 3.0),
+    "keep_alive_timeout": (["--keep-alive-timeout", "4"], 4.0),
+    "max_body_bytes": (["--max-body-bytes", "1000"], 1000),
+    "api_key_file": (["--api-key-file", "keys.txt"], "keys.txt"),
+    "insecure_no_auth": (["--insecure-no-auth"], True),
+    "open_metrics": (["--open-metrics"], True),
+    "requests_per_minute": (["--requests-per-minute", "60"], 60),
+    "max_parallel_per_key": (["--max-parallel-per-key", "3"], 3),
+    "max_requests": (["--max-requests", "8"], 8),
+    "max_outstanding_work": (["--max-outstanding-work", "123456"], 123456),
+    "queue_timeout": (["--queue-timeout", "5"], 5.0),
+    "request_timeout": (["--request-timeout", "60"], 60.0),
+    "watchdog_timeout": (["--watchdog-timeout", "20"], 20.0),
+    "load_timeout": (["--load-timeout", "90"], 90.0),
+    "restart": (["--no-restart"], False),
+    "job_store": (["--job-store", "memory"], "memory"),
+    "request_id_scheme": (["--request-id-scheme", "random"], "random"),
+    "result_ttl": (["--result-ttl", "30"], 30.0),
+    "max_results": (["--max-results", "10"], 10),
+    "max_result_bytes": (["--max-result-bytes", "4096"], 4096),
+    "served_model_name": (["--served-model-name", "mine"], "mine"),
+    "default_max_tokens": (["--default-max-tokens", "64"], 64),
+    "default_block_length": (["--default-block-length", "16"], 16),
+    "max_prompts": (["--max-prompts", "4"], 4),
+    "max_n": (["--max-n", "2"], 2),
+    "sse_keep_alive": (["--sse-keep-alive", "1.5"], 1.5),
+    "shutdown_timeout": (["--shutdown-timeout", "0"], 0.0),
+    "log_format": (["--log-format", "json"], "json"),
+    "log_level": (["--log-level", "debug"], "debug"),
+    "log_prompts": (["--log-prompts"], True),
+    "metrics_compat": (["--metrics-compat", "vllm"], "vllm"),
 }
 
 
@@ -131,8 +181,55 @@ def test_option_arrives(field: str) -> None:
 
 
 def test_choices_name_fields() -> None:
-    known = {f.name for kind in (SamplingParams, EngineConfig) for f in fields(kind)}
-    assert set(help_texts.CHOICES) <= known
+    kinds = (SamplingParams, EngineConfig, ServerConfig)
+    assert set(help_texts.CHOICES) <= {f.name for kind in kinds for f in fields(kind)}
+
+
+def settings_of(monkeypatch: pytest.MonkeyPatch, *args: str) -> Settings:
+    """What ``dllmserve serve`` would run with."""
+    for name in [n for n in os.environ if n.startswith("DLLMSERVE_")]:
+        monkeypatch.delenv(name)
+    seen: list[Settings] = []
+
+    def run(settings: Settings) -> int:
+        seen.append(settings)
+        return 0
+
+    monkeypatch.setattr(server_module, "serve", run)
+    app = typer.Typer()
+    app.command()(serve_command.serve)
+    result = CliRunner().invoke(app, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+def test_the_table_of_server_options_is_complete() -> None:
+    assert set(SERVER_VALUES) == {f.name for f in fields(ServerConfig)}
+    assert all(value != getattr(ServerConfig(), n) for n, (_, value) in SERVER_VALUES.items())
+
+
+@pytest.mark.parametrize("field", SERVER_VALUES)
+def test_server_option_arrives(field: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    args, value = SERVER_VALUES[field]
+    monkeypatch.chdir(tmp_path)
+    Path("keys.txt").touch(mode=0o600)
+    Path("keys.txt").write_text("0123456789abcdef")
+    assert getattr(settings_of(monkeypatch, *args).server, field) == value
+
+
+@pytest.mark.parametrize("field", [n for n in VALUES if n.startswith("engine.")])
+def test_engine_option_arrives_in_the_server(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    args, value = VALUES[field]
+    settings = settings_of(monkeypatch, "some-model", *args)
+    assert getattr(settings.engine, field.removeprefix("engine.")) == value
+    assert settings.engine.model == settings.model_name == "some-model"
+
+
+def test_defaults_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = settings_of(monkeypatch)
+    assert settings.server == ServerConfig()
+    assert settings.engine == EngineConfig(trust_remote_code=False)
+    assert settings.keys is None and settings.sequential_ids
 
 
 def test_defaults() -> None:

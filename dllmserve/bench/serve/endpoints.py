@@ -109,7 +109,7 @@ class Native(Api):
         if not isinstance(ids, list) or len(ids) != 1 or not isinstance(ids[0], (int, str)):
             raise RequestFailed(BAD_ANSWER, "a submission without one request id", reply.status)
         clock = asyncio.get_running_loop().time
-        path = f"/v1/result/{ids[0]}?wait={LONG_POLL}"
+        path = f"/v1/result/{ids[0]}?wait={LONG_POLL}&details=true"
         while True:
             asked = clock()
             reply = Reply()

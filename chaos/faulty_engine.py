@@ -1,0 +1,67 @@
+"""An engine process that fails when it runs certain prompts; a server of ours is given it.
+
+Started by chaos.faulty_server as ``python -m chaos.faulty_engine SOCKET OWNER``. A prompt that
+begins with the token POISON fails in the way that its second token stands for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from dllmserve.core.plan import StepPlan
+from dllmserve.process import child
+from dllmserve.process.channel import Channel
+from dllmserve.runtime.runner import ModelRunner, StepHandle
+
+POISON = 7
+#: names of the faults; a prompt's second token is a place in this list
+FAULTS = ("exception", "segfault", "abort", "exit", "hang", "freeze", "garbage", "out of memory")
+
+_channels: list[Channel] = []
+
+
+def fail(how: str) -> None:
+    """Fail in that way."""
+    if how == "exception":
+        raise RuntimeError("a fault on purpose")
+    if how == "out of memory":
+        raise torch.OutOfMemoryError("out of memory on purpose")
+    if how == "hang":
+        time.sleep(600)
+    if how == "exit":
+        os._exit(0)
+    if how == "garbage":
+        _channels[0].send(b"\xc1 is no msgpack")
+        time.sleep(600)
+    number = {"segfault": "SIGSEGV", "abort": "SIGABRT", "freeze": "SIGSTOP"}[how]
+    os.kill(os.getpid(), signal.Signals[number])
+
+
+def poison_steps() -> None:
+    """Make the steps that run a poisoned prompt fail."""
+    execute, connect = ModelRunner.execute, Channel.__init__
+
+    def faulty(self: ModelRunner, plan: StepPlan) -> StepHandle:
+        for span in plan.spans:
+            prompt = self.table.host[span.row].prompt
+            if prompt[0] == POISON and len(prompt) == 2:
+                fail(FAULTS[prompt[1]])
+        return execute(self, plan)
+
+    def remembered(self: Channel, path: str) -> None:
+        connect(self, path)
+        _channels.append(self)
+
+    ModelRunner.execute = faulty  # type: ignore[method-assign]
+    Channel.__init__ = remembered  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    poison_steps()
+    sys.exit(child.main())

@@ -1,0 +1,100 @@
+"""kill -9 of the engine under load: accepted work is answered, and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import time
+
+from chaos.client import Client
+from chaos.load import Load, chat, job, stream
+from chaos.scenario import Ground, Report, Scenario
+from chaos.server import Server, shared_memory
+
+#: seconds within which a new engine has to be ready
+READY_S = 15.0
+#: seconds between a new engine's first step and the next kill
+_BETWEEN_S = (0.3, 1.5)
+#: settings whose streams give text long before their end
+_SETTINGS = ("greedy", "end ignored", "drawn", "filtered", "dual cache", "biased")
+
+
+async def run(ground: Ground, report: Report, *, kills: int, clients: int) -> None:
+    """Kill engines one after the other while clients ask in all ways."""
+    asks = ground.known.asks(18, (24, 64), settings=_SETTINGS, seed=2)
+    rng = random.Random(2)
+    before = shared_memory()
+    ready: list[float] = []
+    unready = 0
+    async with Server(ground.place("kills"), ground.model) as server:
+        ways = {job: 1, chat: 1, stream: 1}
+        async with Load(server.port, asks, clients=clients, ways=ways, seed=2) as load:
+            for _ in range(kills):
+                seconds, seen_unready = await _kill(server, rng)
+                ready.append(seconds)
+                unready += seen_unready
+            await asyncio.sleep(1.0)
+        metrics = await server.metrics()
+    tally = load.tally
+    report.expect_none("wrong, lost or hung", tally.wrong)
+    report.expect(max(ready) <= READY_S, f"ready again after {max(ready):.1f} s")
+    report.expect(unready == kills, f"/ready said 503 after {unready} of {kills} kills only")
+    restarts = int(metrics["engine_restarts_total"])
+    report.expect(restarts == kills, f"{restarts} restarts after {kills} kills")
+    report.expect_none("left behind", await server.leftovers())
+    new = shared_memory() - before
+    report.expect(not new, f"left in /dev/shm: {sorted(new)}")
+    report.measured |= {
+        "kills": kills,
+        "right": tally.counts["right"],
+        "streams cut with an error": tally.counts["cut"],
+        "cut before any text": tally.counts["cut early"],
+        "hung": tally.counts["hung"],
+        "ready again, longest s": round(max(ready), 1),
+    }
+
+
+async def _kill(server: Server, rng: random.Random) -> tuple[float, bool]:
+    """Kill the engine in the middle of its work.
+
+    Returns:
+        The seconds until the next engine was ready, and whether /ready said 503 in between.
+    """
+    await until_busy(server)
+    await asyncio.sleep(rng.uniform(*_BETWEEN_S))
+    engine = server.engine()
+    if engine is None:
+        raise AssertionError("the server has no engine")
+    os.kill(engine.pid, signal.SIGKILL)
+    began = time.monotonic()
+    unready = False
+    async with Client(server.port) as client:
+        while time.monotonic() - began < 2 * READY_S:
+            if not await server.is_ready(client):
+                unready = True
+            elif unready:
+                break
+            await asyncio.sleep(0.01)
+    server.engine()
+    return time.monotonic() - began, unready
+
+
+async def until_busy(server: Server) -> None:
+    """Wait until requests take part in forward passes."""
+    with contextlib.suppress(KeyError):
+        while (await server.metrics())["num_requests_running"] < 1:
+            await asyncio.sleep(0.02)
+
+
+ENGINE_KILLS = Scenario(
+    name="engine-kills",
+    does="20 kill -9 of the engine process, 16 clients: jobs, whole answers and streams",
+    passes="no accepted request lost or wrong, no client hangs, begun streams end with an error "
+    "event and [DONE], ready again within 15 s, nothing left behind",
+    run=run,
+    full={"kills": 20, "clients": 16},
+    quick={"kills": 2, "clients": 8},
+)

@@ -1,0 +1,158 @@
+"""Clients that are slow on purpose: all are closed in time, and nobody else notices them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from chaos.answers import Ask
+from chaos.load import Load, chat, percentile
+from chaos.raw import Reader, half_header, slow_body
+from chaos.scenario import Ground, Report, Scenario
+from chaos.server import Server
+
+#: seconds that the server gives for headers, a body, and reading
+LIMIT_S = 3.0
+#: and that a closed connection may be late
+SLACK_S = 2.0
+#: every event of a stream names the model, so a long name makes small answers that are large
+#: on the wire: more than all buffers on the way can hold
+_NAME = "m" * 10_000
+_LARGE: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "sort a list"}],
+    "max_tokens": 24,
+    "temperature": 0.0,
+    # one whole character, and so one event, a step
+    "block_length": 1,
+    "logit_bias": {"65": 100},
+    "stream": True,
+}
+_LARGE_PATH = "/v1/chat/completions"
+_OPTIONS = (
+    *("--header-timeout", str(LIMIT_S), "--body-timeout", str(LIMIT_S)),
+    *("--write-timeout", str(LIMIT_S), "--served-model-name", _NAME),
+)
+_CLIENTS = 6
+#: seconds over which slow clients arrive
+_ARRIVE_S = 2.0
+
+Slow = Callable[[int, float], Awaitable[float | None]]
+
+
+async def run(ground: Ground, report: Report, *, headers: int, bodies: int, readers: int) -> None:
+    """Normal traffic beside slow clients, against the same beside clients that read."""
+    asks = ground.known.asks(8, (8, 16), settings=("greedy", "drawn"), seed=5)
+    async with Server(ground.place("slow"), ground.model, *_OPTIONS) as server:
+        await _traffic(server, asks, report, asyncio.sleep(1.0))  # warm
+        idle = await _traffic(server, asks, report, asyncio.sleep(LIMIT_S))
+        began = time.monotonic()
+        baseline = await _traffic(server, asks, report, _read_all(server, readers))
+        reading_s = time.monotonic() - began
+        slow = _all_slow(server, report, headers, bodies, readers, reading_s)
+        beside = await _traffic(server, asks, report, slow)
+        metrics = await server.metrics()
+    rejected = int(metrics.get("admission_rejections_total", 0))
+    report.expect(not rejected, f"{rejected} requests were refused")
+    base, loaded = (percentile(seconds, 0.99) for seconds in (baseline, beside))
+    # a few milliseconds of a busy machine are not a factor
+    allowed = 2 * max(base, 0.1)
+    report.expect(loaded <= allowed, f"p99 is {loaded:.2f} s beside slow clients, was {base:.2f} s")
+    report.measured |= {
+        "p99 s alone": round(percentile(idle, 0.99), 3),
+        "p99 s beside readers": round(base, 3),
+        "p99 s beside slow clients": round(loaded, 3),
+        "normal requests": len(beside),
+    }
+
+
+async def _traffic(
+    server: Server, asks: list[Ask], report: Report, until: Awaitable[object]
+) -> list[float]:
+    """Normal clients until something is through; the seconds of each answer."""
+    async with Load(server.port, asks, clients=_CLIENTS, ways={chat: 1}, seed=5) as load:
+        await until
+    report.wrong += load.tally.wrong[:3]
+    return load.tally.seconds
+
+
+async def _read_all(server: Server, readers: int) -> None:
+    """The same large answers, read as they come."""
+
+    async def one(place: int) -> None:
+        reader = Reader(server.port, _LARGE_PATH, _LARGE)
+        await asyncio.sleep(_ARRIVE_S * place / readers)
+        await reader.ask()
+        await reader.read()
+        reader.close()
+
+    await asyncio.gather(*[one(i) for i in range(readers)])
+
+
+async def _all_slow(
+    server: Server, report: Report, headers: int, bodies: int, readers: int, reading_s: float
+) -> None:
+    """All kinds of slow clients at once."""
+    await asyncio.gather(
+        _closed_in_time(server, report, "half headers", half_header, headers),
+        _closed_in_time(server, report, "slow bodies", slow_body, bodies),
+        _not_read(server, report, readers, reading_s),
+    )
+
+
+async def _closed_in_time(
+    server: Server, report: Report, what: str, slow: Slow, count: int
+) -> None:
+    patience = LIMIT_S + 10
+    seconds = await asyncio.gather(*[slow(server.port, patience) for _ in range(count)])
+    closed = [s for s in seconds if s is not None]
+    late = sum(s > LIMIT_S + SLACK_S for s in closed) + count - len(closed)
+    early = sum(s < LIMIT_S - 0.5 for s in closed)
+    report.expect(not late, f"{late} of {count} {what} were not closed in {LIMIT_S + SLACK_S:g} s")
+    report.expect(not early, f"{early} of {count} {what} were closed before their time")
+    report.measured[f"{what} closed"] = f"{len(closed)} of {count}"
+    report.measured[f"{what}, longest s"] = round(max(closed, default=0.0), 1)
+
+
+async def _not_read(server: Server, report: Report, count: int, reading_s: float) -> None:
+    """Ask for large answers and never read; the system knows who is still connected."""
+    readers = [Reader(server.port, _LARGE_PATH, _LARGE) for _ in range(count)]
+    began = time.monotonic()
+    for reader in readers:
+        await reader.ask()
+        await asyncio.sleep(_ARRIVE_S / count)
+    # what the answers take to be made, and then the limit
+    allowed = reading_s + LIMIT_S + SLACK_S
+    while (left := _connected(server, readers)) and time.monotonic() - began < allowed + 10:
+        await asyncio.sleep(0.1)
+    seconds = time.monotonic() - began
+    sizes = []
+    for reader in readers:
+        sizes.append(await reader.read())
+        reader.close()
+    report.expect(not left, f"{left} streams that are not read are still there")
+    report.expect(seconds <= allowed, f"unread streams were there {seconds:.1f} s")
+    report.measured["unread streams closed"] = f"{count - left} of {count}"
+    report.measured["unread streams gone after s"] = round(seconds, 1)
+    # less would mean that nobody had to wait for a reader
+    whole = len(_NAME) * _LARGE["max_tokens"]
+    report.expect(max(sizes) < whole, "an answer fits into the buffers: nothing was tested")
+    report.measured["bytes taken of one, most"] = f"{max(sizes)} of {whole}"
+
+
+def _connected(server: Server, readers: list[Reader]) -> int:
+    """How many of the readers the server has a connection with."""
+    ours = {reader.port for reader in readers}
+    found = server.process.net_connections(kind="tcp")
+    return sum(bool(c.raddr) and c.raddr.port in ours for c in found)
+
+
+SLOW_CLIENTS = Scenario(
+    name="slow-clients",
+    does="300 half-open headers, 200 slow bodies and 100 streams that are never read, at once",
+    passes="all closed within their limit + 2 s; p99 of normal traffic at most twice its baseline",
+    run=run,
+    full={"headers": 300, "bodies": 200, "readers": 100},
+    quick={"headers": 40, "bodies": 30, "readers": 8},
+)

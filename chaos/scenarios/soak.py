@@ -1,0 +1,85 @@
+"""A longer while under load: memory, descriptors and threads do not grow."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from dataclasses import dataclass
+
+import psutil
+
+from chaos.load import Load
+from chaos.scenario import Ground, Report, Scenario
+from chaos.server import Server
+
+#: megabytes a minute by which a process may grow, in the second half
+SLOPE_MB = 1.0
+_EVERY_S = 1.0
+
+
+@dataclass
+class Sample:
+    """One look at a process."""
+
+    at: float
+    rss: int
+    files: int
+    threads: int
+
+
+async def run(ground: Ground, report: Report, *, seconds: float, clients: int) -> None:
+    """Load, and look at both processes every second."""
+    asks = ground.known.asks(30, (8, 64), seed=10)
+    # results are dropped while others come, as they are in a server that runs for long
+    options = ("--result-ttl", "5")
+    async with Server(ground.place("soak"), ground.model, *options) as server:
+        engine = server.engine()
+        if engine is None:
+            raise AssertionError("there is no engine")
+        watched = {"API": server.process, "engine": engine}
+        samples: dict[str, list[Sample]] = {name: [] for name in watched}
+        async with Load(server.port, asks, clients=clients, seed=10) as load:
+            until = time.monotonic() + seconds
+            while time.monotonic() < until:
+                await asyncio.sleep(_EVERY_S)
+                for name, process in watched.items():
+                    samples[name].append(_look(process))
+    report.expect_none("wrong", load.tally.wrong)
+    for name, found in samples.items():
+        _judge(report, name, found[len(found) // 2 :])
+    report.measured["right"] = load.tally.counts["right"]
+
+
+def _look(process: psutil.Process) -> Sample:
+    with process.oneshot():
+        rss = process.memory_info().rss
+        return Sample(time.monotonic(), rss, process.num_fds(), process.num_threads())
+
+
+def _judge(report: Report, name: str, samples: list[Sample]) -> None:
+    """Growth in the second half."""
+    slope, _ = statistics.linear_regression([s.at for s in samples], [s.rss for s in samples])
+    per_minute = slope * 60 / 2**20
+    report.expect(per_minute < SLOPE_MB, f"{name}: memory grows {per_minute:.1f} MB a minute")
+    files = [s.files for s in samples]
+    threads = [s.threads for s in samples]
+    half = len(samples) // 2
+    for what, values in (("descriptors", files), ("threads", threads)):
+        before, after = statistics.median(values[:half]), statistics.median(values[half:])
+        report.expect(after <= before + 2, f"{name}: {what} went from {before:g} to {after:g}")
+    report.measured |= {
+        f"{name} MB": round(samples[-1].rss / 2**20),
+        f"{name} MB a minute": round(per_minute, 2),
+        f"{name} descriptors": max(files),
+        f"{name} threads": max(threads),
+    }
+
+
+SOAK = Scenario(
+    name="soak",
+    does="16 clients, all ways and settings, 90 s",
+    passes="in the second half memory grows less than 1 MB a minute, descriptors and threads stay",
+    run=run,
+    full={"seconds": 90.0, "clients": 16},
+)

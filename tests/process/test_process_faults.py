@@ -1,0 +1,269 @@
+"""Supervision under faults of the system: nobody waits for ever, and nothing is left behind."""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from dllmserve.async_llm import AsyncLLM
+from dllmserve.errors import EngineDiedError, EngineError, EngineStartError, TokenizerError
+from dllmserve.process import supervisor as supervision
+from dllmserve.process.channel import MAX_MESSAGE, Channel, ChannelClosed, Listener
+from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
+from tests.process.light_child import POISON
+
+CHILD = Path(__file__).parent / "light_child.py"
+
+
+def light(how: str, directory: Path, **given: Any) -> SupervisorOptions:
+    command = (sys.executable, str(CHILD), how, str(directory))
+    return SupervisorOptions(command=command, **{"load_timeout_s": 60.0, **given})
+
+
+@asynccontextmanager
+async def supervised(how: str, directory: Path, **given: Any) -> AsyncIterator[Supervisor]:
+    supervisor = Supervisor({}, light(how, directory, **given))
+    async with asyncio.timeout(100):
+        await supervisor.start()
+        try:
+            yield supervisor
+        finally:
+            await supervisor.close()
+    assert children() == []
+
+
+def children() -> list[psutil.Process]:
+    found = psutil.Process().children(recursive=True)
+    return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+async def answer(supervisor: Supervisor, *prompt: int) -> list[int]:
+    return (await supervisor.submit([*prompt], {}, None).output()).token_ids
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(supervision, "_LAST_PAUSE_S", 0.01)
+
+
+@pytest.mark.parametrize("how", ["garbage", "exit"])
+def test_engines_that_go_wrong_are_replaced(tmp_path: Path, how: str) -> None:
+    async def main() -> None:
+        async with supervised(how, tmp_path) as supervisor:
+            good = supervisor.submit([1, 2], {}, None)
+            with pytest.raises(EngineDiedError) as caught:
+                await answer(supervisor, POISON)
+            part = "no message" if how == "garbage" else "ended with code 0"
+            assert part in str(caught.value)
+            assert (await good.output()).token_ids == [1, 2]
+            assert await answer(supervisor, 3) == [3]
+            assert supervisor.restarts == 2
+
+    asyncio.run(main())
+
+
+def test_no_room_for_a_new_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too many processes or open files: it is tried again, and given up in the end."""
+    real, failures = asyncio.create_subprocess_exec, iter(range(3))
+
+    async def start(*given: Any, **more: Any) -> Any:
+        if next(failures, None) is not None:
+            raise OSError(24, "Too many open files")
+        return await real(*given, **more)
+
+    async def main() -> None:
+        async with supervised("kill", tmp_path) as supervisor:
+            monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+            call = supervisor.submit([POISON], {}, None)
+            with pytest.raises(EngineDiedError):
+                await call.output()
+            assert await answer(supervisor, 3) == [3]
+
+    asyncio.run(main())
+    assert caplog.text.count("Too many open files") == 3
+
+
+def test_giving_up_says_why_and_fails_everybody(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with supervised("dies-at-once", tmp_path) as supervisor:
+            giving_up = asyncio.create_task(supervisor.failed())
+            running = supervisor.submit([POISON], {}, None)
+            with pytest.raises(EngineStartError, match="5 times in a row: .* code 3"):
+                await running.output()
+            assert supervisor.state is State.FAILED
+            error = await giving_up
+            with pytest.raises(EngineStartError) as caught:
+                supervisor.submit([1], {}, None)
+            assert caught.value is error
+
+    asyncio.run(main())
+
+
+def test_a_fault_of_the_supervision_is_no_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with supervised("kill", tmp_path) as supervisor:
+
+            def broken(death: Any) -> bool:
+                raise RuntimeError("a fault on purpose")
+
+            monkeypatch.setattr(supervisor, "_judge", broken)
+            with pytest.raises(EngineError, match="supervision"):
+                await answer(supervisor, POISON)
+            assert supervisor.state is State.FAILED
+            assert "supervision" in str(await supervisor.failed())
+
+    asyncio.run(main())
+
+
+def test_starts_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        with pytest.raises(EngineStartError, match="no message"):
+            await Supervisor({}, light("garbage-load", tmp_path)).start()
+        missing = SupervisorOptions(command=(str(tmp_path / "nothing"),))
+        with pytest.raises(EngineStartError, match="could not be started: .*No such file"):
+            await Supervisor({}, missing).start()
+        deep = tmp_path / ("d" * 120)
+        deep.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(deep))
+        with pytest.raises(EngineStartError, match="path too long"):
+            await Supervisor({}, light("none", tmp_path)).start()
+        assert not list(deep.iterdir())
+
+    asyncio.run(main())
+    assert children() == []
+
+
+def test_closing_while_the_model_is_loaded(tmp_path: Path) -> None:
+    async def main() -> None:
+        supervisor = Supervisor({}, light("slow-load", tmp_path))
+        starting = asyncio.create_task(supervisor.start())
+        while not children():
+            await asyncio.sleep(0.01)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert children() == []
+
+        # close() beside a start() that succeeds
+        supervisor = Supervisor({}, light("none", tmp_path))
+        starting = asyncio.create_task(supervisor.start())
+        await asyncio.sleep(0)
+        await supervisor.close()
+        with pytest.raises(EngineError, match="closed"):
+            await starting
+        assert supervisor.state is State.CLOSED
+
+    asyncio.run(main())
+    assert children() == []
+
+
+def test_closing_while_an_engine_is_replaced(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with supervised("none", tmp_path) as supervisor:
+            assert supervisor.engine_pid is not None
+            os.kill(supervisor.engine_pid, signal.SIGKILL)
+            while supervisor.state is State.READY:
+                await asyncio.sleep(0.001)
+            held = supervisor.submit([1], {}, None)
+            await supervisor.close()
+            with pytest.raises(EngineError, match="closed"):
+                await held.output()
+            with pytest.raises(EngineError, match="closed"):
+                supervisor.submit([1], {}, None)
+            await supervisor.close()  # again
+
+    asyncio.run(main())
+
+
+def test_what_an_engine_writes_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "dllmserve.engine")
+
+    async def main() -> None:
+        async with supervised("talks", tmp_path) as supervisor:
+            assert await answer(supervisor, POISON, 2) == [POISON, 2]
+            while "was here" not in caplog.text:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert "was left out" in caplog.text and "xxx" not in caplog.text
+
+
+def test_a_client_without_its_tokenizer_leaves_no_process(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+
+    async def main() -> None:
+        with pytest.raises(TokenizerError):
+            async with AsyncLLM("tiny", supervision=light("none", tmp_path)):
+                raise AssertionError("it must not start")
+        assert children() == []
+
+    asyncio.run(main())
+
+
+def test_only_the_engine_may_connect() -> None:
+    async def main() -> None:
+        listener = Listener()
+        await listener.start()
+        assert os.stat(os.path.dirname(listener.path)).st_mode & 0o777 == 0o700
+        accepting = asyncio.create_task(listener.accept(os.getpid() + 1))
+        stranger = Channel(listener.path)
+        with pytest.raises(ChannelClosed):
+            while True:
+                await asyncio.sleep(0.01)
+                stranger.receive(0)
+        assert not accepting.done()
+        accepting.cancel()
+        stranger.close()
+
+        accepting = asyncio.create_task(listener.accept(os.getpid()))
+        child = Channel(listener.path)
+        connection = await accepting
+        listener.close()
+        assert not os.path.exists(os.path.dirname(listener.path))
+        connection.send(b"a" * 300_000)
+        connection.send(b"")
+        found = []
+        while len(found) < 2:
+            await asyncio.sleep(0.001)
+            found += child.receive(0)
+        assert found == [b"a" * 300_000, b""]
+        await asyncio.to_thread(child.send, b"b" * 300_000)
+        assert await connection.receive() == b"b" * 300_000
+        child.close()
+        assert await connection.receive() is None
+        connection.close()
+
+    asyncio.run(main())
+
+
+def test_sides_that_are_out_of_step(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        channel = Channel(str(tmp_path / "s"))
+        other, _ = listening.accept()
+        with other:
+            other.sendall(b"\x00\x00\x00\x03ab")
+            assert channel.receive(1) == []
+            other.sendall(b"c" + b"\x00\x00\x00\x01d" + b"\x00")
+            assert channel.receive(1) == [b"abc", b"d"]
+            other.sendall((MAX_MESSAGE + 1).to_bytes(4, "big"))
+            with pytest.raises(ChannelClosed, match="bytes, over"):
+                channel.receive(1)
+                other.sendall(b"\xff\xff\xff")
+                channel.receive(1)
+        channel.close()
