@@ -4,11 +4,14 @@ PYTHON ?= python3
 # Installed before everything else and alone, so that the build you choose stays. Another
 # index:  make generate TORCH="torch --index-url <your index>"
 TORCH ?= torch==2.13.0
-# Extra arguments of "dllmserve generate", of pytest, and the commands of bench and scores.
+# Extra arguments of "dllmserve generate", pytest, "dllmserve serve" and chaos, and the commands
+# of bench and scores.
 ARGS ?=
 TESTS ?=
+SERVE ?=
 BENCH ?= -m benchmarks.cpu_vs_loop
 SCORES ?= -m benchmarks.scores
+CHAOS ?=
 
 VENV := .venv
 FUZZ := .venv-fuzz
@@ -17,7 +20,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help generate test check fmt bench fuzz scores clean
+.PHONY: help generate serve test check fmt bench fuzz chaos scores clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +31,9 @@ ifeq ($(origin PROMPT),command line)
 else
 	@$(BIN)/dllmserve generate --demo $(ARGS)
 endif
+
+serve: $(READY)-server ## set up, then serve the embedded model on 127.0.0.1:8000; SERVE="..." passes options
+	@$(BIN)/dllmserve serve $(SERVE)
 
 test: $(READY)-test ## set up, then run the tests; TESTS="..." passes arguments to pytest
 	@$(BIN)/python -m pytest $(TESTS)
@@ -45,9 +51,12 @@ fmt: $(READY)-dev ## format the code and fix what the linter can fix
 bench: $(READY) ## set up, then measure the engine against a plain loop on this machine
 	@$(BIN)/python $(BENCH)
 
-fuzz: $(READY)-test $(FUZZ)/.ready ## set up, then send a server malformed requests and schemathesis' cases
+fuzz: $(READY)-test $(FUZZ)/.ready ## set up, then send a server malformed requests, then generated ones
 	@$(BIN)/python -m tests.server.fuzz.raw
 	@$(BIN)/python -m tests.server.fuzz.schema --st $(FUZZ)/bin/st
+
+chaos: $(READY)-test ## set up, then break a real server in many ways; CHAOS="NAME... --quick" chooses
+	@$(BIN)/python -m chaos $(CHAOS)
 
 scores: $(READY) ## set up, then reproduce the embedded model's held-out scores
 	@$(BIN)/python $(SCORES)

@@ -1,6 +1,8 @@
 """``python -m dllmserve``: the command line."""
 
+import sys
+
 from dllmserve.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -105,6 +105,8 @@ class AsyncLLM:
                 Path(info.directory),
                 trust_remote_code=self.config.trust_remote_code,
             )
+            if self.tokenizer is not None:
+                await asyncio.to_thread(self.tokenizer.warm_up)
         except BaseException:
             await self.close()
             raise

@@ -11,6 +11,7 @@ import re
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -115,6 +116,11 @@ class Tokenizer:
             raise
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise TokenizerError(f"the chat template failed: {error}") from error
+
+    def warm_up(self) -> None:
+        """Import and compile what chats need, which a server must not do under load."""
+        with suppress(TokenizerError):
+            self.render_chat([{"role": "user", "content": "Hello"}])
 
     @cached_property
     def _compiled(self) -> Template:

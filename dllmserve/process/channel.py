@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import select
-import shutil
 import socket
 import struct
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 _LENGTH = struct.Struct(">I")
@@ -143,7 +143,10 @@ class Listener:
         """Stop listening and remove the directory."""
         if self._server is not None:
             self._server.close()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        # unlike shutil.rmtree, this works when no more files can be opened
+        with suppress(OSError):
+            Path(self.path).unlink(missing_ok=True)
+            self._directory.rmdir()
 
 
 def _peer_pid(writer: asyncio.StreamWriter) -> int | None:

@@ -210,6 +210,8 @@ class EngineProcess:
                 await self._process.wait()
         except TimeoutError:
             await _end(self._process)
+        finally:
+            self._connection.close()
 
     async def _watch(self, limit_s: float) -> None:
         while True:

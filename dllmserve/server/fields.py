@@ -94,6 +94,11 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
 
+def example(**values: Any) -> ConfigDict:
+    """Model config with a body that works as it is, for the page of the API."""
+    return ConfigDict(json_schema_extra={"examples": [values]})
+
+
 class SparseFields(Body):
     """Fields of SparseConfig."""
 

@@ -26,7 +26,7 @@ from dllmserve.server.common import (
     note_runs,
 )
 from dllmserve.server.failures import ApiError, as_api_error, log_failure
-from dllmserve.server.fields import NativeFields, Prompt
+from dllmserve.server.fields import NativeFields, Prompt, example
 from dllmserve.server.jobs import MAX_WAIT_S, Details
 from dllmserve.server.service import Run, Service
 from dllmserve.server.sse import EventStream, event, unless_gone
@@ -42,11 +42,17 @@ _PLAIN_ID = re.compile(r"0|[1-9][0-9]{0,15}")
 class GenerateRequest(NativeFields):
     """One prompt."""
 
+    model_config = example(prompt="The president", gen_length=32, steps=32, temperature=0)
+
     prompt: Prompt = Field(description="A text, or token ids.")
 
 
 class BatchRequest(NativeFields):
     """Several prompts with the same settings."""
+
+    model_config = example(
+        prompts=["The president", "The people"], gen_length=32, steps=32, temperature=0
+    )
 
     prompts: list[Prompt] = Field(min_length=1, max_length=MAX_PROMPTS)
 

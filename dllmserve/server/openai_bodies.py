@@ -19,6 +19,7 @@ from dllmserve.sampling_params import (
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.failures import ApiError
 from dllmserve.server.fields import (
+    LARGEST,
     MAX_SEED,
     Biases,
     Body,
@@ -27,6 +28,7 @@ from dllmserve.server.fields import (
     StopText,
     Text,
     bias_ids,
+    example,
 )
 
 #: OpenAI's limits
@@ -81,6 +83,16 @@ class OpenAIFields(DecodingFields):
     user: Text | None = Field(default=None, description="Not read.")
     frequency_penalty: neutral(0) = None  # type: ignore[valid-type]
     presence_penalty: neutral(0) = None  # type: ignore[valid-type]
+    # not OpenAI's, but sent by clients made for other servers
+    top_k: int | None = Field(
+        default=None,
+        ge=-1,
+        le=LARGEST,
+        description="Draw from the k likeliest tokens; 0 and -1 are off.",
+    )
+    repetition_penalty: neutral(1) = None  # type: ignore[valid-type]
+    min_p: neutral(0) = None  # type: ignore[valid-type]
+    min_tokens: neutral(0) = None  # type: ignore[valid-type]
 
     def length(self) -> int | None:
         """The answer's length, if it was given under any of its names."""
@@ -124,6 +136,8 @@ class OpenAIFields(DecodingFields):
         for name in ("temperature", "top_p", "stop"):
             if (value := getattr(self, name)) is not None:
                 values[name] = value
+        if self.top_k == -1:
+            values["top_k"] = 0
         if self.logit_bias:
             values["logit_bias"] = bias_ids(self.logit_bias)
         if "steps" not in values:
@@ -142,6 +156,8 @@ class OpenAIFields(DecodingFields):
 
 class CompletionRequest(OpenAIFields):
     """Body of /v1/completions."""
+
+    model_config = example(prompt="The president", max_tokens=32, temperature=0)
 
     prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)] = Field(
         description="A text, token ids, or a list of either."
@@ -198,6 +214,12 @@ class ResponseFormat(Body):
 
 class ChatRequest(OpenAIFields):
     """Body of /v1/chat/completions."""
+
+    model_config = example(
+        messages=[{"role": "user", "content": "Sort the numbers: 9 41 7"}],
+        max_tokens=32,
+        temperature=0,
+    )
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_GEN_LENGTH)

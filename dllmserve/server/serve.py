@@ -15,7 +15,12 @@ import uvicorn
 
 from dllmserve.errors import ConfigError, DllmServeError
 from dllmserve.server.app import create_app, guarded, start_logging
-from dllmserve.server.http.connection import ConnectionLimits, guarded_protocol
+from dllmserve.server.config import ServerConfig
+from dllmserve.server.http.connection import (
+    MAX_TURNED_AWAY,
+    ConnectionLimits,
+    guarded_protocol,
+)
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, with_port
@@ -24,7 +29,12 @@ _log = logging.getLogger("dllmserve.server")
 
 #: seconds that answered connections get to be flushed and closed
 _FLUSH_S = 5
+#: connections that the system holds for us, and those that are taken from it in one go. When there
+#: is no open file left, asyncio tries the rest of the go in vain and logs every one
 _BACKLOG = 2048
+_AT_ONCE = 64
+#: goes whose connections may be open before the first of them is counted, or closed
+_GOES = 4
 #: open files besides connections: log, job store, engine, modules that are being read
 _OTHER_FILES = 128
 
@@ -40,7 +50,6 @@ def serve(settings: Settings) -> int:
     """
     server = settings.server
     start_logging(server)
-    _allow_files(server.max_connections + _OTHER_FILES)
     bound = _bind(server.host, server.port)
     try:
         settings = with_port(settings, bound.getsockname()[1])
@@ -56,6 +65,12 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave the signals alone."""
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to accept; asyncio has one number for the backlog and for what it accepts."""
+        await super().startup(sockets)
+        for bound in sockets or ():
+            bound.listen(_BACKLOG)
 
 
 class _Running:
@@ -150,11 +165,7 @@ class _Running:
 
     def _config(self, app: object) -> uvicorn.Config:
         server = self._settings.server
-        limits = ConnectionLimits(
-            header_timeout_s=server.header_timeout,
-            max_connections=server.max_connections,
-            write_timeout_s=server.write_timeout,
-        )
+        limits, at_once = _connection_limits(server)
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
             http=guarded_protocol(limits, self._service.connections),
@@ -166,7 +177,7 @@ class _Running:
             proxy_headers=False,
             timeout_keep_alive=server.keep_alive_timeout,  # type: ignore[arg-type]
             timeout_graceful_shutdown=_FLUSH_S,
-            backlog=_BACKLOG,
+            backlog=at_once,
             ssl_certfile=server.ssl_certfile,
             ssl_keyfile=server.ssl_keyfile,
             ssl_ca_certs=server.ssl_ca_certs,
@@ -179,23 +190,50 @@ class _Running:
         return config
 
 
-def _allow_files(count: int) -> None:
-    """Let the process have so many open files, as far as the system does."""
+def _connection_limits(server: ServerConfig) -> tuple[ConnectionLimits, int]:
+    """The limits that were asked for, as far as there are open files for connections.
+
+    Returns:
+        The limits, and how many connections may be taken from the system in one go.
+    """
+    connections, turned_away, at_once = server.max_connections, MAX_TURNED_AWAY, _AT_ONCE
+    wanted = connections + turned_away + _GOES * at_once + _OTHER_FILES
+    files = _allow_files(wanted)
+    if files < wanted:
+        room = files - min(_OTHER_FILES, files // 2)
+        turned_away = min(turned_away, room // 4)
+        at_once = max(1, min(at_once, room // 32))
+        connections = max(1, min(connections, room - turned_away - _GOES * at_once))
+    if connections < server.max_connections:
+        _log.warning(
+            "only %d files may be open, so max_connections is %d instead of %d: raise that limit "
+            "(ulimit -n) to %d",
+            files,
+            connections,
+            server.max_connections,
+            wanted,
+        )
+    limits = ConnectionLimits(
+        header_timeout_s=server.header_timeout,
+        max_connections=connections,
+        max_turned_away=turned_away,
+        write_timeout_s=server.write_timeout,
+    )
+    return limits, at_once
+
+
+def _allow_files(count: int) -> int:
+    """Let the process have so many open files, as far as the system does; how many it has."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if most < count:
-        _log.warning(
-            "only %d files may be open: raise that limit (ulimit -n) to %d, or lower "
-            "--max-connections",
-            most,
-            count,
-        )
+    return most
 
 
 def _bind(host: str, port: int) -> socket.socket:
     """A listening address, taken before the model is loaded."""
+    bound: socket.socket | None = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -206,6 +244,8 @@ def _bind(host: str, port: int) -> socket.socket:
         # two that are only bound may share an address; this is also when clients can connect
         bound.listen(_BACKLOG)
     except OSError as error:
+        if bound is not None:
+            bound.close()
         reason = error.strerror or str(error)
         raise ConfigError(
             f"cannot listen on {host}:{port}: {reason}; give another --port or --host"

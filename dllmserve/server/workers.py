@@ -35,16 +35,16 @@ def refuse_several_workers() -> None:
 
 
 def _of_uvicorn() -> bool:
-    """Whether the parent has several children that multiprocessing started.
-
-    However the workers were asked for, and unlike the one child of ``--reload``.
-    """
+    """Whether the parent starts several processes, unlike the one of ``--reload``."""
     if multiprocessing.parent_process() is None:
         return False
     if not _PROC.is_dir():
         return True  # it cannot be told apart from --reload
-    spawned = [words for words in map(_command, _children(os.getppid())) if _is_spawned(words)]
-    return len(spawned) > 1
+    parent = _command(os.getppid())
+    if "--reload" not in parent and _told(parent, "UVICORN_WORKERS", "WEB_CONCURRENCY"):
+        return True
+    # however else they were asked for; but those that were refused before us may be gone
+    return sum(_is_spawned(_command(child)) for child in _children(os.getppid())) > 1
 
 
 def _of_gunicorn() -> bool:
@@ -55,16 +55,19 @@ def _of_gunicorn() -> bool:
     """
     if not os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
         return False
-    given = (
-        _count(_command(os.getppid()))
-        or _count(shlex.split(os.environ.get("GUNICORN_CMD_ARGS", "")))
-        or os.environ.get("WEB_CONCURRENCY", "")
-    )
+    words = shlex.split(os.environ.get("GUNICORN_CMD_ARGS", "")) + _command(os.getppid())
+    return _told(words, "WEB_CONCURRENCY")
+
+
+def _told(words: Sequence[str], *variables: str) -> bool:
+    """Whether a command line, or else the first variable that is set, asks for several workers."""
+    values = [_count(words), *(os.environ.get(name, "") for name in variables)]
+    given = next(filter(None, values), "")
     return given.isdigit() and int(given) > 1
 
 
 def _count(words: Sequence[str]) -> str:
-    """The number of workers in a command line of gunicorn; "" if there is none."""
+    """The number of workers in a command line; "" if there is none."""
     found = ""
     for place, word in enumerate(words):
         if word in ("-w", "--workers"):

@@ -100,7 +100,7 @@ def test_giving_up_says_why_and_fails_everybody(tmp_path: Path) -> None:
         async with supervised("dies-at-once", tmp_path) as supervisor:
             giving_up = asyncio.create_task(supervisor.failed())
             running = supervisor.submit([POISON], {}, None)
-            with pytest.raises(EngineStartError, match="5 times in a row: .* code 3"):
+            with pytest.raises(EngineStartError, match=r"5 times in a row: .* code 3"):
                 await running.output()
             assert supervisor.state is State.FAILED
             error = await giving_up
@@ -134,7 +134,7 @@ def test_starts_that_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(EngineStartError, match="no message"):
             await Supervisor({}, light("garbage-load", tmp_path)).start()
         missing = SupervisorOptions(command=(str(tmp_path / "nothing"),))
-        with pytest.raises(EngineStartError, match="could not be started: .*No such file"):
+        with pytest.raises(EngineStartError, match=r"could not be started: .*No such file"):
             await Supervisor({}, missing).start()
         deep = tmp_path / ("d" * 120)
         deep.mkdir()
@@ -199,7 +199,7 @@ def test_what_an_engine_writes_is_logged(tmp_path: Path, caplog: pytest.LogCaptu
                 await asyncio.sleep(0.01)
 
     asyncio.run(main())
-    assert "was left out" in caplog.text and "xxx" not in caplog.text
+    assert "was left out" in caplog.text
 
 
 def test_a_client_without_its_tokenizer_leaves_no_process(tmp_path: Path) -> None:
@@ -259,11 +259,13 @@ def test_sides_that_are_out_of_step(tmp_path: Path) -> None:
         with other:
             other.sendall(b"\x00\x00\x00\x03ab")
             assert channel.receive(1) == []
-            other.sendall(b"c" + b"\x00\x00\x00\x01d" + b"\x00")
+            other.sendall(b"c" + b"\x00\x00\x00\x01d")
             assert channel.receive(1) == [b"abc", b"d"]
             other.sendall((MAX_MESSAGE + 1).to_bytes(4, "big"))
             with pytest.raises(ChannelClosed, match="bytes, over"):
                 channel.receive(1)
-                other.sendall(b"\xff\xff\xff")
-                channel.receive(1)
+        with pytest.raises(ChannelClosed, match="closed the socket"):
+            channel.receive(1)
+        with pytest.raises(ChannelClosed, match="gone"):
+            channel.send(b"x")
         channel.close()

@@ -271,6 +271,21 @@ def test_every_curl_works_and_answers_as_printed(name: str, url: str) -> None:
             job = str(answer.get("request_ids", [job])[0])
 
 
+def test_examples_of_the_api_page_work(url: str) -> None:
+    """What "Try it out" sends."""
+    schema = httpx.get(f"{url}/openapi.json").json()
+    sent = 0
+    for path, operations in schema["paths"].items():
+        body = operations.get("post", {}).get("requestBody")
+        if body is not None:
+            name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            (example,) = schema["components"]["schemas"][name]["examples"]
+            answer = httpx.post(url + path, json=example, timeout=60)
+            assert answer.status_code == 200, (path, answer.text)
+            sent += 1
+    assert sent == 5
+
+
 @pytest.mark.parametrize("name", ["openai_client", "native_poll", "watch_stream"])
 def test_examples_run_against_a_server(name: str, url: str, tmp_path: Path) -> None:
     script = ROOT / "examples" / "server" / f"{name}.py"

@@ -189,14 +189,16 @@ def test_without_a_lifespan_nothing_is_served() -> None:
         asyncio.run(app_module._FromEnvironment()({"type": "http"}, never, never))
 
 
-def fake_processes(root: Path, commands: list[str]) -> Path:
-    """A /proc in which our parent has children with these command lines."""
-    for number, command in enumerate(commands, 100):
+def fake_processes(root: Path, parent: str, children: list[str]) -> Path:
+    """A /proc with our parent and its children, by their command lines."""
+    own = os.getppid()
+    numbers = [own, *(own + 1000 + n for n in range(len(children)))]
+    for number, command in zip(numbers, [parent, *children], strict=True):
+        above = 1 if number == own else own
         (root / str(number)).mkdir()
-        (root / str(number) / "stat").write_text(f"{number} (a) b) S {os.getppid()} 1 1")
-        words = command.split()
-        (root / str(number) / "cmdline").write_bytes(b"\0".join(w.encode() for w in words))
-    (root / "1").mkdir()  # one that is gone
+        (root / str(number) / "stat").write_text(f"{number} (a) b) S {above} 1 1")
+        (root / str(number) / "cmdline").write_bytes(command.replace(" ", "\0").encode())
+    (root / str(own + 1)).mkdir()  # one that is gone
     (root / "self").mkdir()
     return root
 
@@ -205,18 +207,32 @@ SPAWNED = "python -c code --multiprocessing-fork"
 
 
 @pytest.mark.parametrize(
-    ("commands", "refused"),
+    ("parent", "children", "environ", "refused"),
     [
-        ([SPAWNED], False),  # --reload
-        ([SPAWNED, "python -c tracker"], False),
-        ([SPAWNED, SPAWNED], True),
+        ("uvicorn app --reload", [SPAWNED], {}, False),
+        ("uvicorn app --reload", [SPAWNED], {"WEB_CONCURRENCY": "4"}, False),
+        ("uvicorn app --workers 1", [SPAWNED, "python -c tracker"], {}, False),
+        ("uvicorn app --workers 2", [SPAWNED, SPAWNED], {}, True),
+        ("uvicorn app --workers 2", [SPAWNED], {}, True),  # the other one was refused before
+        ("uvicorn app", [SPAWNED], {"WEB_CONCURRENCY": "2"}, True),
+        ("uvicorn app", [SPAWNED], {"UVICORN_WORKERS": "2"}, True),
+        ("python run.py", [SPAWNED, SPAWNED], {}, True),  # uvicorn.run(..., workers=2)
     ],
 )
 def test_workers_of_uvicorn(
-    commands: list[str], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parent: str,
+    children: list[str],
+    environ: dict[str, str],
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in ("WEB_CONCURRENCY", "UVICORN_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
     killed: list[tuple[int, int]] = []
-    monkeypatch.setattr(workers, "_PROC", fake_processes(tmp_path, commands))
+    monkeypatch.setattr(workers, "_PROC", fake_processes(tmp_path, parent, children))
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
     monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
     if refused:

@@ -33,7 +33,7 @@ from dllmserve.server.http.respond import CLOSE, LINGER_S, error_body, error_typ
 ABORT = "dllmserve.abort"
 #: requests that may wait on one connection for the answers before theirs
 MAX_PIPELINED = 16
-#: connections over the limit that are answered before they are closed; more are just closed
+#: see ConnectionLimits.max_turned_away
 MAX_TURNED_AWAY = 64
 #: a reader that takes less than this in write_timeout_s counts as one that does not read
 MIN_PROGRESS_BYTES = 65536
@@ -55,6 +55,8 @@ class ConnectionLimits:
         max_headers: number of headers; 431.
         max_target_bytes: path and query; 414.
         max_connections: open connections of the server; 503.
+        max_turned_away: connections over that limit that are answered before they are closed;
+            more are just closed.
         write_timeout_s: seconds that a full write buffer may stand still; no status.
 
     Raises:
@@ -66,6 +68,7 @@ class ConnectionLimits:
     max_headers: int = 100
     max_target_bytes: int = 8192
     max_connections: int = 1024
+    max_turned_away: int = MAX_TURNED_AWAY
     write_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
@@ -73,6 +76,7 @@ class ConnectionLimits:
             check_float(ConfigError, name, getattr(self, name), 0, low_open=True)
         for name in ("max_header_bytes", "max_headers", "max_target_bytes", "max_connections"):
             check_int(ConfigError, name, getattr(self, name), 1)
+        check_int(ConfigError, "max_turned_away", self.max_turned_away, 0)
 
 
 @dataclass
@@ -180,7 +184,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._start_head_timer()
             return
         self.stats.turned_away += 1
-        if self.stats.turned_away > MAX_TURNED_AWAY:
+        if self.stats.turned_away > self.limits.max_turned_away:
             self.stats.refused[503] += 1
             transport.abort()
             return

@@ -3,6 +3,7 @@
 What cannot be honoured is refused by name; nothing is dropped silently.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +27,9 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 TABLE: list[tuple[tuple[str, ...], str, list[Any], list[Any]]] = [
     (BOTH, "frequency_penalty", [0, 0.0, None], [0.1, -2, 1e-9, "0", False]),
     (BOTH, "presence_penalty", [0, 0.0, None], [0.1, -2, 1e-9, "0", False]),
+    (BOTH, "repetition_penalty", [1, 1.0, None], [1.1, 0, True]),
+    (BOTH, "min_p", [0, 0.0, None], [0.1]),
+    (BOTH, "min_tokens", [0, None], [1]),
     ((TEXT,), "suffix", ["", None], [" ", "end"]),
     ((TEXT,), "best_of", [1, None], [0, 2, "1"]),
     ((TEXT,), "logprobs", [None], [0, 1, 5, True]),
@@ -56,7 +60,8 @@ HONOURED: list[tuple[tuple[str, ...], str, Any, Any]] = [
     ((CHAT,), "max_completion_tokens", 2, 2.5),
     (BOTH, "temperature", 0.5, -0.1),
     (BOTH, "top_p", 0.5, 1.1),
-    (BOTH, "top_k", 5, -1),
+    (BOTH, "top_k", 5, -2),
+    (BOTH, "top_k", -1, 0.5),
     (BOTH, "seed", -3, 0.5),
     (BOTH, "stop", ["a", "b", "c", "d"], ["a", "b", "c", "d", "e"]),
     (BOTH, "stop", [], ["x" * 257]),
@@ -157,3 +162,89 @@ def test_stream_options(http: httpx.Client) -> None:
             answer = http.post(path, json={**body, "stream_options": wrong})
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == "stream_options"
+
+
+_PART = [{"type": "text", "text": "Hi."}]
+_USAGE = {"include_usage": True, "continuous_usage_stats": True}
+#: what load generators send, by their names
+STREAMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "guidellm, chat": (
+        CHAT,
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": _PART}],
+            "max_tokens": 4,
+            "max_completion_tokens": 4,
+            "stop": None,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": _USAGE,
+        },
+    ),
+    "guidellm, text": (
+        TEXT,
+        {
+            "model": "tiny",
+            "prompt": "Hi.",
+            "max_tokens": 4,
+            "stop": None,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": _USAGE,
+        },
+    ),
+    "vllm bench serve, text": (
+        TEXT,
+        {
+            "model": "tiny",
+            "prompt": "Hi.",
+            "temperature": 0.0,
+            "repetition_penalty": 1.0,
+            "max_tokens": 4,
+            "logprobs": None,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "ignore_eos": True,
+        },
+    ),
+    "vllm bench serve, chat": (
+        CHAT,
+        {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": _PART}],
+            "max_completion_tokens": 4,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "ignore_eos": True,
+        },
+    ),
+    "sglang bench_serving": (
+        TEXT,
+        {
+            "model": "tiny",
+            "prompt": "Hi.",
+            "temperature": 0.0,
+            "best_of": 1,
+            "max_tokens": 4,
+            "stream": True,
+            "ignore_eos": True,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_what_load_generators_send(http: httpx.Client, name: str) -> None:
+    """They look for health first, and count tokens by the usage."""
+    assert http.get("/health").status_code == 200
+    path, body = STREAMS[name]
+    answer = http.post(path, json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, done = [line[6:] for line in answer.text.split("\n") if line.startswith("data: ")]
+    assert done == "[DONE]"
+    chunks = [json.loads(event) for event in events]
+    assert all("error" not in chunk for chunk in chunks)
+    if "stream_options" in body:
+        assert chunks[-1]["choices"] == []
+        assert chunks[-1]["usage"]["completion_tokens"] == 4

@@ -273,7 +273,7 @@ def test_diffusion_options_through_extra_body(client: OpenAI) -> None:
 def test_wrong_requests_are_bad_request_errors(client: OpenAI) -> None:
     cases: list[tuple[dict[str, Any], str | None, str]] = [
         ({"max_tokens": 100_000}, "max_tokens", "invalid_parameter"),
-        ({"max_tokens": 2048}, None, "context_length_exceeded"),
+        ({"max_tokens": 2048}, "messages", "context_length_exceeded"),
         ({"temperature": -1}, "temperature", "invalid_parameter"),
         ({"n": 9}, "n", "invalid_parameter"),
         ({"stop": list("abcde")}, "stop", "invalid_parameter"),
