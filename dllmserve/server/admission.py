@@ -54,6 +54,7 @@ class Admission:
 
     Attributes:
         requests, work: under way now.
+        at_once: requests that the engine runs at once; below it no learned bound holds.
         closed_because: why nothing is taken, for clients; None while the door is open.
     """
 
@@ -61,6 +62,7 @@ class Admission:
         self.requests = 0
         self.work = 0
         self.closed_because: str | None = None
+        self.at_once = 0
         self._max_requests, self._max_work = max_requests, max_work
         self._forwards = 0
         self._done = self._done_forwards = 0
@@ -85,7 +87,8 @@ class Admission:
         places = [Place(work_of(request), forwards_of(request)) for request in requests]
         work = sum(place.work for place in places)
         limit = self._max_work
-        if limit is None and self._speed:
+        # what runs at once is no queue: the speed learned from single requests says nothing of it
+        if limit is None and self._speed and self.requests + count > self.at_once:
             limit = int(self._speed * WORK_SECONDS)
         # alone, anything may run: what could never run is refused elsewhere
         if limit is not None and self.requests and self.work + work > limit:

@@ -222,6 +222,7 @@ class Service:
         began = time.monotonic()
         info = await self.llm.start()
         self._started = True
+        self.admission.at_once = info.limits.max_num_seqs
         if not self._draining:
             self.admission.closed_because = None
         _log.info(

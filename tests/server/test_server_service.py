@@ -112,10 +112,23 @@ def test_dropped_requests_do_not_make_it_look_slow() -> None:
         admission.take([request()])
 
 
+def test_what_runs_at_once_is_let_in_whatever_was_learned() -> None:
+    admission = Admission(100, None)
+    admission.at_once = 3
+    (place,) = admission.take([request()])
+    admission.give_back(place, 1)
+    admission.measure(1000.0, 1)
+    for _ in range(3):
+        admission.take([request()])
+    with pytest.raises(OverloadedError, match="this server takes on"):
+        admission.take([request()])
+
+
 def test_the_engines_counters_are_what_is_measured(byte_checkpoint: Path) -> None:
     async def main() -> None:
         async with serving(byte_checkpoint) as server:
             server.engine.hold = True
+            server.service.admission.at_once = 1
             (first,) = server.service.admit([request(10, 10)])
             server.engine.counters = Counters(busy=100.0, spans=10)
             # 10 passes in 100 s: a minute is 6 passes, and 10 are under way

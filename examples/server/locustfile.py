@@ -1,7 +1,7 @@
 """Load on a server with locust: chats, streamed chats, and jobs that are polled.
 
 pip install locust
-locust -f examples/locustfile.py --headless -u 50 -r 25 -t 15s --host http://127.0.0.1:8000
+locust -f examples/server/locustfile.py --headless -u 50 -r 25 -t 15s --host http://127.0.0.1:8000
 """
 
 import json
