@@ -17,7 +17,7 @@ from chaos.server import Server, shared_memory
 #: seconds within which a new engine has to be ready
 READY_S = 15.0
 #: seconds between a new engine's first step and the next kill
-_BETWEEN_S = (0.3, 1.5)
+_BETWEEN_S = (0.3, 2.5)
 #: settings whose streams give text long before their end
 _SETTINGS = ("greedy", "end ignored", "drawn", "filtered", "dual cache", "biased")
 

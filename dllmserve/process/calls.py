@@ -16,6 +16,9 @@ from dllmserve.process.messages import Submit
 
 #: answer positions in canvases that wait for a slow reader; beyond that older ones are lost
 MAX_WAITING_CELLS = 1 << 18
+#: kills from outside, such as those for want of memory, that a request which ran with others
+#: before is given when it runs alone
+MAX_KILLS_ALONE = 3
 
 
 class Cause(Enum):
@@ -150,8 +153,9 @@ class Call:
         A request that had not begun to run has nothing to do with it. One that ran may be
         the reason: after a crash or a hang it runs again by itself, so that the guilty one
         is found and the others are not; after a kill from outside only when it happens
-        again. It fails when the engine has died with it twice, the last time alone (after
-        kills from outside: twice alone).
+        again. It fails when the engine has died with it twice, the last time alone. Kills
+        from outside say less: two are enough if it was alone each time, MAX_KILLS_ALONE
+        alone if others were there before.
 
         Args:
             cause: why the engine ended.
@@ -171,7 +175,8 @@ class Call:
 
     def _judge_running(self, cause: Cause, alone: bool) -> Fate:
         if cause is Cause.KILLED:
-            if self._deaths_alone >= 2:
+            always_alone = self._deaths == self._deaths_alone
+            if self._deaths_alone >= (2 if always_alone else MAX_KILLS_ALONE):
                 return Fate.FAIL
             return Fate.ALONE if self._deaths >= 2 else Fate.RERUN
         return Fate.FAIL if alone and self._deaths >= 2 else Fate.ALONE

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from dllmserve.errors import (
+    DeadlineError,
     DllmServeError,
     EngineDiedError,
     EngineStartError,
@@ -120,7 +121,9 @@ def log_failure(error: Exception) -> None:
     """Log what :func:`explained` leaves out."""
     if not isinstance(error, DllmServeError | ApiError):
         _log.error("a request failed", exc_info=error)
-    elif as_api_error(error).status >= 500 and not isinstance(error, OverloadedError):
+    elif isinstance(error, OverloadedError | DeadlineError):
+        return  # nothing has failed; the line of the request has the status
+    elif as_api_error(error).status >= 500:
         _log.warning("%s: %s", type(error).__name__, error)
 
 

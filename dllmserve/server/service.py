@@ -75,6 +75,8 @@ class Run:
         self._queue_s = queue_s
         self._last_text: float | None = None
         self._forwards: int | None = None
+        # each run is counted once: as finished, failed or dropped
+        self._counted = False
         self.reason: str | None = None
         self.queue_time: float | None = None
         try:
@@ -133,7 +135,8 @@ class Run:
                 "more time"
             ) from error
         except DllmServeError as error:
-            if not isinstance(error, RequestAbortedError):
+            if not self._counted:
+                self._counted = True
                 self._service.metrics.failed(error.code)
             raise
         if isinstance(event, Started):
@@ -148,20 +151,22 @@ class Run:
         if self not in self._service.runs:
             return
         self._service.runs.discard(self)
-        if not self.call.ended:
+        if not self._counted:  # also one that nobody was there any more to hear the end of
+            self._counted = True
             self._service.metrics.aborted(self.reason or "disconnect")
-            self._service.llm.abort(self.call)
+        self._service.llm.abort(self.call)
         self._service.admission.give_back(self._place, self._forwards)
 
     def drop(self, reason: str, text: str) -> None:
         """End the request from outside; whoever waits for it gets a RequestAbortedError."""
         if not self.call.ended:
+            self._counted = True
             self._service.metrics.aborted(reason)
             self._service.llm.abort(self.call, RequestAbortedError(text))
 
     def _finished(self, output: RequestOutput) -> None:
         metrics, now = self._service.metrics, time.monotonic()
-        self._forwards = output.forward_passes
+        self._forwards, self._counted = output.forward_passes, True
         metrics.finished(output.finish_reason, output.completion_tokens, output.forward_passes)
         metrics.total.observe(now - self._began)
         if self.call.started is not None:

@@ -4,14 +4,14 @@ import importlib
 import inspect
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import pytest
 
 import dllmserve
-from dllmserve import LLM, SamplingParams, SparseConfig, errors, registry
+from dllmserve import LLM, AsyncLLM, SamplingParams, SparseConfig, errors, registry
 
-DOCUMENTED = ("LLM", "SamplingParams", "SparseConfig", "CanvasStep", "RequestOutput")
+DOCUMENTED = ("LLM", "AsyncLLM", "SamplingParams", "SparseConfig", "CanvasStep", "RequestOutput")
 
 
 def run(code: str) -> str:
@@ -45,6 +45,12 @@ def test_importing_loads_no_torch() -> None:
         "SamplingParams(); SparseConfig(); print('torch' in sys.modules)"
     )
     assert run(code) == "False"
+
+
+def test_the_servers_process_loads_no_torch() -> None:
+    """The engine lives in another one."""
+    code = "import dllmserve.server.serve, sys; print({'torch', 'numpy'} & set(sys.modules))"
+    assert run(code) == "set()"
 
 
 def test_documented_import_paths() -> None:
@@ -108,10 +114,11 @@ def test_every_public_name_is_documented() -> None:
     for name in DOCUMENTED:
         kind = getattr(dllmserve, name)
         assert inspect.getdoc(kind)
-        for field in fields(kind) if name != "LLM" else ():
+        for field in fields(kind) if is_dataclass(kind) else ():
             assert field.name in inspect.getdoc(kind), f"{name}.{field.name}"  # type: ignore[operator]
-    members = [m for n, m in vars(LLM).items() if not n.startswith("_")]
-    assert all(inspect.getdoc(member) for member in members)
+    for kind in (LLM, AsyncLLM):
+        members = [m for n, m in vars(kind).items() if not n.startswith("_")]
+        assert all(inspect.getdoc(member) for member in members)
     for name, kind in vars(errors).items():
         if inspect.isclass(kind) and issubclass(kind, errors.DllmServeError):
             assert inspect.getdoc(kind)

@@ -7,7 +7,7 @@ import pytest
 
 from dllmserve.errors import EngineDiedError, EngineError, RequestAbortedError
 from dllmserve.outputs import RequestOutput
-from dllmserve.process.calls import Call, Cause, Death, Delta, Fate, Started
+from dllmserve.process.calls import MAX_KILLS_ALONE, Call, Cause, Death, Delta, Fate, Started
 from dllmserve.process.messages import (
     Abort,
     Admitted,
@@ -97,7 +97,9 @@ def test_who_is_run_again() -> None:
         assert judged((kill, False), (kill, False)) == [Fate.RERUN, Fate.ALONE]
         assert judged((kill, True), (kill, True)) == [Fate.RERUN, Fate.FAIL]
         assert judged(*[(kill, False)] * 20)[-1] is Fate.ALONE
-        assert judged((kill, False), (kill, False), (kill, True), (kill, True))[-1] is Fate.FAIL
+        with_others = [(kill, False)] * 2
+        assert judged(*with_others, *[(kill, True)] * 2)[-1] is Fate.ALONE
+        assert judged(*with_others, *[(kill, True)] * MAX_KILLS_ALONE)[-1] is Fate.FAIL
         assert judged((kill, True), (crash, True)) == [Fate.RERUN, Fate.FAIL]
 
     asyncio.run(main())
