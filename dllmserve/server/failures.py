@@ -91,8 +91,8 @@ def as_api_error(error: Exception) -> ApiError:
         status = 400  # text for a checkpoint without tokenizer or template
     elif isinstance(error, OverloadedError):
         headers["Retry-After"] = str(error.retry_after)
-    elif isinstance(error, EngineDiedError):
-        # the official client retries every 5xx that does not say this
+    elif isinstance(error, EngineDiedError | DeadlineError):
+        # the official client sends it again after every 5xx that does not say this
         headers["x-should-retry"] = "false"
     if status == 503:
         headers.setdefault("Retry-After", "1")
