@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from dllmserve import LLM, AsyncLLM, SamplingParams, SparseConfig
@@ -23,6 +22,7 @@ from dllmserve.errors import (
     UnknownOptionError,
 )
 from dllmserve.process.supervisor import State
+from tests.process.left import nothing_left
 
 GREEDY = SamplingParams(temperature=0.0, gen_length=24, steps=24, block_length=4, ignore_eos=True)
 DRAWN = SamplingParams(gen_length=16, steps=8, seed=3, top_p=0.9, stop=["q"])
@@ -150,8 +150,8 @@ def test_everything_is_as_with_llm(
             await llm.generate("Hello", GREEDY)
         assert llm.supervisor.state is State.CLOSED
 
-    asyncio.run(main())
-    assert not [p for p in psutil.Process().children(recursive=True) if p.is_running()]
+    with nothing_left():
+        asyncio.run(main())
 
 
 def test_options_are_checked_at_once(byte_checkpoint: Path) -> None:

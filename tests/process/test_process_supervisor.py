@@ -26,6 +26,7 @@ from dllmserve.process.calls import MAX_KILLS_ALONE, Call, Delta
 from dllmserve.process.messages import changed_fields
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from tests.process.faulty_child import POISON
+from tests.process.left import nothing_left
 
 CHILD = Path(__file__).parent / "faulty_child.py"
 GREEDY = SamplingParams(temperature=0.0, gen_length=16, steps=16, block_length=8, ignore_eos=True)
@@ -52,8 +53,8 @@ def with_engine(
         finally:
             await supervisor.close()
 
-    asyncio.run(main())
-    assert not [p for p in psutil.Process().children(recursive=True) if p.is_running()]
+    with nothing_left():
+        asyncio.run(main())
 
 
 def ask(
@@ -250,5 +251,5 @@ def test_bad_models_are_named(tmp_path: Path) -> None:
             await Supervisor(options(tmp_path), how).start()
         assert time.monotonic() - started < 10
 
-    asyncio.run(main())
-    assert not psutil.Process().children(recursive=True)
+    with nothing_left():
+        asyncio.run(main())

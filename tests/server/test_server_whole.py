@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from dllmserve import LLM, SamplingParams
@@ -17,6 +16,7 @@ from dllmserve.server.app import create_app, guarded, lifespan
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.settings import Settings
 from dllmserve.server.store import SqliteStore
+from tests.process.left import nothing_left
 from tests.server.stand_in import Server, until
 
 CHAT = [{"role": "user", "content": "Hi <|end|>"}]
@@ -127,5 +127,5 @@ def test_from_the_first_request_to_the_last(
         assert [record.id for record in await kept.unfinished()] == [id]
         await kept.close()
 
-    asyncio.run(asyncio.wait_for(main(), 200))
-    assert not [p for p in psutil.Process().children(recursive=True) if p.is_running()]
+    with nothing_left():
+        asyncio.run(asyncio.wait_for(main(), 200))
