@@ -283,14 +283,19 @@ class AsyncLLM:
         stop = call.submit.params.get("stop")
         strings = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
         text = CommittedText(self._text_tokenizer(), strings)
-        count = given = 0
+        count = given = reruns = 0
         while True:
             event = await (take or call.next)()
+            if call.reruns != reruns:  # nothing was given out, and a new engine begins again
+                reruns, count = call.reruns, 0
+                text = CommittedText(self._text_tokenizer(), strings)
             if isinstance(event, Delta):
                 count += len(event.token_ids)
                 if piece := text.add(event.token_ids):
                     yield TextDelta(piece, count)
                     count, given = 0, given + count
+                elif not given:
+                    call.hold_back()  # the beginning of a character, or of a stop string
             elif isinstance(event, RequestOutput):
                 # the last step's ids come with the output
                 left = event.completion_tokens - given

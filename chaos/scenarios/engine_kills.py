@@ -39,6 +39,8 @@ async def run(ground: Ground, report: Report, *, kills: int, clients: int) -> No
         metrics = await server.metrics()
     tally = load.tally
     report.expect_none("wrong, lost or hung", tally.wrong)
+    early = tally.counts["cut early"]
+    report.expect(not early, f"{early} streams were cut before any of their text had come")
     report.expect(max(ready) <= READY_S, f"ready again after {max(ready):.1f} s")
     report.expect(unready == kills, f"/ready said 503 after {unready} of {kills} kills only")
     restarts = int(metrics["engine_restarts_total"])
@@ -50,7 +52,6 @@ async def run(ground: Ground, report: Report, *, kills: int, clients: int) -> No
         "kills": kills,
         "right": tally.counts["right"],
         "streams cut with an error": tally.counts["cut"],
-        "cut before any text": tally.counts["cut early"],
         "hung": tally.counts["hung"],
         "ready again, longest s": round(max(ready), 1),
     }

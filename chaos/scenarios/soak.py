@@ -31,8 +31,9 @@ class Sample:
 async def run(ground: Ground, report: Report, *, seconds: float, clients: int) -> None:
     """Load, and look at both processes every second."""
     asks = ground.known.asks(30, (8, 64), seed=10)
-    # results are dropped while others come, as they are in a server that runs for long
-    options = ("--result-ttl", "5")
+    # as in a server that has run for long: results are dropped while others come, and every page
+    # of the K,V store has been used, as the system only counts those that have
+    options = ("--result-ttl", "5", "--kv-pages", "256")
     async with Server(ground.place("soak"), ground.model, *options) as server:
         engine = server.engine()
         if engine is None:

@@ -78,6 +78,7 @@ class Call:
         ended: has an output or an error.
         finished: has an output.
         started: monotonic seconds of the first forward pass, or None.
+        reruns: times that it was begun again on a new engine; events then start again, too.
     """
 
     def __init__(self, submit: Submit) -> None:
@@ -87,6 +88,7 @@ class Call:
         self.ended = self.finished = False
         self.submitted = time.monotonic()
         self.started: float | None = None
+        self.reruns = 0
         self._events: deque[Event | BaseException] = deque()
         self._arrived = asyncio.Event()
         self._waiting_cells = 0
@@ -117,6 +119,10 @@ class Call:
         if isinstance(event, CanvasStep):
             self._waiting_cells -= len(event.token_ids)
         return event
+
+    def hold_back(self) -> None:
+        """Nothing of what was taken so far has been given out, so it may still be run again."""
+        self._given_out = False
 
     async def output(self) -> RequestOutput:
         """Wait for the end. Raises what :meth:`next` raises."""
@@ -165,6 +171,7 @@ class Call:
         if self._given_out:
             return Fate.FAIL
         self._forget_events()
+        self.reruns += 1
         if not was_running:
             return Fate.ALONE if self._suspected else Fate.RERUN
         self._deaths += 1
