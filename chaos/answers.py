@@ -31,6 +31,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "two choices": {"temperature": 0.9, "seed": 7, "n": 2},
     "stopped": {"temperature": 0.0, "stop": True},
 }
+_USUAL = ("greedy", "end ignored", "drawn", "biased", "dual cache", "sparse", "guided")
 _WORDS = ("sort", "a", "list", "of", "names", "in", "the", "capital", "naïve", "ключ", "東京", "?")
 
 
@@ -122,6 +123,14 @@ class Known:
             drawn = [self._draw(name, rng, lengths, block_length) for name in names]
             self._made[key] = [self.answered(ask) for ask in drawn]
         return self._made[key]
+
+    def usual(self) -> list[Ask]:
+        """Requests that take a moment, of many kinds; the same ones every time."""
+        return self.asks(14, (32, 64), settings=_USUAL, seed=1)
+
+    def short(self) -> list[Ask]:
+        """Requests that take as little as requests do."""
+        return self.asks(8, (8, 24), settings=("greedy", "drawn"), seed=2)
 
     def _draw(
         self, name: str, rng: random.Random, lengths: tuple[int, int], block_length: int

@@ -20,7 +20,10 @@ from dllmserve.runtime.runner import ModelRunner, StepHandle
 
 POISON = 7
 #: names of the faults; a prompt's second token is a place in this list
-FAULTS = ("exception", "segfault", "abort", "exit", "hang", "freeze", "garbage", "out of memory")
+FAULTS = (
+    *("exception", "segfault", "abort", "exit", "kill", "hang", "freeze", "garbage"),
+    "out of memory",
+)
 
 _channels: list[Channel] = []
 
@@ -38,8 +41,9 @@ def fail(how: str) -> None:
     if how == "garbage":
         _channels[0].send(b"\xc1 is no msgpack")
         time.sleep(600)
-    number = {"segfault": "SIGSEGV", "abort": "SIGABRT", "freeze": "SIGSTOP"}[how]
-    os.kill(os.getpid(), signal.Signals[number])
+    # "kill" is what the kernel does when memory runs out
+    number = {"segfault": "SEGV", "abort": "ABRT", "kill": "KILL", "freeze": "STOP"}[how]
+    os.kill(os.getpid(), signal.Signals[f"SIG{number}"])
 
 
 def poison_steps() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ _POLL_S = 0.05
 _LONG_POLL_S = 20
 _MOST_RETRIES = 60
 
-Way = Callable[[Client, Ask, "Tally"], Awaitable[None]]
+Way = Callable[[Client, Ask, "Tally"], Coroutine[Any, Any, None]]
 
 
 class Tally:

@@ -220,7 +220,7 @@ class Server:
 def alive(process: psutil.Process) -> bool:
     """Whether a process runs, and has not merely not been buried."""
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -21,7 +21,7 @@ async def run(
     ground: Ground, report: Report, *, open_files: int, clients: int, requests: int, kill: bool
 ) -> None:
     """More clients than descriptors: idle ones, then working ones, then (kill) a dead engine."""
-    asks = ground.known.asks(8, (8, 16), settings=("greedy", "drawn"), seed=9)
+    asks = ground.known.short()
     folder = ground.place("descriptors")
     async with Server(folder, ground.model, *_OPTIONS, open_files=open_files) as server:
         # connections that do nothing take all descriptors; the server has to close them

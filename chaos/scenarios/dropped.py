@@ -22,7 +22,7 @@ _LONGEST_S = 0.8
 
 async def run(ground: Ground, report: Report, *, streams: int, whole: int) -> None:
     """Drop requests at random moments; some come to their end before."""
-    asks = ground.known.asks(12, (32, 64), settings=("greedy", "drawn", "dual cache"), seed=4)
+    asks = ground.known.usual()
     rng = random.Random(4)
     kinds = ["stream"] * streams + ["whole"] * whole
     rng.shuffle(kinds)

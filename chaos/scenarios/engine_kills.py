@@ -10,30 +10,33 @@ import signal
 import time
 
 from chaos.client import Client
-from chaos.load import Load, chat, job, stream
+from chaos.load import Load, Way, chat, job, stream
 from chaos.scenario import Ground, Report, Scenario
 from chaos.server import Server, shared_memory
 
 #: seconds within which a new engine has to be ready
 READY_S = 15.0
-#: seconds between a new engine's first step and the next kill
-_BETWEEN_S = (0.3, 2.5)
-#: settings whose streams give text long before their end
-_SETTINGS = ("greedy", "end ignored", "drawn", "filtered", "dual cache", "biased")
+#: seconds that an engine works at least before it is killed
+_SHORTEST_S = 0.3
 
 
-async def run(ground: Ground, report: Report, *, kills: int, clients: int) -> None:
-    """Kill engines one after the other while clients ask in all ways."""
-    asks = ground.known.asks(18, (24, 64), settings=_SETTINGS, seed=2)
+async def run(
+    ground: Ground, report: Report, *, kills: int, clients: int, longest_s: float
+) -> None:
+    """Kill engines one after the other while clients ask in all ways.
+
+    Each gets a random time to work, up to ``longest_s`` seconds.
+    """
+    asks = ground.known.usual()
     rng = random.Random(2)
     before = shared_memory()
     ready: list[float] = []
     unready = 0
     async with Server(ground.place("kills"), ground.model) as server:
-        ways = {job: 1, chat: 1, stream: 1}
+        ways: dict[Way, int] = {job: 1, chat: 1, stream: 1}
         async with Load(server.port, asks, clients=clients, ways=ways, seed=2) as load:
             for _ in range(kills):
-                seconds, seen_unready = await _kill(server, rng)
+                seconds, seen_unready = await _kill(server, rng.uniform(_SHORTEST_S, longest_s))
                 ready.append(seconds)
                 unready += seen_unready
         metrics = await server.metrics()
@@ -57,14 +60,14 @@ async def run(ground: Ground, report: Report, *, kills: int, clients: int) -> No
     }
 
 
-async def _kill(server: Server, rng: random.Random) -> tuple[float, bool]:
+async def _kill(server: Server, wait_s: float) -> tuple[float, bool]:
     """Kill the engine in the middle of its work.
 
     Returns:
         The seconds until the next engine was ready, and whether /ready said 503 in between.
     """
     await until_busy(server)
-    await asyncio.sleep(rng.uniform(*_BETWEEN_S))
+    await asyncio.sleep(wait_s)
     engine = server.engine()
     if engine is None:
         raise AssertionError("the server has no engine")
@@ -95,6 +98,6 @@ ENGINE_KILLS = Scenario(
     passes="no accepted request lost or wrong, no client hangs, begun streams end with an error "
     "event and [DONE], ready again within 15 s, nothing left behind",
     run=run,
-    full={"kills": 20, "clients": 16},
-    quick={"kills": 1, "clients": 8},
+    full={"kills": 20, "clients": 16, "longest_s": 2.5},
+    quick={"kills": 1, "clients": 8, "longest_s": 0.6},
 )

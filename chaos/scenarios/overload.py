@@ -28,7 +28,7 @@ WAVE_SHARE = 0.95
 
 async def run(ground: Ground, report: Report, *, clients: int, rounds: int, wave: int) -> None:
     """All clients at once, without waiting after a 503; then a wave of the official client."""
-    asks = ground.known.asks(12, (16, 32), settings=("greedy", "drawn", "threshold"), seed=6)
+    asks = ground.known.short()
     tally, rng = Tally(), random.Random(6)
     async with Server(ground.place("overload"), ground.model, *_OPTIONS) as server:
         await take_all(server.port, [(rng.choice(asks), _once) for _ in range(128)], 64, Tally())

@@ -15,7 +15,6 @@ from chaos.scenario import Ground, Report, Scenario
 from chaos.server import Server
 
 _SUBMITTERS = 4
-_SETTINGS = ("greedy", "drawn", "threshold", "dual cache", "sparse", "guided", "biased")
 
 #: acknowledged jobs: id -> what was asked
 Accepted = dict[int, Ask]
@@ -23,7 +22,7 @@ Accepted = dict[int, Ask]
 
 async def run(ground: Ground, report: Report, *, rounds: int, jobs: int) -> None:
     """Submit jobs, kill the server in the middle of them, start another one, ask for all."""
-    asks = ground.known.asks(14, (24, 64), settings=_SETTINGS, seed=3)
+    asks = ground.known.usual()
     folder = ground.place("server-kill")
     rng = random.Random(3)
     accepted: Accepted = {}

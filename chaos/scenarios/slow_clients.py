@@ -29,9 +29,6 @@ _LARGE: dict[str, Any] = {
 }
 _LARGE_PATH = "/v1/chat/completions"
 _CLIENTS = 6
-#: seconds over which slow clients arrive
-_ARRIVE_S = 2.0
-
 Slow = Callable[[int, float], Awaitable[float | None]]
 
 
@@ -47,12 +44,12 @@ async def run(
         *("--header-timeout", limit, "--body-timeout", limit, "--write-timeout", limit),
         *("--served-model-name", _NAME),
     )
-    asks = ground.known.asks(8, (8, 16), settings=("greedy", "drawn"), seed=5)
+    asks = ground.known.short()
     async with Server(ground.place("slow"), ground.model, *options) as server:
-        await _traffic(server, asks, report, asyncio.sleep(1.0))  # warm
+        await _traffic(server, asks, report, asyncio.sleep(0.3))  # warm
         idle = await _traffic(server, asks, report, asyncio.sleep(limit_s))
         began = time.monotonic()
-        baseline = await _traffic(server, asks, report, _read_all(server, readers))
+        baseline = await _traffic(server, asks, report, _read_all(server, readers, limit_s / 2))
         reading_s = time.monotonic() - began
         crowd = _Crowd(server, report, limit_s)
         slow = crowd.all(headers, bodies, readers, reading_s)
@@ -82,12 +79,12 @@ async def _traffic(
     return load.tally.seconds
 
 
-async def _read_all(server: Server, readers: int) -> None:
-    """The same large answers, read as they come."""
+async def _read_all(server: Server, readers: int, arrive_s: float) -> None:
+    """The same large answers, asked for over some seconds and read as they come."""
 
     async def one(place: int) -> None:
         reader = Reader(server.port, _LARGE_PATH, _LARGE)
-        await asyncio.sleep(_ARRIVE_S * place / readers)
+        await asyncio.sleep(arrive_s * place / readers)
         await reader.ask()
         await reader.read()
         reader.close()
@@ -134,7 +131,7 @@ class _Crowd:
         began = time.monotonic()
         for reader in readers:
             await reader.ask()
-            await asyncio.sleep(_ARRIVE_S / count)
+            await asyncio.sleep(self._limit_s / 2 / count)
         # what the answers take to be made, and then the limit
         allowed = reading_s + self._limit_s + SLACK_S
         while (left := _connected(server, readers)) and time.monotonic() - began < allowed + 10:
