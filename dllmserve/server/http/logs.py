@@ -118,6 +118,8 @@ def configure_logging(
         logger.addHandler(handler)
         logger.propagate = False
         logger.setLevel(level.upper() if name != "asyncio" else "WARNING")
+    # a uvicorn.Config with a log_level of its own, anywhere in the process, leaves it behind here
+    logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)
     logging.getLogger("uvicorn.error").propagate = True
     logging.getLogger("uvicorn.access").propagate = False
 

@@ -219,6 +219,7 @@ def test_text_fields() -> None:
 
 def test_calling_again_replaces_the_handlers(capsys: pytest.CaptureFixture[str]) -> None:
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(io.StringIO()))
+    logging.getLogger("uvicorn.error").setLevel("CRITICAL")  # as uvicorn.Config(log_level=) does
     kept = logging.NullHandler()
     logging.getLogger("dllmserve").addHandler(kept)
     for _ in range(3):
