@@ -126,7 +126,11 @@ def test_plots_of_odd_rows(fake: Fake, tmp_path: Path, what: list[str]) -> None:
 def test_ctrl_c(fake: Fake) -> None:
     """The report of what was measured so far, and the exit code of an interrupt."""
     fake.plan = lambda number: Plan(first=0.0 if number < 3 else 60.0)
-    code = "import sys; from dllmserve.cli.main import main; sys.exit(main())"
+    # whoever starts the tests in the background may have SIGINT ignored, which is inherited
+    code = (
+        "import signal, sys; from dllmserve.cli.main import main; "
+        "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(main())"
+    )
     args = ["bench", "serve", "--url", fake.url, "--rates", "20,30", "--duration", "60"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *args, "--warmup", "0"],
