@@ -40,6 +40,9 @@ class EngineConfig:
         max_refresh_tokens: tokens of one forward pass that may belong to refreshes, so
             that they do not line up; None does not limit them.
         max_logit_rows: rows of logits that may exist at once; at least 2.
+        max_history_rows: positions of blocks whose last distribution may be kept at once, for
+            requests with ``unmask="klass"``; their memory, 4 bytes for every entry of the
+            vocabulary, is taken when the first of them arrives.
         phases: "mixed" lets refreshes and reuse of different requests share a forward
             pass, "separate" does not; "auto" runs refreshes by themselves when they fill
             half a pass, and mixes them otherwise.
@@ -71,6 +74,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_refresh_tokens: int | None = None
     max_logit_rows: int = 1024
+    max_history_rows: int = 1024
     phases: str = "auto"
     steps_per_sync: int = 4
     max_graphs: int = 64
@@ -104,6 +108,7 @@ class EngineConfig:
             ("page_size", 1),
             ("steps_per_sync", 1),
             ("max_graphs", 1),
+            ("max_history_rows", 0),
         ):
             check_int(err, name, getattr(self, name), low)
         for name in ("max_model_len", "max_num_batched_tokens", "max_refresh_tokens"):

@@ -22,13 +22,30 @@ UNMASK_RULES: dict[str, str] = {
     "threshold": "dllmserve.decoding.threshold:ThresholdRule",
     "factor": "dllmserve.decoding.factor:FactorRule",
     "entropy_bound": "dllmserve.decoding.entropy:EntropyBoundRule",
+    "threshold_strict": "dllmserve.decoding.threshold_strict:StrictThresholdRule",
+    "factor_strict": "dllmserve.decoding.factor_strict:StrictFactorRule",
+    "hierarchy": "dllmserve.decoding.hierarchy:HierarchyRule",
+    "credit": "dllmserve.decoding.credit:CreditRule",
+    "klass": "dllmserve.decoding.klass:KlassRule",
+    "wino": "dllmserve.decoding.wino:WinoRule",
 }
+
+#: rules that may mask written positions again: each forward runs a shadow of the block, and
+#: nothing of a block is final before all of it is
+REVOKING_RULES = frozenset({"wino"})
+#: rules that compare distributions with those of the forward before, which are kept
+HISTORY_RULES = frozenset({"klass"})
+#: rules that do something to logits or keep something between forwards; they share segments
+STATEFUL_RULES = REVOKING_RULES | HISTORY_RULES | {"credit"}
 
 #: cache policy name -> policy class (dllmserve.cache.policy.CachePolicy)
 CACHE_POLICIES: dict[str, str] = {
     "none": "dllmserve.cache.none:NoCache",
     "prefix": "dllmserve.cache.dual:PrefixCache",
     "dual": "dllmserve.cache.dual:DualCache",
+    "rolling": "dllmserve.cache.rolling:RollingCache",
+    "delayed": "dllmserve.cache.delayed:DelayedCache",
+    "drift": "dllmserve.cache.drift:DriftCache",
     "sparse": "dllmserve.cache.sparse:SparseCache",
 }
 

@@ -8,7 +8,8 @@ from typing import Any, NoReturn
 
 from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
 from dllmserve.errors import InvalidParameterError
-from dllmserve.registry import CACHE_POLICIES, UNMASK_RULES
+from dllmserve.presets import PRESETS, preset
+from dllmserve.registry import CACHE_POLICIES, REVOKING_RULES, UNMASK_RULES
 
 #: Longest answer and largest step count a request may ask for.
 MAX_GEN_LENGTH = 8192
@@ -23,6 +24,16 @@ CONFIDENCE = ("probability", "margin", "neg_entropy")
 SCHEDULES = ("uniform", "dream")
 #: "sparse" is chosen by a SparseConfig
 CACHES = tuple(name for name in CACHE_POLICIES if name != "sparse")
+#: forwards that unmask="klass" may look back
+MAX_KL_HISTORY = 64
+#: rules that read nothing but a probability
+_NEED_PROBABILITY = ("hierarchy", "credit", "klass", "wino")
+#: caches that take each of the refresh fields
+_TAKES: dict[str, tuple[str, ...]] = {
+    "refresh_delay": ("prefix", "dual", "delayed"),
+    "refresh_every": ("prefix", "dual", "rolling", "delayed", "drift"),
+    "refresh_window": ("prefix", "dual"),
+}
 
 
 class LogitBias(dict[int, float]):
@@ -59,18 +70,43 @@ class SamplingParams:
             random ones (only with ``unmask="steps"``).
         block_length: diffusion block; None means one block for the whole answer (with a
             SparseConfig: its default_block_len). The last block may be shorter.
-        unmask: which positions are written in a step: "steps", "threshold", "factor" or
-            "entropy_bound".
-        threshold: least confidence for ``unmask="threshold"`` (Fast-dLLM).
-        factor: the factor f of ``unmask="factor"`` (Fast-dLLM).
+        unmask: which positions are written in a step: "steps", "threshold",
+            "threshold_strict", "factor", "factor_strict", "entropy_bound", "hierarchy",
+            "credit", "klass" or "wino"; docs/decoding.md explains each.
+        threshold: least confidence for the rules that compare with one: "threshold"
+            (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "hierarchy", "credit" (dInfer),
+            "klass" (arXiv 2511.05664; 0.9 there) and "wino" (0.6 there).
+        factor: the factor f of ``unmask="factor"`` (Fast-dLLM) and "factor_strict".
         entropy_bound: entropy budget in nats of ``unmask="entropy_bound"``.
+        low_threshold: least confidence of the best position of a run of masks, for
+            ``unmask="hierarchy"``.
+        kl_threshold, kl_history: ``unmask="klass"`` writes positions whose distribution moved
+            by less than kl_threshold nats (KL divergence) in each of the last kl_history
+            forwards of the block.
+        threshold_back: ``unmask="wino"`` masks written positions again whose token, seen from
+            the rest of the canvas, has a lower probability than this.
         confidence: "probability", "margin" (top-1 minus top-2) or "neg_entropy".
         schedule: how ``unmask="steps"`` spreads an answer over the steps: "uniform"
             (LLaDA) or "dream" (Dream's ``t`` from 1 to eps; confidence is then taken from
             the tempered, filtered distribution, as Dream does).
         eps: last time of the Dream schedule.
-        cache: "none" (exact), "prefix" or "dual" (Fast-dLLM). A SparseConfig given to
+        cache: "none" (exact), "prefix" or "dual" (Fast-dLLM), "rolling", "delayed"
+            (dKV-Cache) or "drift"; docs/caching.md explains each. A SparseConfig given to
             generate() selects sparse attention instead.
+        refresh_delay: forwards of a block over the whole canvas after the first; the K,V of
+            the last of them are kept. For caches "prefix", "dual" and "delayed".
+        refresh_every: refresh again after this many forwards of a block; None does once a
+            block. For every cache but "none".
+        refresh_window: tokens on both sides of the block that its reuse forwards compute as
+            well (dInfer's vicinity). For caches "prefix" and "dual".
+        refresh_share: share of the tokens outside the block that a refresh of cache "drift"
+            computes, 0 to 1.
+        suffix_window: masks behind the active block that forwards compute and see; None is all
+            of them. A long gen_length then costs no more than a short one.
+        early_end: once an end id is written, decode nothing behind it, and compute no block
+            behind its own.
+        quality: "exact", "balanced" or "fast": values for the fields that are not given,
+            chosen from measurements (see docs/decoding.md). None changes nothing.
         top_p: nucleus filter on the tempered distribution, in (0, 1]; 1 is off.
         top_k: keep the k most likely tokens; 0 is off.
         seed: makes the request's random draws repeatable, whatever else is in the batch.
@@ -102,22 +138,38 @@ class SamplingParams:
     threshold: float = 0.9
     factor: float = 1.0
     entropy_bound: float = 0.15
+    low_threshold: float = 0.4
+    kl_threshold: float = 0.01
+    kl_history: int = 2
+    threshold_back: float = 0.9
     confidence: str = "probability"
     schedule: str = "uniform"
     eps: float = 1e-3
     cache: str = "none"
+    refresh_delay: int = 0
+    refresh_every: int | None = None
+    refresh_window: int = 0
+    refresh_share: float = 0.25
+    suffix_window: int | None = None
+    early_end: bool = False
     top_p: float = 1.0
     top_k: int = 0
     seed: int | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
     logit_bias: Mapping[int, float] | None = None
+    quality: str | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
-        check_known(cls.__name__, kwargs, [f.name for f in fields(cls)])
-        return super().__new__(cls)
+        names = [f.name for f in fields(cls)]
+        check_known(cls.__name__, kwargs, names)
+        made = super().__new__(cls)
+        # a preset must not overrule what was given, even where that is the default
+        object.__setattr__(made, "_given", frozenset((*names[: len(args)], *kwargs)))
+        return made
 
     def __post_init__(self) -> None:
+        self._apply_quality()
         self._check_numbers()
         self._check_choices()
         object.__setattr__(self, "stop", _normalise_stop(self.stop))
@@ -131,21 +183,49 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    def _apply_quality(self) -> None:
+        """Fill the fields that were not given from the preset."""
+        if self.quality is None:
+            return
+        check_choice(InvalidParameterError, "quality", self.quality, tuple(PRESETS))
+        self._check_lengths()
+        given: frozenset[str] = self.__dict__.get("_given", frozenset())
+        chosen = {"gen_length": self.gen_length, "block_length": self.block_length}
+        named = {name: value for name, value in chosen.items() if name in given}
+        for name, value in preset(self.quality, named).items():
+            if name not in given:
+                object.__setattr__(self, name, value)
+
+    def _check_lengths(self) -> None:
+        err = InvalidParameterError
+        check_int(err, "gen_length", self.gen_length, 1, MAX_GEN_LENGTH)
+        if self.block_length is not None:
+            check_int(err, "block_length", self.block_length, 1, MAX_GEN_LENGTH)
+
     def _check_numbers(self) -> None:
         err = InvalidParameterError
         check_float(err, "temperature", self.temperature, 0.0)
         check_int(err, "max_tokens", self.max_tokens, 1)
-        check_int(err, "gen_length", self.gen_length, 1, MAX_GEN_LENGTH)
+        self._check_lengths()
         check_int(err, "steps", self.steps, 1, MAX_STEPS)
         check_float(err, "cfg_scale", self.cfg_scale, 0.0)
-        if self.block_length is not None:
-            check_int(err, "block_length", self.block_length, 1, MAX_GEN_LENGTH)
         if self.confidence == "neg_entropy":
             check_float(err, "threshold", self.threshold)
         else:
             check_float(err, "threshold", self.threshold, 0.0, 1.0)
         check_float(err, "factor", self.factor, 0.0)
         check_float(err, "entropy_bound", self.entropy_bound, 0.0)
+        check_float(err, "low_threshold", self.low_threshold, 0.0, 1.0)
+        check_float(err, "kl_threshold", self.kl_threshold, 0.0)
+        check_int(err, "kl_history", self.kl_history, 1, MAX_KL_HISTORY)
+        check_float(err, "threshold_back", self.threshold_back, 0.0, 1.0)
+        check_int(err, "refresh_delay", self.refresh_delay, 0, MAX_STEPS)
+        if self.refresh_every is not None:
+            check_int(err, "refresh_every", self.refresh_every, 1, MAX_STEPS)
+        check_int(err, "refresh_window", self.refresh_window, 0, MAX_GEN_LENGTH)
+        check_float(err, "refresh_share", self.refresh_share, 0.0, 1.0)
+        if self.suffix_window is not None:
+            check_int(err, "suffix_window", self.suffix_window, 0, MAX_GEN_LENGTH)
         check_float(err, "eps", self.eps, 0.0, 1.0, low_open=True)
         check_float(err, "top_p", self.top_p, 0.0, 1.0, low_open=True)
         check_int(err, "top_k", self.top_k, 0)
@@ -155,6 +235,7 @@ class SamplingParams:
     def _check_choices(self) -> None:
         err = InvalidParameterError
         check_bool(err, "ignore_eos", self.ignore_eos)
+        check_bool(err, "early_end", self.early_end)
         check_choice(err, "remasking", self.remasking, REMASKING)
         check_choice(err, "unmask", self.unmask, UNMASK_RULES)
         check_choice(err, "confidence", self.confidence, CONFIDENCE)
@@ -169,23 +250,55 @@ class SamplingParams:
 
     def _check_combinations(self) -> None:
         """Refuse what would have to be ignored silently."""
-        if self.remasking == "random" and self.unmask != "steps":
+        for name, value in (("remasking", "random"), ("schedule", "dream")):
+            if getattr(self, name) == value and self.unmask != "steps":
+                raise InvalidParameterError(
+                    f"{name}={value!r} works with unmask='steps' only, got unmask={self.unmask!r}"
+                )
+        self._check_confidence()
+        for name, caches in _TAKES.items():
+            if getattr(self, name) and self.cache not in caches:
+                raise InvalidParameterError(
+                    f"{name}={getattr(self, name)} needs cache={' or '.join(map(repr, caches))}, "
+                    f"got cache={self.cache!r}"
+                )
+        if self.early_end and self.ignore_eos:
             raise InvalidParameterError(
-                f"remasking='random' works with unmask='steps' only, got unmask={self.unmask!r}"
+                "early_end=True and ignore_eos=True exclude each other: one stops at an end id, "
+                "the other goes on behind it"
             )
-        if self.schedule == "dream" and self.unmask != "steps":
+        if self.unmask in REVOKING_RULES:
+            self._check_revoking()
+
+    def _check_confidence(self) -> None:
+        rule, kind = self.unmask, self.confidence
+        if rule in _NEED_PROBABILITY and kind != "probability":
             raise InvalidParameterError(
-                f"schedule='dream' works with unmask='steps' only, got unmask={self.unmask!r}"
+                f"unmask={rule!r} needs confidence='probability', got {kind!r}"
             )
-        if self.unmask == "factor" and self.confidence == "neg_entropy":
+        if kind != "neg_entropy":
+            return
+        if rule in ("factor", "factor_strict"):
             raise InvalidParameterError(
-                "unmask='factor' compares confidences with 1 - factor/(j+1), so it needs "
+                f"unmask={rule!r} compares confidences with 1 - factor/(j+1), so it needs "
                 "confidence='probability' or 'margin', got 'neg_entropy'"
             )
-        if self.unmask == "threshold" and self.confidence == "neg_entropy" and self.threshold > 0:
+        if rule in ("threshold", "threshold_strict") and self.threshold > 0:
             raise InvalidParameterError(
                 "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "
                 f"(for example -0.1), got {self.threshold:g}"
+            )
+
+    def _check_revoking(self) -> None:
+        """A rule that masks positions again needs the K,V of the whole canvas at hand."""
+        if self.cfg_scale > 0:
+            raise InvalidParameterError(
+                f"unmask={self.unmask!r} works without guidance only, got "
+                f"cfg_scale={self.cfg_scale:g}"
+            )
+        if self.cache not in ("none", "dual"):
+            raise InvalidParameterError(
+                f"unmask={self.unmask!r} works with cache='none' or 'dual', got {self.cache!r}"
             )
 
 

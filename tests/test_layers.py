@@ -23,7 +23,8 @@ LAYERS = (
     ("engine",),
     ("process",),
     ("llm", "async_llm"),
-    ("bench",),
+    ("bench", "evaluation"),
+    ("lm_eval",),
     ("server",),
     ("cli",),
 )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import AttentionStep, KVStore, host_to_device
+from dllmserve.attention.backend import AttentionStep, FirstStore, KVStore, host_to_device
 from dllmserve.attention.select import select_tokens
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, Write
@@ -66,19 +66,22 @@ class SdpaBackend:
             spans = list(members)
             groups.append(_build(spans, start, kv, selects, self._shift))
             start += len(spans) * spans[0].q_len
-        return _SdpaContext(kv, groups)
+        return _SdpaContext(kv, groups, FirstStore(step) if step.first else None)
 
 
 class _SdpaContext:
     """One step's attention."""
 
-    def __init__(self, kv: KVStore, groups: list[_Group]) -> None:
+    def __init__(self, kv: KVStore, groups: list[_Group], first: FirstStore | None) -> None:
         self._kv = kv
         self._groups = groups
+        self._first = first
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`dllmserve.models.base.AttentionContext`."""
         k_cache, v_cache = self._kv.k[layer], self._kv.v[layer]
+        if self._first is not None:
+            self._first.store(self._kv, layer, k, v)
         outs = []
         for group in self._groups:
             shape = (group.batch, group.q_len, -1, q.shape[-1])
@@ -114,7 +117,7 @@ class _SdpaContext:
 
 def _shape(span: Span, selects: dict[int, RowSelect]) -> tuple[int, ...]:
     """Spans with equal shapes share a batched call; the row alone may differ."""
-    if span.write < Write.SELECT_PER_HEAD:
+    if not span.selects:
         return span[1:]
     select = selects[span.row]
     return (*span[1:], select.pool_kernel, select.window)
@@ -134,6 +137,8 @@ def _build(
             fresh = False  # the span's own K,V are read back from its slots
         elif span.ctx_len > span.q_start:
             cached = span.q_start  # the span covers the rest of the context itself
+    elif span.write == Write.FIRST:
+        fresh = False  # they have been stored already
     reads = kv.slots(rows, torch.arange(cached, device=device)) if cached else None
     return _Group(
         tokens=slice(start, start + batch * span.q_len),
@@ -142,7 +147,7 @@ def _build(
         write_slots=writes,
         read_slots=reads,
         fresh=fresh,
-        mask=_stair_mask(span, cached, fresh, device) if span.stair else None,
+        mask=_mask(span, cached, fresh, device),
         select=_build_select(span, rows, kv, selects, shift),
     )
 
@@ -150,7 +155,7 @@ def _build(
 def _build_select(
     span: Span, rows: Tensor, kv: KVStore, selects: dict[int, RowSelect], shift: int
 ) -> _Select | None:
-    if span.write < Write.SELECT_PER_HEAD or span.keep == 0:
+    if not span.selects or span.keep == 0:
         return None
     device = kv.k.device
     # what the reuse spans that follow compute themselves never competes: the block's
@@ -168,10 +173,17 @@ def _build_select(
     )
 
 
-def _stair_mask(span: Span, cached: int, fresh: bool, device: torch.device) -> Tensor:
-    """Block-causal mask: a query sees keys of its own block and of earlier ones."""
+def _mask(span: Span, cached: int, fresh: bool, device: torch.device) -> Tensor | None:
+    """Which keys [cached + fresh] each query sees, [q_len, keys] bool; None if all do."""
     queries = torch.arange(span.q_start, span.q_start + span.q_len, device=device)
     keys = torch.arange(cached, device=device)
+    if span.write == Write.SHADOW:
+        # all but the token that the query is to predict, and all of the shadow
+        sees = keys[None, :] != queries[:, None] + span.keep
+        return torch.cat((sees, sees.new_ones(span.q_len, span.q_len)), dim=1)
+    if not span.stair:
+        return None
+    # block-causal: a query sees keys of its own block and of earlier ones
     if fresh:
         keys = torch.cat((keys, queries))
     return keys[None, :] // span.stair <= queries[:, None] // span.stair

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import AttentionStep, whole
+from dllmserve.attention.backend import AttentionStep, FirstStore, whole
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span
 from dllmserve.kernels import missing
@@ -51,6 +51,7 @@ class _TritonContext:
         self._store_pages = attention.store_pages
         self._keep_best = select.keep_best
         self._step = step
+        self._first = FirstStore(step) if step.first else None
         spans, device = step.plan.spans, step.kv.k.device
         alone = sum(whole(span) for span in spans)
         # ends [S + 1] int32 of the spans, for flash attention
@@ -73,6 +74,8 @@ class _TritonContext:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`dllmserve.models.base.AttentionContext`."""
         step, kv = self._step, self._step.kv
+        if self._first is not None:
+            self._first.store(kv, layer, k, v)
         caches = (kv.k[layer], kv.v[layer])
         where = (step.spans, step.starts, kv.page_table)
         page, longest = kv.page_size, step.max_q
@@ -83,7 +86,8 @@ class _TritonContext:
             self._store_pages(k, v, *caches, *where, page, longest)
         if self._rest:
             skip = self._ends is not None
-            self._span_attention(q, k, v, out, *caches, *where, page, longest, skip)
+            shadows = step.first  # which may hold some
+            self._span_attention(q, k, v, out, *caches, *where, page, longest, skip, shadows)
         if self._selection is not None:
             self._keep_best(self._selection, q, k, v, *caches, *where, page)
         return out

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 
-from dllmserve import __version__
-from dllmserve.bench.roofline import Ceilings, ModelCost
+from dllmserve.bench.environment import (
+    device_text,
+    dtype_name,
+    engine_facts,
+    engine_text,
+    facts,
+    model_text,
+)
+from dllmserve.bench.roofline import Ceilings
 from dllmserve.bench.run import Result
 from dllmserve.bench.text import counted, header_line, rate_text
 from dllmserve.bench.workload import Workload
@@ -49,9 +54,9 @@ class Report:
     def header(self) -> str:
         """What was measured, on what; lines of at most text.WIDTH columns."""
         lines = {
-            "model": self._model_text(),
-            "device": self._device_text(),
-            "engine": self._engine_text(),
+            "model": model_text(self.config, self.plan),
+            "device": device_text(self.plan),
+            "engine": engine_text(self.config, self.plan),
             "workload": self._workload_text(),
             "memory": f"planned: {self.plan.memory.equation()}",
             "ceilings": self._ceilings_text(),
@@ -76,7 +81,7 @@ class Report:
     def title(self) -> str:
         """What was measured, for a picture."""
         name = device_facts(self.plan.device)["name"]
-        first = f"{self.benchmark}: {self.config.model}, {_dtype_name(self.plan.dtype)}, {name}"
+        first = f"{self.benchmark}: {self.config.model}, {dtype_name(self.plan.dtype)}, {name}"
         text = self._workload_text().partition(";")[0]
         return f"{first}\n{text}"
 
@@ -100,25 +105,12 @@ class Report:
     def record(self) -> dict[str, Any]:
         """The JSON record; docs/benchmarks.md describes it."""
         plan, work, memory = self.plan, self.workload, self.plan.memory
-        cost = ModelCost.of(plan.spec, plan.dtype.itemsize)
         return {
             "benchmark": self.benchmark,
             "schema": SCHEMA,
-            "versions": versions(),
-            "device": device_facts(plan.device),
-            "dtype": _dtype_name(plan.dtype),
-            "model": {
-                "name": self.config.model,
-                "parameters": plan.spec.parameters(),
-                "layer_weight_bytes": cost.layer_weights * cost.weight_bytes,
-                "head_weight_bytes": cost.head_weights * cost.weight_bytes,
-                **asdict(plan.spec),
-            },
+            **facts(self.config, plan),
             "options": {
-                "engine": asdict(self.config),
-                "limits": asdict(plan.limits),
-                "attention": plan.attention,
-                "kernels": plan.kernels,
+                **engine_facts(self.config, plan),
                 "sampling": asdict(work.params),
                 "sparse": None if work.sparse is None else asdict(work.sparse),
                 "prompt_len": work.prompt_len,
@@ -135,33 +127,6 @@ class Report:
             "notes": self.notes(),
             "results": [_result_record(result) for result in self.results],
         }
-
-    def _model_text(self) -> str:
-        spec = self.plan.spec
-        weights = "random weights" if self.config.load_format == "dummy" else "its own weights"
-        return (
-            f"{self.config.model} ({spec.architecture}), {weights}: {spec.num_layers} layers of "
-            f"{spec.hidden_size}, {spec.num_heads} heads, {spec.num_kv_heads} K,V heads of "
-            f"{spec.head_dim}, MLP {spec.mlp_size}, vocabulary {spec.vocab_size}, "
-            f"{spec.parameters() / 1e6:,.1f} M parameters"
-        )
-
-    def _device_text(self) -> str:
-        facts = device_facts(self.plan.device)
-        threads = f" ({facts['threads']} threads)" if "threads" in facts else ""
-        cuda = f", CUDA {torch.version.cuda}" if self.plan.device.type == "cuda" else ""
-        dtype = _dtype_name(self.plan.dtype)
-        return f"{facts['name']}{threads}, {dtype}, torch {torch.__version__}{cuda}"
-
-    def _engine_text(self) -> str:
-        plan, limits = self.plan, self.plan.limits
-        mode = ", eager" if self.config.enforce_eager else ""
-        return (
-            f"dllmserve {__version__}, attention {plan.attention}, kernels {plan.kernels}{mode}, "
-            f"max_model_len {limits.max_model_len}, max_num_seqs {limits.max_num_seqs}, "
-            f"max_num_batched_tokens {limits.max_num_batched_tokens}, "
-            f"max_logit_rows {limits.max_logit_rows}"
-        )
 
     def _workload_text(self) -> str:
         work, params = self.workload, self.workload.params
@@ -191,18 +156,8 @@ class Report:
         return (
             f"copy {found.bytes_per_second / 1e9:,.1f} GB/s ({size_text(found.copy_bytes)}), "
             f"matrix product {found.flop_per_second / 1e12:,.3f} TFLOP/s "
-            f"({found.matrix_size} x {found.matrix_size}, {_dtype_name(self.plan.dtype)})"
+            f"({found.matrix_size} x {found.matrix_size}, {dtype_name(self.plan.dtype)})"
         )
-
-
-def versions() -> dict[str, str | None]:
-    """Versions that figures depend on."""
-    return {
-        "dllmserve": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
 
 
 def _throughput_cells(result: Result) -> dict[str, str]:
@@ -249,7 +204,3 @@ def _common_cells(result: Result, step: str) -> Mapping[str, str]:
 def _result_record(result: Result) -> dict[str, Any]:
     rate = result.roofline_tokens_per_second
     return {**asdict(result), "roofline_tokens_per_second": rate}
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -1,12 +1,14 @@
 """Fast-dLLM's two caches (arXiv 2505.22618): one refresh per block, then reuse.
 
 The refresh is a forward over the whole canvas at block entry. Its logits write the
-block's first tokens, its K,V (of the tokens before that write) are kept.
+block's first tokens, its K,V (of the tokens before that write) are kept. ``refresh_delay`` and
+``refresh_every`` refresh more often, ``refresh_window`` widens what the other forwards compute
+(dInfer's vicinity refresh, but the window's K,V stay).
 """
 
 from __future__ import annotations
 
-from dllmserve.cache.policy import shifted_start, whole_canvas
+from dllmserve.cache.policy import refreshes, reuse, shifted_start, whole_canvas
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, Write
 from dllmserve.core.request import Request
@@ -21,14 +23,14 @@ class PrefixCache:
 
     def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
         """Whole canvas at block entry, then from the block to the canvas's end."""
-        if request.progress.step_in_block == 0:
+        if refreshes(request, request.params.refresh_delay):
             return whole_canvas(request, row, Write.ALL)
         start, end = request.block_range(request.progress.block)
-        first = shifted_start(start, spec)
+        first = max(shifted_start(start, spec) - request.params.refresh_window, 0)
         return Span(
             row=row,
             q_start=first,
-            q_len=request.canvas_len - first,
+            q_len=request.visible - first,
             ctx_len=first,
             write=int(Write.NONE),
             keep=0,
@@ -50,22 +52,13 @@ class DualCache:
         return request.canvas_len
 
     def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
-        """Whole canvas at block entry, then the block alone."""
-        if request.progress.step_in_block == 0:
+        """Whole canvas at block entry, then the block and its window alone."""
+        if refreshes(request, request.params.refresh_delay):
             return whole_canvas(request, row, Write.ALL)
         start, end = request.block_range(request.progress.block)
-        first = shifted_start(start, spec)
-        return Span(
-            row=row,
-            q_start=first,
-            q_len=end - first,
-            ctx_len=request.canvas_len,
-            write=int(Write.ALL),
-            keep=0,
-            blk_off=start - first,
-            blk_len=end - start,
-            stair=0,
-        )
+        window = request.params.refresh_window
+        first = max(shifted_start(start, spec) - window, 0)
+        return reuse(request, row, first, min(end + window, request.visible))
 
     def unsupported(self, spec: ModelSpec) -> list[str]:
         """Works with every bidirectional model."""

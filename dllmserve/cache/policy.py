@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span
+from dllmserve.core.plan import Span, Write
 from dllmserve.core.request import Request
 
 
@@ -31,14 +31,20 @@ class CachePolicy(Protocol):
 
 
 def whole_canvas(
-    request: Request, row: int, write: int, *, ctx_len: int = 0, keep: int = 0
+    request: Request,
+    row: int,
+    write: int,
+    *,
+    ctx_len: int = 0,
+    keep: int = 0,
+    length: int | None = None,
 ) -> Span:
-    """A refresh: every position is a query."""
+    """A refresh: every position that the block sees (or the first ``length``) is a query."""
     start, end = request.block_range(request.progress.block)
     return Span(
         row=row,
         q_start=0,
-        q_len=request.canvas_len,
+        q_len=request.visible if length is None else length,
         ctx_len=ctx_len,
         write=int(write),
         keep=keep,
@@ -46,6 +52,31 @@ def whole_canvas(
         blk_len=end - start,
         stair=0,
     )
+
+
+def reuse(request: Request, row: int, first: int, last: int) -> Span:
+    """Positions ``first .. last - 1`` against all K,V that the block sees, which they renew."""
+    start, end = request.block_range(request.progress.block)
+    return Span(
+        row=row,
+        q_start=first,
+        q_len=last - first,
+        ctx_len=request.visible,
+        write=int(Write.ALL),
+        keep=0,
+        blk_off=start - first,
+        blk_len=end - start,
+        stair=0,
+    )
+
+
+def refreshes(request: Request, delay: int = 0) -> bool:
+    """True if the block's next forward is one that computes the whole canvas.
+
+    The first ``1 + delay`` are, and then every ``refresh_every``-th.
+    """
+    step, every = request.progress.step_in_block, request.params.refresh_every
+    return step <= delay or (every is not None and (step - delay) % every == 0)
 
 
 def shifted_start(start: int, spec: ModelSpec) -> int:

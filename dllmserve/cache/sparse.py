@@ -19,19 +19,21 @@ class SparseCache:
     def slots(self, request: Request, spec: ModelSpec) -> int:
         """The largest number of tokens that any block keeps."""
         sparse = _config(request)
-        blocks = range(len(request.blocks))
-        return max(sparse.keep(_candidates(request, spec, block)) for block in blocks)
+        blocks, length = range(len(request.blocks)), request.canvas_len
+        return max(sparse.keep(_candidates(request, spec, block, length)) for block in blocks)
 
     def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
         """Full, select or reuse, by the number of forwards the block has had."""
         sparse = _config(request)
         step = request.progress.step_in_block
-        keep = sparse.keep(_candidates(request, spec, request.progress.block))
+        # fixed for the block, because what is kept later is what was selected
+        seen = request.progress.seen
+        keep = sparse.keep(_candidates(request, spec, request.progress.block, seen))
         if step < sparse.delay_step:
-            return whole_canvas(request, row, Write.NONE)
+            return whole_canvas(request, row, Write.NONE, length=seen)
         if step == sparse.delay_step:
             mode = Write.SELECT_PER_HEAD if sparse.head_select else Write.SELECT_SHARED
-            return whole_canvas(request, row, mode, keep=keep)
+            return whole_canvas(request, row, mode, keep=keep, length=seen)
         start, end = request.block_range(request.progress.block)
         first = shifted_start(start, spec)
         return Span(
@@ -57,8 +59,8 @@ def _config(request: Request) -> SparseConfig:
     return request.sparse
 
 
-def _candidates(request: Request, spec: ModelSpec, block: int) -> int:
-    """Tokens that may be kept: all outside the block's window."""
+def _candidates(request: Request, spec: ModelSpec, block: int, length: int) -> int:
+    """Tokens that may be kept: all of the canvas's first ``length`` outside the block's window."""
     start, end = request.block_range(block)
-    window_end = max(end, min(start + _config(request).default_block_len, request.canvas_len))
-    return request.canvas_len - (window_end - shifted_start(start, spec))
+    window_end = max(end, min(start + _config(request).default_block_len, length))
+    return length - (window_end - shifted_start(start, spec))

@@ -11,6 +11,8 @@ import typer
 
 from dllmserve import __version__
 from dllmserve.cli.bench import bench
+from dllmserve.cli.eval import EPILOG as EVAL_EPILOG
+from dllmserve.cli.eval import evaluate
 from dllmserve.cli.generate import EPILOG, generate
 from dllmserve.cli.info import info
 from dllmserve.cli.serve import EPILOG as SERVE_EPILOG
@@ -29,6 +31,7 @@ app = typer.Typer(
 )
 app.command(epilog=EPILOG)(generate)
 app.command(epilog=SERVE_EPILOG)(serve)
+app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command()(info)
 app.add_typer(bench)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dllmserve.config import DTYPES, KERNELS, LOAD_FORMATS, PHASES
+from dllmserve.presets import PRESETS
 from dllmserve.registry import ATTENTION_BACKENDS, UNMASK_RULES
 from dllmserve.sampling_params import CACHES, CONFIDENCE, REMASKING, SCHEDULES
 from dllmserve.server import config as server_config
@@ -14,6 +15,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "confidence": CONFIDENCE,
     "schedule": SCHEDULES,
     "cache": CACHES,
+    "quality": tuple(PRESETS),
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
     "attention": ("auto", *ATTENTION_BACKENDS),
@@ -31,14 +33,27 @@ SAMPLING: dict[str, str] = {
     "remasking": "Which proposals are kept in a step (with --unmask steps).",
     "block_length": "Tokens per block; blocks are filled from left to right.",
     "unmask": "Rule that chooses the positions written in a step.",
-    "threshold": "Least confidence for --unmask threshold.",
-    "factor": "The factor of --unmask factor.",
+    "threshold": "Least confidence for --unmask threshold, threshold_strict, hierarchy, credit, "
+    "klass and wino.",
+    "factor": "The factor of --unmask factor and factor_strict.",
     "entropy_bound": "Entropy budget, in nats, of --unmask entropy_bound.",
+    "low_threshold": "Least confidence of the best position of a run, for --unmask hierarchy.",
+    "kl_threshold": "Most that a distribution may move in a step, in nats, for --unmask klass.",
+    "kl_history": "Steps that it must have moved so little, for --unmask klass.",
+    "threshold_back": "Tokens less likely than this, seen from the rest, are masked again by "
+    "--unmask wino.",
     "confidence": "How sure the model is of a token: its probability, its lead over the "
     "second best, or minus the entropy.",
     "schedule": "How --unmask steps spreads the tokens over the steps.",
     "eps": "Last time of the Dream schedule.",
-    "cache": "K,V cache: none is exact, prefix and dual are faster and approximate.",
+    "cache": "K,V cache: none is exact, the others are faster and approximate.",
+    "refresh_delay": "Whole-canvas steps of a block after its first (prefix, dual, delayed).",
+    "refresh_every": "Refresh the cache after this many steps of a block, not only at its start.",
+    "refresh_window": "Tokens around the block computed with it (prefix, dual).",
+    "refresh_share": "Share of the other tokens that a refresh of --cache drift computes.",
+    "suffix_window": "Masks behind the block that are computed and seen; all, if not given.",
+    "early_end": "Decode nothing behind the first end of the answer.",
+    "quality": "Preset of these options; those that are given too keep their values.",
     "top_p": "Draw from the likeliest tokens that add up to this probability; 1 is off.",
     "top_k": "Draw from the k likeliest tokens; 0 is off.",
     "seed": "Make random draws repeatable.",
@@ -71,6 +86,7 @@ ENGINE: dict[str, str] = {
     "max_refresh_tokens": "Tokens of one forward pass that may refresh a cache (no limit, if not "
     "given).",
     "max_logit_rows": "Rows of logits that may exist at once.",
+    "max_history_rows": "Positions whose last distribution is kept, for --unmask klass.",
     "phases": "Whether refreshes and reuse of different requests share a forward pass.",
     "steps_per_sync": "Forward passes in flight before the host waits (on CUDA, fixed schedules).",
     "max_graphs": "CUDA graphs that are kept.",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from dllmserve.core.schedule import block_lengths, block_quotas
+from dllmserve.registry import HISTORY_RULES, REVOKING_RULES
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -32,6 +33,11 @@ class Progress:
         masks_left: masked positions of the active block.
         forwards: forwards already run for the request; also the noise counter.
         frontier: answer positions unmasked without a gap, from the left, as last reported.
+        wrote: positions that the block's last forward wrote; 0 before the first.
+        end: answer position of the first end id that stands anywhere, as last reported; -1
+            without one.
+        seen: canvas positions that the block's first forward sees.
+        seen_before: canvas positions that any forward of earlier blocks has seen.
     """
 
     block: int = 0
@@ -39,13 +45,17 @@ class Progress:
     masks_left: int = 0
     forwards: int = 0
     frontier: int = 0
+    wrote: int = 0
+    end: int = -1
+    seen: int = 0
+    seen_before: int = 0
 
 
 @dataclass(eq=False)
 class Request:
     """Host record of one job. It holds no tensors.
 
-    ``row``, ``uncond_row`` and ``pages`` are set by the scheduler at admission;
+    ``row``, ``uncond_row``, ``pages`` and ``history`` are set by the scheduler at admission;
     ``error`` and ``finish_reason`` when the request ends. ``assumed`` holds the masks that
     each forward launched ahead of its report is expected to leave in its block. ``watch``
     asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
@@ -69,6 +79,7 @@ class Request:
     error: Exception | None = None
     last_step: int = -1
     skipped: int = 0
+    history: list[int] = field(default_factory=list)
     assumed: deque[int] = field(default_factory=deque)
     blocks: tuple[int, ...] = ()
     quotas: tuple[tuple[int, ...], ...] = ()
@@ -80,6 +91,7 @@ class Request:
                 self.blocks, self.params.steps, self.params.schedule, self.params.eps
             )
         self.progress.masks_left = self.blocks[0]
+        self.progress.seen = self.visible
 
     @property
     def block_length(self) -> int:
@@ -93,7 +105,23 @@ class Request:
     @property
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
-        return bool(self.quotas) and not self.watch and not self.params.stop_strings
+        free = not self.watch and not self.params.stop_strings and not self.params.early_end
+        return bool(self.quotas) and free
+
+    @property
+    def revokes(self) -> bool:
+        """True if the rule may mask written positions again."""
+        return self.params.unmask in REVOKING_RULES
+
+    @property
+    def shadow_len(self) -> int:
+        """Most tokens of a shadow that a forward of the request computes beside the canvas."""
+        return max(self.blocks) if self.revokes else 0
+
+    @property
+    def history_needed(self) -> int:
+        """Distributions that the rule keeps: one for each position of a block, or none."""
+        return max(self.blocks) if self.params.unmask in HISTORY_RULES else 0
 
     @property
     def launched(self) -> bool:
@@ -129,6 +157,22 @@ class Request:
     def canvas_len(self) -> int:
         """Prompt and answer together, in tokens."""
         return len(self.prompt_ids) + self.params.gen_length
+
+    @property
+    def visible(self) -> int:
+        """Canvas positions that the active block's next forward sees.
+
+        All of them, unless masks far behind the block are left out (``suffix_window``) or the
+        answer is known to end before (``early_end``).
+        """
+        length, window = self.canvas_len, self.params.suffix_window
+        block = min(self.progress.block, len(self.blocks) - 1)
+        _, end = self.block_range(block)
+        if window is not None:
+            length = min(length, end + window)
+        if self.params.early_end and self.progress.end >= 0:
+            length = min(length, end)  # an end id is never written behind the active block
+        return length
 
     def block_range(self, block: int) -> tuple[int, int]:
         """Canvas positions ``[start, end)`` of a block."""

@@ -22,6 +22,10 @@ class FloatField(IntEnum):
     FACTOR = 3
     ENTROPY_BOUND = 4
     CFG_SCALE = 5
+    LOW_THRESHOLD = 6
+    KL_THRESHOLD = 7
+    KL_HISTORY = 8
+    THRESHOLD_BACK = 9
 
 
 class IntField(IntEnum):
@@ -36,6 +40,25 @@ class IntField(IntEnum):
     RANDOM_REMASKING = 6
     IGNORE_EOS = 7
     RULE = 8
+    #: end ids end everything behind them
+    EARLY_END = 9
+    #: a block is final when all of it is written, not position by position
+    REVOKES = 10
+    TRACK = 11
+
+
+class Track(IntEnum):
+    """What a row's ``StateTable.stale`` holds."""
+
+    NONE = 0
+    #: the forward that wrote the position's token
+    WRITTEN = 1
+    #: how far the position's V moved when it was last computed
+    DRIFT = 2
+
+
+#: cache policies whose spans pick their queries on the device
+TRACKS = {"delayed": Track.WRITTEN, "drift": Track.DRIFT}
 
 
 @dataclass(frozen=True)
@@ -67,6 +90,8 @@ class RowInit:
         sampled, filtered: whether the row has a temperature, or top-p or top-k.
         select: settings of sparse attention.
         bias: token ids and what is added to their logits; none on an unconditional row.
+        track: what tells which cached positions are out of date.
+        history: slots of kept distributions, one for each position of a block.
     """
 
     row: int
@@ -81,6 +106,8 @@ class RowInit:
     filtered: bool
     select: RowSelect
     bias: tuple[tuple[int, float], ...] = ()
+    track: Track = Track.NONE
+    history: tuple[int, ...] = ()
 
 
 def rule_index(name: str) -> int:
@@ -98,6 +125,10 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
         params.factor,
         params.entropy_bound,
         params.cfg_scale,
+        params.low_threshold,
+        params.kl_threshold,
+        float(params.kl_history),
+        params.threshold_back,
     )
     ints = (
         request.prompt_len,
@@ -109,6 +140,9 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
         int(params.remasking == "random"),
         int(params.ignore_eos),
         rule_index(params.unmask),
+        int(params.early_end),
+        int(request.revokes),
+        int(TRACKS.get(request.policy, Track.NONE)),
     )
     quotas = tuple(k for block in request.quotas for k in block)
     sparse = request.sparse
@@ -132,6 +166,8 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
             filtered=params.top_p < 1 or params.top_k > 0,
             select=select,
             bias=added,
+            track=TRACKS.get(request.policy, Track.NONE),
+            history=tuple(request.history),
         )
         for row, prompt, pages, added in rows
     ]

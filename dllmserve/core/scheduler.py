@@ -15,14 +15,20 @@ from typing import Protocol
 from dllmserve.core.budget import NO_LIMIT, StepBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.pages import PageAllocator
-from dllmserve.core.plan import Span, StepEntry, StepPlan
+from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
 from dllmserve.core.request import Request, Status
 from dllmserve.errors import CapacityError, EngineError
+from dllmserve.registry import STATEFUL_RULES
 
 #: How many younger requests may be admitted past the oldest waiting one.
 MAX_SKIPS = 16
 #: How many requests that must wait are looked past, so that a long queue costs no more.
 MAX_LOOKED_PAST = 32
+
+#: A rule that masks positions again may take this many forwards for each position of a block.
+#: WINO masks at most one less again than it wrote in the step before, so a block of n takes at
+#: most n + 29.
+MAX_REVOKING = 32
 
 #: LM-head chunks of max_logit_rows that one step may take; a single request may take more.
 HEAD_CHUNKS = 8
@@ -49,12 +55,14 @@ class EntryReport:
         frontier: answer positions unmasked without a gap, from the left.
         eos: answer index of the first end-of-sequence id before the frontier, or -1.
         broken: LM-head rows whose logits were not numbers; any ends the request.
+        end: answer index of the first end-of-sequence id that stands anywhere, or -1.
     """
 
     masks_left: int
     frontier: int
     eos: int
     broken: int = 0
+    end: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +72,8 @@ class Limits:
     ``max_refresh_tokens`` is how many tokens of a step may be refreshes, so that refreshes
     of different requests do not line up; soft for the first one. ``phases`` is "mixed"
     (refresh and reuse spans share steps), "separate", or "auto": refreshes that fill half
-    a step run by themselves, fewer share a step with reuse spans.
+    a step run by themselves, fewer share a step with reuse spans. ``max_history_rows`` is how
+    many positions may have their last distribution kept.
     """
 
     max_model_len: int
@@ -75,6 +84,7 @@ class Limits:
     num_pages: int
     max_refresh_tokens: int = NO_LIMIT
     phases: str = "auto"
+    max_history_rows: int = 0
 
     def check(self, request: Request, slots: int) -> None:
         """Raise CapacityError if the request can never run within these sizes.
@@ -83,7 +93,7 @@ class Limits:
             request: the request.
             slots: K,V slots that one of its rows needs.
         """
-        tokens = request.canvas_len * request.rows_needed
+        tokens = request.canvas_len * request.rows_needed + request.shadow_len
         if tokens > self.max_num_batched_tokens:
             raise CapacityError(
                 f"the request needs {tokens} tokens in one step, over "
@@ -94,6 +104,12 @@ class Limits:
             raise CapacityError(
                 f"cfg_scale > 0 takes {request.rows_needed} rows, over "
                 f"max_num_seqs={self.max_num_seqs}: raise it to {request.rows_needed}"
+            )
+        if request.history_needed > self.max_history_rows:
+            raise CapacityError(
+                f"unmask={request.params.unmask!r} keeps a distribution for each of "
+                f"{request.history_needed} positions of a block, over max_history_rows="
+                f"{self.max_history_rows}: raise it, or use a shorter block_length"
             )
         pages = -(-slots // self.page_size) * request.rows_needed
         if pages > self.num_pages:
@@ -121,6 +137,7 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.allocator = PageAllocator(limits.num_pages)
+        self.history = PageAllocator(limits.max_history_rows)
         self._policy = policy
         self._free_rows = list(range(limits.max_num_seqs - 1, -1, -1))
         self._step = 0
@@ -222,6 +239,7 @@ class Scheduler:
                 continue
             self._check_progress(request, report)
             request.progress.frontier = report.frontier
+            request.progress.end = report.end
             if report.eos >= 0:
                 request.finish_reason = "stop"
                 finished.append(request)
@@ -238,6 +256,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise ValueError unless rows and pages add up (for tests and idle checks)."""
         self.allocator.check_integrity()
+        self.history.check_integrity()
         rows = sum(r.rows_needed for r in self.running) + len(self._free_rows)
         if rows != self.limits.max_num_seqs:
             raise ValueError(f"{rows} rows in use and free, expected {self.limits.max_num_seqs}")
@@ -252,7 +271,11 @@ class Scheduler:
                     f"schedule leaves {expected}"
                 )
             return
-        if report.masks_left >= request.progress.masks_left:
+        if request.revokes:
+            stuck = request.progress.step_in_block > MAX_REVOKING * max(request.blocks)
+        else:
+            stuck = report.masks_left >= request.progress.masks_left
+        if stuck:
             raise EngineError(f"request {request.id} made no progress in a step")
         self._forward_done(request, report.masks_left)
 
@@ -260,12 +283,15 @@ class Scheduler:
         progress = request.progress
         progress.forwards += 1
         progress.step_in_block += 1
+        progress.wrote = max(progress.masks_left - masks_left, 0)
         progress.masks_left = masks_left
         if masks_left == 0:
             progress.block += 1
-            progress.step_in_block = 0
+            progress.step_in_block = progress.wrote = 0
             if not request.launched:
                 progress.masks_left = request.blocks[progress.block]
+                progress.seen_before = max(progress.seen_before, progress.seen)
+                progress.seen = request.visible
 
     def _admit(self) -> list[Request]:
         """First come first served, with bounded skipping past a request that must wait."""
@@ -287,12 +313,15 @@ class Scheduler:
 
     def _fits(self, request: Request) -> bool:
         pages = self.pages_needed(request) * request.rows_needed
-        return request.rows_needed <= len(self._free_rows) and pages <= self.allocator.num_free
+        history = request.history_needed <= self.history.num_free
+        rows = request.rows_needed <= len(self._free_rows)
+        return rows and history and pages <= self.allocator.num_free
 
     def _start(self, request: Request) -> None:
         pages = self.pages_needed(request)
         request.row = self._free_rows.pop()
         request.pages = self.allocator.reserve(pages)
+        request.history = self.history.reserve(request.history_needed)
         if request.guided:
             request.uncond_row = self._free_rows.pop()
             request.uncond_pages = self.allocator.reserve(pages)
@@ -304,10 +333,11 @@ class Scheduler:
         self.running.remove(request)
         self._free_rows.append(request.row)
         self.allocator.free(request.pages)
+        self.history.free(request.history)
         if request.guided:
             self._free_rows.append(request.uncond_row)
             self.allocator.free(request.uncond_pages)
-        request.pages, request.uncond_pages = [], []
+        request.pages, request.uncond_pages, request.history = [], [], []
 
     def _phase(self, entries: list[StepEntry]) -> bool | None:
         """Which spans a step takes: True for refreshes alone, False for reuse, None for both.
@@ -326,19 +356,45 @@ class Scheduler:
         return True if oldest and 2 * refreshing >= limit else None
 
     def _entry(self, request: Request) -> StepEntry:
-        policy = self._policy(request.policy)
-        uncond = None
+        policy, progress = self._policy(request.policy), request.progress
+        span = policy.span(request, self.spec, request.row)
+        uncond = shadow = None
         if request.guided:
             uncond = policy.span(request, self.spec, request.uncond_row)
+        if request.revokes:
+            span, shadow = with_shadow(span, request.visible, self.spec.logit_shift)
         return StepEntry(
-            span=policy.span(request, self.spec, request.row),
+            span=span,
             uncond=uncond,
-            masks=request.progress.masks_left,
+            masks=progress.masks_left,
             rule=request.params.unmask,
             last=request.predictable
-            and request.progress.block == len(request.blocks) - 1
-            and request.progress.masks_left == request.quota,
+            and progress.block == len(request.blocks) - 1
+            and progress.masks_left == request.quota,
+            shadow=shadow,
         )
+
+
+def with_shadow(span: Span, seen: int, shift: int) -> tuple[Span, Span]:
+    """A span whose K,V are stored before anything attends, and the shadow that reads them.
+
+    Args:
+        span: writes all its K,V, or covers all that it sees.
+        seen: canvas positions that are seen.
+        shift: 1 for models that read the logits of position p at p - 1.
+    """
+    shadow = Span(
+        row=span.row,
+        q_start=span.blk_start - shift,
+        q_len=span.blk_len,
+        ctx_len=seen,
+        write=int(Write.SHADOW),
+        keep=shift,
+        blk_off=0,
+        blk_len=0,
+        stair=0,
+    )
+    return span._replace(write=int(Write.FIRST), ctx_len=seen), shadow
 
 
 def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
@@ -347,4 +403,6 @@ def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     span = entry.span
     filtered = params.top_k > 0 or params.top_p < 1
     shape = (span.q_len, span.ctx_len, span.write, span.q_start, span.keep, span.blk_off)
-    return (entry.uncond is not None, params.temperature > 0, filtered, shape, request.id)
+    state = entry.rule if entry.rule in STATEFUL_RULES else ""
+    kind = (entry.uncond is not None, entry.shadow is not None, state)
+    return (*kind, params.temperature > 0, filtered, shape, request.id)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from dllmserve.core.rows import FloatField
 from dllmserve.decoding.rule import RuleView, Update, write_best
 
 
@@ -16,6 +17,7 @@ class EntropyBoundRule:
     """
 
     needs: frozenset[str] = frozenset({"entropy"})
+    start: tuple[float, float] | None = None
 
     def apply(self, view: RuleView) -> Update:
         """Cumulative sum over the sorted entropies."""
@@ -25,5 +27,5 @@ class EntropyBoundRule:
         real = torch.isfinite(ranked)
         spent = torch.where(real, ranked, 0.0).cumsum(dim=-1)
         before = F.pad(spent[:, :-1], (1, 0))  # a difference would round
-        passing = (before <= view.entropy_bound[:, None]) & real
+        passing = (before <= view.parameter(FloatField.ENTROPY_BOUND)) & real
         return write_best(view, -view.entropy, passing.sum(dim=-1))

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dllmserve.core.rows import FloatField
+
 #: ``key [n, W] floating, count [n] int64, eligible [n, W] bool -> [n, W] bool``: see
 #: :func:`write_best`, of which it is a faster twin
 PickBest = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -28,8 +30,14 @@ class RuleView:
         confidence: [n, W] float64, -inf where not eligible.
         entropy: [n, W] float64 in nats, +inf where not eligible; None unless asked for.
         quota: [n] int64, tokens that a fixed schedule writes in this step.
-        threshold, factor, entropy_bound: [n] float64, the requests' own parameters.
+        floats: [n, len(FloatField)] float64, the requests' own parameters.
         pick: what :func:`write_best` picks positions with; None for torch operations.
+        kl: [n, W] float64 in nats, divergence of the position's distribution from that of the
+            block's last forward; +inf where there is none. None unless asked for.
+        back: [n, W] float64, probability of a written position's token as the shadow sees it;
+            +inf where nothing is scored. None unless asked for.
+        memory: what the rule left behind in the block's last forward; None unless it has a
+            memory.
     """
 
     eligible: Tensor
@@ -37,29 +45,66 @@ class RuleView:
     confidence: Tensor
     entropy: Tensor | None
     quota: Tensor
-    threshold: Tensor
-    factor: Tensor
-    entropy_bound: Tensor
+    floats: Tensor
     pick: PickBest | None = None
+    kl: Tensor | None = None
+    back: Tensor | None = None
+    memory: Memory | None = None
+
+    def parameter(self, field: FloatField) -> Tensor:
+        """[n, 1] float64, one parameter of every request."""
+        return self.floats[:, int(field)][:, None]
+
+    @property
+    def threshold(self) -> Tensor:
+        """[n, 1] float64."""
+        return self.parameter(FloatField.THRESHOLD)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a rule keeps from forward to forward of a block, on the device.
+
+    Attributes:
+        row: [n] float64, one number a request.
+        cells: [n, W] float64, one number a position.
+    """
+
+    row: Tensor
+    cells: Tensor
 
 
 @dataclass(frozen=True)
 class Update:
-    """Result of a rule: ``write`` [n, W] bool says where ``tokens`` [n, W] go."""
+    """Result of a rule.
+
+    Attributes:
+        tokens: [n, W] int64.
+        write: [n, W] bool, where they go.
+        remask: [n, W] bool, written positions that are masked again; None for none.
+        memory: what the rule keeps; None if it keeps nothing.
+    """
 
     tokens: Tensor
     write: Tensor
+    remask: Tensor | None = None
+    memory: Memory | None = None
 
 
 class UnmaskRule(Protocol):
     """One decoding rule. Add a file with a class and a line in registry.UNMASK_RULES.
 
     Contract: write only eligible positions, and at least one of each row that has any;
-    no host synchronisation.
+    no host synchronisation. A rule that masks positions again (registry.REVOKING_RULES) must
+    come to an end all the same.
     """
 
-    #: statistics beyond token and probability that the rule reads: "entropy"
+    #: statistics beyond token and probability that the rule reads: "entropy", "kl", "back"; and
+    #: what it has done to the logits before they are reduced: "credit"
     needs: frozenset[str]
+    #: what its :class:`Memory` holds at the start of a block, a number for the row and one for
+    #: the cells; None without a memory
+    start: tuple[float, float] | None
 
     def apply(self, view: RuleView) -> Update:
         """Decide what is written in this step."""

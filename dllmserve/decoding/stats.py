@@ -24,6 +24,8 @@ class RowParams:
         top_k: [N] int64.
         tempered: [N] bool, statistics from the tempered, filtered distribution (Dream).
         keys: [N] int64, noise keys of :func:`dllmserve.decoding.noise.row_keys`.
+        given: [N] int64, the token whose probability is wanted, or -1 where one is to be
+            proposed; None if it is everywhere.
     """
 
     temperature: Tensor
@@ -31,6 +33,7 @@ class RowParams:
     top_k: Tensor
     tempered: Tensor
     keys: Tensor
+    given: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> RowParams:
         """The parameters of some of the rows."""
@@ -40,6 +43,7 @@ class RowParams:
             top_k=self.top_k[rows],
             tempered=self.tempered[rows],
             keys=self.keys[rows],
+            given=None if self.given is None else self.given[rows],
         )
 
 
@@ -52,25 +56,33 @@ class TokenStats:
         prob: [N] float64, the proposed token's probability.
         margin: [N] float64, top-1 minus top-2 probability; None unless asked for.
         entropy: [N] float64 in nats; None unless asked for.
+        kl: [N] float64 in nats, from the distribution of the forward before; None unless
+            asked for.
     """
 
     token: Tensor
     prob: Tensor
     margin: Tensor | None
     entropy: Tensor | None
+    kl: Tensor | None = None
 
     @staticmethod
     def concat(parts: list[TokenStats]) -> TokenStats:
-        """Join the statistics of successive chunks."""
+        """Join the statistics of successive chunks. ``kl`` is +inf where a chunk has none."""
         if len(parts) == 1:
             return parts[0]
         margins = [p.margin for p in parts if p.margin is not None]
         entropies = [p.entropy for p in parts if p.entropy is not None]
+        kl = None
+        if any(p.kl is not None for p in parts):
+            none = [torch.full_like(p.prob, torch.inf) for p in parts]
+            kl = torch.cat([n if p.kl is None else p.kl for p, n in zip(parts, none, strict=True)])
         return TokenStats(
             token=torch.cat([p.token for p in parts]),
             prob=torch.cat([p.prob for p in parts]),
             margin=torch.cat(margins) if margins else None,
             entropy=torch.cat(entropies) if entropies else None,
+            kl=kl,
         )
 
 
@@ -105,22 +117,25 @@ def row_stats(
             kept = filter_logits(allowed, params.top_p, params.top_k)
             allowed = _keep_runner_up(kept, allowed, mask_id)
         base = torch.where(params.tempered[:, None], allowed, z)
-    candidates = _without(allowed, mask_id)
+    candidates = without(allowed, mask_id)
     token = candidates.argmax(dim=-1)  # [n]
     if sampled:
         drawn = _gumbel_argmax(candidates, params)
         token = torch.where(params.temperature > 0, drawn, token)
+    if params.given is not None:
+        token = torch.where(params.given >= 0, params.given, token)
     return _reduce(base, token, needs)
 
 
-def _without(z: Tensor, mask_id: int) -> Tensor:
+def without(z: Tensor, mask_id: int) -> Tensor:
+    """Logits [n, V] with the mask id at -inf."""
     ids = torch.arange(z.shape[-1], device=z.device)
     return z.masked_fill(ids == mask_id, float("-inf"))
 
 
 def _keep_runner_up(kept: Tensor, z: Tensor, mask_id: int) -> Tensor:
     """Let the best token besides the mask id stay, or a filter might leave nothing else."""
-    best = _without(z, mask_id).argmax(dim=-1, keepdim=True)  # [n, 1]
+    best = without(z, mask_id).argmax(dim=-1, keepdim=True)  # [n, 1]
     return kept.scatter(1, best, z.gather(1, best))
 
 

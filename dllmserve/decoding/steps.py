@@ -9,6 +9,7 @@ class StepsRule:
     """LLaDA's and Dream's rule; the quotas come from :mod:`dllmserve.core.schedule`."""
 
     needs: frozenset[str] = frozenset()
+    start: tuple[float, float] | None = None
 
     def apply(self, view: RuleView) -> Update:
         """Write the ``quota`` best positions of each row."""

@@ -9,8 +9,9 @@ class ThresholdRule:
     """Write every position whose confidence is at least the threshold, and always the best."""
 
     needs: frozenset[str] = frozenset()
+    start: tuple[float, float] | None = None
 
     def apply(self, view: RuleView) -> Update:
         """Count the positions that pass; they are the most confident ones."""
-        passing = (view.confidence >= view.threshold[:, None]) & view.eligible
+        passing = (view.confidence >= view.threshold) & view.eligible
         return write_best(view, view.confidence, passing.sum(dim=-1))

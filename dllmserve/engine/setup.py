@@ -111,7 +111,14 @@ class RunnerParts:
         if plan.device.type == "cuda" and not options.enforce_eager:
             graphs = GraphPool(options.max_graphs)
         return ModelRunner(
-            self.decoder, self.table, kv, self.backend, self.head, graphs, kernels=plan.kernels
+            self.decoder,
+            self.table,
+            kv,
+            self.backend,
+            self.head,
+            graphs,
+            kernels=plan.kernels,
+            max_history_rows=limits.max_history_rows,
         )
 
 
@@ -156,6 +163,7 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
         num_pages=pages,
         max_refresh_tokens=options.max_refresh_tokens or NO_LIMIT,
         phases=options.phases,
+        max_history_rows=options.max_history_rows,
     )
     return EnginePlan(
         directory, config, spec, limits, memory, dtype, device, attention, kernels, sizing

@@ -98,10 +98,10 @@ class Sizing:
         return values * (self.dtype.itemsize + extra)
 
     def _tables(self) -> int:
-        """State table (ids, flags, quotas, biases), page table and rotary tables."""
+        """State table (ids, flags, what rules keep, quotas, biases), page and rotary tables."""
         length = self.max_len
         pages = length // self.options.page_size
-        per_row = length * 9 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8 + MAX_LOGIT_BIAS * 12
+        per_row = length * 21 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8 + MAX_LOGIT_BIAS * 12
         return (self.options.max_num_seqs + 1) * per_row + length * self.spec.head_dim * 4
 
 

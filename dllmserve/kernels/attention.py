@@ -20,12 +20,15 @@ from torch import Tensor
 from dllmserve.kernels.pages import (
     CTX_LEN,
     FIELDS,
+    KEEP,
     Q_LEN,
     Q_START,
     ROW,
+    SHADOW,
     STAIR,
     WRITE,
     WRITE_ALL,
+    WRITE_FIRST,
     heads_together,
     need_contiguous,
     padded,
@@ -51,17 +54,21 @@ def span_attention(
     out: Tensor,  # [N, Hq, D] contiguous
     k_cache: Tensor,  # [slots, Hkv, D] of one layer, contiguous
     v_cache: Tensor,  # [slots, Hkv, D]
-    spans: Tensor,  # [S, 9] int32, the fields of core.plan.Span
+    spans: Tensor,  # [S, 10] int32, the fields of core.plan.Span
     starts: Tensor,  # [S] int32, first packed token of each span
     page_table: Tensor,  # [rows + 1, P] int64, contiguous
     page_size: int,
     max_q: int,
     skip_whole: bool,
+    shadows: bool = False,
 ) -> None:
     """Attend every span and store the fresh K,V of those that write them all.
 
+    Those of spans that write FIRST have to be in their slots before.
+
     Args:
         max_q: upper bound of q_len over the spans; the grid is made for it.
+        shadows: whether there may be shadows among the spans.
         skip_whole: leave out the spans that :func:`dllmserve.attention.backend.whole` names:
             neither ``out`` nor pages are written for them (see :func:`store_pages`).
 
@@ -85,17 +92,15 @@ def span_attention(
         target = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
         sums = torch.empty(parts, tokens, heads, dtype=torch.float32, device=out.device)
     shape = {"GROUP": group, "HEADS": kv_heads, "DIM": dim, "D": padded(dim), "PARTS": parts}
+    how = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     _attend[(tiles * parts, kv_heads, count)](
         *(q, k, v, target, sums, k_cache, v_cache, spans, starts, page_table),
         *(tokens, q.stride(0), k.stride(0), v.stride(0), page_table.stride(0)),
         log2(e) / dim**0.5,
         **shape,
-        M=tile.block_m,
-        N=tile.block_n,
-        PAGE=page_size,
-        SKIP_WHOLE=skip_whole,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **{"M": tile.block_m, "N": tile.block_n, "PAGE": page_size},
+        **{"SKIP_WHOLE": skip_whole, "SHADOWS": shadows},
+        **how,
         maxnreg=tile.max_registers,
     )
     if parts > 1:
@@ -110,7 +115,7 @@ def store_pages(
     v: Tensor,  # [N, Hkv, D]
     k_cache: Tensor,  # [slots, Hkv, D] of one layer, contiguous
     v_cache: Tensor,  # [slots, Hkv, D]
-    spans: Tensor,  # [S, 9] int32
+    spans: Tensor,  # [S, 10] int32
     starts: Tensor,  # [S] int32
     page_table: Tensor,  # [rows + 1, P] int64, contiguous
     page_size: int,
@@ -150,13 +155,17 @@ def _see(
     v: tl.tensor,  # [N, D], zero where hidden
     position: tl.tensor,  # [N] int32 of the keys
     horizon: tl.tensor,  # [M] int32, first position that a query does not see
+    blind: tl.tensor,  # [M] int32, a position that it does not see either
     scale: tl.tensor,
+    SHADOWS: tl.constexpr,
 ) -> Any:
     """One step of the running softmax, in powers of two."""
     if _WIDEN:
         q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(position[None, :] < horizon[:, None], scores, _NEVER)
+    if SHADOWS:
+        scores = tl.where(position[None, :] == blind[:, None], _NEVER, scores)
     higher = tl.maximum(peak, tl.max(scores, 1))
     # a query that has seen no key yet has no peak to subtract
     base = tl.where(higher == _NEVER, 0.0, higher)
@@ -180,12 +189,14 @@ def _see_cached(
     gap: tl.tensor,
     skipped: tl.tensor,
     horizon: tl.tensor,  # [M]
+    blind: tl.tensor,  # [M]
     scale: tl.tensor,
     SLOT: tl.constexpr,
     DIM: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
     PAGE: tl.constexpr,
+    SHADOWS: tl.constexpr,
 ) -> Any:
     """Attend cached keys, except those that the span overwrites."""
     for j in range(low, high, N):
@@ -196,7 +207,7 @@ def _see_cached(
         k = vectors(k_cache, slot, valid, DIM, D)
         v = vectors(v_cache, slot, valid, DIM, D)
         position = tl.where(valid, position, _HIDDEN)
-        acc, peak, total = _see(acc, peak, total, q, k, v, position, horizon, scale)
+        acc, peak, total = _see(acc, peak, total, q, k, v, position, horizon, blind, scale, SHADOWS)
     return acc, peak, total
 
 
@@ -226,7 +237,10 @@ def _see_fresh(
         k_tile = vectors(k, token * k_token, valid, DIM, D)
         v_tile = vectors(v, token * v_token, valid, DIM, D)
         position = tl.where(valid, q_start + index, _HIDDEN)
-        acc, peak, total = _see(acc, peak, total, q, k_tile, v_tile, position, horizon, scale)
+        # a shadow sees all of itself
+        acc, peak, total = _see(
+            acc, peak, total, q, k_tile, v_tile, position, horizon, horizon, scale, False
+        )
     return acc, peak, total
 
 
@@ -260,26 +274,30 @@ def _tile(
     M: tl.constexpr,
     N: tl.constexpr,
     PAGE: tl.constexpr,
+    SHADOWS: tl.constexpr,
 ) -> Any:
     """Attend a tile of queries to one part of the span's keys; the last has the fresh ones."""
     q_start, q_len = tl.load(span + Q_START), tl.load(span + Q_LEN)
     ctx_len = tl.load(span + CTX_LEN)
-    writes = tl.load(span + WRITE) == WRITE_ALL
+    mode = tl.load(span + WRITE)
+    writes = mode == WRITE_ALL
     before = tl.where(writes, tl.minimum(q_start, ctx_len), ctx_len)
     after = tl.where(writes, tl.maximum(ctx_len - q_start - q_len, 0), 0)
     count = before + after
     share = tl.cdiv(tl.cdiv(count, PARTS), N) * N
     low = tl.minimum(part * share, count)
     high = tl.minimum(low + share, count)
-    fresh = tl.where(part == PARTS - 1, q_len, 0)
+    # what was stored first is among the cached keys
+    fresh = tl.where((part == PARTS - 1) & (mode != WRITE_FIRST), q_len, 0)
     skipped = q_start + q_len - before
     horizon = _horizon(span, query)
+    blind = tl.where(mode == SHADOW, q_start + query + tl.load(span + KEEP), -1)
     acc = tl.zeros([M, D], dtype=tl.float32)
     peak = tl.full([M], _NEVER, dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     acc, peak, total = _see_cached(
-        acc, peak, total, q, k_cache, v_cache, table, low, high, before, skipped, horizon, scale,
-        SLOT, DIM, D, N, PAGE,
+        acc, peak, total, q, k_cache, v_cache, table, low, high, before, skipped, horizon, blind,
+        scale, SLOT, DIM, D, N, PAGE, SHADOWS,
     )  # fmt: skip
     return _see_fresh(
         acc, peak, total, q, k, v, q_start, fresh, horizon, scale, k_token, v_token, DIM, D, N
@@ -325,6 +343,7 @@ def _attend(
     PAGE: tl.constexpr,
     PARTS: tl.constexpr,
     SKIP_WHOLE: tl.constexpr,
+    SHADOWS: tl.constexpr,
 ) -> None:
     span = spans + tl.program_id(2) * FIELDS
     first = tl.program_id(0) // PARTS * M
@@ -350,7 +369,7 @@ def _attend(
     q_tile = vectors(q, token * q_token + head * DIM, real, DIM, D)
     acc, peak, total = _tile(
         q_tile, row // GROUP, k, v, k_cache, v_cache, table, span, part, k_token, v_token, scale,
-        PARTS, HEADS * DIM, DIM, D, M, N, PAGE,
+        PARTS, HEADS * DIM, DIM, D, M, N, PAGE, SHADOWS,
     )  # fmt: skip
     place = (part.to(tl.int64) * tokens + token) * (HEADS * GROUP) + head
     if PARTS > 1:

@@ -20,8 +20,11 @@ KEEP = tl.constexpr(Span._fields.index("keep"))
 BLK_OFF = tl.constexpr(Span._fields.index("blk_off"))
 BLK_LEN = tl.constexpr(Span._fields.index("blk_len"))
 STAIR = tl.constexpr(Span._fields.index("stair"))
+PICK = tl.constexpr(Span._fields.index("pick"))
 FIELDS = tl.constexpr(len(Span._fields))
 WRITE_ALL = tl.constexpr(int(Write.ALL))
+WRITE_FIRST = tl.constexpr(int(Write.FIRST))
+SHADOW = tl.constexpr(int(Write.SHADOW))
 
 
 def need_contiguous(*tensors: Tensor) -> None:
@@ -44,7 +47,9 @@ def padded(dim: int) -> int:
 def reads_nothing(span: tl.tensor) -> Any:
     """True for the spans that attention.backend.whole names."""
     ctx_len = tl.load(span + CTX_LEN)
-    overwritten = (tl.load(span + WRITE) == WRITE_ALL) & (ctx_len <= tl.load(span + Q_LEN))
+    write = tl.load(span + WRITE)
+    stores = (write == WRITE_ALL) | ((write == WRITE_FIRST) & (tl.load(span + PICK) == 0))
+    overwritten = stores & (ctx_len <= tl.load(span + Q_LEN))
     alone = (tl.load(span + Q_START) == 0) & (tl.load(span + STAIR) == 0)
     return alone & ((ctx_len == 0) | overwritten)
 

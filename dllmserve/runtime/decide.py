@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dllmserve.core.rows import FloatField, IntField, rule_index
+from dllmserve.core.rows import FloatField, IntField, Track, rule_index
 from dllmserve.decoding.noise import position_uniforms, row_keys
-from dllmserve.decoding.rule import RuleView, UnmaskRule, Update
+from dllmserve.decoding.rule import Memory, RuleView, UnmaskRule, Update
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.runtime.graphs import StepOutputs
 from dllmserve.runtime.inputs import StepInputs
 from dllmserve.runtime.shape import StepShape
-from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.state_table import REWRITTEN, StateTable
 from dllmserve.sampling_params import CONFIDENCE
+
+
+@dataclass(frozen=True)
+class HeadCells:
+    """Whose the M LM-head rows of a step are.
+
+    Attributes:
+        row: [M] int64, row of the state table; the trash row for padding.
+        position: [M] int64, canvas position; the trash column for padding.
+        column: [M] int64, place in the block.
+        entering: [M] bool, whether this is the block's first forward.
+        real: [M] bool, False for padding.
+    """
+
+    row: Tensor
+    position: Tensor
+    column: Tensor
+    entering: Tensor
+    real: Tensor
 
 
 class StepDecision:
@@ -54,6 +74,9 @@ class StepDecision:
             self._forwards[self._owner],
         )
         self._row_ints = ints
+        # a block is entered with all of its positions masked, and with none in padding
+        inside = inputs.block < table.max_len
+        self.entering = (inputs.eligible == inside).all(dim=-1)  # [n] bool
         self.cfg_scale = floats[:, FloatField.CFG_SCALE]
         self.row_params = RowParams(
             temperature=floats[:, FloatField.TEMPERATURE],
@@ -61,17 +84,40 @@ class StepDecision:
             top_k=ints[:, IntField.TOP_K],
             tempered=ints[:, IntField.TEMPERED] > 0,
             keys=self._keys,
+            given=self._given(cells),
+        )
+
+    def _given(self, cells: Tensor) -> Tensor | None:
+        """[M] int64, the written token of rows that a shadow scores; -1 where one is proposed."""
+        if not self._shape.shadowed:
+            return None
+        inputs = self._inputs
+        tokens = self._table.tokens[inputs.rows[:, None], inputs.block]
+        return torch.where(inputs.scored, tokens, -1).flatten()[cells]
+
+    def cells(self) -> HeadCells:
+        """Whose LM-head rows these are, for what keeps something of them between forwards."""
+        inputs, owner = self._inputs, self._owner
+        real = inputs.head_real
+        position = inputs.block.flatten()[inputs.head_cells]
+        return HeadCells(
+            row=torch.where(real, inputs.rows[owner], self._table.trash_row),
+            position=torch.where(real, position, self._table.max_len),
+            column=inputs.head_cells % self._shape.width,
+            entering=self.entering[owner],
+            real=real,
         )
 
     def finish(self, stats: TokenStats) -> StepOutputs:
         """Apply the rules, write the state table, report."""
-        confidence, entropy, tokens = self._block_view(stats)
-        update = self._apply_rules(confidence, entropy, tokens)
+        view, kind = self._block_view(stats)
+        update = apply_rules(self._rules, self._shape.rules, view, kind)
         self._write(update)
-        return StepOutputs(self._report(stats), tokens, confidence)
+        return StepOutputs(self._report(stats), view.tokens, view.confidence)
 
-    def _block_view(self, stats: TokenStats) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _block_view(self, stats: TokenStats) -> tuple[RuleView, Tensor]:
         """Spread the [M] statistics over the [n, W] block cells."""
+        table, inputs = self._table, self._inputs
         kind = self._row_ints[:, IntField.CONFIDENCE]
         value = stats.prob
         if stats.margin is not None:
@@ -80,43 +126,50 @@ class StepDecision:
             value = torch.where(kind == CONFIDENCE.index("neg_entropy"), -stats.entropy, value)
         random = self._row_ints[:, IntField.RANDOM_REMASKING] > 0
         value = torch.where(random, position_uniforms(self._keys), value)
-        entropy = None
-        if stats.entropy is not None:
-            entropy = self._spread(stats.entropy, torch.inf)
-        tokens = torch.zeros_like(self._inputs.block).flatten()
-        tokens.scatter_(0, self._inputs.head_cells, stats.token)
-        return self._spread(value, -torch.inf), entropy, tokens.view(self._inputs.block.shape)
-
-    def _spread(self, values: Tensor, empty: float) -> Tensor:
-        """[M] values to [n, W] cells; ``empty`` where no LM-head row was.
-
-        A padding row repeats a cell that need not be masked, so cells are filtered again.
-        """
-        eligible = self._inputs.eligible
-        flat = torch.full((eligible.numel(),), empty, dtype=values.dtype, device=values.device)
-        flat.scatter_(0, self._inputs.head_cells, values)
-        return flat.view(eligible.shape).masked_fill(~eligible, empty)
-
-    def _apply_rules(
-        self,
-        confidence: Tensor,  # [n, W] float64
-        entropy: Tensor | None,  # [n, W] float64
-        tokens: Tensor,  # [n, W] int64
-    ) -> Update:
-        """Each entry gets what its own rule says."""
-        table, floats = self._table, self._floats
+        tokens = torch.zeros_like(inputs.block).flatten()
+        tokens.scatter_(0, inputs.head_cells, stats.token)
         step = self._forwards.clamp(max=table.quotas.shape[1] - 1)
         view = RuleView(
-            eligible=self._inputs.eligible,
-            tokens=tokens,
-            confidence=confidence,
-            entropy=entropy,
-            quota=table.quotas[self._inputs.rows, step],
-            threshold=floats[:, FloatField.THRESHOLD],
-            factor=floats[:, FloatField.FACTOR],
-            entropy_bound=floats[:, FloatField.ENTROPY_BOUND],
+            eligible=inputs.eligible,
+            tokens=tokens.view(inputs.block.shape),
+            confidence=self._spread(value, inputs.eligible, -torch.inf),
+            entropy=self._spread_some(stats.entropy),
+            quota=table.quotas[inputs.rows, step],
+            floats=self._floats,
+            kl=self._spread_some(stats.kl),
+            back=self._spread(value, inputs.scored, torch.inf) if self._shape.shadowed else None,
+            memory=self._memory(),
         )
-        return apply_rules(self._rules, self._shape.rules, view, self._ints[:, IntField.RULE])
+        return view, self._ints[:, IntField.RULE]
+
+    def _spread_some(self, values: Tensor | None) -> Tensor | None:
+        return None if values is None else self._spread(values, self._inputs.eligible, torch.inf)
+
+    def _spread(self, values: Tensor, where: Tensor, empty: float) -> Tensor:
+        """[M] values to [n, W] cells; ``empty`` where no LM-head row was.
+
+        A padding row repeats a cell that need not be masked, so cells are filtered again; where
+        it is, the padding row comes with the same value, or (kl) goes to a cell of its own.
+        """
+        cells = torch.where(self._inputs.head_real, self._inputs.head_cells, where.numel())
+        flat = torch.full((where.numel() + 1,), empty, dtype=values.dtype, device=values.device)
+        flat.scatter_(0, cells, values)
+        return flat[:-1].view(where.shape).masked_fill(~where, empty)
+
+    def _memory(self) -> Memory | None:
+        """What the rules kept, or begin a block with."""
+        if "memory" not in self._shape.needs:
+            return None
+        table, inputs = self._table, self._inputs
+        row = table.memory_row[inputs.rows]
+        cells = table.memory_cells[inputs.rows[:, None], inputs.block]
+        for name in self._shape.rules:
+            start = self._rules[name].start
+            if start is not None:
+                mine = self.entering & (self._ints[:, IntField.RULE] == rule_index(name))
+                row = torch.where(mine, start[0], row)
+                cells = torch.where(mine[:, None], start[1], cells)
+        return Memory(row, cells)
 
     def _write(self, update: Update) -> None:
         """Write where the rules say so; cells outside the block are trash."""
@@ -124,6 +177,11 @@ class StepDecision:
         index, block = inputs.rows[:, None], inputs.block
         tokens = torch.where(update.write, update.tokens, table.tokens[index, block])
         masked = table.masked[index, block] & ~update.write
+        if update.remask is not None:
+            masked |= update.remask
+        if update.memory is not None:
+            table.memory_row[inputs.rows] = update.memory.row
+            table.memory_cells[index, block] = update.memory.cells
         table.tokens[index, block] = tokens
         table.masked[index, block] = masked
         guided = self._shape.guided
@@ -132,25 +190,85 @@ class StepDecision:
             table.tokens[twin, cells] = tokens[-guided:]
             table.masked[twin, cells] = masked[-guided:]
         table.forwards[inputs.rows] = self._forwards + 1
+        filled = self._end_early()
+        if "track" in self._shape.needs:
+            self._note_written(update.write, filled)
 
-    def _report(self, stats: TokenStats) -> Tensor:
-        """[n, 4] int64: masks left, frontier, first EOS before it or -1, rows without numbers."""
-        table, inputs, longest = self._table, self._inputs, self._shape.answer
-        rows = inputs.rows[:, None]
-        inside = inputs.block < table.max_len
-        left = (table.masked[rows, inputs.block] & inside).sum(dim=-1)
+    def _answer(self) -> tuple[Tensor, Tensor]:
+        """Canvas positions of the answers [n, A], trash behind their ends, and which are masked."""
+        table, longest = self._table, self._shape.answer
         place = torch.arange(longest, device=table.device)
         prompt = self._ints[:, IntField.PROMPT_LEN, None]
         length = self._ints[:, IntField.GEN_LENGTH, None]
         columns = torch.where(place < length, prompt + place, table.max_len)
-        open_ = table.masked[rows, columns] | (place >= length)
+        return columns, table.masked[self._inputs.rows[:, None], columns] | (place >= length)
+
+    def _first_end(self, columns: Tensor, open_: Tensor) -> Tensor:
+        """Answer position [n] of the first end id that is written; the width without one."""
+        place = torch.arange(columns.shape[1], device=columns.device)
+        tokens = self._table.tokens[self._inputs.rows[:, None], columns]
+        ends = (tokens[..., None] == self._eos).any(dim=-1) & ~open_
+        ends &= self._ints[:, IntField.IGNORE_EOS, None] == 0
+        return torch.where(ends, place, columns.shape[1]).amin(dim=-1)
+
+    def _end_early(self) -> Tensor:
+        """Fill what lies behind an end id with it, where asked for; [n, A] bool, what was."""
+        table, inputs, longest = self._table, self._inputs, self._shape.answer
+        columns, open_ = self._answer()
+        first = self._first_end(columns, open_)
+        place = torch.arange(longest, device=table.device)
+        asked = self._ints[:, IntField.EARLY_END, None] > 0
+        fill = open_ & (place > first[:, None]) & asked & (columns < table.max_len)
+        end = columns.gather(1, first[:, None].clamp(max=longest - 1))
+        token = table.tokens[inputs.rows[:, None], end]  # [n, 1]
+        rows = [(inputs.rows, slice(None))]
+        if self._shape.guided:
+            rows.append((inputs.uncond_rows, slice(-self._shape.guided, None)))
+        for row, part in rows:
+            index, own = row[:, None], columns[part]
+            tokens = table.tokens[index, own]
+            table.tokens[index, own] = torch.where(fill[part], token[part], tokens)
+            table.masked[index, own] &= ~fill[part]
+        return fill
+
+    def _note_written(self, write: Tensor, filled: Tensor) -> None:
+        """Keep what is out of date: K,V of a token that was written are those of a mask."""
+        table, inputs = self._table, self._inputs
+        columns, _ = self._answer()
+        rows = [(inputs.rows, slice(None))]
+        if self._shape.guided:
+            rows.append((inputs.uncond_rows, slice(-self._shape.guided, None)))
+        forward = (self._forwards + 1).float()[:, None]
+        for row, part in rows:
+            index = row[:, None]
+            drifts = self._drifting(row)[:, None]
+            note = torch.where(drifts, REWRITTEN, forward[part])
+            for place, new in ((inputs.block[part], write[part]), (columns[part], filled[part])):
+                stale = table.stale[index, place]
+                table.stale[index, place] = torch.where(new, note, stale)
+
+    def _drifting(self, rows: Tensor) -> Tensor:
+        """[n] bool, rows whose ``stale`` is a drift."""
+        return self._table.ints[rows, IntField.TRACK] == Track.DRIFT
+
+    def _report(self, stats: TokenStats) -> Tensor:
+        """[n, 5] int64, see :class:`dllmserve.core.scheduler.EntryReport`."""
+        table, inputs, longest = self._table, self._inputs, self._shape.answer
+        rows = inputs.rows[:, None]
+        inside = inputs.block < table.max_len
+        left = (table.masked[rows, inputs.block] & inside).sum(dim=-1)
+        columns, open_ = self._answer()
+        place = torch.arange(longest, device=table.device)
         frontier = torch.where(open_, place, longest).amin(dim=-1)
-        ends = (table.tokens[rows, columns][..., None] == self._eos).any(dim=-1)
-        ends &= (place < frontier[:, None]) & (self._ints[:, IntField.IGNORE_EOS, None] == 0)
-        first = torch.where(ends, place, longest).amin(dim=-1)
-        eos = torch.where(first < longest, first, -1)
+        # what may be masked again is not settled before its whole block is
+        start = inputs.block[:, 0] - self._ints[:, IntField.PROMPT_LEN]
+        held = (self._ints[:, IntField.REVOKES] > 0) & (left > 0)
+        frontier = torch.where(held, torch.minimum(frontier, start), frontier)
+        first = self._first_end(columns, open_)
+        eos = torch.where(first < frontier, first, -1)
+        end = torch.where(first < longest, first, -1)
         broken = torch.zeros_like(left).index_add(0, self._owner, stats.prob.isnan().long())
-        return torch.stack((left, frontier, eos, broken), dim=1)
+        return torch.stack((left, frontier, eos, broken, end), dim=1)
 
 
 def apply_rules(
@@ -171,11 +289,25 @@ def apply_rules(
     """
     first, *others = names
     update = rules[first].apply(view)
-    for name in others:
-        other = rules[name].apply(view)
+    if not others:
+        return update
+    tokens, write, memory = update.tokens, update.write, view.memory
+    remask = torch.zeros_like(write) if "back" in view_needs(rules, names) else None
+    for name in names:
+        own = update if name == first else rules[name].apply(view)
         mine = (kind == rule_index(name))[:, None]
-        update = Update(
-            tokens=torch.where(mine, other.tokens, update.tokens),
-            write=torch.where(mine, other.write, update.write),
-        )
-    return update
+        tokens = torch.where(mine, own.tokens, tokens)
+        write = torch.where(mine, own.write, write)
+        if remask is not None and own.remask is not None:
+            remask = torch.where(mine, own.remask, remask)
+        if memory is not None and own.memory is not None:
+            memory = Memory(
+                torch.where(mine[:, 0], own.memory.row, memory.row),
+                torch.where(mine, own.memory.cells, memory.cells),
+            )
+    return Update(tokens, write, remask, memory)
+
+
+def view_needs(rules: Mapping[str, UnmaskRule], names: tuple[str, ...]) -> frozenset[str]:
+    """All that the named rules read."""
+    return frozenset().union(*(rules[name].needs for name in names))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllmserve.core.plan import Write
+from dllmserve.decoding.rule import rank_of
 from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import StateTable
 
@@ -21,31 +23,37 @@ class StepInputs:
     Attributes:
         starts: [S] int64, first packed token of each span.
         ids, positions: [N] int64.
+        owners: [N] int64, span of each token; S for padding.
         rows: [n] int64, row of each entry; the trash row for padding.
         uncond_rows: [g] int64, unconditional rows of the last g entries.
         block: [n, W] int64, canvas positions of the block; the trash column where the
             block is shorter than W.
         eligible: [n, W] bool, masked block positions.
+        scored: [n, W] bool, written block positions that a shadow scores.
         head_rows: [M] int64, index into ids of the hidden state of each LM-head row.
         head_uncond: [m] int64, the same on the unconditional side, for the last m rows.
         head_cells: [M] int64, index into the flattened [n, W] block of each LM-head row.
             Padding rows repeat the first cell of their segment.
+        head_real: [M] bool, False for padding rows.
     """
 
     starts: Tensor
     ids: Tensor
     positions: Tensor
+    owners: Tensor
     rows: Tensor
     uncond_rows: Tensor
     block: Tensor
     eligible: Tensor
+    scored: Tensor
     head_rows: Tensor
     head_uncond: Tensor
     head_cells: Tensor
+    head_real: Tensor
 
 
 def build_inputs(
-    spans: Tensor,  # [S, 9] int32
+    spans: Tensor,  # [S, 10] int32
     shape: StepShape,
     table: StateTable,
     mask_id: int,
@@ -61,9 +69,14 @@ def build_inputs(
     owner = torch.searchsorted(ends, place, right=True)  # spans of length 0 own nothing
     padding = owner >= shape.spans
     owner = owner.clamp(max=shape.spans - 1)
-    positions = (place - starts[owner] + q_start[owner]).masked_fill(padding, 0)
+    offset = place - starts[owner]
+    order = choose_queries(wide, shape, table, logit_shift) if shape.pick else None
+    if order is not None:
+        offset = order.offset_of(owner, offset)
+    positions = (offset + q_start[owner]).masked_fill(padding, 0)
     source = row[owner].masked_fill(padding, table.trash_row)
-    ids = table.tokens[source, positions].masked_fill(table.masked[source, positions], mask_id)
+    hidden = table.masked[source, positions] | (wide[owner, 4] == Write.SHADOW)
+    ids = table.tokens[source, positions].masked_fill(hidden, mask_id)
 
     count = shape.entries
     column = torch.arange(shape.width, device=device)
@@ -71,34 +84,107 @@ def build_inputs(
     first = (q_start + wide[:, 6])[:count, None]  # blk_off
     block = torch.where(inside, first + column, table.max_len)
     eligible = table.masked[row[:count, None], block] & inside
-    cells = _head_cells(eligible, shape)
+    scored = inside & ~eligible & _shadowed(shape, device)[:, None]
+    cells, real = _head_cells(eligible | scored, shape)
     entry = cells // shape.width
     offset = (wide[entry, 6] + cells % shape.width - logit_shift).clamp(min=0)
     twins = shape.twins
-    pair = entry[len(cells) - twins :] + shape.guided
+    pair, above = entry[len(cells) - twins :] + shape.guided, offset[len(cells) - twins :]
+    if order is not None:
+        offset, above = order.query_of(entry, offset), order.query_of(pair, above)
+    head_rows = starts[entry] + offset
+    if shape.shadowed:
+        shadow = entry + shape.guided + shape.shadowed  # its span; wrong for those without one
+        below = starts[shadow.clamp(max=shape.spans - 1)] + cells % shape.width
+        head_rows = torch.where(scored.flatten()[cells], below, head_rows)
     return StepInputs(
         starts=starts,
         ids=ids,
         positions=positions,
+        owners=owner.masked_fill(padding, shape.spans),
         rows=row[:count],
-        uncond_rows=row[count:],
+        uncond_rows=row[count : count + shape.guided],
         block=block,
         eligible=eligible,
-        head_rows=starts[entry] + offset,
-        head_uncond=starts[pair] + offset[len(cells) - twins :],
+        scored=scored,
+        head_rows=head_rows,
+        head_uncond=starts[pair] + above,
         head_cells=cells,
+        head_real=real,
     )
 
 
-def _head_cells(eligible: Tensor, shape: StepShape) -> Tensor:
-    """Cells of the LM-head rows, segment after segment: [M] int64."""
-    parts = []
+@dataclass(frozen=True)
+class QueryOrder:
+    """Which positions are the queries of spans that pick them; others keep theirs.
+
+    Attributes:
+        picks: [S, 1] bool, spans that pick.
+        offsets: [S, C + 1] int64, offset from q_start of each query, in order.
+        queries: [S, C] int64, number of the query at each offset.
+    """
+
+    picks: Tensor
+    offsets: Tensor
+    queries: Tensor
+
+    def offset_of(self, span: Tensor, query: Tensor) -> Tensor:
+        """Offsets from q_start [k] of queries number ``query`` [k] of spans [k]."""
+        found = self.offsets[span, query.clamp(max=self.offsets.shape[1] - 1)]
+        return torch.where(self.picks[span, 0], found, query)
+
+    def query_of(self, span: Tensor, offset: Tensor) -> Tensor:
+        """The inverse."""
+        found = self.queries[span, offset.clamp(max=self.queries.shape[1] - 1)]
+        return torch.where(self.picks[span, 0], found, offset)
+
+
+def choose_queries(
+    spans: Tensor,  # [S, 10] int64
+    shape: StepShape,
+    table: StateTable,
+    logit_shift: int,
+) -> QueryOrder:
+    """Choose the queries of spans with ``pick``: what they must compute, then the most stale."""
+    row, q_start, q_len = spans[:, 0:1], spans[:, 1:2], spans[:, 2:3]
+    start, pick = q_start + spans[:, 6:7], spans[:, 9:10]
+    end = start + spans[:, 7:8]
+    offset = torch.arange(shape.pick, device=table.device)
+    valid = offset < pick
+    position = torch.where(valid, q_start + offset, table.max_len)
+    after = (position + logit_shift).clamp(max=table.max_len)
+    inside = (position >= start) & (position < end)
+    read = (after >= start) & (after < end)  # where a block position's logits come from
+    masked = (table.masked[row, position] & inside) | (table.masked[row, after] & read)
+    must = torch.where(spans[:, 5:6] > 0, inside | read, masked)  # keep
+    key = torch.where(must, torch.inf, table.stale[row, position])
+    key = torch.where(valid, key, -torch.inf)
+    chosen = (rank_of(key) < q_len) & valid
+    queries = chosen.cumsum(dim=-1) - 1
+    offsets = torch.zeros(len(spans), shape.pick + 1, dtype=torch.int64, device=table.device)
+    target = torch.where(chosen, queries, shape.pick)
+    offsets.scatter_(1, target, offset.expand_as(target))
+    return QueryOrder(pick > 0, offsets, queries.clamp(min=0))
+
+
+def _shadowed(shape: StepShape, device: torch.device) -> Tensor:
+    """[n] bool, entries that have a shadow."""
+    last = shape.entries - shape.guided
+    entry = torch.arange(shape.entries, device=device)
+    return (entry >= last - shape.shadowed) & (entry < last)
+
+
+def _head_cells(flags: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:
+    """Cells of the LM-head rows, segment after segment, and which are real: [M] int64, [M] bool."""
+    cells, real = [], []
     start = 0
     for segment in shape.segments:
         end = start + segment.entries
-        parts.append(compact(eligible[start:end].flatten(), segment.rows) + start * shape.width)
+        own = flags[start:end].flatten()
+        cells.append(compact(own, segment.rows) + start * shape.width)
+        real.append(torch.arange(segment.rows, device=flags.device) < own.sum())
         start = end
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat(cells), torch.cat(real)
 
 
 def compact(flags: Tensor, count: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -11,7 +12,9 @@ from torch.nn import functional as F
 
 from dllmserve.decoding.stats import RowParams, TokenStats, row_stats
 from dllmserve.runtime.bias import StepBias
+from dllmserve.runtime.decide import HeadCells
 from dllmserve.runtime.shape import SegmentShape
+from dllmserve.runtime.states import LogitState
 
 #: ``x [n, d], weight [out, d], bias [out] or None -> [n, out]``
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -76,11 +79,31 @@ class TritonReducer(TorchReducer):
         needs: frozenset[str],
     ) -> TokenStats:
         """See :class:`RowReducer`."""
-        if segment.filtered:
+        if segment.filtered or segment.state:
             return super().reduce(z, params, mask_id, segment, needs)
         from dllmserve.kernels.stats import fused_row_stats
 
         return fused_row_stats(z, params, mask_id=mask_id, sampled=segment.sampled, needs=needs)
+
+
+@dataclass(frozen=True)
+class StepStates:
+    """What is kept of a step's logits between forwards.
+
+    Attributes:
+        cells: whose the LM-head rows are.
+        states: by the name that segments have.
+    """
+
+    cells: HeadCells | None = None
+    states: Mapping[str, LogitState] = field(default_factory=dict)
+
+    def observe(self, z: Tensor, chunk: slice, name: str) -> tuple[Tensor, Tensor | None]:
+        """See :class:`~dllmserve.runtime.states.LogitState`; nothing for other names."""
+        state = self.states.get(name)
+        if state is None or self.cells is None:
+            return z, None
+        return state.observe(z, self.cells, chunk)
 
 
 class LogitsHead:
@@ -129,8 +152,12 @@ class LogitsHead:
         segments: tuple[SegmentShape, ...],
         needs: frozenset[str],
         bias: StepBias | None = None,
+        states: StepStates = StepStates(),
     ) -> TokenStats:
-        """Statistics of M rows, in order; ``bias`` is what segments with a bias add."""
+        """Statistics of M rows, in order.
+
+        ``bias`` is what segments with a bias add, ``states`` what is kept between forwards.
+        """
         parts = []
         twins = len(hidden) - len(cfg_scale)
         start = 0
@@ -145,7 +172,9 @@ class LogitsHead:
                     z = self._guide(z, other, cfg_scale[chunk])
                 if segment.bias and bias is not None:
                     z = bias.add(z, chunk, segment.bias)
-                parts.append(self._reducer.reduce(z, params[chunk], self._mask_id, segment, needs))
+                z, kl = states.observe(z, chunk, segment.state)
+                part = self._reducer.reduce(z, params[chunk], self._mask_id, segment, needs)
+                parts.append(part if kl is None else replace(part, kl=kl))
             start = end
         return TokenStats.concat(parts)
 
@@ -156,6 +185,8 @@ class LogitsHead:
             rows //= 2  # two rows of logits each
         if segment.bias and self._weight.dtype != torch.float32:
             rows //= 2  # a float32 copy of each, twice its size
+        if segment.state:
+            rows //= 4  # float32 copies: of the distributions now and before, and their product
         if segment.filtered:
             rows //= self._reducer.filtered_cost
         elif segment.sampled:

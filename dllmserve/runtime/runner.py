@@ -10,13 +10,14 @@ import torch
 from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore, host_to_device
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepEntry, StepPlan
-from dllmserve.core.rows import RowInit
+from dllmserve.core.rows import IntField, RowInit, Track
 from dllmserve.core.scheduler import EntryReport
 from dllmserve.models.decoder import Decoder
 from dllmserve.registry import UNMASK_RULES, resolve
 from dllmserve.runtime.bias import BiasTable
+from dllmserve.runtime.drift import DriftMeter
 from dllmserve.runtime.graphs import GraphPool, StepOutputs
-from dllmserve.runtime.logits import LogitsHead
+from dllmserve.runtime.logits import LogitsHead, StepStates
 from dllmserve.runtime.platform import (
     is_out_of_memory,
     record_event,
@@ -33,12 +34,21 @@ from dllmserve.runtime.shape import (
     lay_out,
 )
 from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.states import CreditTable, KlHistory, LogitState
 from dllmserve.runtime.step import span_fields, step_ops
 
 #: Larger steps keep the device busy without a graph, and a graph for them would take much memory.
 MAX_GRAPH_TOKENS = 4096
 #: statistics that a confidence is made of, besides the probability
 _CONFIDENCE_NEEDS = {"margin": frozenset({"margin"}), "neg_entropy": frozenset({"entropy"})}
+#: what :mod:`dllmserve.runtime.states` keeps
+_STATES = frozenset({"credit", "kl"})
+#: what keeping track of out-of-date positions takes
+_TRACK_NEEDS = {
+    Track.NONE: frozenset[str](),
+    Track.WRITTEN: frozenset({"track"}),
+    Track.DRIFT: frozenset({"track", "drift"}),
+}
 
 
 class StepHandle:
@@ -102,6 +112,7 @@ class ModelRunner:
         head: LM head.
         graphs: CUDA graphs, or None to launch every kernel by itself.
         kernels: "torch" or "triton": what reads and writes the state rows.
+        max_history_rows: positions whose last distribution may be kept.
     """
 
     def __init__(
@@ -114,6 +125,7 @@ class ModelRunner:
         graphs: GraphPool | None = None,
         *,
         kernels: str = "torch",
+        max_history_rows: int = 0,
     ) -> None:
         self.spec: ModelSpec = decoder.spec
         self.table = table
@@ -123,7 +135,12 @@ class ModelRunner:
         self._backend = backend
         self._head = head
         rules = {n: resolve(UNMASK_RULES, n)() for n in UNMASK_RULES}
-        self._rule_needs: dict[str, frozenset[str]] = {n: r.needs for n, r in rules.items()}
+        self._rule_needs: dict[str, frozenset[str]] = {
+            n: r.needs | ({"memory"} if r.start is not None else set()) for n, r in rules.items()
+        }
+        self._rule_names = tuple(rules)
+        self._max_history_rows = max_history_rows
+        self._states: dict[str, LogitState] = {}
         self._ops = step_ops(kernels, table, rules, decoder.spec)
         self._bias = BiasTable(table.trash_row + 1, decoder.spec.vocab_size, table.device)
         # padding at most doubles the number of spans
@@ -140,6 +157,8 @@ class ModelRunner:
         """Fill a row of the state table, its bias and its page table."""
         self.table.write_row(init)
         self._bias.write_row(init.row, init.bias)
+        for name in self._rule_needs[self._rule_names[init.ints[IntField.RULE]]] & _STATES:
+            self._state(name).admit(init)
         if init.pages:
             pages = host_to_device(init.pages, self.table.device)
             self.kv.page_table[init.row, : len(init.pages)] = pages
@@ -172,8 +191,25 @@ class ModelRunner:
         return lay_out(plan, self.table.host, self._needs, self.table.trash_row, pad)
 
     def _needs(self, entry: StepEntry) -> frozenset[str]:
-        confidence = self.table.host[entry.span.row].confidence
-        return self._rule_needs[entry.rule] | _CONFIDENCE_NEEDS.get(confidence, frozenset())
+        init = self.table.host[entry.span.row]
+        wanted = self._rule_needs[entry.rule] | _CONFIDENCE_NEEDS.get(init.confidence, frozenset())
+        return wanted | _TRACK_NEEDS[init.track]
+
+    def _state(self, name: str) -> LogitState:
+        """What is kept of logits; allocated when the first request needs it."""
+        if name not in self._states:
+            table, spec = self.table, self.spec
+            rows, length = table.trash_row + 1, table.max_len + 1
+            made: LogitState
+            if name == "kl":
+                slots = self._max_history_rows
+                # the LM head may have more rows than the vocabulary has words
+                vocab = len(self._decoder.head_weight)
+                made = KlHistory(rows, slots, vocab, min(slots, length), table.device)
+            else:
+                made = CreditTable(rows, length, spec.mask_id, table.device)
+            self._states[name] = made
+        return self._states[name]
 
     def _replay(self, graphs: GraphPool, plan: StepPlan, packing: Packing) -> StepOutputs:
         def rehearse() -> None:
@@ -213,11 +249,16 @@ class ModelRunner:
             places=packing.places,
             tokens=shape.tokens,
             max_q=shape.max_q,
+            positions=given.positions,
+            owners=given.owners,
+            first=bool(shape.pick or shape.shadowed),
         )
         rows = given.head_rows
         if len(given.head_uncond):
             rows = torch.cat((rows, given.head_uncond))
         context = self._backend.prepare(step)
+        if "drift" in shape.needs:
+            context = DriftMeter(context, step, table, self.spec.num_layers // 2)
         hidden = self._decoder(given.ids, given.positions, context, rows)
         stats = self._head.stats(
             hidden,
@@ -226,5 +267,6 @@ class ModelRunner:
             shape.segments,
             shape.needs,
             self._bias.begin(self._packed, shape),
+            StepStates(given.cells, self._states),
         )
         return work.finish(stats)

@@ -11,11 +11,14 @@ from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit
 
 SPAN_FIELDS = len(Span._fields)
+#: statistics that take more than a row of logits, see :mod:`dllmserve.decoding.rule`
+LOGIT_STATES = ("back", "credit", "kl")
 #: Integers that say where an entry's LM-head rows lie, see :class:`Packing`.
 HEAD_FIELDS = 4
 
@@ -30,6 +33,7 @@ class SegmentShape:
         sampled: some have a temperature above 0.
         filtered: some use top-p or top-k.
         bias: most token ids that one of them biases, padding included; 0 where none does.
+        state: which of LOGIT_STATES their rule needs; "" for none.
     """
 
     entries: int
@@ -38,6 +42,7 @@ class SegmentShape:
     sampled: bool
     filtered: bool
     bias: int = 0
+    state: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,9 @@ class StepShape:
         answer: answer columns that the report looks at.
         max_q: longest span.
         rules: names of the unmask rules in use.
-        needs: statistics beyond token and probability.
+        needs: statistics beyond token and probability, "memory" if a rule has one, "track" and
+            "drift" if ``StateTable.stale`` is kept.
+        pick: most positions that the queries of a span are chosen from; 0 if none are.
     """
 
     segments: tuple[SegmentShape, ...]
@@ -61,6 +68,7 @@ class StepShape:
     max_q: int
     rules: tuple[str, ...]
     needs: frozenset[str]
+    pick: int = 0
 
     @property
     def entries(self) -> int:
@@ -73,9 +81,20 @@ class StepShape:
         return sum(s.entries for s in self.segments if s.guided)
 
     @property
+    def shadowed(self) -> int:
+        """Entries with a shadow, padding included; they are last but for the guided ones."""
+        return sum(s.entries for s in self.segments if s.state == "back")
+
+    @property
     def spans(self) -> int:
-        """Spans: one per entry, then one per guided entry."""
-        return self.entries + self.guided
+        """Spans: one per entry, then one per guided entry, then the shadows."""
+        return self.entries + self.guided + self.shadowed
+
+    @property
+    def plain(self) -> bool:
+        """True if nothing is kept between forwards besides tokens, masks and K,V."""
+        extra = {*LOGIT_STATES, "memory", "track"}
+        return not self.pick and not self.needs & extra
 
     @property
     def rows(self) -> int:
@@ -94,7 +113,7 @@ class Packing:
 
     Attributes:
         shape: the sizes.
-        ints: ``shape.spans`` spans of nine integers each, padding included; then four
+        ints: ``shape.spans`` spans of ten integers each, padding included; then four
             integers for each of ``shape.entries``: the first of its LM-head rows and their
             number, and the first of its segment's padding rows and their number, which are
             0 but for the segment's first entry.
@@ -156,49 +175,107 @@ def lay_out(
 ) -> Packing:
     """Lay a plan out in the shape that ``pad`` gives it."""
 
-    def kind(entry: StepEntry) -> tuple[bool, bool, bool]:
-        init = host[entry.span.row]
-        return entry.uncond is not None, init.sampled, init.filtered
+    def kind(entry: StepEntry) -> _Kind:
+        init, wanted = host[entry.span.row], needs(entry)
+        state = next((s for s in LOGIT_STATES if s in wanted), "")
+        return _Kind(entry.uncond is not None, init.sampled, init.filtered, state)
 
-    empty = (trash_row,) + (0,) * (SPAN_FIELDS - 1)
-    segments: list[SegmentShape] = []
-    places, twins = [], []
-    ints, uncond, heads = array("i"), array("i"), array("i")
+    layout = _Layout(trash_row, pad)
     for flags, members in groupby(plan.entries, key=kind):
         entries = list(members)
-        count = pad.other(len(entries))
-        masks = [e.masks for e in entries] + [0] * (count - len(entries))
-        most = max(len(host[e.span.row].bias) for e in entries)
-        bias = pad.other(most) if most else 0
-        segment = SegmentShape(count, pad.rows(sum(masks)), *flags, bias)
-        heads.extend(_head_rows(masks, sum(s.rows for s in segments), segment.rows))
-        segments.append(segment)
-        for entry in entries:
-            places.append(len(ints) // SPAN_FIELDS)
-            ints.extend(entry.span)
-            if entry.uncond is not None:
-                twins.append(len(uncond) // SPAN_FIELDS)
-                uncond.extend(entry.uncond)
-        filling = empty * (count - len(entries))
-        ints.extend(filling)
-        if flags[0]:
-            uncond.extend(filling)
-    first_twin = len(ints) // SPAN_FIELDS
-    ints.extend(uncond)
-    ints.extend(heads)
+        bias = max(len(host[e.span.row].bias) for e in entries)
+        layout.add(entries, flags, bias)
     wanted: set[str] = set()
     for entry in plan.entries:
         wanted |= needs(entry)
+    pick = max(s.pick for s in plan.spans)
     shape = StepShape(
-        segments=tuple(segments),
+        segments=tuple(layout.segments),
         tokens=pad.tokens(plan.tokens),
         width=pad.other(max(e.span.blk_len for e in plan.entries)),
         answer=pad.other(max(host[e.span.row].gen_length for e in plan.entries)),
         max_q=pad.other(max(s.q_len for s in plan.spans)),
         rules=tuple(sorted({e.rule for e in plan.entries})),
         needs=frozenset(wanted),
+        pick=pad.other(pick) if pick else 0,
     )
-    return Packing(shape, ints, (*places, *(first_twin + t for t in twins)))
+    return layout.packing(shape)
+
+
+class _Kind(NamedTuple):
+    """What entries of a segment have in common."""
+
+    guided: bool
+    sampled: bool
+    filtered: bool
+    state: str
+
+
+class _Spans:
+    """Spans laid out one after another, of entries some of which may have none.
+
+    Attributes:
+        ints: their integers.
+        places: place of each real one.
+    """
+
+    def __init__(self, empty: tuple[int, ...]) -> None:
+        self.ints, self.places = array("i"), list[int]()
+        self._empty = empty
+
+    def add(self, spans: list[Span], padding: int) -> None:
+        """Add spans, and then ``padding`` empty ones."""
+        for span in spans:
+            self.places.append(len(self))
+            self.ints.extend(span)
+        self.ints.extend(self._empty * padding)
+
+    def __len__(self) -> int:
+        return len(self.ints) // SPAN_FIELDS
+
+
+class _Layout:
+    """Entries, their unconditional twins and their shadows, segment after segment."""
+
+    def __init__(self, trash_row: int, pad: Padding) -> None:
+        empty = (trash_row,) + (0,) * (SPAN_FIELDS - 1)
+        self._pad = pad
+        self._own, self._twins, self._shadows = _Spans(empty), _Spans(empty), _Spans(empty)
+        self._heads = array("i")
+        self.segments: list[SegmentShape] = []
+
+    def add(self, entries: list[StepEntry], kind: _Kind, bias: int) -> None:
+        """Add a segment, whose entries bias up to ``bias`` token ids."""
+        pad = self._pad
+        count = pad.other(len(entries))
+        padding = count - len(entries)
+        masks = [e.head_rows for e in entries] + [0] * padding
+        segment = SegmentShape(
+            count,
+            pad.rows(sum(masks)),
+            kind.guided,
+            kind.sampled,
+            kind.filtered,
+            pad.other(bias) if bias else 0,
+            kind.state,
+        )
+        self._heads.extend(_head_rows(masks, sum(s.rows for s in self.segments), segment.rows))
+        self.segments.append(segment)
+        self._own.add([e.span for e in entries], padding)
+        twins = [e.uncond for e in entries if e.uncond is not None]
+        self._twins.add(twins, padding if kind.guided else 0)
+        shadows = [e.shadow for e in entries if e.shadow is not None]
+        self._shadows.add(shadows, padding if kind.state == "back" else 0)
+
+    def packing(self, shape: StepShape) -> Packing:
+        """All of it."""
+        ints, places = array("i"), list[int]()
+        for spans in (self._own, self._twins, self._shadows):
+            first = len(ints) // SPAN_FIELDS
+            places += [first + place for place in spans.places]
+            ints.extend(spans.ints)
+        ints.extend(self._heads)
+        return Packing(shape, ints, tuple(places))
 
 
 def empty_ints(shape: StepShape, trash_row: int) -> array[int]:

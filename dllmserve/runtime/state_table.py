@@ -6,9 +6,13 @@ import torch
 from torch import Tensor
 
 from dllmserve.attention.backend import host_to_device
-from dllmserve.core.rows import FloatField, IntField, RowInit
+from dllmserve.core.rows import FloatField, IntField, RowInit, Track
 from dllmserve.runtime.platform import beside_steps, fetch
 from dllmserve.sampling_params import MAX_GEN_LENGTH
+
+#: ``stale`` of a position that was never computed, and of one that was written since: both are
+#: more than any drift, which is at most 2
+NEVER_COMPUTED, REWRITTEN = 1e30, 4.0
 
 
 class StateTable:
@@ -22,6 +26,10 @@ class StateTable:
         ints: [R + 1, len(IntField)] int64.
         quotas: [R + 1, Q] int64, tokens to write in each forward of a fixed schedule.
         forwards: [R + 1] int64, forwards done; index into quotas and noise counter.
+        stale: [R + 1, T + 1] float32, how much a position's K,V are out of date; what the number
+            is, the row's :class:`~dllmserve.core.rows.Track` says.
+        memory_row: [R + 1] float64, the rule's number for the request.
+        memory_cells: [R + 1, T + 1] float64, the rule's number for each position.
         host: row -> its RowInit, for choices that the host makes.
     """
 
@@ -37,6 +45,9 @@ class StateTable:
         quotas = min(max_len, MAX_GEN_LENGTH)
         self.quotas = torch.zeros(rows, quotas, dtype=torch.int64, device=device)
         self.forwards = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.stale = torch.zeros(rows, width, device=device)
+        self.memory_row = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.memory_cells = torch.zeros(rows, width, dtype=torch.float64, device=device)
         self.host: dict[int, RowInit] = {}
 
     def write_row(self, init: RowInit) -> None:
@@ -50,6 +61,8 @@ class StateTable:
         self.ints[row] = host_to_device(init.ints, self.device)
         if init.quotas:
             self.quotas[row, : len(init.quotas)] = host_to_device(init.quotas, self.device)
+        if init.track is not Track.NONE:
+            self.stale[row] = NEVER_COMPUTED if init.track is Track.DRIFT else -1.0
         self.forwards[row : row + 1] = 0  # a single element would be copied, and waited for
         self.host[row] = init
 

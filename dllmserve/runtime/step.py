@@ -16,7 +16,7 @@ from dllmserve.attention.backend import host_to_device
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import RowParams, TokenStats
-from dllmserve.runtime.decide import StepDecision, apply_rules
+from dllmserve.runtime.decide import HeadCells, StepDecision, apply_rules
 from dllmserve.runtime.graphs import StepOutputs
 from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.shape import SPAN_FIELDS, StepShape
@@ -34,6 +34,8 @@ class StepTensors:
         head_uncond: [m] int64, the same on the unconditional side, for the last m rows.
         cfg_scale: [M] float64.
         row_params: parameters of the M rows.
+        cells: whose the M rows are; None if nothing of them is kept between forwards.
+        owners: [N] int64, span of each token, S for padding; None likewise.
     """
 
     ids: Tensor
@@ -43,6 +45,8 @@ class StepTensors:
     head_uncond: Tensor
     cfg_scale: Tensor
     row_params: RowParams
+    cells: HeadCells | None = None
+    owners: Tensor | None = None
 
 
 class StepWork(Protocol):
@@ -72,7 +76,7 @@ class StepOps(Protocol):
 
 
 def span_fields(packed: Tensor, shape: StepShape) -> Tensor:
-    """[S, 9] int32, the spans at the start of a packing."""
+    """[S, 10] int32, the spans at the start of a packing."""
     return packed[: shape.spans * SPAN_FIELDS].view(shape.spans, SPAN_FIELDS)
 
 
@@ -111,6 +115,8 @@ class TorchStep:
             head_uncond=inputs.head_uncond,
             cfg_scale=decision.cfg_scale,
             row_params=decision.row_params,
+            cells=None if shape.plain else decision.cells(),
+            owners=None if shape.plain else inputs.owners,
         )
         return TorchWork(tensors, decision)
 
@@ -130,6 +136,9 @@ class TorchWork:
 class TritonStep:
     """Three launches besides what the rules do.
 
+    Steps that keep something between forwards, or choose their queries on the device, are left
+    to the other twin.
+
     Args:
         table: state rows.
         rules: unmask rules by name.
@@ -140,9 +149,12 @@ class TritonStep:
         self.table, self.rules, self.spec = table, rules, spec
         # never empty: no token is -1
         self.eos = host_to_device((*spec.eos_ids, -1), table.device)
+        self._other = TorchStep(table, rules, spec)
 
-    def begin(self, packed: Tensor, shape: StepShape) -> TritonWork:
+    def begin(self, packed: Tensor, shape: StepShape) -> StepWork:
         """See :class:`StepOps`."""
+        if not shape.plain:
+            return self._other.begin(packed, shape)
         from dllmserve.runtime.kernels.begin import begin_step
 
         spec = self.spec

@@ -16,6 +16,7 @@ from tests.helpers import PLAIN
 
 LENGTH = 24  # slots of a row
 HEADS = [(4, 4, 8), (4, 2, 8), (3, 1, 6), (6, 2, 4), (1, 1, 16)]
+FIRST, SHADOW = Write.FIRST, Write.SHADOW
 CPU = torch.device("cpu")
 
 
@@ -89,12 +90,14 @@ class Bench:
         ends = [0]
         for span in spans:
             ends.append(ends[-1] + span.q_len)
-        for span, (low, high) in zip(spans, pairwise(ends), strict=True):
+        # what is stored first is there for all spans, shadows of the same row among them
+        order = sorted(zip(spans, pairwise(ends), strict=True), key=lambda s: s[0].write != FIRST)
+        for span, (low, high) in order:
             mine = slice(low, high)
             slots = self.rows.setdefault(span.row, {})
             expected = attend(span, q[mine], k[mine], v[mine], slots)
             torch.testing.assert_close(out[mine], expected, atol=1e-5, rtol=1e-5)
-            if span.write >= Write.SELECT_PER_HEAD:
+            if span.selects:
                 how, shift = selects[span.row], self.spec.logit_shift
                 slots.update(keep(span, q[mine], k[mine], v[mine], how, shift, self.ties))
         self.check_slots()
@@ -104,6 +107,7 @@ class Bench:
         """Written slots hold what they should, all others are still NaN."""
         stored_k, stored_v = self.kv.k[1].cpu(), self.kv.v[1].cpu()
         written = torch.zeros(len(stored_k), dtype=torch.bool)
+        written[: self.kv.page_size] = True  # trash
         for row, slots in self.rows.items():
             places = self.slots(row, list(slots)).tolist()
             for place, (k, v) in zip(places, slots.values(), strict=True):
@@ -117,6 +121,26 @@ class Bench:
 def span(row: int, start: int, length: int, ctx: int, write: Write, **more: int) -> Span:
     base = {"keep": 0, "blk_off": 0, "blk_len": length, "stair": 0} | more
     return Span(row, start, length, ctx, int(write), **base)
+
+
+def first_and_shadows(bench: Bench) -> None:
+    """Spans that are stored first, and shadows of them, between spans of other kinds."""
+    for row, length in ((1, 20), (2, 20), (3, LENGTH), (4, 13)):
+        bench.fill(row, length)
+    bench.check(
+        [
+            span(0, 0, 13, 13, FIRST),  # a whole canvas
+            span(1, 9, 5, 20, FIRST),  # a block of one, twice the same shape
+            span(2, 9, 5, 20, FIRST),
+            span(3, 6, 7, LENGTH, Write.ALL),
+            span(4, 8, 3, 8, Write.NONE),
+            span(0, 8, 4, 13, SHADOW, blk_len=0),
+            span(1, 9, 5, 20, SHADOW, blk_len=0, keep=1),
+            span(2, 9, 5, 20, SHADOW, blk_len=0, keep=1),
+        ],
+        {},
+    )
+    bench.check([span(3, 0, 1, LENGTH, FIRST), span(3, 0, 9, 9, SHADOW, blk_len=0)], {})
 
 
 def mixed_plans(bench: Bench) -> None:

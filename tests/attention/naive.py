@@ -11,18 +11,23 @@ Slots = dict[int, tuple[Tensor, Tensor]]  # slot of a row -> K [Hkv, D], V [Hkv,
 
 
 def attend(span: Span, q: Tensor, k: Tensor, v: Tensor, slots: Slots) -> Tensor:
-    """Output [q_len, Hq, D] of q, k, v [q_len, H, D]; Write.ALL fills the row's slots."""
+    """Output [q_len, Hq, D] of q, k, v [q_len, H, D]; ALL and FIRST fill the row's slots."""
     positions = range(span.q_start, span.q_start + span.q_len)
-    if span.write == Write.ALL:
+    if span.write in (Write.ALL, Write.FIRST):
         slots.update({p: (k[i], v[i]) for i, p in enumerate(positions)})
         seen = [p for p in range(span.ctx_len) if p not in positions]
     else:
         seen = list(range(span.ctx_len))
-    keys = [(s, *slots[s]) for s in seen] + [(p, k[i], v[i]) for i, p in enumerate(positions)]
+    own = [(p, k[i], v[i]) for i, p in enumerate(positions)]
+    if span.write == Write.FIRST:
+        seen, own = list(range(span.ctx_len)), []
+    keys = [(s, *slots[s]) for s in seen] + own
     out = torch.empty_like(q)
     group = q.shape[1] // k.shape[1]
     for i, p in enumerate(positions):
         visible = [e for e in keys if not span.stair or e[0] // span.stair <= p // span.stair]
+        if span.write == Write.SHADOW:  # all but the token that the query predicts, and itself
+            visible = [(s, *slots[s]) for s in seen if s != p + span.keep] + own
         for head in range(q.shape[1]):
             own_k = torch.stack([e[1][head // group] for e in visible])
             own_v = torch.stack([e[2][head // group] for e in visible])

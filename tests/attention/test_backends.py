@@ -10,7 +10,7 @@ import pytest
 from dllmserve.core.plan import Write
 from dllmserve.core.rows import RowSelect
 from dllmserve.registry import ATTENTION_BACKENDS
-from tests.attention.bench import HEADS, LENGTH, Bench, mixed_plans, span
+from tests.attention.bench import HEADS, LENGTH, Bench, first_and_shadows, mixed_plans, span
 
 Setup = tuple[str, int, int]  # backend, logit_shift, page size
 SETUPS: list[Setup] = [(b, s, p) for b in ATTENTION_BACKENDS for s, p in ((0, 1), (1, 5), (0, 32))]
@@ -33,6 +33,11 @@ def setup(request: pytest.FixtureRequest) -> Setup:
 def test_all_modes_in_one_ragged_plan(setup: Setup, heads: tuple[int, int, int]) -> None:
     bench = Bench(heads, *setup)
     mixed_plans(bench)
+
+
+@pytest.mark.parametrize(("setup", "heads"), share(product(SETUPS, HEADS), 3))
+def test_stored_first_and_shadows(setup: Setup, heads: tuple[int, int, int]) -> None:
+    first_and_shadows(Bench(heads, *setup))
 
 
 @pytest.mark.parametrize(("setup", "heads"), share(product(SETUPS, HEADS[:3]), 4))

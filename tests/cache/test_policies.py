@@ -120,16 +120,18 @@ def test_spans_are_valid_and_covered_by_the_reservation(
     written = 0
     for index, length in enumerate(one.blocks):
         one.progress.block = index
+        one.progress.masks_left = length
         for step in count():
             one.progress.step_in_block = step
             span = policy(name).span(one, spec, row=0)
             StepPlan((StepEntry(span, None, length, "steps"),)).validate(100)
             assert (span.blk_start, span.blk_end) == one.block_range(index)
             assert max(span.ctx_len, span.keep) <= slots
-            if span.write == Write.ALL:
-                assert span.q_start + span.q_len <= slots
+            one.progress.forwards += 1
+            if span.write in (Write.ALL, Write.FIRST):
+                assert span.q_start + span.reach <= slots
                 written = max(written, span.q_start + span.q_len)
-            elif span.write != Write.NONE:
+            elif span.selects:
                 written = span.keep
             assert span.ctx_len <= written or span.ctx_len == 0  # nothing unwritten is read
             if step > delay + 1:

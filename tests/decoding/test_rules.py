@@ -6,16 +6,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
-from dllmserve.decoding.rule import RuleView, UnmaskRule, rank_of
+from dllmserve.core.rows import FloatField
+from dllmserve.decoding.rule import Memory, RuleView, UnmaskRule, rank_of
 from dllmserve.registry import UNMASK_RULES, resolve
 from tests.oracles import rules
 
 #: few values, so that ties are common, beside any value at all
 CONFIDENCE = st.one_of(st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]), st.floats(0.0, 1.0))
 ENTROPY = st.one_of(st.sampled_from([0.0, 0.1, 0.5]), st.floats(0.0, 6.0))
-Row = list[tuple[bool, float, float]]  # masked, confidence, entropy
+Row = list[tuple[bool, float, float]]  # masked, confidence, entropy; of others: doubts
 ROWS = st.lists(
     st.lists(st.tuples(st.booleans(), CONFIDENCE, ENTROPY), min_size=1, max_size=9),
     min_size=1,
@@ -27,6 +27,11 @@ PARAMETERS = st.fixed_dictionaries(
         "threshold": CONFIDENCE,
         "factor": st.floats(0.0, 4.0),
         "entropy_bound": ENTROPY,
+        "low_threshold": CONFIDENCE,
+        "kl_threshold": ENTROPY,
+        "kl_history": st.integers(1, 3),
+        "threshold_back": CONFIDENCE,
+        "last_accept": st.integers(1, 6),
     }
 )
 Parameters = dict[str, float]
@@ -37,7 +42,27 @@ TWINS: dict[str, Twin] = {
     "threshold": lambda c, h, m, p: rules.threshold(c, m, p["threshold"]),
     "factor": lambda c, h, m, p: rules.factor(c, m, p["factor"]),
     "entropy_bound": lambda c, h, m, p: rules.entropy_bound(h, m, p["entropy_bound"]),
+    "threshold_strict": lambda c, h, m, p: rules.threshold_strict(c, m, p["threshold"]),
+    "factor_strict": lambda c, h, m, p: rules.factor_strict(c, m, p["factor"]),
+    "hierarchy": lambda c, h, m, p: rules.hierarchy(c, m, p["threshold"], p["low_threshold"]),
+    "credit": lambda c, h, m, p: rules.credit_threshold(c, m, p["threshold"]),
+    "klass": lambda c, h, m, p: rules.klass(c, m, calm(h, p), p["threshold"], int(p["kl_history"])),
+    "wino": lambda c, h, m, p: doubt(c, m, p)[0],
 }
+
+
+def calm(kl: list[float], parameters: Parameters) -> list[int]:
+    """Forwards in a row with a small divergence, when the forwards before had been 1 each."""
+    return [2 if h < parameters["kl_threshold"] else 0 for h in kl]
+
+
+def doubt(
+    confidence: list[float], masked: list[bool], p: Parameters
+) -> tuple[list[int], list[int], int]:
+    """WINO, where a written position's back-confidence stands in its place among confidences."""
+    written = [not m for m in masked]
+    last, tau, back = int(p["last_accept"]), p["threshold"], p["threshold_back"]
+    return rules.wino(confidence, masked, confidence, written, last, tau, back)
 
 
 def view(rows: list[Row], parameters: list[Parameters]) -> RuleView:
@@ -47,25 +72,32 @@ def view(rows: list[Row], parameters: list[Parameters]) -> RuleView:
     eligible = torch.zeros(shape, dtype=torch.bool)
     confidence = torch.full(shape, -torch.inf, dtype=torch.float64)
     entropy = torch.full(shape, torch.inf, dtype=torch.float64)
+    back = entropy.clone()
     for i, row in enumerate(rows):
         for j, (masked, c, h) in enumerate(row):
             if masked:
                 eligible[i, j], confidence[i, j], entropy[i, j] = True, c, h
+            else:
+                back[i, j] = c
 
-    def column(name: str) -> Tensor:
-        dtype = torch.int64 if name == "quota" else torch.float64
-        return torch.tensor([p[name] for p in parameters], dtype=dtype)
-
+    floats = torch.zeros(len(rows), len(FloatField), dtype=torch.float64)
+    for i, chosen in enumerate(parameters):
+        for field in FloatField:
+            floats[i, field] = chosen.get(field.name.lower(), 0.0)
     tokens = torch.arange(len(rows) * width).view(shape)
     return RuleView(
         eligible=eligible,
         tokens=tokens,
         confidence=confidence,
         entropy=entropy,
-        quota=column("quota"),
-        threshold=column("threshold"),
-        factor=column("factor"),
-        entropy_bound=column("entropy_bound"),
+        quota=torch.tensor([int(p["quota"]) for p in parameters]),
+        floats=floats,
+        kl=entropy,
+        back=back,
+        memory=Memory(
+            torch.tensor([float(p.get("last_accept", 30)) for p in parameters]).double(),
+            torch.ones(shape, dtype=torch.float64),
+        ),
     )
 
 
@@ -77,7 +109,8 @@ def rule(name: str) -> UnmaskRule:
 def test_every_rule_has_a_twin() -> None:
     assert set(TWINS) == set(UNMASK_RULES)
     for name in UNMASK_RULES:
-        assert rule(name).needs <= {"entropy"}
+        assert rule(name).needs <= {"entropy", "kl", "back", "credit"}
+        assert (rule(name).start is not None) == bool(rule(name).needs & {"kl", "back"})
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -95,11 +128,41 @@ def test_rule_equals_its_twin(name: str, rows: list[Row], data: st.DataObject) -
         assert bool(update.write[i].any()) == any(masked)
 
 
+@given(rows=ROWS, data=st.data())
+def test_wino_doubts_as_its_twin(rows: list[Row], data: st.DataObject) -> None:
+    parameters = [data.draw(PARAMETERS) for _ in rows]
+    update = rule("wino").apply(view(rows, parameters))
+    assert update.remask is not None and update.memory is not None
+    for i, row in enumerate(rows):
+        masked = [m for m, _, _ in row]
+        if any(masked):
+            _, remasked, accepted = doubt([c for _, c, _ in row], masked, parameters[i])
+            assert update.remask[i].nonzero().flatten().tolist() == remasked
+            assert update.memory.row[i] == accepted
+
+
+def test_klass_counts_calm_forwards() -> None:
+    row: Row = [(True, 0.95, 0.005), (True, 0.99, 0.5), (False, 0.9, 0.0)]
+    chosen: Parameters = {"quota": 1, "threshold": 0.9, "kl_threshold": 0.01, "kl_history": 3}
+    update = rule("klass").apply(view([row], [chosen]))
+    assert update.memory is not None
+    assert update.memory.cells[0].tolist() == [2.0, 0.0, 0.0]
+    assert update.write[0].tolist() == [False, True, False]  # none is calm enough: the best
+
+
 @pytest.mark.parametrize("name", TWINS)
 def test_rows_do_not_see_each_other(name: str) -> None:
     rows = [[(True, c, 1 - c) for c in row] for row in ([0.9, 0.2], [0.1, 0.8, 0.8], [0.5])]
     parameters: list[Parameters] = [
-        {"quota": 1 + i, "threshold": 0.3 * i, "factor": 1.0 + i, "entropy_bound": 0.2 * i}
+        {
+            "quota": 1 + i,
+            "threshold": 0.3 * i,
+            "factor": 1.0 + i,
+            "entropy_bound": 0.2 * i,
+            "low_threshold": 0.1 * i,
+            "kl_threshold": 0.5,
+            "kl_history": 1 + i,
+        }
         for i in range(3)
     ]
     together = rule(name).apply(view(rows, parameters)).write

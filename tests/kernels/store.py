@@ -87,8 +87,8 @@ class Store:
         return out.cpu()
 
     def packed(self, spans: list[Span], padding: int = 0) -> tuple[Tensor, Tensor]:
-        """Fields [S, 9] and starts [S] int32, the padding spans last."""
-        empty = Span(len(self.table) - 1, *[0] * 8)
+        """Fields [S, 10] and starts [S] int32, the padding spans last."""
+        empty = Span(len(self.table) - 1, *[0] * 9)
         starts = [0]
         for span in spans:
             starts.append(starts[-1] + span.q_len)

@@ -1,7 +1,8 @@
 """Naive LLaDA and Dream forwards, straight from a checkpoint's config.json and safetensors.
 
 Upstream: GSAI-ML/LLaDA `modeling_llada.py` (`LLaDAModelLM`) and Dream-org/Dream `modeling_dream.py`
-(`DreamModel`). Attention is bidirectional and unmasked; rotary tables and norms run in float32.
+(`DreamModel`). Attention is bidirectional and unmasked, but for callers that hide keys themselves;
+rotary tables and norms run in float32.
 """
 
 import json
@@ -150,12 +151,14 @@ class OracleModel:
         tokens: Tensor,  # [B, Q] int64
         positions: Tensor | None = None,  # [Q] or [B, Q], absolute; default 0..Q-1
         past: Sequence[KV] | None = None,  # per layer, [B, kv_heads, N, head_dim], K rotated
-        overwrite_at: int | None = None,
+        overwrite_at: int | Sequence[int] | None = None,
+        sees: Tensor | None = None,  # [Q, keys] bool; default: every query sees every key
     ) -> Forward:
         """One forward of Q tokens over [past, Q] keys, or over `past` with Q rows replaced.
 
         With `overwrite_at`, rows [overwrite_at, overwrite_at + Q) give way to the fresh ones
-        (Fast-dLLM's dual cache); otherwise the fresh rows follow. `past` itself is not changed.
+        (Fast-dLLM's dual cache), or the Q rows that it lists, in any order; otherwise the fresh
+        rows follow. `past` itself is not changed.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
@@ -174,7 +177,7 @@ class OracleModel:
             if past is not None:
                 k = merge(past[layer][0], k, overwrite_at)
                 v = merge(past[layer][1], v, overwrite_at)
-            hidden = hidden + self._linear(self._attend(q, k, v), prefix + self.names["o"])
+            hidden = hidden + self._linear(self._attend(q, k, v, sees), prefix + self.names["o"])
             hidden = hidden + self._mlp(hidden, prefix)
         hidden = self._norm(hidden, self.names["final_norm"])
         head = self.names["embed" if self.dims.tied else "head"]
@@ -200,10 +203,11 @@ class OracleModel:
         flat = self._linear(x, prefix + self.names[which])  # [B, Q, count * D]
         return flat.view(*flat.shape[:-1], count, -1).transpose(1, 2)  # [B, count, Q, D]
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sees: Tensor | None) -> Tensor:
         group = self.dims.heads // self.dims.kv_heads  # query heads that share one K,V head
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, Q, H * D]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
+        return out.transpose(1, 2).flatten(2)  # [B, Q, H * D]
 
     def _mlp(self, hidden: Tensor, prefix: str) -> Tensor:
         normed = self._norm(hidden, prefix + self.names["mlp_norm"])
@@ -212,12 +216,14 @@ class OracleModel:
         return self._linear(gate * up, prefix + self.names["down"])
 
 
-def merge(past: Tensor, fresh: Tensor, overwrite_at: int | None) -> Tensor:
+def merge(past: Tensor, fresh: Tensor, overwrite_at: int | Sequence[int] | None) -> Tensor:
     """Keys or values [B, kv_heads, *, D] that a query sees: appended, or replaced in a copy."""
     if overwrite_at is None:
         return torch.cat([past, fresh], dim=2)
+    if isinstance(overwrite_at, int):
+        overwrite_at = range(overwrite_at, overwrite_at + fresh.shape[2])
     merged = past.clone()
-    merged[:, :, overwrite_at : overwrite_at + fresh.shape[2]] = fresh
+    merged[:, :, list(overwrite_at)] = fresh
     return merged
 
 

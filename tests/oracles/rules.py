@@ -81,6 +81,98 @@ def entropy_bound(entropy: Sequence[float], masked: Sequence[bool], gamma: float
     return sorted(chosen)
 
 
+def threshold_strict(confidence: Sequence[float], masked: Sequence[bool], tau: float) -> list[int]:
+    """SGLang `LowConfidence`: every c > tau; the best slot only where there is none."""
+    order = ranked(confidence, masked)
+    return sorted([i for i in order if confidence[i] > tau] or order[:1])
+
+
+def factor_strict(confidence: Sequence[float], masked: Sequence[bool], f: float) -> list[int]:
+    """Fast-dLLM's factor as meant: the first rank that fails ends it and is not written."""
+    order = ranked(confidence, masked)
+    chosen = order[:1]
+    for j in range(2, len(order) + 1):
+        if confidence[order[j - 1]] < 1 - f / (j + 1):
+            break
+        chosen.append(order[j - 1])
+    return sorted(chosen)
+
+
+def runs(masked: Sequence[bool]) -> list[list[int]]:
+    """The slots of each maximal run of masks; the block's edges end a run."""
+    found: list[list[int]] = []
+    for i, open_ in enumerate(masked):
+        if open_ and i > 0 and masked[i - 1]:
+            found[-1].append(i)
+        elif open_:
+            found.append([i])
+    return found
+
+
+def hierarchy(
+    confidence: Sequence[float], masked: Sequence[bool], tau: float, low: float
+) -> list[int]:
+    """dInfer `HierarchyDecoder` without its remasking: one slot a run, and whatever is sure."""
+    chosen = set(ranked(confidence, masked)[:1])
+    chosen |= {i for i, open_ in enumerate(masked) if open_ and confidence[i] > tau}
+    for run in runs(masked):
+        best = min(run, key=lambda i: (-confidence[i], i))
+        if confidence[best] > low:
+            chosen.add(best)
+    return sorted(chosen)
+
+
+def credit_threshold(confidence: Sequence[float], masked: Sequence[bool], tau: float) -> list[int]:
+    """dInfer's threshold: it drops to just below the best slot, so that one always passes."""
+    order = ranked(confidence, masked)
+    if not order:
+        return []
+    bound = min(tau, confidence[order[0]] - 1e-5)
+    return sorted(i for i in order if confidence[i] >= bound)
+
+
+def klass(
+    confidence: Sequence[float],
+    masked: Sequence[bool],
+    calm: Sequence[int],
+    tau: float,
+    history: int,
+) -> list[int]:
+    """KLASS: sure slots whose distribution has been calm for `history` forwards, or the best.
+
+    `calm` counts a slot's latest forwards in a row whose KL was below the threshold; the first
+    forward of a block has no KL, so it counts as none.
+    """
+    order = ranked(confidence, masked)
+    stable = [i for i in order if calm[i] >= history and confidence[i] > tau]
+    return sorted(stable or order[:1])
+
+
+def wino(
+    confidence: Sequence[float],
+    masked: Sequence[bool],
+    back: Sequence[float],  # back-confidence of the token that a slot holds
+    written: Sequence[bool],  # by an earlier forward, so it may be masked again
+    last_accept: int,
+    tau: float,
+    tau_back: float,
+) -> tuple[list[int], list[int], int]:
+    """WINO: slots written now, slots masked again, and the next forward's `last_accept`.
+
+    Fewer are masked again than the forward before has accepted, or it would never end.
+    """
+    order = ranked(confidence, masked)
+    cap = min(max(7 * len(order) // 10, 5), 20)
+    accepted = [i for i in order if confidence[i] > tau][:cap] or order[:1]
+    suspects: list[int] = []
+    if len(accepted) > 1:
+        doubted = [open_ and back[i] < tau_back for i, open_ in enumerate(written)]
+        suspects = ranked([-b for b in back], doubted)
+        if len(suspects) >= last_accept:
+            suspects = suspects[: last_accept - 1]
+    return sorted(accepted), sorted(suspects), len(accepted)
+
+
 def segments(start: int, length: int, block: int) -> list[tuple[int, int]]:
     """The [start, end) of each block of an answer; the length must be a multiple of the block."""
     if length % block:

@@ -35,8 +35,8 @@ def init(row: int, prompt: list[int], gen: int, quotas: tuple[int, ...] = ()) ->
         row=row,
         prompt=prompt,
         gen_length=gen,
-        floats=(0.5, 0.9, 0.8, 0.7, 0.6, 0.4),
-        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, rule_index("steps")),
+        floats=(0.5, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.01, 2.0, 0.9),
+        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, rule_index("steps"), 0, 0, 0),
         quotas=quotas,
         pages=[],
         confidence="probability",
@@ -172,7 +172,7 @@ def test_the_host_knows_where_head_rows_lie() -> None:
     assert heads == [0, 3, 3, 2, *none, *none, 5, 2, 7, 2, *[7, 0, 0, 0] * 2]
     empty = empty_ints(shape, table.trash_row)
     assert len(empty) == len(packing.ints)
-    assert list(empty[:SPAN_FIELDS]) == [table.trash_row] + [0] * 8
+    assert list(empty[:SPAN_FIELDS]) == [table.trash_row] + [0] * 9
     none = [0] * 4
     assert list(empty[shape.spans * SPAN_FIELDS :]) == [
         *(0, 0, 0, 5, *none, *none),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllmserve.core.rows import FloatField, IntField
+from dllmserve.core.rows import IntField
 from dllmserve.decoding.rule import RuleView, Update
 from dllmserve.decoding.stats import TokenStats
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_START, ROW
@@ -21,15 +21,15 @@ from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.sampling_params import CONFIDENCE
 
-_THRESHOLD = tl.constexpr(int(FloatField.THRESHOLD))
-_FACTOR = tl.constexpr(int(FloatField.FACTOR))
-_ENTROPY_BOUND = tl.constexpr(int(FloatField.ENTROPY_BOUND))
 _PROMPT_LEN = tl.constexpr(int(IntField.PROMPT_LEN))
 _GEN_LENGTH = tl.constexpr(int(IntField.GEN_LENGTH))
 _CONFIDENCE = tl.constexpr(int(IntField.CONFIDENCE))
 _RANDOM = tl.constexpr(int(IntField.RANDOM_REMASKING))
 _IGNORE_EOS = tl.constexpr(int(IntField.IGNORE_EOS))
 _RULE = tl.constexpr(int(IntField.RULE))
+_EARLY_END = tl.constexpr(int(IntField.EARLY_END))
+#: no fewer than the columns of floats; a power of two
+_FLOATS_TILE = tl.constexpr(16)
 _MARGIN_KIND = tl.constexpr(CONFIDENCE.index("margin"))
 _NEG_ENTROPY_KIND = tl.constexpr(CONFIDENCE.index("neg_entropy"))
 _POSITION_SALT = tl.constexpr(0x5EED)  # of decoding.noise
@@ -58,18 +58,16 @@ def _store_rule(
     forwards: tl.tensor,
     quota_width: tl.tensor,
     quota_out: tl.tensor,
-    threshold_out: tl.tensor,
-    factor_out: tl.tensor,
-    bound_out: tl.tensor,
+    floats_out: tl.tensor,
     rule_out: tl.tensor,
     entry: tl.tensor,
 ) -> None:
     """The request's rule and what the rule reads."""
     forward = tl.minimum(tl.load(forwards), quota_width - 1)
     tl.store(quota_out + entry, tl.load(quotas + forward))
-    tl.store(threshold_out + entry, tl.load(floats + _THRESHOLD))
-    tl.store(factor_out + entry, tl.load(floats + _FACTOR))
-    tl.store(bound_out + entry, tl.load(floats + _ENTROPY_BOUND))
+    field = tl.arange(0, _FLOATS_TILE)
+    own = tl.load(floats + field, mask=field < FLOATS)
+    tl.store(floats_out + entry * FLOATS + field, own, mask=field < FLOATS)
     tl.store(rule_out + entry, tl.load(ints + _RULE))
 
 
@@ -91,9 +89,7 @@ def _spread(
     confidence_out: tl.tensor,
     entropy_out: tl.tensor,
     quota_out: tl.tensor,
-    threshold_out: tl.tensor,
-    factor_out: tl.tensor,
-    bound_out: tl.tensor,
+    floats_out: tl.tensor,
     rule_out: tl.tensor,
     spans: tl.tensor,
     columns: tl.tensor,
@@ -109,7 +105,7 @@ def _spread(
     ints += row * INTS
     _store_rule(
         *(floats + row * FLOATS, ints, quotas + row * quota_width, forwards + row, quota_width),
-        *(quota_out, threshold_out, factor_out, bound_out, rule_out, entry),
+        *(quota_out, floats_out, rule_out, entry),
     )
     masked += row * width + start
     kind = tl.load(ints + _CONFIDENCE)
@@ -159,9 +155,7 @@ def spread_stats(
         confidence=room(count, columns),
         entropy=None if stats.entropy is None else room(count, columns),
         quota=room(count, dtype=torch.int64),
-        threshold=room(count),
-        factor=room(count),
-        entropy_bound=room(count),
+        floats=room(count, FLOATS.value),
         pick=pick_best if columns <= _MAX_RANKED else None,
     )
     kind = room(count, dtype=torch.int64)
@@ -172,7 +166,7 @@ def spread_stats(
         stats.prob if stats.entropy is None else stats.entropy,
         *(keys, view.eligible, view.tokens, view.confidence),
         view.confidence if view.entropy is None else view.entropy,
-        *(view.quota, view.threshold, view.factor, view.entropy_bound, kind),
+        *(view.quota, view.floats, kind),
         *(shape.spans, columns, table.masked.shape[1], table.quotas.shape[1]),
         MARGIN=stats.margin is not None,
         ENTROPY=stats.entropy is not None,
@@ -231,8 +225,8 @@ def _frontier(
     entry: tl.tensor,
     width: tl.tensor,
     BLOCK: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Answer positions unmasked without a gap, and the first end id among them, or -1.
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Answer positions unmasked without a gap; the first end id written, or the length; its token.
 
     What the program itself has just written is laid over what is read, so it does not
     matter whether a load sees it.
@@ -242,6 +236,8 @@ def _frontier(
     length = tl.load(ints + _GEN_LENGTH).to(tl.int32)
     frontier = length
     first = length
+    token_there = tl.load(eos)
+    heeds = tl.load(ints + _IGNORE_EOS) == 0
     for low in range(0, length, BLOCK):
         place = low + tl.arange(0, BLOCK)
         inside = place < length
@@ -256,10 +252,59 @@ def _frontier(
         end = place < 0
         for i in range(ends):
             end = end | (token == tl.load(eos + i))
-        first = tl.minimum(first, tl.min(tl.where(end & inside, place, length), 0))
-    # a masked position's token is left over from before, but lies behind the frontier
-    stops = (first < frontier) & (tl.load(ints + _IGNORE_EOS) == 0)
-    return frontier, tl.where(stops, first, -1)
+        # a masked position's token is left over from before
+        end = end & inside & (hidden == 0) & heeds
+        found = tl.min(tl.where(end, place, length), 0)
+        here = tl.sum(tl.where(end & (place == found), token, 0), 0)
+        token_there = tl.where(found < first, here, token_there)
+        first = tl.minimum(first, found)
+    return frontier, first, token_there
+
+
+@triton.jit
+def _fill(
+    packed: tl.tensor,
+    tokens: tl.tensor,
+    masked: tl.tensor,
+    ints: tl.tensor,  # pointer to the row's
+    new: tl.tensor,
+    write: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    entry: tl.tensor,
+    spans: tl.tensor,
+    entries: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Fill what is masked behind the end id with it; masks left in the block, and the frontier."""
+    row, start, blk_len = _block(packed, entry)
+    guided = spans - entries
+    twin = entry >= entries - guided
+    other = tl.load(packed + (entry + tl.where(twin, guided, 0)) * FIELDS + ROW).to(tl.int64)
+    prompt = tl.load(ints + _PROMPT_LEN).to(tl.int32)
+    length = tl.load(ints + _GEN_LENGTH).to(tl.int32)
+    shared = tl.where(twin, length, 0)
+    left = length * 0
+    frontier = length
+    for low in range(0, length, BLOCK):
+        place = low + tl.arange(0, BLOCK)
+        inside = place < length
+        source = row * width + prompt + place
+        column = prompt + place - start
+        recent = inside & (column >= 0) & (column < blk_len)
+        chosen = tl.load(write + column, mask=recent, other=0) != 0
+        hidden = (tl.load(masked + source, mask=inside, other=0) != 0) & (chosen == 0)
+        fill = hidden & (place > first)
+        tl.store(tokens + source, place.to(tl.int64) * 0 + end, mask=fill)
+        tl.store(masked + source, fill == 0, mask=fill)
+        source = other * width + prompt + place
+        tl.store(tokens + source, place.to(tl.int64) * 0 + end, mask=fill & (place < shared))
+        tl.store(masked + source, fill == 0, mask=fill & (place < shared))
+        open_ = hidden & (fill == 0)
+        left += tl.sum((open_ & recent).to(tl.int32), 0)
+        frontier = tl.minimum(frontier, tl.min(tl.where(open_, place, length), 0))
+    return left, frontier
 
 
 @triton.jit
@@ -299,18 +344,27 @@ def _commit(
     new += entry.to(tl.int64) * columns
     write += entry.to(tl.int64) * columns
     left = _write_block(packed, tokens, masked, new, write, entry, spans, entries, width, BLOCK)
-    frontier, end = _frontier(
-        packed, tokens, masked, ints + row * INTS, new, write, eos, ends, entry, width, BLOCK
+    ints += row * INTS
+    frontier, end, token = _frontier(
+        packed, tokens, masked, ints, new, write, eos, ends, entry, width, BLOCK
     )
+    length = tl.load(ints + _GEN_LENGTH).to(tl.int32)
+    if (tl.load(ints + _EARLY_END) > 0) & (end < length) & (row != trash_row):
+        tl.debug_barrier()  # the twin's block was written whole, and some of it is filled now
+        left, frontier = _fill(
+            *(packed, tokens, masked, ints, new, write, end, token),
+            *(entry, spans, entries, width, BLOCK),
+        )
     first, count, pad_first, pad_count = head_rows_of(packed, spans, entry)
     broken = _count_nan(prob, first, count, BLOCK) + _count_nan(prob, pad_first, pad_count, BLOCK)
     # all padding entries lie on the trash row, and programs must not share what they write
     tl.store(forwards + row, tl.load(forwards + row) + 1, mask=row != trash_row)
-    report += entry * 4
+    report += entry * 5
     tl.store(report, left.to(tl.int64))
     tl.store(report + 1, frontier.to(tl.int64))
-    tl.store(report + 2, end.to(tl.int64))
+    tl.store(report + 2, tl.where(end < frontier, end, -1).to(tl.int64))
     tl.store(report + 3, broken.to(tl.int64))
+    tl.store(report + 4, tl.where(end < length, end, -1).to(tl.int64))
 
 
 def commit_step(
@@ -324,10 +378,10 @@ def commit_step(
     """Write the update to the state table.
 
     Returns:
-        [n, 4] int64: masks left, frontier, first end id before it or -1, rows without numbers.
+        [n, 5] int64, see :class:`dllmserve.core.scheduler.EntryReport`.
     """
     count = shape.entries
-    report = torch.empty((count, 4), dtype=torch.int64, device=table.device)
+    report = torch.empty((count, 5), dtype=torch.int64, device=table.device)
     _commit[(count,)](
         *(packed, table.tokens, table.masked, table.ints, table.forwards),
         *(update.tokens.contiguous(), update.write.contiguous(), prob, eos, report),

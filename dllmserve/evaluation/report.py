@@ -1,0 +1,286 @@
+"""The report of an evaluation: header and tables for people, one record for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dllmserve.bench.text import counted, header_line, rate_text
+from dllmserve.errors import ConfigError
+from dllmserve.evaluation.figures import Figures, Measured, SettingResult
+from dllmserve.evaluation.items import Item
+
+if TYPE_CHECKING:  # loads torch
+    from dllmserve.llm import LLM
+
+#: version of the record's layout, raised when a key changes its meaning or goes away
+SCHEMA = 1
+BENCHMARK = "eval"
+_NONE = "-"
+#: with so many settings or fewer, the table of the tasks has intervals
+_WITH_INTERVALS = 4
+#: share of answers without an end that is worth a note
+_MANY_CUT = 0.05
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Everything that ``dllmserve eval`` has to say.
+
+    Attributes:
+        environment: what the figures depend on, as :func:`environment_of` finds it.
+        data: where the items come from and how they are asked and judged.
+        items: their ids, in order.
+        baseline: name of the setting that the others are compared with.
+        settings: the results.
+        interrupted: settings that were asked for are missing.
+    """
+
+    environment: Mapping[str, Any]
+    data: Mapping[str, Any]
+    items: Sequence[str]
+    baseline: str
+    settings: Sequence[SettingResult]
+    interrupted: bool = False
+
+    def header(self) -> str:
+        """What was measured, on what."""
+        lines = {**self.environment["header"], "items": self._items_text()}
+        if len(self.settings) == 1:
+            lines["setting"] = self.settings[0].name
+        if notes := self.notes():
+            lines["note"] = "; ".join(notes)
+        return "\n".join(header_line(label, text) for label, text in lines.items())
+
+    def table(self) -> RenderableType:
+        """One setting: a row per task. Several: a row per setting, and one per task below."""
+        if len(self.settings) == 1:
+            return _one_setting(self.settings[0])
+        tables: list[RenderableType] = [_settings(self.settings, self.baseline)]
+        if len(self.settings[0].tasks) > 1:
+            tables += [Text(), _tasks(self.settings)]
+        return Group(*tables)
+
+    def title(self) -> str:
+        """What was measured, for a picture."""
+        model, name = self.environment["model"]["name"], self.environment["device"]["name"]
+        first = f"eval: {model}, {self.environment['dtype']}, {name}"
+        return f"{first}\n{self._items_text().partition(';')[0]}"
+
+    def notes(self) -> list[str]:
+        """What a reader of the figures should know."""
+        notes = ["interrupted: settings are missing"] if self.interrupted else []
+        worst = max(self.settings, key=lambda s: s.overall.cut / s.overall.items)
+        cut, count = worst.overall.cut, worst.overall.items
+        if cut > _MANY_CUT * count:
+            notes.append(
+                f"{cut} of {count} answers of {worst.name!r} filled gen_length without an end: "
+                "a longer one may score better"
+            )
+        return notes
+
+    def record(self) -> dict[str, Any]:
+        """The JSON record; docs/evaluation.md describes it."""
+        return {
+            "benchmark": BENCHMARK,
+            "schema": SCHEMA,
+            **self.environment,
+            "data": dict(self.data),
+            "baseline": self.baseline,
+            "settings": [asdict(setting) for setting in self.settings],
+            "items": list(self.items),
+            "notes": self.notes(),
+            "interrupted": self.interrupted,
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> EvalReport:
+        """The inverse of :meth:`record`."""
+        kept = ("versions", "device", "dtype", "model", "options", "header")
+        return cls(
+            environment={key: record[key] for key in kept},
+            data=record["data"],
+            items=record["items"],
+            baseline=record["baseline"],
+            settings=[SettingResult.from_record(found) for found in record["settings"]],
+            interrupted=record["interrupted"],
+        )
+
+    def _items_text(self) -> str:
+        data = self.data
+        asked = "raw prompts" if data["raw"] else "chat template"
+        limit = "" if data["limit"] is None else f", {data['limit']} a task"
+        tasks = counted(len(data["tasks"]), "task")
+        return (
+            f"{counted(len(self.items), 'item')} in {tasks}{limit}, {data['source']}; {asked}, "
+            f"judged by {data['match']}"
+        )
+
+
+def environment_of(llm: LLM) -> dict[str, Any]:
+    """What figures depend on besides items and settings, as ``dllmserve bench`` records it."""
+    from dllmserve.bench import environment
+
+    config, plan = llm.config, llm.plan
+    return {
+        **environment.facts(config, plan),
+        "options": environment.engine_facts(config, plan),
+        "header": {
+            "model": environment.model_text(config, plan),
+            "device": environment.device_text(plan),
+            "engine": environment.engine_text(config, plan),
+        },
+    }
+
+
+def data_of(
+    source: str, items: Sequence[Item], match: str, limit: int | None, raw: bool
+) -> dict[str, Any]:
+    """The record's part about the items."""
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[item.task] = counts.get(item.task, 0) + 1
+    return {"source": source, "match": match, "limit": limit, "raw": raw, "tasks": counts}
+
+
+def read_report(path: str | Path) -> EvalReport:
+    """The report that ``dllmserve eval --json FILE`` has written.
+
+    Raises:
+        ConfigError: the file holds something else.
+        OSError: it cannot be read.
+    """
+    text = Path(path).expanduser().read_bytes()
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("benchmark") != BENCHMARK:
+        raise ConfigError(f"{path} holds no evaluation: give a file of dllmserve eval --json")
+    if record.get("schema") != SCHEMA:
+        raise ConfigError(
+            f"{path} has schema {record.get('schema')!r}, and this version reads {SCHEMA}: "
+            "run the evaluation again"
+        )
+    try:
+        report = EvalReport.from_record(record)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is incomplete: {error}") from error
+    if not report.settings:
+        raise ConfigError(f"{path} holds no settings")
+    return report
+
+
+def points(share: float) -> str:
+    """A share in percent, without the sign of it.
+
+    Example:
+        >>> points(0.995), points(1.0)
+        ('99.5', '100.0')
+    """
+    return f"{100 * share:.1f}"
+
+
+def _one_setting(result: SettingResult) -> Table:
+    rows = [(task, figures) for task, figures in result.tasks.items()]
+    if len(rows) > 1:
+        rows.append(("all", result.overall))
+    table = _table("task")
+    for number, (task, figures) in enumerate(rows, 1):
+        last = number == len(rows)
+        row = {
+            "items": str(figures.items),
+            **_quality(figures),
+            "forwards/\nanswer": f"{figures.forwards:.1f}",
+            "tokens/\nforward": f"{figures.tokens_per_forward:.2f}",
+            "tokens/s": rate_text(result.tokens_per_second) if last else "",
+        }
+        if last and number > 1:
+            table.add_section()
+        _add(table, Text(task), row)
+    return table
+
+
+def _settings(results: Sequence[SettingResult], baseline: str) -> Table:
+    table = _table("setting", numbered=True)
+    for number, result in enumerate(results, 1):
+        figures = result.overall
+        ratio, same = figures.forwards_ratio, figures.same_text
+        row = {
+            **_quality(figures),
+            "points from\nbaseline": _NONE
+            if (gap := figures.difference) is None
+            else f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})",
+            "same\ntext": _NONE if same is None else f"{points(same)} %",
+            "forwards/\nanswer": f"{figures.forwards:.1f}",
+            "of the\nbaseline's": _NONE if ratio is None else f"{100 * ratio:.3g} %",
+            "tokens/\nforward": f"{figures.tokens_per_forward:.2f}",
+            "tokens/s": rate_text(result.tokens_per_second),
+        }
+        name = f"{result.name} (baseline)" if result.name == baseline else result.name
+        _add(table, Text(name), row, number)
+    return table
+
+
+def _tasks(results: Sequence[SettingResult]) -> Table:
+    """Accuracy by task; a column per setting, by its number."""
+    table = _table("accuracy in %")
+    wide = len(results) <= _WITH_INTERVALS
+    for task, first in results[0].tasks.items():
+        row = {"items": str(first.items)}
+        for number, result in enumerate(results, 1):
+            figures = result.tasks[task]
+            row[str(number)] = points(figures.accuracy)
+            if wide:
+                row[str(number)] += f" ({points(figures.low)}-{points(figures.high)})"
+        _add(table, Text(task), row)
+    return table
+
+
+def _quality(figures: Figures) -> dict[str, str]:
+    return {
+        "accuracy": f"{points(figures.accuracy)} %",
+        "95 %\ninterval": f"{points(figures.low)}-{points(figures.high)}",
+    }
+
+
+def _table(label: str, *, numbered: bool = False) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    if numbered:
+        table.add_column("", justify="right", no_wrap=True)
+    table.add_column(label, no_wrap=True)
+    return table
+
+
+def _add(table: Table, label: Text, row: Mapping[str, str], number: int | None = None) -> None:
+    """One row; the first one brings the columns."""
+    if not table.rows:
+        for name in row:
+            table.add_column(name, justify="right", no_wrap=True)
+    table.add_row(*([] if number is None else [str(number)]), label, *row.values())
+
+
+def answers_of(measured: Sequence[Measured]) -> Iterator[dict[str, Any]]:
+    """One record per setting and item, for ``--answers``."""
+    for one in measured:
+        for outcome in one.outcomes:
+            item = outcome.item
+            yield {
+                "setting": one.setting.name,
+                "id": item.id,
+                "task": item.task,
+                "prompt": item.prompt,
+                "answer": list(item.answers),
+                "text": outcome.text,
+                "right": outcome.right,
+                "finish_reason": outcome.finish_reason,
+                **outcome.usage,
+            }

@@ -1,0 +1,53 @@
+"""Quality presets: named values of SamplingParams, chosen from the measured frontier.
+
+How they were measured, and what they cost, is in docs/decoding.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: what "exact" stands for besides its steps
+_EXACT: dict[str, Any] = {"unmask": "steps", "cache": "none", "block_length": 32}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": _EXACT,
+    "balanced": {
+        "unmask": "threshold",
+        "threshold": 0.9,
+        "cache": "dual",
+        "block_length": 32,
+        "suffix_window": 32,
+        "early_end": True,
+    },
+    "fast": {
+        "unmask": "hierarchy",
+        "threshold": 0.8,
+        "low_threshold": 0.5,
+        "cache": "rolling",
+        "block_length": 32,
+        "suffix_window": 32,
+        "early_end": True,
+    },
+}
+
+
+def preset(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a preset.
+
+    Args:
+        quality: a key of PRESETS.
+        given: the user's gen_length and block_length, if they were given.
+
+    Example:
+        >>> preset("exact", {"gen_length": 48})["steps"]
+        64
+    """
+    values = dict(PRESETS[quality])
+    if values["unmask"] == "steps":
+        # one token a step; a block whose steps are not all needed skips the rest
+        length = given.get("gen_length", 128)
+        block = min(given.get("block_length", values["block_length"]) or length, length)
+        values["steps"] = -(-length // block) * block
+    return values

@@ -1,0 +1,65 @@
+"""DriftMeter: how far cached V move when their positions are computed again."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dllmserve.attention.backend import AttentionStep, token_slots
+from dllmserve.core.plan import Write
+from dllmserve.core.rows import IntField, Track
+from dllmserve.models.base import AttentionContext
+from dllmserve.runtime.state_table import NEVER_COMPUTED, StateTable
+
+#: Tokens that are compared at once: a step may have many, and float32 copies are large.
+_CHUNK = 4096
+#: Drifts are multiples of 1 / _STEPS.
+_STEPS = 4096.0
+#: Drift of a position that was computed once.
+UNKNOWN = 1.0
+
+
+class DriftMeter:
+    """An attention context that measures, in one layer, before it attends.
+
+    The drift of a position is ``1 - cos(V now, V before)`` over all K,V heads, in float32, rounded
+    down to a multiple of 2**-12; 1, which is much, when it is computed for the first time. It is
+    kept in ``StateTable.stale`` of rows that track it.
+
+    Args:
+        context: attends.
+        step: its step, with positions and owners.
+        table: state rows.
+        layer: where V is compared.
+    """
+
+    def __init__(
+        self, context: AttentionContext, step: AttentionStep, table: StateTable, layer: int
+    ) -> None:
+        self._context, self._table, self._layer = context, table, layer
+        rows, positions, slots = token_slots(step, (Write.ALL, Write.FIRST))
+        tracked = (rows >= 0) & (table.ints[rows, IntField.TRACK] == Track.DRIFT)
+        # what tracks no drift is read from and written to trash
+        self._rows = torch.where(tracked, rows, table.trash_row)
+        self._positions = positions.masked_fill(~tracked, table.max_len)
+        self._slots = torch.where(tracked, slots, 0)
+        self._cache = step.kv.v[layer]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See :class:`dllmserve.models.base.AttentionContext`."""
+        if layer == self._layer:
+            for low in range(0, len(v), _CHUNK):
+                self._measure(v, slice(low, low + _CHUNK))
+        return self._context.attend(layer, q, k, v)
+
+    def _measure(self, v: Tensor, chunk: slice) -> None:
+        """Compare a chunk of V [N, Hkv, D] with what the pages hold."""
+        row, position = self._rows[chunk], self._positions[chunk]
+        now = v[chunk].flatten(1).float()
+        before = self._cache[self._slots[chunk]].flatten(1).float()
+        drift = 1.0 - F.cosine_similarity(now, before, dim=1)
+        # what did not move moves by rounding errors, and those must not decide
+        drift = (drift * _STEPS).floor().clamp(min=0.0) / _STEPS
+        known = self._table.stale[row, position] < NEVER_COMPUTED
+        self._table.stale[row, position] = torch.where(known, drift, UNKNOWN)

@@ -1,0 +1,129 @@
+"""LogitState: what rules keep of the logits between forwards, in device rows.
+
+A rule names its state in ``needs``. The state sees every chunk of its rows' logits before they
+are reduced to statistics, and may change them or add a statistic of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dllmserve.attention.backend import host_to_device
+from dllmserve.core.rows import RowInit
+from dllmserve.decoding.stats import without
+from dllmserve.runtime.decide import HeadCells
+
+
+class LogitState(Protocol):
+    """Device state of one kind."""
+
+    def admit(self, init: RowInit) -> None:
+        """Prepare the row of a new request that needs the state."""
+        ...
+
+    def observe(self, z: Tensor, cells: HeadCells, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Take a chunk of logits.
+
+        Args:
+            z: [n, V] logits.
+            cells: whose the step's M LM-head rows are.
+            rows: which of them the chunk holds.
+
+        Returns:
+            Logits [n, V] to be reduced, and a statistic [n] float64 or None.
+        """
+        ...
+
+
+class KlHistory:
+    """The distribution of each position in the block's last forward, for KL divergences.
+
+    Args:
+        rows: of the state table, the trash row included.
+        slots: distributions that may be kept, besides slot 0, which is trash.
+        vocab: of the logits.
+        max_block: longest block.
+        device: of the state table.
+
+    Attributes:
+        slots: [rows, max_block] int64, slot of each position of the row's block.
+        log_probs: [slots + 1, vocab] float32.
+    """
+
+    def __init__(
+        self, rows: int, slots: int, vocab: int, max_block: int, device: torch.device
+    ) -> None:
+        self.slots = torch.zeros(rows, max_block, dtype=torch.int64, device=device)
+        self.log_probs = torch.zeros(slots + 1, vocab, device=device)
+
+    def admit(self, init: RowInit) -> None:
+        """Note the slots that the scheduler reserved."""
+        self.slots[init.row, : len(init.history)] = host_to_device(init.history, self.slots.device)
+
+    def observe(self, z: Tensor, cells: HeadCells, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """KL(now || before) [n] float64, +inf in a block's first forward; now becomes before."""
+        now = z.float().log_softmax(dim=-1)
+        slot = self.slots[cells.row[rows], cells.column[rows].clamp(max=self.slots.shape[1] - 1)]
+        slot = torch.where(cells.real[rows], slot, 0)
+        before = self.log_probs[slot]
+        terms = torch.where(now > -torch.inf, now.exp() * (now - before), 0.0)
+        kl = terms.sum(dim=-1, dtype=torch.float64)
+        self.log_probs[slot] = now
+        return z, torch.where(cells.entering[rows], torch.inf, kl)
+
+
+class CreditTable:
+    """Credits of tokens at each position (dInfer), for the credit rule.
+
+    In every forward of a block but its first, all credits shrink to 0.8 and the position's best
+    token, of probability p, earns ``p ** 0.2``; then ``0.7 ln(1 + credit)`` is added to logits.
+    A position remembers the credits of 16 tokens: upstream keeps one for every token of the
+    vocabulary, most of which are zero. A seventeenth replaces the smallest.
+
+    Args:
+        rows: of the state table, the trash row included.
+        length: positions of a row, trash included.
+        mask_id: never earns.
+        device: of the state table.
+
+    Attributes:
+        ids: [rows, length, 16] int64, -1 where free.
+        credits: [rows, length, 16] float32.
+    """
+
+    KEPT = 16
+    DECAY, POWER, WEIGHT = 0.8, 0.2, 0.7
+
+    def __init__(self, rows: int, length: int, mask_id: int, device: torch.device) -> None:
+        self._mask_id = mask_id
+        self.ids = torch.full((rows, length, self.KEPT), -1, dtype=torch.int64, device=device)
+        self.credits = torch.zeros(rows, length, self.KEPT, device=device)
+
+    def admit(self, init: RowInit) -> None:
+        """Nothing: a block begins without credits."""
+
+    def observe(self, z: Tensor, cells: HeadCells, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Logits [n, V] float32 with the credits added."""
+        z = z.float()
+        row, position = cells.row[rows], cells.position[rows]
+        entering = cells.entering[rows][:, None]
+        ids = torch.where(entering, -1, self.ids[row, position])  # [n, 16]
+        credits = torch.where(entering, 0.0, self.credits[row, position]) * self.DECAY
+        best, token = without(z, self._mask_id).max(dim=-1, keepdim=True)  # [n, 1]
+        earned = (best - z.logsumexp(dim=-1, keepdim=True)).exp() ** self.POWER
+        known = ids == token
+        # a new token takes a free place, or that of the smallest credit
+        place = torch.where(ids < 0, -1.0, credits).argmin(dim=-1, keepdim=True)
+        column = torch.arange(self.KEPT, device=z.device)
+        here = torch.where(known.any(dim=-1, keepdim=True), known, column == place)
+        here &= ~entering
+        fresh = torch.where(known, credits, 0.0) + earned
+        credits = torch.where(here, fresh, credits)
+        ids = torch.where(here, token, ids)
+        self.ids[row, position] = ids
+        self.credits[row, position] = credits
+        raised = torch.where(ids >= 0, self.WEIGHT * credits.log1p(), 0.0)
+        return z.scatter_add(1, ids.clamp(min=0), raised), None

@@ -1,0 +1,147 @@
+"""Rules and refresh policies against their slow twins: tokens, forwards, computed tokens."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllmserve import LLM, SamplingParams
+from dllmserve.core.plan import StepPlan
+from tests.checkpoints import Shape, write_random
+from tests.conftest import Engines
+from tests.helpers import check_idle, random_prompt
+from tests.oracles import models, policies
+
+Options = dict[str, Any]
+
+#: a quarter of the vocabulary ends an answer, so that answers end early
+SHAPES = {
+    "llada": Shape(family="llada", seed=3),
+    "dream": Shape(family="dream", seed=5),
+    "llada-ends": Shape(family="llada", eos_ids=tuple(range(10, 25)), seed=8, layers=3),
+    "dream-ends": Shape(family="dream", eos_ids=tuple(range(10, 25)), seed=9, kv_heads=4),
+}
+#: random models are seldom sure: these write several positions a forward
+RULES: dict[str, Options] = {
+    "steps": {"steps": 11},
+    "threshold": {"threshold": 0.4},
+    "threshold_strict": {"threshold": 0.4},
+    "factor": {"factor": 2.0},
+    "factor_strict": {"factor": 2.0},
+    "entropy_bound": {"entropy_bound": 3.0},
+    "hierarchy": {"threshold": 0.5, "low_threshold": 0.1},
+    "credit": {"threshold": 0.5},
+    "klass": {"threshold": 0.3, "kl_threshold": 1.0, "kl_history": 1},
+    "wino": {"threshold": 0.3, "threshold_back": 0.3},
+}
+POLICIES: dict[str, Options] = {
+    "none": {},
+    "none-suffix": {"suffix_window": 3},
+    "prefix": {"cache": "prefix"},
+    "prefix-often": {"cache": "prefix", "refresh_every": 3, "refresh_window": 2},
+    "prefix-suffix": {"cache": "prefix", "suffix_window": 2},
+    "dual": {"cache": "dual"},
+    "dual-late": {"cache": "dual", "refresh_delay": 1},
+    "dual-often": {"cache": "dual", "refresh_delay": 1, "refresh_every": 2},
+    "dual-window": {"cache": "dual", "refresh_window": 4},
+    "dual-all": {"cache": "dual", "refresh_window": 3, "suffix_window": 5, "refresh_every": 4},
+    "rolling": {"cache": "rolling"},
+    "rolling-suffix": {"cache": "rolling", "suffix_window": 4, "refresh_every": 3},
+    "delayed": {"cache": "delayed"},
+    "delayed-late": {"cache": "delayed", "refresh_delay": 1, "suffix_window": 6},
+    "delayed-often": {"cache": "delayed", "refresh_every": 3},
+    "drift": {"cache": "drift"},
+    "drift-often": {"cache": "drift", "refresh_share": 0.4, "refresh_every": 2},
+    "drift-suffix": {"cache": "drift", "refresh_share": 0.1, "suffix_window": 3},
+}
+LENGTHS: Options = {"gen_length": 21, "block_length": 8}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("fewer")
+    return {name: write_random(base / name, shape) for name, shape in SHAPES.items()}
+
+
+@cache
+def oracle(folder: Path) -> models.OracleModel:
+    return models.load(folder)
+
+
+#: rules that are tried with every policy; the others with one of each kind
+WIDELY = ("steps", "hierarchy", "wino")
+FEW = ("none", "dual-all", "delayed-often", "drift-often")
+
+
+def cases(early: bool) -> list[tuple[str, str, Options]]:
+    """Every rule, and every policy."""
+    found = []
+    for rule, parameters in RULES.items():
+        for policy, caching in POLICIES.items():
+            if rule == "wino" and caching.get("cache", "none") not in ("none", "dual"):
+                continue
+            if rule not in WIDELY and policy not in FEW:
+                continue
+            end: Options = {"early_end": True} if early else {}
+            found.append((rule, policy, {"unmask": rule, **parameters, **caching, **end}))
+    return found
+
+
+def expected(folder: Path, prompt: list[int], options: Options, shape: Shape) -> policies.Result:
+    given = {"cache": "none", **LENGTHS, **options}
+    if options["unmask"] != "entropy_bound":
+        given["entropy_bound"] = 0.1  # not read
+    [result] = policies.generate(oracle(folder), [prompt], eos_ids=shape.eos_ids, **given)
+    return result
+
+
+def sampling(options: Options) -> SamplingParams:
+    ends = not options.get("early_end", False)
+    return SamplingParams(temperature=0.0, ignore_eos=ends, **LENGTHS, **options)
+
+
+def computed(llm: LLM, prompt: list[int], params: SamplingParams) -> tuple[dict[str, Any], int]:
+    """A request alone, and the query tokens of its forwards."""
+    tokens = 0
+
+    def count(plan: StepPlan) -> None:
+        nonlocal tokens
+        plan.validate(256)
+        tokens += plan.tokens
+
+    llm._engine.observers.append(count)
+    try:
+        [output] = llm.generate([prompt], params, use_tqdm=False)
+    finally:
+        llm._engine.observers.remove(count)
+    return output, tokens
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["whole", "early"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_engine_equals_the_slow_twins(
+    engines: Engines, folders: dict[str, Path], name: str, early: bool
+) -> None:
+    """Alone, with what it cost; then all at once, in small steps, with the same tokens."""
+    if not early and name.endswith("-ends"):
+        pytest.skip("whole answers do not look at end ids")
+    folder, shape = folders[name], SHAPES[name]
+    llm = engines(folder, page_size=5)
+    prompts, params, answers = [], [], []
+    for place, (rule, policy, options) in enumerate(cases(early)):
+        prompt, one = random_prompt(place, 1 + 5 * place % 17), sampling(options)
+        result = expected(folder, prompt, options, shape)
+        output, tokens = computed(llm, prompt, one)
+        assert output["token_ids"] == result.tokens, (rule, policy)
+        assert output["usage"]["forward_passes"] == result.forwards, (rule, policy)
+        assert tokens == result.computed, (rule, policy)
+        prompts.append(prompt)
+        params.append(one)
+        answers.append(result.tokens)
+    for options in ({}, {"max_num_batched_tokens": 150, "max_logit_rows": 40, "page_size": 5}):
+        mixed = engines(folder, **options)
+        outputs = mixed.generate(prompts, params, use_tqdm=False)
+        check_idle(mixed)
+        for case, output, ids in zip(cases(early), outputs, answers, strict=True):
+            assert output["token_ids"] == ids, (case, options)
