@@ -4,13 +4,13 @@ PYTHON ?= python3
 # Installed before everything else and alone, so that the build you choose stays. Another
 # index:  make generate TORCH="torch --index-url <your index>"
 TORCH ?= torch==2.13.0
-# Extra arguments of "dllmserve generate", pytest, "dllmserve serve" and chaos, and the commands
-# of bench and scores.
+# Extra arguments of "dllmserve generate", pytest, "dllmserve serve", chaos and "dllmserve eval",
+# and the command of bench.
 ARGS ?=
 TESTS ?=
 SERVE ?=
 BENCH ?= -m benchmarks.cpu_vs_loop
-SCORES ?= -m benchmarks.scores
+SCORES ?= --unmask threshold
 CHAOS ?=
 
 VENV := .venv
@@ -58,8 +58,8 @@ fuzz: $(READY)-test $(FUZZ)/.ready ## set up, then send a server malformed reque
 chaos: $(READY)-test ## set up, then break a real server in many ways; CHAOS="NAME... --quick" chooses
 	@$(BIN)/python -m chaos $(CHAOS)
 
-scores: $(READY) ## set up, then reproduce the embedded model's held-out scores
-	@$(BIN)/python $(SCORES)
+scores: $(READY) ## set up, then reproduce the embedded model's held-out scores; SCORES="..." passes options
+	@$(BIN)/dllmserve eval $(SCORES)
 
 clean: ## remove .venv, caches and build output
 	@rm -rf $(VENV) $(FUZZ) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -52,6 +52,7 @@ from dllmserve.evaluation.settings import (
 )
 
 STDOUT = "-"
+DEFAULT_MODEL = "tiny"
 HELD_OUT_SOURCE = "held-out items of tiny"
 SCORERS = "the tasks' scorers"
 
@@ -172,7 +173,7 @@ Quiet = Annotated[bool, _option(_REPORT, " ", "No progress on standard error.", 
 def evaluate(
     context: typer.Context,
     more: More = None,
-    model: ModelOption = "tiny",
+    model: ModelOption = DEFAULT_MODEL,
     tasks: Tasks = None,
     limit: Limit = None,
     data: Data = None,
@@ -303,18 +304,22 @@ def _items(
         )
     found = held_out() if data is None else read_items(data, match or "exact", raw=raw)
     names = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
+    if models := [name for name in names if "/" in name or name == DEFAULT_MODEL]:
+        raise ConfigError(f"{models[0]!r} is no task: a model is given by --model")
     return select(found, names, limit)
 
 
 def _only_replot(context: typer.Context) -> None:
     """Raise ConfigError for an option that --replot would ignore."""
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and name not in _REPLOT:
-            raise ConfigError(
-                "--replot shows and draws what a file holds, and runs nothing: give --plot and "
-                f"--json with it alone, not {name.replace('_', '-')}"
-            )
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is None or source.name != "COMMANDLINE" or parameter.name in _REPLOT:
+            continue
+        name = parameter.opts[0] if parameter.param_type_name == "option" else "TASK"
+        raise ConfigError(
+            "--replot shows and draws what a file holds, and runs nothing: give --plot and "
+            f"--json with it alone, not {name}"
+        )
 
 
 def _report(

@@ -155,14 +155,14 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     """SamplingParams from the command line, with the command line's defaults."""
     sparse = sparse_config(options)
     values: dict[str, Any] = {"temperature": 0.0, "gen_length": DEFAULT_GEN_LENGTH}
-    if sparse is None:
-        # a SparseConfig brings its own block length
-        values["block_length"] = DEFAULT_BLOCK_LENGTH
     given = SAMPLING.given(options)
+    if sparse is None and "quality" not in given:
+        # a SparseConfig, or a quality, brings its own block length
+        values["block_length"] = DEFAULT_BLOCK_LENGTH
     if "logit_bias" in given:
         given["logit_bias"] = _logit_bias(given["logit_bias"])
     params = SamplingParams(**values | given)
-    if options.get("steps") is not None:
+    if options.get("steps") is not None or "quality" in given:
         return params
     block = params.block_length or (sparse.default_block_len if sparse else params.gen_length)
     # the steps are shared out evenly among the blocks, however short the last one is;

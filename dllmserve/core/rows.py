@@ -13,21 +13,6 @@ from dllmserve.sampling_params import CONFIDENCE
 _MAX_TOP_K = 2**31 - 1
 
 
-class FloatField(IntEnum):
-    """Columns of the state table's float64 parameters."""
-
-    TEMPERATURE = 0
-    TOP_P = 1
-    THRESHOLD = 2
-    FACTOR = 3
-    ENTROPY_BOUND = 4
-    CFG_SCALE = 5
-    LOW_THRESHOLD = 6
-    KL_THRESHOLD = 7
-    KL_HISTORY = 8
-    THRESHOLD_BACK = 9
-
-
 class IntField(IntEnum):
     """Columns of the state table's int64 parameters."""
 

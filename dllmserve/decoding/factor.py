@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from dllmserve.core.rows import FloatField
 from dllmserve.decoding.rule import RuleView, Update, write_best
+from dllmserve.parameters import FloatField
 
 
 class FactorRule:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from dllmserve.core.rows import FloatField
 from dllmserve.decoding.rule import Memory, RuleView, Update
+from dllmserve.parameters import FloatField
 
 
 class KlassRule:

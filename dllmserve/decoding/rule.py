@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dllmserve.core.rows import FloatField
+from dllmserve.parameters import FloatField
 
 #: ``key [n, W] floating, count [n] int64, eligible [n, W] bool -> [n, W] bool``: see
 #: :func:`write_best`, of which it is a faster twin

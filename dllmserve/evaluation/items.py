@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dllmserve.assets
-from dllmserve._checks import check_choice, check_int, check_known
+from dllmserve._checks import check_choice, check_int
 from dllmserve.errors import ConfigError, DllmServeError
 from dllmserve.evaluation.judge import MATCHES, SCORER, check_answer, judge
 from dllmserve.sampling_params import MAX_GEN_LENGTH
@@ -143,9 +143,13 @@ def _is_of(task: str, name: str) -> bool:
 def _check_task(name: str, known: Mapping[str, Any]) -> None:
     if any(_is_of(task, name) for task in known):
         return
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = _nearest(name, known)
     raise ConfigError(f"there is no task {name!r}; {hint}the tasks are {', '.join(known)}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def _stem(file: Path) -> str:
@@ -176,7 +180,10 @@ def _item(line: str, match: str, raw: bool, *, default_id: str, default_task: st
         raise ConfigError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"must be a JSON object, got {_kind(value)}")
-    check_known("the item", value, FIELDS)
+    for name in value:
+        if name not in FIELDS:
+            hint = _nearest(name, FIELDS) or "others go into meta; "
+            raise ConfigError(f"unknown field {name!r}; {hint}the fields are {', '.join(FIELDS)}")
     answers = _answers(value)
     for answer in answers:
         check_answer(match, answer)

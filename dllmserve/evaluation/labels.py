@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 FONT_SIZE = 7.5
-#: lengths in points of 1/72 inch: of a line of text, half a marker, half an error bar
-_LINE, _MARKER, _BAR = 9.0, 5.0, 1.5
+#: lengths in points of 1/72 inch: of a line of text, half a marker, half an error bar, and of
+#: what stays free along the edge
+_LINE, _MARKER, _BAR, _EDGE = 9.0, 5.0, 1.5, 4.0
 #: points closer than this share a list of names
 _SAME = 8.0
 #: names further from their points than this get a line to them
@@ -81,7 +82,8 @@ def place_labels(figure: Any, axes: Any, spots: Sequence[Spot]) -> None:
     renderer = canvas.get_renderer()
     unit = renderer.points_to_pixels(1.0)
     extent = axes.get_window_extent(renderer)
-    frame = Box(extent.x0, extent.y0, extent.x1, extent.y1)
+    edge = _EDGE * unit
+    frame = Box(extent.x0 + edge, extent.y0 + edge, extent.x1 - edge, extent.y1 - edge)
     pixels = {spot: tuple(axes.transData.transform((spot.x, spot.y))) for spot in spots}
     bars = [_bar(axes, spot, unit) for spot in spots]
     half = _MARKER * unit

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from dllmserve.bench.text import counted, header_line, rate_text
 from dllmserve.errors import ConfigError
-from dllmserve.evaluation.figures import Figures, Measured, SettingResult
+from dllmserve.evaluation.figures import Difference, Figures, Measured, SettingResult
 from dllmserve.evaluation.items import Item
 
 if TYPE_CHECKING:  # loads torch
@@ -199,7 +199,7 @@ def _one_setting(result: SettingResult) -> Table:
         row = {
             "items": str(figures.items),
             **_quality(figures),
-            "forwards/\nanswer": f"{figures.forwards:.1f}",
+            "forwards/\nanswer": _forwards(figures),
             "tokens/\nforward": f"{figures.tokens_per_forward:.2f}",
             "tokens/s": rate_text(result.tokens_per_second) if last else "",
         }
@@ -213,26 +213,30 @@ def _settings(results: Sequence[SettingResult], baseline: str) -> Table:
     table = _table("setting", numbered=True)
     for number, result in enumerate(results, 1):
         figures = result.overall
-        ratio, same = figures.forwards_ratio, figures.same_text
+        gap, ratio, same = figures.difference, figures.forwards_ratio, figures.same_text
         row = {
             **_quality(figures),
-            "points from\nbaseline": _NONE
-            if (gap := figures.difference) is None
-            else f"{100 * gap.value:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})",
-            "same\ntext": _NONE if same is None else f"{points(same)} %",
-            "forwards/\nanswer": f"{figures.forwards:.1f}",
-            "of the\nbaseline's": _NONE if ratio is None else f"{100 * ratio:.3g} %",
+            "points from\nbaseline": _NONE if gap is None else _points_from(gap),
+            "same\ntext, %": _NONE if same is None else points(same),
+            "forwards/\nanswer": _forwards(figures),
+            "% of\nbaseline": _NONE if ratio is None else f"{100 * ratio:.3g}",
             "tokens/\nforward": f"{figures.tokens_per_forward:.2f}",
             "tokens/s": rate_text(result.tokens_per_second),
         }
-        name = f"{result.name} (baseline)" if result.name == baseline else result.name
-        _add(table, Text(name), row, number)
+        if result.name == baseline:
+            row["points from\nbaseline"] = "the baseline"
+        _add(table, Text(result.name), row, number)
     return table
+
+
+def _points_from(gap: Difference) -> str:
+    value, low, high = (f"{100 * share:+.1f}" for share in (gap.value, gap.low, gap.high))
+    return f"{value} ({low}, {high})"
 
 
 def _tasks(results: Sequence[SettingResult]) -> Table:
     """Accuracy by task; a column per setting, by its number."""
-    table = _table("accuracy in %")
+    table = _table("accuracy, %")
     wide = len(results) <= _WITH_INTERVALS
     for task, first in results[0].tasks.items():
         row = {"items": str(first.items)}
@@ -247,13 +251,17 @@ def _tasks(results: Sequence[SettingResult]) -> Table:
 
 def _quality(figures: Figures) -> dict[str, str]:
     return {
-        "accuracy": f"{points(figures.accuracy)} %",
+        "accuracy,\n%": points(figures.accuracy),
         "95 %\ninterval": f"{points(figures.low)}-{points(figures.high)}",
     }
 
 
+def _forwards(figures: Figures) -> str:
+    return f"{figures.forwards:.{1 if figures.forwards >= 10 else 2}f}"
+
+
 def _table(label: str, *, numbered: bool = False) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
     if numbered:
         table.add_column("", justify="right", no_wrap=True)
     table.add_column(label, no_wrap=True)

@@ -62,12 +62,10 @@ def span_attention(
     skip_whole: bool,
     shadows: bool = False,
 ) -> None:
-    """Attend every span and store the fresh K,V of those that write them all.
-
-    Those of spans that write FIRST have to be in their slots before.
+    """Attend every span; store the fresh K,V of those that write ALL (FIRST has to be stored).
 
     Args:
-        max_q: upper bound of q_len over the spans; the grid is made for it.
+        max_q: upper bound of q_len, for which the grid is made.
         shadows: whether there may be shadows among the spans.
         skip_whole: leave out the spans that :func:`dllmserve.attention.backend.whole` names:
             neither ``out`` nor pages are written for them (see :func:`store_pages`).
@@ -87,20 +85,20 @@ def span_attention(
     if tiles == 0 or count == 0:
         return
     parts = parts_for(q.dtype, tiles * kv_heads * count, page_table.shape[1] * page_size)
-    target, sums = out, out
-    if parts > 1:
-        target = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
-        sums = torch.empty(parts, tokens, heads, dtype=torch.float32, device=out.device)
+    target, sums = _room(out, parts)
     shape = {"GROUP": group, "HEADS": kv_heads, "DIM": dim, "D": padded(dim), "PARTS": parts}
-    how = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     _attend[(tiles * parts, kv_heads, count)](
         *(q, k, v, target, sums, k_cache, v_cache, spans, starts, page_table),
         *(tokens, q.stride(0), k.stride(0), v.stride(0), page_table.stride(0)),
         log2(e) / dim**0.5,
         **shape,
-        **{"M": tile.block_m, "N": tile.block_n, "PAGE": page_size},
-        **{"SKIP_WHOLE": skip_whole, "SHADOWS": shadows},
-        **how,
+        M=tile.block_m,
+        N=tile.block_n,
+        PAGE=page_size,
+        SKIP_WHOLE=skip_whole,
+        SHADOWS=shadows,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         maxnreg=tile.max_registers,
     )
     if parts > 1:
@@ -108,6 +106,14 @@ def span_attention(
         _combine[grid](
             *(target, sums, out, spans, starts, tokens), **shape, M=16, SKIP_WHOLE=skip_whole
         )
+
+
+def _room(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Where the parts of the keys leave their outputs, and the sums of their weights."""
+    if parts == 1:
+        return out, out
+    target = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+    return target, torch.empty(target.shape[:-1], dtype=torch.float32, device=out.device)
 
 
 def store_pages(

@@ -187,11 +187,15 @@ def decode_from_engine(data: bytes) -> FromEngine:
 
 
 def changed_fields(values: SamplingParams | SparseConfig) -> dict[str, Value]:
-    """The fields that differ from their defaults, as they go into a message."""
+    """The fields that differ from their defaults, as they go into a message.
+
+    With a quality all of them: the preset must not fill those that were given.
+    """
     found: dict[str, Value] = {}
+    every = getattr(values, "quality", None) is not None
     for item in fields(values):
         value: Any = getattr(values, item.name)
-        if value != item.default:
+        if every or value != item.default:
             found[item.name] = _plain(value)
     return found
 

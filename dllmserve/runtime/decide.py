@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllmserve.core.rows import FloatField, IntField, Track, rule_index
+from dllmserve.core.rows import IntField, Track, rule_index
 from dllmserve.decoding.noise import position_uniforms, row_keys
 from dllmserve.decoding.rule import Memory, RuleView, UnmaskRule, Update
 from dllmserve.decoding.stats import RowParams, TokenStats
+from dllmserve.parameters import FloatField
 from dllmserve.runtime.graphs import StepOutputs
 from dllmserve.runtime.inputs import StepInputs
 from dllmserve.runtime.shape import StepShape

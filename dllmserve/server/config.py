@@ -8,6 +8,7 @@ from typing import Any
 
 from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
 from dllmserve.errors import ConfigError
+from dllmserve.presets import PRESETS
 
 LOG_FORMATS = ("auto", "text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -17,6 +18,7 @@ METRICS_COMPAT = ("none", "vllm")
 CHOICES = {
     "log_format": LOG_FORMATS,
     "log_level": LOG_LEVELS,
+    "default_quality": tuple(PRESETS),
     "request_id_scheme": ID_SCHEMES,
     "metrics_compat": METRICS_COMPAT,
 }
@@ -115,6 +117,9 @@ class ServerConfig:
     )
     default_block_length: int = _option(
         32, _TEXT, "Block length of the OpenAI endpoints where a request gives none."
+    )
+    default_quality: str = _option(
+        "exact", _TEXT, "Quality of the OpenAI endpoints where a request gives none."
     )
     max_prompts: int = _option(128, _TEXT, "Answers that one request may ask for.")
     max_n: int = _option(8, _TEXT, "Choices for one prompt.")

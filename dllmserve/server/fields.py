@@ -11,12 +11,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from dllmserve.errors import InvalidParameterError
+from dllmserve.presets import PRESETS
 from dllmserve.registry import UNMASK_RULES
 from dllmserve.sampling_params import (
     CACHES,
     CONFIDENCE,
     LOGIT_BIAS_BOUND,
     MAX_GEN_LENGTH,
+    MAX_KL_HISTORY,
     MAX_LOGIT_BIAS,
     MAX_STEPS,
     MAX_STOP_STRINGS,
@@ -119,13 +121,28 @@ class DecodingFields(Body):
     cfg_scale: float | None = _number(0, 1000, "Classifier-free guidance; 0 is off.")
     remasking: str | None = _choice(REMASKING, "Which proposals are kept.")
     unmask: str | None = _choice(tuple(UNMASK_RULES), "Rule that chooses what is written.")
-    threshold: float | None = _number(None, None, "For unmask=threshold.")
-    factor: float | None = _number(0, None, "For unmask=factor.")
+    threshold: float | None = _number(
+        None, None, "For unmask=threshold, threshold_strict, hierarchy, credit, klass, wino."
+    )
+    factor: float | None = _number(0, None, "For unmask=factor and factor_strict.")
     entropy_bound: float | None = _number(0, None, "For unmask=entropy_bound, in nats.")
+    low_threshold: float | None = _number(0, 1, "For unmask=hierarchy.")
+    kl_threshold: float | None = _number(0, None, "For unmask=klass, in nats.")
+    kl_history: int | None = _count(1, MAX_KL_HISTORY, "For unmask=klass, in forwards.")
+    threshold_back: float | None = _number(0, 1, "For unmask=wino.")
     confidence: str | None = _choice(CONFIDENCE, "What proposals are ranked by.")
     schedule: str | None = _choice(SCHEDULES, "How unmask=steps spreads the tokens.")
     eps: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     cache: str | None = _choice(CACHES, "K,V cache: none is exact.")
+    refresh_delay: int | None = _count(0, MAX_STEPS, "Whole-canvas forwards after the first.")
+    refresh_every: int | None = _count(1, MAX_STEPS, "Refresh again after so many forwards.")
+    refresh_window: int | None = _count(0, MAX_GEN_LENGTH, "Tokens computed around the block.")
+    refresh_share: float | None = _number(0, 1, "For cache=drift: share that is recomputed.")
+    suffix_window: int | None = _count(0, MAX_GEN_LENGTH, "Masks behind the block that are seen.")
+    early_end: bool | None = Field(default=None, description="Decode nothing behind an end id.")
+    quality: str | None = _choice(
+        tuple(PRESETS), "Preset of the decoding fields; those that are given keep their values."
+    )
     top_k: int | None = _count(0, LARGEST, "Draw from the k likeliest tokens; 0 is off.")
     ignore_eos: bool | None = Field(default=None, description="Go on after an end id.")
     sparse: bool | SparseFields | None = Field(

@@ -131,7 +131,10 @@ class OpenAIFields(DecodingFields):
             length = max(1, min(config.default_max_tokens, max_len - prompt_len))
         values["gen_length"] = length
         sparse = self.sparse_config()
-        if "block_length" not in values and sparse is None:
+        quality = self._quality(values, sparse is not None, config)
+        if quality != "exact":
+            values["quality"] = quality
+        elif "block_length" not in values and sparse is None:
             values["block_length"] = config.default_block_length
         for name in ("temperature", "top_p", "stop"):
             if (value := getattr(self, name)) is not None:
@@ -140,7 +143,7 @@ class OpenAIFields(DecodingFields):
             values["top_k"] = 0
         if self.logit_bias:
             values["logit_bias"] = bias_ids(self.logit_bias)
-        if "steps" not in values:
+        if "steps" not in values and "quality" not in values:
             block = values.get("block_length") or (sparse.default_block_len if sparse else length)
             # steps are spread evenly over the blocks; those that a block does not need cost
             # nothing, so this is one token a step
@@ -152,6 +155,18 @@ class OpenAIFields(DecodingFields):
             return SamplingParams(**values, seed=seed)
 
         return choice
+
+    @staticmethod
+    def _quality(values: dict[str, Any], sparse: bool, config: ServerConfig) -> str:
+        """The request's quality, or the server's where the request says nothing of decoding.
+
+        "exact" leaves what the request says as it is; it is also what these endpoints do
+        without any setting.
+        """
+        if "quality" in values:
+            return str(values.pop("quality"))
+        named = set(values) - {"gen_length", "top_k", "ignore_eos"}
+        return "exact" if named or sparse else config.default_quality
 
 
 class CompletionRequest(OpenAIFields):

@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 
 from dllmserve.core.request import Request, Status
-from dllmserve.core.rows import FloatField, IntField, RowSelect, row_inits
+from dllmserve.core.rows import IntField, RowSelect, row_inits
+from dllmserve.parameters import FloatField
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllmserve.core.rows import FloatField
 from dllmserve.decoding.rule import Memory, RuleView, UnmaskRule, rank_of
+from dllmserve.parameters import FloatField
 from dllmserve.registry import UNMASK_RULES, resolve
 from tests.oracles import rules
 

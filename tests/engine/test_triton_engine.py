@@ -92,3 +92,35 @@ def test_padded_steps_in_flight(
     assert [o["token_ids"] for o in outputs] == expected
     assert pool.replays > 0
     helpers.check_idle(llm)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_padded_steps_that_keep_something(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    """Queries picked on the device, shadows, distributions and credits, in padded shapes."""
+    llm = LLM(
+        str(checkpoints["dream"]),
+        device="cpu",
+        attention="triton",
+        kernels="torch",
+        max_model_len=32,
+        max_num_seqs=6,
+        page_size=3,
+        kv_pages=80,
+    )
+    pool: Any = Rehearsing()
+    llm._engine._runner.graphs = pool
+    torch = engines(checkpoints["dream"])
+    base = {"temperature": 0.0, "gen_length": 8, "block_length": 4, "ignore_eos": True}
+    params = [
+        SamplingParams(unmask="klass", threshold=0.2, kl_threshold=2.0, cache="delayed", **base),
+        SamplingParams(unmask="credit", threshold=0.3, cache="drift", refresh_every=2, **base),
+        SamplingParams(unmask="wino", threshold=0.2, threshold_back=0.5, cache="dual", **base),
+        SamplingParams(steps=8, cache="rolling", cfg_scale=0.5, **base),
+        SamplingParams(steps=4, cache="delayed", cfg_scale=0.5, **base),
+    ]
+    prompts = [helpers.random_prompt(n, 1 + 2 * n) for n in range(len(params))]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    expected = [helpers.answer(torch, p, one) for p, one in zip(prompts, params, strict=True)]
+    assert [o["token_ids"] for o in outputs] == expected
+    assert pool.replays > 0
+    helpers.check_idle(llm)

@@ -19,7 +19,7 @@ from dllmserve.evaluation.intervals import Z95, paired_difference, wilson
         (1, 29, 0.0061, 0.1718),
         # the model card
         (200, 200, 0.9812, 1.0),
-        (199, 200, 0.9723, 0.9991),
+        (199, 200, 0.9722, 0.9991),
     ],
 )
 def test_wilson(hits: int, items: int, low: float, high: float) -> None:

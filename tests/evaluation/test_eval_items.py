@@ -58,7 +58,12 @@ BAD_LINES: list[tuple[Any, str, str]] = [
     ({"prompt": "a", "answer": "b"}, "number", "needs an answer with a number, got 'b'"),
     ({"prompt": "a", "answer": "b", "gen_length": 0}, "exact", r"gen_length must be .* got 0"),
     ({"prompt": "a", "answer": "b", "gen_length": "8"}, "exact", "gen_length must be an integer"),
-    ({"prompt": "a", "answer": "b", "gen_lenght": 8}, "exact", "did you mean 'gen_length'"),
+    (
+        {"prompt": "a", "answer": "b", "gen_lenght": 8},
+        "exact",
+        "unknown field 'gen_lenght'; did you mean 'gen_length'",
+    ),
+    ({"prompt": "a", "answer": "b", "level": 8}, "exact", "'level'; others go into meta; the fie"),
     ({"prompt": "a", "answer": "b", "task": 1}, "exact", '"task" must be a text'),
     ({"prompt": "a", "answer": "b", "id": True}, "exact", '"id" must be a text'),
     ({"prompt": "a", "answer": "b", "id": "1"}, "exact", "id '1' is that of line 1 too"),
@@ -78,7 +83,9 @@ def test_conversations_need_the_template(tmp_path: Path) -> None:
     talk = {"messages": [{"role": "user", "content": "a"}], "answer": "b"}
     path = write(tmp_path / "talk.jsonl", talk)
     assert len(read_items(path)) == 1
-    with pytest.raises(ConfigError, match=r'talk\.jsonl:1: "messages" need the chat template: drop'):
+    with pytest.raises(
+        ConfigError, match=r'talk\.jsonl:1: "messages" need the chat template: drop'
+    ):
         read_items(path, raw=True)
 
 

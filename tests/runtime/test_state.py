@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllmserve.core.plan import Span, StepEntry, StepPlan
-from dllmserve.core.rows import FloatField, IntField, RowInit, RowSelect, rule_index
+from dllmserve.core.rows import IntField, RowInit, RowSelect, rule_index
 from dllmserve.decoding.stats import RowParams, TokenStats
+from dllmserve.parameters import FloatField
 from dllmserve.runtime.bias import StepBias
 from dllmserve.runtime.inputs import StepInputs, build_inputs, compact
 from dllmserve.runtime.logits import LogitsHead, TorchReducer

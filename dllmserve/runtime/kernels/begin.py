@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllmserve.core.rows import FloatField, IntField
+from dllmserve.core.rows import IntField
 from dllmserve.decoding.stats import RowParams
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_LEN, Q_START, ROW
 from dllmserve.kernels.stats import mix
+from dllmserve.parameters import FloatField
 from dllmserve.runtime.shape import HEAD_FIELDS, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import StepTensors
