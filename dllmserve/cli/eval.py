@@ -203,6 +203,8 @@ def evaluate(
             with _opened(json_file) as file:
                 _report(read_report(replot), file, image)
             return
+        if json_file == answers == STDOUT:
+            raise ConfigError("standard output takes --json or --answers, not both: name a file")
         base = _base(options, tokens_per_step)
         chosen = _settings(base, suite, settings, setting or ())
         job = _Job(

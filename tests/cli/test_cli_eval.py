@@ -159,6 +159,8 @@ def test_the_options_are_those_of_generate() -> None:
         ["--steps", "9", "--temperature", "0.5", "--seed", "3", "--stop", "a", "--stop", "b"],
         ["--unmask", "threshold", "--confidence", "neg_entropy", "--threshold", "-0.1"],
         ["--retention-ratio", "0.3", "--gen-length", "70"],
+        ["--quality", "balanced"],
+        ["--quality", "exact", "--gen-length", "48", "--block-length", "16"],
         ["--retention-ratio", "0.3", "--no-sparse", "--logit-bias", "7=-100"],
     ):
         assert runner.invoke(own, args).exit_code == 0
@@ -208,6 +210,7 @@ BAD_VALUES = [
     (["--unmask", "all"], "unmask must be one of"),
     (["--threshold", "2"], "threshold must be"),
     (["--plot", "picture.pdf"], "plot must be a file that ends in .png or .svg"),
+    (["--json", "-", "--answers", "-"], "takes --json or --answers, not both"),
     (["--json", "."], "a file is needed, got the folder '.'"),
     (["--json", "no/such/folder/a.json"], "No such file or directory"),
     (["--replot", "no/such/file"], "no/such/file: No such file"),
