@@ -95,11 +95,19 @@ class Canvas:
         self.past = []
         for (k, v), q in zip(out.kv, out.queries, strict=True):
             block = q[0, :, start:until].transpose(0, 1)
-            chosen = sparse_dllm.select(block, k[0, :, outside].transpose(0, 1), how)
+            keys, count = k[0].transpose(0, 1), self.sparse.keep(len(outside))
+            if self.sparse.score == "attention":
+                chosen = sparse_dllm.by_attention(
+                    block, keys, outside, count, how.kernel, how.head_select
+                )
+            else:
+                # a ratio that gives the count, however it came about
+                exact = how._replace(ratio=(count + 0.5) / max(len(outside), 1))
+                chosen = sparse_dllm.select(block, keys[outside], exact)
             picks = [[outside[i] for i in head] for head in chosen]
-            keys = torch.stack([k[0, h, pick] for h, pick in enumerate(picks)])
+            kept = torch.stack([k[0, h, pick] for h, pick in enumerate(picks)])
             values = torch.stack([v[0, h, pick] for h, pick in enumerate(picks)])
-            self.past.append((keys[None], values[None]))
+            self.past.append((kept[None], values[None]))
 
 
 def proposals(

@@ -104,9 +104,7 @@ class AttentionStep:
     first: bool = False
 
 
-def token_slots(
-    step: AttentionStep, modes: tuple[Write, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+def token_slots(step: AttentionStep, modes: tuple[Write, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Row, position and slot [N] int64 of each token whose span has one of the write modes.
 
     The others, and padding, have row -1 and a slot of the trash page.

@@ -13,23 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import AttentionStep, FirstStore, KVStore, host_to_device
-from dllmserve.attention.select import select_tokens
+from dllmserve.attention.backend import AttentionStep, FirstStore, KVStore
+from dllmserve.attention.select import Selection, build_selection, row_numbers
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, Write
 from dllmserve.core.rows import RowSelect
 from dllmserve.models.base import AttentionContext
-
-
-@dataclass
-class _Select:
-    """Selection of a group: which keys compete and where the kept ones go."""
-
-    block: slice
-    candidates: Tensor  # [C] int64 positions inside the span
-    slots: Tensor  # [b, keep] int64
-    pool_kernel: int
-    per_head: bool
 
 
 @dataclass
@@ -43,7 +32,7 @@ class _Group:
     read_slots: Tensor | None  # [b, ctx] int64
     fresh: bool
     mask: Tensor | None  # [q_len, ctx + fresh] bool, True = attend
-    select: _Select | None
+    select: Selection | None
 
 
 class SdpaBackend:
@@ -96,23 +85,8 @@ class _SdpaContext:
                     keys, values = torch.cat((keys, gk), 1), torch.cat((values, gv), 1)
             outs.append(_sdpa(gq, keys, values, group.mask).flatten(0, 1))
             if group.select is not None:
-                self._keep(group.select, gq, gk, gv, k_cache, v_cache)
+                group.select.keep(gq, gk, gv, k_cache, v_cache)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    @staticmethod
-    def _keep(
-        select: _Select, q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor
-    ) -> None:
-        """Write each K,V head's best candidates to the row's first slots."""
-        keys, values = k[:, select.candidates], v[:, select.candidates]  # [b, C, Hkv, D]
-        keep = select.slots.shape[1]
-        kept = select_tokens(
-            q[:, select.block], keys, keep, select.pool_kernel, select.per_head
-        )  # [b, keep, Hkv]
-        index = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
-        slots = select.slots.flatten()
-        k_cache.index_copy_(0, slots, keys.gather(1, index).flatten(0, 1))
-        v_cache.index_copy_(0, slots, values.gather(1, index).flatten(0, 1))
 
 
 def _shape(span: Span, selects: dict[int, RowSelect]) -> tuple[int, ...]:
@@ -120,14 +94,14 @@ def _shape(span: Span, selects: dict[int, RowSelect]) -> tuple[int, ...]:
     if not span.selects:
         return span[1:]
     select = selects[span.row]
-    return (*span[1:], select.pool_kernel, select.window)
+    return (*span[1:], select.pool_kernel, select.window, select.attention)
 
 
 def _build(
     spans: list[Span], start: int, kv: KVStore, selects: dict[int, RowSelect], shift: int
 ) -> _Group:
     span, batch, device = spans[0], len(spans), kv.k.device
-    rows = host_to_device([s.row for s in spans], device)
+    rows = row_numbers(spans, device)
     positions = torch.arange(span.q_start, span.q_start + span.q_len, device=device)
     end = span.q_start + span.q_len
     cached, fresh, writes = span.ctx_len, True, None
@@ -148,28 +122,9 @@ def _build(
         read_slots=reads,
         fresh=fresh,
         mask=_mask(span, cached, fresh, device),
-        select=_build_select(span, rows, kv, selects, shift),
-    )
-
-
-def _build_select(
-    span: Span, rows: Tensor, kv: KVStore, selects: dict[int, RowSelect], shift: int
-) -> _Select | None:
-    if not span.selects or span.keep == 0:
-        return None
-    device = kv.k.device
-    # what the reuse spans that follow compute themselves never competes: the block's
-    # window and, in a shifted model, the token before it
-    settings = selects[span.row]
-    skip_from = max(span.blk_off - shift, 0)
-    skip_to = min(span.blk_off + max(span.blk_len, settings.window), span.q_len)
-    order = torch.arange(span.q_len, device=device)
-    return _Select(
-        block=slice(span.blk_off, skip_to),
-        candidates=torch.cat((order[:skip_from], order[skip_to:])),
-        slots=kv.slots(rows, torch.arange(span.keep, device=device)),
-        pool_kernel=settings.pool_kernel,
-        per_head=span.write == Write.SELECT_PER_HEAD,
+        select=build_selection(span, rows, kv, selects[span.row], shift)
+        if span.selects and span.keep
+        else None,
     )
 
 

@@ -7,11 +7,14 @@ one kernel that reads pages in place.
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.attention.backend import AttentionStep, FirstStore, whole
+from dllmserve.attention.select import Selection, build_selection, row_numbers
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span
 from dllmserve.kernels import missing
@@ -64,8 +67,9 @@ class _TritonContext:
         chosen = [
             (place, span, step.selects[span.row])
             for place, span in zip(step.places, spans, strict=True)
-            if span.selects and span.keep
+            if span.selects and span.keep and not step.selects[span.row].attention
         ]
+        self._by_attention = _attention_groups(step, spec.logit_shift)
         heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
         self._selection = (
             select.plan_selection(chosen, heads, spec.logit_shift, device) if chosen else None
@@ -90,7 +94,32 @@ class _TritonContext:
             self._span_attention(q, k, v, out, *caches, *where, page, longest, skip, shadows)
         if self._selection is not None:
             self._keep_best(self._selection, q, k, v, *caches, *where, page)
+        for tokens, length, selection in self._by_attention:
+            gq, gk, gv = (x[tokens].view(-1, length, *x.shape[1:]) for x in (q, k, v))
+            selection.keep(gq, gk, gv, *caches)
         return out
+
+
+def _attention_groups(step: AttentionStep, shift: int) -> list[tuple[slice, int, Selection]]:
+    """Tokens, span length and selection of adjacent spans that select by attention weight."""
+    found, start = [], 0
+    for shape, members in groupby(step.plan.spans, key=lambda s: _select_shape(s, step)):
+        spans = list(members)
+        end = start + sum(span.q_len for span in spans)
+        if shape is not None:
+            rows = row_numbers(spans, step.kv.k.device)
+            settings = step.selects[spans[0].row]
+            selection = build_selection(spans[0], rows, step.kv, settings, shift)
+            found.append((slice(start, end), spans[0].q_len, selection))
+        start = end
+    return found
+
+
+def _select_shape(span: Span, step: AttentionStep) -> tuple[object, ...] | None:
+    """What spans that select together have in common; None if they do not, or not so."""
+    if not span.selects or not span.keep or not step.selects[span.row].attention:
+        return None
+    return (span[1:], step.selects[span.row])
 
 
 def _flash_runs(k: Tensor, head_dim: int) -> bool:

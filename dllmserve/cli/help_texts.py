@@ -7,6 +7,7 @@ from dllmserve.presets import PRESETS
 from dllmserve.registry import ATTENTION_BACKENDS, UNMASK_RULES
 from dllmserve.sampling_params import CACHES, CONFIDENCE, REMASKING, SCHEDULES
 from dllmserve.server import config as server_config
+from dllmserve.sparse.state import SCORES
 
 #: field name -> its values, for the help text (the dataclasses do the checking)
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -16,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": SCHEDULES,
     "cache": CACHES,
     "quality": tuple(PRESETS),
+    "score": SCORES,
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
     "attention": ("auto", *ATTENTION_BACKENDS),
@@ -69,6 +71,8 @@ SPARSE: dict[str, str] = {
     "default_block_len": "Scoring window, and the block length unless --block-length is given.",
     "head_select": "Select for each K,V head on its own, or one set for all.",
     "pool_kernel": "Width of the max-pooling over neighbouring scores; 1 is off.",
+    "score": "Keep tokens by the block's mean query, or by the attention that they get.",
+    "min_keep": "Tokens outside the block that are kept at least.",
 }
 
 ENGINE: dict[str, str] = {

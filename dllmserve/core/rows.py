@@ -54,10 +54,12 @@ class RowSelect:
         pool_kernel: width of the max-pooling over neighbouring scores.
         window: tokens from the block's start whose queries score the context and which
             never compete themselves.
+        attention: score by attention weights, not by the mean query.
     """
 
     pool_kernel: int = 1
     window: int = 0
+    attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,10 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
     )
     quotas = tuple(k for block in request.quotas for k in block)
     sparse = request.sparse
-    select = RowSelect(sparse.pool_kernel, sparse.default_block_len) if sparse else RowSelect()
+    select = RowSelect()
+    if sparse is not None:
+        by_attention = sparse.score == "attention"
+        select = RowSelect(sparse.pool_kernel, sparse.default_block_len, by_attention)
     bias = tuple((params.logit_bias or {}).items())
     rows = [(request.row, request.prompt_ids, request.pages, bias)]
     if request.guided:

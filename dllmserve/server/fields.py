@@ -27,7 +27,7 @@ from dllmserve.sampling_params import (
     SamplingParams,
 )
 from dllmserve.server.failures import ApiError
-from dllmserve.sparse.state import SparseConfig
+from dllmserve.sparse.state import SCORES, SparseConfig
 
 MAX_STOP_LENGTH = 256
 # /openapi.json writes bounds as floats, so they are numbers that a float holds exactly
@@ -110,6 +110,8 @@ class SparseFields(Body):
     default_block_len: int | None = _count(1, MAX_GEN_LENGTH, "Scoring window in tokens.")
     head_select: bool | None = Field(default=None, description="Select for each K,V head.")
     pool_kernel: int | None = _count(1, 1024, "Width of the max-pooling over scores.")
+    score: str | None = _choice(SCORES, "What tokens are scored by.")
+    min_keep: int | None = _count(0, LARGEST, "Tokens that are kept at least.")
 
 
 class DecodingFields(Body):
@@ -153,6 +155,8 @@ class DecodingFields(Body):
     default_block_len: int | None = _count(1, MAX_GEN_LENGTH, "As sparse.default_block_len.")
     head_select: bool | None = Field(default=None, description="As sparse.head_select.")
     pool_kernel: int | None = _count(1, 1024, "As sparse.pool_kernel.")
+    score: str | None = _choice(SCORES, "As sparse.score.")
+    min_keep: int | None = _count(0, LARGEST, "As sparse.min_keep.")
     timeout: float | None = Field(
         default=None,
         gt=0,

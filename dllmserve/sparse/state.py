@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllmserve._checks import check_bool, check_float, check_int, check_known
+from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
 from dllmserve.errors import InvalidParameterError
+
+#: how the tokens outside a block are scored
+SCORES = ("mean_query", "attention")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class SparseConfig:
         head_select: True selects per K,V head (dLLM-Serve), False one set for all heads
             (Sparse-dLLM).
         pool_kernel: width of the max-pooling over neighbouring scores; 1 is no pooling.
+        score: "mean_query" scores a token by the mean of the block's queries times its key
+            (Sparse-dLLM, dLLM-Serve); "attention" by the largest attention weight that any of
+            the block's queries gives it, so that what one position alone needs stays.
+        min_keep: tokens that are kept at least, as far as there are so many: in short contexts
+            every token counts, and leaving some out saves nothing.
 
     Raises:
         InvalidParameterError: (a ValueError) a field has a wrong type or value.
@@ -49,6 +57,8 @@ class SparseConfig:
     default_block_len: int = 32
     head_select: bool = True
     pool_kernel: int = 3
+    score: str = "mean_query"
+    min_keep: int = 0
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
@@ -63,7 +73,9 @@ class SparseConfig:
         check_int(err, "default_block_len", self.default_block_len, 1)
         check_bool(err, "head_select", self.head_select)
         check_int(err, "pool_kernel", self.pool_kernel, 1)
+        check_choice(err, "score", self.score, SCORES)
+        check_int(err, "min_keep", self.min_keep, 0)
 
     def keep(self, candidates: int) -> int:
         """Number of tokens kept out of ``candidates`` tokens outside the block."""
-        return int(candidates * self.retention_ratio)
+        return min(max(int(candidates * self.retention_ratio), self.min_keep), candidates)

@@ -44,6 +44,10 @@ def keep(
     inside = range(max(span.blk_off - shift, 0), until)
     outside = [i for i in range(span.q_len) if i not in inside]
     per_head = span.write == Write.SELECT_PER_HEAD
+    if how.attention:
+        count, block = span.keep, q[span.blk_off : until]
+        by_head = sparse_dllm.by_attention(block, k, outside, count, how.pool_kernel, per_head)
+        return _slots(span, k, v, [[outside[i] for i in head] for head in by_head])
     mean = q[span.blk_off : until].mean(dim=0).view(k.shape[1], -1, k.shape[2])
     scores = torch.einsum("hgd,nhd->hgn", mean, k[outside])
     reduced = scores.amax(dim=1) if per_head else scores.mean(dim=(0, 1))[None]
@@ -51,9 +55,15 @@ def keep(
         sparse_dllm.greatest(sparse_dllm.max_pool(row, how.pool_kernel), span.keep, ties)
         for row in reduced.tolist()
     ]
+    heads = [chosen[h if per_head else 0] for h in range(k.shape[1])]
+    return _slots(span, k, v, [[outside[i] for i in head] for head in heads])
+
+
+def _slots(span: Span, k: Tensor, v: Tensor, chosen: list[list[int]]) -> Slots:
+    """The first slots, filled with each head's choice of positions in the span."""
     kept: Slots = {}
     for slot in range(span.keep):
-        picks = [outside[chosen[h if per_head else 0][slot]] for h in range(k.shape[1])]
+        picks = [head[slot] for head in chosen]
         kept[slot] = (
             torch.stack([k[p, h] for h, p in enumerate(picks)]),
             torch.stack([v[p, h] for h, p in enumerate(picks)]),

@@ -79,6 +79,24 @@ def test_selection_windows(setup: Setup, write: Write, kernel: int, window: int)
         bench.check([span(place, offset, width, count, Write.NONE)], how)
 
 
+@pytest.mark.parametrize("heads", HEADS[:3])
+def test_selection_by_attention(setup: Setup, heads: tuple[int, int, int]) -> None:
+    bench = Bench(heads, *setup)
+    both = {"keep": 5, "blk_off": 6, "blk_len": 4}
+    selects = {0: RowSelect(1, 4, True), 1: RowSelect(1, 4, True), 3: RowSelect(3, 7, True)}
+    bench.check(
+        [
+            span(0, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
+            span(1, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
+            span(2, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
+            span(4, 0, 9, 0, Write.NONE),
+            span(3, 0, 18, 0, Write.SELECT_SHARED, keep=7, blk_off=3, blk_len=2),
+        ],
+        {**selects, 2: RowSelect(1, 4)},
+    )
+    bench.check([span(3, 3, 4, 7, Write.NONE), span(1, 6, 4, 5, Write.NONE)], {})
+
+
 def test_equal_shapes_with_other_settings_are_kept_apart(setup: Setup) -> None:
     bench = Bench((4, 2, 8), *setup)
     both = {"keep": 4, "blk_off": 6, "blk_len": 4}

@@ -72,6 +72,8 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "sparse.default_block_len": (["--default-block-len", "8"], 8),
     "sparse.head_select": (["--no-head-select"], False),
     "sparse.pool_kernel": (["--pool-kernel", "5"], 5),
+    "sparse.score": (["--score", "attention"], "attention"),
+    "sparse.min_keep": (["--min-keep", "16"], 16),
     "engine.enforce_eager": (["--enforce-eager"], True),
     "engine.tensor_parallel_size": (["--tensor-parallel-size", "1"], 1),
     "engine.max_model_len": (["--max-model-len", "100"], 100),
@@ -194,7 +196,7 @@ def test_option_arrives(field: str) -> None:
 
 
 def test_choices_name_fields() -> None:
-    kinds = (SamplingParams, EngineConfig, ServerConfig)
+    kinds = (SamplingParams, SparseConfig, EngineConfig, ServerConfig)
     assert set(help_texts.CHOICES) <= {f.name for kind in kinds for f in fields(kind)}
 
 

@@ -64,6 +64,11 @@ CACHES: dict[str, tuple[str, SparseConfig | None]] = {
     "sparse-wide": ("none", SparseConfig(True, 0.3, 0, 12, False, 4)),
     "sparse-late": ("none", SparseConfig(retention_ratio=0.8, delay_step=2, pool_kernel=1)),
     "sparse-nothing": ("none", SparseConfig(retention_ratio=0.0)),
+    "sparse-attention": ("none", SparseConfig(score="attention", default_block_len=6)),
+    "sparse-shared": (
+        "none",
+        SparseConfig(score="attention", head_select=False, pool_kernel=1, min_keep=9),
+    ),
     "sparse-all": ("none", SparseConfig(retention_ratio=1.0, default_block_len=3)),
 }
 

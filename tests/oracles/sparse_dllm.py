@@ -46,6 +46,27 @@ class Eviction(NamedTuple):
     ties: str = "topk"
 
 
+def by_attention(
+    q: Tensor, k: Tensor, outside: list[int], count: int, kernel: int, head_select: bool
+) -> list[list[int]]:
+    """Kept candidates of each K,V head, ascending, by the most weight that any query gives them.
+
+    q [Q, H, D] of the block, k [N, kv_heads, D] of the whole canvas, both rotated; `outside` are
+    the candidates, of which places are returned. Ties go to the lower position.
+    """
+    kv_heads = k.shape[1]
+    best = torch.zeros(kv_heads, len(outside))
+    for head in range(q.shape[1]):
+        own = head * kv_heads // q.shape[1]
+        for query in q[:, head]:
+            weights = (k[:, own] @ query / q.shape[2] ** 0.5).softmax(dim=0)
+            best[own] = torch.maximum(best[own], weights[outside])
+    if not head_select:
+        best = best.amax(dim=0, keepdim=True).expand(kv_heads, -1)
+    rows = best.tolist()
+    return [greatest(max_pool(row, kernel), count, "position") for row in rows]
+
+
 def select(q: Tensor, k: Tensor, how: Eviction) -> list[list[int]]:
     """Kept candidates of each K,V head, ascending, from rotated q [Q, H, D] and k [N, kv_heads, D].
 
