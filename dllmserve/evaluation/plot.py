@@ -49,12 +49,13 @@ def plot_report(report: EvalReport, path: Path) -> None:
     axes.grid(color=QUIET, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    entries = _legend(axes, rules, caches)
     figure.legend(
-        handles=_legend(axes, rules, caches),
+        handles=entries,
         frameon=False,
         fontsize=8,
         loc="outside lower center",
-        ncols=5,
+        ncols=5 if len(entries) <= 8 else 4,  # names are long
     )
     place_labels(figure, axes, [_spot(result, rules[result.rule]) for result in results])
     figure.savefig(path, dpi=DPI)

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dllmserve._checks import check_choice, check_int, check_known
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
+from dllmserve.evaluation.suites import SPARSE, SUITES, TOKENS_PER_STEP
 from dllmserve.sampling_params import MAX_STEPS, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -20,36 +21,12 @@ DEFAULT_GEN_LENGTH = 64
 DEFAULT_BLOCK_LENGTH = 32
 DEFAULT_TEMPERATURE = 0.0
 
-#: sets ``steps`` from the length of each answer
-TOKENS_PER_STEP = "tokens_per_step"
-#: turns sparse attention on or off, or holds fields of SparseConfig
-SPARSE = "sparse"
-
 #: fields of SamplingParams that a setting may have
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != "max_tokens")
 SPARSE_FIELDS = tuple(f.name for f in fields(SparseConfig) if f.name != "enabled")
 
 _FIELD = re.compile(r"([\w.-]+)=")
 _QUOTED = re.compile(r"'([^']*)'")
-
-_STEPS, _THRESHOLD = {"unmask": "steps"}, {"unmask": "threshold", "threshold": 0.9}
-
-#: --suite: named lists of settings, the first of which is the baseline
-SUITES: dict[str, dict[str, dict[str, Any]]] = {
-    "frontier": {
-        "one token a step": {**_STEPS, TOKENS_PER_STEP: 1},
-        **{f"{n} tokens a step": {**_STEPS, TOKENS_PER_STEP: n} for n in (2, 4, 8)},
-        **{f"threshold {t}": {**_THRESHOLD, "threshold": t} for t in (0.95, 0.9, 0.8, 0.6)},
-        "factor 1": {"unmask": "factor", "factor": 1.0},
-        **{
-            f"entropy {bound}": {"unmask": "entropy_bound", "entropy_bound": bound}
-            for bound in (0.1, 0.3)
-        },
-        "threshold 0.9, prefix": {**_THRESHOLD, "cache": "prefix"},
-        "threshold 0.9, dual": {**_THRESHOLD, "cache": "dual"},
-        "threshold 0.9, sparse 0.5": {**_THRESHOLD, SPARSE: {"retention_ratio": 0.5}},
-    },
-}
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,10 @@ BAD_VALUES = [
     (["--setting", "a: thresold=1"], "did you mean 'threshold'"),
     (["--setting", "a:", "--setting", "a:"], "two settings are named 'a'"),
     (["--settings", "no/such/file"], "no/such/file: No such file"),
-    (["--suite", "fronteer"], "suite must be one of 'frontier', got 'fronteer'"),
+    (
+        ["--suite", "fronteer"],
+        "suite must be one of 'frontier', 'caches', 'quality', got 'fronteer'",
+    ),
     (["--suite", "frontier", "--baseline", "x"], "baseline must be one of the settings 'one"),
     (["--tokens-per-step", "0"], "tokens_per_step must be an integer >= 1, got 0"),
     (["--tokens-per-step", "2", "--steps", "3"], "exclude each other"),

@@ -21,7 +21,9 @@ from dllmserve.evaluation.settings import (
     read_settings,
     suite,
 )
-from dllmserve.sampling_params import SamplingParams
+from dllmserve.presets import PRESETS
+from dllmserve.registry import UNMASK_RULES
+from dllmserve.sampling_params import CACHES, SamplingParams
 
 
 def test_every_field_may_be_set() -> None:
@@ -186,12 +188,16 @@ def test_suites(name: str) -> None:
 
 def test_the_frontier() -> None:
     settings = {setting.name: setting for setting in suite("frontier")}
-    assert next(iter(settings)) == "one token a step" and len(settings) == 14
+    assert next(iter(settings)) == "one token a step"
     assert settings["8 tokens a step"].params(64).steps == 8
-    assert settings["threshold 0.9, sparse 0.5"].sparse == {"retention_ratio": 0.5}
+    assert {setting.params(64).unmask for setting in settings.values()} == set(UNMASK_RULES)
+    cached = {setting.name: setting for setting in suite("caches")}
+    assert {setting.params(64).cache for setting in cached.values()} == set(CACHES)
+    assert cached["sparse 0.5"].sparse == {"retention_ratio": 0.5}
+    assert [setting.params(64).quality for setting in suite("quality")] == list(PRESETS)
     base = Setting("base", {"block_length": 16, "unmask": "threshold"})
     assert suite("frontier", base)[1].params(64).unmask == "steps"
-    with pytest.raises(ConfigError, match="suite must be one of 'frontier'"):
+    with pytest.raises(ConfigError, match="suite must be one of 'frontier', 'caches', 'quality'"):
         suite("frontiers")
 
 

@@ -65,6 +65,14 @@ def _requests() -> list[Request]:
         ),
         (SamplingParams(temperature=0.0, steps=32, logit_bias=bias, **block), None),
         (SamplingParams(top_p=0.9, cfg_scale=1.0, logit_bias={8: 1}, **block), None),
+        (SamplingParams(unmask="threshold_strict", cache="dual", early_end=True, **block), None),
+        (SamplingParams(unmask="factor_strict", cache="rolling", suffix_window=9, **block), None),
+        (SamplingParams(unmask="hierarchy", cache="delayed", **block), None),
+        (SamplingParams(unmask="credit", cache="drift", refresh_every=2, **block), None),
+        (SamplingParams(unmask="klass", cache="dual", refresh_window=4, **block), None),
+        (SamplingParams(unmask="wino", cache="dual", **block), None),
+        (SamplingParams(steps=32, cfg_scale=1.0, cache="delayed", **block), None),
+        (SamplingParams(steps=32, **block), SparseConfig(score="attention", min_keep=8)),
     ]
     return [
         Request(
@@ -83,11 +91,12 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
     spec = read_spec(read_config(find_model("tiny")))
     limits = Limits(
         max_model_len=LENGTH,
-        max_num_seqs=16,
-        max_num_batched_tokens=4096,
+        max_num_seqs=24,
+        max_num_batched_tokens=8192,
         max_logit_rows=1024,
         page_size=32,
         num_pages=200,
+        max_history_rows=64,
     )
     policies = {name: resolve(CACHE_POLICIES, name)() for name in CACHE_POLICIES}
     scheduler = Scheduler(spec, limits, policies.__getitem__)
@@ -103,7 +112,9 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
     table = StateTable(limits.max_num_seqs, LENGTH, META)
     decoder = Decoder(spec, torch.bfloat16, META, LENGTH, kernels="torch")
     head = LogitsHead(decoder.head_weight, limits.max_logit_rows, spec.mask_id)
-    runner = ModelRunner(decoder, table, kv, SdpaBackend(spec), head)
+    runner = ModelRunner(
+        decoder, table, kv, SdpaBackend(spec), head, max_history_rows=limits.max_history_rows
+    )
     requests = _requests()
     for request in requests:
         scheduler.add(request)

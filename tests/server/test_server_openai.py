@@ -244,6 +244,36 @@ def test_lengths_that_fit_what_is_left(byte_checkpoint: Path) -> None:
     run(main())
 
 
+QUALITIES: list[tuple[dict[str, Any], SamplingParams]] = [
+    ({"quality": "fast"}, SamplingParams(quality="fast", gen_length=40)),
+    (
+        {"quality": "balanced", "threshold": 0.95, "block_length": 16},
+        SamplingParams(quality="balanced", gen_length=40, threshold=0.95, block_length=16),
+    ),
+    # the server's own, where a request says nothing of decoding
+    ({"temperature": 0.5}, SamplingParams(quality="balanced", gen_length=40, temperature=0.5)),
+    ({"quality": "exact"}, plain(gen_length=40, steps=64)),
+    ({"unmask": "factor"}, plain(gen_length=40, unmask="factor", steps=64)),
+    ({"sparse": True}, plain(gen_length=40, steps=64, block_length=None)),
+]
+
+
+def test_qualities(byte_checkpoint: Path) -> None:
+    async def main() -> None:
+        async with serving(byte_checkpoint, default_quality="balanced") as server:
+            for given, params in QUALITIES:
+                answer = await server.post(COMPLETE, {"prompt": "AB", "max_tokens": 40, **given})
+                assert answer.status == 200, (given, answer.body)
+                sent = SamplingParams(**{**server.engine.calls[-1].submit.params, "seed": None})
+                assert sent == params, given
+            answer = await server.post(COMPLETE, {"prompt": "AB", "quality": "best"})
+            assert (answer.status, answer.error["param"]) == (400, "quality")
+            answer = await server.post("/v1/generate", {"prompt": "AB", "quality": "fast"})
+            assert answer.status == 200
+
+    run(main())
+
+
 REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETE, {"suffix": "x"}, "suffix"),
     (COMPLETE, {"logprobs": 1}, "logprobs"),
