@@ -106,7 +106,7 @@ def guarded(app: FastAPI) -> ASGIApp:
             allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"],
             expose_headers=["X-Request-Id", "Retry-After", "Location"],
         )
-    return RequestLog(inner, metrics_hook=service.metrics.http)
+    return RequestLog(inner, metrics_hook=service.metrics.http, quiet=ops.PROBED)
 
 
 @asynccontextmanager

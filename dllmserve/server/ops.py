@@ -52,12 +52,11 @@ async def live(service: ServiceOf) -> Response:
     return _answer(service.status, not service.lost)
 
 
-for _path, _handler in (
-    ("/v1/health", health),
-    ("/health", health),
-    ("/ready", ready),
-    ("/live", live),
-):
+_PROBES = {"/v1/health": health, "/health": health, "/ready": ready, "/live": live}
+#: asked every few seconds, by machines
+PROBED = frozenset({*_PROBES, "/metrics"})
+
+for _path, _handler in _PROBES.items():
     router.add_api_route(_path, _handler, response_model=Health, responses=_UNWELL)
     router.add_api_route(_path, _handler, methods=["HEAD"], include_in_schema=False)
 

@@ -52,6 +52,8 @@ class RequestLog:
         clock: seconds, monotonic.
         log: where the lines go.
         metrics_hook: called with method, route, status and seconds of each request.
+        quiet: routes that are asked every few seconds, such as probes: what goes well there is
+            logged at DEBUG.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class RequestLog:
         clock: Callable[[], float] = time.monotonic,
         log: logging.Logger = _access_log,
         metrics_hook: MetricsHook | None = None,
+        quiet: frozenset[str] = frozenset(),
     ) -> None:
         self.app = app
         self.clock = clock
         self.log = log
         self.metrics_hook = metrics_hook
+        self.quiet = quiet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Log one request; other kinds of scope pass."""
@@ -124,7 +128,8 @@ class RequestLog:
             for key, value in own.items():
                 taken = key in RESERVED or key in fields
                 fields[f"log_{key}" if taken else str(key)] = value
-        self.log.info("request", extra=fields)
+        routine = status == 200 and fields["route"] in self.quiet
+        self.log.log(logging.DEBUG if routine else logging.INFO, "request", extra=fields)
         if self.metrics_hook is not None:
             method, route = str(fields["method"]), str(fields["route"])
             self.metrics_hook(method, route, status, seconds)

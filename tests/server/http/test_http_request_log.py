@@ -137,6 +137,25 @@ class Clock:
         return self.now
 
 
+def test_probes_that_go_well_are_quiet(lines: Records, caplog: pytest.LogCaptureFixture) -> None:
+    status = [200, 503, 200]
+
+    async def probe(request: Request) -> PlainTextResponse:
+        return PlainTextResponse("hi", status.pop())
+
+    async def main() -> None:
+        routes = [Route("/live", probe), Route("/other", probe)]
+        app = RequestLog(Starlette(routes=routes), quiet=frozenset({"/live"}))
+        async with serving(app) as live:
+            for data in (get("/live"), get("/live"), get("/other")):
+                await ask(live.port, data)
+
+    caplog.set_level("DEBUG", logger="dllmserve.access")
+    asyncio.run(main())
+    found = [(r.levelname, r.route, r.status) for r in lines()]
+    assert found == [("DEBUG", "/live", 200), ("INFO", "/live", 503), ("INFO", "/other", 200)]
+
+
 def test_fields_of_a_line(lines: Records) -> None:
     clock = Clock()
     counted: list[tuple[str, str, int, float]] = []
