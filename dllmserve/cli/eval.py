@@ -42,7 +42,6 @@ from dllmserve.evaluation.report import (
 from dllmserve.evaluation.run import Evaluation, find_baseline
 from dllmserve.evaluation.settings import (
     DEFAULT_GEN_LENGTH,
-    SUITES,
     Setting,
     check_names,
     describe,
@@ -50,6 +49,7 @@ from dllmserve.evaluation.settings import (
     read_settings,
     suite,
 )
+from dllmserve.evaluation.suites import SUITES
 
 STDOUT = "-"
 DEFAULT_MODEL = "tiny"

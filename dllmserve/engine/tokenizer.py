@@ -51,6 +51,11 @@ class Tokenizer:
         self._names = dict(names)
 
     @property
+    def chat_template(self) -> str | None:
+        """The checkpoint's chat template (Jinja); None without one."""
+        return self._template
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether chat() can be used."""
         return self._template is not None

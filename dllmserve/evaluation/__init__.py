@@ -5,14 +5,8 @@ from __future__ import annotations
 from dllmserve.evaluation.figures import Figures, SettingResult
 from dllmserve.evaluation.items import Item, held_out, read_items, select
 from dllmserve.evaluation.run import evaluate
-from dllmserve.evaluation.settings import (
-    SUITES,
-    Setting,
-    make_setting,
-    parse_setting,
-    read_settings,
-    suite,
-)
+from dllmserve.evaluation.settings import Setting, make_setting, parse_setting, read_settings, suite
+from dllmserve.evaluation.suites import SUITES
 
 __all__ = [
     "SUITES",

@@ -10,14 +10,8 @@ from typing import Any
 from dllmserve._checks import check_known
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, InvalidParameterError
-from dllmserve.evaluation.settings import (
-    SAMPLING_FIELDS,
-    SPARSE,
-    SPARSE_FIELDS,
-    TOKENS_PER_STEP,
-    Setting,
-    make_setting,
-)
+from dllmserve.evaluation.settings import SAMPLING_FIELDS, SPARSE_FIELDS, Setting, make_setting
+from dllmserve.evaluation.suites import SPARSE, TOKENS_PER_STEP
 from dllmserve.sampling_params import MAX_STOP_STRINGS, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 

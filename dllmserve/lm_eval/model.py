@@ -123,12 +123,12 @@ class DllmServeLM(LM):
             return None
         if isinstance(chat_template, str):
             log.warning("the checkpoint has one chat template, not one named %r", chat_template)
-        return self._tokenizer._template
+        return self._tokenizer.chat_template
 
     @property
     def tokenizer_name(self) -> str:
         """Model and template, in the names of lm-eval's cached requests."""
-        template = (self._tokenizer._template or "").encode()
+        template = (self._tokenizer.chat_template or "").encode()
         name = self._llm.config.model.replace("/", "__")
         return f"{name}-{hashlib.sha256(template).hexdigest()[:12]}"
 

@@ -46,9 +46,15 @@ def fused(
     z: Tensor, params: RowParams, mask_id: int, sampled: bool, needs: frozenset[str] = BOTH
 ) -> TokenStats:
     """On the device, and back."""
-    there = RowParams(**{k: v.to(DEVICE) for k, v in vars(params).items()})
+    there = moved(params)
     got = fused_row_stats(z.to(DEVICE), there, mask_id=mask_id, sampled=sampled, needs=needs)
     return TokenStats(**{k: None if v is None else v.cpu() for k, v in vars(got).items()})
+
+
+def moved(params: RowParams) -> RowParams:
+    """The same on the device."""
+    found = {k: v.to(DEVICE) for k, v in vars(params).items() if v is not None}
+    return RowParams(**found)
 
 
 def check(z: Tensor, params: RowParams, mask_id: int, sampled: bool) -> TokenStats:
@@ -240,7 +246,7 @@ def test_noise_is_that_of_the_plain_path_bit_for_bit() -> None:
 def test_inside_a_cuda_graph(sampled: bool) -> None:
     z = logits(len(KINDS), 17000).to(DEVICE)
     kinds = KINDS if sampled else [(0.0, False)] * len(KINDS)
-    params = RowParams(**{k: v.to(DEVICE) for k, v in vars(parameters(kinds)).items()})
+    params = moved(parameters(kinds))
     options = {"mask_id": 5, "sampled": sampled, "needs": BOTH}
     fused_row_stats(z, params, **options)  # compiles
     graph = torch.cuda.CUDAGraph()
