@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+#: of SamplingParams, which imports this module
+_MAX_STEPS = 8192
 #: what "exact" stands for besides its steps
 _EXACT: dict[str, Any] = {"unmask": "steps", "cache": "none", "block_length": 32}
 
@@ -43,5 +45,5 @@ def preset(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
         # one token a step; a block whose steps are not all needed skips the rest
         length = given.get("gen_length", 128)
         block = min(given.get("block_length", values["block_length"]) or length, length)
-        values["steps"] = -(-length // block) * block
+        values["steps"] = min(-(-length // block) * block, _MAX_STEPS)
     return values

@@ -193,7 +193,9 @@ class SamplingParams:
         chosen = {"gen_length": self.gen_length, "block_length": self.block_length}
         named = {name: value for name, value in chosen.items() if name in given}
         for name, value in preset(self.quality, named).items():
-            if name not in given:
+            # what is given may rule a part of the preset out
+            barred = name == "early_end" and (self.ignore_eos or self.unmask in REVOKING_RULES)
+            if name not in given and not barred:
                 object.__setattr__(self, name, value)
 
     def _check_lengths(self) -> None:
@@ -295,6 +297,11 @@ class SamplingParams:
             raise InvalidParameterError(
                 f"unmask={self.unmask!r} works without guidance only, got "
                 f"cfg_scale={self.cfg_scale:g}"
+            )
+        if self.early_end:
+            raise InvalidParameterError(
+                f"early_end=True does not work with unmask={self.unmask!r}, which may take an end "
+                "id back"
             )
         if self.cache not in ("none", "dual"):
             raise InvalidParameterError(

@@ -25,9 +25,9 @@ MAX_SKIPS = 16
 #: How many requests that must wait are looked past, so that a long queue costs no more.
 MAX_LOOKED_PAST = 32
 
-#: A rule that masks positions again may take this many forwards for each position of a block.
-#: WINO masks at most one less again than it wrote in the step before, so a block of n takes at
-#: most n + 29.
+#: A rule that masks positions again may take this many forwards for each position of a block
+#: before it counts as stuck. (WINO masks at most one less again than it wrote in the forward
+#: before, so a block of n takes at most n + 29.)
 MAX_REVOKING = 32
 
 #: LM-head chunks of max_logit_rows that one step may take; a single request may take more.

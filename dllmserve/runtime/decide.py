@@ -165,7 +165,7 @@ class StepDecision:
         row = table.memory_row[inputs.rows]
         cells = table.memory_cells[inputs.rows[:, None], inputs.block]
         for name in self._shape.rules:
-            start = self._rules[name].start
+            start = getattr(self._rules[name], "start", None)
             if start is not None:
                 mine = self.entering & (self._ints[:, IntField.RULE] == rule_index(name))
                 row = torch.where(mine, start[0], row)

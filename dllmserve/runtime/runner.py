@@ -12,6 +12,7 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepEntry, StepPlan
 from dllmserve.core.rows import IntField, RowInit, Track
 from dllmserve.core.scheduler import EntryReport
+from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.models.decoder import Decoder
 from dllmserve.registry import UNMASK_RULES, resolve
 from dllmserve.runtime.bias import BiasTable
@@ -49,6 +50,11 @@ _TRACK_NEEDS = {
     Track.WRITTEN: frozenset({"track"}),
     Track.DRIFT: frozenset({"track", "drift"}),
 }
+
+
+def _has_memory(rule: UnmaskRule) -> bool:
+    """A rule without a memory need not say so."""
+    return getattr(rule, "start", None) is not None
 
 
 class StepHandle:
@@ -136,7 +142,7 @@ class ModelRunner:
         self._head = head
         rules = {n: resolve(UNMASK_RULES, n)() for n in UNMASK_RULES}
         self._rule_needs: dict[str, frozenset[str]] = {
-            n: r.needs | ({"memory"} if r.start is not None else set()) for n, r in rules.items()
+            n: r.needs | ({"memory"} if _has_memory(r) else set()) for n, r in rules.items()
         }
         self._rule_names = tuple(rules)
         self._max_history_rows = max_history_rows

@@ -14,12 +14,16 @@ WORK_SECONDS = 60.0
 #: busy seconds before the measured speed is believed
 _WARM_S = 2.0
 _MOST_RETRY_S = 30
+#: forwards that a block may take beyond one a position, if its rule masks positions again (WINO)
+REVOKED = 29
 
 
 def forwards_of(request: Request) -> int:
     """Forward passes that a request takes at most."""
     if request.quotas:
         return sum(len(block) for block in request.quotas)
+    if request.revokes:
+        return request.params.gen_length + REVOKED * len(request.blocks)
     return request.params.gen_length
 
 

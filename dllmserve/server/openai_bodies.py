@@ -131,10 +131,10 @@ class OpenAIFields(DecodingFields):
             length = max(1, min(config.default_max_tokens, max_len - prompt_len))
         values["gen_length"] = length
         sparse = self.sparse_config()
-        quality = self._quality(values, sparse is not None, config)
-        if quality != "exact":
-            values["quality"] = quality
-        elif "block_length" not in values and sparse is None:
+        if self._plain(values) and sparse is None and config.default_quality != "exact":
+            values["quality"] = config.default_quality
+        # a quality brings its own block length
+        if not {"block_length", "quality"} & set(values) and sparse is None:
             values["block_length"] = config.default_block_length
         for name in ("temperature", "top_p", "stop"):
             if (value := getattr(self, name)) is not None:
@@ -157,16 +157,9 @@ class OpenAIFields(DecodingFields):
         return choice
 
     @staticmethod
-    def _quality(values: dict[str, Any], sparse: bool, config: ServerConfig) -> str:
-        """The request's quality, or the server's where the request says nothing of decoding.
-
-        "exact" leaves what the request says as it is; it is also what these endpoints do
-        without any setting.
-        """
-        if "quality" in values:
-            return str(values.pop("quality"))
-        named = set(values) - {"gen_length", "top_k", "ignore_eos"}
-        return "exact" if named or sparse else config.default_quality
+    def _plain(values: dict[str, Any]) -> bool:
+        """True if the request says nothing of how it is decoded."""
+        return not set(values) - {"gen_length", "top_k", "ignore_eos"}
 
 
 class CompletionRequest(OpenAIFields):

@@ -100,6 +100,7 @@ WRONG_PARAMS = [
     ({"refresh_window": 2, "cache": "rolling"}, ["refresh_window=2", "cache='rolling'"]),
     ({"early_end": True, "ignore_eos": True}, ["early_end=True", "ignore_eos=True"]),
     ({"unmask": "wino", "cfg_scale": 1.0}, ["unmask='wino'", "cfg_scale=1"]),
+    ({"unmask": "wino", "early_end": True}, ["unmask='wino'", "early_end=True"]),
     ({"unmask": "wino", "cache": "prefix"}, ["unmask='wino'", "'none' or 'dual'", "'prefix'"]),
     ({"unmask": "klass", "confidence": "margin"}, ["unmask='klass'", "'probability'", "'margin'"]),
     ({"unmask": "factor_strict", "confidence": "neg_entropy"}, ["'factor_strict'", "neg_entropy"]),

@@ -51,6 +51,12 @@ def test_what_is_given_stays_even_if_it_is_the_default() -> None:
     assert positional.gen_length == 40 and positional.unmask == "threshold"
 
 
+def test_what_is_given_rules_parts_of_a_preset_out() -> None:
+    assert not SamplingParams(quality="fast", ignore_eos=True).early_end
+    assert not SamplingParams(quality="balanced", unmask="wino").early_end
+    assert SamplingParams(quality="exact", gen_length=8192, block_length=100).steps == 8192
+
+
 def test_copies_keep_their_values() -> None:
     params = SamplingParams(quality="fast", unmask="steps", steps=4, early_end=False)
     assert pickle.loads(pickle.dumps(params)) == params

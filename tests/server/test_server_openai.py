@@ -252,7 +252,8 @@ QUALITIES: list[tuple[dict[str, Any], SamplingParams]] = [
     ),
     # the server's own, where a request says nothing of decoding
     ({"temperature": 0.5}, SamplingParams(quality="balanced", gen_length=40, temperature=0.5)),
-    ({"quality": "exact"}, plain(gen_length=40, steps=64)),
+    ({"quality": "exact"}, SamplingParams(quality="exact", gen_length=40)),
+    ({"ignore_eos": True}, SamplingParams(quality="balanced", gen_length=40, ignore_eos=True)),
     ({"unmask": "factor"}, plain(gen_length=40, unmask="factor", steps=64)),
     ({"sparse": True}, plain(gen_length=40, steps=64, block_length=None)),
 ]

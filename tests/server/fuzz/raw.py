@@ -25,7 +25,7 @@ from tests.server.fuzz.schema import byte_model
 
 #: the server's patience with what is incomplete, in seconds, so that a run takes minutes
 OPTIONS = ["--header-timeout", "0.5", "--body-timeout", "0.5", "--keep-alive-timeout", "0.2"]
-OPTIONS += ["--default-max-tokens", "4", "--log-level", "info"]
+OPTIONS += ["--default-max-tokens", "4", "--log-level", "debug"]
 #: what no case may take
 PATIENCE_S = 30.0
 #: after which the line of an answered request is in the log
