@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 # and the command of bench.
 ARGS ?=
 TESTS ?=
+# Test files that run at a time.
+JOBS ?= 2
 SERVE ?=
 BENCH ?= -m benchmarks.cpu_vs_loop
 SCORES ?= --unmask threshold
@@ -36,7 +38,7 @@ serve: $(READY)-server ## set up, then serve the embedded model on 127.0.0.1:800
 	@$(BIN)/dllmserve serve $(SERVE)
 
 test: $(READY)-test ## set up, then run the tests; TESTS="..." passes arguments to pytest
-	@$(BIN)/python -m pytest $(TESTS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 check: $(READY)-dev ## set up, then lint, formatting, types and file sizes
 	@$(BIN)/ruff check .
