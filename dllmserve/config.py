@@ -41,7 +41,7 @@ class EngineConfig:
             that they do not line up; None does not limit them.
         max_logit_rows: rows of logits that may exist at once; at least 2.
         max_history_rows: positions of blocks whose last distribution may be kept at once, for
-            requests with ``unmask="klass"``; their memory, 4 bytes for every entry of the
+            requests with ``unmask="klass"``; their memory, 8 bytes for every entry of the
             vocabulary, is taken when the first of them arrives.
         phases: "mixed" lets refreshes and reuse of different requests share a forward
             pass, "separate" does not; "auto" runs refreshes by themselves when they fill
@@ -74,7 +74,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_refresh_tokens: int | None = None
     max_logit_rows: int = 1024
-    max_history_rows: int = 1024
+    max_history_rows: int = 512
     phases: str = "auto"
     steps_per_sync: int = 4
     max_graphs: int = 64

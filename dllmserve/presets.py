@@ -34,14 +34,14 @@ def preset(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         quality: a key of PRESETS.
-        given: the user's gen_length and block_length, if they were given.
+        given: the user's gen_length, block_length and unmask, if they were given.
 
     Example:
         >>> preset("exact", {"gen_length": 48})["steps"]
         64
     """
     values = dict(PRESETS[quality])
-    if values["unmask"] == "steps":
+    if given.get("unmask", values["unmask"]) == "steps":
         # one token a step; a block whose steps are not all needed skips the rest
         length = given.get("gen_length", 128)
         block = min(given.get("block_length", values["block_length"]) or length, length)

@@ -106,7 +106,8 @@ class SamplingParams:
         early_end: once an end id is written, decode nothing behind it, and compute no block
             behind its own.
         quality: "exact", "balanced" or "fast": values for the fields that are not given,
-            chosen from measurements (see docs/decoding.md). None changes nothing.
+            chosen from measurements (see docs/decoding.md). None changes nothing. To
+            ``dataclasses.replace`` all fields are given: make new SamplingParams to change it.
         top_p: nucleus filter on the tempered distribution, in (0, 1]; 1 is off.
         top_k: keep the k most likely tokens; 0 is off.
         seed: makes the request's random draws repeatable, whatever else is in the batch.
@@ -190,11 +191,14 @@ class SamplingParams:
         check_choice(InvalidParameterError, "quality", self.quality, tuple(PRESETS))
         self._check_lengths()
         given: frozenset[str] = self.__dict__.get("_given", frozenset())
-        chosen = {"gen_length": self.gen_length, "block_length": self.block_length}
-        named = {name: value for name, value in chosen.items() if name in given}
+        chosen = ("gen_length", "block_length", "unmask")
+        named = {name: getattr(self, name) for name in chosen if name in given}
+        revokes = self.unmask in REVOKING_RULES
         for name, value in preset(self.quality, named).items():
             # what is given may rule a part of the preset out
-            barred = name == "early_end" and (self.ignore_eos or self.unmask in REVOKING_RULES)
+            barred = name == "early_end" and (self.ignore_eos or revokes)
+            if name == "cache" and revokes and value not in ("none", "dual"):
+                value = "dual"
             if name not in given and not barred:
                 object.__setattr__(self, name, value)
 

@@ -13,7 +13,7 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.core.scheduler import Limits
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
-from dllmserve.registry import CACHE_POLICIES, resolve
+from dllmserve.registry import CACHE_POLICIES, REVOKING_RULES, resolve
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -95,6 +95,11 @@ class Door:
             raise InvalidParameterError(
                 f"a SparseConfig and cache={params.cache!r} exclude each other: "
                 "use cache='none' with sparse attention, or no SparseConfig"
+            )
+        if sparse is not None and params.unmask in REVOKING_RULES:
+            raise InvalidParameterError(
+                f"unmask={params.unmask!r} does not work with sparse attention, which keeps a part "
+                "of the canvas alone: leave the SparseConfig out"
             )
         if params.stop_strings and not self.has_tokenizer:
             raise InvalidParameterError("stop needs a tokenizer, and this checkpoint has none")

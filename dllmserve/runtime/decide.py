@@ -29,6 +29,7 @@ class HeadCells:
         position: [M] int64, canvas position; the trash column for padding.
         column: [M] int64, place in the block.
         entering: [M] bool, whether this is the block's first forward.
+        forward: [M] int64, forwards that the request has had.
         real: [M] bool, False for padding.
     """
 
@@ -36,6 +37,7 @@ class HeadCells:
     position: Tensor
     column: Tensor
     entering: Tensor
+    forward: Tensor
     real: Tensor
 
 
@@ -106,6 +108,7 @@ class StepDecision:
             position=torch.where(real, position, self._table.max_len),
             column=inputs.head_cells % self._shape.width,
             entering=self.entering[owner],
+            forward=self._forwards[owner],
             real=real,
         )
 

@@ -45,6 +45,7 @@ class DriftMeter:
         self._positions = positions.masked_fill(~tracked, table.max_len)
         self._slots = torch.where(tracked, slots, 0)
         self._cache = step.kv.v[layer]
+        self._drift = torch.zeros(len(rows), device=rows.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`dllmserve.models.base.AttentionContext`."""
@@ -52,6 +53,10 @@ class DriftMeter:
             for low in range(0, len(v), _CHUNK):
                 self._measure(v, slice(low, low + _CHUNK))
         return self._context.attend(layer, q, k, v)
+
+    def keep(self) -> None:
+        """Keep what was measured. Call it when the step has gone through: it may be run again."""
+        self._table.stale[self._rows, self._positions] = self._drift
 
     def _measure(self, v: Tensor, chunk: slice) -> None:
         """Compare a chunk of V [N, Hkv, D] with what the pages hold."""
@@ -62,4 +67,4 @@ class DriftMeter:
         # what did not move moves by rounding errors, and those must not decide
         drift = (drift * _STEPS).floor().clamp(min=0.0) / _STEPS
         known = self._table.stale[row, position] < NEVER_COMPUTED
-        self._table.stale[row, position] = torch.where(known, drift, UNKNOWN)
+        self._drift[chunk] = torch.where(known, drift, UNKNOWN)

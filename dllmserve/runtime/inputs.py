@@ -77,7 +77,6 @@ def build_inputs(
     source = row[owner].masked_fill(padding, table.trash_row)
     hidden = table.masked[source, positions] | (wide[owner, 4] == Write.SHADOW)
     ids = table.tokens[source, positions].masked_fill(hidden, mask_id)
-
     count = shape.entries
     column = torch.arange(shape.width, device=device)
     inside = column < wide[:count, 7:8]  # blk_len
@@ -88,14 +87,15 @@ def build_inputs(
     cells, real = _head_cells(eligible | scored, shape)
     entry = cells // shape.width
     offset = (wide[entry, 6] + cells % shape.width - logit_shift).clamp(min=0)
-    twins = shape.twins
-    pair, above = entry[len(cells) - twins :] + shape.guided, offset[len(cells) - twins :]
+    first_twin = len(cells) - shape.twins
+    pair, above = entry[first_twin:] + shape.guided, offset[first_twin:]
     if order is not None:
         offset, above = order.query_of(entry, offset), order.query_of(pair, above)
     head_rows = starts[entry] + offset
     if shape.shadowed:
-        shadow = entry + shape.guided + shape.shadowed  # its span; wrong for those without one
-        below = starts[shadow.clamp(max=shape.spans - 1)] + cells % shape.width
+        # shadows lie behind the twins; without one, it is some other span that is not read
+        shadow = (entry + 2 * shape.guided + shape.shadowed).clamp(max=shape.spans - 1)
+        below = starts[shadow] + cells % shape.width
         head_rows = torch.where(scored.flatten()[cells], below, head_rows)
     return StepInputs(
         starts=starts,

@@ -263,8 +263,9 @@ class ModelRunner:
         if len(given.head_uncond):
             rows = torch.cat((rows, given.head_uncond))
         context = self._backend.prepare(step)
+        meter = None
         if "drift" in shape.needs:
-            context = DriftMeter(context, step, table, self.spec.num_layers // 2)
+            context = meter = DriftMeter(context, step, table, self.spec.num_layers // 2)
         hidden = self._decoder(given.ids, given.positions, context, rows)
         stats = self._head.stats(
             hidden,
@@ -275,4 +276,6 @@ class ModelRunner:
             self._bias.begin(self._packed, shape),
             StepStates(given.cells, self._states),
         )
+        if meter is not None:
+            meter.keep()
         return work.finish(stats)

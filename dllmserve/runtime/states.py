@@ -18,7 +18,11 @@ from dllmserve.runtime.decide import HeadCells
 
 
 class LogitState(Protocol):
-    """Device state of one kind."""
+    """Device state of one kind.
+
+    What a forward leaves does not lie where it reads what the one before has left, so that a
+    forward that runs out of memory half-way can be run again.
+    """
 
     def admit(self, init: RowInit) -> None:
         """Prepare the row of a new request that needs the state."""
@@ -50,14 +54,14 @@ class KlHistory:
 
     Attributes:
         slots: [rows, max_block] int64, slot of each position of the row's block.
-        log_probs: [slots + 1, vocab] float32.
+        log_probs: [2, slots + 1, vocab] float32, of even and odd forwards.
     """
 
     def __init__(
         self, rows: int, slots: int, vocab: int, max_block: int, device: torch.device
     ) -> None:
         self.slots = torch.zeros(rows, max_block, dtype=torch.int64, device=device)
-        self.log_probs = torch.zeros(slots + 1, vocab, device=device)
+        self.log_probs = torch.zeros(2, slots + 1, vocab, device=device)
 
     def admit(self, init: RowInit) -> None:
         """Note the slots that the scheduler reserved."""
@@ -68,10 +72,11 @@ class KlHistory:
         now = z.float().log_softmax(dim=-1)
         slot = self.slots[cells.row[rows], cells.column[rows].clamp(max=self.slots.shape[1] - 1)]
         slot = torch.where(cells.real[rows], slot, 0)
-        before = self.log_probs[slot]
+        odd = cells.forward[rows] % 2
+        before = self.log_probs[1 - odd, slot]
         terms = torch.where(now > -torch.inf, now.exp() * (now - before), 0.0)
         kl = terms.sum(dim=-1, dtype=torch.float64)
-        self.log_probs[slot] = now
+        self.log_probs[odd, slot] = now
         return z, torch.where(cells.entering[rows], torch.inf, kl)
 
 
@@ -90,8 +95,8 @@ class CreditTable:
         device: of the state table.
 
     Attributes:
-        ids: [rows, length, 16] int64, -1 where free.
-        credits: [rows, length, 16] float32.
+        ids: [2, rows, length, 16] int64, of even and odd forwards; -1 where free.
+        credits: [2, rows, length, 16] float32.
     """
 
     KEPT = 16
@@ -99,8 +104,9 @@ class CreditTable:
 
     def __init__(self, rows: int, length: int, mask_id: int, device: torch.device) -> None:
         self._mask_id = mask_id
-        self.ids = torch.full((rows, length, self.KEPT), -1, dtype=torch.int64, device=device)
-        self.credits = torch.zeros(rows, length, self.KEPT, device=device)
+        size = (2, rows, length, self.KEPT)
+        self.ids = torch.full(size, -1, dtype=torch.int64, device=device)
+        self.credits = torch.zeros(size, device=device)
 
     def admit(self, init: RowInit) -> None:
         """Nothing: a block begins without credits."""
@@ -110,8 +116,10 @@ class CreditTable:
         z = z.float()
         row, position = cells.row[rows], cells.position[rows]
         entering = cells.entering[rows][:, None]
-        ids = torch.where(entering, -1, self.ids[row, position])  # [n, 16]
-        credits = torch.where(entering, 0.0, self.credits[row, position]) * self.DECAY
+        odd = cells.forward[rows] % 2
+        ids = torch.where(entering, -1, self.ids[1 - odd, row, position])  # [n, 16]
+        before = self.credits[1 - odd, row, position]
+        credits = torch.where(entering, 0.0, before) * self.DECAY
         best, token = without(z, self._mask_id).max(dim=-1, keepdim=True)  # [n, 1]
         earned = (best - z.logsumexp(dim=-1, keepdim=True)).exp() ** self.POWER
         known = ids == token
@@ -123,7 +131,7 @@ class CreditTable:
         fresh = torch.where(known, credits, 0.0) + earned
         credits = torch.where(here, fresh, credits)
         ids = torch.where(here, token, ids)
-        self.ids[row, position] = ids
-        self.credits[row, position] = credits
+        self.ids[odd, row, position] = ids
+        self.credits[odd, row, position] = credits
         raised = torch.where(ids >= 0, self.WEIGHT * credits.log1p(), 0.0)
         return z.scatter_add(1, ids.clamp(min=0), raised), None

@@ -54,6 +54,8 @@ def test_what_is_given_stays_even_if_it_is_the_default() -> None:
 def test_what_is_given_rules_parts_of_a_preset_out() -> None:
     assert not SamplingParams(quality="fast", ignore_eos=True).early_end
     assert not SamplingParams(quality="balanced", unmask="wino").early_end
+    assert SamplingParams(quality="fast", unmask="wino").cache == "dual"
+    assert SamplingParams(quality="balanced", unmask="steps", gen_length=1024).steps == 1024
     assert SamplingParams(quality="exact", gen_length=8192, block_length=100).steps == 8192
 
 
@@ -69,6 +71,13 @@ def test_a_preset_and_sparse_attention_exclude_each_other(engines: Engines) -> N
     llm = engines("tiny")
     with pytest.raises(InvalidParameterError, match="exclude each other"):
         llm.generate(["x"], SamplingParams(quality="balanced"), SparseConfig(), use_tqdm=False)
+
+
+def test_revoking_and_sparse_attention_exclude_each_other(engines: Engines) -> None:
+    with pytest.raises(InvalidParameterError, match="does not work with sparse attention"):
+        engines("tiny").generate(
+            ["x"], SamplingParams(unmask="wino"), SparseConfig(), use_tqdm=False
+        )
 
 
 def computed(llm: LLM, params: SamplingParams) -> tuple[str, int, int]:

@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.core.plan import StepPlan
+from dllmserve.errors import OutOfMemoryError
+from dllmserve.runtime.logits import LogitsHead
 from tests.checkpoints import Shape, write_random
 from tests.conftest import Engines
 from tests.helpers import check_idle, random_prompt
@@ -147,3 +151,47 @@ def test_engine_equals_the_slow_twins(
         check_idle(mixed)
         for case, output, ids in zip(cases(early), outputs, answers, strict=True):
             assert output["token_ids"] == ids, (case, options)
+
+
+def test_shadows_beside_guided_requests(engines: Engines, folders: dict[str, Path]) -> None:
+    """A shadow's span lies behind the unconditional ones."""
+    llm = engines(folders["dream"], page_size=5)
+    wino = sampling({"unmask": "wino", "threshold": 0.3, "threshold_back": 0.6})
+    guided = sampling({"steps": 11, "cfg_scale": 0.7, "cache": "dual"})
+    plain = sampling({"steps": 11})
+    params = [wino, guided, plain, wino, guided, wino]
+    prompts = [random_prompt(seed, 3 + 2 * seed) for seed in range(len(params))]
+    alone = [
+        llm.generate([p], one, use_tqdm=False)[0] for p, one in zip(prompts, params, strict=True)
+    ]
+    assert llm.generate(prompts, params, use_tqdm=False) == alone
+    check_idle(llm)
+
+
+@pytest.mark.parametrize("rule", ["klass", "credit"])
+def test_a_forward_that_runs_out_of_memory_is_run_again(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """What the failed attempt had kept of its first logits does not count."""
+    llm = LLM(str(folders["llada"]), device="cpu", max_logit_rows=8)
+    params = sampling({"unmask": rule, **RULES[rule]})
+    prompts = [random_prompt(seed, 5) for seed in range(2)]
+    expected = llm.generate(prompts, params, use_tqdm=False)
+    product, calls, failing = LogitsHead._logits, 0, 0
+
+    def failing_once(head: LogitsHead, x: Tensor, offset: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory (not really)")
+        return product(head, x, offset)
+
+    monkeypatch.setattr(LogitsHead, "_logits", failing_once)
+    for failing in range(6, 30, 4):
+        calls = 0
+        try:
+            assert llm.generate(prompts, params, use_tqdm=False) == expected, failing
+        except OutOfMemoryError:
+            continue  # of a request by itself, which ends it
+        assert calls > failing
+    check_idle(llm)
