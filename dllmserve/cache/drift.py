@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import math
 
+from dllmserve.cache.dual import DualCache
 from dllmserve.cache.policy import refreshes, reuse, shifted_start, whole_canvas
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, Write
 from dllmserve.core.request import Request
 
 
-class DriftCache:
+class DriftCache(DualCache):
     """Dual cache whose refreshes are partial."""
-
-    def slots(self, request: Request, spec: ModelSpec) -> int:
-        """One slot per canvas position."""
-        return request.canvas_len
 
     def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
         """Whole canvas once, then the block with a share of the rest, or the block alone."""
@@ -37,19 +34,7 @@ class DriftCache:
         # suffix_window brings positions into view that were never computed: all of them are
         fresh = 0 if progress.step_in_block else max(seen - max(progress.seen_before, end), 0)
         share = math.ceil(request.params.refresh_share * others)
-        return Span(
-            row=row,
-            q_start=0,
-            q_len=min(end - first + share + fresh, seen),
-            ctx_len=seen,
-            write=int(Write.FIRST),
-            keep=1,
-            blk_off=start,
-            blk_len=end - start,
-            stair=0,
-            pick=seen,
+        canvas = reuse(request, row, 0, seen)
+        return canvas._replace(
+            q_len=min(end - first + share + fresh, seen), write=int(Write.FIRST), keep=1, pick=seen
         )
-
-    def unsupported(self, spec: ModelSpec) -> list[str]:
-        """Works with every bidirectional model."""
-        return []

@@ -41,6 +41,23 @@ class HeadCells:
     real: Tensor
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """The answers of n entries after a step, at most A positions long.
+
+    Attributes:
+        columns: [n, A] int64, canvas positions; the trash column behind an answer's end.
+        open: [n, A] bool, masked or behind the end.
+        first_end: [n] int64, place of the first end id that is written; A without one.
+        filled: [n, A] bool, what the step filled because it lies behind an end id.
+    """
+
+    columns: Tensor
+    open: Tensor
+    first_end: Tensor
+    filled: Tensor
+
+
 class StepDecision:
     """One step: parameters before the LM head, decisions after it.
 
@@ -117,7 +134,10 @@ class StepDecision:
         view, kind = self._block_view(stats)
         update = apply_rules(self._rules, self._shape.rules, view, kind)
         self._write(update)
-        return StepOutputs(self._report(stats), view.tokens, view.confidence)
+        answer = self._end_early()
+        if "track" in self._shape.needs:
+            self._note_written(update.write, answer)
+        return StepOutputs(self._report(stats, answer), view.tokens, view.confidence)
 
     def _block_view(self, stats: TokenStats) -> tuple[RuleView, Tensor]:
         """Spread the [M] statistics over the [n, W] block cells."""
@@ -194,9 +214,6 @@ class StepDecision:
             table.tokens[twin, cells] = tokens[-guided:]
             table.masked[twin, cells] = masked[-guided:]
         table.forwards[inputs.rows] = self._forwards + 1
-        filled = self._end_early()
-        if "track" in self._shape.needs:
-            self._note_written(update.write, filled)
 
     def _answer(self) -> tuple[Tensor, Tensor]:
         """Canvas positions of the answers [n, A], trash behind their ends, and which are masked."""
@@ -215,8 +232,8 @@ class StepDecision:
         ends &= self._ints[:, IntField.IGNORE_EOS, None] == 0
         return torch.where(ends, place, columns.shape[1]).amin(dim=-1)
 
-    def _end_early(self) -> Tensor:
-        """Fill what lies behind an end id with it, where asked for; [n, A] bool, what was."""
+    def _end_early(self) -> _Answer:
+        """Fill what lies behind an end id with it, where asked for; the answers after that."""
         table, inputs, longest = self._table, self._inputs, self._shape.answer
         columns, open_ = self._answer()
         first = self._first_end(columns, open_)
@@ -233,12 +250,12 @@ class StepDecision:
             tokens = table.tokens[index, own]
             table.tokens[index, own] = torch.where(fill[part], token[part], tokens)
             table.masked[index, own] &= ~fill[part]
-        return fill
+        # what was filled lies behind the first end id, so that stays where it is
+        return _Answer(columns, open_ & ~fill, first, fill)
 
-    def _note_written(self, write: Tensor, filled: Tensor) -> None:
+    def _note_written(self, write: Tensor, answer: _Answer) -> None:
         """Keep what is out of date: K,V of a token that was written are those of a mask."""
         table, inputs = self._table, self._inputs
-        columns, _ = self._answer()
         rows = [(inputs.rows, slice(None))]
         if self._shape.guided:
             rows.append((inputs.uncond_rows, slice(-self._shape.guided, None)))
@@ -247,7 +264,8 @@ class StepDecision:
             index = row[:, None]
             drifts = self._drifting(row)[:, None]
             note = torch.where(drifts, REWRITTEN, forward[part])
-            for place, new in ((inputs.block[part], write[part]), (columns[part], filled[part])):
+            filled = answer.columns[part], answer.filled[part]
+            for place, new in ((inputs.block[part], write[part]), filled):
                 stale = table.stale[index, place]
                 table.stale[index, place] = torch.where(new, note, stale)
 
@@ -255,20 +273,19 @@ class StepDecision:
         """[n] bool, rows whose ``stale`` is a drift."""
         return self._table.ints[rows, IntField.TRACK] == Track.DRIFT
 
-    def _report(self, stats: TokenStats) -> Tensor:
+    def _report(self, stats: TokenStats, answer: _Answer) -> Tensor:
         """[n, 5] int64, see :class:`dllmserve.core.scheduler.EntryReport`."""
         table, inputs, longest = self._table, self._inputs, self._shape.answer
         rows = inputs.rows[:, None]
         inside = inputs.block < table.max_len
         left = (table.masked[rows, inputs.block] & inside).sum(dim=-1)
-        columns, open_ = self._answer()
         place = torch.arange(longest, device=table.device)
-        frontier = torch.where(open_, place, longest).amin(dim=-1)
+        frontier = torch.where(answer.open, place, longest).amin(dim=-1)
         # what may be masked again is not settled before its whole block is
         start = inputs.block[:, 0] - self._ints[:, IntField.PROMPT_LEN]
         held = (self._ints[:, IntField.REVOKES] > 0) & (left > 0)
         frontier = torch.where(held, torch.minimum(frontier, start), frontier)
-        first = self._first_end(columns, open_)
+        first = answer.first_end
         eos = torch.where(first < frontier, first, -1)
         end = torch.where(first < longest, first, -1)
         broken = torch.zeros_like(left).index_add(0, self._owner, stats.prob.isnan().long())
@@ -291,14 +308,13 @@ def apply_rules(
         names: those in use.
         view: all entries.
     """
-    first, *others = names
-    update = rules[first].apply(view)
-    if not others:
-        return update
-    tokens, write, memory = update.tokens, update.write, view.memory
-    remask = torch.zeros_like(write) if "back" in view_needs(rules, names) else None
-    for name in names:
-        own = update if name == first else rules[name].apply(view)
+    updates = [rules[name].apply(view) for name in names]
+    if len(updates) == 1:
+        return updates[0]
+    tokens, write, memory = updates[0].tokens, updates[0].write, view.memory
+    revoking = any(update.remask is not None for update in updates)
+    remask = torch.zeros_like(write) if revoking else None
+    for name, own in zip(names, updates, strict=True):
         mine = (kind == rule_index(name))[:, None]
         tokens = torch.where(mine, own.tokens, tokens)
         write = torch.where(mine, own.write, write)
@@ -310,8 +326,3 @@ def apply_rules(
                 torch.where(mine, own.memory.cells, memory.cells),
             )
     return Update(tokens, write, remask, memory)
-
-
-def view_needs(rules: Mapping[str, UnmaskRule], names: tuple[str, ...]) -> frozenset[str]:
-    """All that the named rules read."""
-    return frozenset().union(*(rules[name].needs for name in names))
