@@ -213,6 +213,26 @@ def _write_block(
 
 
 @triton.jit
+def _open_places(
+    masked: tl.tensor,
+    write: tl.tensor,  # pointer to the entry's [W]
+    source: tl.tensor,  # where the answer's places lie in the state table
+    column: tl.tensor,  # and in the block
+    inside: tl.tensor,
+    blk_len: tl.tensor,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Which of an answer's places are in the block, were written now, and are masked after that.
+
+    What the program itself has just written is laid over what is read, so it does not
+    matter whether a load sees it.
+    """
+    recent = inside & (column >= 0) & (column < blk_len)
+    chosen = tl.load(write + column, mask=recent, other=0) != 0
+    hidden = (tl.load(masked + source, mask=inside, other=0) != 0) & (chosen == 0)
+    return recent, chosen, hidden
+
+
+@triton.jit
 def _frontier(
     packed: tl.tensor,
     tokens: tl.tensor,
@@ -226,11 +246,7 @@ def _frontier(
     width: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Answer positions unmasked without a gap; the first end id written, or the length; its token.
-
-    What the program itself has just written is laid over what is read, so it does not
-    matter whether a load sees it.
-    """
+    """Answer places unmasked without a gap; the first end id written, or the length; its token."""
     row, start, blk_len = _block(packed, entry)
     prompt = tl.load(ints + _PROMPT_LEN).to(tl.int32)
     length = tl.load(ints + _GEN_LENGTH).to(tl.int32)
@@ -243,11 +259,9 @@ def _frontier(
         inside = place < length
         source = row * width + prompt + place
         column = prompt + place - start
-        recent = inside & (column >= 0) & (column < blk_len)
-        chosen = tl.load(write + column, mask=recent, other=0) != 0
+        _, chosen, hidden = _open_places(masked, write, source, column, inside, blk_len)
         fresh = tl.load(new + column, mask=chosen, other=0)
         token = tl.where(chosen, fresh, tl.load(tokens + source, mask=inside, other=0))
-        hidden = (tl.load(masked + source, mask=inside, other=0) != 0) & (chosen == 0)
         frontier = tl.minimum(frontier, tl.min(tl.where(hidden, place, length), 0))
         end = place < 0
         for i in range(ends):
@@ -289,12 +303,9 @@ def _fill(
     frontier = length
     for low in range(0, length, BLOCK):
         place = low + tl.arange(0, BLOCK)
-        inside = place < length
         source = row * width + prompt + place
         column = prompt + place - start
-        recent = inside & (column >= 0) & (column < blk_len)
-        chosen = tl.load(write + column, mask=recent, other=0) != 0
-        hidden = (tl.load(masked + source, mask=inside, other=0) != 0) & (chosen == 0)
+        recent, _, hidden = _open_places(masked, write, source, column, place < length, blk_len)
         fill = hidden & (place > first)
         tl.store(tokens + source, place.to(tl.int64) * 0 + end, mask=fill)
         tl.store(masked + source, fill == 0, mask=fill)
