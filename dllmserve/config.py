@@ -22,7 +22,9 @@ class EngineConfig:
     Attributes:
         model: local directory, hub id, or "tiny" for the embedded model.
         enforce_eager: never use CUDA graphs.
-        tensor_parallel_size: number of devices for one model. (This version runs 1.)
+        tensor_parallel_size: devices that share one model: GPUs, from ``device`` on, or
+            processes on a CPU. Models say which numbers work: they divide the heads, the K,V
+            heads and the sizes of the layers.
         max_model_len: longest prompt + answer in tokens; None takes it from config.json.
         trust_remote_code: let a tokenizer that nothing else can load run its own code;
             config and model never do.
@@ -90,11 +92,6 @@ class EngineConfig:
         check_bool(err, "enforce_eager", self.enforce_eager)
         check_bool(err, "trust_remote_code", self.trust_remote_code)
         check_int(err, "tensor_parallel_size", self.tensor_parallel_size, 1)
-        if self.tensor_parallel_size > 1:
-            raise err(
-                f"tensor_parallel_size={self.tensor_parallel_size} is not supported by this "
-                "version: use tensor_parallel_size=1"
-            )
         check_choice(err, "dtype", self.dtype, DTYPES)
         check_choice(err, "load_format", self.load_format, LOAD_FORMATS)
         check_choice(err, "attention", self.attention, ("auto", *ATTENTION_BACKENDS))

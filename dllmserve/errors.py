@@ -22,6 +22,7 @@
     └── EngineError            (RuntimeError)       the engine failed, not the request
         ├── EngineStartError                        the engine process did not get ready
         ├── EngineDiedError                         it died with the request, which is not run again
+        ├── RankError                               a rank of several devices is gone
         └── RequestAbortedError                     somebody dropped the request
 
 Each class also derives from the built-in exception that Python users expect, so
@@ -169,6 +170,20 @@ class EngineDiedError(EngineError):
     """
 
     code = "engine_died"
+
+
+class RankError(EngineError):
+    """A rank of an engine on several devices is gone; the engine is over.
+
+    Attributes:
+        killed: it was ended, or stopped, from outside.
+    """
+
+    code = "rank_failed"
+
+    def __init__(self, message: str, killed: bool = False) -> None:
+        super().__init__(message)
+        self.killed = killed
 
 
 class RequestAbortedError(EngineError):

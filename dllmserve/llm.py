@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,9 +16,14 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
-from dllmserve.engine.setup import EnginePlan, build_engine
-from dllmserve.engine.tokenizer import Tokenizer, check_messages
+from dllmserve.engine.core import EngineCore
+from dllmserve.engine.joined import JoinedRank, returned_text
+from dllmserve.engine.setup import EnginePlan, plan_engine
+from dllmserve.engine.start import build_engine
+from dllmserve.engine.tokenizer import Tokenizer, check_messages, load_tokenizer
 from dllmserve.errors import (
+    ConfigError,
+    DllmServeError,
     EngineError,
     InvalidParameterError,
     InvalidRequestError,
@@ -26,6 +32,7 @@ from dllmserve.errors import (
 )
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.ranks import torchrun
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -43,7 +50,9 @@ class LLM:
         model: local directory, hub id, or "tiny" (also the default) for the model that
             ships with the package.
         enforce_eager: never use CUDA graphs.
-        tensor_parallel_size: devices to spread the model over.
+        tensor_parallel_size: devices to spread the model over. The other ranks are processes
+            that end with :meth:`close`, or with this one. Under torchrun the program runs once
+            for each rank; generate() and chat() then return the same in all of them.
         max_model_len: longest prompt + answer in tokens; None takes it from config.json.
         trust_remote_code: let a tokenizer that nothing else can load run its own code.
         **engine_options: any field of :class:`dllmserve.config.EngineConfig`.
@@ -78,8 +87,24 @@ class LLM:
             "max_model_len": max_model_len,
             "trust_remote_code": trust_remote_code,
         }
+        if "data_parallel_size" in engine_options:
+            raise ConfigError(
+                "LLM runs one engine; for data_parallel_size use dllmserve.AsyncLLM or "
+                "dllmserve serve --data-parallel-size"
+            )
         self.config = EngineConfig.from_options("LLM", {**named, **engine_options})
-        self._engine, self._plan = build_engine(self.config)
+        self._joined: JoinedRank | None = None
+        self._announces = False
+        world = torchrun.world() if self.config.tensor_parallel_size > 1 else None
+        if world is not None:
+            torchrun.check_world(world, self.config.tensor_parallel_size)
+            self._announces = world.rank == 0
+        if world is not None and world.rank > 0:
+            self._plan = plan_engine(self.config, world.rank)
+            self._joined = JoinedRank(self.config, world)
+            return
+        self._core, self._plan = build_engine(self.config)
+        self._close = weakref.finalize(self, self._core.close)
         # one thread steps the engine at a time; a step serves the requests of all threads
         self._lock = threading.RLock()
         self._live: dict[int, Request] = {}
@@ -88,6 +113,41 @@ class LLM:
         # a stream that is closed by garbage collection may end in the middle of a step
         self._dropped: deque[Request] = deque()
         self._stepping = False
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes of other ranks. Without any, there is nothing that needs it."""
+        if self._joined is None:
+            self._close()
+
+    @property
+    def _engine(self) -> EngineCore:
+        if self._joined is not None:
+            raise EngineError(
+                "this rank follows rank 0: only generate() and chat() can be called on all ranks"
+            )
+        if not self._close.alive:
+            raise EngineError("the engine has been closed")
+        return self._core
+
+    def _on_all_ranks(self, call: Callable[[], list[RequestOutput]]) -> list[dict[str, Any]]:
+        """Run a call on rank 0; its result is that of all ranks."""
+        if self._joined is not None:
+            return self._joined.returned()
+        if not self._announces:
+            return [output.as_dict() for output in call()]
+        try:
+            answers = [output.as_dict() for output in call()]
+        except DllmServeError as error:
+            self._engine.announce(returned_text(error))
+            raise
+        self._engine.announce(returned_text(answers))
+        return answers
 
     @property
     def spec(self) -> ModelSpec:
@@ -102,6 +162,9 @@ class LLM:
     @property
     def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's tokenizer, or None."""
+        if self._joined is not None:
+            trusted = self.config.trust_remote_code
+            return load_tokenizer(self._plan.directory, trust_remote_code=trusted)
         return self._engine.tokenizer
 
     @contextmanager
@@ -142,6 +205,17 @@ class LLM:
                 before any of them runs.
             OutOfMemoryError: the device ran out of memory.
         """
+        return self._on_all_ranks(
+            lambda: self._generate(prompts, sampling_params, sparse_configs, use_tqdm)
+        )
+
+    def _generate(
+        self,
+        prompts: Prompts,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sparse_configs: SparseConfig | Sequence[SparseConfig | None] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise PromptError(
                 "prompts must be a list of texts or of token-id lists, "
@@ -151,7 +225,7 @@ class LLM:
         params = _one_each("sampling_params", sampling_params, SamplingParams, count)
         sparse = _one_each("sparse_configs", sparse_configs, SparseConfig, count, optional=True)
         ids = [self._prompt_ids(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
-        return [output.as_dict() for output in self._run(ids, params, sparse, use_tqdm)]
+        return self._run(ids, params, sparse, use_tqdm)
 
     def chat(
         self,
@@ -172,12 +246,23 @@ class LLM:
         Raises:
             TokenizerError: the checkpoint has no chat template.
         """
+        return self._on_all_ranks(
+            lambda: self._chat(messages, sampling_params, sparse_configs, use_tqdm)
+        )
+
+    def _chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        sparse_configs: SparseConfig | Sequence[SparseConfig | None] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
         conversations = _conversations(messages)
         count = len(conversations)
         params = _one_each("sampling_params", sampling_params, SamplingParams, count)
         sparse = _one_each("sparse_configs", sparse_configs, SparseConfig, count, optional=True)
         ids = [self.chat_ids(c) for c in conversations]
-        return [output.as_dict() for output in self._run(ids, params, sparse, use_tqdm)]
+        return self._run(ids, params, sparse, use_tqdm)
 
     def stream(
         self,

@@ -14,6 +14,7 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, StepPlan, Write
 from dllmserve.core.rows import RowSelect
 from dllmserve.models.base import AttentionContext
+from dllmserve.parallel.group import SOLO, Group
 
 
 def host_to_device(
@@ -89,6 +90,7 @@ class AttentionStep:
         positions, owners: [N] int64, canvas position and span of each token, S for padding.
             Only steps with spans that write FIRST need them.
         first: True if there may be spans that write FIRST, or shadows.
+        group: ranks that share the heads.
     """
 
     plan: StepPlan
@@ -102,6 +104,7 @@ class AttentionStep:
     positions: Tensor | None = None
     owners: Tensor | None = None
     first: bool = False
+    group: Group = SOLO
 
 
 def token_slots(step: AttentionStep, modes: tuple[Write, ...]) -> tuple[Tensor, Tensor, Tensor]:

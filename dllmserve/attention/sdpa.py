@@ -53,7 +53,7 @@ class SdpaBackend:
         groups, start = [], 0
         for _, members in groupby(step.plan.spans, key=lambda s: _shape(s, selects)):
             spans = list(members)
-            groups.append(_build(spans, start, kv, selects, self._shift))
+            groups.append(_build(spans, start, step, self._shift))
             start += len(spans) * spans[0].q_len
         return _SdpaContext(kv, groups, FirstStore(step) if step.first else None)
 
@@ -97,9 +97,8 @@ def _shape(span: Span, selects: dict[int, RowSelect]) -> tuple[int, ...]:
     return (*span[1:], select.pool_kernel, select.window, select.attention)
 
 
-def _build(
-    spans: list[Span], start: int, kv: KVStore, selects: dict[int, RowSelect], shift: int
-) -> _Group:
+def _build(spans: list[Span], start: int, step: AttentionStep, shift: int) -> _Group:
+    kv, selects = step.kv, step.selects
     span, batch, device = spans[0], len(spans), kv.k.device
     rows = row_numbers(spans, device)
     positions = torch.arange(span.q_start, span.q_start + span.q_len, device=device)
@@ -122,7 +121,7 @@ def _build(
         read_slots=reads,
         fresh=fresh,
         mask=_mask(span, cached, fresh, device),
-        select=build_selection(span, rows, kv, selects[span.row], shift)
+        select=build_selection(span, rows, step, selects[span.row], shift)
         if span.selects and span.keep
         else None,
     )

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import KVStore, host_to_device
+from dllmserve.attention.backend import AttentionStep, host_to_device
 from dllmserve.core.plan import Span, Write
 from dllmserve.core.rows import RowSelect
+from dllmserve.parallel.group import SOLO, Group, join
 
 #: Attention weights [heads, queries, keys] of requests that exist at once.
 _MAX_WEIGHTS = 1 << 26
@@ -29,6 +30,7 @@ class Selection:
         candidates: [C] int64, positions inside the span that compete.
         slots: [b, keep] int64, where the kept ones go.
         pool_kernel, per_head, attention: see :class:`dllmserve.sparse.state.SparseConfig`.
+        group: ranks that share the heads.
     """
 
     block: slice
@@ -37,6 +39,7 @@ class Selection:
     pool_kernel: int
     per_head: bool
     attention: bool
+    group: Group = SOLO
 
     def keep(
         self,
@@ -50,10 +53,13 @@ class Selection:
         keys, values = k[:, self.candidates], v[:, self.candidates]  # [b, C, Hkv, D]
         count = self.slots.shape[1]
         if self.attention:
-            scores = attention_scores(q[:, self.block], k, self.candidates, self.per_head)
-            kept = _kept(_pooled(scores, self.pool_kernel), count, k.shape[2], by_position=True)
+            scores = attention_scores(q[:, self.block], k, self.candidates)
+            if not self.per_head:
+                scores = join(self.group, scores, 1).amax(dim=1, keepdim=True)
         else:
-            kept = select_tokens(q[:, self.block], keys, count, self.pool_kernel, self.per_head)
+            scores = mean_scores(q[:, self.block], keys, self.per_head, self.group)
+        pooled = _pooled(scores, self.pool_kernel)
+        kept = _kept(pooled, count, k.shape[2], by_position=self.attention)
         index = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
         slots = self.slots.flatten()
         k_cache.index_copy_(0, slots, keys.gather(1, index).flatten(0, 1))
@@ -61,10 +67,10 @@ class Selection:
 
 
 def build_selection(
-    span: Span, rows: Tensor, kv: KVStore, settings: RowSelect, shift: int
+    span: Span, rows: Tensor, step: AttentionStep, settings: RowSelect, shift: int
 ) -> Selection:
     """The selection of spans that differ in their rows [b] int64 alone."""
-    device = kv.k.device
+    kv, device = step.kv, step.kv.k.device
     # what the reuse spans that follow compute themselves never competes: the block's
     # window and, in a shifted model, the token before it
     skip_from = max(span.blk_off - shift, 0)
@@ -77,6 +83,7 @@ def build_selection(
         pool_kernel=settings.pool_kernel,
         per_head=span.write == Write.SELECT_PER_HEAD,
         attention=settings.attention,
+        group=step.group,
     )
 
 
@@ -89,9 +96,8 @@ def attention_scores(
     q: Tensor,  # [b, B, Hq, D] the block's queries
     k: Tensor,  # [b, n, Hkv, D] all keys that they attend to
     candidates: Tensor,  # [C] int64
-    per_head: bool,
 ) -> Tensor:
-    """Largest weight that any query gives a candidate: [b, Hkv or 1, C] float32."""
+    """Largest weight that any query gives a candidate: [b, Hkv, C] float32."""
     batch, queries, heads, dim = q.shape
     kv_heads, length = k.shape[2], k.shape[1]
     step = max(_MAX_WEIGHTS // (heads * queries * length), 1)
@@ -102,8 +108,26 @@ def attention_scores(
         weights = torch.einsum("bqhgd,bnhd->bhgqn", grouped, k[part].float()) / dim**0.5
         weights = weights.softmax(dim=-1)[..., candidates]
         found.append(weights.amax(dim=(2, 3)))  # [b, Hkv, C]
-    scores = torch.cat(found)
-    return scores if per_head else scores.amax(dim=1, keepdim=True)
+    return torch.cat(found)
+
+
+def mean_scores(
+    q: Tensor,  # [b, B, Hq, D] the block's queries
+    k: Tensor,  # [b, C, Hkv, D] candidate keys
+    per_head: bool,
+    group: Group = SOLO,
+) -> Tensor:
+    """The block's mean query times every candidate: [b, Hkv or 1, C] float32.
+
+    With ``per_head`` a K,V head takes the best of its query heads; else all query heads, those
+    of other ranks included, are averaged.
+    """
+    batch, _, kv_heads, _ = k.shape
+    mean = q.float().mean(dim=1).view(batch, kv_heads, q.shape[2] // kv_heads, -1)
+    scores = torch.einsum("bhgd,bchd->bhgc", mean, k.float())  # [b, Hkv, g, C]
+    if per_head:
+        return scores.amax(dim=2)
+    return join(group, scores, 1).mean(dim=(1, 2))[:, None]
 
 
 def select_tokens(
@@ -115,20 +139,10 @@ def select_tokens(
 ) -> Tensor:
     """Indices of the kept candidates, ascending: [b, keep, Hkv] int64.
 
-    A candidate's score for a query head is the block's mean query times its key. With
-    ``per_head`` a K,V head takes the best of its group; else all query heads are
-    averaged and every K,V head keeps the same tokens. Scores are max-pooled over
-    neighbours.
+    Scores are those of :func:`mean_scores`, max-pooled over neighbours.
     """
-    batch, _, kv_heads, _ = k.shape
-    group = q.shape[2] // kv_heads
-    mean = q.float().mean(dim=1).view(batch, kv_heads, group, -1)  # [b, Hkv, g, D]
-    scores = torch.einsum("bhgd,bchd->bhgc", mean, k.float())  # [b, Hkv, g, C]
-    if per_head:
-        scores = scores.amax(dim=2)  # [b, Hkv, C]
-    else:
-        scores = scores.mean(dim=(1, 2))[:, None]  # [b, 1, C]
-    return _kept(_pooled(scores, pool_kernel), keep, kv_heads)
+    pooled = _pooled(mean_scores(q, k, per_head), pool_kernel)
+    return _kept(pooled, keep, k.shape[2])
 
 
 def _pooled(scores: Tensor, kernel: int) -> Tensor:

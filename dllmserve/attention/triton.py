@@ -72,7 +72,9 @@ class _TritonContext:
         self._by_attention = _attention_groups(step, spec.logit_shift)
         heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
         self._selection = (
-            select.plan_selection(chosen, heads, spec.logit_shift, device) if chosen else None
+            select.plan_selection(chosen, heads, spec.logit_shift, device, step.group)
+            if chosen
+            else None
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ def _attention_groups(step: AttentionStep, shift: int) -> list[tuple[slice, int,
         if shape is not None:
             rows = row_numbers(spans, step.kv.k.device)
             settings = step.selects[spans[0].row]
-            selection = build_selection(spans[0], rows, step.kv, settings, shift)
+            selection = build_selection(spans[0], rows, step, settings, shift)
             found.append((slice(start, end), spans[0].q_len, selection))
         start = end
     return found

@@ -1,18 +1,22 @@
 """The numbers that a row of logits is reduced to.
 
 Sums leave the top token out (``p = 1 / (1 + sum of the others)``), so probabilities near
-1 keep their order: rounded to float32, a confident model's would all tie at 1.
+1 keep their order: rounded to float32, a confident model's would all tie at 1. They are made
+split by split of the vocabulary and then joined, see :mod:`dllmserve.parallel.vocab`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllmserve.decoding.noise import token_uniforms
 from dllmserve.decoding.transforms import filter_logits
+from dllmserve.parallel.group import join
+from dllmserve.parallel.vocab import VocabShard, best_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class RowParams:
     keys: Tensor
     given: Tensor | None = None
 
-    def __getitem__(self, rows: slice) -> RowParams:
+    def __getitem__(self, rows: slice | Tensor) -> RowParams:
         """The parameters of some of the rows."""
         return RowParams(
             temperature=self.temperature[rows],
@@ -87,13 +91,14 @@ class TokenStats:
 
 
 def row_stats(
-    z: Tensor,  # [n, V] logits
+    z: Tensor,  # [n, v] logits of this rank's ids
     params: RowParams,
     *,
     mask_id: int,
     sampled: bool,
     filtered: bool,
     needs: frozenset[str],
+    shard: VocabShard | None = None,
 ) -> TokenStats:
     """Reduce a chunk of logits to its statistics.
 
@@ -104,32 +109,55 @@ def row_stats(
         sampled: rows may have a temperature above 0.
         filtered: rows may use top-p or top-k.
         needs: "margin" and "entropy", if any rule or confidence reads them.
+        shard: which ids they are; None: the whole vocabulary.
     """
+    shard = shard or VocabShard(z.shape[1])
+    how = {"mask_id": mask_id, "sampled": sampled, "filtered": filtered}
+    if filtered and shard.ranks > 1:
+        return _share_rows(z, params, shard, needs, how)
     z = z.float()
     base, allowed = z, z
     if sampled or filtered:
         # temperature 0 leaves the distribution as it is; a tiny one must not overflow, so
         # the largest logit is taken off first
         scale = torch.where(params.temperature > 0, params.temperature, 1.0)
-        top = z.amax(dim=-1, keepdim=True).double()
+        top = shard.group.all_gather(z.amax(dim=-1)).amax(dim=0)[:, None].double()
         allowed = ((z.double() - top) / scale[:, None]).float()
         if filtered:
             kept = filter_logits(allowed, params.top_p, params.top_k)
             allowed = _keep_runner_up(kept, allowed, mask_id)
         base = torch.where(params.tempered[:, None], allowed, z)
-    candidates = without(allowed, mask_id)
-    token = candidates.argmax(dim=-1)  # [n]
-    if sampled:
-        drawn = _gumbel_argmax(candidates, params)
-        token = torch.where(params.temperature > 0, drawn, token)
-    if params.given is not None:
-        token = torch.where(params.given >= 0, params.given, token)
-    return _reduce(base, token, needs)
+    token, value = _propose(base, allowed, params, mask_id, sampled, shard)
+    parts = shard.join(split_partials(shard.split(base, -torch.inf), needs))
+    return join_partials(parts, token, value, needs)
 
 
-def without(z: Tensor, mask_id: int) -> Tensor:
-    """Logits [n, V] with the mask id at -inf."""
-    ids = torch.arange(z.shape[-1], device=z.device)
+def _share_rows(
+    z: Tensor, params: RowParams, shard: VocabShard, needs: frozenset[str], how: dict[str, Any]
+) -> TokenStats:
+    """Statistics of filtered rows: every rank takes some of them, and their whole logits.
+
+    How many tokens a filter leaves is known only when all are sorted, and ties at the cut stay
+    together, so no fixed number of candidates of each rank would do. Sorting costs far more
+    than the exchange, and so it is shared.
+    """
+    whole = shard.join_logits(z)
+    rows = -(-len(z) // shard.ranks)
+    first = shard.group.rank * rows
+    # the last ranks may repeat the last row
+    mine = torch.arange(first, first + rows, device=z.device).clamp(max=len(z) - 1)
+    part = row_stats(whole[mine], params[mine], needs=needs, **how)
+    found = [part.token.double(), part.prob]
+    found += [x for x in (part.margin, part.entropy) if x is not None]
+    token, prob, *rest = join(shard.group, torch.stack(found), 1)[:, : len(z)]
+    margin = rest.pop(0) if part.margin is not None else None
+    entropy = rest.pop(0) if part.entropy is not None else None
+    return TokenStats(token.long(), prob, margin, entropy)
+
+
+def without(z: Tensor, mask_id: int, start: int = 0) -> Tensor:
+    """Logits [n, v] of the ids from ``start`` on, with the mask id at -inf."""
+    ids = torch.arange(start, start + z.shape[-1], device=z.device)
     return z.masked_fill(ids == mask_id, float("-inf"))
 
 
@@ -139,25 +167,106 @@ def _keep_runner_up(kept: Tensor, z: Tensor, mask_id: int) -> Tensor:
     return kept.scatter(1, best, z.gather(1, best))
 
 
-def _gumbel_argmax(tempered: Tensor, params: RowParams) -> Tensor:
-    """Argmax of z/T - ln(-ln u) in float64: one draw of softmax(z/T) per row."""
-    ids = torch.arange(tempered.shape[-1], device=tempered.device)
-    u = token_uniforms(params.keys, ids)  # [n, V]
-    return (tempered.double() - (-u.log()).log()).argmax(dim=-1)
+def _propose(
+    base: Tensor,
+    allowed: Tensor,
+    params: RowParams,
+    mask_id: int,
+    sampled: bool,
+    shard: VocabShard,
+) -> tuple[Tensor, Tensor]:
+    """The proposed token [n] int64 and its value [n] float32 in ``base``."""
+    candidates = without(allowed, mask_id, shard.start)
+    best, column = candidates.max(dim=-1)
+    score = best.double()
+    if sampled:
+        drawn, place = _gumbel(candidates, params, shard).max(dim=-1)
+        hot = params.temperature > 0
+        score, column = torch.where(hot, drawn, score), torch.where(hot, place, column)
+    token, value = column + shard.start, base.gather(1, column[:, None])[:, 0]
+    # where nothing else is possible, the mask id is no better
+    value = value.masked_fill(token == mask_id, -torch.inf)
+    if shard.ranks > 1:
+        found = shard.group.all_gather(torch.stack((score, token.double(), value.double())))
+        wide, value = best_of(found[:, 0], (found[:, 1], found[:, 2]))
+        token, value = wide.long(), value.float()
+    if params.given is not None:
+        given = params.given >= 0
+        token = torch.where(given, params.given, token)
+        value = torch.where(given, _value_of(base, params.given, shard), value)
+    return token, value
 
 
-def _reduce(z: Tensor, token: Tensor, needs: frozenset[str]) -> TokenStats:
+def _value_of(base: Tensor, token: Tensor, shard: VocabShard) -> Tensor:
+    """Values [n] of one token a row, whichever rank has it."""
+    column, mine = shard.locate(token)
+    value = base.gather(1, column[:, None])[:, 0].masked_fill(~mine, 0.0)
+    return shard.group.all_reduce(value)
+
+
+def _gumbel(tempered: Tensor, params: RowParams, shard: VocabShard) -> Tensor:
+    """z/T - ln(-ln u) [n, v] float64: the argmax is one draw of softmax(z/T) per row."""
+    u = token_uniforms(params.keys, shard.ids(tempered.shape[-1], tempered.device))
+    return tempered.double() - (-u.log()).log()
+
+
+def split_partials(z: Tensor, needs: frozenset[str]) -> Tensor:
+    """What each split adds to a row's statistics.
+
+    Args:
+        z: [n, S, width] float32 logits.
+        needs: "margin" and "entropy", if they are wanted.
+
+    Returns:
+        [n, 4, S] float32: the split's top logit; of the others, the sum of ``exp(z - top)``,
+        the largest logit, and the sum of ``(top - z) exp(z - top)``.
+    """
     top, top_id = z.max(dim=-1)
-    shifted = z - top[:, None]
-    weights = shifted.exp().scatter(1, top_id[:, None], 0.0)  # [n, V] without the top token
-    others = weights.sum(dim=-1).double()
-    total = 1.0 + others
-    prob = shifted.gather(1, token[:, None])[:, 0].double().exp() / total
-    margin = entropy = None
+    # an empty split is infinitely far below, and -inf - -inf would be NaN
+    shifted = z - torch.where(top == -torch.inf, 0.0, top)[..., None]
+    weights = shifted.exp().scatter_(2, top_id[..., None], 0.0)
+    others = weights.sum(dim=-1)
+    second = spread = top
     if "margin" in needs:
-        margin = (1.0 - weights.amax(dim=-1).double()) / total
+        second = z.scatter(2, top_id[..., None], -torch.inf).amax(dim=-1)
     if "entropy" in needs:
         # filtered tokens are -inf: their share is 0, not 0 * inf
-        spread = torch.where(weights > 0, weights * -shifted, 0.0).sum(dim=-1).double()
-        entropy = others.log1p() + spread / total
+        spread = torch.where(weights > 0, weights * -shifted, 0.0).sum(dim=-1)
+    return torch.stack((top, others, second, spread), dim=1)
+
+
+def join_partials(
+    parts: Tensor,  # [n, 4, S] of all splits
+    token: Tensor,  # [n] int64
+    value: Tensor,  # [n] float32, the token's logit
+    needs: frozenset[str],
+) -> TokenStats:
+    """Statistics of rows from what :func:`split_partials` found, joined in float64."""
+    tops, others, seconds, spreads = parts.unbind(dim=1)
+    top, winner = tops.max(dim=-1, keepdim=True)
+    loses = torch.arange(tops.shape[1], device=tops.device) != winner
+    gap = (top - tops).double()
+    weight = (-gap).exp()
+    joining = (others.double() + 1.0) * weight
+    sums = torch.where(loses, joining, others.double()).sum(dim=-1)
+    sums = sums.masked_fill(top[:, 0] == -torch.inf, torch.nan)  # nothing is likely
+    total = 1.0 + sums
+    prob = (value - top[:, 0]).double().exp() / total
+    margin = entropy = None
+    if "margin" in needs:
+        second = torch.where(loses, tops, seconds).amax(dim=-1)
+        margin = (1.0 - (second - top[:, 0]).double().exp()) / total
+    if "entropy" in needs:
+        moved = spreads.double() * weight + joining * torch.where(weight > 0, gap, 0.0)
+        spread = torch.where(loses, moved, spreads.double()).sum(dim=-1)
+        entropy = sums.log1p() + spread / total
     return TokenStats(token=token, prob=prob, margin=margin, entropy=entropy)
+
+
+def log_sum(z: Tensor, shard: VocabShard) -> Tensor:
+    """``log(sum(exp(z)))`` of rows [n, v] float32, over the whole vocabulary: [n, 1] float32."""
+    parts = shard.join(split_partials(shard.split(z, -torch.inf), frozenset()))
+    tops, others = parts[:, 0].double(), parts[:, 1].double()
+    top = tops.amax(dim=-1, keepdim=True)
+    sums = ((others + 1.0) * (tops - top).exp()).sum(dim=-1, keepdim=True)
+    return (top + sums.log()).float()

@@ -12,9 +12,8 @@ from dllmserve.core.budget import MemoryBudget, size_text
 from dllmserve.engine.sizing import Sizing
 
 OOM_ADVICE = (
-    "reduce max_model_len, use sparse attention, enable tensor parallelism (this version "
-    "runs tensor_parallel_size=1 only), or lower max_num_seqs, max_num_batched_tokens or "
-    "max_logit_rows"
+    "reduce max_model_len, use sparse attention, enable tensor parallelism "
+    "(tensor_parallel_size), or lower max_num_seqs, max_num_batched_tokens or max_logit_rows"
 )
 #: Fewer rows would run the LM head in chunks too small to be worth the launch.
 _LEAST_LOGIT_ROWS = 16

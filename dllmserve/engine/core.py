@@ -25,7 +25,7 @@ from dllmserve.runtime.platform import (
     on_device,
     release_cached_memory,
 )
-from dllmserve.runtime.runner import ModelRunner, StepHandle
+from dllmserve.runtime.runner import StepHandle, StepRunner
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -88,7 +88,7 @@ class EngineCore:
     def __init__(
         self,
         scheduler: Scheduler,
-        runner: ModelRunner,
+        runner: StepRunner,
         tokenizer: Tokenizer | None,
         seed: int | None,
         depth: int = 1,
@@ -144,6 +144,14 @@ class EngineCore:
     def abandon(self) -> None:
         """Forget the steps in flight, after an error that left their requests in doubt."""
         self._flights.clear()
+
+    def close(self) -> None:
+        """Let go of what the engine holds beside memory; nothing can be run any more."""
+        self._runner.close()
+
+    def announce(self, text: str) -> None:
+        """Tell other ranks what a call returned; nothing where there are none."""
+        self._runner.announce(text)
 
     @property
     def has_work(self) -> bool:
@@ -204,7 +212,7 @@ class EngineCore:
                     self._runner.admit(init)
                 return True
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not self._can_recover(error):
                     raise
                 reason = first_line(error)
             if attempt == 0:
@@ -212,6 +220,9 @@ class EngineCore:
         failure = OutOfMemoryError(f"out of memory at admission ({reason}): {OOM_ADVICE}")
         self._flights.append(_Flight([request], None, failure))
         return False
+
+    def _can_recover(self, error: BaseException) -> bool:
+        return self._runner.recovers and is_out_of_memory(error)
 
     def _execute(
         self, plan: StepPlan, requests: list[Request]
@@ -224,7 +235,7 @@ class EngineCore:
         try:
             return [(self._runner.execute(plan), requests, None)]
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not self._can_recover(error):
                 raise
             reason = first_line(error)
         # outside the handler, whose traceback holds on to the failed step's tensors

@@ -23,6 +23,9 @@ def plan_memory(sizing: Sizing, device: torch.device) -> tuple[MemoryBudget, int
         OutOfMemoryError: the parts do not fit together; the message has the equation.
     """
     total, free = device_memory(device)
+    if device.type == "cpu":  # which all ranks share
+        ranks = sizing.options.tensor_parallel_size
+        total, free = total // ranks, free // ranks
     return checked_plan(sizing, replace(sizing.bare(), total=total, free=free))
 
 

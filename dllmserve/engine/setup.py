@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ from dllmserve.attention.backend import AttentionBackend, KVStore
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import NO_LIMIT, MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.scheduler import Limits, Scheduler, SpanSource
+from dllmserve.core.scheduler import Limits
 from dllmserve.engine.advice import OOM_ADVICE
-from dllmserve.engine.core import EngineCore
+from dllmserve.engine.choices import (
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+)
 from dllmserve.engine.memory import checked_plan, plan_memory
 from dllmserve.engine.profile import PROFILE_PAGES, measure
 from dllmserve.engine.sizing import Sizing
-from dllmserve.engine.tokenizer import load_tokenizer
-from dllmserve.errors import ConfigError, OutOfMemoryError
-from dllmserve.kernels import missing
+from dllmserve.errors import ConfigError, DllmServeError, OutOfMemoryError
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
     find_model,
@@ -29,9 +33,10 @@ from dllmserve.models.loader import (
     random_decoder,
     read_config,
     read_spec,
-    require_weights,
 )
-from dllmserve.registry import ATTENTION_BACKENDS, CACHE_POLICIES, resolve
+from dllmserve.parallel.group import Group, smallest
+from dllmserve.parallel.partition import Partition
+from dllmserve.registry import ATTENTION_BACKENDS, resolve
 from dllmserve.runtime.graphs import GraphPool
 from dllmserve.runtime.logits import LogitsHead, TorchReducer, TritonReducer
 from dllmserve.runtime.platform import is_out_of_memory, on_device, release_cached_memory
@@ -49,7 +54,8 @@ class EnginePlan:
     Attributes:
         directory: of the checkpoint.
         config: its config.json.
-        spec, limits, memory: derived from it and from the options.
+        partition: the model and this rank's part of it.
+        limits, memory: derived from it and from the options; memory is a rank's.
         dtype, device: of weights, activations and K,V.
         attention: name of the attention backend.
         kernels: "triton" or "torch".
@@ -58,7 +64,7 @@ class EnginePlan:
 
     directory: Path
     config: dict[str, Any]
-    spec: ModelSpec
+    partition: Partition
     limits: Limits
     memory: MemoryBudget
     dtype: torch.dtype
@@ -66,6 +72,21 @@ class EnginePlan:
     attention: str
     kernels: str
     sizing: Sizing
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The whole model."""
+        return self.partition.spec
+
+    @property
+    def devices(self) -> str:
+        """Device, or devices of all ranks, for people."""
+        ranks, device = self.partition.size, self.device
+        if ranks == 1:
+            return str(device)
+        if device.index is None:
+            return f"{ranks} x {device}"
+        return f"{device} to {device.index + ranks - 1}"
 
 
 @dataclass(frozen=True)
@@ -81,25 +102,27 @@ class RunnerParts:
     @classmethod
     def create(cls, plan: EnginePlan, decoder: Decoder) -> RunnerParts:
         """Allocate state table and LM head."""
-        spec, limits = plan.spec, plan.limits
+        limits = plan.limits
         triton = plan.kernels == "triton"
         exact = decoder.ops.linear if triton and plan.dtype == torch.float32 else None
         head = LogitsHead(
             decoder.head_weight,
             limits.max_logit_rows,
-            spec.mask_id,
-            TritonReducer() if triton else TorchReducer(),
+            plan.spec.mask_id,
+            (TritonReducer if triton else TorchReducer)(decoder.vocab),
             exact,
         )
         table = StateTable(limits.max_num_seqs, limits.max_model_len, plan.device)
-        backend: AttentionBackend = resolve(ATTENTION_BACKENDS, plan.attention)(spec)
+        backend: AttentionBackend = resolve(ATTENTION_BACKENDS, plan.attention)(
+            plan.partition.local
+        )
         return cls(plan, decoder, table, backend, head)
 
     def runner(self, num_pages: int) -> ModelRunner:
         """A runner with its own pages and graphs."""
         plan, limits, options = self.plan, self.plan.limits, self.plan.sizing.options
         kv = KVStore.create(
-            plan.spec,
+            plan.partition.local,
             num_pages=num_pages,
             page_size=limits.page_size,
             num_rows=limits.max_num_seqs,
@@ -122,8 +145,8 @@ class RunnerParts:
         )
 
 
-def plan_engine(options: EngineConfig) -> EnginePlan:
-    """Read config.json and work out every size.
+def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
+    """Read config.json and work out every size, for a rank.
 
     Raises:
         ModelError: no such model, or one we do not run.
@@ -133,10 +156,12 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
     directory = find_model(options.model)
     config = read_config(directory)
     spec = read_spec(config)
-    device = _device(options.device)
-    dtype = _dtype(options.dtype, spec, device)
-    attention = _attention(options.attention, spec, device)
-    kernels = _kernels(options.kernels, device)
+    ranks = options.tensor_parallel_size
+    device = choose_device(options.device, rank, ranks)
+    dtype = choose_dtype(options.dtype, spec, device)
+    partition = Partition(spec, rank, ranks, exact=dtype == torch.float32)
+    attention = choose_attention(options.attention, partition.local, device)
+    kernels = choose_kernels(options.kernels, device)
     max_len = options.max_model_len or spec.max_model_len
     if max_len > spec.max_model_len:
         raise ConfigError(
@@ -147,7 +172,7 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
         tokens = min(max(2 * max_len, _MIN_STEP_TOKENS), _MAX_STEP_TOKENS)
     sizing = Sizing(
         options=options,
-        spec=spec,
+        spec=partition.local,
         dtype=dtype,
         tokens=tokens,
         max_len=max_len,
@@ -166,24 +191,38 @@ def plan_engine(options: EngineConfig) -> EnginePlan:
         max_history_rows=options.max_history_rows,
     )
     return EnginePlan(
-        directory, config, spec, limits, memory, dtype, device, attention, kernels, sizing
+        directory, config, partition, limits, memory, dtype, device, attention, kernels, sizing
     )
 
 
-def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
-    """Load the model and set up an engine.
+def _alone() -> None:
+    """There is nobody to wait for."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A rank that is ready to step; its plan is as measured."""
+
+    runner: ModelRunner
+    plan: EnginePlan
+
+
+def build_runner(plan: EnginePlan, group: Group, ready: Callable[[], None] = _alone) -> Loaded:
+    """Load a rank's part of the model and allocate all that a step needs.
+
+    Args:
+        plan: the rank's.
+        group: the ranks.
+        ready: called when the weights are loaded; returns when all ranks' are.
 
     Raises:
-        ModelError, ConfigError, OutOfMemoryError: see :func:`plan_engine` and the loader.
+        ModelError, OutOfMemoryError, RankError.
     """
-    if options.load_format != "dummy":
-        require_weights(find_model(options.model))  # before its sizes are held against memory
-    plan = plan_engine(options)
     try:
         with on_device(plan.device):
-            return _build(options, plan)
+            return _build_runner(plan, group, ready)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or isinstance(error, OutOfMemoryError):
+        if not is_out_of_memory(error) or isinstance(error, DllmServeError):
             raise
         raise OutOfMemoryError(
             f"out of memory while loading {plan.directory.name} "
@@ -191,30 +230,27 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
         ) from error
 
 
-def _build(options: EngineConfig, plan: EnginePlan) -> tuple[EngineCore, EnginePlan]:
-    spec, limits = plan.spec, plan.limits
-    # first, because a broken one should not be noticed after gigabytes of weights
-    tokenizer = load_tokenizer(plan.directory, trust_remote_code=options.trust_remote_code)
+def _build_runner(plan: EnginePlan, group: Group, ready: Callable[[], None]) -> Loaded:
     sizes: dict[str, Any] = {
         "dtype": plan.dtype,
         "device": plan.device,
-        "max_len": limits.max_model_len,
+        "max_len": plan.limits.max_model_len,
         "kernels": plan.kernels,
+        "group": group,
     }
-    if options.load_format == "dummy":
-        decoder = random_decoder(spec, **sizes)
+    if plan.sizing.options.load_format == "dummy":
+        decoder = random_decoder(plan.partition, **sizes)
     else:
-        decoder = load_decoder(plan.directory, plan.config, spec, **sizes)
+        decoder = load_decoder(plan.directory, plan.config, plan.partition, **sizes)
+    ready()
     parts = RunnerParts.create(plan, decoder)
     if plan.device.type == "cuda":
         plan = measured_plan(plan, parts)
-        limits = plan.limits
+    # all ranks plan alike, but their memory need not be the same
+    pages = smallest(group, plan.limits.num_pages, plan.device)
+    plan = replace(plan, limits=replace(plan.limits, num_pages=pages))
     _log.info("memory: %s", plan.memory.equation())
-    runner = parts.runner(limits.num_pages)
-    policies: dict[str, SpanSource] = {n: resolve(CACHE_POLICIES, n)() for n in CACHE_POLICIES}
-    scheduler = Scheduler(spec, limits, policies.__getitem__)
-    depth = options.steps_per_sync if plan.device.type == "cuda" else 1
-    return EngineCore(scheduler, runner, tokenizer, options.seed, depth), plan
+    return Loaded(parts.runner(pages), plan)
 
 
 def measured_plan(plan: EnginePlan, parts: RunnerParts) -> EnginePlan:
@@ -230,50 +266,3 @@ def measured_plan(plan: EnginePlan, parts: RunnerParts) -> EnginePlan:
     release_cached_memory()
     memory, pages = checked_plan(plan.sizing, bare)
     return replace(plan, memory=memory, limits=replace(limits, num_pages=pages))
-
-
-def _attention(name: str, spec: ModelSpec, device: torch.device) -> str:
-    """The attention backend; "auto" is the fastest that serves the model on the device."""
-    if name == "auto":
-        return "triton" if device.type == "cuda" and not missing(device) else "sdpa"
-    if reasons := resolve(ATTENTION_BACKENDS, name)(spec).unsupported(spec, device):
-        raise ConfigError(f"attention={name!r}: {'; '.join(reasons)}")
-    return name
-
-
-def _kernels(name: str, device: torch.device) -> str:
-    """Which kernels serve everything but attention."""
-    reasons = missing(device)
-    if name == "auto":
-        return "triton" if device.type == "cuda" and not reasons else "torch"
-    if name == "triton" and reasons:
-        raise ConfigError(f"kernels='triton': {'; '.join(reasons)}")
-    return name
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={name!r}: this machine has {torch.cuda.device_count()} GPUs")
-    if device.type == "cuda" and device.index is None:
-        # with its number, because which device is the current one differs between threads
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    """float32 on a CPU by default: exact, and bf16 is slow on many CPUs."""
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else spec.dtype.removeprefix("torch.")
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ConfigError(f"config.json asks for dtype {name!r}; pass dtype='bfloat16'")
-    assert isinstance(dtype, torch.dtype)  # narrows the type; the line above checked it
-    return dtype

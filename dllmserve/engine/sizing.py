@@ -18,7 +18,7 @@ class Sizing:
 
     Attributes:
         options: as asked for.
-        spec: the model.
+        spec: the model, or a rank's part of it.
         dtype: of weights, activations and K,V.
         tokens: query tokens of the largest step.
         max_len: longest canvas.
@@ -41,7 +41,7 @@ class Sizing:
             free=0,
             utilization=self.options.gpu_memory_utilization,
             weights=self.spec.parameters() * size,
-            activations=self.tokens * _widest(self.spec) * size,
+            activations=self.tokens * self._widest * size,
             logits=self._logits(),
             tables=self._tables(),
             pages=0,
@@ -104,11 +104,15 @@ class Sizing:
         per_row = length * 21 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8 + MAX_LOGIT_BIAS * 12
         return (self.options.max_num_seqs + 1) * per_row + length * self.spec.head_dim * 4
 
-
-def _widest(spec: ModelSpec) -> int:
-    """Numbers per token in the widest moment of a layer."""
-    q = spec.num_heads * spec.head_dim
-    kv = spec.num_kv_heads * spec.head_dim
-    # the MLP holds gate, up and their product; attention holds q, k, v twice (before and
-    # after the rotation) and its output; the residual stream and its norm are always there
-    return max(3 * spec.mlp_size, 2 * (q + 2 * kv) + q) + 3 * spec.hidden_size
+    @property
+    def _widest(self) -> int:
+        """Numbers per token in the widest moment of a layer."""
+        spec = self.spec
+        q = spec.num_heads * spec.head_dim
+        kv = spec.num_kv_heads * spec.head_dim
+        # the MLP holds gate, up and their product; attention holds q, k, v twice (before and
+        # after the rotation) and its output; the residual stream and its norm are always there
+        inner = max(3 * spec.mlp_size, 2 * (q + 2 * kv) + q)
+        if self.dtype == torch.float32:  # in which ranks gather each other's
+            inner *= self.options.tensor_parallel_size
+        return inner + 3 * spec.hidden_size

@@ -36,6 +36,7 @@ from dllmserve.kernels.pages import (
     slots,
     vectors,
 )
+from dllmserve.parallel.group import SOLO, Group, join
 
 _SHARED = tl.constexpr(int(Write.SELECT_SHARED))
 _LOWEST = tl.constexpr(-(2**31))
@@ -61,6 +62,9 @@ class SelectPlan:
         keys: [n, Hkv, C] int32, scores mapped to integers of the same order.
         picks: [n, Hkv, keep] int32, kept tokens of the span in ascending order.
         shift: the model's logit_shift.
+        shared: [n] bool, spans whose heads keep the same tokens; None where none are, or one
+            rank has all heads.
+        group: ranks that share the heads.
     """
 
     settings: Tensor
@@ -68,6 +72,8 @@ class SelectPlan:
     keys: Tensor
     picks: Tensor
     shift: int
+    shared: Tensor | None = None
+    group: Group = SOLO
 
 
 def plan_selection(
@@ -75,6 +81,7 @@ def plan_selection(
     heads: tuple[int, int, int],
     shift: int,
     device: torch.device,
+    group: Group = SOLO,
 ) -> SelectPlan:
     """Gather the host's numbers once per step; the launches read the rest on the device.
 
@@ -83,6 +90,7 @@ def plan_selection(
         heads: query heads, K,V heads, head dimension.
         shift: the model's logit_shift.
         device: where the spans are.
+        group: ranks that share the heads.
     """
     numbers = [n for place, _, how in chosen for n in (place, how.pool_kernel, how.window)]
     settings = host_to_device(numbers, device, torch.int32).view(-1, 3)
@@ -93,6 +101,10 @@ def plan_selection(
         candidates = max(candidates, left)
     keep = max(span.keep for _, span, _ in chosen)
     query_heads, kv_heads, dim = heads
+    shared = None
+    if group.size > 1 and any(span.write == Write.SELECT_SHARED for _, span, _ in chosen):
+        flags = [int(span.write == Write.SELECT_SHARED) for _, span, _ in chosen]
+        shared = host_to_device(flags, device) > 0
 
     def room(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -103,6 +115,8 @@ def plan_selection(
         keys=room(count, kv_heads, candidates, dtype=torch.int32),
         picks=room(count, kv_heads, keep, dtype=torch.int32),
         shift=shift,
+        shared=shared,
+        group=group,
     )
 
 
@@ -144,6 +158,8 @@ def keep_best(
         **shape,
         N=_BLOCK,
     )
+    if plan.shared is not None:
+        _score_all_heads(plan, plan.shared, k, known, shape)
     block = triton.next_power_of_2(candidates)
     _pick[(count, kv_heads)](
         *(plan.keys, plan.picks, *known[:2], candidates, keep, plan.shift),
@@ -158,6 +174,27 @@ def keep_best(
         N=_BLOCK,
         PAGE=page_size,
     )
+
+
+def _score_all_heads(
+    plan: SelectPlan,
+    shared: Tensor,  # [n] bool
+    k: Tensor,  # [N, Hkv, D], of this rank's heads
+    known: tuple[Tensor, Tensor, Tensor],
+    shape: dict[str, int],
+) -> None:
+    """Scores of spans whose heads keep the same tokens, from the heads of all ranks.
+
+    The same launch with all heads sums in the same order as on one rank.
+    """
+    count, heads, candidates = plan.keys.shape
+    k, means = heads_together(join(plan.group, k, 1)), join(plan.group, plan.means, 1)
+    whole = {**shape, "HEADS": heads * plan.group.size}
+    keys = plan.keys.new_empty(count, whole["HEADS"], candidates)
+    _score[(count, 1, triton.cdiv(candidates, _BLOCK))](
+        *(k, means, keys, *known, k.stride(0), candidates, plan.shift), **whole, N=_BLOCK
+    )
+    plan.keys[:, 0] = torch.where(shared[:, None], keys[:, 0], plan.keys[:, 0])
 
 
 def _only(values: dict[str, int], *names: str) -> dict[str, int]:

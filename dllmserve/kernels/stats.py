@@ -2,7 +2,8 @@
 
 The vocabulary is cut into splits, one program each, whose partial results a second kernel
 joins. The cut depends on the vocabulary's size alone, so a row's bits do not depend on how
-many rows are in the call. Definitions, and what happens to NaN and infinities, are those
+many rows are in the call, nor on how many ranks share the vocabulary: those exchange partial
+results between the two kernels. Definitions, and what happens to NaN and infinities, are those
 of ``row_stats``: the top logit is left out of every sum exactly, never subtracted again.
 """
 
@@ -14,11 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from dllmserve.decoding.stats import RowParams, TokenStats
+from dllmserve.parallel.vocab import VocabShard
 
-#: ids of one tile and of one split, a multiple; sampled tiles hold float64 numbers
-_TILE, _SAMPLED_TILE, _SPLIT = 2048, 1024, 8192
-#: partial results of a split: top, others, second, spread
-_PARTIALS = 4
+#: ids of one tile; sampled tiles hold float64 numbers
+_TILE, _SAMPLED_TILE = 2048, 1024
+#: partial results of a split, besides its best token's id and score: top, others, second,
+#: spread, the best token's value
+_PARTIALS = 5
 
 _INF = tl.constexpr(float("inf"))
 _NO_ID = tl.constexpr(0x7FFFFFFF)
@@ -132,14 +135,16 @@ def _store_partials(
     others: tl.tensor,
     second: tl.tensor,
     spread: tl.tensor,
+    value: tl.tensor,
     score: tl.tensor,
     token: tl.tensor,
 ) -> None:
-    base = partial_ptr + row * splits * 4 + split
+    base = partial_ptr + row * splits * 5 + split
     tl.store(base, top)
     tl.store(base + splits, others)
     tl.store(base + splits * 2, second)
     tl.store(base + splits * 3, spread)
+    tl.store(base + splits * 4, value)
     tl.store(score_ptr + row * splits + split, score.to(tl.float64))
     tl.store(id_ptr + row * splits + split, token)
 
@@ -153,6 +158,7 @@ def _greedy_kernel(
     z_stride: tl.tensor,
     vocab: tl.tensor,
     splits: tl.tensor,
+    first_id: tl.tensor,
     mask_id: tl.tensor,
     MARGIN: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -162,14 +168,16 @@ def _greedy_kernel(
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     start = split * SPLIT
+    end = tl.minimum(start + SPLIT, vocab)
     top = tl.full((), float("-inf"), tl.float32)
     others = tl.full((), 0.0, tl.float32)
     second, spread, best = top, others, top
     token = tl.full((), 0, tl.int32)
-    for low in range(start, tl.minimum(start + SPLIT, vocab), TILE):
-        ids = low + tl.arange(0, TILE)
-        place = z_ptr + row * z_stride + ids
-        z = tl.load(place, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    for low in range(start, end, TILE):
+        column = low + tl.arange(0, TILE)
+        place = z_ptr + row * z_stride + column
+        z = tl.load(place, mask=column < end, other=float("-inf")).to(tl.float32)
+        ids = first_id + column
         top_2, id_2, others_2, second_2, spread_2 = _tile_stats(z, ids, MARGIN, ENTROPY)
         best_2 = top_2
         if id_2 == mask_id:  # never proposed
@@ -179,9 +187,8 @@ def _greedy_kernel(
         top, others, second, spread = _join(
             top, others, second, spread, top_2, others_2, second_2, spread_2
         )
-    _store_partials(
-        partial_ptr, score_ptr, id_ptr, row, split, splits, top, others, second, spread, best, token
-    )
+    place = (partial_ptr, score_ptr, id_ptr, row, split, splits)
+    _store_partials(*place, top, others, second, spread, best, best, token)
 
 
 @triton.jit
@@ -198,11 +205,12 @@ def _tops_kernel(
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     start = split * SPLIT
+    end = tl.minimum(start + SPLIT, vocab)
     tops = tl.full((TILE,), float("-inf"), tl.float32)
-    for low in range(start, tl.minimum(start + SPLIT, vocab), TILE):
-        ids = low + tl.arange(0, TILE)
-        place = z_ptr + row * z_stride + ids
-        z = tl.load(place, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    for low in range(start, end, TILE):
+        column = low + tl.arange(0, TILE)
+        place = z_ptr + row * z_stride + column
+        z = tl.load(place, mask=column < end, other=float("-inf")).to(tl.float32)
         tops = tl.maximum(tops, tl.where(z == z, z, -_INF))
     tl.store(tops_ptr + row * splits + split, tl.max(tops, axis=0))
 
@@ -233,7 +241,9 @@ def _sampled_kernel(
     z_stride: tl.tensor,
     vocab: tl.tensor,
     splits: tl.tensor,
+    first_id: tl.tensor,
     mask_id: tl.tensor,
+    all_splits: tl.tensor,
     MARGIN: tl.constexpr,
     ENTROPY: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -243,38 +253,42 @@ def _sampled_kernel(
     row = (tl.program_id(0) // splits).to(tl.int64)
     split = tl.program_id(0) % splits
     start = split * SPLIT
+    end = tl.minimum(start + SPLIT, vocab)
     temperature = tl.load(temperature_ptr + row)
     scale = tl.where(temperature > 0, temperature, 1.0)
     tempered = tl.load(tempered_ptr + row) != 0
     key = tl.load(keys_ptr + row)
-    row_top = _row_top(tops_ptr, row, splits, SPLITS)
+    row_top = _row_top(tops_ptr, row, all_splits, SPLITS)
     top = tl.full((), float("-inf"), tl.float32)
     others = tl.full((), 0.0, tl.float32)
     second, spread = top, others
     best = tl.full((), float("-inf"), tl.float64)
     token = tl.full((), 0, tl.int32)
-    for low in range(start, tl.minimum(start + SPLIT, vocab), TILE):
-        ids = low + tl.arange(0, TILE)
-        place = z_ptr + row * z_stride + ids
-        z = tl.load(place, mask=ids < vocab, other=float("-inf")).to(tl.float32)
+    value = top
+    for low in range(start, end, TILE):
+        column = low + tl.arange(0, TILE)
+        place = z_ptr + row * z_stride + column
+        z = tl.load(place, mask=column < end, other=float("-inf")).to(tl.float32)
+        ids = first_id + column
         allowed = _tempered(z, row_top, scale)
         score = allowed.to(tl.float64)
         if temperature > 0:
             score -= tl.log(-tl.log(uniform(key, ids)))
         # torch's argmax takes a NaN for the largest value
         score = tl.where(score == score, score, _INF)
-        score = tl.where((ids < vocab) & (ids != mask_id), score, -_INF)
+        score = tl.where((column < end) & (ids != mask_id), score, -_INF)
         best_2, id_2 = _first_max(score, ids)
+        base = tl.where(tempered & (column < end), allowed, z)
+        value_2 = tl.sum(tl.where(ids == id_2, base, 0.0), axis=0)
         token = tl.where(best_2 > best, id_2, token)
+        value = tl.where(best_2 > best, value_2, value)
         best = tl.maximum(best, best_2)
-        base = tl.where(tempered & (ids < vocab), allowed, z)
         top_2, _, others_2, second_2, spread_2 = _tile_stats(base, ids, MARGIN, ENTROPY)
         top, others, second, spread = _join(
             top, others, second, spread, top_2, others_2, second_2, spread_2
         )
-    _store_partials(
-        partial_ptr, score_ptr, id_ptr, row, split, splits, top, others, second, spread, best, token
-    )
+    place = (partial_ptr, score_ptr, id_ptr, row, split, splits)
+    _store_partials(*place, top, others, second, spread, value, best, token)
 
 
 @triton.jit
@@ -289,7 +303,7 @@ def _join_splits(
     """The row's top (float32), others, second and spread (float64)."""
     split = tl.arange(0, SPLITS)
     inside = split < splits
-    place = partial_ptr + row * splits * 4 + split
+    place = partial_ptr + row * splits * 5 + split
     tops = tl.load(place, mask=inside, other=float("-inf"))
     others = tl.load(place + splits, mask=inside, other=0.0).to(tl.float64)
     top, winner = _first_max(tops, split)
@@ -322,10 +336,6 @@ def _log1p(
 
 @triton.jit
 def _finish_kernel(
-    z_ptr: tl.tensor,
-    tops_ptr: tl.tensor,
-    temperature_ptr: tl.tensor,
-    tempered_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     score_ptr: tl.tensor,
     id_ptr: tl.tensor,
@@ -333,9 +343,7 @@ def _finish_kernel(
     prob_ptr: tl.tensor,
     margin_ptr: tl.tensor,
     entropy_ptr: tl.tensor,
-    z_stride: tl.tensor,
     splits: tl.tensor,
-    SAMPLED: tl.constexpr,
     MARGIN: tl.constexpr,
     ENTROPY: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -347,12 +355,7 @@ def _finish_kernel(
     scores = tl.load(score_ptr + row * splits + split, mask=inside, other=float("-inf"))
     _, winner = _first_max(scores, split)
     token = tl.load(id_ptr + row * splits + winner)
-    value = tl.load(z_ptr + row * z_stride + token).to(tl.float32)
-    if SAMPLED:
-        temperature = tl.load(temperature_ptr + row)
-        scale = tl.where(temperature > 0, temperature, 1.0)
-        allowed = _tempered(value, _row_top(tops_ptr, row, splits, SPLITS), scale)
-        value = tl.where(tl.load(tempered_ptr + row) != 0, allowed, value)
+    value = tl.load(partial_ptr + (row * 5 + 4) * splits + winner)
     total = 1.0 + others
     tl.store(token_ptr + row, token.to(tl.int64))
     tl.store(prob_ptr + row, tl.exp((value - top).to(tl.float64)) / total)
@@ -363,12 +366,13 @@ def _finish_kernel(
 
 
 def fused_row_stats(
-    z: Tensor,  # [n, V] logits
+    z: Tensor,  # [n, v] logits of this rank's ids
     params: RowParams,
     *,
     mask_id: int,
     sampled: bool,
     needs: frozenset[str],
+    shard: VocabShard | None = None,
 ) -> TokenStats:
     """``row_stats`` of rows without top-p and top-k, without a copy of the logits.
 
@@ -376,11 +380,12 @@ def fused_row_stats(
     may be captured in a CUDA graph.
 
     Args:
-        z: [n, V] bfloat16, float16 or float32, last dimension contiguous.
+        z: [n, v] bfloat16, float16 or float32, last dimension contiguous.
         params: of the n rows; top_p and top_k are not looked at.
         mask_id: never proposed, but counted in the normalisation.
         sampled: rows may have a temperature above 0.
         needs: "margin" and "entropy", if they are read.
+        shard: which ids they are; None: the whole vocabulary.
 
     Returns:
         The statistics, [n] each.
@@ -388,10 +393,7 @@ def fused_row_stats(
     Example:
         ``fused_row_stats(z, params, mask_id=0, sampled=False, needs=frozenset()).prob``
     """
-    rows, vocab = z.shape
-    device = z.device
-    splits = triton.cdiv(vocab, _SPLIT)
-    wide = torch.float64
+    rows, device, wide = len(z), z.device, torch.float64
     out = TokenStats(
         token=torch.empty(rows, dtype=torch.int64, device=device),
         prob=torch.empty(rows, dtype=wide, device=device),
@@ -400,55 +402,80 @@ def fused_row_stats(
     )
     if rows == 0:
         return out
-    partial = torch.empty((rows, _PARTIALS, splits), dtype=torch.float32, device=device)
-    score = torch.empty((rows, splits), dtype=wide, device=device)
-    token = torch.empty((rows, splits), dtype=torch.int32, device=device)
-    _launch(z, params, mask_id, sampled, partial, score, token, out)
+    shard = shard or VocabShard(z.shape[1])
+    flags = {"MARGIN": out.margin is not None, "ENTROPY": out.entropy is not None}
+    found = _partials(z, params, mask_id, sampled, shard, flags)
+    if shard.ranks > 1:
+        found = _exchange(*found, shard)
+    splits = found[1].shape[1]
+    _finish_kernel[(rows,)](
+        *(*found, out.token, out.prob),
+        out.prob if out.margin is None else out.margin,
+        out.prob if out.entropy is None else out.entropy,
+        splits,
+        **flags,
+        SPLITS=triton.next_power_of_2(splits),
+        num_warps=1,
+    )
     return out
 
 
-def _launch(
+#: partial results [n, 5, S] float32, and best score [n, S] float64 and token [n, S] int32
+_Found = tuple[Tensor, Tensor, Tensor]
+
+
+def _partials(
     z: Tensor,
     params: RowParams,
     mask_id: int,
     sampled: bool,
-    partial: Tensor,  # [n, 4, splits] float32
-    score: Tensor,  # [n, splits] float64
-    token: Tensor,  # [n, splits] int32
-    out: TokenStats,
-) -> None:
-    (rows, vocab), splits = z.shape, score.shape[1]
-    flags = {"MARGIN": out.margin is not None, "ENTROPY": out.entropy is not None}
-    grid, stride, padded = (rows * splits,), z.stride(0), triton.next_power_of_2(splits)
-    tops, temperature, tempered = score, score, token  # not read unless sampled
-    found = (partial, score, token)
+    shard: VocabShard,
+    flags: dict[str, bool],
+) -> _Found:
+    """What this rank's splits add."""
+    (rows, vocab), stride, width = z.shape, z.stride(0), shard.width
+    splits = triton.cdiv(vocab, width)
+    grid = (rows * splits,)
+    found = (
+        torch.empty((rows, _PARTIALS, splits), dtype=torch.float32, device=z.device),
+        torch.empty((rows, splits), dtype=torch.float64, device=z.device),
+        torch.empty((rows, splits), dtype=torch.int32, device=z.device),
+    )
     # a small vocabulary needs no full tile
-    tile = min(_SAMPLED_TILE if sampled else _TILE, max(triton.next_power_of_2(vocab), 16))
-    if sampled:
-        temperature = params.temperature.contiguous()
-        tempered = params.tempered.contiguous().view(torch.uint8)
-        keys = params.keys.contiguous()
-        tops = torch.empty((rows, splits), dtype=torch.float32, device=z.device)
-        _tops_kernel[grid](z, tops, stride, vocab, splits, SPLIT=_SPLIT, TILE=tile)
-        _sampled_kernel[grid](
-            *(z, tops, temperature, tempered, keys, *found),
-            *(stride, vocab, splits, mask_id),
-            **flags,
-            SPLIT=_SPLIT,
-            TILE=tile,
-            SPLITS=padded,
-        )
-    else:
+    tile = min(_SAMPLED_TILE if sampled else _TILE, max(triton.next_power_of_2(width), 16))
+    sizes = (stride, vocab, splits)
+    if not sampled:
         _greedy_kernel[grid](
-            *(z, *found, stride, vocab, splits, mask_id), **flags, SPLIT=_SPLIT, TILE=tile
+            *(z, *found, *sizes, shard.start, mask_id), **flags, SPLIT=width, TILE=tile
         )
-    _finish_kernel[(rows,)](
-        *(z, tops, temperature, tempered, *found, out.token, out.prob),
-        out.prob if out.margin is None else out.margin,
-        out.prob if out.entropy is None else out.entropy,
-        *(stride, splits),
+        return found
+    tops = torch.empty((rows, splits), dtype=torch.float32, device=z.device)
+    _tops_kernel[grid](z, tops, *sizes, SPLIT=width, TILE=tile)
+    tops = shard.join(tops[:, None]).contiguous()
+    every = tops.shape[2]
+    per_row = (
+        params.temperature.contiguous(),
+        params.tempered.contiguous().view(torch.uint8),
+        params.keys.contiguous(),
+    )
+    _sampled_kernel[grid](
+        *(z, tops, *per_row, *found, *sizes, shard.start, mask_id, every),
         **flags,
-        SAMPLED=sampled,
-        SPLITS=padded,
-        num_warps=1,
+        SPLIT=width,
+        TILE=tile,
+        SPLITS=triton.next_power_of_2(every),
+    )
+    return found
+
+
+def _exchange(partial: Tensor, score: Tensor, token: Tensor, shard: VocabShard) -> _Found:
+    """The partial results of all splits, on every rank, in one exchange."""
+    halves = score[..., None].view(torch.int32).movedim(2, 1)  # [n, 2, S]
+    mine = torch.cat((partial.view(torch.int32), token[:, None], halves), dim=1)
+    found = shard.join(mine)
+    scores = found[:, _PARTIALS + 1 :].movedim(1, 2).contiguous()  # [n, all S, 2]
+    return (
+        found[:, :_PARTIALS].contiguous().view(torch.float32),
+        scores.view(torch.float64)[..., 0].contiguous(),
+        found[:, _PARTIALS].contiguous(),
     )

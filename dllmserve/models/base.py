@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import UnsupportedModelError
+from dllmserve.parallel.partition import Cut, Partition
 
 
 class AttentionContext(Protocol):
@@ -22,17 +23,24 @@ class AttentionContext(Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """Where a checkpoint tensor goes: a slice of rows of a parameter.
+    """Where a checkpoint tensor, or a rank's part of it, goes: some rows of a parameter.
 
     Attributes:
         parameter: name in the decoder.
         start: first row (dimension 0).
         shape: shape that the checkpoint tensor must have.
+        cut: rows and columns of it that are wanted.
     """
 
     parameter: str
     start: int
     shape: tuple[int, ...]
+    cut: Cut = (slice(None), slice(None))
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """What is wanted of a checkpoint tensor."""
+        return self.cut[: len(self.shape)]
 
 
 class ModelDefinition(Protocol):
@@ -42,8 +50,8 @@ class ModelDefinition(Protocol):
         """Read config.json. Raises UnsupportedModelError on options we do not run."""
         ...
 
-    def targets(self, spec: ModelSpec) -> dict[str, Target]:
-        """Every tensor that the checkpoint must hold, and where it goes."""
+    def targets(self, partition: Partition) -> dict[str, Target]:
+        """Every tensor that the checkpoint must hold, and where a rank's part of it goes."""
         ...
 
     def ignored(self, name: str, spec: ModelSpec) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import UnsupportedModelError
 from dllmserve.models.base import Target, eos_ids, need, refuse, rope_theta
-from dllmserve.models.decoder import layer_targets
+from dllmserve.models.decoder import layer_targets, table_target
+from dllmserve.parallel.partition import Partition
 
 _STEMS = {
     "attn_norm": "attn_norm",
@@ -84,16 +85,16 @@ class _Llada:
             dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
         )
 
-    def targets(self, spec: ModelSpec) -> dict[str, Target]:
+    def targets(self, partition: Partition) -> dict[str, Target]:
         """Tensor names of modeling_llada.py."""
-        table = (spec.embedding_size, spec.hidden_size)
-        targets = {"model.transformer.wte.weight": Target("embed", 0, table)}
+        spec = partition.spec
+        targets = {"model.transformer.wte.weight": table_target(partition, "embed")}
         for i in range(spec.num_layers):
             stems = {k: f"model.transformer.blocks.{i}.{v}" for k, v in _STEMS.items()}
-            targets.update(layer_targets(spec, i, stems))
+            targets.update(layer_targets(partition, i, stems))
         targets["model.transformer.ln_f.weight"] = Target("norm", 0, (spec.hidden_size,))
         if not spec.tied_head:
-            targets["model.transformer.ff_out.weight"] = Target("head", 0, table)
+            targets["model.transformer.ff_out.weight"] = table_target(partition, "head")
         return targets
 
     def ignored(self, name: str, spec: ModelSpec) -> bool:

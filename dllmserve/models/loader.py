@@ -19,7 +19,9 @@ from dllmserve.errors import (
     WeightsError,
 )
 from dllmserve.models.base import ModelDefinition, Target
-from dllmserve.models.decoder import Decoder
+from dllmserve.models.decoder import Decoder, take, whole_shapes
+from dllmserve.parallel.group import SOLO, Group
+from dllmserve.parallel.partition import Partition
 from dllmserve.registry import MODELS, resolve
 
 #: Name of the model inside the package.
@@ -30,6 +32,8 @@ SHAPES_ONLY = ("llada-8b", "dream-7b")
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 _SHOWN = 6
+#: dtypes of weights, as safetensors calls them
+_DTYPES = ("F32", "BF16", "F16")
 #: fields of a ModelSpec that no model can do without
 _POSITIVE = (
     "vocab_size",
@@ -156,23 +160,26 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
 def load_decoder(
     directory: Path,
     config: dict[str, Any],
-    spec: ModelSpec,
+    partition: Partition,
     *,
     dtype: torch.dtype,
     device: torch.device,
     max_len: int,
     kernels: str = "torch",
+    group: Group = SOLO,
 ) -> Decoder:
-    """Build the decoder and fill it from the directory's safetensors.
+    """Build a rank's decoder and fill it from the directory's safetensors.
+
+    Only what the rank holds is read.
 
     Raises:
         WeightsError: names every missing, unexpected or misshapen tensor, or the file
             that could not be read.
     """
     definition = definition_for(config)
-    targets = definition.targets(spec)
+    targets = definition.targets(partition)
     files = _weight_files(directory)
-    decoder = Decoder(spec, dtype, device, max_len, kernels)
+    decoder = Decoder(partition, dtype, device, max_len, kernels, group)
     seen: set[str] = set()
     wrong: list[str] = []
     unusable: list[str] = []
@@ -180,20 +187,21 @@ def load_decoder(
     for name, tensor in _tensors(files):
         target = targets.get(name)
         if target is None:
-            if not definition.ignored(name, spec):
+            if not definition.ignored(name, partition.spec):
                 unexpected.append(name)
             continue
-        if tuple(tensor.shape) != target.shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, expected {target.shape}")
+        shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
+        if shape != target.shape:
+            wrong.append(f"{name} is {shape}, expected {target.shape}")
             continue
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if kind not in _DTYPES:
             # quantized weights come with scales that nothing here would apply
-            unusable.append(f"{name} is {tensor.dtype}, expected float32, bfloat16 or float16")
+            unusable.append(f"{name} is {kind}, expected F32, BF16 or F16")
             continue
         if name in seen:
             unusable.append(f"{name} is in more than one file")
             continue
-        _fill(decoder, target, tensor)
+        _fill(decoder, target, _read(name, tensor, target.index))
         seen.add(name)
     named = {w.split(" ", 1)[0] for w in (*wrong, *unusable)}
     missing = [n for n in targets if n not in seen and n not in named]
@@ -202,21 +210,30 @@ def load_decoder(
 
 
 def random_decoder(
-    spec: ModelSpec,
+    partition: Partition,
     *,
     dtype: torch.dtype,
     device: torch.device,
     max_len: int,
     kernels: str = "torch",
+    group: Group = SOLO,
 ) -> Decoder:
-    """A decoder with seeded random weights, for benchmarks (load_format="dummy")."""
-    decoder = Decoder(spec, dtype, device, max_len, kernels)
+    """A decoder with seeded random weights, for benchmarks (load_format="dummy").
+
+    A rank's are its part of the whole model's, so they do not depend on the number of ranks.
+    """
+    decoder = Decoder(partition, dtype, device, max_len, kernels, group)
     generator = torch.Generator(device=device).manual_seed(0)
+    whole = whole_shapes(partition.spec)
     for name, parameter in decoder.named_parameters():
         if name.endswith("norm"):
             parameter.data.fill_(1.0)
-        else:
+        elif partition.size == 1:
             parameter.data.normal_(0.0, 0.02, generator=generator)
+        else:
+            full = torch.empty(whole[name], dtype=dtype, device=device)
+            full.normal_(0.0, 0.02, generator=generator)
+            parameter.data.copy_(take(partition, name, full))
     return decoder
 
 
@@ -255,19 +272,29 @@ def _weight_files(directory: Path) -> list[Path]:
     )
 
 
-def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    """Name and safetensors slice of every tensor; a slice reads what is asked of it."""
     for path in files:
         try:
             with safe_open(path, framework="pt", device="cpu") as handle:
                 for name in handle.keys():
-                    yield name, handle.get_tensor(name)
+                    yield name, handle.get_slice(name)
         except (SafetensorError, OSError) as error:
             raise WeightsError(f"{path} cannot be read (truncated or corrupt?): {error}") from error
 
 
+def _read(name: str, tensor: Any, index: tuple[slice, ...]) -> Tensor:
+    """What a rank wants of a safetensors slice."""
+    try:
+        part: Tensor = tensor[index]
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{name} cannot be read (truncated or corrupt?): {error}") from error
+    return part
+
+
 def _fill(decoder: Decoder, target: Target, tensor: Tensor) -> None:
-    rows = target.shape[0]
-    decoder.weight(target.parameter).data[target.start : target.start + rows].copy_(tensor)
+    end = target.start + len(tensor)
+    decoder.weight(target.parameter).data[target.start : end].copy_(tensor)
 
 
 def _report(directory: Path, **problems: list[str]) -> None:

@@ -8,10 +8,6 @@ kills it when the owner dies, even in the middle of a step.
 
 from __future__ import annotations
 
-import ctypes
-import faulthandler
-import os
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -21,8 +17,9 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore, StepEvents
-from dllmserve.engine.setup import EnginePlan, build_engine
-from dllmserve.errors import DllmServeError
+from dllmserve.engine.setup import EnginePlan
+from dllmserve.engine.start import build_engine
+from dllmserve.errors import DllmServeError, RankError
 from dllmserve.process.channel import Channel, ChannelClosed
 from dllmserve.process.messages import (
     Abort,
@@ -44,6 +41,7 @@ from dllmserve.process.messages import (
     decode_to_engine,
     encode,
 )
+from dllmserve.ranks.daemon import prepare_process
 from dllmserve.runtime.platform import first_line
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
@@ -52,7 +50,6 @@ from dllmserve.sparse.state import SparseConfig
 HEARTBEAT_S = 0.5
 #: exit codes
 STOPPED, NOT_LOADED, CRASHED = 0, 65, 70
-_PR_SET_PDEATHSIG = 1
 
 
 class EngineLoop:
@@ -187,10 +184,15 @@ def serve(channel: Channel) -> int:
         EngineLoop(engine, channel).run()
     except ChannelClosed:
         return STOPPED
+    except RankError as error:
+        channel.send(encode(Crashed(str(error), killed=error.killed)))
+        return CRASHED
     except Exception as error:
         # its rows and pages cannot be trusted any more: a new process starts clean
         channel.send(encode(Crashed(f"{type(error).__name__}: {first_line(error)}")))
         raise
+    finally:
+        engine.close()
     return STOPPED
 
 
@@ -200,7 +202,7 @@ def engine_info(plan: EnginePlan) -> EngineInfo:
         directory=str(plan.directory),
         spec=plan.spec,
         limits=plan.limits,
-        device=str(plan.device),
+        device=plan.devices,
         dtype=str(plan.dtype).removeprefix("torch."),
         memory=plan.memory.equation(),
     )
@@ -212,23 +214,6 @@ def _configuration(channel: Channel) -> dict[str, Any]:
             message = decode_to_engine(data)
             if isinstance(message, Configure):
                 return dict(message.options)
-
-
-def prepare_process(owner: int) -> None:
-    """Tie this process to its owner, and let the owner ask for stacks and handle Ctrl-C.
-
-    Args:
-        owner: process id of the owner.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != owner:  # it died before the line above
-        raise SystemExit(STOPPED)
 
 
 def main() -> int:

@@ -159,9 +159,10 @@ class Report(msgspec.Struct, tag="report", array_like=True, frozen=True):
 
 
 class Crashed(msgspec.Struct, tag="crashed", array_like=True, frozen=True):
-    """Last words of an engine whose step raised."""
+    """Last words of an engine whose step raised; ``killed``: something from outside was why."""
 
     message: str
+    killed: bool = False
 
 
 FromEngine = Ready | NotLoaded | Admitted | Report | Crashed

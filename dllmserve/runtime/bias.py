@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dllmserve.attention.backend import host_to_device
+from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.shape import HEAD_FIELDS, SPAN_FIELDS, StepShape
 from dllmserve.runtime.step import span_fields
 from dllmserve.sampling_params import MAX_LOGIT_BIAS
@@ -26,11 +27,13 @@ class StepBias:
     Attributes:
         ids, values: the table's.
         rows: [M] int64, table row of each LM-head row.
+        vocab: which ids this rank has logits of.
     """
 
     ids: Tensor
     values: Tensor
     rows: Tensor
+    vocab: VocabShard
 
     def add(self, z: Tensor, chunk: slice, width: int) -> Tensor:
         """Logits of a chunk of the step's LM-head rows with their bias added.
@@ -40,16 +43,19 @@ class StepBias:
         keeps steps of 1/2 (bfloat16), so several forced tokens would tie.
 
         Args:
-            z: [n, V] logits; float32 is changed in place.
+            z: [n, v] logits of this rank's ids; float32 is changed in place.
             chunk: which LM-head rows they are.
             width: pairs of the row that has most, or more.
 
         Returns:
-            [n, V] float32.
+            [n, v] float32.
         """
         rows = self.rows[chunk]
         ids = self.ids[:, :width].index_select(0, rows)
         values = self.values[:, :width].index_select(0, rows)
+        if self.vocab.ranks > 1:
+            ids, mine = self.vocab.locate(ids)
+            values = values.masked_fill(~mine, 0.0)
         return z.float().scatter_add_(1, ids, values)
 
 
@@ -59,6 +65,7 @@ class BiasTable:
     Args:
         rows: including the trash row.
         vocab_size: ids are below it.
+        vocab: which ids this rank has logits of.
         device: of the state table.
 
     Attributes:
@@ -66,7 +73,8 @@ class BiasTable:
         values: [R + 1, 1024] float32.
     """
 
-    def __init__(self, rows: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, rows: int, vocab_size: int, vocab: VocabShard, device: torch.device) -> None:
+        self._vocab = vocab
         # different ones: additions to one and the same logit would wait for each other
         ids = torch.arange(MAX_LOGIT_BIAS, device=device) % vocab_size
         self.ids = ids.repeat(rows, 1)
@@ -95,7 +103,7 @@ class BiasTable:
         if not any(segment.bias for segment in shape.segments):
             return None
         owners = span_fields(packed, shape)[:, 0].index_select(0, head_entries(packed, shape))
-        return StepBias(self.ids, self.values, owners.long())
+        return StepBias(self.ids, self.values, owners.long(), self._vocab)
 
 
 def head_entries(packed: Tensor, shape: StepShape) -> Tensor:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dllmserve.attention.backend import AttentionStep, token_slots
 from dllmserve.core.plan import Write
 from dllmserve.core.rows import IntField, Track
 from dllmserve.models.base import AttentionContext
+from dllmserve.parallel.group import join
 from dllmserve.runtime.state_table import NEVER_COMPUTED, StateTable
 
 #: Tokens that are compared at once: a step may have many, and float32 copies are large.
@@ -18,6 +18,8 @@ _CHUNK = 4096
 _STEPS = 4096.0
 #: Drift of a position that was computed once.
 UNKNOWN = 1.0
+#: Below it, a product of norms counts as this.
+_LEAST_NORM = 1e-8
 
 
 class DriftMeter:
@@ -44,7 +46,7 @@ class DriftMeter:
         self._rows = torch.where(tracked, rows, table.trash_row)
         self._positions = positions.masked_fill(~tracked, table.max_len)
         self._slots = torch.where(tracked, slots, 0)
-        self._cache = step.kv.v[layer]
+        self._cache, self._group = step.kv.v[layer], step.group
         self._drift = torch.zeros(len(rows), device=rows.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,10 +63,17 @@ class DriftMeter:
     def _measure(self, v: Tensor, chunk: slice) -> None:
         """Compare a chunk of V [N, Hkv, D] with what the pages hold."""
         row, position = self._rows[chunk], self._positions[chunk]
-        now = v[chunk].flatten(1).float()
-        before = self._cache[self._slots[chunk]].flatten(1).float()
-        drift = 1.0 - F.cosine_similarity(now, before, dim=1)
+        now, before = v[chunk].float(), self._cache[self._slots[chunk]].float()
+        # head by head, and then in one order whatever ranks have them
+        found = torch.stack([(a * b).sum(dim=2) for a, b in _pairs(now, before)], dim=2)
+        both, one, other = join(self._group, found, 1).sum(dim=1).unbind(dim=1)  # [n]
+        norms = (one * other).sqrt().clamp(min=_LEAST_NORM)
+        drift = 1.0 - both / norms
         # what did not move moves by rounding errors, and those must not decide
         drift = (drift * _STEPS).floor().clamp(min=0.0) / _STEPS
         known = self._table.stale[row, position] < NEVER_COMPUTED
         self._drift[chunk] = torch.where(known, drift, UNKNOWN)
+
+
+def _pairs(now: Tensor, before: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    return (now, before), (now, now), (before, before)

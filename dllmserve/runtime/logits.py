@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.decoding.stats import RowParams, TokenStats, row_stats
+from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.bias import StepBias
 from dllmserve.runtime.decide import HeadCells
 from dllmserve.runtime.shape import SegmentShape
@@ -29,7 +30,7 @@ class RowReducer(Protocol):
 
     def reduce(
         self,
-        z: Tensor,  # [n, V]
+        z: Tensor,  # [n, v], of this rank's ids
         params: RowParams,
         mask_id: int,
         segment: SegmentShape,
@@ -40,14 +41,21 @@ class RowReducer(Protocol):
 
 
 class TorchReducer:
-    """Plain torch operations, on any device."""
+    """Plain torch operations, on any device.
+
+    Args:
+        vocab: which ids the logits are of.
+    """
 
     sampled_cost = 4  # noise and sorting work in float64 and int64
     filtered_cost = 4
 
+    def __init__(self, vocab: VocabShard) -> None:
+        self.vocab = vocab
+
     def reduce(
         self,
-        z: Tensor,  # [n, V]
+        z: Tensor,  # [n, v], of this rank's ids
         params: RowParams,
         mask_id: int,
         segment: SegmentShape,
@@ -61,6 +69,7 @@ class TorchReducer:
             sampled=segment.sampled,
             filtered=segment.filtered,
             needs=needs,
+            shard=self.vocab,
         )
 
 
@@ -72,7 +81,7 @@ class TritonReducer(TorchReducer):
 
     def reduce(
         self,
-        z: Tensor,  # [n, V]
+        z: Tensor,  # [n, v], of this rank's ids
         params: RowParams,
         mask_id: int,
         segment: SegmentShape,
@@ -83,7 +92,9 @@ class TritonReducer(TorchReducer):
             return super().reduce(z, params, mask_id, segment, needs)
         from dllmserve.kernels.stats import fused_row_stats
 
-        return fused_row_stats(z, params, mask_id=mask_id, sampled=segment.sampled, needs=needs)
+        return fused_row_stats(
+            z, params, mask_id=mask_id, sampled=segment.sampled, needs=needs, shard=self.vocab
+        )
 
 
 @dataclass(frozen=True)
@@ -110,11 +121,11 @@ class LogitsHead:
     """The LM head, in chunks.
 
     Args:
-        weight: [V, d].
+        weight: [v, d], of this rank's ids.
         max_rows: rows of logits that may exist at once; a guided row counts twice, and rows
             that are sampled or filtered as often as the reducer says.
         mask_id: id that is never proposed.
-        reducer: turns logits into statistics.
+        reducer: turns logits into statistics; by default of the whole vocabulary.
         exact: products whose result for a row depends on that row alone, bit for bit;
             None takes the fastest.
     """
@@ -130,7 +141,7 @@ class LogitsHead:
         self._weight = weight
         self._max_rows = max_rows
         self._mask_id = mask_id
-        self._reducer = reducer or TorchReducer()
+        self._reducer = reducer or TorchReducer(VocabShard(len(weight)))
         self._exact = exact
         self._buffer: Tensor | None = None
         if weight.device.type == "cuda" and exact is None:
@@ -194,7 +205,7 @@ class LogitsHead:
         return max(rows, 1)
 
     def _logits(self, x: Tensor, offset: int) -> Tensor:
-        """[n, V] logits of x [n, d], in the shared buffer from row ``offset`` if there is one."""
+        """[n, v] logits of x [n, d], in the shared buffer from row ``offset`` if there is one."""
         if self._exact is not None:
             return self._exact(x, self._weight, None)
         if self._buffer is None:

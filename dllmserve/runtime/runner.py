@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 
@@ -64,6 +66,7 @@ class StepHandle:
         proposals: what the model proposed, [n, W] on the device; read it before the next
             step is launched.
         blocks: canvas start and length of each entry's block.
+        await_event: how to wait for the device.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class StepHandle:
         ending = [e.span.row for e in plan.entries if e.last]
         self._answers = {row: to_host(table.answer(row)) for row in ending}
         self._event = record_event(table.device)  # behind all that the host will wait for
+        self.await_event: Callable[[torch.cuda.Event], None] = _synchronize
 
     def place(self, index: int) -> int:
         """Row of entry ``index`` in the proposals."""
@@ -104,7 +108,44 @@ class StepHandle:
 
     def _wait(self) -> None:
         if self._event is not None:
-            self._event.synchronize()
+            self.await_event(self._event)
+
+
+def _synchronize(event: torch.cuda.Event) -> None:
+    event.synchronize()
+
+
+class StepRunner(Protocol):
+    """What an engine steps with: a model on one device, or on several."""
+
+    #: whether a step that ran out of memory can be run again
+    recovers: bool
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The whole model."""
+        ...
+
+    @property
+    def table(self) -> StateTable:
+        """State rows, of this process's device."""
+        ...
+
+    def admit(self, init: RowInit) -> None:
+        """Fill a row of the state table, its bias and its page table."""
+        ...
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """Run one step."""
+        ...
+
+    def announce(self, text: str) -> None:
+        """Tell other ranks what a call returned."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the runner holds beside memory."""
+        ...
 
 
 class ModelRunner:
@@ -121,6 +162,8 @@ class ModelRunner:
         max_history_rows: positions whose last distribution may be kept.
     """
 
+    recovers = True
+
     def __init__(
         self,
         decoder: Decoder,
@@ -133,10 +176,10 @@ class ModelRunner:
         kernels: str = "torch",
         max_history_rows: int = 0,
     ) -> None:
-        self.spec: ModelSpec = decoder.spec
-        self.table = table
+        self._spec = decoder.spec
+        self._table = table
         self.kv = kv
-        self.graphs = graphs if backend.graphs else None
+        self.graphs = graphs if backend.graphs and decoder.group.captures else None
         self._decoder = decoder
         self._backend = backend
         self._head = head
@@ -148,10 +191,27 @@ class ModelRunner:
         self._max_history_rows = max_history_rows
         self._states: dict[str, LogitState] = {}
         self._ops = step_ops(kernels, table, rules, decoder.spec)
-        self._bias = BiasTable(table.trash_row + 1, decoder.spec.vocab_size, table.device)
+        rows = table.trash_row + 1
+        self._bias = BiasTable(rows, decoder.spec.vocab_size, decoder.vocab, table.device)
         # padding at most doubles the number of spans
         capacity = (4 * table.trash_row + 64) * (SPAN_FIELDS + HEAD_FIELDS)
         self._packed = torch.zeros(capacity, dtype=torch.int32, device=table.device)
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The whole model."""
+        return self._spec
+
+    @property
+    def table(self) -> StateTable:
+        """State rows."""
+        return self._table
+
+    def announce(self, text: str) -> None:
+        """There is nobody to tell."""
+
+    def close(self) -> None:
+        """Nothing but memory is held."""
 
     @property
     def logit_bytes(self) -> int:
@@ -174,6 +234,11 @@ class ModelRunner:
         """Run one step: forward, statistics, rules, report. Does not wait for the device."""
         packing, outputs = self._run(plan)
         return StepHandle(plan, packing, outputs, self.table)
+
+    @torch.inference_mode()
+    def follow(self, plan: StepPlan) -> None:
+        """Run one step whose report another rank reads."""
+        self._run(plan)
 
     def _run(self, plan: StepPlan) -> tuple[Packing, StepOutputs]:
         if self._graphable(plan):
@@ -204,16 +269,14 @@ class ModelRunner:
     def _state(self, name: str) -> LogitState:
         """What is kept of logits; allocated when the first request needs it."""
         if name not in self._states:
-            table, spec = self.table, self.spec
+            table, spec, vocab = self.table, self.spec, self._decoder.vocab
             rows, length = table.trash_row + 1, table.max_len + 1
             made: LogitState
             if name == "kl":
                 slots = self._max_history_rows
-                # the LM head may have more rows than the vocabulary has words
-                vocab = len(self._decoder.head_weight)
                 made = KlHistory(rows, slots, vocab, min(slots, length), table.device)
             else:
-                made = CreditTable(rows, length, spec.mask_id, table.device)
+                made = CreditTable(rows, length, vocab, spec.mask_id, table.device)
             self._states[name] = made
         return self._states[name]
 
@@ -227,7 +290,8 @@ class ModelRunner:
         try:
             return graphs.run(packing.shape, lambda: self._step(plan, packing), rehearse)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            # of several ranks, one alone cannot go another way
+            if not is_out_of_memory(error) or self._decoder.group.size > 1:
                 raise
         # a graph needs memory of its own: without it the step runs kernel by kernel
         release_cached_memory()
@@ -258,6 +322,7 @@ class ModelRunner:
             positions=given.positions,
             owners=given.owners,
             first=bool(shape.pick or shape.shadowed),
+            group=self._decoder.group,
         )
         rows = given.head_rows
         if len(given.head_uncond):

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dllmserve.attention.backend import host_to_device
 from dllmserve.core.rows import RowInit
-from dllmserve.decoding.stats import without
+from dllmserve.decoding.stats import log_sum, without
+from dllmserve.parallel.vocab import VocabShard, best_of
 from dllmserve.runtime.decide import HeadCells
 
 
@@ -32,12 +33,12 @@ class LogitState(Protocol):
         """Take a chunk of logits.
 
         Args:
-            z: [n, V] logits.
+            z: [n, v] logits of this rank's ids.
             cells: whose the step's M LM-head rows are.
             rows: which of them the chunk holds.
 
         Returns:
-            Logits [n, V] to be reduced, and a statistic [n] float64 or None.
+            Logits [n, v] to be reduced, and a statistic [n] float64 or None.
         """
         ...
 
@@ -48,20 +49,21 @@ class KlHistory:
     Args:
         rows: of the state table, the trash row included.
         slots: distributions that may be kept, besides slot 0, which is trash.
-        vocab: of the logits.
+        vocab: this rank's part of the vocabulary; it keeps the distributions of that.
         max_block: longest block.
         device: of the state table.
 
     Attributes:
         slots: [rows, max_block] int64, slot of each position of the row's block.
-        log_probs: [2, slots + 1, vocab] float32, of even and odd forwards.
+        log_probs: [2, slots + 1, v] float32, of even and odd forwards.
     """
 
     def __init__(
-        self, rows: int, slots: int, vocab: int, max_block: int, device: torch.device
+        self, rows: int, slots: int, vocab: VocabShard, max_block: int, device: torch.device
     ) -> None:
+        self._vocab = vocab
         self.slots = torch.zeros(rows, max_block, dtype=torch.int64, device=device)
-        self.log_probs = torch.zeros(2, slots + 1, vocab, device=device)
+        self.log_probs = torch.zeros(2, slots + 1, vocab.stop - vocab.start, device=device)
 
     def admit(self, init: RowInit) -> None:
         """Note the slots that the scheduler reserved."""
@@ -69,13 +71,15 @@ class KlHistory:
 
     def observe(self, z: Tensor, cells: HeadCells, rows: slice) -> tuple[Tensor, Tensor | None]:
         """KL(now || before) [n] float64, +inf in a block's first forward; now becomes before."""
-        now = z.float().log_softmax(dim=-1)
+        z32 = z.float()
+        now = z32 - log_sum(z32, self._vocab)
         slot = self.slots[cells.row[rows], cells.column[rows].clamp(max=self.slots.shape[1] - 1)]
         slot = torch.where(cells.real[rows], slot, 0)
         odd = cells.forward[rows] % 2
         before = self.log_probs[1 - odd, slot]
         terms = torch.where(now > -torch.inf, now.exp() * (now - before), 0.0)
-        kl = terms.sum(dim=-1, dtype=torch.float64)
+        sums = self._vocab.split(terms, 0.0).sum(dim=-1, dtype=torch.float64)  # [n, S]
+        kl = self._vocab.join(sums[:, None]).sum(dim=(1, 2))
         self.log_probs[odd, slot] = now
         return z, torch.where(cells.entering[rows], torch.inf, kl)
 
@@ -91,6 +95,7 @@ class CreditTable:
     Args:
         rows: of the state table, the trash row included.
         length: positions of a row, trash included.
+        vocab: this rank's part of the vocabulary.
         mask_id: never earns.
         device: of the state table.
 
@@ -102,8 +107,10 @@ class CreditTable:
     KEPT = 16
     DECAY, POWER, WEIGHT = 0.8, 0.2, 0.7
 
-    def __init__(self, rows: int, length: int, mask_id: int, device: torch.device) -> None:
-        self._mask_id = mask_id
+    def __init__(
+        self, rows: int, length: int, vocab: VocabShard, mask_id: int, device: torch.device
+    ) -> None:
+        self._vocab, self._mask_id = vocab, mask_id
         size = (2, rows, length, self.KEPT)
         self.ids = torch.full(size, -1, dtype=torch.int64, device=device)
         self.credits = torch.zeros(size, device=device)
@@ -112,16 +119,16 @@ class CreditTable:
         """Nothing: a block begins without credits."""
 
     def observe(self, z: Tensor, cells: HeadCells, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Logits [n, V] float32 with the credits added."""
-        z = z.float()
+        """Logits [n, v] float32 with the credits added."""
+        z, vocab = z.float(), self._vocab
         row, position = cells.row[rows], cells.position[rows]
         entering = cells.entering[rows][:, None]
         odd = cells.forward[rows] % 2
         ids = torch.where(entering, -1, self.ids[1 - odd, row, position])  # [n, 16]
         before = self.credits[1 - odd, row, position]
         credits = torch.where(entering, 0.0, before) * self.DECAY
-        best, token = without(z, self._mask_id).max(dim=-1, keepdim=True)  # [n, 1]
-        earned = (best - z.logsumexp(dim=-1, keepdim=True)).exp() ** self.POWER
+        best, token = self._best(z)  # [n, 1]
+        earned = (best - log_sum(z, vocab)).exp() ** self.POWER
         known = ids == token
         # a new token takes a free place, or that of the smallest credit
         place = torch.where(ids < 0, -1.0, credits).argmin(dim=-1, keepdim=True)
@@ -134,4 +141,13 @@ class CreditTable:
         self.ids[odd, row, position] = ids
         self.credits[odd, row, position] = credits
         raised = torch.where(ids >= 0, self.WEIGHT * credits.log1p(), 0.0)
-        return z.scatter_add(1, ids.clamp(min=0), raised), None
+        columns, mine = vocab.locate(ids)
+        return z.scatter_add(1, columns, raised.masked_fill(~mine, 0.0)), None
+
+    def _best(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Logit [n, 1] float32 and id [n, 1] int64 of each row's best token."""
+        best, column = without(z, self._mask_id, self._vocab.start).max(dim=-1)
+        token = column + self._vocab.start
+        found = self._vocab.group.all_gather(torch.stack((best.double(), token.double())))
+        best, token = best_of(found[:, 0], (found[:, 0], found[:, 1]))
+        return best.float()[:, None], token.long()[:, None]

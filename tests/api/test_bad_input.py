@@ -356,6 +356,7 @@ BUILTINS = {
     "EngineError": RuntimeError,
     "EngineStartError": RuntimeError,
     "EngineDiedError": RuntimeError,
+    "RankError": RuntimeError,
     "RequestAbortedError": RuntimeError,
 }
 

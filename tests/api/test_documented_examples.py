@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+import dllmserve
 from dllmserve.models.loader import ASSETS, EMBEDDED
 
 CONSTRUCTOR = """
@@ -150,8 +151,11 @@ def test_sparse(session: Names) -> None:
 
 def test_multi_gpu(session: Names) -> None:
     assert run(ONE_GPU, session)["llm"].config.tensor_parallel_size == 1
-    with pytest.raises(ValueError, match="tensor_parallel_size=2"):
-        run(TWO_GPUS, session)
+    params = dllmserve.SamplingParams(temperature=0.0, gen_length=8, steps=4)
+    one, two = session["llm"], run(TWO_GPUS, session)["llm"]
+    with two:
+        answers = [llm.generate(["Hello"], params, use_tqdm=False) for llm in (one, two)]
+    assert answers[0] == answers[1]
 
 
 def test_value_error(session: Names) -> None:

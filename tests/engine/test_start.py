@@ -10,7 +10,7 @@ import torch
 from dllmserve.config import EngineConfig
 from dllmserve.core.rows import RowInit
 from dllmserve.core.scheduler import Limits
-from dllmserve.engine import setup
+from dllmserve.engine import choices, setup
 from dllmserve.engine.profile import worst_step
 from dllmserve.errors import ConfigError
 from tests.helpers import PLAIN
@@ -20,16 +20,20 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def test_kernels_and_attention_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
-    monkeypatch.setattr(setup, "missing", lambda _: reasons)
-    assert setup._kernels("auto", CUDA) == setup._attention("auto", PLAIN, CUDA) == "triton"
-    assert setup._kernels("auto", CPU) == "torch"
-    assert setup._attention("auto", PLAIN, CPU) == "sdpa"
-    assert setup._kernels("torch", CUDA) == "torch"
+    monkeypatch.setattr(choices, "missing", lambda _: reasons)
+    assert (
+        choices.choose_kernels("auto", CUDA)
+        == choices.choose_attention("auto", PLAIN, CUDA)
+        == "triton"
+    )
+    assert choices.choose_kernels("auto", CPU) == "torch"
+    assert choices.choose_attention("auto", PLAIN, CPU) == "sdpa"
+    assert choices.choose_kernels("torch", CUDA) == "torch"
     reasons.append("no triton here")
-    assert setup._kernels("auto", CUDA) == "torch"
-    assert setup._attention("auto", PLAIN, CUDA) == "sdpa"
+    assert choices.choose_kernels("auto", CUDA) == "torch"
+    assert choices.choose_attention("auto", PLAIN, CUDA) == "sdpa"
     with pytest.raises(ConfigError, match="kernels='triton': no triton here"):
-        setup._kernels("triton", CUDA)
+        choices.choose_kernels("triton", CUDA)
 
 
 class Admitting:

@@ -12,6 +12,7 @@ from dllmserve.layers.norm import rms_norm
 from dllmserve.layers.ops import LayerOps, choose_ops
 from dllmserve.layers.rotary import Rotary
 from dllmserve.models.decoder import Decoder
+from dllmserve.parallel.partition import Partition
 from tests.helpers import PLAIN
 
 HAS_CUDA = torch.cuda.is_available()
@@ -191,7 +192,8 @@ def decoders(bias: bool, dtype: torch.dtype) -> tuple[Decoder, Decoder]:
         mlp_size=70,
         qkv_bias=bias,
     )
-    plain, fused = (Decoder(spec, dtype, DEVICE, 64, kernels=k) for k in ("torch", "triton"))
+    whole = Partition(spec)
+    plain, fused = (Decoder(whole, dtype, DEVICE, 64, kernels=k) for k in ("torch", "triton"))
     for i, ((_, one), (_, other)) in enumerate(
         zip(plain.named_parameters(), fused.named_parameters(), strict=True)
     ):

@@ -11,6 +11,7 @@ from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.layers.norm import rms_norm
 from dllmserve.layers.rotary import Rotary
 from dllmserve.models import loader
+from dllmserve.parallel.partition import Partition
 from dllmserve.registry import ATTENTION_BACKENDS, resolve
 from tests.conftest import SHAPES
 from tests.helpers import GOLDEN, MODELS, golden_raw
@@ -24,7 +25,7 @@ def logits(folder: Path, sequences: list[list[int]]) -> list[Tensor]:
     config = loader.read_config(folder)
     spec = loader.read_spec(config)
     decoder = loader.load_decoder(
-        folder, config, spec, dtype=torch.float32, device=CPU, max_len=spec.max_model_len
+        folder, config, Partition(spec), dtype=torch.float32, device=CPU, max_len=spec.max_model_len
     )
     kv = KVStore.create(
         spec, num_pages=0, page_size=1, num_rows=8, pages_per_row=1, dtype=torch.float32, device=CPU

@@ -196,7 +196,7 @@ def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
     refused(
         broken(tmp_path, edit),
         WeightsError,
-        f"unusable: {Q} is torch.int8, expected float32, bfloat16 or float16",
+        f"unusable: {Q} is I8, expected F32, BF16 or F16",
     )
 
 
@@ -310,7 +310,12 @@ def test_parameters_are_counted_as_loaded(checkpoints: dict[str, Path]) -> None:
         spec = loader.read_spec(loader.read_config(folder))
         plan = plan_engine(EngineConfig(model=str(folder), device="cpu"))
         decoder = loader.load_decoder(
-            folder, plan.config, spec, dtype=torch.float32, device=torch.device("cpu"), max_len=8
+            folder,
+            plan.config,
+            plan.partition,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            max_len=8,
         )
         assert sum(p.numel() for p in decoder.parameters()) == spec.parameters()
 
@@ -322,7 +327,7 @@ def test_parameters_are_counted_as_loaded(checkpoints: dict[str, Path]) -> None:
         ({"dtype": "int8"}, ConfigError, ["dtype", "'int8'", "bfloat16"]),
         ({"attention": "flash"}, ConfigError, ["attention", "'flash'", "'sdpa'"]),
         ({"load_format": "pickle"}, ConfigError, ["load_format", "'pickle'", "'dummy'"]),
-        ({"tensor_parallel_size": 2}, ConfigError, ["tensor_parallel_size=2", "=1"]),
+        ({"tensor_parallel_size": 3}, ConfigError, ["tensor_parallel_size=3", "heads", "1, 2"]),
         ({"tensor_parallel_size": 0}, ConfigError, ["tensor_parallel_size", ">= 1", "got 0"]),
         ({"max_num_seqs": 0}, ConfigError, ["max_num_seqs", ">= 1", "got 0"]),
         ({"max_num_seqs": True}, ConfigError, ["max_num_seqs", "True (bool)"]),

@@ -5,6 +5,7 @@ import torch
 
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, RowSelect, rule_index
+from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.bias import BiasTable, StepBias, head_entries
 from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, empty_ints, lay_out
@@ -84,7 +85,7 @@ def test_a_segment_is_as_wide_as_its_longest_bias(pad: Padding) -> None:
 
 def test_what_is_added() -> None:
     table, plan = table_and_plan({6: 2, 3: 3})
-    bias = BiasTable(table.trash_row + 1, VOCABULARY, CPU)
+    bias = BiasTable(table.trash_row + 1, VOCABULARY, VocabShard(VOCABULARY), CPU)
     bias.write_row(6, ((3, -100.0), (40, 2.5)))
     bias.write_row(3, ((0, 1.0), (3, 0.25), (49, 100.0)))
     packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row)
@@ -106,7 +107,8 @@ def test_half_precision_is_widened() -> None:
     """Tokens that a bias of 100 forces keep the order that the model gave them."""
     z = torch.tensor([[1.0, 1.0625, 0.5]], dtype=torch.bfloat16)
     ids = torch.tensor([[0, 1]])
-    step = StepBias(ids, torch.full((1, 2), 100.0), torch.zeros(1, dtype=torch.int64))
+    rows = torch.zeros(1, dtype=torch.int64)
+    step = StepBias(ids, torch.full((1, 2), 100.0), rows, VocabShard(VOCABULARY))
     got = step.add(z, slice(0, 1), 2)
     assert got.dtype == torch.float32
     assert got.tolist() == [[101.0, 101.0625, 0.5]]
@@ -114,7 +116,7 @@ def test_half_precision_is_widened() -> None:
 
 
 def test_a_row_forgets_its_last_request() -> None:
-    bias = BiasTable(3, VOCABULARY, CPU)
+    bias = BiasTable(3, VOCABULARY, VocabShard(VOCABULARY), CPU)
     bias.write_row(1, ((4, 1.0), (5, 2.0)))
     bias.write_row(1, ((6, 3.0),))
     assert bias.ids[1, 0] == 6
@@ -126,7 +128,7 @@ def test_a_row_forgets_its_last_request() -> None:
 
 def test_no_work_without_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     table, plan = table_and_plan({})
-    bias = BiasTable(table.trash_row + 1, VOCABULARY, CPU)
+    bias = BiasTable(table.trash_row + 1, VOCABULARY, VocabShard(VOCABULARY), CPU)
     packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row)
     monkeypatch.setattr("dllmserve.runtime.bias.torch", None)
     monkeypatch.setattr(bias, "values", None)

@@ -20,6 +20,7 @@ from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import EntryReport, Limits, Scheduler
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import find_model, read_config, read_spec
+from dllmserve.parallel.partition import Partition
 from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.runner import ModelRunner
@@ -110,7 +111,7 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
         device=META,
     )
     table = StateTable(limits.max_num_seqs, LENGTH, META)
-    decoder = Decoder(spec, torch.bfloat16, META, LENGTH, kernels="torch")
+    decoder = Decoder(Partition(spec), torch.bfloat16, META, LENGTH, kernels="torch")
     head = LogitsHead(decoder.head_weight, limits.max_logit_rows, spec.mask_id)
     runner = ModelRunner(
         decoder, table, kv, SdpaBackend(spec), head, max_history_rows=limits.max_history_rows

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import IntField, RowInit, RowSelect, rule_index
 from dllmserve.decoding.stats import RowParams, TokenStats
+from dllmserve.parallel.vocab import VocabShard
 from dllmserve.parameters import FloatField
 from dllmserve.runtime.bias import StepBias
 from dllmserve.runtime.inputs import StepInputs, build_inputs, compact
@@ -240,7 +241,8 @@ def test_a_bias_in_chunks(max_rows: int, dtype: torch.dtype) -> None:
     values = torch.zeros(3, 4)
     values[1], values[2, 0] = torch.tensor([-100.0, 2.25, 0.5, 0.0]), 0.125
     ids = torch.tensor([[0, 1, 2, 3], [4, 0, 9, 5], [7, 0, 1, 2]])
-    bias = StepBias(ids, values, torch.tensor([0, 1, 1, 0, 2, 1, 2, 0, 1, 2]))
+    rows = torch.tensor([0, 1, 1, 0, 2, 1, 2, 0, 1, 2])
+    bias = StepBias(ids, values, rows, VocabShard(13))
     segments = (
         SegmentShape(1, 7, False, False, False, 4),
         SegmentShape(1, 3, True, False, False, 3),
@@ -260,7 +262,7 @@ def test_a_bias_in_chunks(max_rows: int, dtype: torch.dtype) -> None:
         keys=torch.zeros(10, dtype=torch.int64),
     )
     scale = torch.full((10,), 1.0, dtype=torch.float64)
-    head = LogitsHead(weight, max_rows, 12, Seeing())
+    head = LogitsHead(weight, max_rows, 12, Seeing(VocabShard(13)))
     head.stats(hidden, scale, params, segments, frozenset(), bias)
     z = (hidden[:10] @ weight.t()).float()
     twin = (hidden[10:] @ weight.t()).float()

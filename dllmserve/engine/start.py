@@ -1,0 +1,86 @@
+"""build_engine: a whole engine, on one device or on several."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from dllmserve.config import EngineConfig
+from dllmserve.core.scheduler import Scheduler, SpanSource
+from dllmserve.engine.core import EngineCore
+from dllmserve.engine.setup import EnginePlan, build_runner, plan_engine
+from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
+from dllmserve.errors import DllmServeError, RankError
+from dllmserve.models.loader import find_model, require_weights
+from dllmserve.parallel.group import SOLO
+from dllmserve.ranks import torchrun
+from dllmserve.ranks.lead import LeadRunner
+from dllmserve.ranks.ranks import Ranks
+from dllmserve.ranks.signs import LOADED, STARTED
+from dllmserve.ranks.spawn import spawn_ranks
+from dllmserve.registry import CACHE_POLICIES, resolve
+from dllmserve.runtime.runner import StepRunner
+
+
+def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
+    """Load the model and set up an engine; with several ranks, this process's is rank 0.
+
+    Raises:
+        ModelError, ConfigError, OutOfMemoryError: see :func:`plan_engine` and the loader.
+        RankError: another rank failed.
+    """
+    if options.load_format != "dummy":
+        require_weights(find_model(options.model))  # before its sizes are held against memory
+    plan = plan_engine(options)
+    # first, because a broken one should not be noticed after gigabytes of weights
+    tokenizer = load_tokenizer(plan.directory, trust_remote_code=options.trust_remote_code)
+    if options.tensor_parallel_size == 1:
+        alone = build_runner(plan, SOLO)
+        return engine_of(alone.runner, alone.plan, tokenizer), alone.plan
+    return _lead(plan, tokenizer)
+
+
+def _lead(plan: EnginePlan, tokenizer: Tokenizer | None) -> tuple[EngineCore, EnginePlan]:
+    """Rank 0's engine; the other ranks are started, or met if torchrun has started them."""
+    options = plan.sizing.options
+    size = options.tensor_parallel_size
+    threads = torch.get_num_threads()
+    share = max(threads // size, 1)
+    world = torchrun.world()
+    if world is None:
+        ranks = spawn_ranks(size, asdict(options), threads=share)
+    else:
+        ranks = torchrun.meet_ranks(world)
+    try:
+        if plan.device.type == "cpu" and world is None:
+            torch.set_num_threads(share)  # ranks that fight for cores wait for each other
+        return _led_engine(plan, ranks, tokenizer, threads)
+    except BaseException as error:
+        torch.set_num_threads(threads)
+        # a rank that is gone may be the reason, and rank 0 may notice before it hears of it
+        foreign = isinstance(error, RuntimeError) and not isinstance(error, DllmServeError)
+        failure = ranks.explain(error) if foreign else ranks.failure
+        ranks.stop()
+        if failure is None or isinstance(error, RankError) or not isinstance(error, Exception):
+            raise
+        raise failure from error
+
+
+def _led_engine(
+    plan: EnginePlan, ranks: Ranks, tokenizer: Tokenizer | None, threads: int
+) -> tuple[EngineCore, EnginePlan]:
+    ranks.wait_for(STARTED)
+    group = ranks.group(plan.device)
+    loaded = build_runner(plan, group, lambda: ranks.wait_for(LOADED))
+    runner = LeadRunner(loaded.runner, ranks, lambda: torch.set_num_threads(threads))
+    return engine_of(runner, loaded.plan, tokenizer), loaded.plan
+
+
+def engine_of(runner: StepRunner, plan: EnginePlan, tokenizer: Tokenizer | None) -> EngineCore:
+    """The engine that steps with a runner."""
+    options = plan.sizing.options
+    policies: dict[str, SpanSource] = {n: resolve(CACHE_POLICIES, n)() for n in CACHE_POLICIES}
+    scheduler = Scheduler(plan.spec, plan.limits, policies.__getitem__)
+    depth = options.steps_per_sync if plan.device.type == "cuda" else 1
+    return EngineCore(scheduler, runner, tokenizer, options.seed, depth)

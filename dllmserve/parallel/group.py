@@ -1,0 +1,171 @@
+"""Group: what the ranks of one model say to each other in the middle of a step.
+
+Everything that is decided in a step follows from numbers that all ranks have, so ranks
+exchange sums and concatenations of tensors, and never a decision.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store, Work
+
+
+class Group(Protocol):
+    """The ranks of one model, as one of them sees them.
+
+    All ranks call the same methods in the same order, with tensors of the same shape.
+
+    Attributes:
+        rank, size: this rank, of so many.
+        captures: whether the exchanges may be part of a CUDA graph.
+    """
+
+    rank: int
+    size: int
+    captures: bool
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks of x, of any shape. ``x`` may be overwritten."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """The x [...] of all ranks: [size, ...]."""
+        ...
+
+
+class SoloGroup:
+    """A model on one device: nobody to talk to."""
+
+    rank = 0
+    size = 1
+    captures = True
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See :class:`Group`."""
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """See :class:`Group`."""
+        return x[None]
+
+
+SOLO = SoloGroup()
+
+
+class TorchGroup:
+    """A process group of torch.distributed, NCCL on GPUs and gloo elsewhere.
+
+    It is made without torch's default group, which belongs to the application and of which
+    there is only one: two engines, or an engine and a training loop, share a process.
+
+    Args:
+        store: where the ranks find each other.
+        rank, size: this rank, of so many.
+        device: of the tensors.
+        timeout_s: seconds after which an exchange that does not end has failed.
+        backend: "nccl" or "gloo"; by default what suits the device.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        timeout_s: float,
+        backend: str | None = None,
+    ) -> None:
+        from torch import distributed as public
+        from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions
+
+        distributed: Any = public  # much of it has no types
+        self.rank, self.size = rank, size
+        self._group: Any
+        timeout = timedelta(seconds=timeout_s)
+        self._reduce_how = AllreduceOptions()
+        self._gather_how = AllgatherOptions()
+        # on the current stream, where it needs no events and a graph can record it
+        self._reduce_how.asyncOp = self._gather_how.asyncOp = False
+        if (backend or ("nccl" if device.type == "cuda" else "gloo")) == "nccl":
+            self.captures = True
+            nccl = distributed.ProcessGroupNCCL.Options()
+            nccl._timeout = timeout
+            with _unwatched():
+                self._group = distributed.ProcessGroupNCCL(store, rank, size, nccl)
+        else:
+            self.captures = False
+            gloo = distributed.ProcessGroupGloo._Options()
+            gloo._timeout = timeout
+            # ranks share a host, and nothing listens on an address that others can reach
+            gloo._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+            self._group = distributed.ProcessGroupGloo(store, rank, size, gloo)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """See :class:`Group`; in place."""
+        x = x.contiguous()
+        _wait(self._group.allreduce([x], self._reduce_how))
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """See :class:`Group`."""
+        out = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
+        # flat, because gloo counts the first dimension
+        flat = x.contiguous().view(-1)
+        _wait(self._group._allgather_base(out.view(-1), flat, self._gather_how))
+        return out
+
+    def abort(self) -> None:
+        """End exchanges that wait for a rank that is gone. Of no use afterwards."""
+        self._group.abort()
+
+    def close(self) -> None:
+        """Take leave. All ranks do, and none waits."""
+        self._group.shutdown()
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """Without NCCL's watchdog: it would end the whole process, and cannot see into graphs.
+
+    Whoever made the group watches the ranks.
+    """
+    name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when a group is made
+    before = os.environ.get(name)
+    os.environ[name] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _wait(work: Work | None) -> None:
+    """Wait until an exchange is in order with what the current stream does next."""
+    if work is not None:
+        work.wait()
+
+
+def join(group: Group, x: Tensor, dim: int) -> Tensor:
+    """The shards x of all ranks, put together along ``dim`` in the order of ranks."""
+    if group.size == 1:
+        return x
+    shards = group.all_gather(x).movedim(0, dim)
+    return shards.flatten(dim, dim + 1)
+
+
+def smallest(group: Group, value: int, device: torch.device) -> int:
+    """The smallest of the ranks' numbers; waits for the device."""
+    if group.size == 1:
+        return value
+    return int(group.all_gather(torch.tensor([value], device=device)).min())

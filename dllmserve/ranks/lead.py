@@ -1,0 +1,94 @@
+"""LeadRunner: rank 0's runner. What it does, all ranks do."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import StepPlan
+from dllmserve.core.rows import RowInit
+from dllmserve.ranks.ranks import Ranks
+from dllmserve.ranks.wire import Kind, encode_kind, encode_plan, encode_row
+from dllmserve.runtime.runner import ModelRunner, StepHandle
+from dllmserve.runtime.state_table import StateTable
+
+
+class LeadRunner:
+    """A runner that tells the other ranks what it is about to do.
+
+    Whatever goes wrong in the middle of it leaves the ranks out of step, so the engine is over
+    then, and every later call raises the same RankError.
+
+    Args:
+        runner: this rank's.
+        ranks: the others.
+        closed: called when they have ended.
+    """
+
+    #: a step that ran out of memory cannot be run again: other ranks may have finished it
+    recovers = False
+
+    def __init__(
+        self, runner: ModelRunner, ranks: Ranks, closed: Callable[[], None] = lambda: None
+    ) -> None:
+        self._runner, self.ranks, self._closed = runner, ranks, closed
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The whole model."""
+        return self._runner.spec
+
+    @property
+    def table(self) -> StateTable:
+        """State rows; every rank has the same."""
+        return self._runner.table
+
+    def admit(self, init: RowInit) -> None:
+        """See :meth:`ModelRunner.admit`. Raises RankError."""
+        with self._together(encode_row(init)):
+            self._runner.admit(init)
+
+    def execute(self, plan: StepPlan) -> StepHandle:
+        """See :meth:`ModelRunner.execute`. Raises RankError."""
+        with self._together(encode_plan(plan)):
+            handle = self._runner.execute(plan)
+        handle.await_event = self.ranks.await_event
+        return handle
+
+    def announce(self, text: str) -> None:
+        """See :class:`StepRunner`. Raises RankError."""
+        self.ranks.send(encode_kind(Kind.RETURNED, text))
+
+    def close(self) -> None:
+        """End the other ranks."""
+        self.ranks.stop()
+        self._closed()
+
+    @contextmanager
+    def _together(self, message: bytes) -> Iterator[None]:
+        with _uninterrupted():
+            self.ranks.send(message)
+            try:
+                yield
+            except Exception as error:
+                raise self.ranks.explain(error) from error
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits: in the middle of an exchange it would leave the others behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which Python interrupts alone
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[-1])

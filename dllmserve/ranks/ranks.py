@@ -1,0 +1,239 @@
+"""Ranks: the other ranks of an engine, as rank 0 sees them.
+
+A thread watches them. When one dies, fails or is silent for too long, it ends all of them
+and lets rank 0 go if that waits for them; whatever rank 0 does next raises a RankError.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING
+
+import torch
+
+from dllmserve.errors import RankError
+from dllmserve.parallel.group import TorchGroup
+from dllmserve.ranks.signs import FAILED, LOADED, REACHED
+from dllmserve.ranks.wire import Kind, encode_kind
+from dllmserve.runtime.platform import first_line
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+_log = logging.getLogger("dllmserve.ranks")
+
+#: seconds of silence after which a rank counts as dead: before and after it is loaded, because
+#: loading has moments in which no thread of it runs
+LOADING_SILENCE_S, SILENCE_S = 120.0, 10.0
+#: seconds after which an exchange between ranks, or a step, that does not end has failed
+EXCHANGE_S = 600.0
+#: seconds that ranks get to leave by themselves, and that it may take to hear of a death
+_STOP_S, _HEAR_S = 5.0, 3.0
+_TICK_S = 0.25
+#: signals that no rank sends itself
+_FROM_OUTSIDE = (-9, -15)
+
+
+class Ranks:
+    """Ranks 1 to N - 1.
+
+    Args:
+        launch: starts them; called in the thread that watches them, because a process that is
+            tied to its parent is tied to the thread that made it.
+        store: where the ranks of the group find each other.
+
+    Attributes:
+        failure: why the engine can not go on; None while it can.
+        pids: process ids, where this process has started them.
+
+    Raises:
+        RankError: they could not be started.
+    """
+
+    def __init__(self, launch: Callable[[], Sequence[Peer]], store: Store) -> None:
+        self.failure: RankError | None = None
+        self._store = store
+        self._group: TorchGroup | None = None
+        self._peers: Sequence[Peer] = ()
+        self._launch = launch
+        self._news = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._watch, name="dllmserve-ranks", daemon=True)
+        self._thread.start()
+        with self._news:
+            self._news.wait_for(lambda: self._peers or self.failure)
+        self.check()
+
+    @property
+    def size(self) -> int:
+        """Ranks, this one included."""
+        return len(self._peers) + 1
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of ranks that were started here."""
+        return [peer.process.pid for peer in self._peers if peer.process is not None]
+
+    def check(self) -> None:
+        """Raise RankError if a rank is gone."""
+        if self.failure is not None:
+            raise RankError(str(self.failure), killed=self.failure.killed)
+
+    def wait_for(self, stage: str) -> None:
+        """Wait until all ranks have reached a stage. Raises RankError if one will not."""
+        with self._news:
+            self._news.wait_for(
+                lambda: self.failure or all(stage in peer.stages for peer in self._peers)
+            )
+        self.check()
+
+    def group(self, device: torch.device, backend: str | None = None) -> TorchGroup:
+        """Connect the group that exchanges tensors; all ranks must have started."""
+        self._group = TorchGroup(self._store, 0, self.size, device, EXCHANGE_S, backend)
+        return self._group
+
+    def send(self, data: bytes) -> None:
+        """Send a message to all ranks. Raises RankError if one is gone."""
+        self.check()
+        try:
+            for peer in self._peers:
+                peer.connection.send_bytes(data)
+        except OSError as error:
+            raise self.explain(error) from error
+
+    def explain(self, error: BaseException) -> RankError:
+        """What an error in the middle of a step means: a rank is gone, or rank 0 has failed.
+
+        Either way the ranks are out of step, so all of them end.
+        """
+        with self._news:
+            self._news.wait_for(lambda: self.failure is not None, timeout=_HEAR_S)
+        if self.failure is None:
+            self._fail(RankError(f"rank 0 failed: {type(error).__name__}: {first_line(error)}"))
+        return RankError(str(self.failure), killed=bool(self.failure and self.failure.killed))
+
+    def await_event(self, event: torch.cuda.Event) -> None:
+        """Wait for the device, but not for ever on a rank that is gone. Raises RankError."""
+        began = time.monotonic()
+        while not event.query():  # type: ignore[no-untyped-call]
+            if self.failure is not None:
+                break
+            if time.monotonic() - began > EXCHANGE_S:
+                self._fail(RankError(f"a step did not end within {EXCHANGE_S:g} s"))
+            time.sleep(2e-5)
+        self.check()
+
+    def stop(self) -> None:
+        """End the ranks; those that do not leave are killed. Safe to call again."""
+        if self._stopping:
+            return
+        with suppress(RankError):
+            self.send(encode_kind(Kind.STOP))
+        self._stopping = True
+        self._thread.join(_TICK_S * 4)
+        until = time.monotonic() + _STOP_S
+        for peer in self._peers:
+            peer.end(max(until - time.monotonic(), 0.0))
+        if self._group is not None and self.failure is None:
+            self._group.close()
+
+    def _watch(self) -> None:
+        """Start the ranks, then listen to them until they are stopped, or one is gone."""
+        try:
+            peers = self._launch()
+        except (OSError, RankError) as error:
+            self._fail(RankError(f"the ranks could not be started: {first_line(error)}"))
+            return
+        with self._news:
+            self._peers = peers
+            self._news.notify_all()
+        while not self._stopping and self.failure is None:
+            ready = wait([peer.connection for peer in peers], _TICK_S)
+            for peer in peers:
+                if peer.connection in ready:
+                    self._hear(peer)
+                elif peer.silence > (SILENCE_S if LOADED in peer.stages else LOADING_SILENCE_S):
+                    reason = f"rank {peer.rank} has been silent for {peer.silence:.0f} s"
+                    self._fail(RankError(f"{reason}: it is stopped or hangs", killed=True))
+
+    def _hear(self, peer: Peer) -> None:
+        """Take in a message, or that there will be none any more."""
+        try:
+            data = peer.connection.recv_bytes()
+        except (EOFError, OSError):
+            if not self._stopping:
+                self._fail(peer.death())
+            return
+        peer.heard = time.monotonic()
+        if data[:1] == FAILED:
+            self._fail(RankError(f"rank {peer.rank} failed: {data[1:].decode()}"))
+        elif data[:1] == REACHED:
+            with self._news:
+                peer.stages.add(data[1:].decode())
+                self._news.notify_all()
+
+    def _fail(self, failure: RankError) -> None:
+        """The engine is over: end all ranks, and whatever waits for them."""
+        with self._news:
+            if self.failure is not None or self._stopping:
+                return
+            self.failure = failure
+            self._news.notify_all()
+        _log.error("%s; all ranks of this engine end", failure)
+        for peer in self._peers:
+            peer.end(0.0)
+        if self._group is not None:
+            self._group.abort()
+
+
+class Peer:
+    """One other rank.
+
+    Args:
+        rank: its number.
+        connection: to it.
+        process: None where somebody else has started it.
+
+    Attributes:
+        heard: monotonic seconds of its last sign of life.
+        stages: what it has reached.
+    """
+
+    def __init__(
+        self, rank: int, connection: Connection, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.rank, self.connection, self.process = rank, connection, process
+        self.heard = time.monotonic()
+        self.stages: set[str] = set()
+
+    @property
+    def silence(self) -> float:
+        """Seconds since its last sign of life."""
+        return time.monotonic() - self.heard
+
+    def death(self) -> RankError:
+        """What it died of."""
+        if self.process is None:
+            return RankError(f"rank {self.rank} is gone")
+        try:
+            code = self.process.wait(_HEAR_S)
+        except subprocess.TimeoutExpired:
+            return RankError(f"rank {self.rank} closed its connection")
+        how = f"died of signal {-code}" if code < 0 else f"ended with code {code}"
+        return RankError(f"rank {self.rank} {how}", killed=code in _FROM_OUTSIDE)
+
+    def end(self, patience_s: float) -> None:
+        """See to it that the rank has ended, if this process has started it."""
+        if self.process is not None:
+            try:
+                self.process.wait(patience_s)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self.connection.close()
