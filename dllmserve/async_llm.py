@@ -1,4 +1,4 @@
-"""AsyncLLM: the engine in a process of its own, used from an event loop."""
+"""AsyncLLM: the engine, or several, in processes of their own, used from an event loop."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from dllmserve._checks import check_known
 from dllmserve.config import EngineConfig
 from dllmserve.core.door import Door
 from dllmserve.core.request import Request
+from dllmserve.core.work import work_of
 from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, check_messages, load_tokenizer
 from dllmserve.errors import DllmServeError, EngineError, PromptError, TokenizerError
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
+from dllmserve.process.devices import refuse_torchrun
+from dllmserve.process.fleet import Fleet
 from dllmserve.process.messages import EngineInfo, changed_fields
-from dllmserve.process.supervisor import Supervisor, SupervisorOptions
+from dllmserve.process.supervisor import SupervisorOptions
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -51,12 +55,15 @@ class AsyncLLM:
 
     Args:
         model: as for :class:`dllmserve.LLM`.
+        data_parallel_size: engines, each a process with a model of its own; a request goes to
+            the one with the least outstanding work. On CUDA each takes the next
+            ``tensor_parallel_size`` GPUs; on a CPU they divide cores and memory.
         supervision: how the process is started and watched.
         **engine_options: any field of :class:`dllmserve.config.EngineConfig`.
 
     Raises:
         UnknownOptionError: (a TypeError) an unknown option, with the nearest name.
-        ConfigError: (a ValueError) a bad option value.
+        ConfigError: (a ValueError) a bad option value, or torchrun has started this process.
 
     Example:
         >>> async def main():
@@ -71,12 +78,18 @@ class AsyncLLM:
         self,
         model: str | os.PathLike[str] = "tiny",
         *,
+        data_parallel_size: int = 1,
         supervision: SupervisorOptions | None = None,
         **engine_options: Any,
     ) -> None:
+        refuse_torchrun()
+        own = ("data_parallel_size", "supervision")
+        check_known("AsyncLLM", engine_options, [*own, *(f.name for f in fields(EngineConfig))])
         name = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.config = EngineConfig.from_options("AsyncLLM", {"model": name, **engine_options})
-        self.supervisor = Supervisor(asdict(self.config), supervision or SupervisorOptions())
+        self.supervisor = Fleet(
+            asdict(self.config), supervision or SupervisorOptions(), data_parallel_size
+        )
         self.tokenizer: Tokenizer | None = None
         self._door: Door | None = None
 
@@ -93,10 +106,11 @@ class AsyncLLM:
         await self.close()
 
     async def start(self) -> EngineInfo:
-        """Start the engine process and load the model.
+        """Start the engine processes and load the model in each.
 
         Raises:
-            DllmServeError: what :class:`dllmserve.LLM` raises, or the process did not start.
+            ConfigError: there are not enough GPUs for all of them.
+            DllmServeError: what :class:`dllmserve.LLM` raises, or a process did not start.
         """
         info = await self.supervisor.start()
         try:
@@ -114,12 +128,16 @@ class AsyncLLM:
         return info
 
     async def close(self) -> None:
-        """End the engine process; what is still under way fails."""
+        """End the engine processes; what is still under way fails."""
         await self.supervisor.close()
 
     @property
     def info(self) -> EngineInfo:
-        """The loaded engine. Raises EngineError before :meth:`start` is through."""
+        """The loaded engine, the smallest of several.
+
+        Raises:
+            EngineError: :meth:`start` is not through.
+        """
         if self._door is None or self.supervisor.info is None:
             raise EngineError("the engine has not been started: await start() first")
         return self.supervisor.info
@@ -260,6 +278,7 @@ class AsyncLLM:
             sparse,
             stream=stream,
             watch=watch,
+            work=work_of(request),
         )
 
     def abort(self, call: Call, error: DllmServeError | None = None) -> None:

@@ -73,6 +73,7 @@ class Call:
 
     Attributes:
         submit: the message that runs it, as often as it takes.
+        work: what it costs at most, see :func:`dllmserve.core.work.work_of`.
         in_engine: sent to the engine, and not ended.
         running: takes part in forward passes.
         ended: has an output or an error.
@@ -81,8 +82,8 @@ class Call:
         reruns: times that it was begun again on a new engine; events then start again, too.
     """
 
-    def __init__(self, submit: Submit) -> None:
-        self.submit = submit
+    def __init__(self, submit: Submit, work: int = 0) -> None:
+        self.submit, self.work = submit, work
         self.in_engine = False
         self.running = False
         self.ended = self.finished = False

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -58,6 +58,7 @@ class EngineProcess:
         process: asyncio.subprocess.Process,
         connection: Connection,
         relay: asyncio.Task[None],
+        log: logging.Logger,
     ) -> None:
         self.info: EngineInfo
         self.pid = process.pid
@@ -65,7 +66,9 @@ class EngineProcess:
         self._process = process
         self._connection = connection
         self._relay = relay
+        self._log = log
         self._crash: str | None = None
+        self._killed = False
         self._hung = False
 
     @classmethod
@@ -75,6 +78,8 @@ class EngineProcess:
         *,
         timeout_s: float,
         command: Sequence[str] = COMMAND,
+        environment: Mapping[str, str] | None = None,
+        log: logging.Logger = _log,
     ) -> EngineProcess:
         """Start a process and wait until its model is loaded.
 
@@ -82,13 +87,15 @@ class EngineProcess:
             options: fields of EngineConfig.
             timeout_s: for all of it.
             command: program and arguments; the socket and the owner's id are appended.
+            environment: variables that it gets besides this process's own.
+            log: where what it writes goes.
 
         Raises:
             DllmServeError: what the engine says is wrong with model or options.
             EngineStartError: it died, took too long, or the system had no room for it.
         """
         try:
-            return await cls._start(options, timeout_s, command)
+            return await cls._start(options, timeout_s, command, environment, log)
         except DllmServeError:
             raise
         except OSError as error:  # too many processes or open files, a full disk
@@ -96,7 +103,12 @@ class EngineProcess:
 
     @classmethod
     async def _start(
-        cls, options: dict[str, Any], timeout_s: float, command: Sequence[str]
+        cls,
+        options: dict[str, Any],
+        timeout_s: float,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None,
+        log: logging.Logger,
     ) -> EngineProcess:
         listener = Listener()
         process: asyncio.subprocess.Process | None = None
@@ -110,10 +122,11 @@ class EngineProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 limit=_MAX_LINE,
+                env={**os.environ, **environment} if environment else None,
                 start_new_session=True,  # Ctrl-C in a terminal is for the owner alone
             )
             async with asyncio.timeout(timeout_s):
-                return await cls._meet(process, listener, options)
+                return await cls._meet(process, listener, options, log)
         except BaseException as error:
             if process is not None:
                 await _end(process)
@@ -128,10 +141,14 @@ class EngineProcess:
 
     @classmethod
     async def _meet(
-        cls, process: asyncio.subprocess.Process, listener: Listener, options: dict[str, Any]
+        cls,
+        process: asyncio.subprocess.Process,
+        listener: Listener,
+        options: dict[str, Any],
+        log: logging.Logger,
     ) -> EngineProcess:
         """Connect to a new process, configure it and wait until it is ready."""
-        relay = asyncio.create_task(_relay_log(process))
+        relay = asyncio.create_task(_relay_log(process, log))
         accepting = asyncio.create_task(listener.accept(process.pid))
         dead = asyncio.create_task(process.wait())
         try:
@@ -143,7 +160,7 @@ class EngineProcess:
         finally:
             accepting.cancel()
             dead.cancel()
-        self = cls(process, connection, relay)
+        self = cls(process, connection, relay, log)
         try:
             await self._load(options)
         except BaseException:
@@ -187,6 +204,7 @@ class EngineProcess:
                 message = decode_from_engine(data)
                 if isinstance(message, Crashed):
                     self._crash = f"the engine's step failed: {message.message}"
+                    self._killed = message.killed
                 else:
                     handle(message)
         except msgspec.MsgspecError as error:
@@ -220,7 +238,7 @@ class EngineProcess:
                 break
             await asyncio.sleep(min(limit_s - silent + 0.01, 1.0))
         self._hung = True
-        _log.error("the engine has been silent for %.0f s; its stacks follow", silent)
+        self._log.error("the engine has been silent for %.0f s; its stacks follow", silent)
         with suppress(ProcessLookupError):  # it may end at any moment
             self._process.send_signal(signal.SIGUSR1)
             await asyncio.sleep(STACKS_S)
@@ -238,7 +256,7 @@ class EngineProcess:
         if self._hung:
             return Death(Cause.HUNG, "the engine hung and was killed")
         if self._crash is not None:
-            return Death(Cause.CRASHED, self._crash)
+            return Death(Cause.KILLED if self._killed else Cause.CRASHED, self._crash)
         if code == 0:
             return Death(Cause.STOPPED, how)
         return Death(Cause.KILLED if -code in _FROM_OUTSIDE else Cause.CRASHED, how)
@@ -269,7 +287,7 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
-async def _relay_log(process: asyncio.subprocess.Process) -> None:
+async def _relay_log(process: asyncio.subprocess.Process, log: logging.Logger) -> None:
     """Log every line that the process writes, so that logs have one format."""
     stream = process.stdout
     if stream is None:
@@ -278,8 +296,8 @@ async def _relay_log(process: asyncio.subprocess.Process) -> None:
         try:
             line = await stream.readline()
         except ValueError:  # longer than _MAX_LINE; readline() has dropped it
-            _log.warning("a line of more than %d bytes was left out", _MAX_LINE)
+            log.warning("a line of more than %d bytes was left out", _MAX_LINE)
             continue
         if not line:
             return
-        _log.info("%s", line.decode(errors="replace").rstrip())
+        log.info("%s", line.decode(errors="replace").rstrip())

@@ -2,6 +2,8 @@
 
 If the engine dies or hangs, a new one is started, and requests that have given nothing out
 yet are run again from their prompts; :mod:`dllmserve.process.calls` says which are not.
+Of several engines each has a supervisor; :mod:`dllmserve.process.fleet` moves requests from
+one that cannot run them to another.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -25,6 +27,7 @@ from dllmserve.errors import (
     RequestAbortedError,
 )
 from dllmserve.process.calls import Call, Cause, Death, Delta, Fate
+from dllmserve.process.devices import Share
 from dllmserve.process.engine_process import COMMAND, EngineProcess, error_named
 from dllmserve.process.messages import (
     Abort,
@@ -74,26 +77,53 @@ class SupervisorOptions:
     restart: bool = True
 
 
+def _nobody() -> None:
+    """Nobody wants to know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Berth:
+    """What a supervisor shares with the others of its fleet; one by itself has its own.
+
+    Attributes:
+        ids: of requests; none is given out twice in a fleet, so that requests can move.
+        changed: called when requests may have to move from here, or can move to here.
+        log: what the engine says and what happens to it.
+    """
+
+    ids: Iterator[int] = field(default_factory=itertools.count)
+    changed: Callable[[], None] = _nobody
+    log: logging.Logger = _log
+
+
 class Supervisor:
     """Owns the engine process. Lives on one event loop.
 
     Args:
         options: fields of EngineConfig.
         how: see :class:`SupervisorOptions`.
+        berth: its place in a fleet.
 
     Attributes:
         state: see :class:`State`.
         info: the loaded engine; None before the first one is ready.
         counters: as last reported, summed over all engines but for the gauges.
         restarts: engines started after the first.
+        share: what engines are started with.
+        work: of all requests that are here, see :func:`dllmserve.core.work.work_of`.
     """
 
-    def __init__(self, options: dict[str, Any], how: SupervisorOptions) -> None:
+    def __init__(
+        self, options: dict[str, Any], how: SupervisorOptions, berth: Berth | None = None
+    ) -> None:
         self.state = State.STARTING
         self.info: EngineInfo | None = None
         self.restarts = 0
-        self._options, self._how = options, how
-        self._ids = itertools.count()
+        self.share = Share(options)
+        self.work = 0
+        berth = berth or Berth()
+        self._ids, self._changed, self._log = berth.ids, berth.changed, berth.log
+        self._how = how
         self._engine: EngineProcess | None = None
         self._calls: dict[int, Call] = {}
         self._held: deque[Call] = deque()
@@ -123,6 +153,27 @@ class Supervisor:
     def engine_pid(self) -> int | None:
         """Process id of the running engine."""
         return None if self._engine is None else self._engine.pid
+
+    @property
+    def requests(self) -> int:
+        """Requests that are here, in the engine or waiting for it."""
+        return len(self._calls)
+
+    @property
+    def running(self) -> int:
+        """Requests that take part in forward passes."""
+        return sum(call.running for call in self._calls.values())
+
+    @property
+    def open(self) -> bool:
+        """Whether a request would go to the engine at once; not while suspects run alone."""
+        ready = self._engine is not None and self.state is State.READY
+        return ready and not self.suspected
+
+    @property
+    def suspected(self) -> bool:
+        """Whether requests are here that run alone, because they may be what kills engines."""
+        return bool(self._suspects) or self._alone is not None
 
     @property
     def silence(self) -> float:
@@ -168,8 +219,13 @@ class Supervisor:
         *,
         stream: bool = False,
         watch: bool = False,
+        work: int = 0,
     ) -> Call:
         """Queue a checked request.
+
+        Args:
+            prompt_ids, params, sparse, stream, watch: see :class:`Submit`.
+            work: what it costs at most.
 
         Raises:
             EngineError: the engine is gone for good.
@@ -177,11 +233,48 @@ class Supervisor:
         if self.state in (State.FAILED, State.CLOSED):
             raise self._failure or EngineError("the engine has been closed")
         submit = Submit(next(self._ids), prompt_ids, params, sparse, stream, watch)
-        call = Call(submit)
-        self._calls[call.id] = call
-        self._held.append(call)
-        self._send_held()
+        call = Call(submit, work)
+        self.adopt(call)
         return call
+
+    def holds(self, call: Call) -> bool:
+        """Whether a request is here and has not ended."""
+        return call.id in self._calls
+
+    def stuck(self, *, suspects: bool = False) -> bool:
+        """Whether :meth:`release` would give a request."""
+        return bool(self._held and not self.open) or (suspects and bool(self._suspects))
+
+    def release(self, *, suspects: bool = False) -> tuple[Call, bool]:
+        """Let go of a request that cannot be sent to the engine now, for another to adopt.
+
+        Args:
+            suspects: also of those that are to run alone, after the others.
+
+        Returns:
+            The request, and whether it has to run alone.
+        """
+        alone = not (self._held and not self.open)
+        call = self._suspects.popleft() if alone and suspects else self._held.popleft()
+        self._leave(call)
+        return call, alone
+
+    def adopt(self, call: Call, *, alone: bool = False) -> None:
+        """Take a request in, as the last one.
+
+        Args:
+            call: a new one, or one that another supervisor has let go of.
+            alone: it may be what kills engines, so nothing else may run beside it.
+        """
+        self._calls[call.id] = call
+        self.work += call.work
+        (self._suspects if alone else self._held).append(call)
+        self._send_held()
+
+    def _leave(self, call: Call) -> None:
+        """Take a request off the books; it may have left already."""
+        if self._calls.pop(call.id, None) is not None:
+            self.work -= call.work
 
     def abort(self, call: Call, error: DllmServeError | None = None) -> None:
         """Drop a request; its rows and pages are free after the current forward pass.
@@ -198,7 +291,7 @@ class Supervisor:
         self._forget(call)
 
     def _forget(self, call: Call) -> None:
-        self._calls.pop(call.id, None)
+        self._leave(call)
         for queue in (self._held, self._suspects):
             if call in queue:
                 queue.remove(call)
@@ -210,7 +303,7 @@ class Supervisor:
         """Send what may go to the engine now: suspects one by one, then everybody."""
         if self._engine is None or self.state is not State.READY:
             return
-        if self._suspects or self._alone is not None:
+        if self.suspected:
             busy = any(call.in_engine for call in self._calls.values())
             if self._suspects and not busy:
                 self._alone = self._suspects.popleft()
@@ -244,6 +337,7 @@ class Supervisor:
                 if failed.id in self._calls:
                     error = error_named(failed.error, failed.message)
                     self._end(self._calls[failed.id], error)
+        self._changed()
 
     def _end(self, call: Call, result: Any) -> None:
         call.end(result)
@@ -252,7 +346,11 @@ class Supervisor:
     async def _launch(self) -> EngineProcess:
         how = self._how
         engine = await EngineProcess.start(
-            self._options, timeout_s=how.load_timeout_s, command=how.command
+            self.share.options,
+            timeout_s=how.load_timeout_s,
+            command=how.command,
+            environment=self.share.environment,
+            log=self._log,
         )
         if self.state is State.CLOSED:  # while it was being loaded
             await engine.stop()
@@ -260,6 +358,7 @@ class Supervisor:
         self._engine, self.info = engine, engine.info
         self.state = State.READY
         self._send_held()
+        self._changed()
         return engine
 
     async def _supervise(self, engine: EngineProcess) -> None:
@@ -267,7 +366,7 @@ class Supervisor:
         try:
             await self._keep_alive(engine)
         except Exception:
-            _log.exception("the supervision of the engine failed")
+            self._log.exception("the supervision of the engine failed")
             if self._engine is not None:
                 self._engine.kill()
             self._give_up(EngineError("the supervision of the engine failed"))
@@ -297,15 +396,15 @@ class Supervisor:
             self.restarts += 1
             try:
                 running = await self._launch()
-                _log.info("a new engine is ready (process %d)", running.pid)
+                self._log.info("a new engine is ready (process %d)", running.pid)
             except DllmServeError as error:
                 running = None
                 failed_starts, reason = failed_starts + 1, str(error)
-                _log.error("the engine could not be started again: %s", error)
+                self._log.error("the engine could not be started again: %s", error)
 
     def _judge(self, death: Death) -> bool:
         """Decide what becomes of every request; True if any was running."""
-        _log.error("%s", death.text)
+        self._log.error("%s", death.text)
         self.state, self._engine, self._alone = State.RESTARTING, None, None
         self._past = self.counters
         self._now = Counters()
@@ -322,12 +421,16 @@ class Supervisor:
             else:
                 again.append(call)
         self._held.extendleft(reversed(again))
+        self._changed()
         return bool(running)
 
     def _give_up(self, error: DllmServeError) -> None:
-        _log.critical("%s: giving up", error)
+        self._log.critical("%s: giving up", error)
         self.state, self._failure = State.FAILED, error
-        self._fail_all(error)
+        try:
+            self._changed()  # others may take what is here
+        finally:
+            self._fail_all(error)
 
     def _fail_all(self, error: DllmServeError) -> None:
         for call in list(self._calls.values()):

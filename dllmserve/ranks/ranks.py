@@ -7,6 +7,7 @@ and lets rank 0 go if that waits for them; whatever rank 0 does next raises a Ra
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import threading
 import time
@@ -37,7 +38,7 @@ EXCHANGE_S = 600.0
 _STOP_S, _HEAR_S = 5.0, 3.0
 _TICK_S = 0.25
 #: signals that no rank sends itself
-_FROM_OUTSIDE = (-9, -15)
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 
 
 class Ranks:
@@ -225,7 +226,7 @@ class Peer:
             code = self.process.wait(_HEAR_S)
         except subprocess.TimeoutExpired:
             return RankError(f"rank {self.rank} closed its connection")
-        how = f"died of signal {-code}" if code < 0 else f"ended with code {code}"
+        how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         return RankError(f"rank {self.rank} {how}", killed=code in _FROM_OUTSIDE)
 
     def end(self, patience_s: float) -> None:

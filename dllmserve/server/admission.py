@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dllmserve.core.request import Request
+from dllmserve.core.work import forwards_of, work_of
 from dllmserve.errors import CapacityError, OverloadedError
 
 #: seconds of work that are let in when no bound was given
@@ -14,25 +15,6 @@ WORK_SECONDS = 60.0
 #: busy seconds before the measured speed is believed
 _WARM_S = 2.0
 _MOST_RETRY_S = 30
-#: forwards that a block may take beyond one a position, if its rule masks positions again (WINO)
-REVOKED = 29
-
-
-def forwards_of(request: Request) -> int:
-    """Forward passes that a request takes at most."""
-    if request.quotas:
-        return sum(len(block) for block in request.quotas)
-    if request.revokes:
-        return request.params.gen_length + REVOKED * len(request.blocks)
-    return request.params.gen_length
-
-
-def work_of(request: Request) -> int:
-    """Steps x canvas tokens x rows: what a request costs at most, known on arrival.
-
-    A rule that writes several tokens a step, an early end and a cache make it cost less.
-    """
-    return forwards_of(request) * request.canvas_len * request.rows_needed
 
 
 @dataclass

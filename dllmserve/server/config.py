@@ -79,6 +79,12 @@ class ServerConfig:
         None, _SAFE, "Requests at once for each key (no limit, if not given)."
     )
 
+    data_parallel_size: int = _option(
+        1,
+        _LOAD,
+        "Engine processes, each with a model of its own; on GPUs each takes "
+        "tensor_parallel_size of them.",
+    )
     max_requests: int = _option(256, _LOAD, "Requests waiting and running; more get a 503.")
     max_outstanding_work: int | None = _option(
         None,
@@ -160,6 +166,7 @@ class ServerConfig:
         for name in (
             "max_connections",
             "max_body_bytes",
+            "data_parallel_size",
             "max_requests",
             "max_results",
             "max_result_bytes",

@@ -5,7 +5,7 @@ Names are vLLM's, behind the prefix ``dllmserve:``; docs/metrics.md explains eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
@@ -35,11 +35,29 @@ HTTP_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 600.0)
 
 
 @dataclass(frozen=True)
+class EngineGauges:
+    """How one of the engines stands.
+
+    Attributes:
+        up: whether it is ready.
+        running: requests that take part in its forward passes.
+        work: outstanding work of the requests that it was given.
+        restarts: engines started in its place after the first.
+    """
+
+    up: bool
+    running: int
+    work: int
+    restarts: int
+
+
+@dataclass(frozen=True)
 class Gauges:
     """What is read when Prometheus asks.
 
     Attributes:
-        engine: the engine's counters.
+        engine: the engines' counters together.
+        engines: each of them; its place is the label ``engine``.
         waiting, running: requests.
         work: outstanding work, steps x canvas tokens.
         results, result_bytes: stored results.
@@ -50,6 +68,7 @@ class Gauges:
     """
 
     engine: Counters
+    engines: Sequence[EngineGauges]
     waiting: int
     running: int
     work: int
@@ -238,6 +257,34 @@ class _Current(Collector):
         for reason, count in now.evicted.items():
             evicted.add_metric([self._model, reason], count)
         yield evicted
+        yield from self._each_engine()
+
+    def _each_engine(self) -> Iterator[Metric]:
+        """Families with a series for every engine."""
+        engines, labels = self._now.engines, ["model_name", "engine"]
+        for name, text, values in (
+            ("engine_up", "1 while the engine is ready.", [float(e.up) for e in engines]),
+            (
+                "engine_requests_running",
+                "Requests that take part in an engine's forward passes.",
+                [e.running for e in engines],
+            ),
+            (
+                "engine_outstanding_work",
+                "Steps x canvas tokens of the requests that an engine was given.",
+                [e.work for e in engines],
+            ),
+        ):
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=labels)
+            for place, value in enumerate(values):
+                gauge.add_metric([self._model, str(place)], value)
+            yield gauge
+        replaced = CounterMetricFamily(
+            PREFIX + "engine_replaced", "Engines started in an engine's place.", labels=labels
+        )
+        for place, engine in enumerate(engines):
+            replaced.add_metric([self._model, str(place)], engine.restarts)
+        yield replaced
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=["model_name"])

@@ -1,4 +1,4 @@
-"""Service: engine, admission, jobs and metrics of one server, without HTTP."""
+"""Service: engines, admission, jobs and metrics of one server, without HTTP."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from dllmserve.errors import (
 )
 from dllmserve.outputs import RequestOutput
 from dllmserve.process.calls import Call, Event, Started
+from dllmserve.process.messages import EngineInfo
 from dllmserve.process.supervisor import State, SupervisorOptions
 from dllmserve.server.admission import Admission, Place
 from dllmserve.server.http.connection import ConnectionStats
-from dllmserve.server.metrics import Gauges, Metrics
+from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import Settings
 from dllmserve.server.store import StoreStats
 
@@ -190,7 +191,7 @@ class Service:
         settings: all options.
 
     Attributes:
-        llm: the engine.
+        llm: the engines.
         admission: what is under way.
         metrics: for Prometheus.
         runs: requests under way.
@@ -205,6 +206,7 @@ class Service:
         self.model_name = settings.model_name
         self.created = int(time.time())
         self.llm = AsyncLLM(
+            data_parallel_size=server.data_parallel_size,
             supervision=SupervisorOptions(
                 watchdog_s=server.watchdog_timeout,
                 load_timeout_s=server.load_timeout,
@@ -227,18 +229,27 @@ class Service:
         began = time.monotonic()
         info = await self.llm.start()
         self._started = True
-        self.admission.at_once = info.limits.max_num_seqs
+        self.admission.at_once = info.limits.max_num_seqs * len(self.llm.supervisor.engines)
         if not self._draining:
             self.admission.closed_because = None
+        self._log_ready(info, time.monotonic() - began)
+
+    def _log_ready(self, info: EngineInfo, seconds: float) -> None:
+        """One line; of several engines, one more for each."""
+        engines = self.llm.supervisor.engines
+        several = len(engines) > 1
         _log.info(
-            "%s is ready after %.1f s: %s, %s, max_model_len %d; %s",
+            "%s is ready after %.1f s: %s, %s, max_model_len %d%s",
             self.model_name,
-            time.monotonic() - began,
-            info.device,
+            seconds,
+            f"{len(engines)} engines" if several else info.device,
             info.dtype,
             info.limits.max_model_len,
-            info.memory,
+            "" if several else f"; {info.memory}",
         )
+        for place, engine in enumerate(engines if several else ()):
+            if engine.info is not None:
+                _log.info("engine %d: %s; %s", place, engine.info.device, engine.info.memory)
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, wait for what is under way, then drop the rest."""
@@ -262,11 +273,11 @@ class Service:
         self.admission.closed_because = _DRAINING
 
     async def stop(self) -> None:
-        """End the engine."""
+        """End the engines."""
         await self.llm.close()
 
     async def watch(self) -> DllmServeError:
-        """Wait until the engine is gone for good; returns why."""
+        """Wait until all engines are gone for good; returns why."""
         self.failure = await self.llm.supervisor.failed()
         return self.failure
 
@@ -287,9 +298,15 @@ class Service:
 
     @property
     def lost(self) -> bool:
-        """Whether only a restart of the server helps: not even the watchdog has."""
+        """Whether only a restart of the server helps: not even the watchdogs have.
+
+        While one engine answers, or is being started again, the server gets along by itself.
+        """
         limit = self.settings.server.watchdog_timeout + _PATIENCE_S
-        return self.status == "failed" or self.llm.supervisor.silence > limit
+        return self.status == "failed" or all(
+            engine.state is State.FAILED or engine.silence > limit
+            for engine in self.llm.supervisor.engines
+        )
 
     def admit(
         self,
@@ -321,8 +338,10 @@ class Service:
 
     def take_places(self, requests: Sequence[Request]) -> list[Place]:
         """Places for all of the requests, or for none. Raises what :meth:`admit` raises."""
-        counters = self.llm.supervisor.counters
-        self.admission.measure(counters.busy, counters.spans)
+        fleet = self.llm.supervisor
+        counters = fleet.counters
+        # each counts its own seconds: together they are as fast as one, times their number
+        self.admission.measure(counters.busy / max(fleet.serving, 1), counters.spans)
         try:
             return self.admission.take(requests)
         except OverloadedError:
@@ -390,6 +409,15 @@ class Service:
         stats = self.store_stats
         return Gauges(
             engine=self.llm.supervisor.counters,
+            engines=[
+                EngineGauges(
+                    up=engine.state is State.READY,
+                    running=engine.running,
+                    work=engine.work,
+                    restarts=engine.restarts,
+                )
+                for engine in self.llm.supervisor.engines
+            ],
             waiting=len(self.runs) - running,
             running=running,
             work=self.admission.work,

@@ -13,8 +13,8 @@ from dllmserve.errors import ConfigError
 
 _REASON = (
     "dllmserve runs in one server process: another worker would load the model once more and "
-    "not know the jobs of the first. Use one worker here, and several servers behind a gateway "
-    "to grow (docs/serving.md)"
+    "not know the jobs of the first. Use one worker here; to grow, give --data-parallel-size, or "
+    "run several servers behind a gateway (docs/serving.md)"
 )
 _PROC = Path("/proc")
 

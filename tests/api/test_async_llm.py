@@ -109,7 +109,7 @@ async def dropped(llm: AsyncLLM) -> None:
         for e in await asyncio.gather(*tasks, return_exceptions=True)
     )
     await until(idle)
-    assert supervisor.counters.pages_used == 0 and not supervisor._calls
+    assert supervisor.counters.pages_used == 0 and not supervisor.requests
 
     for stream in (llm.stream_text("Hello", long), llm.stream("Hello", long)):
         await anext(stream)
@@ -143,7 +143,7 @@ def test_everything_is_as_with_llm(
             assert drawn[0]["token_ids"] != drawn[1]["token_ids"]
             assert llm.supervisor.restarts == 0
             late = asyncio.create_task(llm.generate("x", SamplingParams(gen_length=200, steps=200)))
-            await until(lambda: len(llm.supervisor._calls) == 1)
+            await until(lambda: llm.supervisor.requests == 1)
         with pytest.raises(EngineError, match="closed"):
             await late
         with pytest.raises(EngineError, match="closed"):

@@ -116,6 +116,7 @@ SERVER_VALUES: dict[str, tuple[list[str], Any]] = {
     "open_metrics": (["--open-metrics"], True),
     "requests_per_minute": (["--requests-per-minute", "60"], 60),
     "max_parallel_per_key": (["--max-parallel-per-key", "3"], 3),
+    "data_parallel_size": (["--data-parallel-size", "2"], 2),
     "max_requests": (["--max-requests", "8"], 8),
     "max_outstanding_work": (["--max-outstanding-work", "123456"], 123456),
     "queue_timeout": (["--queue-timeout", "5"], 5.0),

@@ -114,10 +114,11 @@ class LightEngine:
 
 def first_of(directory: str) -> bool:
     """Whether no engine has been there before."""
-    mark = Path(directory) / "started"
-    first = not mark.exists()
-    mark.touch()
-    return first
+    try:
+        (Path(directory) / "started").touch(exist_ok=False)  # one of several at once is the first
+    except FileExistsError:
+        return False
+    return True
 
 
 def main() -> None:

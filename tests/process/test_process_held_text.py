@@ -35,8 +35,9 @@ def test_ids_without_text_are_not_given_out(byte_checkpoint: Path) -> None:
             async with asyncio.timeout(60):
                 while llm.supervisor.counters.committed < 8:
                     await asyncio.sleep(0.001)
-                assert llm.supervisor.engine_pid is not None and not reading.done()
-                os.kill(llm.supervisor.engine_pid, signal.SIGKILL)
+                assert not reading.done()
+                (pid,) = llm.supervisor.engine_pids
+                os.kill(pid, signal.SIGKILL)
                 await reading
             assert llm.supervisor.restarts == 1 and call.reruns == 1
             alone = await llm.generate("a", params)

@@ -1,6 +1,6 @@
 """A server without an engine process: a stand-in answers, and an ASGI client that may leave.
 
-Everything but :class:`dllmserve.process.supervisor.Supervisor` is the real thing.
+Everything but :class:`dllmserve.process.fleet.Fleet` is the real thing.
 """
 
 import asyncio
@@ -73,7 +73,7 @@ def echo_ids(prompt: list[int], length: int) -> list[int]:
 
 
 class StandIn:
-    """Supervisor whose engine repeats the prompt, at once; or, on hold, does as it is told.
+    """A fleet of one engine, which repeats the prompt at once; or, on hold, does as it is told.
 
     Attributes:
         hold: calls wait for the test to play them.
@@ -87,7 +87,7 @@ class StandIn:
         self.info: EngineInfo | None = None
         self.counters = Counters()
         self.silence, self.restarts = 0.0, 0
-        self.engine_pid = None
+        self.engines = [self]
         self.hold = False
         self.calls: list[Call] = []
         self.aborted: list[Call] = []
@@ -128,10 +128,11 @@ class StandIn:
         *,
         stream: bool = False,
         watch: bool = False,
+        work: int = 0,
     ) -> Call:
         if self.state in (State.FAILED, State.CLOSED):
             raise self.failure or EngineError("the engine has been closed")
-        call = Call(Submit(len(self.calls), prompt_ids, params, sparse, stream, watch))
+        call = Call(Submit(len(self.calls), prompt_ids, params, sparse, stream, watch), work)
         self.calls.append(call)
         if not self.hold:
             asyncio.get_running_loop().call_soon(self.play, call)
@@ -141,6 +142,18 @@ class StandIn:
         if not call.ended:
             self.aborted.append(call)
             call.end(error or RequestAbortedError("the request has been aborted"))
+
+    @property
+    def serving(self) -> int:
+        return int(self.state is State.READY)
+
+    @property
+    def running(self) -> int:
+        return sum(call.running for call in self.open_calls)
+
+    @property
+    def work(self) -> int:
+        return sum(call.work for call in self.open_calls)
 
     @property
     def open_calls(self) -> list[Call]:

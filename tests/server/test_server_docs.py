@@ -27,7 +27,7 @@ from dllmserve.process.supervisor import SupervisorOptions
 from dllmserve.server import ops
 from dllmserve.server.app import create_app, guarded
 from dllmserve.server.config import CHOICES, ServerConfig
-from dllmserve.server.metrics import Gauges, Metrics
+from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import load_settings
 from dllmserve.server.store.base import DROP_REASONS
 from tests.test_docs import blocks
@@ -97,7 +97,9 @@ def everything_counted() -> bytes:
         histogram.observe(0.1)
     known = {f.name: 0 for f in fields(Gauges)}
     evicted = {str(reason): 1 for reason in DROP_REASONS}
-    return metrics.render(Gauges(**{**known, "engine": Counters(), "evicted": evicted}))
+    engines = [EngineGauges(up=True, running=1, work=1, restarts=1)]
+    given = {**known, "engine": Counters(), "engines": engines, "evicted": evicted}
+    return metrics.render(Gauges(**given))
 
 
 def test_every_metric_is_documented_as_it_is() -> None:

@@ -9,6 +9,7 @@ import pytest
 from dllmserve import SamplingParams
 from dllmserve.core.door import Door
 from dllmserve.core.request import Request
+from dllmserve.core.work import work_of
 from dllmserve.errors import (
     CapacityError,
     EngineDiedError,
@@ -18,7 +19,7 @@ from dllmserve.errors import (
 )
 from dllmserve.outputs import RequestOutput
 from dllmserve.process.messages import Counters
-from dllmserve.server.admission import Admission, work_of
+from dllmserve.server.admission import Admission
 from dllmserve.server.service import finish_all
 from tests.server.stand_in import LIMITS, SPEC, Server, run, serving, until
 

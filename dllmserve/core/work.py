@@ -1,0 +1,25 @@
+"""Work: what a request costs at most, known when it arrives."""
+
+from __future__ import annotations
+
+from dllmserve.core.request import Request
+
+#: forwards that a block may take beyond one a position, if its rule masks positions again (WINO)
+REVOKED = 29
+
+
+def forwards_of(request: Request) -> int:
+    """Forward passes that a request takes at most."""
+    if request.quotas:
+        return sum(len(block) for block in request.quotas)
+    if request.revokes:
+        return request.params.gen_length + REVOKED * len(request.blocks)
+    return request.params.gen_length
+
+
+def work_of(request: Request) -> int:
+    """Steps x canvas tokens x rows: what a request costs at most.
+
+    A rule that writes several tokens a step, an early end and a cache make it cost less.
+    """
+    return forwards_of(request) * request.canvas_len * request.rows_needed

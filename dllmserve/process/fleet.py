@@ -1,0 +1,283 @@
+"""Fleet: several engines with the same model, as if they were one.
+
+A request goes to the engine with the least outstanding work. When that engine dies, or is
+given up, requests that only waited for it move to another one; those that may be what killed
+it stay, and run there by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Coroutine
+from enum import IntEnum
+from typing import Any
+
+from dllmserve._checks import check_int
+from dllmserve.errors import ConfigError, DllmServeError, EngineError
+from dllmserve.process.calls import Call
+from dllmserve.process.devices import shares
+from dllmserve.process.messages import Counters, EngineInfo, Value
+from dllmserve.process.supervisor import Berth, State, Supervisor, SupervisorOptions
+
+_log = logging.getLogger("dllmserve.engine")
+
+#: seconds of silence after which new requests avoid an engine; it reports every half second
+#: unless a step takes longer
+AVOIDED_AFTER_S = 10.0
+
+
+class _Standing(IntEnum):
+    """How soon an engine would run a request, best first."""
+
+    OPEN = 0
+    #: suspects run alone there, one by one
+    SUSPECTS = 1
+    #: it comes back, or the watchdog ends it, and the request moves on
+    SILENT = 2
+    STARTING = 3
+    GONE = 4
+
+
+class Fleet:
+    """Owns the supervisors of all engines of one model. Lives on one event loop.
+
+    Args:
+        options: fields of EngineConfig, the same for all.
+        how: how each engine process is started and watched.
+        size: number of engines.
+
+    Attributes:
+        engines: a supervisor for each.
+
+    Raises:
+        ConfigError: a wrong number.
+    """
+
+    def __init__(self, options: dict[str, Any], how: SupervisorOptions, size: int = 1) -> None:
+        check_int(ConfigError, "data_parallel_size", size, 1)
+        self._options, self._how = options, how
+        ids = itertools.count()
+        self.engines = [
+            Supervisor(
+                options,
+                how,
+                Berth(
+                    ids=ids,
+                    changed=self._engine_changed,
+                    log=_log.getChild(str(place)) if size > 1 else _log,
+                ),
+            )
+            for place in range(size)
+        ]
+        self._next = 0
+        self._started = self._closed = False
+        self._serving = size
+
+    @property
+    def state(self) -> State:
+        """READY if any engine is; FAILED only if all are gone for good."""
+        states = {engine.state for engine in self.engines}
+        for state in (State.CLOSED, State.READY, State.RESTARTING, State.STARTING):
+            if state in states:
+                return state
+        return State.FAILED
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """The engine with the least room, so that what fits it fits all; None before all are ready.
+
+        They differ in pages where their GPUs differ in free memory.
+        """
+        known = [engine.info for engine in self.engines if engine.info is not None]
+        if len(known) < len(self.engines):
+            return None
+        return min(known, key=lambda info: info.limits.num_pages)
+
+    @property
+    def counters(self) -> Counters:
+        """Of all engines together; the share of pages is the mean of those that run."""
+        each = [engine.counters for engine in self.engines]
+        return Counters(
+            waiting=sum(one.waiting for one in each),
+            running=sum(one.running for one in each),
+            pages_used=sum(one.pages_used for one in each) / max(self.serving, 1),
+            steps=sum(one.steps for one in each),
+            spans=sum(one.spans for one in each),
+            positions=sum(one.positions for one in each),
+            committed=sum(one.committed for one in each),
+            busy=sum(one.busy for one in each),
+        )
+
+    @property
+    def serving(self) -> int:
+        """Engines that are ready."""
+        return sum(engine.state is State.READY for engine in self.engines)
+
+    @property
+    def requests(self) -> int:
+        """Requests under way."""
+        return sum(engine.requests for engine in self.engines)
+
+    @property
+    def restarts(self) -> int:
+        """Engines started after the first of each place."""
+        return sum(engine.restarts for engine in self.engines)
+
+    @property
+    def engine_pids(self) -> list[int]:
+        """Process ids of the running engines."""
+        return [engine.engine_pid for engine in self.engines if engine.engine_pid is not None]
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the last sign of life of any engine that is ready; 0 if none is."""
+        ready = (engine.silence for engine in self.engines if engine.state is State.READY)
+        return min(ready, default=0.0)
+
+    async def start(self) -> EngineInfo:
+        """Start all engines at the same time and wait until they are ready.
+
+        Raises:
+            ConfigError: there are not enough GPUs for so many.
+            DllmServeError: model or options are wrong, or one of them did not start; the
+                others are ended then.
+        """
+        shared = await shares(self._options, len(self.engines), self._how.load_timeout_s)
+        if self.state is State.CLOSED:
+            raise EngineError("the engine has been closed")
+        for engine, share in zip(self.engines, shared, strict=True):
+            engine.share = share
+        starting = [asyncio.create_task(engine.start()) for engine in self.engines]
+        try:
+            infos = await asyncio.gather(*starting)
+        except BaseException:
+            for task in starting:
+                task.cancel()
+            await asyncio.gather(*starting, return_exceptions=True)
+            await self._close_those_that_run()
+            raise
+        self._started = True
+        self._engine_changed()
+        return self.info or infos[0]
+
+    async def close(self) -> None:
+        """End all engines; what is still under way fails."""
+        self._closed = True  # nothing moves from one that is closed to one that is not yet
+        await _all(*(engine.close() for engine in self.engines))
+
+    async def _close_those_that_run(self) -> None:
+        """After a start that failed: an engine that did not start has left nothing behind."""
+        running = [engine for engine in self.engines if engine.state is not State.STARTING]
+        await _all(*(engine.close() for engine in running))
+
+    async def failed(self) -> DllmServeError:
+        """Wait until all engines are given up; returns why. Never returns otherwise."""
+        reasons = await asyncio.gather(*(engine.failed() for engine in self.engines))
+        return reasons[0]
+
+    def submit(
+        self,
+        prompt_ids: list[int],
+        params: dict[str, Value],
+        sparse: dict[str, Value] | None,
+        *,
+        stream: bool = False,
+        watch: bool = False,
+        work: int = 0,
+    ) -> Call:
+        """Queue a checked request at the engine with the least outstanding work.
+
+        Args:
+            prompt_ids, params, sparse, stream, watch: see
+                :class:`dllmserve.process.messages.Submit`.
+            work: what it costs at most, see :func:`dllmserve.core.work.work_of`.
+
+        Raises:
+            EngineError: all engines are gone for good.
+        """
+        engine = self._best()  # if it is gone, so are all, and it says why
+        return engine.submit(prompt_ids, params, sparse, stream=stream, watch=watch, work=work)
+
+    def abort(self, call: Call, error: DllmServeError | None = None) -> None:
+        """Drop a request; its rows and pages are free after the current forward pass.
+
+        Args:
+            call: the request.
+            error: what whoever waits for it gets; a RequestAbortedError by default.
+        """
+        for engine in self.engines:
+            if engine.holds(call):
+                engine.abort(call, error)
+                self._engine_changed()  # it may have been the last suspect
+                return
+
+    def _best(self) -> Supervisor:
+        """The engine for the next request.
+
+        Equal ones take turns, so that the first does not get all of a quiet time.
+        """
+        size = len(self.engines)
+
+        def rank(place: int) -> tuple[int, int, int, int]:
+            engine = self.engines[place]
+            turn = (place - self._next) % size
+            return _standing(engine), engine.work, engine.requests, turn
+
+        place = min(range(size), key=rank)
+        self._next = (place + 1) % size
+        return self.engines[place]
+
+    def _engine_changed(self) -> None:
+        """Move what waits where it cannot run; say how many engines are left."""
+        if len(self.engines) == 1 or self._closed:
+            return
+        for source in self.engines:
+            if source.state is State.FAILED:
+                self._clear(source)
+                continue
+            # what waits for a new engine moves only to where it runs at once: anywhere else it
+            # would wait as well
+            while source.stuck() and _standing(target := self._best()) is _Standing.OPEN:
+                target.adopt(source.release()[0])
+        serving = self.serving
+        if self._started and serving != self._serving:
+            level = logging.INFO if serving == len(self.engines) else logging.WARNING
+            _log.log(level, "%d of %d engines serve", serving, len(self.engines))
+            self._serving = serving
+
+    def _clear(self, gone: Supervisor) -> None:
+        """Move everything from an engine that was given up, unless all were."""
+        # without restarts, suspects would end one engine after the other
+        suspects = self._how.restart
+        while gone.stuck(suspects=suspects) and self.state is not State.FAILED:
+            call, alone = gone.release(suspects=suspects)
+            # suspects stay together: where one is, nothing else runs
+            target = self._best() if not alone else self._refuge()
+            target.adopt(call, alone=alone)
+
+    def _refuge(self) -> Supervisor:
+        """The engine where requests that have to run alone disturb the fewest others."""
+        return min(
+            (engine for engine in self.engines if _standing(engine) is not _Standing.GONE),
+            key=lambda engine: (not engine.suspected, _standing(engine), engine.work),
+        )
+
+
+def _standing(engine: Supervisor) -> _Standing:
+    if engine.state in (State.FAILED, State.CLOSED):
+        return _Standing.GONE
+    if engine.state is not State.READY:
+        return _Standing.STARTING
+    if engine.silence > AVOIDED_AFTER_S:
+        return _Standing.SILENT
+    return _Standing.OPEN if engine.open else _Standing.SUSPECTS
+
+
+async def _all(*closing: Coroutine[Any, Any, None]) -> None:
+    """Wait for all of them, and raise the first error afterwards."""
+    results = await asyncio.gather(*closing, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

@@ -1,0 +1,113 @@
+"""A fleet whose engines are played by the test: no process runs."""
+
+import math
+
+from dllmserve.errors import DllmServeError, EngineStartError
+from dllmserve.outputs import RequestOutput
+from dllmserve.process.calls import Call, Cause, Death
+from dllmserve.process.fleet import Fleet
+from dllmserve.process.messages import (
+    Abort,
+    Admitted,
+    Counters,
+    Failed,
+    Finished,
+    Report,
+    Submit,
+    ToEngine,
+)
+from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
+
+OUTPUT = RequestOutput("", [1], "length", 1, 1, 1)
+
+
+class PlayedEngine:
+    """The part of EngineProcess that a supervisor talks to."""
+
+    pid = 1
+
+    def __init__(self) -> None:
+        self.last_message = math.inf
+        self.sent: list[ToEngine] = []
+
+    def send(self, message: ToEngine) -> None:
+        self.sent.append(message)
+
+    async def stop(self) -> None:
+        return
+
+    @property
+    def submitted(self) -> list[int]:
+        return [message.id for message in self.sent if isinstance(message, Submit)]
+
+    @property
+    def aborted(self) -> list[int]:
+        return [name for message in self.sent if isinstance(message, Abort) for name in message.ids]
+
+
+class PlayedFleet:
+    """Engines die, come back and answer when the test says so.
+
+    Attributes:
+        fleet: the real thing.
+        played: the engine that runs at each place, or ran last.
+    """
+
+    def __init__(self, size: int, *, restart: bool = True) -> None:
+        self.fleet = Fleet({"device": "cpu"}, SupervisorOptions(restart=restart), size)
+        self.played = [PlayedEngine() for _ in range(size)]
+        for place in range(size):
+            self.up(place)
+
+    def __getitem__(self, place: int) -> Supervisor:
+        return self.fleet.engines[place]
+
+    def up(self, place: int) -> PlayedEngine:
+        """An engine is ready."""
+        engine = self.played[place] = PlayedEngine()
+        supervisor = self[place]
+        supervisor._engine = engine  # type: ignore[assignment]
+        supervisor.state = State.READY
+        supervisor._send_held()
+        supervisor._changed()
+        return engine
+
+    def die(self, place: int, cause: Cause) -> None:
+        self[place]._judge(Death(cause, f"engine {place} {cause.value}"))
+
+    def give_up(self, place: int, error: DllmServeError | None = None) -> None:
+        self[place]._give_up(error or EngineStartError(f"engine {place} is gone"))
+
+    def silent(self, place: int, seconds: float) -> None:
+        """It has said nothing for so long."""
+        supervisor = self[place]
+        self.played[place].last_message = math.inf if not seconds else -math.inf
+        assert (supervisor.silence > 0) == bool(seconds)
+
+    def ask(self, work: int = 1, *, admit: bool = True) -> Call:
+        call = self.fleet.submit([1], {}, None, work=work)
+        if admit and call.in_engine:
+            self.admit(call)
+        return call
+
+    def place_of(self, call: Call) -> int:
+        """Where a request is; it is in one place exactly."""
+        (place,) = [i for i, engine in enumerate(self.fleet.engines) if engine.holds(call)]
+        return place
+
+    def admit(self, *calls: Call) -> None:
+        for call in calls:
+            self[self.place_of(call)]._handle(Admitted([call.id]))
+
+    def finish(self, *calls: Call) -> None:
+        for call in calls:
+            report = Report(Counters(), finished=[Finished(call.id, OUTPUT)])
+            self[self.place_of(call)]._handle(report)
+
+    def fail(self, call: Call) -> None:
+        report = Report(Counters(), failed=[Failed(call.id, "OutOfMemoryError", "too much")])
+        self[self.place_of(call)]._handle(report)
+
+    @property
+    def works(self) -> list[int]:
+        return [engine.work for engine in self.fleet.engines]

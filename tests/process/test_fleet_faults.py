@@ -1,0 +1,214 @@
+"""Several engine processes: they start together, die apart, and leave nothing behind."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dllmserve.errors import EngineDiedError, EngineError, EngineStartError
+from dllmserve.process import supervisor as supervision
+from dllmserve.process.calls import Call
+from dllmserve.process.fleet import Fleet
+from dllmserve.process.supervisor import State, SupervisorOptions
+from tests.process.left import children, nothing_left
+from tests.process.light_child import POISON
+
+CHILD = Path(__file__).parent / "light_child.py"
+
+
+def light(how: str, directory: Path, **given: Any) -> SupervisorOptions:
+    command = (sys.executable, str(CHILD), how, str(directory))
+    return SupervisorOptions(command=command, **{"load_timeout_s": 60.0, **given})
+
+
+@asynccontextmanager
+async def fleet_of(size: int, how: str, directory: Path, **given: Any) -> AsyncIterator[Fleet]:
+    fleet = Fleet({"device": "cpu"}, light(how, directory, **given), size)
+    async with asyncio.timeout(100):
+        await fleet.start()
+        try:
+            yield fleet
+        finally:
+            await fleet.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.002)
+
+
+def ask(fleet: Fleet, *prompt: int) -> Call:
+    return fleet.submit([*prompt], {}, None, work=10)
+
+
+def place_of(fleet: Fleet, call: Call) -> int:
+    return [engine.holds(call) for engine in fleet.engines].index(True)
+
+
+def kill(fleet: Fleet, place: int) -> None:
+    pid = fleet.engines[place].engine_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    with nothing_left():
+        yield
+
+
+def restart_after(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "_FIRST_PAUSE_S", seconds)
+    monkeypatch.setattr(supervision, "_LAST_PAUSE_S", seconds)
+
+
+def test_engines_share_the_work(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with fleet_of(3, "none", tmp_path) as fleet:
+            assert len(set(fleet.engine_pids)) == 3 and fleet.state is State.READY
+            calls = [ask(fleet, n + 10, n) for n in range(30)]
+            assert [engine.requests for engine in fleet.engines] == [10, 10, 10]
+            # each its own answer, although the ids come from one counter
+            for n, call in enumerate(calls):
+                assert (await call.output()).token_ids == [n + 10, n]
+            await until(lambda: fleet.counters.steps == 30)
+            assert all(engine.counters.steps == 10 for engine in fleet.engines)
+            assert fleet.requests == 0 and fleet.restarts == 0
+
+    asyncio.run(main())
+
+
+def test_a_killed_engine_hands_over_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restart_after(60, monkeypatch)  # longer than the test: nobody waits for that
+
+    async def main() -> None:
+        async with fleet_of(2, "waits", tmp_path) as fleet:
+            running = ask(fleet, POISON)
+            await until(lambda: running.running)
+            assert place_of(fleet, running) == 0
+            kill(fleet, 0)
+            await until(lambda: place_of(fleet, running) == 1 and running.running)
+            assert running.reruns == 1 and fleet.state is State.READY
+            assert fleet.serving == 1 and fleet.engines[0].state is State.RESTARTING
+            for n in (1, 2, 3):
+                assert (await ask(fleet, n).output()).token_ids == [n]
+            fleet.abort(running)
+            assert [engine.work for engine in fleet.engines] == [0, 0]
+
+    asyncio.run(main())
+
+
+def test_both_engines_die_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restart_after(0.01, monkeypatch)
+
+    async def main() -> None:
+        async with fleet_of(2, "waits", tmp_path) as fleet:
+            calls = [ask(fleet, POISON) for _ in range(4)]
+            await until(lambda: all(call.running for call in calls))
+            kill(fleet, 0)
+            kill(fleet, 1)
+            await until(lambda: fleet.restarts == 2 and fleet.serving == 2)
+            await until(lambda: all(call.running for call in calls))
+            assert sum(engine.work for engine in fleet.engines) == 40
+            for call in calls:
+                fleet.abort(call)
+            assert (await ask(fleet, 1).output()).token_ids == [1]
+
+    asyncio.run(main())
+
+
+def test_a_request_that_crashes_its_engine_disturbs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restart_after(0.01, monkeypatch)
+
+    async def main() -> None:
+        async with fleet_of(2, "exit", tmp_path) as fleet:
+            bad = ask(fleet, POISON)
+            place = place_of(fleet, bad)
+            good = [ask(fleet, n) for n in (1, 2, 3)]
+            with pytest.raises(EngineDiedError):
+                await bad.output()
+            for n, call in enumerate(good):
+                assert (await call.output()).token_ids == [n + 1]
+            assert fleet.engines[place].restarts >= 1 and fleet.engines[1 - place].restarts == 0
+
+    asyncio.run(main())
+
+
+def test_engines_that_are_given_up_one_after_the_other(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with fleet_of(2, "waits", tmp_path, restart=False) as fleet:
+            giving_up = asyncio.create_task(fleet.failed())
+            call = ask(fleet, POISON)
+            await until(lambda: call.running)
+            kill(fleet, 0)
+            await until(lambda: fleet.engines[0].state is State.FAILED)
+            assert fleet.state is State.READY and not giving_up.done()
+            await until(lambda: call.running)
+            assert (await ask(fleet, 2).output()).token_ids == [2]
+            kill(fleet, 1)
+            with pytest.raises(EngineDiedError):
+                await call.output()
+            error = await giving_up
+            assert "restarts are off" in str(error) and fleet.state is State.FAILED
+            with pytest.raises(EngineError):
+                ask(fleet, 1)
+
+    asyncio.run(main())
+
+
+def test_one_that_does_not_start_ends_the_others(tmp_path: Path) -> None:
+    async def main() -> None:
+        fleet = Fleet({"device": "cpu"}, light("dies-at-once", tmp_path), 3)
+        with pytest.raises(EngineStartError, match="code 3"):
+            await fleet.start()
+        assert fleet.engine_pids == [] and fleet.info is None
+
+    asyncio.run(main())
+
+
+def test_a_start_that_is_called_off(tmp_path: Path) -> None:
+    before = children()
+
+    async def main() -> None:
+        fleet = Fleet({"device": "cpu"}, light("slow-load", tmp_path), 2)
+        starting = asyncio.create_task(fleet.start())
+        await until(lambda: len(children() - before) >= 2)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert children() <= before
+
+    asyncio.run(main())
+
+
+def test_closing_while_one_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    restart_after(60, monkeypatch)
+
+    async def main() -> None:
+        async with fleet_of(2, "waits", tmp_path) as fleet:
+            calls = [ask(fleet, POISON) for _ in range(2)]
+            await until(lambda: all(call.running for call in calls))
+            kill(fleet, 0)
+            await until(lambda: fleet.serving == 1)
+            await fleet.close()
+            for call in calls:
+                with pytest.raises(EngineError, match="closed"):
+                    await call.output()
+            assert fleet.state is State.CLOSED and fleet.requests == 0
+            with pytest.raises(EngineError, match="closed"):
+                ask(fleet, 1)
+            with pytest.raises(EngineError, match="closed"):
+                await fleet.start()
+            await fleet.close()  # again
+
+    asyncio.run(main())
