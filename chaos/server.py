@@ -160,13 +160,18 @@ class Server:
         return None if self._process is None else self._process.returncode
 
     def engine(self) -> psutil.Process | None:
-        """The engine's process, if there is one now."""
+        """The engine's process, rank 0 of several, if there is one now."""
+        return next(iter(self.ranks()), None)
+
+    def ranks(self) -> list[psutil.Process]:
+        """All processes of the engine that run now, rank 0 first."""
+        found: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess, Died):
-            for child in self.process.children(recursive=True):
+            for child in self.process.children():
                 if alive(child):
-                    self.engines.add(child.pid)
-                    return child
-        return None
+                    found += [child, *filter(alive, child.children(recursive=True))]
+        self.engines.update(process.pid for process in found)
+        return found
 
     async def metrics(self) -> dict[str, float]:
         """Every figure of /metrics without its prefix; those with several labels are added up."""

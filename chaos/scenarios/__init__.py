@@ -6,7 +6,7 @@ from chaos.scenario import Scenario
 from chaos.scenarios.bad_start import BAD_START
 from chaos.scenarios.descriptors import DESCRIPTORS
 from chaos.scenarios.dropped import DROPPED
-from chaos.scenarios.engine_kills import ENGINE_KILLS
+from chaos.scenarios.engine_kills import ENGINE_KILLS, RANK_KILLS
 from chaos.scenarios.faults import FAULTS_INSIDE
 from chaos.scenarios.isolation import ISOLATION
 from chaos.scenarios.mixed import MIXED
@@ -19,6 +19,7 @@ from chaos.scenarios.soak import SOAK
 SCENARIOS: tuple[Scenario, ...] = (
     MIXED,
     ENGINE_KILLS,
+    RANK_KILLS,
     SERVER_KILL,
     DROPPED,
     SLOW_CLIENTS,

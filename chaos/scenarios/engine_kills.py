@@ -21,22 +21,32 @@ _SHORTEST_S = 0.3
 
 
 async def run(
-    ground: Ground, report: Report, *, kills: int, clients: int, longest_s: float
+    ground: Ground,
+    report: Report,
+    *,
+    kills: int,
+    clients: int,
+    longest_s: float,
+    ranks: int = 1,
 ) -> None:
     """Kill engines one after the other while clients ask in all ways.
 
-    Each gets a random time to work, up to ``longest_s`` seconds.
+    Each gets a random time to work, up to ``longest_s`` seconds. Of several ranks, any may be
+    the one.
     """
     asks = ground.known.usual()
     rng = random.Random(2)
     before = shared_memory()
     ready: list[float] = []
     unready = 0
-    async with Server(ground.place("kills"), ground.model) as server:
+    shared = ("--tensor-parallel-size", str(ranks)) if ranks > 1 else ()
+    place = ground.place(f"kills-{ranks}")
+    async with Server(place, ground.model, *shared) as server:
         ways: dict[Way, int] = {job: 1, chat: 1, stream: 1}
         async with Load(server.port, asks, clients=clients, ways=ways, seed=2) as load:
             for _ in range(kills):
-                seconds, seen_unready = await _kill(server, rng.uniform(_SHORTEST_S, longest_s))
+                wait_s, victim = rng.uniform(_SHORTEST_S, longest_s), rng.randrange(ranks)
+                seconds, seen_unready = await _kill(server, wait_s, victim)
                 ready.append(seconds)
                 unready += seen_unready
         metrics = await server.metrics()
@@ -60,18 +70,18 @@ async def run(
     }
 
 
-async def _kill(server: Server, wait_s: float) -> tuple[float, bool]:
-    """Kill the engine in the middle of its work.
+async def _kill(server: Server, wait_s: float, victim: int) -> tuple[float, bool]:
+    """Kill the engine, or one rank of it, in the middle of its work.
 
     Returns:
         The seconds until the next engine was ready, and whether /ready said 503 in between.
     """
     await until_busy(server)
     await asyncio.sleep(wait_s)
-    engine = server.engine()
-    if engine is None:
-        raise AssertionError("the server has no engine")
-    os.kill(engine.pid, signal.SIGKILL)
+    ranks = server.ranks()
+    if len(ranks) <= victim:
+        raise AssertionError(f"the engine has {len(ranks)} processes")
+    os.kill(ranks[victim].pid, signal.SIGKILL)
     began = time.monotonic()
     unready = False
     async with Client(server.port) as client:
@@ -100,4 +110,13 @@ ENGINE_KILLS = Scenario(
     run=run,
     full={"kills": 20, "clients": 16, "longest_s": 2.5},
     quick={"kills": 1, "clients": 8, "longest_s": 0.6},
+)
+
+RANK_KILLS = Scenario(
+    name="rank-kills",
+    does="20 kill -9 of a random rank of an engine with --tensor-parallel-size 2, 16 clients",
+    passes="as for engine-kills: one rank takes the others with it, and all come back",
+    run=run,
+    full={"kills": 20, "clients": 16, "longest_s": 2.5, "ranks": 2},
+    quick={"kills": 2, "clients": 8, "longest_s": 0.6, "ranks": 2},
 )

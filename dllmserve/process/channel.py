@@ -7,6 +7,7 @@ import select
 import socket
 import struct
 import tempfile
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class ChannelClosed(ConnectionError):
 
 
 class Channel:
-    """The engine's side: blocking sends, receives with a timeout, one thread.
+    """The engine's side: blocking sends from any thread, receives with a timeout in one.
 
     Args:
         path: the owner's socket.
@@ -36,11 +37,13 @@ class Channel:
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self._buffer = bytearray()
+        self._sending = threading.Lock()
 
     def send(self, data: bytes) -> None:
         """Send a message. Raises ChannelClosed if the owner is gone."""
         try:
-            self._socket.sendall(_LENGTH.pack(len(data)) + data)
+            with self._sending:
+                self._socket.sendall(_LENGTH.pack(len(data)) + data)
         except OSError as error:
             raise ChannelClosed(f"the engine's owner is gone: {error}") from error
 

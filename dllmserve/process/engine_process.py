@@ -24,6 +24,7 @@ from dllmserve.process.messages import (
     EngineInfo,
     FromEngine,
     NotLoaded,
+    Pulse,
     Ready,
     Stop,
     ToEngine,
@@ -38,6 +39,10 @@ COMMAND = (sys.executable, "-m", "dllmserve.process.child")
 #: seconds that an engine gets to leave by itself, and to write its stacks, before it is killed
 STOP_S = 5.0
 STACKS_S = 1.0
+#: seconds without a pulse after which an engine's process is taken for stopped
+PULSE_LIMIT_S = 10.0
+#: a longer pause between two looks at an engine means that this process did not run
+_PAUSE_S = 3.0
 #: signals that no engine sends itself
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 _MAX_LINE = 1 << 16
@@ -63,13 +68,14 @@ class EngineProcess:
         self.info: EngineInfo
         self.pid = process.pid
         self.last_message = time.monotonic()
+        self._last_pulse: float | None = None
         self._process = process
         self._connection = connection
         self._relay = relay
         self._log = log
         self._crash: str | None = None
         self._killed = False
-        self._hung = False
+        self._hung = self._stopped = False
 
     @classmethod
     async def start(
@@ -200,8 +206,11 @@ class EngineProcess:
         watchdog = asyncio.create_task(self._watch(watchdog_s))
         try:
             while (data := await self._connection.receive()) is not None:
-                self.last_message = time.monotonic()
                 message = decode_from_engine(data)
+                if isinstance(message, Pulse):
+                    self._last_pulse = time.monotonic()
+                    continue
+                self.last_message = time.monotonic()
                 if isinstance(message, Crashed):
                     self._crash = f"the engine's step failed: {message.message}"
                     self._killed = message.killed
@@ -232,10 +241,19 @@ class EngineProcess:
             self._connection.close()
 
     async def _watch(self, limit_s: float) -> None:
+        last = time.monotonic()
         while True:
-            silent = time.monotonic() - self.last_message
+            now = time.monotonic()
+            if now - last > _PAUSE_S and self._last_pulse is not None:
+                self._last_pulse = now  # this process was stopped itself, and heard nobody
+            last = now
+            silent = now - self.last_message
             if silent > limit_s:
                 break
+            if self._last_pulse is not None and now - self._last_pulse > PULSE_LIMIT_S:
+                self._stopped = True
+                self._log.error("the engine's process has not run for %g s", PULSE_LIMIT_S)
+                return self.kill()
             await asyncio.sleep(min(limit_s - silent + 0.01, 1.0))
         self._hung = True
         self._log.error("the engine has been silent for %.0f s; its stacks follow", silent)
@@ -255,6 +273,8 @@ class EngineProcess:
         how = f"the engine {_how(self._process)}"
         if self._hung:
             return Death(Cause.HUNG, "the engine hung and was killed")
+        if self._stopped:
+            return Death(Cause.KILLED, "the engine's process was stopped, and was killed")
         if self._crash is not None:
             return Death(Cause.KILLED if self._killed else Cause.CRASHED, self._crash)
         if code == 0:

@@ -37,6 +37,8 @@ EXCHANGE_S = 600.0
 #: seconds that ranks get to leave by themselves, and that it may take to hear of a death
 _STOP_S, _HEAR_S = 5.0, 3.0
 _TICK_S = 0.25
+#: a longer pause between two looks at the ranks means that this process did not run
+_PAUSE_S = 2.0
 #: signals that no rank sends itself
 _FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 
@@ -154,8 +156,14 @@ class Ranks:
         with self._news:
             self._peers = peers
             self._news.notify_all()
+        last = time.monotonic()
         while not self._stopping and self.failure is None:
             ready = wait([peer.connection for peer in peers], _TICK_S)
+            now = time.monotonic()
+            if now - last > _PAUSE_S:  # this process was stopped itself, and heard nobody
+                for peer in peers:
+                    peer.heard = now
+            last = now
             for peer in peers:
                 if peer.connection in ready:
                     self._hear(peer)
