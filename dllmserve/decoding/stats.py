@@ -149,7 +149,7 @@ def _share_rows(
     part = row_stats(whole[mine], params[mine], needs=needs, **how)
     found = [part.token.double(), part.prob]
     found += [x for x in (part.margin, part.entropy) if x is not None]
-    token, prob, *rest = join(shard.group, torch.stack(found), 1)[:, : len(z)]
+    token, prob, *rest = join(shard.group, torch.stack(found), 1)[:, : len(z)].contiguous()
     margin = rest.pop(0) if part.margin is not None else None
     entropy = rest.pop(0) if part.entropy is not None else None
     return TokenStats(token.long(), prob, margin, entropy)

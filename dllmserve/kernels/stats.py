@@ -158,10 +158,10 @@ def _greedy_kernel(
     z_stride: tl.tensor,
     vocab: tl.tensor,
     splits: tl.tensor,
-    first_id: tl.tensor,
     mask_id: tl.tensor,
     MARGIN: tl.constexpr,
     ENTROPY: tl.constexpr,
+    FIRST: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
@@ -177,7 +177,7 @@ def _greedy_kernel(
         column = low + tl.arange(0, TILE)
         place = z_ptr + row * z_stride + column
         z = tl.load(place, mask=column < end, other=float("-inf")).to(tl.float32)
-        ids = first_id + column
+        ids = FIRST + column
         top_2, id_2, others_2, second_2, spread_2 = _tile_stats(z, ids, MARGIN, ENTROPY)
         best_2 = top_2
         if id_2 == mask_id:  # never proposed
@@ -241,11 +241,11 @@ def _sampled_kernel(
     z_stride: tl.tensor,
     vocab: tl.tensor,
     splits: tl.tensor,
-    first_id: tl.tensor,
     mask_id: tl.tensor,
     all_splits: tl.tensor,
     MARGIN: tl.constexpr,
     ENTROPY: tl.constexpr,
+    FIRST: tl.constexpr,
     SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -264,12 +264,11 @@ def _sampled_kernel(
     second, spread = top, others
     best = tl.full((), float("-inf"), tl.float64)
     token = tl.full((), 0, tl.int32)
-    value = top
     for low in range(start, end, TILE):
         column = low + tl.arange(0, TILE)
         place = z_ptr + row * z_stride + column
         z = tl.load(place, mask=column < end, other=float("-inf")).to(tl.float32)
-        ids = first_id + column
+        ids = FIRST + column
         allowed = _tempered(z, row_top, scale)
         score = allowed.to(tl.float64)
         if temperature > 0:
@@ -279,14 +278,18 @@ def _sampled_kernel(
         score = tl.where((column < end) & (ids != mask_id), score, -_INF)
         best_2, id_2 = _first_max(score, ids)
         base = tl.where(tempered & (column < end), allowed, z)
-        value_2 = tl.sum(tl.where(ids == id_2, base, 0.0), axis=0)
         token = tl.where(best_2 > best, id_2, token)
-        value = tl.where(best_2 > best, value_2, value)
         best = tl.maximum(best, best_2)
         top_2, _, others_2, second_2, spread_2 = _tile_stats(base, ids, MARGIN, ENTROPY)
         top, others, second, spread = _join(
             top, others, second, spread, top_2, others_2, second_2, spread_2
         )
+    # nothing is proposed where all scores are -inf
+    found = best > float("-inf")
+    value = tl.load(z_ptr + row * z_stride + token - FIRST, mask=found, other=float("-inf"))
+    value = value.to(tl.float32)
+    if tempered & found:
+        value = _tempered(value, row_top, scale)
     place = (partial_ptr, score_ptr, id_ptr, row, split, splits)
     _store_partials(*place, top, others, second, spread, value, best, token)
 
@@ -446,7 +449,7 @@ def _partials(
     sizes = (stride, vocab, splits)
     if not sampled:
         _greedy_kernel[grid](
-            *(z, *found, *sizes, shard.start, mask_id), **flags, SPLIT=width, TILE=tile
+            *(z, *found, *sizes, mask_id), **flags, FIRST=shard.start, SPLIT=width, TILE=tile
         )
         return found
     tops = torch.empty((rows, splits), dtype=torch.float32, device=z.device)
@@ -459,8 +462,9 @@ def _partials(
         params.keys.contiguous(),
     )
     _sampled_kernel[grid](
-        *(z, tops, *per_row, *found, *sizes, shard.start, mask_id, every),
+        *(z, tops, *per_row, *found, *sizes, mask_id, every),
         **flags,
+        FIRST=shard.start,
         SPLIT=width,
         TILE=tile,
         SPLITS=triton.next_power_of_2(every),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import ConfigError
-from dllmserve.parallel.vocab import first_id, split_width, splits_of
+from dllmserve.parallel.vocab import first_id, splits_of
 
 #: rows and columns of a whole parameter
 Cut = tuple[slice, slice]
@@ -49,11 +49,11 @@ class Partition:
         spec, size = self.spec, self.size
         if not divides(spec, size):
             raise ConfigError(
-                f"tensor_parallel_size={size} does not fit the model, which has "
+                f"tensor_parallel_size={size} does not fit the model: it has to divide "
                 f"{spec.num_heads} heads, {spec.num_kv_heads} K,V heads, hidden size "
-                f"{spec.hidden_size}, MLP size {spec.mlp_size} (which it must divide) and "
-                f"{splits_of(spec.embedding_size)} parts of {split_width(spec.embedding_size)} "
-                f"token ids (at least one each); what works: {', '.join(map(str, sizes(spec)))}"
+                f"{spec.hidden_size} and MLP size {spec.mlp_size}, and to leave each rank one of "
+                f"{splits_of(spec.embedding_size)} parts of the vocabulary; what works: "
+                f"{', '.join(map(str, sizes(spec)))}"
             )
         start, stop = self._vocab
         object.__setattr__(

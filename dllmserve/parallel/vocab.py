@@ -18,9 +18,11 @@ from torch.nn import functional as F
 
 from dllmserve.parallel.group import SOLO, Group
 
-#: splits of a large vocabulary, of which so many ranks can have a share; and what the ids in a
-#: split are a multiple of, so that every split begins at an address that kernels like
-SPLITS, ALIGNED = 16, 32
+#: splits of a large vocabulary, of which so many ranks can have a share
+SPLITS = 16
+#: what the ids in a split are a multiple of: products then come out the same, bit for bit, in
+#: parts; in a vocabulary of some size, rows of half precision begin at cache lines, too
+_ALIGNED, _LINE, _LARGE = 32, 64, 4096
 
 
 def split_width(size: int) -> int:
@@ -28,9 +30,10 @@ def split_width(size: int) -> int:
 
     Example:
         >>> split_width(126464), split_width(300)
-        (7904, 32)
+        (7936, 32)
     """
-    return -(-size // (SPLITS * ALIGNED)) * ALIGNED
+    aligned = _LINE if size >= _LARGE else _ALIGNED
+    return -(-size // (SPLITS * aligned)) * aligned
 
 
 def splits_of(size: int) -> int:

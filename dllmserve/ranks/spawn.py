@@ -76,7 +76,7 @@ def _start(rank: int, command: Sequence[str], threads: int) -> Peer:
         "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": os.pathsep.join(paths),
     }
-    with other:
+    with mine, other:
         process = subprocess.Popen(
             [*command, str(other.fileno()), str(os.getpid())],
             pass_fds=(other.fileno(),),
@@ -84,7 +84,7 @@ def _start(rank: int, command: Sequence[str], threads: int) -> Peer:
             env=environment,
             start_new_session=True,  # Ctrl-C in a terminal is for rank 0 alone
         )
-    return Peer(rank, Connection(mine.detach()), process)
+        return Peer(rank, Connection(mine.detach()), process)
 
 
 def _store(size: int) -> tuple[Store, int]:

@@ -1,0 +1,264 @@
+"""Ranks that die, stop, fail or are told to leave."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dllmserve import LLM, SamplingParams
+from dllmserve.core.plan import StepPlan
+from dllmserve.errors import ConfigError, EngineError, RankError
+from dllmserve.ranks import ranks as watching
+from dllmserve.ranks import spawn, torchrun
+from dllmserve.ranks.ranks import Ranks
+from dllmserve.ranks.signs import STARTED
+from tests.process.left import nothing_left
+
+ROOT = Path(__file__).parent.parent.parent
+LONG = SamplingParams(temperature=0.0, gen_length=200, steps=200, ignore_eos=True)
+SHORT = SamplingParams(temperature=0.0, gen_length=8, steps=2)
+
+
+def two_ranks() -> LLM:
+    return LLM("tiny", device="cpu", max_model_len=256, tensor_parallel_size=2)
+
+
+def ranks_of(llm: LLM) -> Ranks:
+    found: Ranks = llm._engine._runner.ranks  # type: ignore[attr-defined]
+    return found
+
+
+def after_steps(llm: LLM, count: int, act: Callable[[], object]) -> None:
+    """Do something when so many steps have been launched."""
+    left = [count]
+
+    def note(plan: StepPlan) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            act()
+
+    llm._engine.observers.append(note)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(signal.SIGKILL, "died of SIGKILL"), (signal.SIGSTOP, "silent for")]
+)
+def test_a_rank_that_dies_or_stops(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str
+) -> None:
+    monkeypatch.setattr(watching, "SILENCE_S", 2.0)
+    with nothing_left():
+        llm = two_ranks()
+        (pid,) = ranks_of(llm).pids
+        after_steps(llm, 5, lambda: os.kill(pid, number))
+        with pytest.raises(RankError, match=said) as error:
+            llm.generate(["one", "two"], LONG, use_tqdm=False)
+        assert error.value.killed and "rank 1" in str(error.value)
+        assert not psutil.pid_exists(pid)
+        with pytest.raises(RankError, match=said):  # and so it stays
+            llm.generate(["one"], SHORT, use_tqdm=False)
+        llm.close()
+
+
+def test_a_rank_that_dies_between_two_calls() -> None:
+    with nothing_left(), two_ranks() as llm:
+        llm.generate(["one"], SHORT, use_tqdm=False)
+        (pid,) = ranks_of(llm).pids
+        os.kill(pid, signal.SIGKILL)
+        while ranks_of(llm).failure is None:
+            time.sleep(0.01)
+        with pytest.raises(RankError, match="SIGKILL"):
+            llm.generate(["one"], SHORT, use_tqdm=False)
+
+
+def test_an_error_on_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "_HEAR_S", 0.2)
+    with nothing_left():
+        llm = two_ranks()
+
+        def broken(plan: StepPlan) -> None:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+        monkeypatch.setattr(llm._engine._runner._runner, "execute", broken)  # type: ignore[attr-defined]
+        with pytest.raises(RankError, match="rank 0 failed: RuntimeError: DefaultCPUAllocator"):
+            llm.generate(["one"], SHORT, use_tqdm=False)
+        llm.close()
+
+
+def test_closing() -> None:
+    with nothing_left():
+        llm = two_ranks()
+        threads = threading.active_count()
+        with llm:
+            answers = llm.generate(["one"], SHORT, use_tqdm=False)
+        assert answers[0]["token_ids"]
+        llm.close()
+        with pytest.raises(EngineError, match="has been closed"):
+            llm.generate(["one"], SHORT, use_tqdm=False)
+        assert threading.active_count() < threads
+
+
+def test_two_engines_side_by_side() -> None:
+    """In one process, with groups, stores and connections of their own."""
+    with nothing_left(), two_ranks() as one, two_ranks() as other:
+        answers = [None, None]
+
+        def run(place: int, llm: LLM) -> None:
+            answers[place] = llm.generate(["a", "b"], SHORT, use_tqdm=False)  # type: ignore[call-overload]
+
+        threads = [
+            threading.Thread(target=run, args=(place, llm))
+            for place, llm in enumerate((one, other))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers[0] == answers[1] is not None
+
+
+def test_a_rank_that_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import sys; sys.exit('no such luck')"
+    monkeypatch.setattr(spawn, "COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(spawn.spawn_ranks, "__kwdefaults__", _with_command(spawn.COMMAND))
+    with nothing_left(), pytest.raises(RankError, match="rank 1 ended with code 1"):
+        two_ranks()
+
+
+def _with_command(command: tuple[str, ...]) -> dict[str, object]:
+    return {**(spawn.spawn_ranks.__kwdefaults__ or {}), "command": command}
+
+
+def test_no_program_to_start() -> None:
+    with nothing_left(), pytest.raises(RankError, match=r"could not be started: .*No such file"):
+        spawn.spawn_ranks(2, {}, threads=1, command=("/does/not/exist",)).wait_for(STARTED)
+
+
+PROGRAM = """
+import os, signal, sys
+from dllmserve import LLM, SamplingParams
+llm = LLM("tiny", device="cpu", tensor_parallel_size=2)
+print(*llm._engine._runner.ranks.pids, flush=True)
+params = SamplingParams(temperature=0.0, gen_length=400, steps=400, ignore_eos=True)
+try:
+    while True:
+        llm.generate(["one"], params, use_tqdm=False)
+        print("again", flush=True)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+short = SamplingParams(temperature=0.0, gen_length=8, steps=2)
+print(len(llm.generate(["one"], short, use_tqdm=False)), flush=True)
+"""
+
+
+def start(*command: str) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        # a suite that was started in the background has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_rank_0_dies() -> None:
+    process = start("-c", PROGRAM)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    assert not gone(pid)
+    process.kill()
+    process.wait()
+    while not gone(pid):
+        time.sleep(0.01)
+    process.stdout.close()
+
+
+def test_ctrl_c_leaves_the_engine_usable() -> None:
+    """It waits for the end of the step, so that the ranks stay in step."""
+    process = start("-c", PROGRAM)
+    assert process.stdout is not None
+    pid = int(process.stdout.readline())
+    time.sleep(0.5)
+    # like a terminal, which asks every process of the group
+    os.killpg(process.pid, signal.SIGINT)
+    written, _ = process.communicate(timeout=60)
+    lines = [line for line in written.split("\n") if line and line != "again"]
+    assert lines == ["interrupted", "1"]
+    assert process.returncode == 0
+    assert gone(pid)
+
+
+TORCHRUN = """
+import json, os, sys
+from dllmserve import LLM, SamplingParams
+from dllmserve.errors import EngineError, PromptError
+out, rank = sys.argv[1], os.environ["RANK"]
+found = []
+llm = LLM("tiny", device="cpu", tensor_parallel_size=2)
+params = SamplingParams(temperature=0.0, gen_length=8, steps=2)
+found.append(llm.generate(["Hello"], params, use_tqdm=False))
+try:
+    llm.generate([""], params, use_tqdm=False)
+except PromptError as error:
+    found.append(str(error))
+try:
+    found.append(len(list(llm.stream("Hello", params))))
+except EngineError as error:
+    found.append("rank 0" in str(error))
+with open(f"{out}/{rank}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """The program runs once for each rank; calls return the same everywhere."""
+    import json
+
+    program = tmp_path / "program.py"
+    program.write_text(TORCHRUN)
+    process = start(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *(str(program), str(tmp_path)),
+    )
+    written, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, written
+    lead, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    alone = LLM("tiny", device="cpu")
+    assert lead[0] == other[0] == alone.generate(["Hello"], SHORT, use_tqdm=False)
+    assert lead[1] == other[1] and "empty" in lead[1]
+    assert lead[2] == len(list(alone.stream("Hello", SHORT))) and other[2] is True
+
+
+def test_what_torchrun_has_started_must_fit() -> None:
+    started = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    world = torchrun.world(started)
+    assert world == torchrun.World(1, 4, 4)
+    torchrun.check_world(world, 4)
+    with pytest.raises(ConfigError, match=r"4 processes .* --nproc-per-node 2"):
+        torchrun.check_world(world, 2)
+    spread = torchrun.world({**started, "LOCAL_WORLD_SIZE": "2"})
+    assert spread is not None
+    with pytest.raises(ConfigError, match="one host"):
+        torchrun.check_world(spread, 4)
+    assert torchrun.world({}) is None
+    assert torchrun.world({**started, "WORLD_SIZE": "1"}) is None
+    with pytest.raises(ConfigError, match="no number"):
+        torchrun.world({**started, "RANK": "first"})
