@@ -79,7 +79,9 @@ def measure_ranks(args: argparse.Namespace, size: int) -> dict[str, Any]:
         for kind in ("dual", "sparse"):
             for count in args.requests:
                 work = job(kind, count, llm.spec.vocab_size - 1, args.answer)
-                found[f"{kind} n={count}"] = tokens_per_second(llm, work, args.rounds)
+                speed = tokens_per_second(llm, work, args.rounds)
+                found[f"{kind} n={count}"] = speed
+                print(f"N={size}, {kind}, n={count}: {speed:.1f}", file=sys.stderr, flush=True)
         if llm.plan.device.type == "cuda":
             found["memory_used"] = memory_used(size)
         layers, width = llm.spec.num_layers, llm.spec.hidden_size
@@ -140,7 +142,8 @@ def _time_exchange(group: TorchGroup, shape: Sequence[str]) -> float:
         graph.replay()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    group.close()
+    del graph
+    group.abort()
     return statistics.median(times) * 1e6
 
 
@@ -155,7 +158,9 @@ async def measure_engines(args: argparse.Namespace, engines: int) -> float:
             began = time.perf_counter()
             await asyncio.gather(*(llm.generate(prompt, params) for prompt in prompts))
             seconds.append(time.perf_counter() - began)
-    return args.many * params.gen_length / statistics.median(seconds[1:])
+    speed = args.many * params.gen_length / statistics.median(seconds[1:])
+    print(f"M={engines}, n={args.many}: {speed:.1f}", file=sys.stderr, flush=True)
+    return speed
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -229,6 +229,19 @@ def _row_top(
 
 
 @triton.jit
+def _value(
+    place: tl.tensor,
+    found: tl.tensor,
+    tempered: tl.tensor,
+    row_top: tl.tensor,
+    scale: tl.tensor,
+) -> tl.tensor:
+    """The best token's value in the distribution that statistics are of; -inf without one."""
+    value = tl.load(place, mask=found, other=float("-inf")).to(tl.float32)
+    return tl.where(tempered & found, _tempered(value, row_top, scale), value)
+
+
+@triton.jit
 def _sampled_kernel(
     z_ptr: tl.tensor,
     tops_ptr: tl.tensor,
@@ -284,12 +297,8 @@ def _sampled_kernel(
         top, others, second, spread = _join(
             top, others, second, spread, top_2, others_2, second_2, spread_2
         )
-    # nothing is proposed where all scores are -inf
-    found = best > float("-inf")
-    value = tl.load(z_ptr + row * z_stride + token - FIRST, mask=found, other=float("-inf"))
-    value = value.to(tl.float32)
-    if tempered & found:
-        value = _tempered(value, row_top, scale)
+    place = z_ptr + row * z_stride + token - FIRST
+    value = _value(place, best > float("-inf"), tempered, row_top, scale)
     place = (partial_ptr, score_ptr, id_ptr, row, split, splits)
     _store_partials(*place, top, others, second, spread, value, best, token)
 

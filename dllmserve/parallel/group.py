@@ -124,12 +124,13 @@ class TorchGroup:
         return out
 
     def abort(self) -> None:
-        """End exchanges that wait for a rank that is gone. Of no use afterwards."""
-        self._group.abort()
+        """End exchanges that wait for a rank that is gone. Of no use afterwards.
 
-    def close(self) -> None:
-        """Take leave. All ranks do, and none waits."""
-        self._group.shutdown()
+        NCCL returns from it when the graphs that hold exchanges are gone, too. gloo needs no
+        telling: the connections of a process end with it.
+        """
+        if self.captures:
+            self._group.abort()
 
 
 @contextmanager

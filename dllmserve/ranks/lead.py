@@ -65,6 +65,7 @@ class LeadRunner:
 
     def close(self) -> None:
         """End the other ranks."""
+        self._runner.close()
         self.ranks.stop()
         self._closed()
 

@@ -144,7 +144,7 @@ class Ranks:
         for peer in self._peers:
             peer.end(max(until - time.monotonic(), 0.0))
         if self._group is not None and self.failure is None:
-            self._group.close()
+            self._group.abort()  # the other ranks have left, so there is nothing to finish
 
     def _watch(self) -> None:
         """Start the ranks, then listen to them until they are stopped, or one is gone."""

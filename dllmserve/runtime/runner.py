@@ -211,7 +211,10 @@ class ModelRunner:
         """There is nobody to tell."""
 
     def close(self) -> None:
-        """Nothing but memory is held."""
+        """Drop the graphs: a group cannot end before those that hold its exchanges."""
+        if self.graphs is not None:
+            torch.cuda.synchronize(self.table.device)
+            self.graphs.clear()
 
     @property
     def logit_bytes(self) -> int:

@@ -99,7 +99,8 @@ def test_exchanges_are_recorded_in_graphs() -> None:
         x.fill_(value)
         graph.replay()
         assert torch.equal(out, torch.full((1, 8, 16), 2 * value, device=CUDA))
-    group.close()
+    del graph
+    group.abort()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
