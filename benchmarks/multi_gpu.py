@@ -176,7 +176,7 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(results: list[dict[str, Any]], engines: dict[int, float], many: int) -> None:
     """A table of speeds, with the ratio to the first line."""
-    first = results[0]
+    first = results[0] if results else {}
     names = [name for name in first if "n=" in name]
     print(f"{'tokens/s':<12}" + "".join(f"{name:>22}" for name in names))
     for found in results:
@@ -210,7 +210,7 @@ def main() -> int:
         return join_exchange(args.exchange)
     if args.device == "auto" and not torch.cuda.is_available():
         args.device = "cpu"
-    needed = max([*args.tensor_parallel, *args.data_parallel])
+    needed = max([1, *args.tensor_parallel, *args.data_parallel])
     if args.device != "cpu" and torch.cuda.device_count() < needed:
         print(f"this needs {needed} GPUs, and there are {torch.cuda.device_count()}")
         return 2

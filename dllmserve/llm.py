@@ -123,7 +123,8 @@ class LLM:
     def close(self) -> None:
         """End the processes of other ranks. Without any, there is nothing that needs it."""
         if self._joined is None:
-            self._close()
+            with self._lock:
+                self._close()
 
     @property
     def _engine(self) -> EngineCore:
@@ -143,8 +144,10 @@ class LLM:
             return [output.as_dict() for output in call()]
         try:
             answers = [output.as_dict() for output in call()]
-        except DllmServeError as error:
-            self._engine.announce(returned_text(error))
+        except BaseException as error:
+            # whatever it is: the others wait to hear of it
+            told = error if isinstance(error, DllmServeError) else EngineError(repr(error))
+            self._engine.announce(returned_text(told))
             raise
         self._engine.announce(returned_text(answers))
         return answers

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
+import torch
+
 from dllmserve.config import EngineConfig
 from dllmserve.engine.setup import build_runner, plan_engine
 from dllmserve.parallel.group import TorchGroup
@@ -48,10 +50,13 @@ class Follower:
 
     def run(self) -> None:
         """Follow rank 0 until it says stop. Raises EOFError if it is gone."""
-        with on_device(self._runner.table.device):
+        device = self._runner.table.device
+        with on_device(device):
             while True:
                 kind, numbers, text = read(self._connection.recv_bytes())
                 if kind is Kind.STOP:
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)  # rank 0 may wait for these steps
                     return
                 if kind is Kind.PLAN:
                     self._runner.follow(decode_plan(numbers))
@@ -82,6 +87,7 @@ def load_follower(
         group = TorchGroup(
             store, rank, options.tensor_parallel_size, plan.device, EXCHANGE_S, backend
         )
+        group.connect()
         loaded = build_runner(plan, group, lambda: signs.reached(LOADED))
     except Exception as error:
         signs.failed(f"{type(error).__name__}: {first_line(error)}")

@@ -16,7 +16,6 @@ from dllmserve.models.loader import find_model, require_weights
 from dllmserve.parallel.group import SOLO
 from dllmserve.ranks import torchrun
 from dllmserve.ranks.lead import LeadRunner
-from dllmserve.ranks.ranks import Ranks
 from dllmserve.ranks.signs import LOADED, STARTED
 from dllmserve.ranks.spawn import spawn_ranks
 from dllmserve.registry import CACHE_POLICIES, resolve
@@ -48,32 +47,37 @@ def _lead(plan: EnginePlan, tokenizer: Tokenizer | None) -> tuple[EngineCore, En
     threads = torch.get_num_threads()
     share = max(threads // size, 1)
     world = torchrun.world()
+    shares_cores = plan.device.type == "cpu" and world is None
     if world is None:
-        ranks = spawn_ranks(size, asdict(options), threads=share)
+        # what was chosen here is what all have: they must do the same things in the same order
+        chosen = {"attention": plan.attention, "kernels": plan.kernels}
+        ranks = spawn_ranks(size, asdict(options) | chosen, threads=share)
     else:
         ranks = torchrun.meet_ranks(world)
+
+    def give_back_cores() -> None:
+        if shares_cores and torch.get_num_threads() == share:
+            torch.set_num_threads(threads)
+
     try:
-        if plan.device.type == "cpu" and world is None:
+        if shares_cores:
             torch.set_num_threads(share)  # ranks that fight for cores wait for each other
-        return _led_engine(plan, ranks, tokenizer, threads)
+        ranks.wait_for(STARTED)
+        group = ranks.group(plan.device)
+        loaded = build_runner(plan, group, lambda: ranks.wait_for(LOADED))
     except BaseException as error:
-        torch.set_num_threads(threads)
+        give_back_cores()
         # a rank that is gone may be the reason, and rank 0 may notice before it hears of it
         foreign = isinstance(error, RuntimeError) and not isinstance(error, DllmServeError)
-        failure = ranks.explain(error) if foreign else ranks.failure
+        if foreign:
+            ranks.explain(error)
+        failure = ranks.failure
+        ranks.give_up(error)
         ranks.stop()
         if failure is None or isinstance(error, RankError) or not isinstance(error, Exception):
             raise
         raise failure from error
-
-
-def _led_engine(
-    plan: EnginePlan, ranks: Ranks, tokenizer: Tokenizer | None, threads: int
-) -> tuple[EngineCore, EnginePlan]:
-    ranks.wait_for(STARTED)
-    group = ranks.group(plan.device)
-    loaded = build_runner(plan, group, lambda: ranks.wait_for(LOADED))
-    runner = LeadRunner(loaded.runner, ranks, lambda: torch.set_num_threads(threads))
+    runner = LeadRunner(loaded.runner, ranks, give_back_cores)
     return engine_of(runner, loaded.plan, tokenizer), loaded.plan
 
 

@@ -7,6 +7,7 @@ exchange sums and concatenations of tensors, and never a decision.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -89,6 +90,7 @@ class TorchGroup:
 
         distributed: Any = public  # much of it has no types
         self.rank, self.size = rank, size
+        self._device = device
         self._group: Any
         timeout = timedelta(seconds=timeout_s)
         self._reduce_how = AllreduceOptions()
@@ -108,6 +110,12 @@ class TorchGroup:
             # ranks share a host, and nothing listens on an address that others can reach
             gloo._devices = [distributed.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
             self._group = distributed.ProcessGroupGloo(store, rank, size, gloo)
+
+    def connect(self) -> None:
+        """Meet the others with a first exchange, before anything depends on it. All ranks do."""
+        self.all_reduce(torch.zeros(1, device=self._device))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """See :class:`Group`; in place."""
@@ -133,6 +141,9 @@ class TorchGroup:
             self._group.abort()
 
 
+_environment = threading.Lock()
+
+
 @contextmanager
 def _unwatched() -> Iterator[None]:
     """Without NCCL's watchdog: it would end the whole process, and cannot see into graphs.
@@ -140,15 +151,16 @@ def _unwatched() -> Iterator[None]:
     Whoever made the group watches the ranks.
     """
     name = "TORCH_NCCL_ASYNC_ERROR_HANDLING"  # read when a group is made
-    before = os.environ.get(name)
-    os.environ[name] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    with _environment:
+        before = os.environ.get(name)
+        os.environ[name] = "0"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 def _wait(work: Work | None) -> None:

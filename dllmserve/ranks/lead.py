@@ -5,14 +5,16 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
+from dllmserve.errors import RankError
 from dllmserve.ranks.ranks import Ranks
 from dllmserve.ranks.wire import Kind, encode_kind, encode_plan, encode_row
+from dllmserve.runtime.platform import on_device, record_event
 from dllmserve.runtime.runner import ModelRunner, StepHandle
 from dllmserve.runtime.state_table import StateTable
 
@@ -64,7 +66,12 @@ class LeadRunner:
         self.ranks.send(encode_kind(Kind.RETURNED, text))
 
     def close(self) -> None:
-        """End the other ranks."""
+        """End the other ranks, after the steps in flight."""
+        device = self.table.device
+        with on_device(device), suppress(RankError):
+            event = record_event(device)
+            if event is not None:
+                self.ranks.await_event(event)
         self._runner.close()
         self.ranks.stop()
         self._closed()
@@ -77,19 +84,23 @@ class LeadRunner:
                 yield
             except Exception as error:
                 raise self.ranks.explain(error) from error
+            except BaseException as error:
+                self.ranks.give_up(error)
+                raise
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Ctrl-C waits: in the middle of an exchange it would leave the others behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # which Python interrupts alone
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield  # Python interrupts the main thread alone, and other handlers are not its own
         return
     caught: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-        if caught and callable(before):
-            before(*caught[-1])
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught[-1])

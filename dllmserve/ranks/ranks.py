@@ -66,12 +66,16 @@ class Ranks:
         self._peers: Sequence[Peer] = ()
         self._launch = launch
         self._news = threading.Condition()
-        self._stopping = False
+        self._sending = threading.Lock()
+        # told to leave; and seen to have left
+        self._leaving = self._over = False
         self._thread = threading.Thread(target=self._watch, name="dllmserve-ranks", daemon=True)
         self._thread.start()
-        with self._news:
-            self._news.wait_for(lambda: self._peers or self.failure)
-        self.check()
+        try:
+            self._hear_until(lambda: bool(self._peers))
+        except BaseException:
+            self.stop()
+            raise
 
     @property
     def size(self) -> int:
@@ -90,23 +94,47 @@ class Ranks:
 
     def wait_for(self, stage: str) -> None:
         """Wait until all ranks have reached a stage. Raises RankError if one will not."""
-        with self._news:
-            self._news.wait_for(
-                lambda: self.failure or all(stage in peer.stages for peer in self._peers)
-            )
-        self.check()
+        self._hear_until(lambda: all(stage in peer.stages for peer in self._peers))
 
     def group(self, device: torch.device, backend: str | None = None) -> TorchGroup:
-        """Connect the group that exchanges tensors; all ranks must have started."""
-        self._group = TorchGroup(self._store, 0, self.size, device, EXCHANGE_S, backend)
-        return self._group
+        """Connect the group that exchanges tensors; all ranks must have started.
+
+        Raises:
+            RankError: a rank is gone. The thread that still waits for it then is left behind.
+        """
+        made: list[TorchGroup | Exception] = []
+
+        def connect() -> None:
+            try:
+                group = TorchGroup(self._store, 0, self.size, device, EXCHANGE_S, backend)
+                group.connect()
+                made.append(group)
+            except Exception as error:
+                made.append(error)
+            with self._news:
+                self._news.notify_all()
+
+        threading.Thread(target=connect, name="dllmserve-connect", daemon=True).start()
+        self._hear_until(lambda: bool(made))
+        (found,) = made
+        if isinstance(found, Exception):
+            raise self.explain(found) from found
+        self._group = found
+        return found
+
+    def _hear_until(self, reached: Callable[[], bool]) -> None:
+        """Wait for news. Raises RankError if a rank is gone."""
+        with self._news:
+            self._news.wait_for(lambda: self.failure or reached())
+        self.check()
 
     def send(self, data: bytes) -> None:
-        """Send a message to all ranks. Raises RankError if one is gone."""
+        """Send a message to all ranks, from any thread. Raises RankError if one is gone."""
         self.check()
         try:
-            for peer in self._peers:
-                peer.connection.send_bytes(data)
+            with self._sending:
+                for peer in self._peers:
+                    peer.connection.send_bytes(data)
         except OSError as error:
             raise self.explain(error) from error
 
@@ -117,9 +145,12 @@ class Ranks:
         """
         with self._news:
             self._news.wait_for(lambda: self.failure is not None, timeout=_HEAR_S)
-        if self.failure is None:
-            self._fail(RankError(f"rank 0 failed: {type(error).__name__}: {first_line(error)}"))
+        self.give_up(error)
         return RankError(str(self.failure), killed=bool(self.failure and self.failure.killed))
+
+    def give_up(self, error: BaseException) -> None:
+        """Rank 0 has left a step in its middle: the engine is over."""
+        self._fail(RankError(f"rank 0 failed: {type(error).__name__}: {first_line(error)}"))
 
     def await_event(self, event: torch.cuda.Event) -> None:
         """Wait for the device, but not for ever on a rank that is gone. Raises RankError."""
@@ -134,31 +165,45 @@ class Ranks:
 
     def stop(self) -> None:
         """End the ranks; those that do not leave are killed. Safe to call again."""
-        if self._stopping:
+        if self._over:
             return
+        self._leaving = True
+        clean = self.failure is None
         with suppress(RankError):
             self.send(encode_kind(Kind.STOP))
-        self._stopping = True
-        self._thread.join(_TICK_S * 4)
         until = time.monotonic() + _STOP_S
         for peer in self._peers:
             peer.end(max(until - time.monotonic(), 0.0))
-        if self._group is not None and self.failure is None:
+        with self._news:
+            self.failure = self.failure or RankError("the engine has been closed")
+            self._over = True
+            self._news.notify_all()
+        if self._thread is not threading.current_thread():
+            self._thread.join(_TICK_S * 4)
+        for peer in self._peers:
+            peer.connection.close()
+        if self._group is not None and clean:
             self._group.abort()  # the other ranks have left, so there is nothing to finish
 
     def _watch(self) -> None:
         """Start the ranks, then listen to them until they are stopped, or one is gone."""
         try:
             peers = self._launch()
-        except (OSError, RankError) as error:
+        except Exception as error:
             self._fail(RankError(f"the ranks could not be started: {first_line(error)}"))
             return
         with self._news:
             self._peers = peers
             self._news.notify_all()
         last = time.monotonic()
-        while not self._stopping and self.failure is None:
-            ready = wait([peer.connection for peer in peers], _TICK_S)
+        while not self._over and self.failure is None:
+            here = [peer.connection for peer in peers if not peer.left]
+            if not here:
+                time.sleep(_TICK_S)
+            try:
+                ready = wait(here, _TICK_S)
+            except OSError:  # another thread has seen that a rank is gone
+                continue
             now = time.monotonic()
             if now - last > _PAUSE_S:  # this process was stopped itself, and heard nobody
                 for peer in peers:
@@ -176,27 +221,41 @@ class Ranks:
         try:
             data = peer.connection.recv_bytes()
         except (EOFError, OSError):
-            if not self._stopping:
+            peer.left = True
+            if not self._leaving:
                 self._fail(peer.death())
             return
         peer.heard = time.monotonic()
         if data[:1] == FAILED:
-            self._fail(RankError(f"rank {peer.rank} failed: {data[1:].decode()}"))
+            said = RankError(f"rank {peer.rank} failed: {data[1:].decode()}")
+            self._fail(self._reason(peer) or said)
         elif data[:1] == REACHED:
             with self._news:
                 peer.stages.add(data[1:].decode())
                 self._news.notify_all()
 
+    def _reason(self, said: Peer) -> RankError | None:
+        """The death of another rank, from which a rank's own failure may have come."""
+        until = time.monotonic() + _TICK_S
+        while time.monotonic() < until:
+            for peer in self._peers:
+                if peer is not said and peer.dead:
+                    return peer.death()
+            time.sleep(0.01)
+        return None
+
     def _fail(self, failure: RankError) -> None:
         """The engine is over: end all ranks, and whatever waits for them."""
         with self._news:
-            if self.failure is not None or self._stopping:
+            if self.failure is not None or self._leaving:
                 return
             self.failure = failure
             self._news.notify_all()
         _log.error("%s; all ranks of this engine end", failure)
         for peer in self._peers:
             peer.end(0.0)
+            if peer.process is None:
+                peer.connection.close()  # all that can be done to it from here
         if self._group is not None:
             self._group.abort()
 
@@ -211,6 +270,7 @@ class Peer:
 
     Attributes:
         heard: monotonic seconds of its last sign of life.
+        left: its connection is closed.
         stages: what it has reached.
     """
 
@@ -219,12 +279,18 @@ class Peer:
     ) -> None:
         self.rank, self.connection, self.process = rank, connection, process
         self.heard = time.monotonic()
+        self.left = False
         self.stages: set[str] = set()
 
     @property
     def silence(self) -> float:
         """Seconds since its last sign of life."""
         return time.monotonic() - self.heard
+
+    @property
+    def dead(self) -> bool:
+        """Whether it was started here and a signal has ended it."""
+        return self.process is not None and (self.process.poll() or 0) < 0
 
     def death(self) -> RankError:
         """What it died of."""
@@ -245,4 +311,3 @@ class Peer:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self.connection.close()

@@ -47,6 +47,13 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return stream
 
 
+def own_types(device: torch.device) -> AbstractContextManager[Any]:
+    """Products in the weights' type, even where the caller computes under ``torch.autocast``."""
+    if device.type not in ("cpu", "cuda"):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
 def beside_steps(device: torch.device) -> AbstractContextManager[Any]:
     """Launch copies that wait for nothing, not even for what was launched before them.
 

@@ -23,6 +23,7 @@ from dllmserve.runtime.graphs import GraphPool, StepOutputs
 from dllmserve.runtime.logits import LogitsHead, StepStates
 from dllmserve.runtime.platform import (
     is_out_of_memory,
+    own_types,
     record_event,
     release_cached_memory,
     to_host,
@@ -213,7 +214,6 @@ class ModelRunner:
     def close(self) -> None:
         """Drop the graphs: a group cannot end before those that hold its exchanges."""
         if self.graphs is not None:
-            torch.cuda.synchronize(self.table.device)
             self.graphs.clear()
 
     @property
@@ -235,7 +235,8 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepHandle:
         """Run one step: forward, statistics, rules, report. Does not wait for the device."""
-        packing, outputs = self._run(plan)
+        with own_types(self.table.device):
+            packing, outputs = self._run(plan)
         return StepHandle(plan, packing, outputs, self.table)
 
     @torch.inference_mode()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.core.plan import StepPlan
@@ -61,7 +62,8 @@ def test_a_rank_that_dies_or_stops(
         with pytest.raises(RankError, match=said) as error:
             llm.generate(["one", "two"], LONG, use_tqdm=False)
         assert error.value.killed and "rank 1" in str(error.value)
-        assert not psutil.pid_exists(pid)
+        while psutil.pid_exists(pid):
+            time.sleep(0.01)
         with pytest.raises(RankError, match=said):  # and so it stays
             llm.generate(["one"], SHORT, use_tqdm=False)
         llm.close()
@@ -90,6 +92,49 @@ def test_an_error_on_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(RankError, match="rank 0 failed: RuntimeError: DefaultCPUAllocator"):
             llm.generate(["one"], SHORT, use_tqdm=False)
         llm.close()
+
+
+def test_a_handler_that_leaves_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever leaves it in its middle, the next call says so and does not hang."""
+    with nothing_left(), two_ranks() as llm:
+
+        def left(plan: StepPlan) -> None:
+            raise SystemExit(3)
+
+        monkeypatch.setattr(llm._engine._runner._runner, "execute", left)  # type: ignore[attr-defined]
+        with pytest.raises(SystemExit):
+            llm.generate(["one"], SHORT, use_tqdm=False)
+        with pytest.raises(RankError, match="rank 0 failed: SystemExit"):
+            llm.generate(["one"], SHORT, use_tqdm=False)
+
+
+def test_autocast_outside_changes_nothing() -> None:
+    with nothing_left(), two_ranks() as llm:
+        plain = llm.generate(["one"], SHORT, use_tqdm=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert llm.generate(["one"], SHORT, use_tqdm=False) == plain
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    with nothing_left():
+        one, other = two_ranks(), two_ranks()
+        one.close()
+        other.close()
+    assert torch.get_num_threads() == before
+
+
+def test_a_rank_dies_while_the_others_meet_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has started, and does not come to the group."""
+    code = (
+        "import os, sys, time\nfrom multiprocessing.connection import Connection\n"
+        "c = Connection(int(sys.argv[1])); c.send_bytes(b'rstarted'); time.sleep(1); "
+        "os.kill(os.getpid(), 9)"
+    )
+    command = (sys.executable, "-c", code)
+    monkeypatch.setattr(spawn.spawn_ranks, "__kwdefaults__", _with_command(command))
+    with nothing_left(), pytest.raises(RankError, match="rank 1 died of SIGKILL"):
+        two_ranks()
 
 
 def test_closing() -> None:
