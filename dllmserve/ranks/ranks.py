@@ -146,7 +146,7 @@ class Ranks:
         with self._news:
             self._news.wait_for(lambda: self.failure is not None, timeout=_HEAR_S)
         self.give_up(error)
-        return RankError(str(self.failure), killed=bool(self.failure and self.failure.killed))
+        return self.failure or RankError("the engine is being closed")
 
     def give_up(self, error: BaseException) -> None:
         """Rank 0 has left a step in its middle: the engine is over."""
