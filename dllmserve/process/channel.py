@@ -110,6 +110,18 @@ class Connection:
         self._writer.close()
 
 
+class _LastWords(asyncio.StreamReader):
+    """Gives all that has arrived, also when the other side has left without reading its own.
+
+    The system calls that a reset, and asyncio would forget what had come before it: that a
+    request was admitted, for example, which a dead engine may have died of.
+    """
+
+    def set_exception(self, exc: BaseException) -> None:
+        """The end, instead of an error."""
+        self.feed_eof()
+
+
 class Listener:
     """A socket in a directory that only this user can enter, for one engine.
 
@@ -129,7 +141,12 @@ class Listener:
         Raises:
             OSError: the path is too long for a socket (set TMPDIR), or cannot be bound.
         """
-        self._server = await asyncio.start_unix_server(self._accept, self.path)
+        loop = asyncio.get_running_loop()
+
+        def protocol() -> asyncio.StreamReaderProtocol:
+            return asyncio.StreamReaderProtocol(_LastWords(loop=loop), self._accept, loop=loop)
+
+        self._server = await loop.create_unix_server(protocol, self.path)
 
     async def accept(self, pid: int) -> Connection:
         """Wait for process ``pid`` to connect; whoever else does is sent away."""

@@ -72,7 +72,9 @@ class LeadRunner:
             event = record_event(device)
             if event is not None:
                 self.ranks.await_event(event)
-        self._runner.close()
+        if self._runner.graphs is not None:
+            # a group cannot end before the graphs that hold its exchanges
+            self._runner.graphs.clear()
         self.ranks.stop()
         self._closed()
 

@@ -212,9 +212,7 @@ class ModelRunner:
         """There is nobody to tell."""
 
     def close(self) -> None:
-        """Drop the graphs: a group cannot end before those that hold its exchanges."""
-        if self.graphs is not None:
-            self.graphs.clear()
+        """Nothing but memory is held."""
 
     @property
     def logit_bytes(self) -> int:

@@ -29,7 +29,7 @@ BAD_VALUES = [
     (["--sparse", "--cache", "dual"], "exclude each other"),
     (["--dtype", "int8"], "dtype must be one of"),
     (["--device", "tpu"], "device must be"),
-    (["--tensor-parallel-size", "2"], "tensor_parallel_size=2"),
+    (["--tensor-parallel-size", "5"], "tensor_parallel_size=5"),
     (["--max-model-len", "100000"], "max_model_len=100000 is over"),
     (["--gen-length", "600"], "over max_model_len=512"),
     (["--gpu-memory-utilization", "0"], "gpu_memory_utilization must be"),
