@@ -17,7 +17,6 @@ import asyncio
 import gc
 import json
 import random
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from dllmserve import LLM, SamplingParams, SparseConfig
 from dllmserve.async_llm import AsyncLLM
 from dllmserve.core.budget import size_text
 from dllmserve.parallel.group import TorchGroup
-from dllmserve.ranks.spawn import open_store
+from dllmserve.ranks.spawn import make_store, open_store
 
 PROMPT, ANSWER, BLOCK = 256, 128, 32
 Job = tuple[list[list[int]], SamplingParams, SparseConfig | None]
@@ -99,11 +98,7 @@ def measure_ranks(args: argparse.Namespace, size: int) -> dict[str, Any]:
 
 def exchange_us(size: int, rows: int, width: int, count: int) -> float:
     """Microseconds of a step's all-reduces of [rows, width] bfloat16, in a CUDA graph."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        port = listening.getsockname()[1]
-        store = open_store(port, size, listening.detach())
+    store, port = make_store(size)
     shape = [str(n) for n in (size, port, rows, width, count)]
     command = [sys.executable, "-m", "benchmarks.multi_gpu", "--exchange"]
     others = [subprocess.Popen([*command, str(rank), *shape]) for rank in range(1, size)]

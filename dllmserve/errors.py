@@ -193,6 +193,14 @@ class RequestAbortedError(EngineError):
     http_status = 503
 
 
+def error_named(name: str, message: str) -> DllmServeError:
+    """The error of this module with that name, as another process reports it, or an EngineError."""
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, DllmServeError):
+        return kind(message)
+    return EngineError(message)
+
+
 def unknown_option(owner: str, name: str, known: Iterable[str]) -> UnknownOptionError:
     """Build the error for an unknown keyword, with the nearest known name.
 

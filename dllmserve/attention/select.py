@@ -56,10 +56,10 @@ class Selection:
             scores = attention_scores(q[:, self.block], k, self.candidates)
             if not self.per_head:
                 scores = join(self.group, scores, 1).amax(dim=1, keepdim=True)
+            kept = _kept(_pooled(scores, self.pool_kernel), count, k.shape[2], by_position=True)
         else:
-            scores = mean_scores(q[:, self.block], keys, self.per_head, self.group)
-        pooled = _pooled(scores, self.pool_kernel)
-        kept = _kept(pooled, count, k.shape[2], by_position=self.attention)
+            how = (self.pool_kernel, self.per_head, self.group)
+            kept = select_tokens(q[:, self.block], keys, count, *how)
         index = kept[..., None].expand(-1, -1, -1, keys.shape[-1])
         slots = self.slots.flatten()
         k_cache.index_copy_(0, slots, keys.gather(1, index).flatten(0, 1))
@@ -136,12 +136,13 @@ def select_tokens(
     keep: int,
     pool_kernel: int,
     per_head: bool,
+    group: Group = SOLO,
 ) -> Tensor:
     """Indices of the kept candidates, ascending: [b, keep, Hkv] int64.
 
     Scores are those of :func:`mean_scores`, max-pooled over neighbours.
     """
-    pooled = _pooled(mean_scores(q, k, per_head), pool_kernel)
+    pooled = _pooled(mean_scores(q, k, per_head, group), pool_kernel)
     return _kept(pooled, keep, k.shape[2])
 
 

@@ -73,7 +73,6 @@ def load_follower(
     connection: Connection,
     signs: Signs,
     *,
-    backend: str | None = None,
     returned: Callable[[str], None] = lambda text: None,
 ) -> Follower:
     """Load a rank's part of the model.
@@ -84,9 +83,7 @@ def load_follower(
     try:
         plan = plan_engine(options, rank)
         signs.reached(STARTED)
-        group = TorchGroup(
-            store, rank, options.tensor_parallel_size, plan.device, EXCHANGE_S, backend
-        )
+        group = TorchGroup(store, rank, options.tensor_parallel_size, plan.device, EXCHANGE_S)
         group.connect()
         loaded = build_runner(plan, group, lambda: signs.reached(LOADED))
     except Exception as error:
@@ -121,9 +118,7 @@ def main() -> int:
     setup = json.loads(connection.recv_bytes())
     options = EngineConfig(**setup["options"])
     store = open_store(setup["port"], setup["size"])
-    follower = load_follower(
-        options, setup["rank"], store, connection, signs, backend=setup["backend"]
-    )
+    follower = load_follower(options, setup["rank"], store, connection, signs)
     follow(follower, signs)
     return 0
 

@@ -8,10 +8,9 @@ import threading
 from queue import SimpleQueue
 from typing import Any
 
-from dllmserve import errors
 from dllmserve.config import EngineConfig
 from dllmserve.engine.follower import follow, load_follower
-from dllmserve.errors import DllmServeError, EngineError, RankError
+from dllmserve.errors import DllmServeError, RankError, error_named
 from dllmserve.ranks.signs import Signs
 from dllmserve.ranks.torchrun import World, meet_lead
 
@@ -72,11 +71,3 @@ def returned_text(answers: list[dict[str, Any]] | DllmServeError) -> str:
     if isinstance(answers, DllmServeError):
         return json.dumps({"error": type(answers).__name__, "message": str(answers)})
     return json.dumps(answers)
-
-
-def error_named(name: str, message: str) -> DllmServeError:
-    """The error of dllmserve.errors with that name, or an EngineError."""
-    kind = getattr(errors, name, EngineError)
-    if not (isinstance(kind, type) and issubclass(kind, DllmServeError)):
-        kind = EngineError
-    return kind(message)

@@ -73,7 +73,6 @@ class TorchGroup:
         rank, size: this rank, of so many.
         device: of the tensors.
         timeout_s: seconds after which an exchange that does not end has failed.
-        backend: "nccl" or "gloo"; by default what suits the device.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class TorchGroup:
         size: int,
         device: torch.device,
         timeout_s: float,
-        backend: str | None = None,
     ) -> None:
         from torch import distributed as public
         from torch._C._distributed_c10d import AllgatherOptions, AllreduceOptions
@@ -97,7 +95,7 @@ class TorchGroup:
         self._gather_how = AllgatherOptions()
         # on the current stream, where it needs no events and a graph can record it
         self._reduce_how.asyncOp = self._gather_how.asyncOp = False
-        if (backend or ("nccl" if device.type == "cuda" else "gloo")) == "nccl":
+        if device.type == "cuda":
             self.captures = True
             nccl = distributed.ProcessGroupNCCL.Options()
             nccl._timeout = timeout

@@ -14,8 +14,7 @@ from typing import Any
 
 import msgspec
 
-from dllmserve import errors
-from dllmserve.errors import DllmServeError, EngineError, EngineStartError
+from dllmserve.errors import DllmServeError, EngineStartError, error_named
 from dllmserve.process.calls import Cause, Death
 from dllmserve.process.channel import Connection, Listener
 from dllmserve.process.messages import (
@@ -280,14 +279,6 @@ class EngineProcess:
         if code == 0:
             return Death(Cause.STOPPED, how)
         return Death(Cause.KILLED if -code in _FROM_OUTSIDE else Cause.CRASHED, how)
-
-
-def error_named(name: str, message: str) -> DllmServeError:
-    """The error of dllmserve.errors with that name, or an EngineError."""
-    kind = getattr(errors, name, EngineError)
-    if not (isinstance(kind, type) and issubclass(kind, DllmServeError)):
-        kind = EngineError
-    return kind(message)
 
 
 def _how(process: asyncio.subprocess.Process) -> str:

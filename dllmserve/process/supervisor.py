@@ -25,10 +25,11 @@ from dllmserve.errors import (
     EngineError,
     EngineStartError,
     RequestAbortedError,
+    error_named,
 )
 from dllmserve.process.calls import Call, Cause, Death, Delta, Fate
 from dllmserve.process.devices import Share
-from dllmserve.process.engine_process import COMMAND, EngineProcess, error_named
+from dllmserve.process.engine_process import COMMAND, EngineProcess
 from dllmserve.process.messages import (
     Abort,
     Admitted,

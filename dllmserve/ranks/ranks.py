@@ -96,7 +96,7 @@ class Ranks:
         """Wait until all ranks have reached a stage. Raises RankError if one will not."""
         self._hear_until(lambda: all(stage in peer.stages for peer in self._peers))
 
-    def group(self, device: torch.device, backend: str | None = None) -> TorchGroup:
+    def group(self, device: torch.device) -> TorchGroup:
         """Connect the group that exchanges tensors; all ranks must have started.
 
         Raises:
@@ -106,7 +106,7 @@ class Ranks:
 
         def connect() -> None:
             try:
-                group = TorchGroup(self._store, 0, self.size, device, EXCHANGE_S, backend)
+                group = TorchGroup(self._store, 0, self.size, device, EXCHANGE_S)
                 group.connect()
                 made.append(group)
             except Exception as error:

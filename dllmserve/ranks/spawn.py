@@ -28,7 +28,6 @@ def spawn_ranks(
     *,
     threads: int,
     command: Sequence[str] = COMMAND,
-    backend: str | None = None,
 ) -> Ranks:
     """Start ranks 1 to ``size - 1``.
 
@@ -37,12 +36,11 @@ def spawn_ranks(
         options: fields of EngineConfig.
         threads: of a rank, for torch on a CPU.
         command: program and arguments.
-        backend: of the group that exchanges tensors; by default what suits the device.
 
     Raises:
         RankError: the system has no room for them.
     """
-    store, port = _store(size)
+    store, port = make_store(size)
 
     def launch() -> list[Peer]:
         peers: list[Peer] = []
@@ -53,7 +51,6 @@ def spawn_ranks(
                     "rank": rank,
                     "size": size,
                     "port": port,
-                    "backend": backend,
                 }
                 peers.append(_start(rank, command, threads))
                 peers[-1].connection.send_bytes(json.dumps(setup).encode())
@@ -87,7 +84,7 @@ def _start(rank: int, command: Sequence[str], threads: int) -> Peer:
         return Peer(rank, Connection(mine.detach()), process)
 
 
-def _store(size: int) -> tuple[Store, int]:
+def make_store(size: int) -> tuple[Store, int]:
     """A store for the ranks of one engine, at a free port that only this host can reach."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))

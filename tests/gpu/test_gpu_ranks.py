@@ -1,6 +1,5 @@
 """Several ranks on CUDA devices: as threads that share one, and as processes on their own."""
 
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.parallel.group import TorchGroup
-from dllmserve.ranks.spawn import open_store
+from dllmserve.ranks.spawn import make_store
 from tests import helpers
 from tests.checkpoints import write_random
 from tests.gpu.test_gpu_engine import expected
@@ -79,11 +78,7 @@ def test_half_precision(aligned: dict[str, Path], monkeypatch: pytest.MonkeyPatc
 
 def test_exchanges_are_recorded_in_graphs() -> None:
     """NCCL's, with one rank, which is all that one device can have."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen()
-        port = listening.getsockname()[1]
-        store = open_store(port, 1, listening.detach())
+    store, _ = make_store(1)
     group = TorchGroup(store, 0, 1, CUDA, 60.0)
     assert group.captures
     x = torch.ones(8, 16, device=CUDA)
