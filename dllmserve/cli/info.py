@@ -41,7 +41,7 @@ def info(
             facts = {
                 "versions": _versions(),
                 "device": _device(plan.device),
-                "model": _model(model, plan, config.trust_remote_code),
+                "model": _model(model, plan),
                 "memory": _memory(plan),
             }
         if as_json:
@@ -71,11 +71,8 @@ def _device(device: device) -> dict[str, Any]:
     return device_facts(device) | version
 
 
-def _model(name: str, plan: EnginePlan, trust_remote_code: bool) -> dict[str, Any]:
-    from dllmserve.engine.tokenizer import load_tokenizer
-
-    spec = asdict(plan.spec)
-    tokenizer = load_tokenizer(plan.directory, trust_remote_code=trust_remote_code)
+def _model(name: str, plan: EnginePlan) -> dict[str, Any]:
+    spec, tokenizer = asdict(plan.spec), plan.tokenizer
     return {
         "name": name,
         "directory": str(plan.directory),
@@ -88,6 +85,7 @@ def _model(name: str, plan: EnginePlan, trust_remote_code: bool) -> dict[str, An
         "vocab_size": spec["vocab_size"],
         "mask_id": spec["mask_id"],
         "eos_ids": list(spec["eos_ids"]),
+        "turn_end_ids": list(spec["turn_end_ids"]),
         "max_model_len": plan.limits.max_model_len,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "tokenizer": tokenizer is not None,

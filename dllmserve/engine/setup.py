@@ -22,12 +22,15 @@ from dllmserve.engine.choices import (
     choose_dtype,
     choose_kernels,
 )
+from dllmserve.engine.ends import with_ends
 from dllmserve.engine.memory import checked_plan, plan_memory
 from dllmserve.engine.profile import PROFILE_PAGES, measure
 from dllmserve.engine.sizing import Sizing
+from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
 from dllmserve.errors import ConfigError, DllmServeError, OutOfMemoryError
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
+    check_files,
     find_model,
     load_decoder,
     random_decoder,
@@ -60,6 +63,7 @@ class EnginePlan:
         attention: name of the attention backend.
         kernels: "triton" or "torch".
         sizing: what the memory plan follows from.
+        tokenizer: the checkpoint's, or None.
     """
 
     directory: Path
@@ -72,6 +76,7 @@ class EnginePlan:
     attention: str
     kernels: str
     sizing: Sizing
+    tokenizer: Tokenizer | None
 
     @property
     def spec(self) -> ModelSpec:
@@ -145,17 +150,29 @@ class RunnerParts:
         )
 
 
-def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
-    """Read config.json and work out every size, for a rank.
-
-    Raises:
-        ModelError: no such model, or one we do not run.
-        ConfigError: an option that does not fit the model or the machine.
-        OutOfMemoryError: weights and one step do not fit the device.
-    """
+def _read_model(
+    options: EngineConfig,
+) -> tuple[Path, dict[str, Any], ModelSpec, Tokenizer | None]:
+    """Directory, config.json, spec with its end ids, and tokenizer of a checkpoint."""
     directory = find_model(options.model)
     config = read_config(directory)
     spec = read_spec(config)
+    if options.load_format != "dummy":
+        check_files(directory, config)
+    # before gigabytes of weights; every rank needs the end ids that it tells of
+    tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
+    return directory, config, with_ends(spec, tokenizer), tokenizer
+
+
+def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
+    """Read config.json and the tokenizer, and work out every size, for a rank.
+
+    Raises:
+        ModelError: no such model, one we do not run, or a tokenizer that cannot be read.
+        ConfigError: an option that does not fit the model or the machine.
+        OutOfMemoryError: weights and one step do not fit the device.
+    """
+    directory, config, spec, tokenizer = _read_model(options)
     ranks = options.tensor_parallel_size
     device = choose_device(options.device, rank, ranks)
     dtype = choose_dtype(options.dtype, spec, device)
@@ -191,7 +208,17 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
         max_history_rows=options.max_history_rows,
     )
     return EnginePlan(
-        directory, config, partition, limits, memory, dtype, device, attention, kernels, sizing
+        directory,
+        config,
+        partition,
+        limits,
+        memory,
+        dtype,
+        device,
+        attention,
+        kernels,
+        sizing,
+        tokenizer,
     )
 
 

@@ -10,7 +10,6 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.scheduler import Scheduler, SpanSource
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan, build_runner, plan_engine
-from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
 from dllmserve.errors import DllmServeError, RankError
 from dllmserve.models.loader import find_model, require_weights
 from dllmserve.parallel.group import SOLO
@@ -32,15 +31,13 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
     if options.load_format != "dummy":
         require_weights(find_model(options.model))  # before its sizes are held against memory
     plan = plan_engine(options)
-    # first, because a broken one should not be noticed after gigabytes of weights
-    tokenizer = load_tokenizer(plan.directory, trust_remote_code=options.trust_remote_code)
     if options.tensor_parallel_size == 1:
         alone = build_runner(plan, SOLO)
-        return engine_of(alone.runner, alone.plan, tokenizer), alone.plan
-    return _lead(plan, tokenizer)
+        return engine_of(alone.runner, alone.plan), alone.plan
+    return _lead(plan)
 
 
-def _lead(plan: EnginePlan, tokenizer: Tokenizer | None) -> tuple[EngineCore, EnginePlan]:
+def _lead(plan: EnginePlan) -> tuple[EngineCore, EnginePlan]:
     """Rank 0's engine; the other ranks are started, or met if torchrun has started them."""
     options = plan.sizing.options
     size = options.tensor_parallel_size
@@ -78,13 +75,13 @@ def _lead(plan: EnginePlan, tokenizer: Tokenizer | None) -> tuple[EngineCore, En
             raise
         raise failure from error
     runner = LeadRunner(loaded.runner, ranks, give_back_cores)
-    return engine_of(runner, loaded.plan, tokenizer), loaded.plan
+    return engine_of(runner, loaded.plan), loaded.plan
 
 
-def engine_of(runner: StepRunner, plan: EnginePlan, tokenizer: Tokenizer | None) -> EngineCore:
+def engine_of(runner: StepRunner, plan: EnginePlan) -> EngineCore:
     """The engine that steps with a runner."""
     options = plan.sizing.options
     policies: dict[str, SpanSource] = {n: resolve(CACHE_POLICIES, n)() for n in CACHE_POLICIES}
     scheduler = Scheduler(plan.spec, plan.limits, policies.__getitem__)
     depth = options.steps_per_sync if plan.device.type == "cuda" else 1
-    return EngineCore(scheduler, runner, tokenizer, options.seed, depth)
+    return EngineCore(scheduler, runner, plan.tokenizer, options.seed, depth)

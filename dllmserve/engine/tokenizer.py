@@ -6,38 +6,34 @@ anything else goes through transformers.
 
 from __future__ import annotations
 
-import json
-import re
-import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from dllmserve.engine.codec import Codec, FastCodec
+from dllmserve.engine.controls import Controls
+from dllmserve.engine.token_files import DEFAULT, TokenFiles, read_token_files
 from dllmserve.errors import PromptError, TokenizerError
+from dllmserve.models.files import NotText, read_bytes
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from dllmserve.engine.template import ChatTemplate
 
-#: private-use characters that stand for special tokens' texts while a template is rendered
-_MARKS = range(0x100000, 0x10FFFE)
-
-
-class _Codec(Protocol):
-    def encode(self, text: str, special: bool) -> list[int]: ...
-
-    def encode_literally(self, text: str) -> list[int]: ...
-
-    def special_texts(self) -> tuple[str, ...]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
+#: the template for prompts with tools, if there is one
+_TOOL_USE = "tool_use"
+#: what an assistant says to find out what the template writes behind it
+_ANSWER = "Zwölf Boxkämpfer jagen"
 
 
 class Tokenizer:
     """Text codec of one checkpoint.
+
+    Args:
+        codec: the vocabulary.
+        templates: chat templates by name.
+        names: variables of the templates, such as ``bos_token``.
 
     Example:
         >>> tokenizer = load_tokenizer(find_model("tiny"))  # doctest: +SKIP
@@ -45,20 +41,29 @@ class Tokenizer:
         'Hello'
     """
 
-    def __init__(self, codec: _Codec, template: str | None, names: Mapping[str, str]) -> None:
+    def __init__(
+        self, codec: Codec, templates: Mapping[str, str], names: Mapping[str, str]
+    ) -> None:
         self._codec = codec
-        self._template = template
+        self._templates = dict(templates)
         self._names = dict(names)
+        self._compiled: dict[str, ChatTemplate] = {}
 
     @property
     def chat_template(self) -> str | None:
         """The checkpoint's chat template (Jinja); None without one."""
-        return self._template
+        return self._templates.get(DEFAULT)
 
     @property
     def has_chat_template(self) -> bool:
         """Whether chat() can be used."""
-        return self._template is not None
+        return DEFAULT in self._templates
+
+    @property
+    def end_id(self) -> int | None:
+        """Id of the tokenizer's own eos_token, or None."""
+        text = self._names.get("eos_token")
+        return None if text is None else self._codec.token_id(text)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Ids of a text. ``special`` adds what the tokenizer adds to a plain prompt.
@@ -73,137 +78,102 @@ class Tokenizer:
         return self._codec.encode(text, special)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        literal_contents: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation, up to where the assistant speaks.
 
         Args:
             messages: ``[{"role": "user", "content": "..."}]``.
-            literal_contents: a special token's text inside a message becomes ordinary text,
-                so that whoever wrote the message cannot end it or speak for others.
+            literal_contents: a control token's text inside any text of the messages and tools
+                becomes ordinary text, so that whoever wrote it cannot end a message or speak
+                for others. Control tokens are the tokenizer's added tokens.
+            tools: what the template is told of tools.
 
         Raises:
             TokenizerError: no chat template, or the template refuses the messages.
-            PromptError: a message is no valid Unicode text.
+            PromptError: a message is no valid Unicode text, or holds a character that is
+                a control token by itself.
         """
-        marks: dict[str, str] = {}
-        if literal_contents:
-            messages, marks = _marked(messages, self._codec.special_texts())
-        text = self.render_chat(messages)
-        if not marks:
+        if not literal_contents:
             # the template writes the special tokens itself
-            return self.encode(text, special=False)
-        ids: list[int] = []
-        for part in re.split(f"([{''.join(marks)}])", text):
-            if part in marks:
-                ids += self._codec.encode_literally(marks[part])
-            elif part:
-                ids += self.encode(part, special=False)
-        return ids
+            return self.encode(self.render_chat(messages, tools=tools), special=False)
+        template = self._template(tools)
+        return self._controls.encode(template.render(messages, tools=tools, marked=True))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
         return self._codec.decode(list(ids))
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt text of a conversation, up to where the assistant speaks.
 
         Raises:
             TokenizerError: no chat template, or the template refuses the messages.
         """
-        from jinja2 import TemplateError
+        return self._template(tools).render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt
+        )
 
-        try:
-            return self._compiled.render(
-                messages=list(messages), add_generation_prompt=True, **self._names
-            )
-        except TokenizerError:
-            raise
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise TokenizerError(f"the chat template failed: {error}") from error
+    def turn_end(self) -> int | None:
+        """Id of the first control token that the chat template writes behind an answer.
+
+        None without a template, or where it writes none.
+        """
+        question = {"role": "user", "content": "Hello"}
+        # some templates close the last answer only if a prompt follows, some take parts alone
+        for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
+            for follows in (False, True):
+                with suppress(TokenizerError):
+                    opening = self._opening([question]) if follows else ""
+                    text = self.render_chat(
+                        [question, {"role": "assistant", "content": content}],
+                        add_generation_prompt=follows,
+                    )
+                    before, _, rest = text.removesuffix(opening).rpartition(_ANSWER)
+                    if before and (found := self._controls.first(rest)) is not None:
+                        return found
+        return None
+
+    def _opening(self, messages: list[dict[str, Any]]) -> str:
+        """What the template writes for the assistant to begin."""
+        closed = self.render_chat(messages, add_generation_prompt=False)
+        return self.render_chat(messages).removeprefix(closed)
 
     def warm_up(self) -> None:
         """Import and compile what chats need, which a server must not do under load."""
         with suppress(TokenizerError):
-            self.render_chat([{"role": "user", "content": "Hello"}])
+            self.encode_chat([{"role": "user", "content": "<Hello>"}], literal_contents=True)
 
     @cached_property
-    def _compiled(self) -> Template:
+    def _controls(self) -> Controls:
+        return Controls(self._codec, self._templates.values())
+
+    def _template(self, tools: object = None) -> ChatTemplate:
         """The chat template; to compile it takes much longer than to render it."""
-        if self._template is None:
-            raise TokenizerError("the checkpoint has no chat template; use generate() instead")
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise TokenizerError(f"the chat template refused the messages: {message}")
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = _to_json
-        return environment.from_string(self._template)
-
-
-class _FastCodec:
-    """tokenizer.json through the tokenizers library."""
-
-    def __init__(self, path: Path) -> None:
-        from tokenizers import Tokenizer as Fast
-
-        self._fast = Fast.from_file(str(path))
-        self._fast.no_padding()
-        self._fast.no_truncation()
-        self._literal: Any = None
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        ids: list[int] = self._fast.encode(text, add_special_tokens=special).ids
-        return ids
-
-    def encode_literally(self, text: str) -> list[int]:
-        if self._literal is None:
-            literal = type(self._fast).from_str(self._fast.to_str())
-            literal.encode_special_tokens = True
-            self._literal = literal  # last: other threads use it as soon as it is there
-        ids: list[int] = self._literal.encode(text, add_special_tokens=False).ids
-        return ids
-
-    def special_texts(self) -> tuple[str, ...]:
-        added = self._fast.get_added_tokens_decoder().values()
-        return tuple(token.content for token in added if token.special)
-
-    def decode(self, ids: list[int]) -> str:
-        text: str = self._fast.decode(ids, skip_special_tokens=True)
-        return text
-
-
-class _TransformersCodec:
-    """Any other tokenizer through transformers."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        # a model may propose ids that only pad its LM head; Python tokenizers fail on them
-        self._known = frozenset(tokenizer.get_vocab().values())
-        # an encoding sets options of the tokenizer that others use at the same time
-        self._lock = threading.Lock()
-
-    def encode(self, text: str, special: bool) -> list[int]:
-        with self._lock:
-            return list(self._tokenizer.encode(text, add_special_tokens=special))
-
-    def encode_literally(self, text: str) -> list[int]:
-        with self._lock:
-            return list(
-                self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        name = _TOOL_USE if tools is not None and _TOOL_USE in self._templates else DEFAULT
+        if name not in self._templates:
+            others = ", ".join(sorted(self._templates))
+            has = f"has chat templates named {others}, none named {DEFAULT}" if others else ""
+            raise TokenizerError(
+                f"the checkpoint {has or 'has no chat template'}; use generate() instead"
             )
+        if name not in self._compiled:
+            from dllmserve.engine.template import ChatTemplate
 
-    def special_texts(self) -> tuple[str, ...]:
-        return tuple(self._tokenizer.all_special_tokens)
-
-    def decode(self, ids: list[int]) -> str:
-        known = [i for i in ids if i in self._known]
-        return str(self._tokenizer.decode(known, skip_special_tokens=True))
+            self._compiled[name] = ChatTemplate(
+                self._templates[name], self._names, self._controls.marks
+            )
+        return self._compiled[name]
 
 
 def check_messages(messages: Any, name: str = "messages") -> None:
@@ -224,116 +194,33 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Token
     """The directory's tokenizer, or None if it has none at all.
 
     Remote code runs only if nothing plain can be loaded, trust_remote_code is set and the
-    tokenizer asks for it; a warning says so.
+    tokenizer asks for it; a warning says so. Code of a model never runs.
 
     Raises:
         TokenizerError: there are tokenizer files, but none could be loaded.
     """
-    config = _read(directory / "tokenizer_config.json")
-    template = _chat_template(directory, config)
-    names = {k: _token_text(v) for k, v in config.items() if k.endswith("_token")}
-    fast = directory / "tokenizer.json"
-    if fast.is_file():
-        try:
-            return Tokenizer(_FastCodec(fast), template, names)
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(f"{fast} cannot be read: {error}") from error
-    if not config and not any(directory.glob("vocab*")) and not any(directory.glob("*.model")):
-        return None
-    codec = _TransformersCodec(_slow_tokenizer(directory, config, trust_remote_code))
-    return Tokenizer(codec, template, names)
-
-
-def _slow_tokenizer(directory: Path, config: dict[str, Any], trust: bool) -> Any:
-    from transformers import AutoTokenizer, Qwen2Tokenizer
-
-    remote = "AutoTokenizer" in (config.get("auto_map") or {})
-    try:
-        if remote and _is_byte_level(directory):
-            # Dream ships Qwen2's vocabulary with code of its own, which this replaces
-            return Qwen2Tokenizer.from_pretrained(str(directory))
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
-    except Exception as error:  # the libraries below raise bare Exception
-        if not remote:
-            raise TokenizerError(
-                f"no tokenizer could be loaded from {directory}: {error}"
-            ) from error
-        if not trust:
-            raise TokenizerError(
-                f"the tokenizer of {directory} needs its own code to load; "
-                "pass trust_remote_code=True if you trust it, or add a tokenizer.json"
-            ) from error
-    warnings.warn(f"running the tokenizer code shipped with {directory}", stacklevel=2)
-    try:
-        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=True)
-    except Exception as error:  # it is foreign code
-        raise TokenizerError(
-            f"the tokenizer code of {directory} cannot be run ({error}); add a tokenizer.json"
-        ) from error
-
-
-def _marked(
-    messages: Sequence[Mapping[str, Any]], specials: Sequence[str]
-) -> tuple[list[Mapping[str, Any]], dict[str, str]]:
-    """Replace the texts of special tokens in contents by marks that no message contains.
-
-    Returns:
-        The messages, and each mark with the text that it stands for.
-    """
-    contents = "".join(m["content"] for m in messages if isinstance(m.get("content"), str))
-    # longest first, so that a token that contains another one is taken whole
-    found = sorted((s for s in specials if s and s in contents), key=len, reverse=True)
-    free = (chr(c) for c in range(_MARKS.start, _MARKS.stop) if chr(c) not in contents)
-    marks = dict(zip(free, found, strict=False))
-    if len(marks) < len(found):
-        raise PromptError("the messages use up all private-use characters of Unicode's plane 16")
-    marked: list[Mapping[str, Any]] = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, str):
-            for mark, text in marks.items():
-                content = content.replace(text, mark)
-            message = {**message, "content": content}
-        marked.append(message)
-    return marked, marks
-
-
-def _is_byte_level(directory: Path) -> bool:
-    """Whether there are the two files of a byte-level BPE vocabulary."""
-    return all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
-
-
-def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    path = directory / "chat_template.jinja"
+    files = read_token_files(directory)
+    path = directory / "tokenizer.json"
     if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{path} is not UTF-8 text: {error}") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+        return Tokenizer(_fast_codec(path, files), files.templates, files.names)
+    if (
+        not files.config
+        and not any(directory.glob("vocab*"))
+        and not any(directory.glob("*.model"))
+    ):
+        return None
+    from dllmserve.engine.other_tokenizers import load_other
+
+    codec, names = load_other(directory, files, trust_remote_code)
+    return Tokenizer(codec, files.templates, names)
 
 
-def _to_json(value: Any, **options: Any) -> str:
-    """The tojson of chat templates: like transformers', it escapes nothing."""
-    return json.dumps(value, **{"ensure_ascii": False, **options})
+def _fast_codec(path: Path, files: TokenFiles) -> FastCodec:
+    from tokenizers import Tokenizer as Fast
 
-
-def _token_text(value: Any) -> str:
-    """Special tokens are strings, or objects with the string in "content"."""
-    if isinstance(value, dict):
-        return str(value.get("content", ""))
-    return "" if value is None else str(value)
+    try:
+        return FastCodec(Fast.from_buffer(read_bytes(path)), files.added)
+    except NotText as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{path} cannot be read: {error}") from error

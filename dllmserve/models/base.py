@@ -12,6 +12,9 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import UnsupportedModelError
 from dllmserve.parallel.partition import Cut, Partition
 
+#: kinds of rope_scaling that change nothing if their factor is 1
+_NEUTRAL_AT_ONE = ("linear", "dynamic", "yarn", "llama3")
+
 
 class AttentionContext(Protocol):
     """What a model's forward needs from the step: attention with its cache."""
@@ -70,23 +73,54 @@ def refuse(config: Mapping[str, Any], architecture: str, allowed: Mapping[str, A
     """Raise unless every option in ``allowed`` has its allowed value or is absent."""
     for name, value in allowed.items():
         given = config.get(name)
+        if given == "swish":
+            given = "silu"  # two names of one function
         if given is not None and given != value:
             raise UnsupportedModelError(
                 f"{architecture} with {name}={given!r} is not supported (only {value!r})"
             )
 
 
-def eos_ids(config: Mapping[str, Any], extra: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """eos_token_id as a tuple (it may be one id, a list or absent), plus ``extra``."""
+def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """eos_token_id as a tuple (it may be one id, a list or absent).
+
+    Those of the tokenizer and its chat template come later: see :mod:`dllmserve.engine.ends`.
+    """
     value = config.get("eos_token_id")
     ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-    return tuple(dict.fromkeys([*(int(i) for i in ids), *extra]))
+    return tuple(dict.fromkeys(int(i) for i in ids))
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base: ``rope_theta``, or inside ``rope_parameters`` in newer files."""
-    nested = config.get("rope_parameters") or {}
-    kind = nested.get("rope_type", "default")
-    if kind != "default":
-        raise UnsupportedModelError(f"rope_type={kind!r} is not supported (only 'default')")
-    return float(config.get("rope_theta") or nested.get("rope_theta") or 10000.0)
+    """The rotary base: ``rope_theta``, or inside ``rope_parameters`` in newer files.
+
+    Raises:
+        UnsupportedModelError: ``rope_scaling`` or ``rope_parameters`` would change angles.
+    """
+    inner = None
+    for field in ("rope_scaling", "rope_parameters"):
+        given = config.get(field) or {}
+        _check_rope(field, given, config)
+        inner = inner or given.get("rope_theta")
+    if (config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor={config['partial_rotary_factor']} is not supported (only 1)"
+        )
+    return float(config.get("rope_theta") or inner or 10000.0)
+
+
+def _check_rope(field: str, given: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise unless a scaling leaves all angles as they are."""
+    kind = given.get("rope_type") or given.get("type") or "default"
+    neutral = kind == "default" and not any(isinstance(value, dict) for value in given.values())
+    if kind in _NEUTRAL_AT_ONE:
+        # they stretch positions by the factor, or from a shorter length on
+        longest = config.get("max_position_embeddings") or config.get("max_sequence_length") or 0
+        shorter = (given.get("original_max_position_embeddings") or longest) < longest
+        neutral = given.get("factor") == 1 and not (kind == "dynamic" and shorter)
+        neutral = neutral and (given.get("attention_factor") or 1) == 1
+    if not neutral or (given.get("partial_rotary_factor") or 1) != 1:
+        raise UnsupportedModelError(
+            f"{field} with rope_type={kind!r} is not supported (only 'default', or a factor of 1 "
+            f"that changes nothing), got {dict(given)!r}"
+        )

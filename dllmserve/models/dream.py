@@ -28,10 +28,7 @@ _STEMS = {
     "down": "mlp.down_proj",
 }
 
-_ONLY = {"hidden_act": "silu", "rope_scaling": None}
-
-#: <|im_end|> of Dream-7B, which its config.json does not list as an end id
-_DREAM_7B_VOCAB, _DREAM_7B_IM_END = 152064, 151645
+_ONLY = {"hidden_act": "silu"}
 
 
 class _Dream:
@@ -42,8 +39,7 @@ class _Dream:
     def spec(self, config: Mapping[str, Any]) -> ModelSpec:
         """Read a Dream config.json."""
         refuse(config, self.name, _ONLY)
-        if config.get("use_sliding_window"):
-            raise UnsupportedModelError("DreamModel with use_sliding_window is not supported")
+        _refuse_window(config)
         width = int(need(config, "hidden_size", self.name))
         heads = int(need(config, "num_attention_heads", self.name))
         kv = int(config.get("num_key_value_heads") or heads)
@@ -57,7 +53,6 @@ class _Dream:
                 f"hidden_size={width} is not a multiple of num_attention_heads={heads}"
             )
         vocab = int(need(config, "vocab_size", self.name))
-        extra = (_DREAM_7B_IM_END,) if vocab == _DREAM_7B_VOCAB else ()
         return ModelSpec(
             architecture=self.name,
             vocab_size=vocab,
@@ -72,7 +67,7 @@ class _Dream:
             rope_theta=rope_theta(config),
             norm_eps=float(config.get("rms_norm_eps") or 1e-6),
             mask_id=int(need(config, "mask_token_id", self.name)),
-            eos_ids=eos_ids(config, extra),
+            eos_ids=eos_ids(config),
             pad_id=config.get("pad_token_id"),
             bos_id=config.get("bos_token_id"),
             logit_shift=1,
@@ -96,6 +91,21 @@ class _Dream:
     def ignored(self, name: str, spec: ModelSpec) -> bool:
         """Rotary tables, and a second copy of a tied head."""
         return "rotary_emb" in name or (spec.tied_head and name == "lm_head.weight")
+
+
+def _refuse_window(config: Mapping[str, Any]) -> None:
+    """Raise if any position would not see all others; a window may be switched on and be none."""
+    if not config.get("use_sliding_window"):
+        return
+    window, first = config.get("sliding_window"), config.get("max_window_layers")
+    if "sliding_window" in config and window is None:
+        return
+    if first is not None and int(first) >= int(need(config, "num_hidden_layers", "DreamModel")):
+        return  # it begins behind the last layer
+    if window is None or int(window) < int(need(config, "max_position_embeddings", "DreamModel")):
+        raise UnsupportedModelError(
+            f"DreamModel with use_sliding_window and sliding_window={window} is not supported"
+        )
 
 
 DREAM = _Dream()

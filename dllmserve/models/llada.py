@@ -42,11 +42,7 @@ _ONLY = {
     "scale_logits": False,
     "alibi": False,
     "clip_qkv": None,
-    "rope_scaling": None,
 }
-
-#: <|eot_id|> of LLaDA-8B, which its config.json does not list as an end id
-_LLADA_8B_VOCAB, _LLADA_8B_EOT = 126464, 126348
 
 
 class _Llada:
@@ -62,7 +58,6 @@ class _Llada:
         if width % heads:
             raise UnsupportedModelError(f"d_model={width} is not a multiple of n_heads={heads}")
         vocab = int(need(config, "vocab_size", self.name))
-        eot = (_LLADA_8B_EOT,) if vocab == _LLADA_8B_VOCAB else ()
         return ModelSpec(
             architecture=self.name,
             vocab_size=vocab,
@@ -77,7 +72,7 @@ class _Llada:
             rope_theta=rope_theta(config),
             norm_eps=float(config.get("rms_norm_eps") or 1e-5),
             mask_id=int(need(config, "mask_token_id", self.name)),
-            eos_ids=eos_ids(config, eot),
+            eos_ids=eos_ids(config),
             pad_id=config.get("pad_token_id"),
             bos_id=config.get("bos_token_id"),
             qkv_bias=bool(config.get("include_qkv_bias", False)),

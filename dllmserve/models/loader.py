@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,8 @@ from dllmserve.errors import (
 )
 from dllmserve.models.base import ModelDefinition, Target
 from dllmserve.models.decoder import Decoder, take, whole_shapes
+from dllmserve.models.files import read_object, weight_files
+from dllmserve.models.foreign import explain, explain_file, is_broken_link, quantization
 from dllmserve.parallel.group import SOLO, Group
 from dllmserve.parallel.partition import Partition
 from dllmserve.registry import MODELS, resolve
@@ -61,7 +62,9 @@ def find_model(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise ModelNotFoundError(f"{model!r} is a file; give the directory that holds config.json")
+        raise ModelNotFoundError(f"{model!r} {explain_file(path)}")
+    if is_broken_link(path):
+        raise ModelNotFoundError(f"{model!r} is a link to {path.readlink()}, which is not there")
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_like_path:
         raise ModelNotFoundError(
@@ -86,29 +89,45 @@ def _download(model: str) -> Path:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a dict, with the end ids of generation_config.json merged in."""
+    """config.json as a dict, with the end ids of generation_config.json merged in.
+
+    Raises:
+        ModelNotFoundError: there is none; the message says what the directory is instead.
+        UnsupportedModelError: a file that is no JSON object.
+    """
     path = directory / "config.json"
-    config = _read_json(path, f"{directory} has no config.json, so it is not a model directory")
+    if not path.is_file():
+        weights = any(p.is_file() for p in directory.glob("model*.safetensors"))
+        reason = None if weights else explain(directory)
+        raise ModelNotFoundError(
+            f"{directory} has no config.json: it {reason or 'is not a model directory'}"
+        )
+    config = read_object(path, UnsupportedModelError)
     extra = directory / "generation_config.json"
     if extra.is_file():
-        ids = [config.get("eos_token_id"), _read_json(extra, "").get("eos_token_id")]
-        merged: list[int] = []
-        for value in ids:
+        generation = read_object(extra, UnsupportedModelError)
+        merged: list[Any] = []
+        for value in (config.get("eos_token_id"), generation.get("eos_token_id")):
             merged += value if isinstance(value, list) else [] if value is None else [value]
         config["eos_token_id"] = merged  # eos_ids() checks them and drops doubles
     return config
 
 
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ModelNotFoundError(missing)
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnsupportedModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedModelError(f"{path} must hold a JSON object")
-    return value
+def check_files(directory: Path, config: dict[str, Any]) -> None:
+    """Raise WeightsError for a directory whose files say that it cannot be loaded.
+
+    That is adapters, other formats, quantized weights, git-lfs pointers and downloads that
+    were broken off. A bare config.json passes: its sizes can be worked out.
+    """
+    files = weight_files(directory)
+    method = quantization(config)
+    for name, tensor in _tensors(files) if method else ():
+        kind = tensor.get_dtype()
+        if kind not in _DTYPES:
+            raise WeightsError(
+                f"{directory} is quantized ({method}; {name} is {kind}), which is not supported; "
+                "use the original checkpoint, with weights in F32, BF16 or F16"
+            )
 
 
 def definition_for(config: dict[str, Any]) -> ModelDefinition:
@@ -249,27 +268,12 @@ def require_weights(directory: Path) -> None:
 
 def _weight_files(directory: Path) -> list[Path]:
     require_weights(directory)
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        table = _read_json(index, "").get("weight_map", {})
-        values = table.values() if isinstance(table, dict) else []
-        names = sorted({str(name) for name in values})
-        absent = [n for n in names if not (directory / n).is_file()]
-        if absent or not names:
-            listed = ", ".join(absent) or "(the index lists none)"
-            raise WeightsError(f"{directory} lacks weight files named by its index: {listed}")
-        return [directory / n for n in names]
-    files = sorted(directory.glob("*.safetensors"))
-    if files:
-        return files
-    if any(directory.glob("*.bin")) or any(directory.glob("*.pt")):
+    files = weight_files(directory)
+    if not files:
         raise WeightsError(
-            f"{directory} has only .bin or .pt weights, which can run code when loaded; "
-            "convert them to safetensors (transformers: model.save_pretrained(path))"
+            f"{directory} has no .safetensors weights (use load_format='dummy' for random ones)"
         )
-    raise WeightsError(
-        f"{directory} has no .safetensors weights (use load_format='dummy' for random ones)"
-    )
+    return files
 
 
 def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, SamplingParams
-from dllmserve.engine.tokenizer import _TransformersCodec, load_tokenizer
+from dllmserve.engine.codec import PythonCodec
+from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import PromptError, TokenizerError
 from tests.checkpoints import CHAT_TEMPLATE, byte_tokenizer
 from tests.conftest import Engines
@@ -212,4 +213,4 @@ def test_ids_that_no_token_has_are_no_text() -> None:
         def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
             return "".join({0: "a", 5: "b"}[i] for i in ids)
 
-    assert _TransformersCodec(Strict()).decode([0, 3, 5, 152000]) == "ab"
+    assert PythonCodec(Strict()).decode([0, 3, 5, 152000]) == "ab"

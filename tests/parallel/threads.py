@@ -20,7 +20,6 @@ from dllmserve.core.rows import RowInit
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan, Loaded, build_runner, plan_engine
 from dllmserve.engine.start import engine_of
-from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.runtime.platform import on_device
 from dllmserve.runtime.runner import ModelRunner, StepHandle
 from dllmserve.runtime.state_table import StateTable
@@ -157,8 +156,7 @@ def threaded_llm(
         loaded = on_all([lambda rank=rank: load(rank) for rank in range(size)])  # type: ignore[misc]
         made.append(ThreadedRunner([one.runner for one in loaded]))
         plan = loaded[0].plan
-        tokenizer = load_tokenizer(plan.directory, trust_remote_code=False)
-        return engine_of(made[0], plan, tokenizer), plan
+        return engine_of(made[0], plan), plan
 
     device = torch.device(options.pop("device", "cpu"))
     monkeypatch.setattr(setup, "choose_device", lambda *_: device)

@@ -1,0 +1,99 @@
+"""Tokenizers without a tokenizer.json, through transformers, which takes seconds to import."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dllmserve.engine.codec import Codec, FastCodec, PythonCodec
+from dllmserve.engine.token_files import TokenFiles
+from dllmserve.errors import TokenizerError
+from dllmserve.models.files import NotText, has_mark, read_bytes
+
+#: files of text that a tokenizer is made of
+_TEXTS = ("*.json", "*.txt", "*.jinja", "*.tiktoken")
+
+
+def load_other(directory: Path, files: TokenFiles, trust: bool) -> tuple[Codec, dict[str, str]]:
+    """The codec, and the variables of its chat templates.
+
+    Args:
+        directory: of the checkpoint.
+        files: as read from it.
+        trust: whether the tokenizer's own code may run if nothing else can load it.
+
+    Raises:
+        TokenizerError: it cannot be loaded.
+    """
+    with _readable(directory) as place:
+        tokenizer = _load(place, directory, files, trust)
+    names = {k: v for k, v in dict(tokenizer.special_tokens_map).items() if isinstance(v, str)}
+    if getattr(tokenizer, "is_fast", False):
+        # transformers sets options of the tokenizer with every call, which threads may not
+        return FastCodec(tokenizer.backend_tokenizer), names
+    return PythonCodec(tokenizer), names
+
+
+def _load(place: Path, directory: Path, files: TokenFiles, trust: bool) -> Any:
+    from transformers import AutoTokenizer, PretrainedConfig, Qwen2Tokenizer
+
+    remote = files.auto_map
+    # with it transformers need not look for the model's configuration, which may be code
+    options = {"config": PretrainedConfig(), "local_files_only": True}
+    try:
+        if remote and _is_byte_level(place):
+            # Dream ships Qwen2's vocabulary with code of its own, which this replaces
+            return Qwen2Tokenizer.from_pretrained(str(place))
+        return AutoTokenizer.from_pretrained(str(place), trust_remote_code=False, **options)
+    except Exception as error:  # the libraries below raise bare Exception
+        if not remote:
+            raise TokenizerError(
+                f"no tokenizer could be loaded from {directory}: {error}"
+            ) from error
+        if not trust:
+            raise TokenizerError(
+                f"the tokenizer of {directory} needs its own code to load; "
+                "pass trust_remote_code=True if you trust it, or add a tokenizer.json"
+            ) from error
+    warnings.warn(f"running the tokenizer code shipped with {directory}", stacklevel=2)
+    try:
+        return AutoTokenizer.from_pretrained(str(place), trust_remote_code=True, **options)
+    except Exception as error:  # it is foreign code
+        raise TokenizerError(
+            f"the tokenizer code of {directory} cannot be run ({error}); add a tokenizer.json"
+        ) from error
+
+
+def _is_byte_level(directory: Path) -> bool:
+    """Whether there are the two files of a byte-level BPE vocabulary."""
+    return all((directory / name).is_file() for name in ("vocab.json", "merges.txt"))
+
+
+@contextmanager
+def _readable(directory: Path) -> Iterator[Path]:
+    """The directory, or a copy of its texts without byte order marks, which libraries stumble over.
+
+    Raises:
+        TokenizerError: a file is a git-lfs pointer.
+    """
+    texts = [path for form in _TEXTS for path in sorted(directory.glob(form)) if path.is_file()]
+    try:
+        if not any(map(has_mark, texts)):
+            yield directory
+            return
+        with TemporaryDirectory(prefix="dllmserve-") as made:
+            copy = Path(made) / directory.name
+            copy.mkdir()
+            for path in texts:
+                (copy / path.name).write_bytes(read_bytes(path))
+            for form in ("*.model", "*.py"):
+                for path in directory.glob(form):
+                    shutil.copy(path, copy)
+            yield copy
+    except NotText as error:
+        raise TokenizerError(str(error)) from error
