@@ -43,8 +43,10 @@ def _load(place: Path, directory: Path, files: TokenFiles, trust: bool) -> Any:
     from transformers import AutoTokenizer, PretrainedConfig, Qwen2Tokenizer
 
     remote = files.auto_map
-    # with it transformers need not look for the model's configuration, which may be code
-    options = {"config": PretrainedConfig(), "local_files_only": True}
+    # without one transformers would run the code of the model's configuration
+    known = (place / "config.json").is_file()
+    config = PretrainedConfig.from_pretrained(str(place)) if known else PretrainedConfig()
+    options = {"config": config, "local_files_only": True}
     try:
         if remote and _is_byte_level(place):
             # Dream ships Qwen2's vocabulary with code of its own, which this replaces
@@ -83,6 +85,8 @@ def _readable(directory: Path) -> Iterator[Path]:
     """
     texts = [path for form in _TEXTS for path in sorted(directory.glob(form)) if path.is_file()]
     try:
+        for path in directory.glob("*.model"):
+            has_mark(path)  # or it is a pointer
         if not any(map(has_mark, texts)):
             yield directory
             return

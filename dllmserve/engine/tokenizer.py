@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 #: the template for prompts with tools, if there is one
 _TOOL_USE = "tool_use"
 #: what an assistant says to find out what the template writes behind it
-_ANSWER = "Zwölf Boxkämpfer jagen"
+_ANSWER = "forty-two"
 
 
 class Tokenizer:
@@ -129,18 +129,18 @@ class Tokenizer:
 
         None without a template, or where it writes none.
         """
-        question = {"role": "user", "content": "Hello"}
-        # some templates close the last answer only if a prompt follows, some take parts alone
-        for content in (_ANSWER, [{"type": "text", "text": _ANSWER}]):
+        # some templates take parts alone, some close the last answer only if a prompt follows
+        for form in (str, _as_parts):
+            chat = [
+                {"role": "user", "content": form("Hello")},
+                {"role": "assistant", "content": form(_ANSWER)},
+            ]
             for follows in (False, True):
                 with suppress(TokenizerError):
-                    opening = self._opening([question]) if follows else ""
-                    text = self.render_chat(
-                        [question, {"role": "assistant", "content": content}],
-                        add_generation_prompt=follows,
-                    )
-                    before, _, rest = text.removesuffix(opening).rpartition(_ANSWER)
-                    if before and (found := self._controls.first(rest)) is not None:
+                    text = self.render_chat(chat, add_generation_prompt=follows)
+                    opening = self._opening(chat[:1]) if follows else ""
+                    _, said, rest = text.removesuffix(opening).rpartition(_ANSWER)
+                    if said and (found := self._controls.first(rest)) is not None:
                         return found
         return None
 
@@ -174,6 +174,10 @@ class Tokenizer:
                 self._templates[name], self._names, self._controls.marks
             )
         return self._compiled[name]
+
+
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def check_messages(messages: Any, name: str = "messages") -> None:

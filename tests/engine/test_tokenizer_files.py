@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import TokenizerError
+from tests.checkpoints import byte_tokenizer
 
 TEXT = "hello café 日本 world"
 
@@ -66,3 +68,145 @@ def test_a_tokenizer_of_unknown_kind_asks_for_trust(
     (folder / "merges.txt").unlink()
     with pytest.raises(TokenizerError, match="trust_remote_code"):
         load_tokenizer(folder)
+
+
+MARK = b"\xef\xbb\xbf"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+def put_before(path: Path, start: bytes) -> None:
+    path.write_bytes(start + path.read_bytes())
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path, chat=True)
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<|user|>"}')
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 260}')
+    plain = load_tokenizer(tmp_path)
+    for path in tmp_path.iterdir():
+        put_before(path, MARK)
+    marked = load_tokenizer(tmp_path)
+    assert plain is not None and marked is not None
+    for tokenizer in (plain, marked):
+        assert tokenizer.encode_chat([{"content": "a<x>"}]) == [257, 64, 260]
+        assert tokenizer.end_id == 256
+
+
+def test_byte_order_marks_in_files_that_transformers_reads(
+    dream_files: tuple[Path, Tokenizer],
+) -> None:
+    folder, trained = dream_files
+    (folder / "config.json").write_text('{"model_type": "Dream"}')
+    for path in folder.iterdir():
+        put_before(path, MARK)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    assert tokenizer.encode(TEXT) == trained.encode(TEXT).ids
+    assert tokenizer.decode(tokenizer.encode(TEXT + "<|endoftext|>")) == TEXT
+    assert tokenizer.end_id == trained.get_vocab_size()
+    assert tokenizer.render_chat([{"content": "a"}]) == "a"
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"]
+)
+def test_files_that_are_something_else(tmp_path: Path, name: str) -> None:
+    byte_tokenizer(tmp_path, chat=False)
+    for content, part in (
+        (POINTER, "is a git-lfs pointer, not the file itself: run 'git lfs pull'"),
+        ("{}".encode("utf-16"), "begins with UTF-16's mark; save it as UTF-8"),
+        (b"\xe9", "is not UTF-8 text"),
+    ):
+        if (name, content) == ("tokenizer.json", b"\xe9"):
+            continue  # the library says what is wrong with it
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(TokenizerError) as caught:
+            load_tokenizer(tmp_path)
+        assert part in str(caught.value) and name in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+def test_pointers_in_place_of_a_vocabulary(dream_files: tuple[Path, Tokenizer], name: str) -> None:
+    folder, _ = dream_files
+    (folder / name).write_bytes(POINTER)
+    with pytest.raises(TokenizerError, match=f"{name} is a git-lfs pointer"):
+        load_tokenizer(folder)
+
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizer
+
+class OwnTokenizer(PreTrainedTokenizer):
+    def __init__(self, **options):
+        super().__init__(**options)
+
+    @property
+    def vocab_size(self):
+        return 128
+
+    def get_vocab(self):
+        return {chr(i): i for i in range(128)} | dict(self.added_tokens_encoder)
+
+    def _tokenize(self, text, **options):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return ord(token)
+
+    def _convert_id_to_token(self, index):
+        return chr(index)
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+"""
+
+
+@pytest.fixture
+def own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint whose tokenizer is code, and whose other code must not be run."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    folder.mkdir()
+    ends = "raise SystemExit('code of the model was run')\n"
+    for name in ("configuration_own.py", "modeling_own.py"):
+        (folder / name).write_text(ends)
+    (folder / "tokenization_own.py").write_text(OWN_TOKENIZER)
+    maps = {"AutoConfig": "configuration_own.OwnConfig", "AutoModel": "modeling_own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": maps}))
+    config = {
+        "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]},
+        "tokenizer_class": "OwnTokenizer",
+        "eos_token": "<end>",
+        "added_tokens_decoder": {
+            "128": {"content": "<end>", "special": True},
+            "129": {"content": "<sep>", "special": False},
+        },
+        "chat_template": "{% for m in messages %}{{ m.content }}<end>{% endfor %}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_tokenizers_own_code_runs_and_the_models_does_not(own_tokenizer: Path) -> None:
+    with pytest.warns(UserWarning, match="running the tokenizer code shipped with"):
+        tokenizer = load_tokenizer(own_tokenizer, trust_remote_code=True)
+    assert tokenizer is not None
+    assert tokenizer.encode("ab<end><sep>") == [97, 98, 128, 129]
+    assert tokenizer.decode([97, 128, 98]) == "ab"
+    assert (tokenizer.end_id, tokenizer.turn_end()) == (128, 128)
+    message = {"role": "user", "content": "a<sep><end>"}
+    ids = tokenizer.encode_chat([message], literal_contents=True)
+    assert ids == [*map(ord, "a<sep><end>"), 128]
+
+
+def test_code_does_not_run_without_trust_or_need(own_tokenizer: Path) -> None:
+    (own_tokenizer / "tokenization_own.py").write_text("raise SystemExit('code was run')\n")
+    with pytest.raises(TokenizerError, match="pass trust_remote_code=True"):
+        load_tokenizer(own_tokenizer)
+    byte_tokenizer(own_tokenizer.parent, chat=False)
+    shutil.move(own_tokenizer.parent / "tokenizer.json", own_tokenizer)
+    tokenizer = load_tokenizer(own_tokenizer, trust_remote_code=True)
+    assert tokenizer is not None and tokenizer.encode("a") == [64]
