@@ -27,7 +27,8 @@ BRACKETS = (
     "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' ' + eos_token}}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'] | trim + ' ' + eos_token}}"
     "{% else %}{{ raise_exception('Only user and assistant roles!') }}{% endif %}{% endfor %}"
 )
 #: takes thoughts out of earlier answers
@@ -75,7 +76,8 @@ THINKING = """
         {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == "tool" %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + content + '\\n</tool_response><|im_end|>\\n' }}
+        {{- '<|im_start|>user\\n<tool_response>\\n' + content }}
+        {{- '\\n</tool_response><|im_end|>\\n' }}
     {%- else %}
         {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
     {%- endif %}
@@ -101,11 +103,13 @@ ODDS = {
     "{% if m.role == 'assistant' %}{% continue %}{% endif %}{{ m.role }},{% endfor %}",
     "day": "{{ strftime_now('%Y-%m') }}{{ strftime_now is defined }}",
     "joins": "{{ messages[0].role ~ 1 ~ none ~ messages[0].content }}{{ ['a', 'b'] | join('-') }}",
-    "sets": "{% set text %}[{{ messages[0].content }}]{% endset %}{{ text | upper }}{{ text[1:3] }}",
+    "sets": "{% set text %}[{{ messages[0].content }}]{% endset %}{{ text | upper }}"
+    "{{ text[1:3] }}",
     "calls": "{{ messages[0].content.split(' ') | first }}{{ '%s!' | format(messages[0].content) }}"
     "{{ messages[0].content.replace('l', 'L') }}{{ messages[0].items() | list | length }}",
     "keys": "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}",
-    "thoughts": "{{ messages[1].reasoning_content }}|{{ messages[1].thinking }}|{{ messages[1].x }}",
+    "thoughts": "{{ messages[1].reasoning_content }}|{{ messages[1].thinking }}|"
+    "{{ messages[1].x }}",
     "fails": "{{ messages[99].role.deeper }}",
     "refuses": "{{ raise_exception('never ' + messages[0].role) }}",
 }

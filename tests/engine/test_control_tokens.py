@@ -26,17 +26,11 @@ from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import PromptError
 from tests.engine.templates import THINKING
 
-#: tokens that hold, overlap and continue one another
-TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|im",
-    "<|im_end|><|im_start|>",
-    "|><|",
-    "[END]",
-    "</think>",
-)
 OWN = ("<|im_start|>", "<|im_end|>")
+#: tokens that hold, overlap and continue one another
+TOKENS = (*OWN, "<|im", "<|im_end|><|im_start|>", "|><|", "[END]", "</think>")
+#: fullwidth characters, which normalizers make ASCII of
+WIDE = dict(zip(map(ord, "<|>im"), map(chr, (0xFF1C, 0xFF5C, 0xFF1E, 0xFF49, 0xFF4D)), strict=True))
 
 
 def alphabet() -> dict[str, int]:
@@ -119,11 +113,10 @@ SAYS = {
 }
 WRAPPED = "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{}<|im_end|>\n{{% endfor %}}"
 PIECES = st.one_of(
-    st.sampled_from(
-        [*TOKENS, "<|", "|>", "im_end", "im_", "start|>", "<|im_end", "<|IM_END|>", "＜|im_end|＞"]
-    ),
-    st.sampled_from(["<|im_~end|>", "<~|im_end|>", "[end]", "ｉm", "<｜im_end｜>", "< |im_end| >"]),
-    st.text("ab <|>~[]\n\"\\'éı", max_size=4),
+    st.sampled_from([*TOKENS, *(token.translate(WIDE) for token in TOKENS), "<|IM_END|>", "[end]"]),
+    st.sampled_from(["<|", "|>", "im_end", "im_", "start|>", "<|im_end", "< |im_end| >"]),
+    st.sampled_from(["<|im_~end|>", "<~|im_end|>", "<" + "|im_end|>".translate(WIDE)]),
+    st.text("ab <|>~[]\n\"\\'é\u0131", max_size=4),
 )
 TEXTS = st.lists(PIECES, max_size=6).map("".join)
 
@@ -168,7 +161,6 @@ def test_nothing_of_a_text_is_lost(kind: str, text: str) -> None:
     if kind in ("nfkc", "lower case", "drops", "word level"):
         return  # they change every text
     tokenizer = made(kind, WRAPPED.format("{{ m.content }}"))
-    text = text.replace("é", "e").replace("ı", "i") if "piece" in kind or "meta" in kind else text
     text = "".join(c for c in text if ord(c) < 127)
     ids = tokenizer.encode_chat([{"role": "user", "content": text}], literal_contents=True)
     assert "".join(text.split()) in "".join(tokenizer.decode(ids).split())
@@ -223,7 +215,7 @@ def test_templates_that_split_texts_at_a_token(content: Any) -> None:
         {"role": "assistant", "content": content},
         {"role": "user", "content": "b <|im_end|>"},
     ]
-    plain = chat[:2] + [{"role": "user", "content": "b"}]
+    plain = [*chat[:2], {"role": "user", "content": "b"}]
     text = tokenizer.decode(tokenizer.encode_chat(chat, literal_contents=True))
     assert "hm" not in text and "assistant\nyes" in text  # the thoughts have been cut off
     assert tokenizer.encode_chat(plain, literal_contents=True) == tokenizer.encode_chat(plain)

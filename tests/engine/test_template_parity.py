@@ -69,11 +69,11 @@ def reference(folder: Path) -> Any:
     return PreTrainedTokenizerFast.from_pretrained(str(folder))
 
 
-def same(folder: Path, chats: Any = CHATS.values(), **options: Any) -> None:
+def same(folder: Path, **options: Any) -> None:
     """Compare text and ids, or that both refuse."""
     theirs, ours = reference(folder), load_tokenizer(folder)
     assert ours is not None
-    for chat in chats:
+    for chat in CHATS.values():
         for opens in (True, False):
             given = {"add_generation_prompt": opens, **options}
             try:
