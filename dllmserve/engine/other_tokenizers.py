@@ -13,7 +13,7 @@ from typing import Any
 from dllmserve.engine.codec import Codec, FastCodec, PythonCodec
 from dllmserve.engine.token_files import TokenFiles
 from dllmserve.errors import TokenizerError
-from dllmserve.models.files import NotText, has_mark, read_bytes
+from dllmserve.models.files import NotText, has_mark, read_bytes, read_object
 
 #: files of text that a tokenizer is made of
 _TEXTS = ("*.json", "*.txt", "*.jinja", "*.tiktoken")
@@ -44,8 +44,12 @@ def _load(place: Path, directory: Path, files: TokenFiles, trust: bool) -> Any:
 
     remote = files.auto_map
     # without one transformers would run the code of the model's configuration
-    known = (place / "config.json").is_file()
-    config = PretrainedConfig.from_pretrained(str(place)) if known else PretrainedConfig()
+    config = PretrainedConfig()
+    settings = place / "config.json"
+    given = read_object(settings, TokenizerError) if settings.is_file() else {}
+    for name in ("model_type", "tokenizer_class"):
+        if isinstance(given.get(name), str):
+            setattr(config, name, given[name])
     options = {"config": config, "local_files_only": True}
     try:
         if remote and _is_byte_level(place):
