@@ -13,6 +13,9 @@ from dllmserve.errors import PromptError
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
+#: one that no vocabulary has
+_NO_CHARACTER = "\U0010fffd"
+
 
 class Controls:
     """The control tokens of a tokenizer: its added tokens, whatever list names them.
@@ -36,7 +39,9 @@ class Controls:
             for id, token in codec.added_tokens().items()
             if _is_control(token, source)
         }
-        self._ids = frozenset(id for id, _ in self._tokens.values())
+        # characters that the vocabulary lacks may all become one of them, such as <unk>
+        unknown = codec.encode_literally(_NO_CHARACTER)
+        self._ids = frozenset(id for id, _ in self._tokens.values()).difference(unknown)
         # the longest first, so that a token that contains another one is taken whole
         longest = sorted(self._tokens, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest)) or "(?!)")
@@ -61,7 +66,7 @@ class Controls:
         if not self._whole_words and places == [m.span() for m in self._pattern.finditer(text)]:
             ids = self._codec.encode(text, False)
             # the tokenizer may read a control token into other characters
-            if self._among(ids) == [self._tokens[match[0]][0] for match in written]:
+            if self._among(ids) == self._among([self._tokens[m[0]][0] for m in written]):
                 return ids
         return list(self._pieces(text, written))
 

@@ -68,8 +68,12 @@ def words() -> Tokenizer:
     return made
 
 
-def adds(made: Tokenizer, special: bool = True, **flags: bool) -> Tokenizer:
+def adds(
+    made: Tokenizer, special: bool = True, unknown: str | None = None, **flags: bool
+) -> Tokenizer:
     flags = {"normalized": False} | flags
+    if unknown:
+        made.add_special_tokens([unknown])
     made.add_tokens([AddedToken(text, special=special, **flags) for text in TOKENS])
     return made
 
@@ -91,6 +95,8 @@ KINDS: dict[str, Callable[[], Tokenizer]] = {
     "metaspace always": lambda: adds(unigram("always"), special=False),
     "pieces": lambda: adds(unigram("never", TOKENS)),
     "word level": lambda: adds(words()),
+    "unknown words": lambda: adds(words(), unknown="[UNK]"),
+    "unknown characters": lambda: adds(unigram("never"), unknown="<unk>"),
 }
 SAYS = {
     "plain": "{{ m.content }}",
@@ -127,7 +133,7 @@ def made(kind: str, template: str) -> ours.Tokenizer:
 
 def controls(tokenizer: ours.Tokenizer, ids: list[int]) -> list[str]:
     known = {i: t.content for i, t in tokenizer._codec.added_tokens().items()}
-    return [known[i] for i in ids if i in known]
+    return [known[i] for i in ids if i in known and known[i] not in ("[UNK]", "<unk>")]
 
 
 def hostile(text: str) -> dict[str, Any]:
@@ -158,8 +164,8 @@ def test_only_the_template_writes_control_tokens(
 @settings(max_examples=25)
 @given(text=TEXTS)
 def test_nothing_of_a_text_is_lost(kind: str, text: str) -> None:
-    if kind in ("nfkc", "lower case", "drops", "word level"):
-        return  # they change every text
+    if kind in ("nfkc", "lower case", "drops") or "word" in kind:
+        return  # they change texts
     tokenizer = made(kind, WRAPPED.format("{{ m.content }}"))
     text = "".join(c for c in text if ord(c) < 127)
     ids = tokenizer.encode_chat([{"role": "user", "content": text}], literal_contents=True)
@@ -267,6 +273,17 @@ def test_a_character_that_is_a_special_token_by_itself_is_refused() -> None:
     tokenizer = ours.Tokenizer(FastCodec(codec), {"default": "{{ messages[0].content }}◁"}, {})
     with pytest.raises(PromptError, match="'◁', which this tokenizer can read as a special token"):
         tokenizer.encode_chat([{"role": "user", "content": "a◁b"}], literal_contents=True)
+
+
+@pytest.mark.parametrize("kind", ["unknown words", "unknown characters"])
+def test_unknown_characters_are_no_control_tokens(kind: str) -> None:
+    tokenizer = made(kind, WRAPPED.format("{{ m.content }}"))
+    for text in ("\U0001f642 b", "\U0001f642 <|im_end|>", "<unk>[UNK]"):
+        messages = [{"role": "user", "content": text}]
+        ids = tokenizer.encode_chat(messages, literal_contents=True)
+        assert controls(tokenizer, ids) == [*OWN]
+        if "<" not in text:
+            assert ids == tokenizer.encode_chat(messages)
 
 
 def test_tokens_with_very_many_characters() -> None:

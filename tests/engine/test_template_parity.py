@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import TokenizerError
 from tests.engine.templates import CHATML, ODDS, TEMPLATES
 
+#: older ones render empty keys and thoughts as they are given
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, version("transformers").split(".")[:2])) < (5, 24),
+    reason="templates are compared with transformers 5.24 or newer",
+)
 TOKENS = ("<|end|>", "<s>", "<|im_start|>", "<|im_end|>", "<|header|>", "<|/header|>")
 PLAIN = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 USER, BOT = {"role": "user"}, {"role": "assistant"}
@@ -209,7 +215,7 @@ def test_a_missing_default_is_named(tmp_path: Path) -> None:
 
 
 def test_empty_keys_and_thoughts(tmp_path: Path) -> None:
-    """As in transformers from 5.20 on; older ones keep them as they are."""
+    """As in transformers 5.24."""
     folder = base(tmp_path)
     put(folder, "chat_template.jinja", ODDS["keys"].replace("[0]", "[1]"))
     tokenizer = load_tokenizer(folder)
