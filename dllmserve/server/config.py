@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,6 +23,9 @@ CHOICES = {
     "request_id_scheme": ID_SCHEMES,
     "metrics_compat": METRICS_COMPAT,
 }
+
+#: scheme://host[:port]; some apps that are no web pages have a scheme of their own, or "null"
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 
 def _option(default: Any, panel: str, help: str) -> Any:
@@ -157,8 +161,19 @@ class ServerConfig:
             check_choice(ConfigError, name, getattr(self, name), choices)
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             raise ConfigError("TLS needs both ssl_certfile and ssl_keyfile")
-        if "*" in self.origins:
-            raise ConfigError("cors_origins='*' would let every web page call: name the origins")
+        self._check_origins()
+
+    def _check_origins(self) -> None:
+        for origin in self.origins:
+            if "*" in origin:
+                raise ConfigError(
+                    f"cors_origins={origin!r} would let every web page call: name the origins"
+                )
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "cors_origins must be origins as browsers send them, such as "
+                    f"https://app.example or http://localhost:3000, without a path; got {origin!r}"
+                )
 
     def _check_numbers(self) -> None:
         err = ConfigError
@@ -203,8 +218,9 @@ class ServerConfig:
 
     @property
     def origins(self) -> list[str]:
-        """The origins of ``cors_origins``."""
-        return [part.strip() for part in self.cors_origins.split(",") if part.strip()]
+        """The origins of ``cors_origins``, in lower case, without a slash at the end."""
+        parts = (part.strip().lower().removesuffix("/") for part in self.cors_origins.split(","))
+        return [part for part in parts if part]
 
     @property
     def loopback(self) -> bool:

@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import uvicorn
 
@@ -19,8 +20,11 @@ from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.connection import (
     MAX_TURNED_AWAY,
     ConnectionLimits,
+    RefusalHeaders,
     guarded_protocol,
+    no_headers,
 )
+from dllmserve.server.http.cors import Origins
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, with_port
@@ -168,7 +172,7 @@ class _Running:
         limits, at_once = _connection_limits(server)
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
-            http=guarded_protocol(limits, self._service.connections),
+            http=guarded_protocol(limits, self._service.connections, _refusal_headers(server)),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -188,6 +192,13 @@ class _Running:
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"the TLS certificate or key cannot be used: {error}") from error
         return config
+
+
+def _refusal_headers(server: ServerConfig) -> RefusalHeaders:
+    """What lets pages read that a connection was refused, before the application knows of it."""
+    if not server.origins:
+        return no_headers
+    return partial(Origins(server.origins).readable, complete=False)
 
 
 def _connection_limits(server: ServerConfig) -> tuple[ConnectionLimits, int]:
