@@ -6,9 +6,17 @@ error. None stands for "not given" everywhere.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+)
 
 from dllmserve.errors import InvalidParameterError
 from dllmserve.presets import PRESETS
@@ -88,6 +96,22 @@ def _number(low: float | None, high: float | None, text: str) -> Any:
 def _choice(values: tuple[str, ...], text: str) -> Any:
     # no Literal: rules and caches may be added to the registry
     return Field(default=None, description=text, json_schema_extra={"enum": [*values, None]})
+
+
+def neutral(*values: Any) -> Any:
+    """A field that only takes these values (and null); they change nothing."""
+
+    def check(value: Any) -> Any:
+        for allowed in values:
+            # False is no 0 here
+            if value == allowed and isinstance(value, bool) == isinstance(allowed, bool):
+                return value
+        if value is None:
+            return None
+        shown = " or ".join(json.dumps(v) for v in values) or "null"
+        raise ValueError(f"is not supported by this server; leave it out, or give {shown}")
+
+    return Annotated[Any, PlainValidator(check), WithJsonSchema({"enum": [*values, None]})]
 
 
 class Body(BaseModel):

@@ -70,7 +70,7 @@ async def completions(body: CompletionRequest, http: HttpRequest, service: Servi
 async def chat(body: ChatRequest, http: HttpRequest, service: ServiceOf) -> Response:
     """Answer a conversation."""
     _check_model(body.model, service)
-    messages = [message.plain() for message in body.messages]
+    messages = body.conversation()
     note_prompts(http, service, messages)
     _check_count(body.choices(service.settings.server), "n", service)
     ids = await service.chat_ids(messages)
@@ -133,12 +133,11 @@ def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) ->
 
 def _check_model(name: str | None, service: Service) -> None:
     if name is not None and name != service.model_name:
-        raise ApiError(
-            404,
-            f"there is no model {shown(name, 100)}; this server has {service.model_name!r}",
-            code="model_not_found",
-            param="model",
-        )
+        known = f"this server has '{service.model_name}'"
+        text = f"there is no model '{shown(name, 100)}'; {known}"
+        if not name.strip():
+            text = f"model is empty; {known}, which is also meant if no model is given"
+        raise ApiError(404, text, code="model_not_found", param="model")
 
 
 def _check_count(count: int, param: str, service: Service) -> None:

@@ -375,9 +375,14 @@ class Service:
         return await self.llm.prompt_ids(prompt)
 
     async def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Prompt ids of a conversation; special tokens in contents are ordinary text."""
+        """Prompt ids of a conversation; special tokens in messages are ordinary text.
+
+        Args:
+            messages: as a chat template reads them, see :mod:`dllmserve.messages`.
+        """
         self.require_engine()
-        self._check_length(sum(len(m["content"]) for m in messages), "messages")
+        said = (str(value) for m in messages for key, value in m.items() if key != "role")
+        self._check_length(sum(map(len, said)), "messages")
         return await self.llm.chat_ids(messages, literal_contents=True)
 
     def require_engine(self) -> None:
