@@ -145,7 +145,7 @@ def _check_count(count: int, param: str, service: Service) -> None:
     if count > limit:
         raise ApiError(
             400,
-            f"{count} answers are asked for, over max_prompts={limit}",
+            f"{param} asks for {count} answers, over max_prompts={limit}: ask for fewer at a time",
             code="invalid_parameter",
             param=param,
         )

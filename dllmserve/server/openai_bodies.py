@@ -168,7 +168,10 @@ class CompletionRequest(OpenAIFields):
     model_config = example(prompt="The president", max_tokens=32, temperature=0)
 
     prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)] = Field(
-        description="A text, token ids, or a list of either."
+        description="A text, token ids, or a list of either.",
+        json_schema_extra={
+            "x-takes": "a text, token ids, or a list of texts or of token ids, and nothing empty"
+        },
     )
     echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="Must equal n.")
@@ -181,12 +184,6 @@ class CompletionRequest(OpenAIFields):
             raise ApiError(400, "best_of must equal n", code="invalid_parameter", param="best_of")
         prompt = self.prompt
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-
-
-class ResponseFormat(Body):
-    """Only free text."""
-
-    type: neutral("text")  # type: ignore[valid-type]
 
 
 Tools = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)]
@@ -210,7 +207,7 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_GEN_LENGTH)
     logprobs: neutral(False) = None  # type: ignore[valid-type]
     top_logprobs: neutral(0) = None  # type: ignore[valid-type]
-    response_format: ResponseFormat | None = None
+    response_format: neutral({"type": "text"}) = None  # type: ignore[valid-type]
     tools: Tools | None = Field(default=None, description="Only with tool_choice none; not read.")
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
         default=None, description="none; auto only without tools."

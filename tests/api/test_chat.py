@@ -87,7 +87,7 @@ def test_histories_of_other_servers(llm: LLM) -> None:
         ({"role": "assistant", "tool_calls": "f"}, "tool_calls must be a list"),
         (
             {"role": "assistant", "tool_calls": [{"function": "f"}]},
-            "tool_calls[0] needs a function",
+            "needs a function with a name",
         ),
         ({"role": "tool", "content": None}, "content must be a text"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "part 0 has type 'image_url'"),
