@@ -271,8 +271,20 @@ class AsyncLLM:
             params = replace(params, seed=secrets.randbits(63))
         return self._door.request(0, prompt_ids, params, sparse_config, name=name)
 
-    def submit(self, request: Request, *, stream: bool = False, watch: bool = False) -> Call:
+    def submit(
+        self,
+        request: Request,
+        *,
+        stream: bool = False,
+        watch: bool = False,
+        work: int | None = None,
+    ) -> Call:
         """Queue a checked request.
+
+        Args:
+            request: from :meth:`check`.
+            stream, watch: what the engine is to report.
+            work: what it is expected to cost; by default what it costs at most.
 
         Raises:
             EngineError: the engine is gone for good.
@@ -284,7 +296,7 @@ class AsyncLLM:
             sparse,
             stream=stream,
             watch=watch,
-            work=work_of(request),
+            work=work_of(request) if work is None else work,
         )
 
     def abort(self, call: Call, error: DllmServeError | None = None) -> None:

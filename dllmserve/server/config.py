@@ -122,14 +122,23 @@ class ServerConfig:
     served_model_name: str | None = _option(
         None, _TEXT, "Name of the model in the API (its own, if not given)."
     )
-    default_max_tokens: int = _option(
-        128, _TEXT, "Answer length of the OpenAI endpoints where a request gives none."
+    default_max_tokens: int | None = _option(
+        None,
+        _TEXT,
+        "Answer length of the OpenAI endpoints where a request gives none (if not given: what "
+        "fits, for chats that end by themselves, else 128).",
     )
-    default_block_length: int = _option(
-        32, _TEXT, "Block length of the OpenAI endpoints where a request gives none."
+    default_block_length: int | None = _option(
+        None,
+        _TEXT,
+        "Block length of the OpenAI endpoints where a request gives none (if not given: that of "
+        "the quality, else 32).",
     )
     default_quality: str = _option(
-        "exact", _TEXT, "Quality of the OpenAI endpoints where a request gives none."
+        "balanced",
+        _TEXT,
+        "Quality of the OpenAI endpoints where a request says nothing of decoding; exact is one "
+        "token a step.",
     )
     max_prompts: int = _option(128, _TEXT, "Answers that one request may ask for.")
     max_n: int = _option(8, _TEXT, "Choices for one prompt.")
@@ -185,13 +194,17 @@ class ServerConfig:
             "max_requests",
             "max_results",
             "max_result_bytes",
-            "default_max_tokens",
-            "default_block_length",
             "max_prompts",
             "max_n",
         ):
             check_int(err, name, getattr(self, name), 1)
-        for name in ("requests_per_minute", "max_parallel_per_key", "max_outstanding_work"):
+        for name in (
+            "requests_per_minute",
+            "max_parallel_per_key",
+            "max_outstanding_work",
+            "default_max_tokens",
+            "default_block_length",
+        ):
             if getattr(self, name) is not None:
                 check_int(err, name, getattr(self, name), 1)
         for name in (

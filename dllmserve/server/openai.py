@@ -121,12 +121,11 @@ def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) ->
     """Checked requests: every choice of every prompt."""
     config, llm = service.settings.server, service.llm
     sparse, choices = body.sparse_config(), body.choices(config)
-    max_len = llm.info.limits.max_model_len
     requests = []
     for place, ids in enumerate(prompts):
         name = "messages" if isinstance(body, ChatRequest) else "prompt"
         name = name if len(prompts) == 1 else f"{name}[{place}]"
-        choice = body.sampling_params(len(ids), max_len, config)
+        choice = body.sampling_params(len(ids), llm.info.limits, config)
         requests += [llm.check(ids, choice(i), sparse, name=name) for i in range(choices)]
     return requests
 

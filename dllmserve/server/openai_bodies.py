@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from dllmserve.core.schedule import block_lengths
+from dllmserve.core.scheduler import Limits
 from dllmserve.messages import template_messages
 from dllmserve.sampling_params import (
     MAX_GEN_LENGTH,
@@ -35,6 +36,9 @@ from dllmserve.server.fields import (
 )
 from dllmserve.server.openai_messages import Messages
 
+#: of answers, where neither the request nor the operator says otherwise
+DEFAULT_MAX_TOKENS = 128
+DEFAULT_BLOCK_LENGTH = 32
 #: OpenAI's limit
 MAX_CHOICES = 128
 #: definitions of tools
@@ -117,25 +121,27 @@ class OpenAIFields(DecodingFields):
             )
         return count
 
-    def sampling_params(self, prompt_len: int, max_len: int, config: ServerConfig) -> Any:
+    def sampling_params(self, prompt_len: int, limits: Limits, config: ServerConfig) -> Any:
         """A function from the number of a choice to its SamplingParams.
 
         Args:
             prompt_len: prompt tokens.
-            max_len: of the engine.
+            limits: of the engine.
             config: where the defaults come from.
         """
         values = self.decoding()
-        length = self.length()
-        if length is None:
-            length = max(1, min(config.default_max_tokens, max_len - prompt_len))
-        values["gen_length"] = length
         sparse = self.sparse_config()
         if self._plain(values) and sparse is None and config.default_quality != "exact":
             values["quality"] = config.default_quality
-        # a quality brings its own block length
-        if not {"block_length", "quality"} & set(values) and sparse is None:
-            values["block_length"] = config.default_block_length
+        if "block_length" not in values and sparse is None:
+            if config.default_block_length is not None:
+                values["block_length"] = config.default_block_length
+            elif "quality" not in values:  # which brings its own
+                values["block_length"] = DEFAULT_BLOCK_LENGTH
+        length = self.length()
+        if length is None:
+            length = self._default_length(values, prompt_len, limits, config)
+        values["gen_length"] = length
         for name in ("temperature", "top_p", "stop"):
             if (value := getattr(self, name)) is not None:
                 values[name] = value
@@ -155,6 +161,25 @@ class OpenAIFields(DecodingFields):
             return SamplingParams(**values, seed=seed)
 
         return choice
+
+    def _default_length(
+        self, values: dict[str, Any], prompt_len: int, limits: Limits, config: ServerConfig
+    ) -> int:
+        """The answer's length where none was given.
+
+        An answer that ends by itself, and sees only some masks behind its block, costs the same
+        whatever its length may be: it gets what fits.
+        """
+        room, most = limits.max_model_len, config.default_max_tokens
+        if most is None:
+            most = DEFAULT_MAX_TOKENS
+            params = SamplingParams(**values)
+            if self.open_ended and params.early_end and params.suffix_window is not None:
+                most, rows = MAX_GEN_LENGTH, 2 if params.cfg_scale else 1
+                pages = limits.num_pages // rows * limits.page_size
+                kept = pages if params.cache != "none" else room
+                room = min(room, limits.max_num_batched_tokens // rows, kept)
+        return max(1, min(most, room - prompt_len))
 
     @staticmethod
     def _plain(values: dict[str, Any]) -> bool:

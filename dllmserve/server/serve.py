@@ -157,7 +157,8 @@ class _Running:
         scheme = "https" if server.ssl_certfile else "http"
         host = f"[{server.host}]" if ":" in server.host else server.host
         _log.info(
-            "listening on %s://%s:%d, loading %s; %s; job ids are %s; jobs are kept in %s",
+            "listening on %s://%s:%d, loading %s; %s; job ids are %s; jobs are kept in %s; "
+            "quality is %s where a request says nothing of decoding",
             scheme,
             host,
             server.port,
@@ -165,6 +166,7 @@ class _Running:
             f"{len(settings.keys)} API keys" if settings.keys else "no API keys",
             "sequential" if settings.sequential_ids else "random",
             "memory" if server.job_store == "memory" else "a file",
+            server.default_quality,
         )
 
     def _config(self, app: object) -> uvicorn.Config:
