@@ -142,6 +142,7 @@ def test_answers_that_end_by_themselves_count_as_what_they_take() -> None:
     admission.give_back(place)
     (again,) = admission.take([chat()])
     assert again.work == place.work
+    admission.give_back(again)
     # what does not end early counts as ever
     (plain,) = admission.take([request()])
     assert (plain.forwards, plain.work) == (10, 200)
