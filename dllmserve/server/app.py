@@ -33,11 +33,11 @@ from dllmserve.server.http.request_id import RequestLog
 from dllmserve.server.http.respond import send_error
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
-from dllmserve.server.settings import Settings, load_settings
+from dllmserve.server.settings import Settings, load_settings, with_port
 from dllmserve.server.sse import ClientGone
 from dllmserve.server.store import JobStore, MemoryStore, SqliteStore, StoreLimits
 from dllmserve.server.turnstile import Turnstile
-from dllmserve.server.workers import refuse_several_workers
+from dllmserve.server.workers import listening_port, refuse_several_workers
 
 _log = logging.getLogger("dllmserve.server")
 
@@ -204,6 +204,8 @@ class _FromEnvironment:
             try:
                 refuse_several_workers()
                 settings = load_settings({}, os.environ)
+                if port := listening_port(receive):
+                    settings = with_port(settings, port)
                 start_logging(settings.server)
                 made = create_app(settings)
                 await stack.enter_async_context(lifespan(made))

@@ -27,6 +27,8 @@ CHOICES = {
 #: scheme://host[:port]; some apps that are no web pages have a scheme of their own, or "null"
 _ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
+_FILES = ("address_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "api_key_file")
+
 
 def _option(default: Any, panel: str, help: str) -> Any:
     return field(default=default, metadata={"panel": panel, "help": help})
@@ -56,6 +58,9 @@ class ServerConfig:
 
     host: str = _option("127.0.0.1", _NET, "Address to listen on.")
     port: int = _option(8000, _NET, "Port to listen on; 0 takes a free one.")
+    address_file: str | None = _option(
+        None, _NET, "File that says where the server listens, while it does; for probes."
+    )
     ssl_certfile: str | None = _option(None, _NET, "TLS certificate (chain) in PEM.")
     ssl_keyfile: str | None = _option(None, _NET, "TLS private key in PEM.")
     ssl_ca_certs: str | None = _option(
@@ -161,7 +166,7 @@ class ServerConfig:
         for name in ("host", "job_store", "cors_origins"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a string, got {getattr(self, name)!r}")
-        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "api_key_file"):
+        for name in _FILES:
             if not isinstance(getattr(self, name), str | None):
                 raise ConfigError(f"{name} must be a file, got {getattr(self, name)!r}")
         for name in ("insecure_no_auth", "open_metrics", "restart", "log_prompts"):

@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 
 import uvicorn
 
@@ -57,7 +58,8 @@ def serve(settings: Settings) -> int:
     bound = _bind(server.host, server.port)
     try:
         settings = with_port(settings, bound.getsockname()[1])
-        return asyncio.run(_Running(settings, bound).run())
+        with _address_file(settings.server):
+            return asyncio.run(_Running(settings, bound).run())
     finally:
         bound.close()
 
@@ -242,6 +244,35 @@ def _allow_files(count: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return most
+
+
+@contextmanager
+def _address_file(server: ServerConfig) -> Iterator[None]:
+    """Keep the address in its file, if there is to be one."""
+    if server.address_file is None:
+        yield
+        return
+    path = Path(server.address_file).expanduser()
+    try:
+        path.write_text(f"{address(server)}\n", encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"--address-file {path} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def address(server: ServerConfig) -> str:
+    """Where programs of this machine find the server.
+
+    Example:
+        >>> address(ServerConfig(host="0.0.0.0", port=9000, insecure_no_auth=True))
+        'http://127.0.0.1:9000'
+    """
+    scheme = "https" if server.ssl_certfile else "http"
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
 def _bind(host: str, port: int) -> socket.socket:
