@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ssl
 import sys
+import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from http.client import RemoteDisconnected
 from pathlib import Path
 
 #: seconds for the whole answer
@@ -20,7 +22,7 @@ def probe(file: str) -> str:
     """What is wrong; "" if the server answers requests now.
 
     A server that asks for client certificates, of which there is none here, is well if it gets so
-    far as to ask.
+    far as to ask; it then ends the connection, in one way or another.
 
     Args:
         file: the server's ``--address-file``.
@@ -28,13 +30,16 @@ def probe(file: str) -> str:
     # nothing is sent or believed that a certificate would protect
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    address = ""
     try:
         address = Path(file).read_text(encoding="ascii").strip()
         urllib.request.urlopen(f"{address}/health", timeout=_TIMEOUT_S, context=context).close()
+    except (ssl.SSLError, RemoteDisconnected, ConnectionResetError) as error:
+        return "" if address.startswith("https:") else str(error)
+    except urllib.error.URLError as error:
+        return "" if isinstance(error.reason, ssl.SSLError) else str(error)
     except (OSError, ValueError) as error:
-        # an SSLError has a reason of its own, a text
-        cause = error if isinstance(error, ssl.SSLError) else getattr(error, "reason", error)
-        return "" if isinstance(cause, ssl.SSLError) else str(error)
+        return str(error)
     return ""
 
 
