@@ -61,7 +61,9 @@ def create_app(settings: Settings) -> FastAPI:
     made = FastAPI(
         title="dllmserve",
         version=__version__,
-        description="Diffusion language models, served.",
+        description="Diffusion language models, served. Chats and completions that say nothing of "
+        f"how they are decoded have quality={settings.server.default_quality!r}; jobs have the "
+        "documented defaults of SamplingParams.",
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
