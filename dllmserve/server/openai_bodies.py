@@ -83,7 +83,6 @@ class OpenAIFields(DecodingFields):
     service_tier: Text | None = _not_read()
     safety_identifier: Text | None = _not_read()
     prompt_cache_key: Text | None = _not_read()
-    prompt_cache_options: dict[str, Any] | None = _not_read()
     prompt_cache_retention: Text | None = _not_read()
     frequency_penalty: neutral(0) = None  # type: ignore[valid-type]
     presence_penalty: neutral(0) = None  # type: ignore[valid-type]
@@ -247,6 +246,7 @@ class ChatRequest(OpenAIFields):
     prediction: neutral() = None  # type: ignore[valid-type]
     moderation: neutral() = None  # type: ignore[valid-type]
     web_search_options: neutral() = None  # type: ignore[valid-type]
+    prompt_cache_options: neutral() = None  # type: ignore[valid-type]
     chat_template_kwargs: neutral({}) = None  # type: ignore[valid-type]
     reasoning_effort: Text | None = _not_read()
     verbosity: Text | None = _not_read()

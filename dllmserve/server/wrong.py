@@ -301,11 +301,8 @@ _SENTENCES: dict[str, Callable[[str, _Finding, str], str]] = {
 
 
 def _name(path: Sequence[str | int]) -> str:
-    """A place as people write it: ``messages[0].content``."""
-    text = ""
-    for step in path:
-        text += f"[{step}]" if isinstance(step, int) else f".{shown(step, 100)}"
-    return text.removeprefix(".") or "The body"
+    """A place in words: ``messages.0.content``."""
+    return ".".join(shown(step, 100) for step in path) or "The body"
 
 
 def _range(kind: str, schema: Schema) -> str:

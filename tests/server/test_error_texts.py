@@ -128,7 +128,7 @@ TEXTS: list[tuple[str, Any, str]] = [
     (
         TEXT,
         {"prompt": "a", "stop": ["a", 5]},
-        "stop[1] must be a text of 1 to 256 characters, got 5",
+        "stop.1 must be a text of 1 to 256 characters, got 5",
     ),
     (TEXT, {"prompt": "a", "stop": "\ud800"}, "stop holds a lone surrogate, which is no character"),
     (
@@ -138,14 +138,14 @@ TEXTS: list[tuple[str, Any, str]] = [
         "got 5",
     ),
     # the one that was meant is the one with less wrong
-    (TEXT, {"prompt": [1, -2]}, "prompt[1] must be an integer in [0, 2147483647], got -2"),
+    (TEXT, {"prompt": [1, -2]}, "prompt.1 must be an integer in [0, 2147483647], got -2"),
     (
         TEXT,
         {"prompt": ["a", "b", 2.5]},
-        "prompt[2] must be a text that is not empty or a list of token ids that is not empty, got "
+        "prompt.2 must be a text that is not empty or a list of token ids that is not empty, got "
         "2.5",
     ),
-    (TEXT, {"prompt": [[1], [-2]]}, "prompt[1][0] must be an integer in [0, 2147483647], got -2"),
+    (TEXT, {"prompt": [[1], [-2]]}, "prompt.1.0 must be an integer in [0, 2147483647], got -2"),
     (TEXT, {"prompt": "a", "more": 1}, "more is not a parameter of this server"),
     (TEXT, {"prompt": "a", "unmask": 5}, "unmask must be one of "),
     (TEXT, {"prompt": "a", "unmask": "x"}, "unmask must be one of "),
@@ -173,26 +173,26 @@ TEXTS: list[tuple[str, Any, str]] = [
     (
         CHAT,
         {"messages": [{"role": "critic", "content": "x"}]},
-        "messages[0].role must be one of 'developer', 'system', 'user', 'assistant', 'tool', "
+        "messages.0.role must be one of 'developer', 'system', 'user', 'assistant', 'tool', "
         "'function', got 'critic'",
     ),
-    (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role is missing: it must be one of "),
+    (CHAT, {"messages": [{"content": "x"}]}, "messages.0.role is missing: it must be one of "),
     (
         CHAT,
         {"messages": [HI, {"role": "user", "content": None}]},
-        "messages[1].content must be a text or a list of 1 to 1024 entries (each an object), got "
+        "messages.1.content must be a text or a list of 1 to 1024 entries (each an object), got "
         "null",
     ),
     (
         CHAT,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content[0] has type 'image_url': models here read text only, so each part "
+        "messages.0.content.0 has type 'image_url': models here read text only, so each part "
         "must have type 'text'",
     ),
     (
         CHAT,
         {"messages": [{"role": "tool", "content": "x"}]},
-        "messages[0].tool_call_id is missing: it must be a text",
+        "messages.0.tool_call_id is missing: it must be a text",
     ),
     (CHAT, {"messages": [HI], "metadata": {"a": 1}}, "metadata.a must be a text, got 1"),
     (CHAT, {"messages": [HI], "a": 1, "b": 1}, "a is not a parameter of this server; b is not "),
@@ -202,7 +202,7 @@ TEXTS: list[tuple[str, Any, str]] = [
         "; ".join(f"p{i} is not a parameter of this server" for i in range(5)) + "; and more",
     ),
     (ONE, {"prompt": "a", "timeout": 0}, "timeout must be a number in (0, 86400], got 0"),
-    (SEVERAL, {"prompts": ["a", 5]}, "prompts[1] must be a text that is not empty or a list of "),
+    (SEVERAL, {"prompts": ["a", 5]}, "prompts.1 must be a text that is not empty or a list of "),
     (CHAT, b"null", "The body must be a JSON object, got null"),
     (CHAT, b"[1]", "The body must be a JSON object, got a list of 1 entry"),
     (CHAT, b"", "The body is missing: it must be a JSON object"),

@@ -213,11 +213,11 @@ def test_a_batch_is_taken_as_a_whole_or_not_at_all(served: Callable[..., None]) 
     async def body(server: Server) -> None:
         server.engine.hold = True
         wrong: list[tuple[list[Any], int, str]] = [
-            (["a", ""], 400, "prompts[1]"),
+            (["a", ""], 400, "prompts.1"),
             (["a", [1, 300]], 400, "prompts[1][1]"),
             (["a", "b" * (MAX_LEN - 2)], 400, "prompts[1]"),
             (["a", "b" * 5000], 400, "prompts[1]"),
-            (["a", 3], 400, "prompts[1]"),
+            (["a", 3], 400, "prompts.1"),
             (["a"] * 5, 400, "max_prompts=4"),
             ([], 400, "prompts"),
             (["a"] * 4, 503, "max_requests=3"),

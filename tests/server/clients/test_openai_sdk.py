@@ -70,7 +70,8 @@ def test_chat(client: OpenAI) -> None:
     assert not choice.message.tool_calls and choice.message.refusal is None
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert answer.model_dump()["usage"]["forward_passes"] == 16
+    # the server's default quality, which is no fixed number of forwards
+    assert 1 <= answer.model_dump()["usage"]["forward_passes"] < 16
 
 
 def test_chat_goes_on_with_the_message_that_it_gave(client: OpenAI) -> None:
