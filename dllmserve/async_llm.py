@@ -17,8 +17,9 @@ from dllmserve.core.door import Door
 from dllmserve.core.request import Request
 from dllmserve.core.work import work_of
 from dllmserve.engine.text import CommittedText
-from dllmserve.engine.tokenizer import Tokenizer, check_messages, load_tokenizer
+from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
 from dllmserve.errors import DllmServeError, EngineError, PromptError, TokenizerError
+from dllmserve.messages import template_messages
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
 from dllmserve.process.devices import refuse_torchrun
@@ -171,7 +172,6 @@ class AsyncLLM:
         sparse_config: SparseConfig | None = None,
     ) -> dict[str, Any]:
         """Answer a conversation with the checkpoint's chat template; see :meth:`generate`."""
-        check_messages(messages)
         return await self.generate(await self.chat_ids(messages), sampling_params, sparse_config)
 
     async def stream_text(
@@ -235,13 +235,19 @@ class AsyncLLM:
     async def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False
     ) -> list[int]:
-        """Prompt ids of a conversation; see :meth:`Tokenizer.encode_chat`."""
+        """Prompt ids of a conversation; see :meth:`Tokenizer.encode_chat`.
+
+        Raises:
+            TokenizerError: no tokenizer or chat template, or it refuses the messages.
+            PromptError: this is no conversation, see :mod:`dllmserve.messages`.
+        """
         tokenizer = self._text_tokenizer()
-        size = sum(len(str(value)) for message in messages for value in message.values())
+        read = template_messages(messages)
+        size = sum(len(str(value)) for message in read for value in message.values())
         if size <= _SHORT_TEXT:
-            return tokenizer.encode_chat(messages, literal_contents=literal_contents)
+            return tokenizer.encode_chat(read, literal_contents=literal_contents)
         return await asyncio.to_thread(
-            tokenizer.encode_chat, messages, literal_contents=literal_contents
+            tokenizer.encode_chat, read, literal_contents=literal_contents
         )
 
     def check(
@@ -265,8 +271,20 @@ class AsyncLLM:
             params = replace(params, seed=secrets.randbits(63))
         return self._door.request(0, prompt_ids, params, sparse_config, name=name)
 
-    def submit(self, request: Request, *, stream: bool = False, watch: bool = False) -> Call:
+    def submit(
+        self,
+        request: Request,
+        *,
+        stream: bool = False,
+        watch: bool = False,
+        work: int | None = None,
+    ) -> Call:
         """Queue a checked request.
+
+        Args:
+            request: from :meth:`check`.
+            stream, watch: what the engine is to report.
+            work: what it is expected to cost; by default what it costs at most.
 
         Raises:
             EngineError: the engine is gone for good.
@@ -278,7 +296,7 @@ class AsyncLLM:
             sparse,
             stream=stream,
             watch=watch,
-            work=work_of(request),
+            work=work_of(request) if work is None else work,
         )
 
     def abort(self, call: Call, error: DllmServeError | None = None) -> None:

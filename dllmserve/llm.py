@@ -20,7 +20,7 @@ from dllmserve.engine.core import EngineCore
 from dllmserve.engine.joined import JoinedRank, returned_text
 from dllmserve.engine.setup import EnginePlan, plan_engine
 from dllmserve.engine.start import build_engine
-from dllmserve.engine.tokenizer import Tokenizer, check_messages, load_tokenizer
+from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
 from dllmserve.errors import (
     ConfigError,
     DllmServeError,
@@ -30,6 +30,7 @@ from dllmserve.errors import (
     PromptError,
     TokenizerError,
 )
+from dllmserve.messages import template_messages
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.ranks import torchrun
@@ -240,7 +241,8 @@ class LLM:
         """Answer one conversation, or several, with the checkpoint's chat template.
 
         Args:
-            messages: ``[{"role": "user", "content": "..."}]``, or a list of such lists.
+            messages: ``[{"role": "user", "content": "..."}]``, or a list of such lists. What else
+                a message may have is in :func:`dllmserve.messages.template_messages`.
             sampling_params, sparse_configs, use_tqdm: as in :meth:`generate`.
 
         Returns:
@@ -248,6 +250,7 @@ class LLM:
 
         Raises:
             TokenizerError: the checkpoint has no chat template.
+            PromptError: a conversation is none.
         """
         return self._on_all_ranks(
             lambda: self._chat(messages, sampling_params, sparse_configs, use_tqdm)
@@ -292,13 +295,17 @@ class LLM:
             self._drop([request])
 
     def chat_ids(self, messages: Messages) -> list[int]:
-        """Prompt ids of a conversation, rendered with the chat template."""
+        """Prompt ids of a conversation, rendered with the chat template.
+
+        Raises:
+            TokenizerError: no tokenizer or chat template, or it refuses the messages.
+            PromptError: this is no conversation, see :mod:`dllmserve.messages`.
+        """
         tokenizer = self._engine.tokenizer
         if tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer, so chat() cannot be used")
-        (conversation,) = _conversations([messages])
         # the template writes the special tokens itself
-        return tokenizer.encode(tokenizer.render_chat(conversation), special=False)
+        return tokenizer.encode(tokenizer.render_chat(template_messages(messages)), special=False)
 
     def _prompt_ids(self, prompt: Any, name: str) -> list[int]:
         if isinstance(prompt, str):
@@ -437,12 +444,11 @@ def _one_each(
 
 
 def _conversations(messages: Any) -> list[Messages]:
-    """One conversation or several, checked."""
+    """One conversation or several, checked, as chat templates read them."""
     if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
         raise PromptError(f"messages must be a list of messages, got {type(messages).__name__}")
-    several = list(messages) if messages and not isinstance(messages[0], Mapping) else [messages]
     if not messages:
         return []
-    for place, conversation in enumerate(several):
-        check_messages(conversation, f"conversation {place}")
-    return several
+    if isinstance(messages[0], Mapping):
+        return [template_messages(messages)]
+    return [template_messages(m, f"conversation {place}") for place, m in enumerate(messages)]

@@ -21,6 +21,7 @@ LAYERS = (
         "_checks",
         "config",
         "parameters",
+        "messages",
         "presets",
         "sampling_params",
         "sparse",

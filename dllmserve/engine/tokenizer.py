@@ -180,20 +180,6 @@ def _as_parts(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}]
 
 
-def check_messages(messages: Any, name: str = "messages") -> None:
-    """Raise PromptError unless it is one conversation: messages with a role and a text."""
-    if not isinstance(messages, Sequence) or not messages:
-        raise PromptError(f"{name} must be a non-empty list of messages")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise PromptError(
-                "a message needs 'role' and 'content', for example "
-                f"{{'role': 'user', 'content': 'Hi'}}; got {message!r}"
-            )
-        if not isinstance(message.get("content"), str):
-            raise PromptError(f"a message's content must be a text, got {message!r}")
-
-
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Tokenizer | None:
     """The directory's tokenizer, or None if it has none at all.
 

@@ -12,6 +12,10 @@ from dllmserve.errors import CapacityError, OverloadedError
 
 #: seconds of work that are let in when no bound was given
 WORK_SECONDS = 60.0
+#: what an answer that ends by itself takes, in tokens and in forwards, until some have ended
+TYPICAL = 128.0
+#: how much each of them changes what is expected of the next
+_LEARN = 1 / 16
 #: busy seconds before the measured speed is believed
 _WARM_S = 2.0
 _MOST_RETRY_S = 30
@@ -23,16 +27,21 @@ class Place:
 
     Attributes:
         work, forwards: what it may cost.
+        open_ended: the answer ends by itself, so that these are not what its length allows.
         taken: not given back yet.
     """
 
     work: int
     forwards: int
+    open_ended: bool = False
     taken: bool = True
 
 
 class Admission:
     """Bounds what is under way.
+
+    What a request may cost is known when it comes, but for answers that end by themselves: their
+    length is an upper bound that few come near, so they count as what such answers took so far.
 
     Args:
         max_requests: waiting and running.
@@ -53,6 +62,7 @@ class Admission:
         self._forwards = 0
         self._done = self._done_forwards = 0
         self._speed = 0.0
+        self._tokens = self._steps = TYPICAL
 
     def take(self, requests: Sequence[Request]) -> list[Place]:
         """Take a place for each request, or none at all.
@@ -70,7 +80,7 @@ class Admission:
                 "send fewer at a time"
             )
         self.check_room(count)
-        places = [Place(work_of(request), forwards_of(request)) for request in requests]
+        places = [self._place(request) for request in requests]
         work = sum(place.work for place in places)
         limit = self._max_work
         # what runs at once is no queue: the speed learned from single requests says nothing of it
@@ -98,21 +108,34 @@ class Admission:
 
     def take_anyway(self, request: Request) -> Place:
         """A place for a request that was accepted before this process began."""
-        place = Place(work_of(request), forwards_of(request))
+        place = self._place(request)
         self._enter(place)
         return place
+
+    def _place(self, request: Request) -> Place:
+        """A place for a request, with what it may cost."""
+        params = request.params
+        if not params.early_end:
+            return Place(work_of(request), forwards_of(request))
+        forwards = min(forwards_of(request), math.ceil(self._steps))
+        canvas = request.canvas_len
+        if params.suffix_window is not None:
+            seen = request.prompt_len + math.ceil(self._tokens) + params.suffix_window
+            canvas = min(canvas, seen)
+        return Place(forwards * canvas * request.rows_needed, forwards, open_ended=True)
 
     def _enter(self, place: Place) -> None:
         self.requests += 1
         self.work += place.work
         self._forwards += place.forwards
 
-    def give_back(self, place: Place, forwards: int | None = None) -> None:
+    def give_back(self, place: Place, forwards: int | None = None, tokens: int = 0) -> None:
         """Free a place.
 
         Args:
             place: from :meth:`take`.
             forwards: forward passes that the request took; None if it was dropped.
+            tokens: of its answer.
         """
         if not place.taken:
             return
@@ -123,6 +146,9 @@ class Admission:
         if forwards is not None:
             self._done += place.work
             self._done_forwards += forwards
+            if place.open_ended:
+                self._steps += (forwards - self._steps) * _LEARN
+                self._tokens += (tokens - self._tokens) * _LEARN
 
     def measure(self, busy_s: float, forwards: int) -> None:
         """Learn the speed from what the engine has done so far.

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -28,16 +27,17 @@ from dllmserve.server import failures, native, openai, ops
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.auth import AuthGuard
 from dllmserve.server.http.body import BodyGuard
+from dllmserve.server.http.cors import Origins, Preflights, Readable
 from dllmserve.server.http.logs import configure_logging
 from dllmserve.server.http.request_id import RequestLog
 from dllmserve.server.http.respond import send_error
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
-from dllmserve.server.settings import Settings, load_settings
+from dllmserve.server.settings import Settings, load_settings, with_port
 from dllmserve.server.sse import ClientGone
 from dllmserve.server.store import JobStore, MemoryStore, SqliteStore, StoreLimits
 from dllmserve.server.turnstile import Turnstile
-from dllmserve.server.workers import refuse_several_workers
+from dllmserve.server.workers import listening_port, refuse_several_workers
 
 _log = logging.getLogger("dllmserve.server")
 
@@ -61,7 +61,9 @@ def create_app(settings: Settings) -> FastAPI:
     made = FastAPI(
         title="dllmserve",
         version=__version__,
-        description="Diffusion language models, served.",
+        description="Diffusion language models, served. Chats and completions that say nothing of "
+        f"how they are decoded have quality={settings.server.default_quality!r}; jobs have the "
+        "documented defaults of SamplingParams.",
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
@@ -85,8 +87,13 @@ def _open_paths(settings: Settings) -> frozenset[str]:
     return ops.OPEN_PATHS | ({"/metrics"} if settings.server.open_metrics else frozenset())
 
 
-def guarded(app: FastAPI) -> ASGIApp:
-    """The application behind its guards: log, CORS, keys, body limits."""
+def guarded(app: FastAPI, *, local_only: bool = False) -> ASGIApp:
+    """The application behind its guards: CORS, log, keys, body limits.
+
+    Args:
+        app: from :func:`create_app`, with all of its routes.
+        local_only: answer connections from this machine only.
+    """
     service: Service = app.state.service
     settings, server = service.settings, service.settings.server
     inner: ASGIApp = Turnstile(app, service)
@@ -98,15 +105,13 @@ def guarded(app: FastAPI) -> ASGIApp:
         requests_per_minute=server.requests_per_minute,
         max_parallel_per_key=server.max_parallel_per_key,
     )
-    if server.origins:
-        inner = CORSMiddleware(
-            inner,
-            allow_origins=server.origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-Api-Key", "X-Request-Id"],
-            expose_headers=["X-Request-Id", "Retry-After", "Location"],
-        )
-    return RequestLog(inner, metrics_hook=service.metrics.http, quiet=ops.PROBED)
+    if local_only:
+        inner = _LocalOnly(inner)
+    origins = Origins(server.origins) if server.origins else None
+    if origins is not None:
+        inner = Preflights(inner, origins)
+    inner = RequestLog(inner, metrics_hook=service.metrics.http, quiet=ops.PROBED)
+    return inner if origins is None else Readable(inner, origins)
 
 
 @asynccontextmanager
@@ -184,7 +189,6 @@ class _FromEnvironment:
 
     def __init__(self) -> None:
         self._inner: ASGIApp | None = None
-        self._local_only = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Start and stop with the lifespan, and serve in between."""
@@ -192,9 +196,6 @@ class _FromEnvironment:
             await self._live(receive, send)
         elif self._inner is None:
             raise EngineError("the application was never started: do not give --lifespan off")
-        elif self._local_only and scope["type"] == "http" and not _is_local(scope):
-            # here we are not asked before a port is opened
-            await send_error(scope, send, 401, _NO_KEYS, code="missing_api_key", receive=receive)
         else:
             await self._inner(scope, receive, send)
 
@@ -205,6 +206,8 @@ class _FromEnvironment:
             try:
                 refuse_several_workers()
                 settings = load_settings({}, os.environ)
+                if port := listening_port(receive):
+                    settings = with_port(settings, port)
                 start_logging(settings.server)
                 made = create_app(settings)
                 await stack.enter_async_context(lifespan(made))
@@ -215,11 +218,26 @@ class _FromEnvironment:
                 text = f"dllmserve cannot start: {error}"
                 await send({"type": "lifespan.startup.failed", "message": text})
                 return
-            self._local_only = settings.keys is None and not settings.server.insecure_no_auth
-            self._inner = guarded(made)
+            # here we are not asked before a port is opened
+            local_only = settings.keys is None and not settings.server.insecure_no_auth
+            self._inner = guarded(made, local_only=local_only)
             await send({"type": "lifespan.startup.complete"})
             await receive()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+class _LocalOnly:
+    """ASGI middleware: 401 for what comes in on an address that other machines can reach."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request, or pass it on."""
+        if scope["type"] == "http" and not _is_local(scope):
+            await send_error(scope, send, 401, _NO_KEYS, code="missing_api_key", receive=receive)
+        else:
+            await self.app(scope, receive, send)
 
 
 def _is_local(scope: Scope) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,6 +23,11 @@ CHOICES = {
     "request_id_scheme": ID_SCHEMES,
     "metrics_compat": METRICS_COMPAT,
 }
+
+#: scheme://host[:port]; some apps that are no web pages have a scheme of their own, or "null"
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
+
+_FILES = ("address_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "api_key_file")
 
 
 def _option(default: Any, panel: str, help: str) -> Any:
@@ -52,6 +58,9 @@ class ServerConfig:
 
     host: str = _option("127.0.0.1", _NET, "Address to listen on.")
     port: int = _option(8000, _NET, "Port to listen on; 0 takes a free one.")
+    address_file: str | None = _option(
+        None, _NET, "File that says where the server listens, while it does; for probes."
+    )
     ssl_certfile: str | None = _option(None, _NET, "TLS certificate (chain) in PEM.")
     ssl_keyfile: str | None = _option(None, _NET, "TLS private key in PEM.")
     ssl_ca_certs: str | None = _option(
@@ -118,14 +127,23 @@ class ServerConfig:
     served_model_name: str | None = _option(
         None, _TEXT, "Name of the model in the API (its own, if not given)."
     )
-    default_max_tokens: int = _option(
-        128, _TEXT, "Answer length of the OpenAI endpoints where a request gives none."
+    default_max_tokens: int | None = _option(
+        None,
+        _TEXT,
+        "Answer length of the OpenAI endpoints where a request gives none (if not given: what "
+        "fits, for chats that end by themselves, else 128).",
     )
-    default_block_length: int = _option(
-        32, _TEXT, "Block length of the OpenAI endpoints where a request gives none."
+    default_block_length: int | None = _option(
+        None,
+        _TEXT,
+        "Block length of the OpenAI endpoints where a request gives none (if not given: that of "
+        "the quality, else 32).",
     )
     default_quality: str = _option(
-        "exact", _TEXT, "Quality of the OpenAI endpoints where a request gives none."
+        "balanced",
+        _TEXT,
+        "Quality of the OpenAI endpoints where a request says nothing of decoding; exact is one "
+        "token a step.",
     )
     max_prompts: int = _option(128, _TEXT, "Answers that one request may ask for.")
     max_n: int = _option(8, _TEXT, "Choices for one prompt.")
@@ -148,7 +166,7 @@ class ServerConfig:
         for name in ("host", "job_store", "cors_origins"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a string, got {getattr(self, name)!r}")
-        for name in ("ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "api_key_file"):
+        for name in _FILES:
             if not isinstance(getattr(self, name), str | None):
                 raise ConfigError(f"{name} must be a file, got {getattr(self, name)!r}")
         for name in ("insecure_no_auth", "open_metrics", "restart", "log_prompts"):
@@ -157,8 +175,19 @@ class ServerConfig:
             check_choice(ConfigError, name, getattr(self, name), choices)
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             raise ConfigError("TLS needs both ssl_certfile and ssl_keyfile")
-        if "*" in self.origins:
-            raise ConfigError("cors_origins='*' would let every web page call: name the origins")
+        self._check_origins()
+
+    def _check_origins(self) -> None:
+        for origin in self.origins:
+            if "*" in origin:
+                raise ConfigError(
+                    f"cors_origins={origin!r} would let every web page call: name the origins"
+                )
+            if not _ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    "cors_origins must be origins as browsers send them, such as "
+                    f"https://app.example or http://localhost:3000, without a path; got {origin!r}"
+                )
 
     def _check_numbers(self) -> None:
         err = ConfigError
@@ -170,13 +199,17 @@ class ServerConfig:
             "max_requests",
             "max_results",
             "max_result_bytes",
-            "default_max_tokens",
-            "default_block_length",
             "max_prompts",
             "max_n",
         ):
             check_int(err, name, getattr(self, name), 1)
-        for name in ("requests_per_minute", "max_parallel_per_key", "max_outstanding_work"):
+        for name in (
+            "requests_per_minute",
+            "max_parallel_per_key",
+            "max_outstanding_work",
+            "default_max_tokens",
+            "default_block_length",
+        ):
             if getattr(self, name) is not None:
                 check_int(err, name, getattr(self, name), 1)
         for name in (
@@ -203,8 +236,9 @@ class ServerConfig:
 
     @property
     def origins(self) -> list[str]:
-        """The origins of ``cors_origins``."""
-        return [part.strip() for part in self.cors_origins.split(",") if part.strip()]
+        """The origins of ``cors_origins``, in lower case, without a slash at the end."""
+        parts = (part.strip().lower().removesuffix("/") for part in self.cors_origins.split(","))
+        return [part for part in parts if part]
 
     @property
     def loopback(self) -> bool:

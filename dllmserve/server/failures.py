@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -24,8 +25,8 @@ from dllmserve.errors import (
     TokenizerError,
 )
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.server.http.escape import shown
 from dllmserve.server.http.respond import error_body, error_type, wants_detail
+from dllmserve.server.wrong import explain
 from dllmserve.sparse.state import SparseConfig
 
 _log = logging.getLogger("dllmserve.server")
@@ -47,10 +48,6 @@ _GENERAL: tuple[tuple[type[DllmServeError], str], ...] = (
     ),
     (JobStoreError, "The store of jobs failed; try again later."),
 )
-#: names that pydantic gives to the members of a union
-_MEMBER = re.compile(r"(function-|constrained-|list\[|(str|bool)$|SparseFields$)")
-#: errors of a request body that are named
-_MAX_ERRORS = 5
 
 
 class ApiError(Exception):
@@ -152,7 +149,7 @@ def install(app: FastAPI) -> None:
         details: list[Any] = []
         if isinstance(error, RequestValidationError):
             details = list(error.errors())
-        return error_response(request.scope["path"], _invalid(details))
+        return error_response(request.scope["path"], _invalid(request, details))
 
     async def routing(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
@@ -163,7 +160,7 @@ def install(app: FastAPI) -> None:
             404: ("There is nothing under this path.", "not_found"),
             405: ("This path does not take this method.", "method_not_allowed"),
         }
-        text, code = texts.get(status, ("The request cannot be read.", "invalid_request"))
+        text, code = texts.get(status) or _unreadable(error.__cause__)
         return error_response(
             request.scope["path"], ApiError(status, text, code=code, headers=headers)
         )
@@ -189,28 +186,46 @@ def _methods(request: Request) -> list[str]:
     ]
 
 
-def _place(detail: dict[str, Any]) -> list[str]:
-    """Where in the body an error is, without the names of a union's members."""
-    return [str(p) for p in detail.get("loc", ())[1:] if not _MEMBER.match(str(p))]
+def _invalid(request: Request, details: Sequence[Mapping[str, Any]]) -> ApiError:
+    """What pydantic found, in our words; the client's own values are cut and escaped."""
+    for detail in details[:1]:
+        if detail.get("type") == "json_invalid":
+            text = f"The body is not valid JSON, from character {detail['loc'][-1] + 1} on."
+            return ApiError(400, text, code="invalid_json")
+    schema, components = _schema_of(request, str(details[0]["loc"][0]) if details else "body")
+    message, param = explain(details, schema, components)
+    return ApiError(400, message, code="invalid_parameter", param=param)
 
 
-def _invalid(details: list[Any]) -> ApiError:
-    """What pydantic found, in words; the client's own values are cut and escaped."""
-    if any(d.get("type") == "json_invalid" for d in details):
-        return ApiError(400, "The body is not valid JSON.", code="invalid_json")
-    parts, param = [], None
-    for detail in details[:_MAX_ERRORS]:
-        place = _place(detail)
-        name = ".".join(place)
-        if param is None:
-            param = shown(place[0], 100) if place else None
-        what = detail.get("msg", "is wrong").removeprefix("Value error, ")
-        if detail.get("type") == "extra_forbidden":
-            what = "is not a parameter of this server"
-        parts.append(f"{shown(name, 100) or 'body'}: {shown(what, 300)}")
-    more = len(details) - _MAX_ERRORS
-    if more > 0:
-        parts.append(f"and {more} more")
-    return ApiError(
-        400, "; ".join(parts) or "The body is wrong.", code="invalid_parameter", param=param
-    )
+def _schema_of(request: Request, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What a request may have in its body, query or path, and the schemas that this names.
+
+    Args:
+        request: the request, once it has a route.
+        where: "body", "query" or "path".
+    """
+    described = request.app.openapi()
+    route = request.scope.get("route")
+    methods = described["paths"].get(getattr(route, "path_format", ""), {})
+    operation = methods.get(request.method.lower(), {})
+    components = described.get("components", {}).get("schemas", {})
+    if where == "body":
+        content = operation.get("requestBody", {}).get("content", {})
+        return content.get("application/json", {}).get("schema", {}), components
+    asked = {p["name"]: p["schema"] for p in operation.get("parameters", ()) if p["in"] == where}
+    return {"type": "object", "properties": asked}, components
+
+
+def _unreadable(error: BaseException | None) -> tuple[str, str]:
+    """Why a body could not even be parsed, as text and code."""
+    if isinstance(error, UnicodeDecodeError):
+        name = error.encoding.upper()
+        text = f"The body is not {name} text: byte {error.start}"
+        if error.start < len(error.object):
+            text += f" (0x{error.object[error.start]:02x})"
+        return f"{text} does not belong there. Send JSON encoded as UTF-8.", "invalid_json"
+    if isinstance(error, RecursionError):
+        return "The body is nested too deeply.", "invalid_json"
+    if isinstance(error, ValueError):  # Python reads integers up to some length only
+        return "The body has a number of too many digits.", "invalid_json"
+    return "The request cannot be read.", "invalid_request"

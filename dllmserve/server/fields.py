@@ -6,9 +6,17 @@ error. None stands for "not given" everywhere.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    WithJsonSchema,
+)
 
 from dllmserve.errors import InvalidParameterError
 from dllmserve.presets import PRESETS
@@ -27,9 +35,12 @@ from dllmserve.sampling_params import (
     SamplingParams,
 )
 from dllmserve.server.failures import ApiError
+from dllmserve.server.wrong import NO_CHARACTER
 from dllmserve.sparse.state import SCORES, SparseConfig
 
 MAX_STOP_LENGTH = 256
+#: of a rule, a cache and the like
+MAX_NAME = 64
 # /openapi.json writes bounds as floats, so they are numbers that a float holds exactly
 LARGEST = 2**53 - 1
 #: of a seed: more than 64 bits, of which 63 are used
@@ -43,7 +54,7 @@ def _unicode(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("holds a lone surrogate, which is no character") from error
+        raise ValueError(NO_CHARACTER) from error
     return text
 
 
@@ -52,7 +63,11 @@ Text = Annotated[str, AfterValidator(_unicode)]
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_unicode)]
 StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[
+    list[TokenId],
+    # for error messages, see wrong.py
+    Field(min_length=1, json_schema_extra={"x-takes": "a list of token ids that is not empty"}),
+]
 Prompt = Annotated[str, Field(min_length=1), AfterValidator(_unicode)] | TokenIds
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-LOGIT_BIAS_BOUND, le=LOGIT_BIAS_BOUND, allow_inf_nan=False)]
@@ -71,6 +86,7 @@ Biases = Annotated[
                 }
             },
             "additionalProperties": False,
+            "propertyNames": {"description": "token ids, as texts"},
             "maxProperties": MAX_LOGIT_BIAS,
         }
     ),
@@ -86,8 +102,30 @@ def _number(low: float | None, high: float | None, text: str) -> Any:
 
 
 def _choice(values: tuple[str, ...], text: str) -> Any:
-    # no Literal: rules and caches may be added to the registry
-    return Field(default=None, description=text, json_schema_extra={"enum": [*values, None]})
+    # no Literal: rules and caches may be added to the registry. Errors show the value
+    return Field(
+        default=None,
+        max_length=MAX_NAME,
+        description=text,
+        json_schema_extra={"enum": [*values, None]},
+    )
+
+
+def neutral(*values: Any) -> Any:
+    """A field that only takes these values (and null); they change nothing."""
+
+    def check(value: Any) -> Any:
+        for allowed in values:
+            # False is no 0 here
+            if value == allowed and isinstance(value, bool) == isinstance(allowed, bool):
+                return value
+        if value is None:
+            return None
+        texts = (repr(v) if isinstance(v, str) else json.dumps(v) for v in values)
+        shown = " or ".join(texts) or "null"
+        raise ValueError(f"is not supported by this server; leave it out, or give {shown}")
+
+    return Annotated[Any, PlainValidator(check), WithJsonSchema({"enum": [*values, None]})]
 
 
 class Body(BaseModel):

@@ -70,7 +70,7 @@ async def completions(body: CompletionRequest, http: HttpRequest, service: Servi
 async def chat(body: ChatRequest, http: HttpRequest, service: ServiceOf) -> Response:
     """Answer a conversation."""
     _check_model(body.model, service)
-    messages = [message.plain() for message in body.messages]
+    messages = body.conversation()
     note_prompts(http, service, messages)
     _check_count(body.choices(service.settings.server), "n", service)
     ids = await service.chat_ids(messages)
@@ -121,24 +121,22 @@ def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) ->
     """Checked requests: every choice of every prompt."""
     config, llm = service.settings.server, service.llm
     sparse, choices = body.sparse_config(), body.choices(config)
-    max_len = llm.info.limits.max_model_len
     requests = []
     for place, ids in enumerate(prompts):
         name = "messages" if isinstance(body, ChatRequest) else "prompt"
         name = name if len(prompts) == 1 else f"{name}[{place}]"
-        choice = body.sampling_params(len(ids), max_len, config)
+        choice = body.sampling_params(len(ids), llm.info.limits, config)
         requests += [llm.check(ids, choice(i), sparse, name=name) for i in range(choices)]
     return requests
 
 
 def _check_model(name: str | None, service: Service) -> None:
     if name is not None and name != service.model_name:
-        raise ApiError(
-            404,
-            f"there is no model {shown(name, 100)}; this server has {service.model_name!r}",
-            code="model_not_found",
-            param="model",
-        )
+        known = f"this server has '{service.model_name}'"
+        text = f"there is no model '{shown(name, 100)}'; {known}"
+        if not name.strip():
+            text = f"model is empty; {known}, which is also meant if no model is given"
+        raise ApiError(404, text, code="model_not_found", param="model")
 
 
 def _check_count(count: int, param: str, service: Service) -> None:
@@ -146,7 +144,7 @@ def _check_count(count: int, param: str, service: Service) -> None:
     if count > limit:
         raise ApiError(
             400,
-            f"{count} answers are asked for, over max_prompts={limit}",
+            f"{param} asks for {count} answers, over max_prompts={limit}: ask for fewer at a time",
             code="invalid_parameter",
             param=param,
         )

@@ -6,11 +6,13 @@ no other.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PlainValidator, WithJsonSchema
+from pydantic import Field
 
 from dllmserve.core.schedule import block_lengths
+from dllmserve.core.scheduler import Limits
+from dllmserve.messages import template_messages
 from dllmserve.sampling_params import (
     MAX_GEN_LENGTH,
     MAX_STEPS,
@@ -26,31 +28,25 @@ from dllmserve.server.fields import (
     DecodingFields,
     Prompt,
     StopText,
+    StopTexts,
     Text,
     bias_ids,
     example,
+    neutral,
 )
+from dllmserve.server.openai_messages import Messages
 
-#: OpenAI's limits
-MAX_STOPS = 4
-MAX_MESSAGES = 1024
+#: of answers, where neither the request nor the operator says otherwise
+DEFAULT_MAX_TOKENS = 128
+DEFAULT_BLOCK_LENGTH = 32
+#: OpenAI's limit
 MAX_CHOICES = 128
+#: definitions of tools
+MAX_TOOLS = 1024
 
 
-def neutral(*values: Any) -> Any:
-    """A field that only takes these values (and null); they change nothing."""
-
-    def check(value: Any) -> Any:
-        for allowed in values:
-            # False is no 0 here
-            if value == allowed and isinstance(value, bool) == isinstance(allowed, bool):
-                return value
-        if value is None:
-            return None
-        shown = " or ".join(repr(v) for v in values) or "null"
-        raise ValueError(f"is not supported by this server; leave it out, or give {shown}")
-
-    return Annotated[Any, PlainValidator(check), WithJsonSchema({"enum": [*values, None]})]
+def _not_read() -> Any:
+    return Field(default=None, description="Not read.")
 
 
 class StreamOptions(Body):
@@ -61,11 +57,11 @@ class StreamOptions(Body):
     include_obfuscation: neutral(False) = None  # type: ignore[valid-type]
 
 
-Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
-
-
 class OpenAIFields(DecodingFields):
     """Fields of both endpoints."""
+
+    #: an answer that ends by itself may take all of the context if no length was given
+    open_ended: ClassVar[bool] = False
 
     model: Text | None = Field(default=None, description="Name of the model, or nothing.")
     max_tokens: int | None = Field(default=None, ge=1, le=MAX_GEN_LENGTH)
@@ -75,12 +71,19 @@ class OpenAIFields(DecodingFields):
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(default=None, ge=-MAX_SEED, le=MAX_SEED)
-    stop: StopText | Stops | None = None
+    stop: StopText | StopTexts | None = None
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
     logit_bias: Biases | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Text | None = Field(default=None, description="Not read.")
+    # of no meaning here, whatever their value
+    user: Text | None = _not_read()
+    store: bool | None = _not_read()
+    metadata: dict[str, Text] | None = _not_read()
+    service_tier: Text | None = _not_read()
+    safety_identifier: Text | None = _not_read()
+    prompt_cache_key: Text | None = _not_read()
+    prompt_cache_retention: Text | None = _not_read()
     frequency_penalty: neutral(0) = None  # type: ignore[valid-type]
     presence_penalty: neutral(0) = None  # type: ignore[valid-type]
     # not OpenAI's, but sent by clients made for other servers
@@ -117,25 +120,27 @@ class OpenAIFields(DecodingFields):
             )
         return count
 
-    def sampling_params(self, prompt_len: int, max_len: int, config: ServerConfig) -> Any:
+    def sampling_params(self, prompt_len: int, limits: Limits, config: ServerConfig) -> Any:
         """A function from the number of a choice to its SamplingParams.
 
         Args:
             prompt_len: prompt tokens.
-            max_len: of the engine.
+            limits: of the engine.
             config: where the defaults come from.
         """
         values = self.decoding()
-        length = self.length()
-        if length is None:
-            length = max(1, min(config.default_max_tokens, max_len - prompt_len))
-        values["gen_length"] = length
         sparse = self.sparse_config()
         if self._plain(values) and sparse is None and config.default_quality != "exact":
             values["quality"] = config.default_quality
-        # a quality brings its own block length
-        if not {"block_length", "quality"} & set(values) and sparse is None:
-            values["block_length"] = config.default_block_length
+        if "block_length" not in values and sparse is None:
+            if config.default_block_length is not None:
+                values["block_length"] = config.default_block_length
+            elif "quality" not in values:  # which brings its own
+                values["block_length"] = DEFAULT_BLOCK_LENGTH
+        length = self.length()
+        if length is None:
+            length = self._default_length(values, prompt_len, limits, config)
+        values["gen_length"] = length
         for name in ("temperature", "top_p", "stop"):
             if (value := getattr(self, name)) is not None:
                 values[name] = value
@@ -156,6 +161,25 @@ class OpenAIFields(DecodingFields):
 
         return choice
 
+    def _default_length(
+        self, values: dict[str, Any], prompt_len: int, limits: Limits, config: ServerConfig
+    ) -> int:
+        """The answer's length where none was given.
+
+        An answer that ends by itself, and sees only some masks behind its block, costs the same
+        whatever its length may be: it gets what fits.
+        """
+        room, most = limits.max_model_len, config.default_max_tokens
+        if most is None:
+            most = DEFAULT_MAX_TOKENS
+            params = SamplingParams(**values)
+            if self.open_ended and params.early_end and params.suffix_window is not None:
+                most, rows = MAX_GEN_LENGTH, 2 if params.cfg_scale else 1
+                pages = limits.num_pages // rows * limits.page_size
+                kept = pages if params.cache != "none" else room
+                room = min(room, limits.max_num_batched_tokens // rows, kept)
+        return max(1, min(most, room - prompt_len))
+
     @staticmethod
     def _plain(values: dict[str, Any]) -> bool:
         """True if the request says nothing of how it is decoded."""
@@ -168,7 +192,10 @@ class CompletionRequest(OpenAIFields):
     model_config = example(prompt="The president", max_tokens=32, temperature=0)
 
     prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)] = Field(
-        description="A text, token ids, or a list of either."
+        description="A text, token ids, or a list of either.",
+        json_schema_extra={
+            "x-takes": "a text, token ids, or a list of texts or of token ids, and nothing empty"
+        },
     )
     echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="Must equal n.")
@@ -183,41 +210,11 @@ class CompletionRequest(OpenAIFields):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-class TextPart(Body):
-    """A part of a message."""
-
-    type: Literal["text"]
-    text: Text
-
-
-class ChatMessage(Body):
-    """A message; the content is a text, or parts that are joined."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
-    name: neutral() = None  # type: ignore[valid-type]
-    # some clients mark whole messages as they mark parts
-    type: neutral("text") = None  # type: ignore[valid-type]
-    # an answer's message comes back with them in the next turn
-    refusal: neutral() = None  # type: ignore[valid-type]
-    annotations: neutral([]) = None  # type: ignore[valid-type]
-    audio: neutral() = None  # type: ignore[valid-type]
-    function_call: neutral() = None  # type: ignore[valid-type]
-    tool_calls: neutral([]) = None  # type: ignore[valid-type]
-
-    def plain(self) -> dict[str, str]:
-        """As a chat template reads it."""
-        text = self.content
-        if not isinstance(text, str):
-            text = "".join(part.text for part in text)
-        # templates know OpenAI's newer name for the system role by its older one
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
-
-
-class ResponseFormat(Body):
-    """Only free text."""
-
-    type: neutral("text")  # type: ignore[valid-type]
+Tools = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)]
+_NO_TOOLS = (
+    "{wrong}: this server calls no tools yet; give {choice}='none' for an answer in words, for "
+    "which {tools} are not read, or leave both out"
+)
 
 
 class ChatRequest(OpenAIFields):
@@ -228,28 +225,44 @@ class ChatRequest(OpenAIFields):
         max_tokens=32,
         temperature=0,
     )
+    open_ended: ClassVar[bool] = True
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_GEN_LENGTH)
     logprobs: neutral(False) = None  # type: ignore[valid-type]
     top_logprobs: neutral(0) = None  # type: ignore[valid-type]
-    response_format: ResponseFormat | None = None
-    tools: neutral([]) = None  # type: ignore[valid-type]
-    tool_choice: neutral("none", "auto") = None  # type: ignore[valid-type]
-    parallel_tool_calls: neutral(True, False) = None  # type: ignore[valid-type]
-    functions: neutral([]) = None  # type: ignore[valid-type]
-    function_call: neutral("none", "auto") = None  # type: ignore[valid-type]
+    response_format: neutral({"type": "text"}) = None  # type: ignore[valid-type]
+    tools: Tools | None = Field(default=None, description="Only with tool_choice none; not read.")
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
+        default=None, description="none; auto only without tools."
+    )
+    parallel_tool_calls: bool | None = _not_read()
+    functions: Tools | None = Field(default=None, description="As tools, by their older name.")
+    function_call: Literal["none", "auto"] | dict[str, Any] | None = Field(
+        default=None, description="none; auto only without functions."
+    )
     modalities: neutral(["text"]) = None  # type: ignore[valid-type]
     audio: neutral() = None  # type: ignore[valid-type]
     prediction: neutral() = None  # type: ignore[valid-type]
     moderation: neutral() = None  # type: ignore[valid-type]
-    reasoning_effort: neutral("none") = None  # type: ignore[valid-type]
-    verbosity: neutral("medium") = None  # type: ignore[valid-type]
     web_search_options: neutral() = None  # type: ignore[valid-type]
-    store: neutral(False) = None  # type: ignore[valid-type]
-    metadata: dict[str, Text] | None = Field(default=None, description="Not read.")
-    service_tier: neutral("auto", "default") = None  # type: ignore[valid-type]
-    safety_identifier: Text | None = Field(default=None, description="Not read.")
-    prompt_cache_key: Text | None = Field(default=None, description="Not read.")
     prompt_cache_options: neutral() = None  # type: ignore[valid-type]
-    prompt_cache_retention: neutral("in_memory") = None  # type: ignore[valid-type]
+    chat_template_kwargs: neutral({}) = None  # type: ignore[valid-type]
+    reasoning_effort: Text | None = _not_read()
+    verbosity: Text | None = _not_read()
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """The messages as a chat template reads them.
+
+        Raises:
+            ApiError: the model is asked to call tools, which it cannot.
+        """
+        for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+            chosen = getattr(self, choice)
+            wrong = choice if chosen not in (None, "none", "auto") else None
+            if wrong is None and getattr(self, tools) and chosen != "none":
+                wrong = tools
+            if wrong is not None:
+                text = _NO_TOOLS.format(wrong=wrong, tools=tools, choice=choice)
+                raise ApiError(400, text, code="invalid_parameter", param=wrong)
+        return template_messages([m.model_dump(exclude_none=True) for m in self.messages])

@@ -10,6 +10,8 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 
 import uvicorn
 
@@ -19,8 +21,11 @@ from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.connection import (
     MAX_TURNED_AWAY,
     ConnectionLimits,
+    RefusalHeaders,
     guarded_protocol,
+    no_headers,
 )
+from dllmserve.server.http.cors import Origins
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, with_port
@@ -53,7 +58,8 @@ def serve(settings: Settings) -> int:
     bound = _bind(server.host, server.port)
     try:
         settings = with_port(settings, bound.getsockname()[1])
-        return asyncio.run(_Running(settings, bound).run())
+        with _address_file(settings.server):
+            return asyncio.run(_Running(settings, bound).run())
     finally:
         bound.close()
 
@@ -153,7 +159,8 @@ class _Running:
         scheme = "https" if server.ssl_certfile else "http"
         host = f"[{server.host}]" if ":" in server.host else server.host
         _log.info(
-            "listening on %s://%s:%d, loading %s; %s; job ids are %s; jobs are kept in %s",
+            "listening on %s://%s:%d, loading %s; %s; job ids are %s; jobs are kept in %s; "
+            "quality is %s where a request says nothing of decoding",
             scheme,
             host,
             server.port,
@@ -161,6 +168,7 @@ class _Running:
             f"{len(settings.keys)} API keys" if settings.keys else "no API keys",
             "sequential" if settings.sequential_ids else "random",
             "memory" if server.job_store == "memory" else "a file",
+            server.default_quality,
         )
 
     def _config(self, app: object) -> uvicorn.Config:
@@ -168,7 +176,7 @@ class _Running:
         limits, at_once = _connection_limits(server)
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
-            http=guarded_protocol(limits, self._service.connections),
+            http=guarded_protocol(limits, self._service.connections, _refusal_headers(server)),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -188,6 +196,13 @@ class _Running:
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"the TLS certificate or key cannot be used: {error}") from error
         return config
+
+
+def _refusal_headers(server: ServerConfig) -> RefusalHeaders:
+    """What lets pages read that a connection was refused, before the application knows of it."""
+    if not server.origins:
+        return no_headers
+    return partial(Origins(server.origins).readable, complete=False)
 
 
 def _connection_limits(server: ServerConfig) -> tuple[ConnectionLimits, int]:
@@ -229,6 +244,35 @@ def _allow_files(count: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return most
+
+
+@contextmanager
+def _address_file(server: ServerConfig) -> Iterator[None]:
+    """Keep the address in its file, if there is to be one."""
+    if server.address_file is None:
+        yield
+        return
+    path = Path(server.address_file).expanduser()
+    try:
+        path.write_text(f"{address(server)}\n", encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"--address-file {path} cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def address(server: ServerConfig) -> str:
+    """Where programs of this machine find the server.
+
+    Example:
+        >>> address(ServerConfig(host="0.0.0.0", port=9000, insecure_no_auth=True))
+        'http://127.0.0.1:9000'
+    """
+    scheme = "https" if server.ssl_certfile else "http"
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(server.host, server.host)
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{server.port}"
 
 
 def _bind(host: str, port: int) -> socket.socket:

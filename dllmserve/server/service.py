@@ -76,12 +76,15 @@ class Run:
         self._queue_s = queue_s
         self._last_text: float | None = None
         self._forwards: int | None = None
+        self._tokens = 0
         # each run is counted once: as finished, failed or dropped
         self._counted = False
         self.reason: str | None = None
         self.queue_time: float | None = None
         try:
-            self.call: Call = service.llm.submit(request, stream=stream, watch=watch)
+            self.call: Call = service.llm.submit(
+                request, stream=stream, watch=watch, work=place.work
+            )
         except BaseException:
             service.admission.give_back(place)
             raise
@@ -156,7 +159,7 @@ class Run:
             self._counted = True
             self._service.metrics.aborted(self.reason or "disconnect")
         self._service.llm.abort(self.call)
-        self._service.admission.give_back(self._place, self._forwards)
+        self._service.admission.give_back(self._place, self._forwards, self._tokens)
 
     def drop(self, reason: str, text: str) -> None:
         """End the request from outside; whoever waits for it gets a RequestAbortedError."""
@@ -168,6 +171,7 @@ class Run:
     def _finished(self, output: RequestOutput) -> None:
         metrics, now = self._service.metrics, time.monotonic()
         self._forwards, self._counted = output.forward_passes, True
+        self._tokens = output.completion_tokens
         metrics.finished(output.finish_reason, output.completion_tokens, output.forward_passes)
         metrics.total.observe(now - self._began)
         if self.call.started is not None:
@@ -375,9 +379,14 @@ class Service:
         return await self.llm.prompt_ids(prompt)
 
     async def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Prompt ids of a conversation; special tokens in contents are ordinary text."""
+        """Prompt ids of a conversation; special tokens in messages are ordinary text.
+
+        Args:
+            messages: as a chat template reads them, see :mod:`dllmserve.messages`.
+        """
         self.require_engine()
-        self._check_length(sum(len(m["content"]) for m in messages), "messages")
+        said = (str(value) for m in messages for key, value in m.items() if key != "role")
+        self._check_length(sum(map(len, said)), "messages")
         return await self.llm.chat_ids(messages, literal_contents=True)
 
     def require_engine(self) -> None:

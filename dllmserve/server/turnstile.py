@@ -6,31 +6,22 @@ refused at once, that time is missing for health checks and for the requests tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 
+from fastapi import FastAPI
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dllmserve.errors import OverloadedError
 from dllmserve.server.failures import as_api_error, error_response
+from dllmserve.server.http.request_id import Route
 from dllmserve.server.service import Service
 
-#: what takes a place in the engine
-PATHS = frozenset(
-    {
-        "/v1/generate",
-        "/v1/generate_batch",
-        "/v1/generate/stream",
-        "/v1/completions",
-        "/v1/chat/completions",
-    }
-)
 
-
-@dataclass(frozen=True)
-class _Route:
-    """Stands for the application's route, in logs and metrics."""
-
-    path: str
+def generating(app: FastAPI) -> list[tuple[Route, re.Pattern[str]]]:
+    """The routes that ask for something of the engine: whatever is sent by POST."""
+    paths: dict[str, dict[str, object]] = app.openapi()["paths"]
+    return [(Route(p), compile_path(p)[0]) for p, methods in paths.items() if "post" in methods]
 
 
 class Turnstile:
@@ -39,21 +30,31 @@ class Turnstile:
     The application checks again, as it alone knows how much a request needs.
 
     Args:
-        app: the application.
+        app: the application, with all of its routes.
         service: knows whether there is room.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
-        self.app, self.service = app, service
+    def __init__(self, app: FastAPI, service: Service) -> None:
+        self.app: ASGIApp = app
+        self.service = service
+        self._routes = generating(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in PATHS:
+        route = self._route(scope)
+        if route is not None:
             try:
                 self.service.require_engine()
             except OverloadedError as error:
-                scope["route"] = _Route(scope["path"])
+                scope["route"] = route
                 refusal = error_response(scope["path"], as_api_error(error))
                 await refusal(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+    def _route(self, scope: Scope) -> Route | None:
+        """The route that will take a request, if it needs room."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return None
+        found = (r for r, pattern in self._routes if pattern.match(scope["path"]))
+        return next(found, None)

@@ -1,4 +1,7 @@
-"""Several worker processes cannot serve one model: each would load its own, with its own jobs."""
+"""What another server that runs the application has been told: how many workers, which port.
+
+Several worker processes cannot serve one model: each would load its own, with its own jobs.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+
+from starlette.types import Receive
 
 from dllmserve.errors import ConfigError
 
@@ -32,6 +37,23 @@ def refuse_several_workers() -> None:
         raise ConfigError(_REASON)
     if _of_gunicorn():
         raise ConfigError(_REASON)
+
+
+def listening_port(receive: Receive) -> int | None:
+    """The port that uvicorn listens on or is about to; None if it is not known.
+
+    The application is not told, and its job file is named after the port, so that two servers on
+    one machine do not want the same one. gunicorn's worker does not know it either.
+
+    Args:
+        receive: of uvicorn's lifespan, whose object has uvicorn's options.
+    """
+    if os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
+        return None
+    config = getattr(getattr(receive, "__self__", None), "config", None)
+    port = getattr(config, "port", None)
+    elsewhere = getattr(config, "uds", None) or getattr(config, "fd", None) is not None
+    return port if isinstance(port, int) and port and not elsewhere else None
 
 
 def _of_uvicorn() -> bool:

@@ -1,6 +1,7 @@
 """chat() and the tokenizer behind it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,44 @@ def test_bad_messages(llm: LLM, messages: Any, part: str) -> None:
     with pytest.raises(PromptError) as caught:
         llm.chat(messages, PARAMS, use_tqdm=False)
     assert part in str(caught.value)
+
+
+def test_histories_of_other_servers(llm: LLM) -> None:
+    """What HTTP takes: a tool's turn, a message of nothing but calls, parts, and null."""
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "developer", "content": "S", "name": "x"},
+        {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": None},
+        {"role": "tool", "tool_call_id": "c", "content": "7"},
+    ]
+    plain = [
+        {"role": "system", "content": "S"},
+        USER,
+        {"role": "assistant", "content": ""},
+        {"role": "tool", "content": "7"},
+    ]
+    assert llm.chat_ids(turns) == llm.chat_ids(plain)
+    assert llm.chat(turns, PARAMS, use_tqdm=False) == llm.chat(plain, PARAMS, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("message", "part"),
+    [
+        ({"role": "assistant", "tool_calls": "f"}, "tool_calls must be a list"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": "f"}]},
+            "needs a function with a name",
+        ),
+        ({"role": "tool", "content": None}, "content must be a text"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "part 0 has type 'image_url'"),
+        ({"role": "user", "content": [{"type": "text"}]}, "content must be a text"),
+    ],
+)
+def test_messages_that_are_none(llm: LLM, message: Any, part: str) -> None:
+    with pytest.raises(PromptError, match=re.escape(part)) as caught:
+        llm.chat_ids([USER, message])
+    assert "messages[1]" in str(caught.value)
 
 
 def test_a_template_may_refuse(llm: LLM) -> None:

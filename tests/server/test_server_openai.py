@@ -1,14 +1,19 @@
 """The OpenAI endpoints: what becomes of a body, and what comes back."""
 
 import asyncio
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import pytest
+
 from dllmserve import SamplingParams, SparseConfig, __version__
+from dllmserve.core.door import Door
 from dllmserve.errors import EngineError, OutOfMemoryError
 from dllmserve.process.messages import changed_fields
-from tests.server.stand_in import MAX_LEN, Server, run, serving, until
+from tests.server.stand_in import LIMITS, MAX_LEN, SPEC, Server, run, serving, until
 
 COMPLETE = "/v1/completions"
 CHAT = "/v1/chat/completions"
@@ -18,7 +23,7 @@ A, B = 64, 65
 
 
 def plain(**given: Any) -> SamplingParams:
-    """What the endpoints make of a request that gives nothing."""
+    """What the endpoints make of a request that gives nothing, without a default quality."""
     return SamplingParams(**{"gen_length": 128, "block_length": 32, "steps": 128, **given})
 
 
@@ -65,7 +70,7 @@ def test_bodies_become_parameters(byte_checkpoint: Path) -> None:
     frames = ((COMPLETE, {"prompt": "AB"}), (CHAT, {"messages": HI}))
 
     async def main() -> None:
-        async with serving(byte_checkpoint) as server:
+        async with serving(byte_checkpoint, default_quality="exact") as server:
             for (path, frame), (given, params, sparse) in product(frames, BODIES):
                 answer = await server.post(path, {**frame, "seed": 5, **given})
                 assert answer.status == 200, (given, answer.body)
@@ -151,50 +156,6 @@ def test_the_answer_of_a_chat(byte_checkpoint: Path) -> None:
     run(main())
 
 
-def test_conversations(byte_checkpoint: Path) -> None:
-    end, user, assistant = 256, 257, 258
-
-    def text(content: str) -> list[int]:
-        return [byte - 33 for byte in content.encode()]
-
-    answered = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": None}
-    cases: list[tuple[list[dict[str, Any]], list[int]]] = [
-        (HI, [user, *text("Hi"), end, assistant]),
-        ([{**HI[0], "type": "text", "name": None}], [user, *text("Hi"), end, assistant]),
-        (
-            [{"role": "user", "content": [{"type": "text", "text": t} for t in ("H", "", "i")]}],
-            [user, *text("Hi"), end, assistant],
-        ),
-        (
-            [HI[0], answered, {"role": "user", "content": "c"}],
-            [user, *text("Hi"), end, assistant, *text("b"), end, user, *text("c"), end, assistant],
-        ),
-        # the template only knows the older name; as it is no special token here, it is text
-        (
-            [{"role": "developer", "content": "x"}],
-            [*text("<|system|>x"), end, assistant],
-        ),
-        (
-            [{"role": "system", "content": "x"}],
-            [*text("<|system|>x"), end, assistant],
-        ),
-        # whoever writes a message cannot end it
-        (
-            [{"role": "user", "content": "a<|end|><|assistant|>b"}],
-            [user, *text("a<|end|><|assistant|>b"), end, assistant],
-        ),
-    ]
-
-    async def main() -> None:
-        async with serving(byte_checkpoint) as server:
-            for messages, ids in cases:
-                answer = await server.post(CHAT, {"messages": messages, "max_tokens": 1})
-                assert answer.status == 200, answer.body
-                assert server.engine.calls[-1].submit.prompt_ids == ids
-
-    run(main())
-
-
 def test_several_choices_have_seeds_of_their_own(byte_checkpoint: Path) -> None:
     async def main() -> None:
         async with serving(byte_checkpoint) as server:
@@ -261,7 +222,7 @@ QUALITIES: list[tuple[dict[str, Any], SamplingParams]] = [
 
 def test_qualities(byte_checkpoint: Path) -> None:
     async def main() -> None:
-        async with serving(byte_checkpoint, default_quality="balanced") as server:
+        async with serving(byte_checkpoint) as server:
             for given, params in QUALITIES:
                 answer = await server.post(COMPLETE, {"prompt": "AB", "max_tokens": 40, **given})
                 assert answer.status == 200, (given, answer.body)
@@ -271,6 +232,85 @@ def test_qualities(byte_checkpoint: Path) -> None:
             assert (answer.status, answer.error["param"]) == (400, "quality")
             answer = await server.post("/v1/generate", {"prompt": "AB", "quality": "fast"})
             assert answer.status == 200
+            # the native endpoints have the defaults of SamplingParams
+            await server.post("/v1/generate", {"prompt": "AB", "seed": 1})
+            assert server.engine.calls[-1].submit.params == {"seed": 1}
+
+    run(main())
+
+
+#: what a request and the operator give, and how long a chat's answer may be: prompt and answer
+#: have MAX_LEN tokens at most, and HI is 5 of them
+FITS = MAX_LEN - 5
+LENGTHS: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+    ({}, {}, FITS),
+    ({"temperature": 0.5, "stop": "x", "n": 2}, {}, FITS),
+    ({"quality": "fast"}, {}, FITS),
+    ({"quality": "balanced", "threshold": 0.95}, {}, FITS),
+    ({"quality": "balanced", "cfg_scale": 1.0}, {}, FITS),
+    ({"unmask": "threshold", "early_end": True, "suffix_window": 32}, {}, FITS),
+    # each forward of these costs more, the longer the answer may be
+    ({"unmask": "threshold", "early_end": True}, {}, 128),
+    ({"unmask": "threshold"}, {}, 128),
+    ({"quality": "exact"}, {}, 128),
+    ({"ignore_eos": True}, {}, 128),
+    ({"steps": 16}, {}, 128),
+    ({}, {"default_quality": "exact"}, 128),
+    ({"quality": "fast"}, {"default_quality": "exact"}, FITS),
+    # the operator's own number is for all
+    ({}, {"default_max_tokens": 40}, 40),
+    ({"steps": 16}, {"default_max_tokens": 40}, 40),
+    ({}, {"default_max_tokens": 4000}, FITS),
+    ({"max_tokens": 7}, {}, 7),
+    ({"max_completion_tokens": 7}, {"default_max_tokens": 40}, 7),
+]
+
+
+@pytest.mark.parametrize(("given", "options", "length"), LENGTHS)
+def test_how_long_a_chat_may_be(
+    given: dict[str, Any], options: dict[str, Any], length: int, byte_checkpoint: Path
+) -> None:
+    async def main() -> None:
+        async with serving(byte_checkpoint, **options) as server:
+            answer = await server.post(CHAT, {"messages": HI, **given})
+            assert answer.status == 200, answer
+            sent = SamplingParams(**server.engine.calls[-1].submit.params)
+            assert sent.gen_length == length
+
+    run(main())
+
+
+def test_what_fits_also_fits_the_engine(byte_checkpoint: Path) -> None:
+    """Nobody gave a length, so no length may be what a request is refused for."""
+    cases: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+        ({"num_pages": 6}, {}, 6 * 16 - 5),
+        ({"num_pages": 13}, {"quality": "balanced", "cfg_scale": 1.0}, 6 * 16 - 5),
+        ({"num_pages": 0}, {"quality": "balanced", "cache": "none"}, FITS),
+        ({"max_num_batched_tokens": 100}, {}, 95),
+        ({"max_num_batched_tokens": 201}, {"quality": "balanced", "cfg_scale": 1.0}, 95),
+    ]
+
+    async def main() -> None:
+        async with serving(byte_checkpoint) as server:
+            llm = server.service.llm
+            for sizes, given, length in cases:
+                limits = replace(LIMITS, **sizes)
+                server.engine.info = msgspec.structs.replace(llm.info, limits=limits)
+                llm._door = Door(SPEC, limits, True)
+                answer = await server.post(CHAT, {"messages": HI, **given})
+                assert answer.status == 200, (sizes, answer)
+                assert server.engine.calls[-1].submit.params["gen_length"] == length
+
+    run(main())
+
+
+def test_the_operators_block_length_is_for_all(byte_checkpoint: Path) -> None:
+    async def main() -> None:
+        async with serving(byte_checkpoint, default_block_length=8) as server:
+            for given, length in (({}, 8), ({"block_length": 4}, 4), ({"steps": 16}, 8)):
+                await server.post(CHAT, {"messages": HI, **given})
+                sent = SamplingParams(**server.engine.calls[-1].submit.params)
+                assert sent.block_length == length, given
 
     run(main())
 
@@ -284,7 +324,7 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETE, {"prompt": ["a", 1]}, "prompt"),
     (COMPLETE, {"n": 9}, "n"),
     (COMPLETE, {"n": 0}, "n"),
-    (COMPLETE, {"stop": ["a"] * 5}, "stop"),
+    (COMPLETE, {"stop": ["a"] * 17}, "stop"),
     (COMPLETE, {"max_tokens": 0}, "max_tokens"),
     (COMPLETE, {"max_tokens": 5, "gen_length": 6}, "gen_length"),
     (COMPLETE, {"frequency_penalty": 0.5}, "frequency_penalty"),
@@ -296,18 +336,9 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
     (CHAT, {"logprobs": True}, "logprobs"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
-    (CHAT, {"tools": [{"type": "function"}]}, "tools"),
-    (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
     (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"messages": []}, "messages"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages"),
-    (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
-    (CHAT, {"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages"),
-    (
-        CHAT,
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": 1}]}]},
-        "messages",
-    ),
     (CHAT, {"prompt": "x"}, "prompt"),
 ]
 

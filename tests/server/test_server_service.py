@@ -113,6 +113,47 @@ def test_dropped_requests_do_not_make_it_look_slow() -> None:
         admission.take([request()])
 
 
+def test_answers_that_end_by_themselves_count_as_what_they_take() -> None:
+    """Their length is a bound that few come near, and no reason to refuse others."""
+
+    def chat(length: int = 240) -> Request:
+        return request(length, 10, quality="balanced")
+
+    admission = Admission(1000, 50_000)
+    (first,) = admission.take([chat()])
+    assert (first.forwards, first.work) == (128, 128 * (10 + 128 + 32))
+    assert first.work < work_of(chat())
+    # a shorter one never counts more than it may take
+    (short,) = admission.take([chat(8)])
+    assert (short.forwards, short.work) == (8, 8 * 18)
+    for place in (first, short):
+        admission.give_back(place, 4, 10)
+    for _ in range(100):
+        (place,) = admission.take([chat()])
+        admission.give_back(place, 4, 10)
+    places = admission.take([chat()] * 100)
+    assert {place.forwards for place in places} == {5}
+    assert admission.work == sum(place.work for place in places) <= 50_000
+    for place in places:
+        admission.give_back(place, 200, 240)
+    # long answers are noticed as well, and what is dropped says nothing
+    (place,) = admission.take([chat()])
+    assert place.forwards > 150
+    admission.give_back(place)
+    (again,) = admission.take([chat()])
+    assert again.work == place.work
+    admission.give_back(again)
+    # what does not end early counts as ever
+    (plain,) = admission.take([request()])
+    assert (plain.forwards, plain.work) == (10, 200)
+
+
+def test_masks_that_every_forward_sees_count() -> None:
+    admission = Admission(10, None)
+    (place,) = admission.take([request(240, 10, unmask="threshold", early_end=True)])
+    assert place.work == 128 * 250
+
+
 def test_what_runs_at_once_is_let_in_whatever_was_learned() -> None:
     admission = Admission(100, None)
     admission.at_once = 3

@@ -6,23 +6,52 @@ from pathlib import Path
 
 import pytest
 
-from dllmserve.server.turnstile import PATHS
-from tests.server.stand_in import run, serving, until
+from dllmserve.server.app import guarded, lifespan
+from dllmserve.server.turnstile import generating
+from tests.server.stand_in import make_server, run, serving, until
 
+PATHS = (
+    "/v1/generate",
+    "/v1/generate_batch",
+    "/v1/generate/stream",
+    "/v1/completions",
+    "/v1/chat/completions",
+)
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
 
-def test_every_path_that_takes_a_place_is_there(byte_checkpoint: Path) -> None:
+def test_an_endpoint_that_is_added_is_covered(byte_checkpoint: Path) -> None:
+    """Nobody has to think of it: what is sent by POST asks for something of the engine."""
+    app, server = make_server(byte_checkpoint)
+    seen: list[str] = []
+
+    @app.post("/v1/more/{name}")
+    async def more(name: str) -> str:
+        seen.append(name)
+        return name
+
+    @app.put("/v1/more/{name}")
+    async def other(name: str) -> str:
+        return name
+
+    server.app = guarded(app)
+    assert {route.path for route, _ in generating(app)} == {*PATHS, "/v1/more/{name}"}
+
     async def main() -> None:
-        async with serving(byte_checkpoint) as server:
-            schema = (await server.get("/openapi.json")).json()
-            posts = {path for path, methods in schema["paths"].items() if "post" in methods}
-            assert posts == PATHS
+        async with lifespan(app):
+            assert (await server.post("/v1/more/a", None)).json() == "a"
+            server.service.close_door()
+            assert (await server.post("/v1/more/b", None)).status == 503
+            labels = {"method": "POST", "route": "/v1/more/{name}", "status": "503"}
+            assert server.metric("http_requests_total", **labels) == 1
+            assert (await server.ask("PUT", "/v1/more/c")).json() == "c"
+            assert (await server.post("/v1/none", None)).status == 404
+            assert seen == ["a"]
 
     run(main())
 
 
-@pytest.mark.parametrize("path", sorted(PATHS))
+@pytest.mark.parametrize("path", PATHS)
 def test_a_full_server_reads_no_body(byte_checkpoint: Path, path: str) -> None:
     async def main() -> None:
         async with serving(byte_checkpoint, max_requests=1) as server:

@@ -64,7 +64,7 @@ async def same_answers(server: Server, llm: LLM) -> None:
     texts = [
         llm.generate(
             [[65, 66]],
-            SamplingParams(gen_length=8, steps=8, block_length=32, seed=5 + n),
+            SamplingParams(gen_length=8, quality="balanced", seed=5 + n),
             use_tqdm=False,
         )[0]["text"]
         for n in range(3)

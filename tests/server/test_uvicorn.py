@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi import FastAPI
 from starlette.types import Message, Scope
+from uvicorn.lifespan.on import LifespanOn
 
 from dllmserve.errors import ConfigError, EngineError, ModelNotFoundError
 from dllmserve.server import app as app_module
@@ -179,6 +181,51 @@ def test_a_bug_at_the_start_has_its_traceback_in_the_log(
     (sent,) = failed_start(monkeypatch, ZeroDivisionError("oops"))
     assert sent["type"] == "lifespan.startup.failed"
     assert "ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "environ", "name"),
+    [
+        ({"port": 9123}, {}, "jobs-9123.sqlite3"),
+        ({"port": 9123}, {"DLLMSERVE_PORT": "9000"}, "jobs-9123.sqlite3"),
+        ({}, {"DLLMSERVE_PORT": "9000"}, "jobs-8000.sqlite3"),  # uvicorn's default
+        # here it does not know the port
+        ({"port": 0}, {"DLLMSERVE_PORT": "9000"}, "jobs-9000.sqlite3"),
+        ({"uds": "/run/a.sock"}, {"DLLMSERVE_PORT": "9000"}, "jobs-9000.sqlite3"),
+        ({}, {"DLLMSERVE_PORT": "9000", "SERVER_SOFTWARE": "gunicorn/27"}, "jobs-9000.sqlite3"),
+    ],
+)
+def test_the_job_file_is_named_after_the_port_that_is_listened_on(
+    options: dict[str, Any],
+    environ: dict[str, str],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two servers on one machine do not want the same file."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.delenv("SERVER_SOFTWARE", raising=False)
+    monkeypatch.setattr(workers, "_command", lambda pid: [])
+    started = Started(monkeypatch, DLLMSERVE_JOB_STORE="auto", **environ)
+    files: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await app.state.jobs.open()
+        files.extend(p.name for p in (tmp_path / "dllmserve").glob("*.sqlite3"))
+        await app.state.jobs.close()
+        yield
+
+    monkeypatch.setattr(app_module, "lifespan", lifespan)
+
+    async def main() -> None:
+        on = LifespanOn(uvicorn.Config(started.app, log_config=None, **options))
+        await on.startup()
+        await on.shutdown()
+        assert not on.should_exit
+
+    asyncio.run(main())
+    assert files == [name]
 
 
 def test_without_a_lifespan_nothing_is_served() -> None:

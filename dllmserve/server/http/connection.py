@@ -13,6 +13,7 @@ import contextlib
 import logging
 import socket
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +28,8 @@ from uvicorn.server import ServerState
 
 from dllmserve._checks import check_float, check_int
 from dllmserve.errors import ConfigError
-from dllmserve.server.http.respond import CLOSE, LINGER_S, error_body, error_type
+from dllmserve.server.http.http10 import speak_http_1_0
+from dllmserve.server.http.respond import CLOSE, LINGER_S, Headers, error_body, error_type
 
 #: key of scope["extensions"] with a function that drops the request's connection at once
 ABORT = "dllmserve.abort"
@@ -106,14 +108,26 @@ class _Refused(Exception):
         self.message = message
 
 
+#: from the headers of a request, as far as they have come, to headers of its refusal
+RefusalHeaders = Callable[[Headers], Headers]
+
+
+def no_headers(_: Headers) -> Headers:
+    """None at all."""
+    return ()
+
+
 def guarded_protocol(
-    limits: ConnectionLimits, stats: ConnectionStats | None = None
+    limits: ConnectionLimits,
+    stats: ConnectionStats | None = None,
+    refusal_headers: RefusalHeaders = no_headers,
 ) -> type[GuardedProtocol]:
     """The protocol class for one server, to be given to ``uvicorn.Config(http=...)``.
 
     Args:
         limits: for every connection.
         stats: counted into; by default a new one, which is the class's ``stats``.
+        refusal_headers: what the answer to a refused request has besides its own headers.
 
     Example:
         >>> protocol = guarded_protocol(ConnectionLimits(header_timeout_s=5))
@@ -122,16 +136,18 @@ def guarded_protocol(
     """
     given = limits
     counts = stats if stats is not None else ConnectionStats()
+    more = refusal_headers
 
     class Protocol(GuardedProtocol):
         limits = given
         stats = counts
+        refusal_headers = staticmethod(more)
 
     return Protocol
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection. Use :func:`guarded_protocol`, which sets the two class attributes.
+    """One connection. Use :func:`guarded_protocol`, which sets the class attributes.
 
     Besides its limits it differs from uvicorn's own in this:
 
@@ -141,10 +157,12 @@ class GuardedProtocol(HttpToolsProtocol):
     - Trailers after a chunked body do not become headers.
     - ``Upgrade`` is ignored and the request's body is read; some clients offer HTTP/2 so.
     - A request whose answer came before its body was read cannot keep the connection for ever.
+    - An HTTP/1.0 client gets no chunks and no ``100 Continue``, which it would not know.
     """
 
     limits: ClassVar[ConnectionLimits]
     stats: ClassVar[ConnectionStats]
+    refusal_headers: ClassVar[staticmethod[[Headers], Headers]] = staticmethod(no_headers)
 
     def __init__(
         self,
@@ -305,6 +323,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._ignore_upgrade(version)
             return
         super().on_headers_complete()
+        if version == "1.0":
+            speak_http_1_0(self.cycle)
         self._open_cycles.append(self.cycle)
         self._part = "body"
         self._unparsed = 0
@@ -465,6 +485,7 @@ class GuardedProtocol(HttpToolsProtocol):
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             CLOSE,
+            *self.refusal_headers(self.headers or ()),
         ]
         if refusal.status == 503:
             headers.append((b"retry-after", b"1"))

@@ -70,7 +70,8 @@ def test_chat(client: OpenAI) -> None:
     assert not choice.message.tool_calls and choice.message.refusal is None
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-    assert answer.model_dump()["usage"]["forward_passes"] == 16
+    # the server's default quality, which is no fixed number of forwards
+    assert 1 <= answer.model_dump()["usage"]["forward_passes"] < 16
 
 
 def test_chat_goes_on_with_the_message_that_it_gave(client: OpenAI) -> None:
@@ -84,6 +85,27 @@ def test_chat_goes_on_with_the_message_that_it_gave(client: OpenAI) -> None:
         answer = client.chat.completions.create(messages=turns, **told)  # type: ignore[call-overload]
         texts.append(answer.choices[0].message.content)
     assert texts[0] == texts[1] == texts[2]
+
+
+def test_chat_goes_on_after_tools_that_another_model_called(client: OpenAI) -> None:
+    """Tools of the conversation are named, and may not be chosen."""
+    call: Any = {"id": "c1", "type": "function"}
+    call["function"] = {"name": "sort", "arguments": '{"numbers": [9, 41, 7]}'}
+    turns: Any = [
+        {"role": "user", "content": "Sort the numbers: 9 41 7", "name": "bob"},
+        {"role": "assistant", "content": None, "tool_calls": [call], "reasoning_content": None},
+        {"role": "tool", "tool_call_id": "c1", "content": "7 9 41"},
+        *say("Sort the numbers: 9 41 7"),
+    ]
+    tool: Any = {"type": "function", "function": {"name": "sort", "parameters": {}}}
+    told: dict[str, Any] = {"model": MODEL, "messages": turns, "temperature": 0, "max_tokens": 16}
+    answer = client.chat.completions.create(
+        **told, tools=[tool], tool_choice="none", store=True, reasoning_effort="low"
+    )
+    assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls
+    with pytest.raises(openai.BadRequestError) as info:
+        client.chat.completions.create(**told, tools=[tool])
+    assert info.value.param == "tools" and "tool_choice='none'" in info.value.message
 
 
 def test_chat_contents_as_parts(client: OpenAI) -> None:
@@ -276,7 +298,7 @@ def test_wrong_requests_are_bad_request_errors(client: OpenAI) -> None:
         ({"max_tokens": 2048}, "messages", "context_length_exceeded"),
         ({"temperature": -1}, "temperature", "invalid_parameter"),
         ({"n": 9}, "n", "invalid_parameter"),
-        ({"stop": list("abcde")}, "stop", "invalid_parameter"),
+        ({"stop": list("abcdefghijklmnopq")}, "stop", "invalid_parameter"),
         ({"logit_bias": {"1": 101}}, "logit_bias", "invalid_parameter"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "invalid_parameter"),
         ({"extra_body": {"no_such_field": 1}}, "no_such_field", "invalid_parameter"),

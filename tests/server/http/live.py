@@ -16,7 +16,9 @@ from dllmserve.server.http.connection import (
     ConnectionLimits,
     ConnectionStats,
     GuardedProtocol,
+    RefusalHeaders,
     guarded_protocol,
+    no_headers,
 )
 
 #: what no test waits longer for; far more than any of them needs
@@ -62,13 +64,14 @@ async def serving(
     *,
     keep_alive: float = 5,
     sndbuf: int | None = None,
+    refusal_headers: RefusalHeaders = no_headers,
     **limits: Any,
 ) -> AsyncIterator[Live]:
     """Serve an app on a free port. At the end nothing of it may be left."""
     stats = ConnectionStats()
     config = uvicorn.Config(
         app,
-        http=guarded_protocol(ConnectionLimits(**limits), stats),
+        http=guarded_protocol(ConnectionLimits(**limits), stats, refusal_headers),
         ws=asyncio.Protocol,  # must never be used
         log_config=None,
         lifespan="off",

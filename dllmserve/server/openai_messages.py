@@ -1,0 +1,148 @@
+"""Messages of /v1/chat/completions: conversations that any server may have taken part in.
+
+Clients send back what they were given, with keys of the server that gave it. A key that is not
+known here may be there if it says nothing: null, "", [] or {}, or lists and objects of these.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from dllmserve.server.fields import Body, Text, neutral
+from dllmserve.server.http.escape import shown
+
+#: messages, parts of a message, calls in a message
+MAX_MESSAGES = 1024
+#: for caches of prompts, of which there are none here
+Marker = Annotated[dict[str, Any] | None, Field(description="Not read.", exclude=True)]
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value is null or empty, all the way down.
+
+    Example:
+        >>> says_nothing({"refusal": None, "parts": [""]}), says_nothing(0)
+        (True, False)
+    """
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            left.extend(item.values())
+        elif isinstance(item, list):
+            left.extend(item)
+        elif item is not None and item != "":
+            return False
+    return True
+
+
+class _Said(Body):
+    """A message, or a piece of one."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"additionalProperties": {"enum": [None, "", [], {}]}}
+    )
+    #: what other types of it are answered with; None if it has no types
+    other_type: ClassVar[str | None] = None
+
+    cache_control: Marker = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_said(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        kind, known = value.get("type"), cls.model_fields
+        if cls.other_type and isinstance(kind, str) and kind not in ("text", "function"):
+            raise ValueError(f"has type '{shown(kind, 40)}': {cls.other_type}")
+        return {k: v for k, v in value.items() if k in known or not says_nothing(v)}
+
+
+class TextPart(_Said):
+    """A part of a message."""
+
+    other_type = "models here read text only, so each part must have type 'text'"
+
+    type: Literal["text"]
+    text: Text
+    prompt_cache_breakpoint: Marker = None
+
+
+class CalledFunction(_Said):
+    """What a tool call asked for."""
+
+    name: Text
+    arguments: Text | dict[str, Any] | None = Field(
+        default=None, description="JSON, as a text or as an object."
+    )
+
+
+class ToolCall(_Said):
+    """A tool call of an earlier answer."""
+
+    other_type = "only calls of type 'function' are known here"
+
+    id: Text | None = None
+    type: Literal["function"] | None = None
+    function: CalledFunction
+    index: int | None = Field(default=None, exclude=True, description="Not read.")
+
+
+Parts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
+Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class _Message(_Said):
+    # some clients mark whole messages as they mark parts
+    type: neutral("text") = Field(default=None, exclude=True)  # type: ignore[valid-type]
+    name: Text | None = Field(default=None, description="For the chat template.")
+
+
+class SystemMessage(_Message):
+    """What the assistant is told; templates know role developer as system."""
+
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(_Message):
+    """What a user says."""
+
+    role: Literal["user"]
+    content: Content
+
+
+class AssistantMessage(_Message):
+    """An earlier answer, of this server or of another one."""
+
+    role: Literal["assistant"]
+    content: Text | Parts | None = None
+    reasoning_content: Text | None = Field(default=None, description="For the chat template.")
+    reasoning: Text | None = Field(default=None, description="For the chat template.")
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES)] | None = None
+    function_call: CalledFunction | None = None
+
+
+class ToolMessage(_Message):
+    """What a tool answered."""
+
+    role: Literal["tool"]
+    content: Text | Parts
+    tool_call_id: Text
+
+
+class FunctionMessage(_Message):
+    """What a function answered: OpenAI's older form of a tool message."""
+
+    role: Literal["function"]
+    content: Text | Parts
+    name: Text
+
+
+Message = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage,
+    Field(discriminator="role"),
+]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
