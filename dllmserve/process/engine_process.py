@@ -228,6 +228,10 @@ class EngineProcess:
         with suppress(ProcessLookupError):
             self._process.kill()
 
+    async def gone(self) -> None:
+        """Wait until the process has ended."""
+        await self._process.wait()
+
     async def stop(self) -> None:
         """Ask the process to leave, and see to it that it does."""
         self.send(Stop())
@@ -279,6 +283,14 @@ class EngineProcess:
         if code == 0:
             return Death(Cause.STOPPED, how)
         return Death(Cause.KILLED if -code in _FROM_OUTSIDE else Cause.CRASHED, how)
+
+
+def runs(pid: int) -> bool:
+    """Whether a child of this process has not ended. Leaves its exit code to whoever waits."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def _how(process: asyncio.subprocess.Process) -> str:

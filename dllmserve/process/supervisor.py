@@ -189,6 +189,7 @@ class Supervisor:
         """
         engine = await self._launch()
         self._task = asyncio.create_task(self._supervise(engine))
+        await asyncio.sleep(0)  # a task that is cancelled before it has begun never does anything
         return engine.info
 
     async def close(self) -> None:
@@ -202,6 +203,15 @@ class Supervisor:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         self._fail_all(EngineError("the engine has been closed"))
+
+    def kill_at_once(self, error: DllmServeError) -> None:
+        """End the engine, also where its event loop does not run any more."""
+        self.state = State.CLOSED
+        if self._engine is not None:
+            self._engine.kill()
+        for call in list(self._calls.values()):
+            with contextlib.suppress(RuntimeError):  # whoever waited did so in a closed loop
+                self._end(call, error)
 
     async def failed(self) -> DllmServeError:
         """Wait until the supervisor gives up; returns why. Never returns otherwise."""
@@ -366,7 +376,14 @@ class Supervisor:
         """Keep engines alive; nobody waits for ever, whatever happens to that."""
         try:
             await self._keep_alive(engine)
+        except asyncio.CancelledError:
+            if self.state is not State.CLOSED:  # the event loop ends, and the engine with it
+                self.kill_at_once(EngineError("the engine's event loop has ended"))
+                await (self._engine or engine).gone()
+            raise
         except Exception:
+            if self.state is State.CLOSED:  # in a loop that was closed around its tasks
+                return
             self._log.exception("the supervision of the engine failed")
             if self._engine is not None:
                 self._engine.kill()
