@@ -367,9 +367,8 @@ def _canvases(engine: SharedEngine, requests: list[Request]) -> Iterator[CanvasS
     batch = engine.submit(requests)
     (ticket,) = batch.tickets
     try:
-        while engine.advance(ticket) or ticket.canvases:
-            while ticket.canvases:
-                yield ticket.canvases.popleft()
+        while (canvas := engine.canvas(ticket)) is not None:
+            yield canvas
     finally:
         engine.drop(batch)
 

@@ -166,6 +166,14 @@ class SharedEngine:
                 self._let_others(tell)
         return True
 
+    def canvas(self, ticket: Ticket) -> CanvasStep | None:
+        """The next canvas of a watched request; None after the last. Raises as :meth:`advance`."""
+        refuse_fork("LLM", self._pid)
+        while ticket.error is not None or not ticket.canvases:
+            if not self.advance(ticket) and not ticket.canvases:
+                return None
+        return ticket.canvases.popleft()
+
     def drop(self, batch: Batch) -> None:
         """Forget requests, and free what those that still run hold, between two steps."""
         if os.getpid() == self._pid:
