@@ -13,12 +13,12 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from dllmserve.core.line import Line
 from dllmserve.errors import (
     DllmServeError,
     EngineDiedError,
@@ -127,8 +127,8 @@ class Supervisor:
         self._how = how
         self._engine: EngineProcess | None = None
         self._calls: dict[int, Call] = {}
-        self._held: deque[Call] = deque()
-        self._suspects: deque[Call] = deque()
+        self._held: Line[Call] = Line()
+        self._suspects: Line[Call] = Line()
         self._alone: Call | None = None
         self._past = Counters()
         self._now = Counters()
@@ -303,9 +303,8 @@ class Supervisor:
 
     def _forget(self, call: Call) -> None:
         self._leave(call)
-        for queue in (self._held, self._suspects):
-            if call in queue:
-                queue.remove(call)
+        self._held.discard(call)
+        self._suspects.discard(call)
         if self._alone is call:
             self._alone = None
         self._send_held()
@@ -315,8 +314,8 @@ class Supervisor:
         if self._engine is None or self.state is not State.READY:
             return
         if self.suspected:
-            busy = any(call.in_engine for call in self._calls.values())
-            if self._suspects and not busy:
+            free = self._alone is None
+            if self._suspects and free and not any(c.in_engine for c in self._calls.values()):
                 self._alone = self._suspects.popleft()
                 self._send(self._engine, self._alone)
             return
@@ -438,7 +437,7 @@ class Supervisor:
                 self._suspects.append(call)
             else:
                 again.append(call)
-        self._held.extendleft(reversed(again))
+        self._held.put_back(again)
         self._changed()
         return bool(running)
 
