@@ -23,6 +23,7 @@ from dllmserve.engine.start import build_engine
 from dllmserve.errors import EngineError
 from tests.conftest import Engines
 from tests.helpers import check_idle
+from tests.process.forks import forked
 from tests.process.left import nothing_left
 
 SHORT = SamplingParams(temperature=0.0, gen_length=8, steps=8, ignore_eos=True)
@@ -312,29 +313,6 @@ def test_the_progress_bar_in_a_file(llm: LLM, capsys: pytest.CaptureFixture[str]
     pictures = capsys.readouterr().err.split("\r")
     assert len([picture for picture in pictures if picture.strip()]) <= 3
     assert "3/3" in pictures[-1] and "200 forwards" in pictures[-1] and "tokens/s" in pictures[-1]
-
-
-def forked(work: Callable[[], object]) -> str:
-    """What a forked child says of some work, with no patience for a hang."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        said = ""
-        try:
-            said = str(work())
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        finally:
-            os.write(writing, said.encode())
-            os._exit(0)
-    os.close(writing)
-    killer = threading.Timer(PATIENCE_S, lambda: os.kill(pid, signal.SIGKILL))
-    killer.start()
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read().decode()
-    killer.cancel()
-    assert os.waitpid(pid, 0)[1] == 0, "it hangs"
-    return said
 
 
 def test_a_forked_process(llm: LLM) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import os
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from dllmserve import AsyncLLM
 from dllmserve.errors import ConfigError, EngineError, EngineStartError, RequestAbortedError
 from dllmserve.process.home import Home
 from dllmserve.process.supervisor import State, SupervisorOptions
+from tests.process.forks import forked
 from tests.process.left import children, nothing_left
 from tests.process.light_child import POISON
 
@@ -321,26 +321,6 @@ def test_one_that_is_forgotten_takes_its_engine_with_it(tmp_path: Path, born: Bo
             await asyncio.sleep(0.01)
 
     in_new_loop(main())
-
-
-def forked(work: Callable[[], str]) -> str:
-    """What a forked child says before it ends."""
-    reading, writing = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        said = "nothing"
-        try:
-            said = work()
-        except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        finally:
-            os.write(writing, said.encode())
-            os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        said = pipe.read().decode()
-    os.waitpid(pid, 0)
-    return said
 
 
 def test_a_forked_process(tmp_path: Path) -> None:
