@@ -13,6 +13,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dllmserve import _forks as _forks  # notes from now on what forked processes inherit
+
 if TYPE_CHECKING:
     from dllmserve.async_llm import AsyncLLM
     from dllmserve.llm import LLM

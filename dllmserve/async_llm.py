@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import warnings
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,11 +27,15 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
 from dllmserve.process.devices import refuse_torchrun
 from dllmserve.process.fleet import Fleet
+from dllmserve.process.home import Home
 from dllmserve.process.messages import EngineInfo, changed_fields
-from dllmserve.process.supervisor import SupervisorOptions
+from dllmserve.process.supervisor import State, SupervisorOptions
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
+#: seconds that another event loop gets to close the engines, before they are killed
+_CLOSE_S = 15.0
+_NOT_STARTED = "the engine has not been started: await start(), or use 'async with'"
 #: texts up to this many characters are tokenised where they are, longer ones in a thread
 _SHORT_TEXT = 4096
 
@@ -93,6 +100,12 @@ class AsyncLLM:
         )
         self.tokenizer: Tokenizer | None = None
         self._door: Door | None = None
+        #: where start() was called; it is called once
+        self._home: Home | None = None
+        self._starting: asyncio.Task[EngineInfo] | None = None
+        self._closing: asyncio.Task[None] | None = None
+        #: why it cannot be used any more
+        self._over = ""
 
     async def __aenter__(self) -> AsyncLLM:
         await self.start()
@@ -107,12 +120,35 @@ class AsyncLLM:
         await self.close()
 
     async def start(self) -> EngineInfo:
-        """Start the engine processes and load the model in each.
+        """Start the engine processes and load the model in each; may be called once.
+
+        All other calls have to come from the event loop in which this one is made, except
+        :meth:`close` and :meth:`abort`.
 
         Raises:
             ConfigError: there are not enough GPUs for all of them.
             DllmServeError: what :class:`dllmserve.LLM` raises, or a process did not start.
+            EngineError: it has been started or closed before, or is closed meanwhile.
         """
+        if self._home is not None:
+            self._home.check_process()
+        if self._home is not None or self._over:
+            raise EngineError(self._over or "start() has been called already: use what it started")
+        self._home = Home()
+        self._finalizer = weakref.finalize(self, _forgotten, self.supervisor, self._home)
+        self._starting = asyncio.create_task(self._start())
+        try:
+            return await self._starting
+        except BaseException as error:
+            self._finalizer.detach()  # nothing runs any more
+            cancelled = isinstance(error, asyncio.CancelledError)
+            if cancelled and self._closing is not None and not _cancelled():
+                raise EngineError("the engine has been closed while it was being started") from None
+            how = "was cancelled" if cancelled else f"has failed ({error})"
+            self._over = self._over or f"start() {how}: make a new AsyncLLM"
+            raise
+
+    async def _start(self) -> EngineInfo:
         info = await self.supervisor.start()
         try:
             self.tokenizer = await asyncio.to_thread(
@@ -123,14 +159,66 @@ class AsyncLLM:
             if self.tokenizer is not None:
                 await asyncio.to_thread(self.tokenizer.warm_up)
         except BaseException:
-            await self.close()
+            await self.supervisor.close()
             raise
         self._door = Door(info.spec, info.limits, self.tokenizer is not None)
         return info
 
     async def close(self) -> None:
-        """End the engine processes; what is still under way fails."""
+        """End the engine processes; what is still under way fails with an EngineError.
+
+        May be called again, before :meth:`start`, while it runs, and from another event loop; if
+        the loop of start() does not run any more, the processes are killed. In a forked process
+        it does nothing: the engines are the parent's.
+        """
+        home = self._home
+        if home is not None and home.forked:
+            return
+        self._over = self._over or "the engine has been closed: make a new AsyncLLM"
+        if home is None:
+            await self.supervisor.close()
+        elif home.here:
+            await self._close()
+        elif not (home.loop.is_running() and await self._closed_there(home.loop)):
+            await self.supervisor.kill()
+
+    async def _close(self) -> None:
+        """Close it in its own loop, even if the caller loses patience."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close_all())
+        await asyncio.shield(self._closing)
+
+    async def _close_all(self) -> None:
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
         await self.supervisor.close()
+
+    async def _closed_there(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Close it from another loop; False if its own does not do it."""
+        closing = asyncio.run_coroutine_threadsafe(self._close(), loop)
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(closing), _CLOSE_S)
+        except TimeoutError:
+            return False
+        return True
+
+    def _ready(self) -> Door:
+        """The door, if calls can be served here.
+
+        Raises:
+            EngineError: not started, closed, or started in another event loop or process.
+        """
+        if self._home is not None:
+            self._home.check_process()
+        if self._over:
+            raise EngineError(self._over)
+        if self._home is None:
+            raise EngineError(_NOT_STARTED)
+        self._home.check()
+        if self._door is None:
+            raise EngineError("the engine is still being started: wait for await start() to return")
+        return self._door
 
     @property
     def info(self) -> EngineInfo:
@@ -139,9 +227,10 @@ class AsyncLLM:
         Raises:
             EngineError: :meth:`start` is not through.
         """
-        if self._door is None or self.supervisor.info is None:
-            raise EngineError("the engine has not been started: await start() first")
-        return self.supervisor.info
+        found = self.supervisor.info
+        if self._door is None or found is None:
+            raise EngineError(self._over or _NOT_STARTED)
+        return found
 
     async def generate(
         self,
@@ -172,6 +261,7 @@ class AsyncLLM:
         sparse_config: SparseConfig | None = None,
     ) -> dict[str, Any]:
         """Answer a conversation with the checkpoint's chat template; see :meth:`generate`."""
+        self._ready()
         return await self.generate(await self.chat_ids(messages), sampling_params, sparse_config)
 
     async def stream_text(
@@ -220,6 +310,7 @@ class AsyncLLM:
             TokenizerError: a text, but the checkpoint has no tokenizer.
             PromptError: neither text nor ids, or no valid Unicode text.
         """
+        self._ready()
         if isinstance(prompt, str):
             tokenizer = self._text_tokenizer()
             if len(prompt) <= _SHORT_TEXT:
@@ -241,6 +332,7 @@ class AsyncLLM:
             TokenizerError: no tokenizer or chat template, or it refuses the messages.
             PromptError: this is no conversation, see :mod:`dllmserve.messages`.
         """
+        self._ready()
         tokenizer = self._text_tokenizer()
         read = template_messages(messages)
         size = sum(len(str(value)) for message in read for value in message.values())
@@ -263,13 +355,12 @@ class AsyncLLM:
         Raises:
             InvalidRequestError, CapacityError: it could never run on this engine.
         """
-        if self._door is None:
-            raise EngineError("the engine has not been started: await start() first")
+        door = self._ready()
         params = sampling_params or SamplingParams()
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        return self._door.request(0, prompt_ids, params, sparse_config, name=name)
+        return door.request(0, prompt_ids, params, sparse_config, name=name)
 
     def submit(
         self,
@@ -287,10 +378,11 @@ class AsyncLLM:
             work: what it is expected to cost; by default what it costs at most.
 
         Raises:
-            EngineError: the engine is gone for good.
+            EngineError: the engine is gone for good, was not started, or not in this event loop.
         """
+        self._ready()
         sparse = None if request.sparse is None else changed_fields(request.sparse)
-        return self.supervisor.submit(
+        call = self.supervisor.submit(
             request.prompt_ids,
             changed_fields(request.params),
             sparse,
@@ -298,15 +390,22 @@ class AsyncLLM:
             watch=watch,
             work=work_of(request) if work is None else work,
         )
+        call.home = self._home
+        return call
 
     def abort(self, call: Call, error: DllmServeError | None = None) -> None:
         """Drop a request that has not ended; it frees its place within one forward pass.
+
+        May be called in any thread.
 
         Args:
             call: the request.
             error: what whoever waits for it gets; a RequestAbortedError by default.
         """
-        self.supervisor.abort(call, error)
+        if call.home is None or call.home.here:
+            self.supervisor.abort(call, error)
+        elif not call.home.forked:
+            call.home.call(partial(self.supervisor.abort, call, error))
 
     async def deltas(
         self, call: Call, take: Callable[[], Awaitable[Event]] | None = None
@@ -343,3 +442,20 @@ class AsyncLLM:
         if self.tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer: give token ids, not texts")
         return self.tokenizer
+
+
+def _cancelled() -> bool:
+    """Whether somebody cancels the task that asks."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _forgotten(fleet: Fleet, home: Home) -> None:
+    """An AsyncLLM is gone and was not closed: its engines must not stay."""
+    if home.forked or fleet.state is State.CLOSED:
+        return
+    if home.loop.is_running():
+        home.call(fleet.kill_at_once)
+    else:
+        fleet.kill_at_once()
+    warnings.warn("an AsyncLLM was not closed", ResourceWarning, stacklevel=2)

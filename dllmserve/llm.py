@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import threading
-import weakref
-from collections import deque
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import asyncio as text_bars
+from tqdm.auto import tqdm
 
 from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
@@ -19,8 +19,9 @@ from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.joined import JoinedRank, returned_text
 from dllmserve.engine.setup import EnginePlan, plan_engine
+from dllmserve.engine.shared import SharedEngine
 from dllmserve.engine.start import build_engine
-from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
+from dllmserve.engine.tokenizer import Tokenizer
 from dllmserve.errors import (
     ConfigError,
     DllmServeError,
@@ -40,8 +41,8 @@ from dllmserve.sparse.state import SparseConfig
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]
 
-#: canvases kept for a stream that is read slower than the engine runs; older ones are lost
-_KEPT_CANVASES = 256
+#: seconds between two pictures of the progress bar: on a screen, and in a file, where all stay
+_SCREEN_S, _FILE_S = 0.1, 10.0
 
 
 class LLM:
@@ -102,18 +103,12 @@ class LLM:
             self._announces = world.rank == 0
         if world is not None and world.rank > 0:
             self._plan = plan_engine(self.config, world.rank)
+            self._tokenizer = self._plan.tokenizer
             self._joined = JoinedRank(self.config, world)
             return
-        self._core, self._plan = build_engine(self.config)
-        self._close = weakref.finalize(self, self._core.close)
-        # one thread steps the engine at a time; a step serves the requests of all threads
-        self._lock = threading.RLock()
-        self._live: dict[int, Request] = {}
-        self._outputs: dict[int, RequestOutput] = {}
-        self._canvases: dict[int, deque[CanvasStep]] = {}
-        # a stream that is closed by garbage collection may end in the middle of a step
-        self._dropped: deque[Request] = deque()
-        self._stepping = False
+        core, self._plan = build_engine(self.config)
+        self._tokenizer = core.tokenizer
+        self._shared = SharedEngine(core)
 
     def __enter__(self) -> LLM:
         return self
@@ -122,25 +117,33 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """End the processes of other ranks. Without any, there is nothing that needs it."""
+        """End what is under way in any thread with an EngineError, and the ranks' processes.
+
+        A step that runs is waited for. Afterwards every call raises an EngineError. May be called
+        again, and from any thread. In a forked process it does nothing: the engine is the parent's.
+        """
         if self._joined is None:
-            with self._lock:
-                self._close()
+            self._shared.close()
 
     @property
-    def _engine(self) -> EngineCore:
+    def _own(self) -> SharedEngine:
+        """The engine, if this process has one that can be used."""
         if self._joined is not None:
             raise EngineError(
                 "this rank follows rank 0: only generate() and chat() can be called on all ranks"
             )
-        if not self._close.alive:
-            raise EngineError("the engine has been closed")
-        return self._core
+        self._shared.check()
+        return self._shared
+
+    @property
+    def _engine(self) -> EngineCore:
+        return self._own.core
 
     def _on_all_ranks(self, call: Callable[[], list[RequestOutput]]) -> list[dict[str, Any]]:
         """Run a call on rank 0; its result is that of all ranks."""
         if self._joined is not None:
             return self._joined.returned()
+        self._shared.check()  # before tokenizers and torch, which may hang in a forked process
         if not self._announces:
             return [output.as_dict() for output in call()]
         try:
@@ -148,7 +151,8 @@ class LLM:
         except BaseException as error:
             # whatever it is: the others wait to hear of it
             told = error if isinstance(error, DllmServeError) else EngineError(repr(error))
-            self._engine.announce(returned_text(told))
+            with suppress(EngineError):  # there may be nobody any more
+                self._engine.announce(returned_text(told))
             raise
         self._engine.announce(returned_text(answers))
         return answers
@@ -165,24 +169,18 @@ class LLM:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The checkpoint's tokenizer, or None."""
-        if self._joined is not None:
-            trusted = self.config.trust_remote_code
-            return load_tokenizer(self._plan.directory, trust_remote_code=trusted)
-        return self._engine.tokenizer
+        """The checkpoint's tokenizer, or None; usable after close() and in forked processes."""
+        return self._tokenizer
 
-    @contextmanager
-    def observe(self, callback: Callable[[StepPlan], None]) -> Iterator[None]:
+    def observe(self, callback: Callable[[StepPlan], None]) -> AbstractContextManager[None]:
         """Call ``callback`` with the plan of every step launched inside the ``with`` block.
 
         Plans tell what was computed (:class:`dllmserve.core.plan.StepPlan`), for
-        benchmarks and debugging; the callback must be quick.
+        benchmarks and debugging; the callback must be quick. It runs inside the step: it may
+        close() the engine, but not generate with it, and an error in it ends the requests of the
+        step.
         """
-        self._engine.observers.append(callback)
-        try:
-            yield
-        finally:
-            self._engine.observers.remove(callback)
+        return self._own.observed(callback)
 
     def generate(
         self,
@@ -282,17 +280,11 @@ class LLM:
         request. A reader that pauses while other threads generate may miss events, never
         the last one.
         """
-        params = _one_each("sampling_params", sampling_params, SamplingParams, 1)[0]
-        sparse = _one_each("sparse_config", sparse_config, SparseConfig, 1, optional=True)[0]
-        ids = self._prompt_ids(prompt, "prompt")
-        (request,) = self._submit([ids], [params], [sparse], watch=True)
-        canvases = self._canvases[request.id]
-        try:
-            while self._advance(request) or canvases:
-                while canvases:
-                    yield canvases.popleft()
-        finally:
-            self._drop([request])
+        engine = self._own  # a forked process hears of it before anything else is done
+        params = _one_each("sampling_params", sampling_params, SamplingParams, 1)
+        sparse = _one_each("sparse_config", sparse_config, SparseConfig, 1, optional=True)
+        ids = [self._prompt_ids(prompt, "prompt")]
+        return _canvases(engine, self._requests(ids, params, sparse, watch=True))
 
     def chat_ids(self, messages: Messages) -> list[int]:
         """Prompt ids of a conversation, rendered with the chat template.
@@ -309,11 +301,11 @@ class LLM:
 
     def _prompt_ids(self, prompt: Any, name: str) -> list[int]:
         if isinstance(prompt, str):
-            if self._engine.tokenizer is None:
+            if self._tokenizer is None:
                 raise TokenizerError(
                     f"{name} is a text, but the checkpoint has no tokenizer: give token ids"
                 )
-            return self._engine.tokenizer.encode(prompt)
+            return self._tokenizer.encode(prompt)
         if hasattr(prompt, "tolist"):  # a numpy array or a tensor
             prompt = prompt.tolist()
         if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
@@ -330,23 +322,30 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Check all requests, then run them to the end."""
-        requests = self._submit(prompts, params, sparse)
-        bar = tqdm(total=len(requests), desc="Generating", disable=not use_tqdm or not requests)
+        requests = self._requests(prompts, params, sparse)
+        engine = self._own
+        batch = engine.submit(requests)
+        shown = use_tqdm and bool(requests)
+        began, steps, committed = time.monotonic(), engine.steps, engine.committed
         try:
-            done = 0
-            for request in requests:
-                while self._advance(request):
-                    now = sum(r.id in self._outputs for r in requests)
-                    bar.update(now - done)
-                    done = now
-            bar.update(len(requests) - done)
-            return [self._outputs[r.id] for r in requests]
+            with _progress_bar(len(requests), shown) as bar:
+                for ticket in batch.tickets:
+                    while engine.advance(ticket):
+                        if not shown:
+                            continue
+                        seconds = max(time.monotonic() - began, 1e-3)
+                        speed = (engine.committed - committed) / seconds
+                        bar.set_postfix_str(
+                            f"{engine.steps - steps} forwards, {speed:.0f} tokens/s", refresh=False
+                        )
+                        bar.update(batch.tally.ended - bar.n)
+                bar.update(batch.tally.ended - bar.n)
+            return batch.outputs
         finally:
             # after an error or Ctrl-C nothing of this call stays behind
-            self._drop(requests)
-            bar.close()
+            engine.drop(batch)
 
-    def _submit(
+    def _requests(
         self,
         prompts: list[list[int]],
         params: list[Any],
@@ -354,72 +353,41 @@ class LLM:
         *,
         watch: bool = False,
     ) -> list[Request]:
-        """Check all requests before any of them is queued."""
-        with self._lock:
-            requests = [
-                self._engine.make_request(
-                    ids,
-                    params[i],
-                    sparse[i],
-                    watch=watch,
-                    name="prompt" if watch else f"prompts[{i}]",
-                )
-                for i, ids in enumerate(prompts)
-            ]
-            for request in requests:
-                self._engine.add(request)
-                self._live[request.id] = request
-                if watch:
-                    self._canvases[request.id] = deque(maxlen=_KEPT_CANVASES)
-        return requests
+        """Checked requests, not queued."""
+        core = self._engine
+        return [
+            core.make_request(
+                ids,
+                params[i],
+                sparse[i],
+                watch=watch,
+                name="prompt" if watch else f"prompts[{i}]",
+            )
+            for i, ids in enumerate(prompts)
+        ]
 
-    def _advance(self, request: Request) -> bool:
-        """Run a step for everybody unless the request has ended; say whether it still runs.
 
-        Raises:
-            Exception: whatever ended the request, in this thread's step or in another's.
-        """
-        with self._lock:
-            if request.id in self._outputs:
-                return False
-            if request.error is not None:
-                raise request.error
-            self._free_dropped()
-            self._stepping = True
-            try:
-                events = self._engine.step()
-            except BaseException as error:
-                # the step was cut short, so no request's state can be trusted any more
-                self._engine.abandon()
-                for other in self._live.values():
-                    other.error = EngineError(f"the engine's step failed: {error!r}")
-                    other.error.__cause__ = error
-                for other in self._live.values():
-                    self._engine.abort(other)
-                raise
-            finally:
-                self._stepping = False
-            for ended, output in events.finished:
-                self._outputs[ended.id] = output
-            for watched, canvas in events.watched:
-                if watched.id in self._canvases:
-                    self._canvases[watched.id].append(canvas)
-            return True
+def _canvases(engine: SharedEngine, requests: list[Request]) -> Iterator[CanvasStep]:
+    """Run one request from the moment somebody looks, and give what is seen of it."""
+    batch = engine.submit(requests)
+    (ticket,) = batch.tickets
+    try:
+        while (canvas := engine.canvas(ticket)) is not None:
+            yield canvas
+    finally:
+        engine.drop(batch)
 
-    def _drop(self, requests: list[Request]) -> None:
-        """Forget requests, and free what those that still run hold, between two steps."""
-        self._dropped.extend(requests)
-        with self._lock:
-            if not self._stepping:
-                self._free_dropped()
 
-    def _free_dropped(self) -> None:
-        while self._dropped:
-            request = self._dropped.popleft()
-            self._engine.abort(request)
-            self._live.pop(request.id, None)
-            self._outputs.pop(request.id, None)
-            self._canvases.pop(request.id, None)
+def _progress_bar(total: int, shown: bool) -> Any:
+    """A bar on standard error, or in a notebook."""
+    in_file = tqdm is text_bars.tqdm and not (sys.stderr and sys.stderr.isatty())
+    return tqdm(
+        total=total,
+        desc="Generating",
+        disable=not shown,
+        mininterval=_FILE_S if in_file else _SCREEN_S,
+        miniters=0,  # forwards and tokens move while no request ends
+    )
 
 
 def _one_each(

@@ -19,6 +19,7 @@ LAYERS = (
         "errors",
         "registry",
         "_checks",
+        "_forks",
         "config",
         "parameters",
         "messages",

@@ -7,12 +7,12 @@ never fit is refused at once, with the reason.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dllmserve.core.budget import NO_LIMIT, StepBudget
+from dllmserve.core.line import Line
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.pages import PageAllocator
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
@@ -134,7 +134,7 @@ class Scheduler:
     ) -> None:
         self.spec = spec
         self.limits = limits
-        self.waiting: deque[Request] = deque()
+        self.waiting: Line[Request] = Line()
         self.running: list[Request] = []
         self.allocator = PageAllocator(limits.num_pages)
         self.history = PageAllocator(limits.max_history_rows)
@@ -164,8 +164,7 @@ class Scheduler:
     def abort(self, request: Request) -> None:
         """Drop a request and free what it holds; finished ones are left alone."""
         if request.status is Status.WAITING:
-            if request in self.waiting:  # not if an interrupt hit its admission
-                self.waiting.remove(request)
+            self.waiting.discard(request)  # not there if an interrupt hit its admission
         elif request.status is Status.RUNNING:
             self._release(request)
         else:
@@ -308,7 +307,7 @@ class Scheduler:
                 blocked.append(request)
             if blocked and blocked[0].skipped >= MAX_SKIPS:  # the first has been skipped most
                 break
-        self.waiting.extendleft(reversed(blocked))
+        self.waiting.put_back(blocked)
         return admitted
 
     def _fits(self, request: Request) -> bool:

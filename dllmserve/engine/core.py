@@ -194,7 +194,7 @@ class EngineCore:
             requests = [requests[i] for i in kept]
         if not requests:
             return bool(lost)
-        for observer in self.observers:
+        for observer in tuple(self.observers):  # one may leave in its own call
             observer(plan)
         for part, members, error in self._execute(plan, requests):
             if isinstance(part, StepHandle):

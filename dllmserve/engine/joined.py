@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from queue import SimpleQueue
 from typing import Any
 
+from dllmserve._forks import refuse_fork
 from dllmserve.config import EngineConfig
 from dllmserve.engine.follower import follow, load_follower
 from dllmserve.errors import DllmServeError, RankError, error_named
@@ -30,6 +32,7 @@ class JoinedRank:
 
     def __init__(self, options: EngineConfig, world: World) -> None:
         self._returned: SimpleQueue[str | None] = SimpleQueue()
+        self._pid = os.getpid()
         connection, store = meet_lead(world)
         signs = Signs(connection, lambda: None)
         follower = load_follower(
@@ -54,7 +57,9 @@ class JoinedRank:
         Raises:
             DllmServeError: what it raised there.
             RankError: rank 0 is gone.
+            EngineError: this process was forked from the one that follows.
         """
+        refuse_fork("LLM", self._pid)
         text = self._returned.get()
         if text is None:
             self._returned.put(None)

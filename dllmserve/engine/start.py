@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 
 import torch
 
+from dllmserve._forks import inherited
 from dllmserve.config import EngineConfig
 from dllmserve.core.scheduler import Scheduler, SpanSource
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan, build_runner, plan_engine
-from dllmserve.errors import DllmServeError, RankError
+from dllmserve.errors import DllmServeError, EngineError, RankError
 from dllmserve.models.loader import find_model, require_weights
 from dllmserve.parallel.group import SOLO
 from dllmserve.ranks import torchrun
@@ -20,6 +22,8 @@ from dllmserve.ranks.spawn import spawn_ranks
 from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.runtime.runner import StepRunner
 
+_log = logging.getLogger("dllmserve.engine")
+
 
 def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
     """Load the model and set up an engine; with several ranks, this process's is rank 0.
@@ -27,7 +31,9 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
     Raises:
         ModelError, ConfigError, OutOfMemoryError: see :func:`plan_engine` and the loader.
         RankError: another rank failed.
+        EngineError: this process was forked from one that has used CUDA.
     """
+    _mind_the_parent(options)
     if options.load_format != "dummy":
         require_weights(find_model(options.model))  # before its sizes are held against memory
     plan = plan_engine(options)
@@ -35,6 +41,22 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
         alone = build_runner(plan, SOLO)
         return engine_of(alone.runner, alone.plan), alone.plan
     return _lead(plan)
+
+
+def _mind_the_parent(options: EngineConfig) -> None:
+    """Do without what a forked process cannot use of its parent's, where that is possible."""
+    if inherited.cuda and not options.device.startswith("cpu"):
+        raise EngineError(
+            "CUDA cannot be used in a process that was forked from one that has used it: start "
+            "the process with multiprocessing's 'spawn' method, or set device='cpu'"
+        )
+    if inherited.threads and torch.get_num_threads() > 1:
+        _log.warning(
+            "this process was forked from one that had loaded torch, whose threads it does not "
+            "have: torch computes with one thread here; start the process with multiprocessing's "
+            "'spawn' method to use more"
+        )
+        torch.set_num_threads(1)  # with more, torch waits for ever for those of the parent
 
 
 def _lead(plan: EnginePlan) -> tuple[EngineCore, EnginePlan]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.process.home import Home
 from dllmserve.process.messages import Submit
 
 #: answer positions in canvases that wait for a slow reader; beyond that older ones are lost
@@ -80,6 +81,7 @@ class Call:
         finished: has an output.
         started: monotonic seconds of the first forward pass, or None.
         reruns: times that it was begun again on a new engine; events then start again, too.
+        home: where its events can be waited for; None is anywhere.
     """
 
     def __init__(self, submit: Submit, work: int = 0) -> None:
@@ -90,6 +92,7 @@ class Call:
         self.submitted = time.monotonic()
         self.started: float | None = None
         self.reruns = 0
+        self.home: Home | None = None
         self._events: deque[Event | BaseException] = deque()
         self._arrived = asyncio.Event()
         self._waiting_cells = 0
@@ -107,8 +110,10 @@ class Call:
         """The next event; a RequestOutput is the last.
 
         Raises:
-            DllmServeError: the request has failed.
+            DllmServeError: the request has failed, or the caller is not in its event loop.
         """
+        if self.home is not None:
+            self.home.check()
         while not self._events:
             self._arrived.clear()
             await self._arrived.wait()

@@ -15,6 +15,9 @@ _LENGTH = struct.Struct(">I")
 #: a message is never larger; a longer one means that the two sides are out of step
 MAX_MESSAGE = 1 << 28
 _CHUNK = 1 << 18
+#: bytes after which the engine turns to its step, whatever else waits in the socket: some sixty
+#: prompts of 4,096 tokens, which take 30 ms to decode and to check
+_ENOUGH = 1 << 20
 
 
 class ChannelClosed(ConnectionError):
@@ -50,11 +53,13 @@ class Channel:
     def receive(self, timeout_s: float) -> list[bytes]:
         """Messages that are there; waits up to ``timeout_s`` for the first.
 
+        What is more than a megabyte is left for the next call.
+
         Raises:
             ChannelClosed: the owner is gone.
         """
-        wait = timeout_s
-        while self._poll.poll(wait * 1000):
+        wait, read = timeout_s, 0
+        while read < _ENOUGH and self._poll.poll(wait * 1000):
             try:
                 chunk = self._socket.recv(_CHUNK)
             except OSError as error:
@@ -62,7 +67,7 @@ class Channel:
             if not chunk:
                 raise ChannelClosed("the engine's owner has closed the socket")
             self._buffer += chunk
-            wait = 0.0
+            wait, read = 0.0, read + len(chunk)
         return self._whole()
 
     def _whole(self) -> list[bytes]:

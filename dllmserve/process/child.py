@@ -9,9 +9,7 @@ kills it when the owner dies, even in the middle of a step.
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -36,7 +34,6 @@ from dllmserve.process.messages import (
     Finished,
     FromEngine,
     NotLoaded,
-    Pulse,
     Ready,
     Report,
     Stop,
@@ -183,7 +180,6 @@ def serve(channel: Channel) -> int:
         channel.send(encode(NotLoaded(type(error).__name__, str(error))))
         return NOT_LOADED
     channel.send(encode(Ready(engine_info(plan))))
-    threading.Thread(target=_pulse, args=(channel,), name="dllmserve-pulse", daemon=True).start()
     try:
         EngineLoop(engine, channel).run()
     except ChannelClosed:
@@ -198,14 +194,6 @@ def serve(channel: Channel) -> int:
     finally:
         engine.close()
     return STOPPED
-
-
-def _pulse(channel: Channel) -> None:
-    """Say every half second that the process runs, until the owner is gone."""
-    with suppress(ChannelClosed):
-        while True:
-            time.sleep(HEARTBEAT_S)
-            channel.send(encode(Pulse()))
 
 
 def engine_info(plan: EnginePlan) -> EngineInfo:

@@ -23,13 +23,13 @@ from dllmserve.process.messages import (
     EngineInfo,
     FromEngine,
     NotLoaded,
-    Pulse,
     Ready,
     Stop,
     ToEngine,
     decode_from_engine,
     encode,
 )
+from dllmserve.ranks.daemon import STOPPED_S, is_stopped
 
 _log = logging.getLogger("dllmserve.engine")
 
@@ -38,8 +38,6 @@ COMMAND = (sys.executable, "-m", "dllmserve.process.child")
 #: seconds that an engine gets to leave by itself, and to write its stacks, before it is killed
 STOP_S = 5.0
 STACKS_S = 1.0
-#: seconds without a pulse after which an engine's process is taken for stopped
-PULSE_LIMIT_S = 10.0
 #: a longer pause between two looks at an engine means that this process did not run
 _PAUSE_S = 3.0
 #: signals that no engine sends itself
@@ -67,7 +65,6 @@ class EngineProcess:
         self.info: EngineInfo
         self.pid = process.pid
         self.last_message = time.monotonic()
-        self._last_pulse: float | None = None
         self._process = process
         self._connection = connection
         self._relay = relay
@@ -206,9 +203,6 @@ class EngineProcess:
         try:
             while (data := await self._connection.receive()) is not None:
                 message = decode_from_engine(data)
-                if isinstance(message, Pulse):
-                    self._last_pulse = time.monotonic()
-                    continue
                 self.last_message = time.monotonic()
                 if isinstance(message, Crashed):
                     self._crash = f"the engine's step failed: {message.message}"
@@ -228,6 +222,10 @@ class EngineProcess:
         with suppress(ProcessLookupError):
             self._process.kill()
 
+    async def gone(self) -> None:
+        """Wait until the process has ended."""
+        await self._process.wait()
+
     async def stop(self) -> None:
         """Ask the process to leave, and see to it that it does."""
         self.send(Stop())
@@ -240,19 +238,23 @@ class EngineProcess:
             self._connection.close()
 
     async def _watch(self, limit_s: float) -> None:
-        last = time.monotonic()
+        """Kill an engine that is stopped, or says nothing for too long."""
+        looked = ran = time.monotonic()
         while True:
             now = time.monotonic()
-            if now - last > _PAUSE_S and self._last_pulse is not None:
-                self._last_pulse = now  # this process was stopped itself, and heard nobody
-            last = now
+            if now - looked > _PAUSE_S:  # this process was stopped itself: time that does not count
+                self.last_message += now - looked
+                ran = now
+            looked = now
+            if not is_stopped(self.pid):
+                ran = now
+            elif now - ran > STOPPED_S:
+                self._stopped = True
+                self._log.error("the engine's process has been stopped for %.0f s", now - ran)
+                return self.kill()
             silent = now - self.last_message
             if silent > limit_s:
                 break
-            if self._last_pulse is not None and now - self._last_pulse > PULSE_LIMIT_S:
-                self._stopped = True
-                self._log.error("the engine's process has not run for %g s", PULSE_LIMIT_S)
-                return self.kill()
             await asyncio.sleep(min(limit_s - silent + 0.01, 1.0))
         self._hung = True
         self._log.error("the engine has been silent for %.0f s; its stacks follow", silent)
@@ -279,6 +281,14 @@ class EngineProcess:
         if code == 0:
             return Death(Cause.STOPPED, how)
         return Death(Cause.KILLED if -code in _FROM_OUTSIDE else Cause.CRASHED, how)
+
+
+def runs(pid: int) -> bool:
+    """Whether a child of this process has not ended. Leaves its exit code to whoever waits."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:
+        return False
 
 
 def _how(process: asyncio.subprocess.Process) -> str:

@@ -158,10 +158,6 @@ class Report(msgspec.Struct, tag="report", array_like=True, frozen=True):
     failed: list[Failed] = []
 
 
-class Pulse(msgspec.Struct, tag="pulse", array_like=True, frozen=True):
-    """The engine's process runs, whatever its step does: a process that is stopped says nothing."""
-
-
 class Crashed(msgspec.Struct, tag="crashed", array_like=True, frozen=True):
     """Last words of an engine whose step raised; ``killed``: something from outside was why."""
 
@@ -169,7 +165,7 @@ class Crashed(msgspec.Struct, tag="crashed", array_like=True, frozen=True):
     killed: bool = False
 
 
-FromEngine = Ready | NotLoaded | Admitted | Report | Pulse | Crashed
+FromEngine = Ready | NotLoaded | Admitted | Report | Crashed
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)

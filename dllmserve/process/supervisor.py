@@ -13,12 +13,12 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from dllmserve.core.line import Line
 from dllmserve.errors import (
     DllmServeError,
     EngineDiedError,
@@ -127,8 +127,8 @@ class Supervisor:
         self._how = how
         self._engine: EngineProcess | None = None
         self._calls: dict[int, Call] = {}
-        self._held: deque[Call] = deque()
-        self._suspects: deque[Call] = deque()
+        self._held: Line[Call] = Line()
+        self._suspects: Line[Call] = Line()
         self._alone: Call | None = None
         self._past = Counters()
         self._now = Counters()
@@ -189,6 +189,7 @@ class Supervisor:
         """
         engine = await self._launch()
         self._task = asyncio.create_task(self._supervise(engine))
+        await asyncio.sleep(0)  # a task that is cancelled before it has begun never does anything
         return engine.info
 
     async def close(self) -> None:
@@ -202,6 +203,15 @@ class Supervisor:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         self._fail_all(EngineError("the engine has been closed"))
+
+    def kill_at_once(self, error: DllmServeError) -> None:
+        """End the engine, also where its event loop does not run any more."""
+        self.state = State.CLOSED
+        if self._engine is not None:
+            self._engine.kill()
+        for call in list(self._calls.values()):
+            with contextlib.suppress(RuntimeError):  # whoever waited did so in a closed loop
+                self._end(call, error)
 
     async def failed(self) -> DllmServeError:
         """Wait until the supervisor gives up; returns why. Never returns otherwise."""
@@ -293,9 +303,8 @@ class Supervisor:
 
     def _forget(self, call: Call) -> None:
         self._leave(call)
-        for queue in (self._held, self._suspects):
-            if call in queue:
-                queue.remove(call)
+        self._held.discard(call)
+        self._suspects.discard(call)
         if self._alone is call:
             self._alone = None
         self._send_held()
@@ -305,8 +314,8 @@ class Supervisor:
         if self._engine is None or self.state is not State.READY:
             return
         if self.suspected:
-            busy = any(call.in_engine for call in self._calls.values())
-            if self._suspects and not busy:
+            free = self._alone is None
+            if self._suspects and free and not any(c.in_engine for c in self._calls.values()):
                 self._alone = self._suspects.popleft()
                 self._send(self._engine, self._alone)
             return
@@ -366,7 +375,14 @@ class Supervisor:
         """Keep engines alive; nobody waits for ever, whatever happens to that."""
         try:
             await self._keep_alive(engine)
+        except asyncio.CancelledError:
+            if self.state is not State.CLOSED:  # the event loop ends, and the engine with it
+                self.kill_at_once(EngineError("the engine's event loop has ended"))
+                await (self._engine or engine).gone()
+            raise
         except Exception:
+            if self.state is State.CLOSED:  # in a loop that was closed around its tasks
+                return
             self._log.exception("the supervision of the engine failed")
             if self._engine is not None:
                 self._engine.kill()
@@ -421,7 +437,7 @@ class Supervisor:
                 self._suspects.append(call)
             else:
                 again.append(call)
-        self._held.extendleft(reversed(again))
+        self._held.put_back(again)
         self._changed()
         return bool(running)
 

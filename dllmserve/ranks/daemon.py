@@ -7,8 +7,11 @@ import faulthandler
 import os
 import signal
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+#: seconds for which a process of ours may be stopped, by SIGSTOP for instance, before it is ended
+STOPPED_S = 10.0
 
 
 def prepare_process(owner: int) -> None:
@@ -26,3 +29,16 @@ def prepare_process(owner: int) -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != owner:  # it died before the line above
         raise SystemExit(0)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process; False where the system does not tell.
+
+    That a process says nothing does not show it: a healthy one is silent while C code holds
+    Python's lock, for as long as a compilation or a large copy takes.
+    """
+    try:
+        found = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # it has ended, or this is not Linux
+        return False
+    return found.rpartition(")")[2].split()[0] == "T"  # its name, in parentheses, may be anything

@@ -1,6 +1,6 @@
 """Ranks: the other ranks of an engine, as rank 0 sees them.
 
-A thread watches them. When one dies, fails or is silent for too long, it ends all of them
+A thread watches them. When one dies, fails, is stopped or silent for too long, it ends all of them
 and lets rank 0 go if that waits for them; whatever rank 0 does next raises a RankError.
 """
 
@@ -20,7 +20,8 @@ import torch
 
 from dllmserve.errors import RankError
 from dllmserve.parallel.group import TorchGroup
-from dllmserve.ranks.signs import FAILED, LOADED, REACHED
+from dllmserve.ranks.daemon import STOPPED_S, is_stopped
+from dllmserve.ranks.signs import FAILED, REACHED
 from dllmserve.ranks.wire import Kind, encode_kind
 from dllmserve.runtime.platform import first_line
 
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("dllmserve.ranks")
 
-#: seconds of silence after which a rank counts as dead: before and after it is loaded, because
-#: loading has moments in which no thread of it runs
-LOADING_SILENCE_S, SILENCE_S = 120.0, 10.0
+#: seconds of silence after which a rank that is not stopped counts as dead: there are moments in
+#: which C code lets no thread of it run
+SILENCE_S = 120.0
 #: seconds after which an exchange between ranks, or a step, that does not end has failed
 EXCHANGE_S = 600.0
 #: seconds that ranks get to leave by themselves, and that it may take to hear of a death
@@ -85,7 +86,7 @@ class Ranks:
     @property
     def pids(self) -> list[int]:
         """Process ids of ranks that were started here."""
-        return [peer.process.pid for peer in self._peers if peer.process is not None]
+        return [peer.pid for peer in self._peers if peer.process is not None]
 
     def check(self) -> None:
         """Raise RankError if a rank is gone."""
@@ -212,9 +213,12 @@ class Ranks:
             for peer in peers:
                 if peer.connection in ready:
                     self._hear(peer)
-                elif peer.silence > (SILENCE_S if LOADED in peer.stages else LOADING_SILENCE_S):
-                    reason = f"rank {peer.rank} has been silent for {peer.silence:.0f} s"
-                    self._fail(RankError(f"{reason}: it is stopped or hangs", killed=True))
+                elif peer.silence > STOPPED_S and is_stopped(peer.pid):
+                    reason = f"rank {peer.rank} has been stopped for {peer.silence:.0f} s"
+                    self._fail(RankError(reason, killed=True))
+                elif peer.silence > SILENCE_S:
+                    reason = f"rank {peer.rank} has been silent for {peer.silence:.0f} s: it hangs"
+                    self._fail(RankError(reason, killed=True))
 
     def _hear(self, peer: Peer) -> None:
         """Take in a message, or that there will be none any more."""
@@ -266,6 +270,7 @@ class Peer:
     Args:
         rank: its number.
         connection: to it.
+        pid: its process id.
         process: None where somebody else has started it.
 
     Attributes:
@@ -275,9 +280,13 @@ class Peer:
     """
 
     def __init__(
-        self, rank: int, connection: Connection, process: subprocess.Popen[bytes] | None = None
+        self,
+        rank: int,
+        connection: Connection,
+        pid: int,
+        process: subprocess.Popen[bytes] | None = None,
     ) -> None:
-        self.rank, self.connection, self.process = rank, connection, process
+        self.rank, self.connection, self.pid, self.process = rank, connection, pid, process
         self.heard = time.monotonic()
         self.left = False
         self.stages: set[str] = set()

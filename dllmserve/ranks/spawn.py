@@ -81,7 +81,7 @@ def _start(rank: int, command: Sequence[str], threads: int) -> Peer:
             env=environment,
             start_new_session=True,  # Ctrl-C in a terminal is for rank 0 alone
         )
-        return Peer(rank, Connection(mine.detach()), process)
+        return Peer(rank, Connection(mine.detach()), process.pid, process)
 
 
 def make_store(size: int) -> tuple[Store, int]:

@@ -93,7 +93,8 @@ def meet_ranks(found: World) -> Ranks:
             peers = []
             for _ in range(1, found.size):
                 connection = listener.accept()
-                peers.append(Peer(int(connection.recv_bytes()), connection))
+                rank, pid = map(int, connection.recv_bytes().split())
+                peers.append(Peer(rank, connection, pid))
         return sorted(peers, key=lambda peer: peer.rank)
 
     return Ranks(meet, store)
@@ -104,5 +105,5 @@ def meet_lead(found: World) -> tuple[Connection, Store]:
     store = open_meeting()
     key, _, address = store.get("meeting").decode().partition(" ")
     connection = Client(address, family="AF_UNIX", authkey=key.encode())
-    connection.send_bytes(str(found.rank).encode())
+    connection.send_bytes(f"{found.rank} {os.getpid()}".encode())
     return connection, store

@@ -168,7 +168,7 @@ def test_options_are_checked_at_once(byte_checkpoint: Path) -> None:
         ):
             with pytest.raises(EngineError, match="await start"):
                 use()
-        with pytest.raises(TokenizerError):
+        with pytest.raises(EngineError, match="await start"):
             await llm.generate("Hello")
         await llm.close()
 

@@ -147,7 +147,7 @@ def test_a_stream_that_ends_inside_a_step_disturbs_nobody(
 
     monkeypatch.setattr(llm._engine._runner, "execute", closing)
     assert llm.generate([[3, 4]], params, use_tqdm=False) == expected
-    assert not llm._live
+    assert not llm._shared._live
     llm._engine.scheduler.check_integrity()
     assert not llm._engine.has_work
 

@@ -36,4 +36,4 @@ def test_a_stream_fails_too(llm: LLM) -> None:
     params = SamplingParams(temperature=0.0, gen_length=8, steps=8)
     with pytest.raises(EngineError, match="NaN or infinite logits"):
         list(llm.stream([POISON], params))
-    assert not llm._live
+    assert not llm._shared._live

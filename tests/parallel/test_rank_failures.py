@@ -49,12 +49,12 @@ def after_steps(llm: LLM, count: int, act: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(signal.SIGKILL, "died of SIGKILL"), (signal.SIGSTOP, "silent for")]
+    ("number", "said"), [(signal.SIGKILL, "died of SIGKILL"), (signal.SIGSTOP, "stopped for")]
 )
 def test_a_rank_that_dies_or_stops(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str
 ) -> None:
-    monkeypatch.setattr(watching, "SILENCE_S", 2.0)
+    monkeypatch.setattr(watching, "STOPPED_S", 2.0)
     with nothing_left():
         llm = two_ranks()
         (pid,) = ranks_of(llm).pids
@@ -67,6 +67,26 @@ def test_a_rank_that_dies_or_stops(
         with pytest.raises(RankError, match=said):  # and so it stays
             llm.generate(["one"], SHORT, use_tqdm=False)
         llm.close()
+
+
+def test_a_rank_that_lets_no_python_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives no sign of life and is healthy; one that is silent for much longer is not."""
+    code = (
+        "import ctypes, sys\nfrom dllmserve.engine import follower\n"
+        "follow = follower.ModelRunner.follow\n"
+        "def slow(self, plan): ctypes.PyDLL(None).sleep(3); follow(self, plan)\n"
+        "follower.ModelRunner.follow = slow\n"
+        "follower.main()"
+    )
+    command = (sys.executable, "-c", code)
+    monkeypatch.setattr(spawn.spawn_ranks, "__kwdefaults__", _with_command(command))
+    monkeypatch.setattr(watching, "STOPPED_S", 1.0)
+    one = SamplingParams(temperature=0.0, gen_length=8, steps=1)
+    with nothing_left(), two_ranks() as llm:
+        assert llm.generate(["one"], one, use_tqdm=False)[0]["token_ids"]
+        monkeypatch.setattr(watching, "SILENCE_S", 1.0)
+        with pytest.raises(RankError, match=r"silent for \d+ s: it hangs"):
+            llm.generate(["one"], one, use_tqdm=False)
 
 
 def test_a_rank_that_dies_between_two_calls() -> None:
@@ -258,6 +278,7 @@ from dllmserve.errors import EngineError, PromptError
 out, rank = sys.argv[1], os.environ["RANK"]
 found = []
 llm = LLM("tiny", device="cpu", tensor_parallel_size=2)
+assert llm.tokenizer is not None and llm.tokenizer is llm.tokenizer  # loaded once
 params = SamplingParams(temperature=0.0, gen_length=8, steps=2)
 found.append(llm.generate(["Hello"], params, use_tqdm=False))
 try:

@@ -7,6 +7,7 @@ HOW is a fault, or "none". A prompt that begins with POISON brings it about.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -103,6 +104,10 @@ class LightEngine:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.how == "exit":
                 os._exit(0)
+            if self.how == "stops":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if self.how == "holds-lock":
+                ctypes.PyDLL(None).sleep(3)  # no other Python code runs meanwhile
             if self.how == "waits":
                 return
         self.steps += 1

@@ -3,6 +3,9 @@
 import asyncio
 import os
 import socket
+from pathlib import Path
+
+import pytest
 
 from dllmserve.process.channel import Channel, Listener
 
@@ -30,3 +33,39 @@ def test_last_words_of_an_engine_that_leaves_with_unread_messages() -> None:
             listener.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+class Flood:
+    """A socket that always has more: the same message again and again."""
+
+    def __init__(self, message: bytes) -> None:
+        self.framed = len(message).to_bytes(4, "big") + message
+        self.given = 0
+
+    def recv(self, size: int) -> bytes:
+        begin = self.given % len(self.framed)
+        part = (self.framed * (size // len(self.framed) + 2))[begin : begin + size]
+        self.given += size
+        return part
+
+    def poll(self, timeout: float) -> list[int]:
+        return [1]
+
+
+@pytest.mark.parametrize("size", [1000, 3 << 20])
+def test_a_flood_is_taken_in_parts(tmp_path: Path, size: int) -> None:
+    """However fast messages come, steps go on in between; a larger message still arrives."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        engine = Channel(str(tmp_path / "s"))
+        engine.close()
+    flood = Flood(b"m" * size)
+    engine._socket = engine._poll = flood  # type: ignore[assignment]
+    found: list[bytes] = []
+    before = 0
+    while len(found) < 3:
+        found += engine.receive(20.0)
+        assert 0 < flood.given - before <= (1 << 20) + (1 << 18)
+        before = flood.given
+    assert set(found) == {b"m" * size}

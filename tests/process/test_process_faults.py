@@ -3,21 +3,27 @@
 import asyncio
 import logging
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from dllmserve.async_llm import AsyncLLM
 from dllmserve.errors import EngineDiedError, EngineError, EngineStartError, TokenizerError
+from dllmserve.process import engine_process
 from dllmserve.process import supervisor as supervision
 from dllmserve.process.channel import MAX_MESSAGE, Channel, ChannelClosed, Listener
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
+from dllmserve.ranks.daemon import is_stopped
 from tests.process.left import children, nothing_left
 from tests.process.light_child import POISON
 
@@ -70,6 +76,56 @@ def test_engines_that_go_wrong_are_replaced(tmp_path: Path, how: str) -> None:
             assert supervisor.restarts == 2
 
     asyncio.run(main())
+
+
+def test_an_engine_that_is_stopped_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before its silence would be too long."""
+    monkeypatch.setattr(engine_process, "STOPPED_S", 1.0)
+
+    async def main() -> None:
+        async with supervised("stops", tmp_path) as supervisor:
+            with pytest.raises(EngineDiedError, match="process was stopped, and was killed"):
+                await answer(supervisor, POISON)
+            assert await answer(supervisor, 3) == [3]
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_lets_no_python_run_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compilers and large copies hold its lock for seconds; only the watchdog ends that."""
+    monkeypatch.setattr(engine_process, "STOPPED_S", 1.0)
+
+    async def main() -> None:
+        async with supervised("holds-lock", tmp_path) as supervisor:
+            assert await answer(supervisor, POISON, 2) == [POISON, 2]
+            assert supervisor.restarts == 0
+        async with supervised("holds-lock", tmp_path, watchdog_s=1.0) as supervisor:
+            with pytest.raises(EngineDiedError, match="hung and was killed"):
+                await answer(supervisor, POISON, 2)
+
+    asyncio.run(main())
+
+
+def test_who_is_stopped(tmp_path: Path) -> None:
+    path = shutil.which("sleep")
+    assert path is not None
+    strange = tmp_path / "a) T (b"  # a name that looks like what comes after it
+    strange.symlink_to(path)
+    with subprocess.Popen([strange, "60"]) as process:
+        while psutil.Process(process.pid).name() != strange.name:
+            time.sleep(0.01)
+        for number, stopped in ((signal.SIGSTOP, True), (signal.SIGCONT, False)):
+            process.send_signal(number)
+            until = time.monotonic() + 20
+            while is_stopped(process.pid) is not stopped and time.monotonic() < until:
+                time.sleep(0.01)
+            assert is_stopped(process.pid) is stopped
+        process.kill()
+    assert not is_stopped(process.pid)
 
 
 def test_no_room_for_a_new_engine(

@@ -1,0 +1,50 @@
+"""What a forked process cannot use of its parent's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+from dllmserve.errors import EngineError
+
+
+@dataclass
+class Inherited:
+    """What this process has of a parent that it was forked from, without being able to use it.
+
+    Attributes:
+        threads: torch was there, and may have had threads; a fork has only the one that forked.
+        cuda: torch had a CUDA context.
+    """
+
+    threads: bool = False
+    cuda: bool = False
+    _next: tuple[bool, bool] = (False, False)
+
+    def note(self) -> None:
+        """Look at torch, in a process that is about to be forked."""
+        torch = sys.modules.get("torch")
+        cuda = getattr(torch, "cuda", None)  # another thread may just import it
+        self._next = (torch is not None, cuda is not None and bool(cuda.is_initialized()))
+
+    def inherit(self) -> None:
+        """In the process that was forked; what its parent could not use, it cannot use either."""
+        threads, cuda = self._next
+        self.threads, self.cuda = self.threads or threads, self.cuda or cuda
+
+
+def refuse_fork(kind: str, pid: int) -> None:
+    """Raise EngineError unless this process is ``pid``, where an object of a kind was started."""
+    here = os.getpid()
+    if here != pid:
+        raise EngineError(
+            f"this {kind} was started in process {pid} and works only there; process {here} was "
+            f"forked from it: make a new {kind} in this process, or start the process with "
+            "multiprocessing's 'spawn' method and make it there"
+        )
+
+
+inherited = Inherited()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=inherited.note, after_in_child=inherited.inherit)
