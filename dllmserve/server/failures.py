@@ -23,6 +23,7 @@ from dllmserve.errors import (
     OverloadedError,
     TokenizerError,
 )
+from dllmserve.foreign import advice
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.http.escape import shown
 from dllmserve.server.http.respond import error_body, error_type, wants_detail
@@ -30,8 +31,8 @@ from dllmserve.sparse.state import SparseConfig
 
 _log = logging.getLogger("dllmserve.server")
 
-_PARAMS = {f.name for kind in (SamplingParams, SparseConfig) for f in fields(kind)}
-_PARAMS |= {"prompt", "prompts", "messages"}
+_DECODING = {f.name for kind in (SamplingParams, SparseConfig) for f in fields(kind)} - {"enabled"}
+_PARAMS = _DECODING | {"enabled", "prompt", "prompts", "messages"}
 #: in place of texts that are for the log
 _GENERAL: tuple[tuple[type[DllmServeError], str], ...] = (
     (
@@ -207,6 +208,8 @@ def _invalid(details: list[Any]) -> ApiError:
         what = detail.get("msg", "is wrong").removeprefix("Value error, ")
         if detail.get("type") == "extra_forbidden":
             what = "is not a parameter of this server"
+            hint = advice(name, _DECODING, str) if len(place) == 1 else ""
+            what += f"; {hint}" if hint else ""
         parts.append(f"{shown(name, 100) or 'body'}: {shown(what, 300)}")
     more = len(details) - _MAX_ERRORS
     if more > 0:
