@@ -30,6 +30,7 @@ SAMPLING: dict[str, str] = {
     "temperature": "0 always takes the likeliest token; more is more varied.",
     "ignore_eos": "Keep decoding after the end of the answer.",
     "gen_length": "Length of the answer in tokens, at most 8192.",
+    "max_tokens": "Another name of --gen-length.",
     "steps": "Denoising steps for the whole answer; fewer are faster (with --unmask steps).",
     "cfg_scale": "Classifier-free guidance; 0 is off.",
     "remasking": "Which proposals are kept in a step (with --unmask steps).",

@@ -61,9 +61,9 @@ class Door:
             raise PromptError(f"{name} is empty: give at least one token")
         if len(prompt_ids) >= self.limits.max_model_len:
             # before anything looks at every token
-            self._check_length(len(prompt_ids), params.gen_length, name)
+            self._check_length(len(prompt_ids), params, name)
         ids = _checked_prompt(prompt_ids, self.spec, name)
-        self._check_length(len(ids), params.gen_length, name)
+        self._check_length(len(ids), params, name)
         self._check(params, sparse)
         request = Request(
             id=id,
@@ -81,12 +81,12 @@ class Door:
         self.limits.check(request, policy.slots(request, self.spec))
         return request
 
-    def _check_length(self, tokens: int, gen_length: int, name: str) -> None:
+    def _check_length(self, tokens: int, params: SamplingParams, name: str) -> None:
         limit = self.limits.max_model_len
-        total = tokens + gen_length
+        total = tokens + params.gen_length
         if total > limit:
             raise ContextLengthError(
-                f"{name} has {tokens} tokens and gen_length is {gen_length}: "
+                f"{name} has {tokens} tokens and {params.length_name} is {params.gen_length}: "
                 f"{total} together, over max_model_len={limit}"
             )
 

@@ -98,7 +98,7 @@ class Limits:
             raise CapacityError(
                 f"the request needs {tokens} tokens in one step, over "
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: raise it to {tokens} "
-                "or shorten the prompt or gen_length"
+                f"or shorten the prompt or {request.params.length_name}"
             )
         if request.rows_needed > self.max_num_seqs:
             raise CapacityError(
@@ -116,7 +116,7 @@ class Limits:
             raise CapacityError(
                 f"the request needs {pages} K,V pages of {self.page_size} tokens, the engine "
                 f"has kv_pages={self.num_pages}: raise kv_pages to {pages}, shorten the "
-                "prompt or gen_length, or use cache='none'"
+                f"prompt or {request.params.length_name}, or use cache='none'"
             )
 
 

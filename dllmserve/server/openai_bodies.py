@@ -129,7 +129,8 @@ class OpenAIFields(DecodingFields):
         length = self.length()
         if length is None:
             length = max(1, min(config.default_max_tokens, max_len - prompt_len))
-        values["gen_length"] = length
+        # what errors call it; both names stand for the same
+        values["max_tokens" if self.gen_length is None else "gen_length"] = length
         sparse = self.sparse_config()
         if self._plain(values) and sparse is None and config.default_quality != "exact":
             values["quality"] = config.default_quality
@@ -159,7 +160,7 @@ class OpenAIFields(DecodingFields):
     @staticmethod
     def _plain(values: dict[str, Any]) -> bool:
         """True if the request says nothing of how it is decoded."""
-        return not set(values) - {"gen_length", "top_k", "ignore_eos"}
+        return not set(values) - {"gen_length", "max_tokens", "top_k", "ignore_eos"}
 
 
 class CompletionRequest(OpenAIFields):
