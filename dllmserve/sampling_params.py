@@ -119,6 +119,9 @@ class SamplingParams:
         quality: "exact", "balanced" or "fast": values for the fields that are not given,
             chosen from measurements (see docs/decoding.md). None changes nothing. To
             ``dataclasses.replace`` all fields are given: make new SamplingParams to change it.
+        logits_eos_inf: LLaDA's: never propose an id that ends the text. A turn may still end.
+        confidence_eos_eot_inf: LLaDA's: proposals that end the text or the turn have no
+            confidence, so they are written last; see docs/decoding.md for temperatures above 0.
         top_p: nucleus filter on the tempered distribution, in (0, 1]; 1 is off.
         top_k: keep the k most likely tokens; 0 is off.
         seed: makes the request's random draws repeatable, whatever else is in the batch.
@@ -173,6 +176,8 @@ class SamplingParams:
     stop: str | list[str] | tuple[str, ...] | None = None
     logit_bias: Mapping[int, float] | None = None
     quality: str | None = None
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
     # from ``dataclasses.replace``: max_tokens and gen_length of the object that it copies
     _lengths: InitVar[tuple[int, int] | None] = None
 
@@ -285,7 +290,7 @@ class SamplingParams:
 
     def _check_choices(self) -> None:
         check = Fields(InvalidParameterError, self)
-        for name in ("ignore_eos", "early_end"):
+        for name in ("ignore_eos", "early_end", "logits_eos_inf", "confidence_eos_eot_inf"):
             check.flag(name)
         check.choice("remasking", REMASKING)
         check.choice("unmask", UNMASK_RULES)
@@ -306,6 +311,11 @@ class SamplingParams:
                 raise InvalidParameterError(
                     f"{name}={value!r} works with unmask='steps' only, got unmask={self.unmask!r}"
                 )
+        if self.confidence_eos_eot_inf and self.remasking == "random":
+            raise InvalidParameterError(
+                "confidence_eos_eot_inf=True changes confidences, which remasking='random' does "
+                "not read: leave one of them out"
+            )
         self._check_confidence()
         for name, caches in _TAKES.items():
             if getattr(self, name) and self.cache not in caches:

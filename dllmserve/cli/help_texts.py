@@ -59,6 +59,8 @@ SAMPLING: dict[str, str] = {
     "quality": "Preset of these options; those that are given too keep their values.",
     "top_p": "Draw from the likeliest tokens that add up to this probability; 1 is off.",
     "top_k": "Draw from the k likeliest tokens; 0 is off.",
+    "logits_eos_inf": "Never propose an id that ends the text (LLaDA).",
+    "confidence_eos_eot_inf": "Write proposals that end the text or the turn last (LLaDA).",
     "seed": "Make random draws repeatable.",
     "stop": "End the answer before this text; may be given several times.",
     "logit_bias": "Add a number from -100 (never) to 100 (always) to the logit of a token id; "

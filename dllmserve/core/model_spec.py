@@ -15,7 +15,9 @@ class ModelSpec:
         embedding_size: rows of the embedding and of the LM head, >= vocab_size.
         logit_shift: 1 if position i's hidden state predicts token i + 1 (Dream), else 0.
         mask_id: id fed to the model at masked positions.
-        eos_ids: ids that end an answer.
+        eos_ids: every id that ends an answer.
+        turn_end_ids: those of them that end a turn and no text, as chat templates write them
+            after what the assistant said (``<|eot_id|>``, ``<|im_end|>``).
     """
 
     architecture: str
@@ -32,6 +34,7 @@ class ModelSpec:
     norm_eps: float
     mask_id: int
     eos_ids: tuple[int, ...]
+    turn_end_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     bos_id: int | None = None
     logit_shift: int = 0
@@ -39,6 +42,11 @@ class ModelSpec:
     tied_head: bool = False
     default_block_length: int | None = None
     dtype: str = "bfloat16"
+
+    @property
+    def text_end_ids(self) -> tuple[int, ...]:
+        """Ids that end the text, not just a turn."""
+        return tuple(i for i in self.eos_ids if i not in self.turn_end_ids)
 
     def kv_values(self) -> int:
         """Numbers (not bytes) of K and V that one token takes, all layers together."""

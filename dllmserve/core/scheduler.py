@@ -405,4 +405,5 @@ def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     shape = (span.q_len, span.ctx_len, span.write, span.q_start, span.keep, span.blk_off)
     state = entry.rule if entry.rule in STATEFUL_RULES else ""
     kind = (entry.uncond is not None, entry.shadow is not None, state)
-    return (*kind, params.temperature > 0, filtered, shape, request.id)
+    needs = (params.temperature > 0, filtered, params.confidence_eos_eot_inf)
+    return (*kind, *needs, shape, request.id)

@@ -147,6 +147,12 @@ class DecodingFields(Body):
     )
     top_k: int | None = _count(0, LARGEST, "Draw from the k likeliest tokens; 0 is off.")
     ignore_eos: bool | None = Field(default=None, description="Go on after an end id.")
+    logits_eos_inf: bool | None = Field(
+        default=None, description="Never propose an id that ends the text."
+    )
+    confidence_eos_eot_inf: bool | None = Field(
+        default=None, description="Write proposals that end the text or the turn last."
+    )
     sparse: bool | SparseFields | None = Field(
         default=None, description="Sparse attention: true, or its settings."
     )

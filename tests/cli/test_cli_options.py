@@ -43,6 +43,8 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "remasking": (["--remasking", "random"], "random"),
     "block_length": (["--block-length", "16"], 16),
     "max_tokens": (["--max-tokens", "12"], 12),
+    "logits_eos_inf": (["--logits-eos-inf"], True),
+    "confidence_eos_eot_inf": (["--confidence-eos-eot-inf"], True),
     "unmask": (["--unmask", "threshold"], "threshold"),
     "threshold": (["--threshold", "0.7"], 0.7),
     "low_threshold": (["--low-threshold", "0.3"], 0.3),

@@ -1,4 +1,4 @@
-"""One length under its names, and names that other servers know, over HTTP."""
+"""One length under its names, the ends' options, and names that other servers know, over HTTP."""
 
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,11 @@ SENT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"max_tokens": 64}, {"gen_length": 64}),
     ({"gen_length": 8}, {"gen_length": 8}),
     ({"max_tokens": 8, "gen_length": 8}, {"gen_length": 8}),
+    ({"logits_eos_inf": True}, {"logits_eos_inf": True}),
+    (
+        {"confidence_eos_eot_inf": True, "temperature": 0},
+        {"confidence_eos_eot_inf": True, "temperature": 0.0},
+    ),
 ]
 
 
@@ -50,6 +55,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"guided_choice": ["a"]}, "; not offered, because answers are not constrained to a form"),
     ({"temprature": 1}, "temprature: is not a parameter of this server; did you mean temperature?"),
     ({"xyzzy": 1}, "xyzzy: is not a parameter of this server"),
+    (
+        {"confidence_eos_eot_inf": True, "temperature": 1},
+        "confidence_eos_eot_inf=True needs a model with an id that ends a turn at temperature=1",
+    ),
 ]
 
 
