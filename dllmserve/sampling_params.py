@@ -55,8 +55,12 @@ class LogitBias(dict[int, float]):
 class NotGiven(int):
     """A default that can be told from the same number given by somebody.
 
-    It is still one after a copy, a pickle and ``dataclasses.replace``, which gives all fields.
+    It is still one after a copy, a pickle and ``dataclasses.replace``, which gives all fields. In
+    ``asdict``, which copies deeply, it is a plain number, as everything that writes files wants.
     """
+
+    def __deepcopy__(self, _: Any) -> int:
+        return int(self)
 
 
 _DEFAULT_MAX_TOKENS = NotGiven(64)
@@ -201,6 +205,10 @@ class SamplingParams:
         object.__setattr__(self, "stop", _normalise_stop(self.stop))
         object.__setattr__(self, "logit_bias", _normalise_bias(self.logit_bias))
         self._check_combinations()
+
+    def __deepcopy__(self, _: Any) -> SamplingParams:
+        """Itself: nothing in it can be changed."""
+        return self
 
     @property
     def length_name(self) -> str:

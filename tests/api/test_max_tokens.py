@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import yaml
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.errors import CapacityError, ContextLengthError, InvalidParameterError
@@ -118,6 +119,18 @@ def test_the_name_is_lost_nowhere_it_matters() -> None:
     for way in ("copy", "deepcopy", "pickle", "replace", "asdict", "wire"):
         assert COPIES[way](SamplingParams(gen_length=9)).length_name == "gen_length"
     assert replace(SamplingParams(max_tokens=8), gen_length=9).length_name == "gen_length"
+
+
+@pytest.mark.parametrize("given", MADE, ids=str)
+def test_as_a_dictionary_all_is_plain(given: dict[str, Any]) -> None:
+    found = asdict(SamplingParams(**given))
+    assert type(found["max_tokens"]) is int
+    for write, read in (
+        (yaml.safe_dump, yaml.safe_load),
+        (json.dumps, json.loads),
+        (msgspec.msgpack.encode, msgspec.msgpack.decode),
+    ):
+        assert SamplingParams(**read(write({**found, "stop": None}))) == SamplingParams(**given)
 
 
 def test_both_names_are_equal() -> None:
