@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,13 +20,30 @@ def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise unknown_option(owner, name, names)
 
 
-def check_int(err: ErrorType, name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise ``err`` unless ``value`` is an int (not a bool) in ``[low, high]``."""
+def plain(value: Any) -> Any:
+    """A number, flag or text as Python's own: numpy's scalars, and arrays and tensors of one.
+
+    What has dimensions, even if it holds one number alone, is none and stays as it is.
+    """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
+def check_int(err: ErrorType, name: str, value: Any, low: int, high: int | None = None) -> int:
+    """The value as a plain int.
+
+    Raises ``err`` unless it is an integer of any kind (not a bool, and no float, whatever its
+    value) in ``[low, high]``.
+    """
     bounds = f"an integer >= {low}" if high is None else f"an integer in [{low}, {high}]"
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = plain(value)
+    if isinstance(number, bool) or not hasattr(number, "__index__") or _has_dimensions(number):
         raise err(f"{name} must be {bounds}, got {value!r} ({type(value).__name__})")
-    if value < low or (high is not None and value > high):
-        raise err(f"{name} must be {bounds}, got {value}")
+    found = operator.index(number)
+    if found < low or (high is not None and found > high):
+        raise err(f"{name} must be {bounds}, got {found}")
+    return found
 
 
 def check_float(
@@ -36,8 +54,8 @@ def check_float(
     high: float | None = None,
     *,
     low_open: bool = False,
-) -> None:
-    """Raise ``err`` unless ``value`` is a finite int or float within the bounds."""
+) -> float:
+    """The value as a plain int or float; raises ``err`` unless it is finite and within bounds."""
     left = "(" if low_open else "["
     if low is None:
         bounds = "a finite number" if high is None else f"a finite number <= {high:g}"
@@ -45,30 +63,86 @@ def check_float(
         bounds = f"a finite number {'>' if low_open else '>='} {low:g}"
     else:
         bounds = f"a number in {left}{low:g}, {high:g}]"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    number = plain(value)
+    kinds = hasattr(number, "__float__") or hasattr(number, "__index__")
+    if isinstance(number, bool) or not kinds or _has_dimensions(number):
         raise err(f"{name} must be {bounds}, got {value!r} ({type(value).__name__})")
-    too_low = low is not None and (value < low or (low_open and value == low))
-    if not _finite(value) or too_low or (high is not None and value > high):
+    found = _finite(number)
+    if found is None:
         raise err(f"{name} must be {bounds}, got {value}")
+    too_low = low is not None and (found < low or (low_open and found == low))
+    if too_low or (high is not None and found > high):
+        raise err(f"{name} must be {bounds}, got {value}")
+    return found
 
 
-def _finite(value: int | float) -> bool:
-    """Whether a float can hold the value; ints may be too large."""
+def _has_dimensions(value: Any) -> bool:
+    """Whether it is an array or a tensor, of which those with one number can be a float too."""
+    return bool(getattr(value, "ndim", 0))
+
+
+def _finite(value: Any) -> int | float | None:
+    """The number as a plain int or float, if it is finite and a float can hold it; else None."""
     try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
+        number = float(value)
+    except (OverflowError, ValueError, TypeError):  # too large, or a Decimal that is no number
+        return None
+    if not math.isfinite(number):
+        return None
+    return operator.index(value) if hasattr(value, "__index__") else number
 
 
-def check_bool(err: ErrorType, name: str, value: Any) -> None:
-    """Raise ``err`` unless ``value`` is True or False."""
-    if not isinstance(value, bool):
+def check_bool(err: ErrorType, name: str, value: Any) -> bool:
+    """The value as a plain bool; raises ``err`` unless it is True or False."""
+    flag = plain(value)
+    if not isinstance(flag, bool):
         raise err(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+    return flag
 
 
-def check_choice(err: ErrorType, name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise ``err`` unless ``value`` is one of the given strings."""
+def check_choice(err: ErrorType, name: str, value: Any, choices: Iterable[str]) -> str:
+    """The value as a plain text; raises ``err`` unless it is one of the given ones."""
     allowed = tuple(choices)
-    if not isinstance(value, str) or value not in allowed:
+    text = plain(value)
+    if not isinstance(text, str) or text not in allowed:
         listed = ", ".join(repr(c) for c in allowed)
         raise err(f"{name} must be one of {listed}, got {value!r}")
+    return text
+
+
+class Fields:
+    """Checks the fields of a frozen dataclass and leaves their plain values in them.
+
+    Args:
+        err: what a wrong value raises.
+        owner: the object, in its ``__post_init__``.
+    """
+
+    def __init__(self, err: ErrorType, owner: Any) -> None:
+        self._err, self._owner = err, owner
+
+    def integer(
+        self, name: str, low: int, high: int | None = None, *, optional: bool = False
+    ) -> None:
+        """An integer in ``[low, high]``; or None, if that is ``optional``."""
+        value = getattr(self._owner, name)
+        if value is not None or not optional:
+            self._keep(name, check_int(self._err, name, value, low, high))
+
+    def number(
+        self, name: str, low: float | None, high: float | None = None, *, low_open: bool = False
+    ) -> None:
+        """A finite number within the bounds."""
+        value = getattr(self._owner, name)
+        self._keep(name, check_float(self._err, name, value, low, high, low_open=low_open))
+
+    def flag(self, name: str) -> None:
+        """True or False."""
+        self._keep(name, check_bool(self._err, name, getattr(self._owner, name)))
+
+    def choice(self, name: str, choices: Iterable[str]) -> None:
+        """One of the given texts."""
+        self._keep(name, check_choice(self._err, name, getattr(self._owner, name), choices))
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self._owner, name, value)

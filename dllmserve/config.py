@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
+from dllmserve._checks import Fields, check_known
 from dllmserve.errors import ConfigError
 from dllmserve.registry import ATTENTION_BACKENDS
 
@@ -89,14 +89,17 @@ class EngineConfig:
         err = ConfigError
         if not isinstance(self.model, str) or not self.model:
             raise err(f"model must be a path, a hub id or 'tiny', got {self.model!r}")
-        check_bool(err, "enforce_eager", self.enforce_eager)
-        check_bool(err, "trust_remote_code", self.trust_remote_code)
-        check_int(err, "tensor_parallel_size", self.tensor_parallel_size, 1)
-        check_choice(err, "dtype", self.dtype, DTYPES)
-        check_choice(err, "load_format", self.load_format, LOAD_FORMATS)
-        check_choice(err, "attention", self.attention, ("auto", *ATTENTION_BACKENDS))
-        check_choice(err, "kernels", self.kernels, KERNELS)
-        check_choice(err, "phases", self.phases, PHASES)
+        if str(self.dtype).startswith("torch."):  # torch.bfloat16 itself
+            object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        check = Fields(err, self)
+        check.flag("enforce_eager")
+        check.flag("trust_remote_code")
+        check.integer("tensor_parallel_size", 1)
+        check.choice("dtype", DTYPES)
+        check.choice("load_format", LOAD_FORMATS)
+        check.choice("attention", ("auto", *ATTENTION_BACKENDS))
+        check.choice("kernels", KERNELS)
+        check.choice("phases", PHASES)
         if not isinstance(self.device, str):
             raise err(f"device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
         for name, low in (
@@ -107,17 +110,12 @@ class EngineConfig:
             ("max_graphs", 1),
             ("max_history_rows", 0),
         ):
-            check_int(err, name, getattr(self, name), low)
+            check.integer(name, low)
         for name in ("max_model_len", "max_num_batched_tokens", "max_refresh_tokens"):
-            if getattr(self, name) is not None:
-                check_int(err, name, getattr(self, name), 2)
-        if self.kv_pages is not None:
-            check_int(err, "kv_pages", self.kv_pages, 0)
-        if self.seed is not None:
-            check_int(err, "seed", self.seed, 0, 2**63 - 1)
-        check_float(
-            err, "gpu_memory_utilization", self.gpu_memory_utilization, 0.0, 1.0, low_open=True
-        )
+            check.integer(name, 2, optional=True)
+        check.integer("kv_pages", 0, optional=True)
+        check.integer("seed", 0, 2**63 - 1, optional=True)
+        check.number("gpu_memory_utilization", 0.0, 1.0, low_open=True)
 
     @classmethod
     def from_options(cls, owner: str, options: dict[str, Any]) -> EngineConfig:

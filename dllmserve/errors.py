@@ -32,8 +32,9 @@ Each class also derives from the built-in exception that Python users expect, so
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from dllmserve.foreign import advice
 
 
 class DllmServeError(Exception):
@@ -202,13 +203,12 @@ def error_named(name: str, message: str) -> DllmServeError:
 
 
 def unknown_option(owner: str, name: str, known: Iterable[str]) -> UnknownOptionError:
-    """Build the error for an unknown keyword, with the nearest known name.
+    """Build the error for an unknown keyword, with what was probably meant.
 
     Example:
         >>> str(unknown_option("LLM", "max_len", ["max_model_len", "dtype"]))
         "LLM got an unknown option 'max_len'; did you mean 'max_model_len'?"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(names)}"
+    hint = advice(name, names) or f"known options: {', '.join(names)}"
     return UnknownOptionError(f"{owner} got an unknown option {name!r}; {hint}")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, NoReturn
 
-from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
+from dllmserve._checks import Fields, check_float, check_int, check_known
 from dllmserve.errors import InvalidParameterError
 from dllmserve.presets import PRESETS, preset
 from dllmserve.registry import CACHE_POLICIES, REVOKING_RULES, UNMASK_RULES
@@ -52,6 +52,20 @@ class LogitBias(dict[int, float]):
     clear = pop = popitem = setdefault = update = _refuse
 
 
+class NotGiven(int):
+    """A default that can be told from the same number given by somebody.
+
+    It is still one after a copy, a pickle and ``dataclasses.replace``, which gives all fields. In
+    ``asdict``, which copies deeply, it is a plain number, as everything that writes files wants.
+    """
+
+    def __deepcopy__(self, _: Any) -> int:
+        return int(self)
+
+
+_DEFAULT_MAX_TOKENS = NotGiven(64)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """Parameters of one request. All of them may differ inside one batch.
@@ -59,7 +73,8 @@ class SamplingParams:
     Attributes:
         temperature: 0 is greedy. Above 0, tokens are drawn by Gumbel noise in float64
             (LLaDA's ``add_gumbel_noise``): ``argmax(z - T ln(-ln u))``.
-        max_tokens: for autoregressive models only; diffusion models read gen_length.
+        max_tokens: the length of an autoregressive model's answer. For a diffusion model, as all
+            models are today, it is another name of gen_length: given alone, it sets that.
         ignore_eos: keep decoding after an end-of-sequence id; token_ids then has exactly
             gen_length ids.
         gen_length: length of the answer in tokens, 1 to 8192.
@@ -108,6 +123,9 @@ class SamplingParams:
         quality: "exact", "balanced" or "fast": values for the fields that are not given,
             chosen from measurements (see docs/decoding.md). None changes nothing. To
             ``dataclasses.replace`` all fields are given: make new SamplingParams to change it.
+        logits_eos_inf: LLaDA's: never propose an id that ends the text. A turn may still end.
+        confidence_eos_eot_inf: LLaDA's: proposals that end the text or the turn have no
+            confidence, so they are written last; see docs/decoding.md for temperatures above 0.
         top_p: nucleus filter on the tempered distribution, in (0, 1]; 1 is off.
         top_k: keep the k most likely tokens; 0 is off.
         seed: makes the request's random draws repeatable, whatever else is in the batch.
@@ -117,6 +135,8 @@ class SamplingParams:
             every forward, as in OpenAI's API: after guidance, before temperature, top-p and
             top-k, and before confidences are taken. -100 bans a token, 100 all but forces
             it. At most 1024 ids; kept as an immutable dict, sorted by id, and None if empty.
+
+    Numbers may be numpy's, and arrays or tensors without dimensions; they become plain ones.
 
     Raises:
         InvalidParameterError: (a ValueError) a field has a wrong type or value.
@@ -128,7 +148,8 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
-    max_tokens: int = 64
+    # two names of one length are equal
+    max_tokens: int = field(default=_DEFAULT_MAX_TOKENS, compare=False)
     ignore_eos: bool = False
     gen_length: int = 128
     steps: int = 128
@@ -159,23 +180,40 @@ class SamplingParams:
     stop: str | list[str] | tuple[str, ...] | None = None
     logit_bias: Mapping[int, float] | None = None
     quality: str | None = None
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    # from ``dataclasses.replace``: max_tokens and gen_length of the object that it copies
+    _lengths: InitVar[tuple[int, int] | None] = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
         names = [f.name for f in fields(cls)]
-        check_known(cls.__name__, kwargs, names)
+        check_known(cls.__name__, (n for n in kwargs if n != "_lengths"), names)
         made = super().__new__(cls)
         # a preset must not overrule what was given, even where that is the default
         object.__setattr__(made, "_given", frozenset((*names[: len(args)], *kwargs)))
+        # by position nobody can leave max_tokens out before gen_length, nor in a list of all fields
+        filler = len(args) > names.index("gen_length") or len(args) + len(kwargs) == len(names)
+        object.__setattr__(made, "_filler", filler)
         return made
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, _lengths: tuple[int, int] | None) -> None:
+        self._settle_length(_lengths)
         self._apply_quality()
         self._check_numbers()
         self._check_choices()
         object.__setattr__(self, "stop", _normalise_stop(self.stop))
         object.__setattr__(self, "logit_bias", _normalise_bias(self.logit_bias))
         self._check_combinations()
+
+    def __deepcopy__(self, _: Any) -> SamplingParams:
+        """Itself: nothing in it can be changed."""
+        return self
+
+    @property
+    def length_name(self) -> str:
+        """The name under which gen_length was given."""
+        return "gen_length" if isinstance(self.max_tokens, NotGiven) else "max_tokens"
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -184,13 +222,45 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    def _settle_length(self, before: tuple[int, int] | None) -> None:
+        """Make one length of its two names; max_tokens is left as it is or not given at all.
+
+        Args:
+            before: both of the object that ``replace`` copies. What it hands over unchanged
+                counts as not given.
+        """
+        check = Fields(InvalidParameterError, self)
+        check.integer("gen_length", 1, MAX_GEN_LENGTH)
+        given: frozenset[str] = self.__dict__["_given"]
+        named, sized = not isinstance(self.max_tokens, NotGiven), "gen_length" in given
+        if named:
+            check.integer("max_tokens", 1, MAX_GEN_LENGTH)
+        if before is not None:
+            named &= isinstance(before[0], NotGiven) or self.max_tokens != before[0]
+            sized = self.gen_length != before[1]
+        elif self.__dict__["_filler"] and self.max_tokens == _DEFAULT_MAX_TOKENS:
+            named = False
+        if named and sized and self.max_tokens != self.gen_length:
+            raise InvalidParameterError(
+                f"max_tokens={self.max_tokens} and gen_length={self.gen_length} contradict each "
+                "other: gen_length counts for diffusion models, as all models here are, and "
+                "max_tokens for autoregressive ones. Give one of them: alone, either is the length"
+            )
+        if named:
+            object.__setattr__(self, "gen_length", self.max_tokens)
+            object.__setattr__(self, "_given", given | {"gen_length"})
+        elif self.max_tokens != self.gen_length:
+            object.__setattr__(self, "max_tokens", _DEFAULT_MAX_TOKENS)
+        object.__setattr__(self, "_lengths", (self.max_tokens, self.gen_length))
+
     def _apply_quality(self) -> None:
         """Fill the fields that were not given from the preset."""
         if self.quality is None:
             return
-        check_choice(InvalidParameterError, "quality", self.quality, tuple(PRESETS))
-        self._check_lengths()
-        given: frozenset[str] = self.__dict__.get("_given", frozenset())
+        check = Fields(InvalidParameterError, self)
+        check.choice("quality", tuple(PRESETS))
+        check.integer("block_length", 1, MAX_GEN_LENGTH, optional=True)
+        given: frozenset[str] = self.__dict__["_given"]
         chosen = ("gen_length", "block_length", "unmask")
         named = {name: getattr(self, name) for name in chosen if name in given}
         revokes = self.unmask in REVOKING_RULES
@@ -202,57 +272,45 @@ class SamplingParams:
             if name not in given and not barred:
                 object.__setattr__(self, name, value)
 
-    def _check_lengths(self) -> None:
-        err = InvalidParameterError
-        check_int(err, "gen_length", self.gen_length, 1, MAX_GEN_LENGTH)
-        if self.block_length is not None:
-            check_int(err, "block_length", self.block_length, 1, MAX_GEN_LENGTH)
-
     def _check_numbers(self) -> None:
-        err = InvalidParameterError
-        check_float(err, "temperature", self.temperature, 0.0)
-        check_int(err, "max_tokens", self.max_tokens, 1)
-        self._check_lengths()
-        check_int(err, "steps", self.steps, 1, MAX_STEPS)
-        check_float(err, "cfg_scale", self.cfg_scale, 0.0)
-        if self.confidence == "neg_entropy":
-            check_float(err, "threshold", self.threshold)
-        else:
-            check_float(err, "threshold", self.threshold, 0.0, 1.0)
-        check_float(err, "factor", self.factor, 0.0)
-        check_float(err, "entropy_bound", self.entropy_bound, 0.0)
-        check_float(err, "low_threshold", self.low_threshold, 0.0, 1.0)
-        check_float(err, "kl_threshold", self.kl_threshold, 0.0)
-        check_int(err, "kl_history", self.kl_history, 1, MAX_KL_HISTORY)
-        check_float(err, "threshold_back", self.threshold_back, 0.0, 1.0)
-        check_int(err, "refresh_delay", self.refresh_delay, 0, MAX_STEPS)
-        if self.refresh_every is not None:
-            check_int(err, "refresh_every", self.refresh_every, 1, MAX_STEPS)
-        check_int(err, "refresh_window", self.refresh_window, 0, MAX_GEN_LENGTH)
-        check_float(err, "refresh_share", self.refresh_share, 0.0, 1.0)
-        if self.suffix_window is not None:
-            check_int(err, "suffix_window", self.suffix_window, 0, MAX_GEN_LENGTH)
-        check_float(err, "eps", self.eps, 0.0, 1.0, low_open=True)
-        check_float(err, "top_p", self.top_p, 0.0, 1.0, low_open=True)
-        check_int(err, "top_k", self.top_k, 0)
-        if self.seed is not None:
-            check_int(err, "seed", self.seed, 0, 2**63 - 1)
+        check = Fields(InvalidParameterError, self)
+        check.number("temperature", 0.0)
+        check.integer("block_length", 1, MAX_GEN_LENGTH, optional=True)
+        check.integer("steps", 1, MAX_STEPS)
+        check.number("cfg_scale", 0.0)
+        within = (None, None) if self.confidence == "neg_entropy" else (0.0, 1.0)
+        check.number("threshold", *within)
+        check.number("factor", 0.0)
+        check.number("entropy_bound", 0.0)
+        check.number("low_threshold", 0.0, 1.0)
+        check.number("kl_threshold", 0.0)
+        check.integer("kl_history", 1, MAX_KL_HISTORY)
+        check.number("threshold_back", 0.0, 1.0)
+        check.integer("refresh_delay", 0, MAX_STEPS)
+        check.integer("refresh_every", 1, MAX_STEPS, optional=True)
+        check.integer("refresh_window", 0, MAX_GEN_LENGTH)
+        check.number("refresh_share", 0.0, 1.0)
+        check.integer("suffix_window", 0, MAX_GEN_LENGTH, optional=True)
+        check.number("eps", 0.0, 1.0, low_open=True)
+        check.number("top_p", 0.0, 1.0, low_open=True)
+        check.integer("top_k", 0)
+        check.integer("seed", 0, 2**63 - 1, optional=True)
 
     def _check_choices(self) -> None:
-        err = InvalidParameterError
-        check_bool(err, "ignore_eos", self.ignore_eos)
-        check_bool(err, "early_end", self.early_end)
-        check_choice(err, "remasking", self.remasking, REMASKING)
-        check_choice(err, "unmask", self.unmask, UNMASK_RULES)
-        check_choice(err, "confidence", self.confidence, CONFIDENCE)
-        check_choice(err, "schedule", self.schedule, SCHEDULES)
+        check = Fields(InvalidParameterError, self)
+        for name in ("ignore_eos", "early_end", "logits_eos_inf", "confidence_eos_eot_inf"):
+            check.flag(name)
+        check.choice("remasking", REMASKING)
+        check.choice("unmask", UNMASK_RULES)
+        check.choice("confidence", CONFIDENCE)
+        check.choice("schedule", SCHEDULES)
         if self.cache == "sparse":
-            raise err(
+            raise InvalidParameterError(
                 "cache='sparse' is chosen by passing a SparseConfig: "
                 "generate(prompts, params, sparse_configs=SparseConfig(...)), or on the command "
                 "line by --sparse"
             )
-        check_choice(err, "cache", self.cache, CACHES)
+        check.choice("cache", CACHES)
 
     def _check_combinations(self) -> None:
         """Refuse what would have to be ignored silently."""
@@ -261,6 +319,11 @@ class SamplingParams:
                 raise InvalidParameterError(
                     f"{name}={value!r} works with unmask='steps' only, got unmask={self.unmask!r}"
                 )
+        if self.confidence_eos_eot_inf and self.remasking == "random":
+            raise InvalidParameterError(
+                "confidence_eos_eot_inf=True changes confidences, which remasking='random' does "
+                "not read: leave one of them out"
+            )
         self._check_confidence()
         for name, caches in _TAKES.items():
             if getattr(self, name) and self.cache not in caches:
@@ -314,6 +377,8 @@ class SamplingParams:
 
 
 def _normalise_stop(stop: Any) -> str | tuple[str, ...] | None:
+    if hasattr(stop, "tolist"):
+        stop = stop.tolist()  # numpy's array of texts, or its text
     if stop is None:
         return None
     if not isinstance(stop, (str, list, tuple)):
@@ -342,7 +407,10 @@ def _normalise_bias(bias: Any) -> LogitBias | None:
         )
     if len(bias) > MAX_LOGIT_BIAS:
         raise err(f"logit_bias takes at most {MAX_LOGIT_BIAS} token ids, got {len(bias)}")
-    for token, value in bias.items():
-        check_int(err, "a token id of logit_bias", token, 0)
-        check_float(err, f"logit_bias[{token}]", value, -bound, bound)
-    return LogitBias((int(t), float(bias[t])) for t in sorted(bias)) or None
+    found = {
+        check_int(err, "a token id of logit_bias", token, 0): float(
+            check_float(err, f"logit_bias[{token}]", value, -bound, bound)
+        )
+        for token, value in bias.items()
+    }
+    return LogitBias(sorted(found.items())) or None

@@ -119,3 +119,14 @@ def random_prompt(seed: int, length: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(1, 59, (length,), generator=generator).tolist()
     return ids
+
+
+def with_turn_ends(
+    llm: LLM, turn_ids: tuple[int, ...], eos_ids: tuple[int, ...] | None = None
+) -> LLM:
+    """The engine with other ids that end a turn, and if given other end ids."""
+    engine = llm._engine
+    ids = engine.spec.eos_ids if eos_ids is None else eos_ids
+    engine.spec = replace(engine.spec, turn_end_ids=turn_ids, eos_ids=ids)
+    engine._door = replace(engine._door, spec=engine.spec)
+    return llm

@@ -16,6 +16,7 @@ from dllmserve.decoding.noise import position_uniforms, row_keys, token_uniforms
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 from tests.oracles import dream, rules, sparse_dllm
+from tests.oracles.ends import Ends
 from tests.oracles.models import KV, Forward, OracleModel
 from tests.oracles.sampling import Rule
 
@@ -111,9 +112,14 @@ class Canvas:
 
 
 def proposals(
-    z: Tensor, params: SamplingParams, mask_id: int, seed: int, start: int, forwards: int
+    z: Tensor, params: SamplingParams, mask_id: int, place: tuple[int, int, int], ends: Ends
 ) -> tuple[list[int], list[float]]:
-    """Token and score of each row of logits z [Q, V]; start is the first row's position."""
+    """Token and score of each row of logits z [Q, V].
+
+    ``place`` is the seed, the first row's position and the forward. What ``ends`` takes the
+    confidence of comes last, whatever the score is made of.
+    """
+    seed, start, forwards = place
     scaled = z.double() / params.temperature if params.temperature > 0 else z.double()
     allowed = dream.filtered(scaled.float(), params.top_p, params.top_k or None)
     others = scaled.float().clone()
@@ -121,23 +127,26 @@ def proposals(
     best = others.argmax(dim=-1, keepdim=True)  # besides the mask, the best one always stays
     allowed = allowed.scatter(1, best, others.gather(1, best))
     base = allowed if params.schedule == "dream" else z
-    p = base.double().softmax(dim=-1)
+    p = ends.after(base.double(), params.temperature).softmax(dim=-1)
     candidates = allowed.double().clone()
     candidates[:, mask_id] = -torch.inf
     tokens: list[int] = []
     scores: list[float] = []
     for j in range(z.shape[0]):
-        place = (seed, start + j, forwards)
+        here = (seed, start + j, forwards)
         noisy = candidates[j]
         if params.temperature > 0:
-            noisy = noisy - (-uniforms(*place, z.shape[1]).log()).log()
+            noisy = noisy - (-uniforms(*here, z.shape[1]).log()).log()
         token = int(noisy.argmax())
         alg = {"margin": "topk_margin", "neg_entropy": "entropy"}.get(params.confidence)
         score = float(dream.confidences(p[j : j + 1], alg)) if alg else float(p[j, token])
         if params.unmask == "entropy_bound":
             score = -float(torch.special.entr(p[j]).sum())
+        if token in ends.lost(params.temperature):
+            entropic = "neg_entropy" in params.confidence or params.unmask == "entropy_bound"
+            score = -torch.inf if entropic else 0.0
         tokens.append(token)
-        scores.append(position_uniform(*place) if params.remasking == "random" else score)
+        scores.append(position_uniform(*here) if params.remasking == "random" else score)
     return tokens, scores
 
 
@@ -192,13 +201,16 @@ def decode(
     sparse: SparseConfig | None = None,
     *,
     eos_ids: tuple[int, ...] = (),
+    turn_ids: tuple[int, ...] = (),
     ties: str = "topk",
 ) -> Answer:
-    """Decode one prompt; eos_ids matter unless params.ignore_eos."""
+    """Decode one prompt; eos_ids end it unless params.ignore_eos, turn_ids among them a turn."""
     mask, size, base = model.mask_id, params.gen_length, len(prompt)
     sides = [Canvas(model, prompt, params.cache, sparse, ties)]
     if params.cfg_scale > 0:
         sides.append(Canvas(model, [mask] * base, params.cache, sparse, ties))
+    text_ids = tuple(i for i in eos_ids if i not in turn_ids)
+    ends = Ends(text_ids, turn_ids, params.logits_eos_inf, params.confidence_eos_eot_inf)
     ids, masked, forwards = [mask] * size, [True] * size, 0
     for start, end, steps in blocks_of(params, sparse):
         counts = counts_of(params, end - start, steps)
@@ -209,7 +221,8 @@ def decode(
                 z = twin[0] + (params.cfg_scale + 1) * (z - twin[0])
             for token, value in (params.logit_bias or {}).items():
                 z[:, token] += value
-            tokens, scores = proposals(z, params, mask, params.seed or 0, base + start, forwards)
+            place = (params.seed or 0, base + start, forwards)
+            tokens, scores = proposals(ends.before(z), params, mask, place, ends)
             for offset in rule_of(params, counts, t)(scores, masked[start:end]):
                 ids[start + offset], masked[start + offset] = tokens[offset], False
             t, forwards = t + 1, forwards + 1

@@ -17,6 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     (
         "errors",
+        "foreign",
         "registry",
         "_checks",
         "_forks",

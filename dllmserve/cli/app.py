@@ -17,6 +17,8 @@ from dllmserve.cli.generate import EPILOG, generate
 from dllmserve.cli.info import info
 from dllmserve.cli.serve import EPILOG as SERVE_EPILOG
 from dllmserve.cli.serve import serve
+from dllmserve.foreign import advice
+from dllmserve.server.http.escape import shown
 
 # the base of all usage errors; newer typer versions bring their own click
 _USAGE_ERRORS: Any = tuple(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -61,6 +63,18 @@ def root(
         typer.echo(context.get_help(), nl=False)
 
 
+def _usage_error(error: Any) -> str:
+    """The error in one line; of an option that there is not, with the one that was meant."""
+    name = getattr(error, "option_name", None)
+    if name is None or type(error).__name__ != "NoSuchOption":
+        return " ".join(str(error.format_message()).split())
+    command = error.ctx.command if error.ctx is not None else None
+    options = [o for p in getattr(command, "params", ()) for o in (*p.opts, *p.secondary_opts)]
+    known = {o.lstrip("-").replace("-", "_"): o for o in options if o.startswith("--")}
+    hint = advice(name, known, known.__getitem__) or "--help lists the options"
+    return f"No such option: {shown(name, 100)}; {hint}"
+
+
 def run(args: Sequence[str] | None = None) -> int:
     """Run the application and return the exit code; usage errors are one line."""
     command = typer.main.get_command(app)
@@ -72,7 +86,7 @@ def run(args: Sequence[str] | None = None) -> int:
         )
         sys.stdout.flush()
     except _USAGE_ERRORS as error:
-        typer.echo(f"error: {' '.join(str(error.format_message()).split())}", err=True)
+        typer.echo(f"error: {_usage_error(error)}", err=True)
         return int(error.exit_code)
     except typer.Abort:
         return 1

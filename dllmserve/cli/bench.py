@@ -185,7 +185,8 @@ class _Job:
     ) -> None:
         given = {**options, "ignore_eos": True}
         for name, default in (("gen_length", DEFAULT_GEN_LENGTH), ("seed", DEFAULT_SEED)):
-            if given[name] is None:
+            named = name == "gen_length" and given["max_tokens"] is not None
+            if given[name] is None and not named:
                 given[name] = default
         params = sampling_params(given)
         self._workload = Workload(

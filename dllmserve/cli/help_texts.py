@@ -30,6 +30,7 @@ SAMPLING: dict[str, str] = {
     "temperature": "0 always takes the likeliest token; more is more varied.",
     "ignore_eos": "Keep decoding after the end of the answer.",
     "gen_length": "Length of the answer in tokens, at most 8192.",
+    "max_tokens": "Another name of --gen-length.",
     "steps": "Denoising steps for the whole answer; fewer are faster (with --unmask steps).",
     "cfg_scale": "Classifier-free guidance; 0 is off.",
     "remasking": "Which proposals are kept in a step (with --unmask steps).",
@@ -58,6 +59,8 @@ SAMPLING: dict[str, str] = {
     "quality": "Preset of these options; those that are given too keep their values.",
     "top_p": "Draw from the likeliest tokens that add up to this probability; 1 is off.",
     "top_k": "Draw from the k likeliest tokens; 0 is off.",
+    "logits_eos_inf": "Never propose an id that ends the text (LLaDA).",
+    "confidence_eos_eot_inf": "Write proposals that end the text or the turn last (LLaDA).",
     "seed": "Make random draws repeatable.",
     "stop": "End the answer before this text; may be given several times.",
     "logit_bias": "Add a number from -100 (never) to 100 (always) to the logit of a token id; "

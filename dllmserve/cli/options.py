@@ -114,10 +114,9 @@ SAMPLING = Group(
     SamplingParams,
     "Decoding",
     help_texts.SAMPLING,
-    # read by autoregressive models only
-    skipped=frozenset({"max_tokens"}),
     shown={
         "temperature": "0",
+        "max_tokens": "",
         "gen_length": str(DEFAULT_GEN_LENGTH),
         "steps": "one per token",
         "block_length": str(DEFAULT_BLOCK_LENGTH),
@@ -154,8 +153,10 @@ def with_options(*groups: Group) -> Callable[[F], F]:
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     """SamplingParams from the command line, with the command line's defaults."""
     sparse = sparse_config(options)
-    values: dict[str, Any] = {"temperature": 0.0, "gen_length": DEFAULT_GEN_LENGTH}
+    values: dict[str, Any] = {"temperature": 0.0}
     given = SAMPLING.given(options)
+    if "max_tokens" not in given:
+        values["gen_length"] = DEFAULT_GEN_LENGTH
     if sparse is None and "quality" not in given:
         # a SparseConfig, or a quality, brings its own block length
         values["block_length"] = DEFAULT_BLOCK_LENGTH

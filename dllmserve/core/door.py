@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
+from dllmserve.core.rows import written_last
 from dllmserve.core.scheduler import Limits
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
 from dllmserve.registry import CACHE_POLICIES, REVOKING_RULES, resolve
@@ -61,9 +62,9 @@ class Door:
             raise PromptError(f"{name} is empty: give at least one token")
         if len(prompt_ids) >= self.limits.max_model_len:
             # before anything looks at every token
-            self._check_length(len(prompt_ids), params.gen_length, name)
+            self._check_length(len(prompt_ids), params, name)
         ids = _checked_prompt(prompt_ids, self.spec, name)
-        self._check_length(len(ids), params.gen_length, name)
+        self._check_length(len(ids), params, name)
         self._check(params, sparse)
         request = Request(
             id=id,
@@ -81,13 +82,28 @@ class Door:
         self.limits.check(request, policy.slots(request, self.spec))
         return request
 
-    def _check_length(self, tokens: int, gen_length: int, name: str) -> None:
+    def _check_length(self, tokens: int, params: SamplingParams, name: str) -> None:
         limit = self.limits.max_model_len
-        total = tokens + gen_length
+        total = tokens + params.gen_length
         if total > limit:
             raise ContextLengthError(
-                f"{name} has {tokens} tokens and gen_length is {gen_length}: "
+                f"{name} has {tokens} tokens and {params.length_name} is {params.gen_length}: "
                 f"{total} together, over max_model_len={limit}"
+            )
+
+    def _check_ends(self, params: SamplingParams) -> None:
+        """Refuse what the model has no ids for: it would change nothing."""
+        if params.logits_eos_inf and not self.spec.text_end_ids:
+            raise InvalidParameterError(
+                "logits_eos_inf=True needs a model with an id that ends the text, and this one "
+                "has none: leave it out"
+            )
+        if params.confidence_eos_eot_inf and not written_last(params, self.spec):
+            what = "text or a turn" if params.temperature == 0 else "turn"
+            why = "" if params.temperature == 0 else f" at temperature={params.temperature:g}"
+            raise InvalidParameterError(
+                f"confidence_eos_eot_inf=True needs a model with an id that ends a {what}{why}, "
+                "and this one has none: leave it out"
             )
 
     def _check(self, params: SamplingParams, sparse: SparseConfig | None) -> None:
@@ -101,6 +117,7 @@ class Door:
                 f"unmask={params.unmask!r} does not work with sparse attention, which keeps a part "
                 "of the canvas alone: leave the SparseConfig out"
             )
+        self._check_ends(params)
         if params.stop_strings and not self.has_tokenizer:
             raise InvalidParameterError("stop needs a tokenizer, and this checkpoint has none")
         if params.logit_bias and max(params.logit_bias) >= self.spec.vocab_size:

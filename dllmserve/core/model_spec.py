@@ -43,6 +43,11 @@ class ModelSpec:
     default_block_length: int | None = None
     dtype: str = "bfloat16"
 
+    @property
+    def text_end_ids(self) -> tuple[int, ...]:
+        """Ids that end the text, not just a turn."""
+        return tuple(i for i in self.eos_ids if i not in self.turn_end_ids)
+
     def kv_values(self) -> int:
         """Numbers (not bytes) of K and V that one token takes, all layers together."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from math import inf
 
+from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.registry import UNMASK_RULES
-from dllmserve.sampling_params import CONFIDENCE
+from dllmserve.sampling_params import CONFIDENCE, SamplingParams
+from dllmserve.sparse.state import SparseConfig
 
 #: A larger k filters nothing, but would not fit the table.
 _MAX_TOP_K = 2**31 - 1
@@ -77,6 +80,7 @@ class RowInit:
         sampled, filtered: whether the row has a temperature, or top-p or top-k.
         select: settings of sparse attention.
         bias: token ids and what is added to their logits; none on an unconditional row.
+        last: token ids whose proposals have no confidence, so that they are written last.
         track: what tells which cached positions are out of date.
         history: slots of kept distributions, one for each position of a block.
     """
@@ -93,6 +97,7 @@ class RowInit:
     filtered: bool
     select: RowSelect
     bias: tuple[tuple[int, float], ...] = ()
+    last: tuple[int, ...] = ()
     track: Track = Track.NONE
     history: tuple[int, ...] = ()
 
@@ -102,7 +107,33 @@ def rule_index(name: str) -> int:
     return list(UNMASK_RULES).index(name)
 
 
-def row_inits(request: Request, mask_id: int) -> list[RowInit]:
+def written_last(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
+    """Ids whose proposals have no confidence (``confidence_eos_eot_inf``).
+
+    Those that end the text and those that end a turn; with a temperature only the latter, as in
+    LLaDA's script, where the former are struck off after they were drawn, and not from what
+    confidences are taken from.
+    """
+    if not params.confidence_eos_eot_inf:
+        return ()
+    return spec.turn_end_ids if params.temperature > 0 else spec.eos_ids
+
+
+def _bias(params: SamplingParams, spec: ModelSpec) -> tuple[tuple[int, float], ...]:
+    """What is added to logits: the request's bias; ids that are out of the question are at -inf."""
+    bias = dict(params.logit_bias or {})
+    if params.logits_eos_inf:
+        bias |= dict.fromkeys(spec.text_end_ids, -inf)
+    return tuple(bias.items())
+
+
+def _select(sparse: SparseConfig | None) -> RowSelect:
+    if sparse is None:
+        return RowSelect()
+    return RowSelect(sparse.pool_kernel, sparse.default_block_len, sparse.score == "attention")
+
+
+def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
     """The rows of a newly admitted request: one, or two with guidance."""
     params = request.params
     floats = (
@@ -132,15 +163,9 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
         int(TRACKS.get(request.policy, Track.NONE)),
     )
     quotas = tuple(k for block in request.quotas for k in block)
-    sparse = request.sparse
-    select = RowSelect()
-    if sparse is not None:
-        by_attention = sparse.score == "attention"
-        select = RowSelect(sparse.pool_kernel, sparse.default_block_len, by_attention)
-    bias = tuple((params.logit_bias or {}).items())
-    rows = [(request.row, request.prompt_ids, request.pages, bias)]
+    rows = [(request.row, request.prompt_ids, request.pages, _bias(params, spec))]
     if request.guided:
-        unconditional = [mask_id] * request.prompt_len
+        unconditional = [spec.mask_id] * request.prompt_len
         rows.append((request.uncond_row, unconditional, request.uncond_pages, ()))
     return [
         RowInit(
@@ -154,10 +179,11 @@ def row_inits(request: Request, mask_id: int) -> list[RowInit]:
             confidence=params.confidence,
             sampled=params.temperature > 0,
             filtered=params.top_p < 1 or params.top_k > 0,
-            select=select,
-            bias=added,
+            select=_select(request.sparse),
+            bias=own,
+            last=written_last(params, spec),
             track=TRACKS.get(request.policy, Track.NONE),
             history=tuple(request.history),
         )
-        for row, prompt, pages, added in rows
+        for row, prompt, pages, own in rows
     ]

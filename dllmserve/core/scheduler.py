@@ -98,7 +98,7 @@ class Limits:
             raise CapacityError(
                 f"the request needs {tokens} tokens in one step, over "
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: raise it to {tokens} "
-                "or shorten the prompt or gen_length"
+                f"or shorten the prompt or {request.params.length_name}"
             )
         if request.rows_needed > self.max_num_seqs:
             raise CapacityError(
@@ -116,7 +116,7 @@ class Limits:
             raise CapacityError(
                 f"the request needs {pages} K,V pages of {self.page_size} tokens, the engine "
                 f"has kv_pages={self.num_pages}: raise kv_pages to {pages}, shorten the "
-                "prompt or gen_length, or use cache='none'"
+                f"prompt or {request.params.length_name}, or use cache='none'"
             )
 
 
@@ -404,4 +404,5 @@ def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     shape = (span.q_len, span.ctx_len, span.write, span.q_start, span.keep, span.blk_off)
     state = entry.rule if entry.rule in STATEFUL_RULES else ""
     kind = (entry.uncond is not None, entry.shadow is not None, state)
-    return (*kind, params.temperature > 0, filtered, shape, request.id)
+    needs = (params.temperature > 0, filtered, params.confidence_eos_eot_inf)
+    return (*kind, *needs, shape, request.id)

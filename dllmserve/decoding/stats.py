@@ -7,7 +7,7 @@ split by split of the vocabulary and then joined, see :mod:`dllmserve.parallel.v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from dllmserve.decoding.noise import token_uniforms
 from dllmserve.decoding.transforms import filter_logits
 from dllmserve.parallel.group import join
 from dllmserve.parallel.vocab import VocabShard, best_of
+
+#: entropy, in nats, where a proposal has no confidence: more than any distribution has, but
+#: finite, so that such a position comes before one that cannot be written at all
+NO_CONFIDENCE = 1e9
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class RowParams:
         keys: [N] int64, noise keys of :func:`dllmserve.decoding.noise.row_keys`.
         given: [N] int64, the token whose probability is wanted, or -1 where one is to be
             proposed; None if it is everywhere.
+        last: [N, E] int64, ids whose proposals have no confidence, -1 for none: statistics are
+            those of the distribution without them, and the worst where one is proposed; None
+            if there are none anywhere.
     """
 
     temperature: Tensor
@@ -38,6 +45,7 @@ class RowParams:
     tempered: Tensor
     keys: Tensor
     given: Tensor | None = None
+    last: Tensor | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> RowParams:
         """The parameters of some of the rows."""
@@ -48,6 +56,7 @@ class RowParams:
             tempered=self.tempered[rows],
             keys=self.keys[rows],
             given=None if self.given is None else self.given[rows],
+            last=None if self.last is None else self.last[rows],
         )
 
 
@@ -128,8 +137,35 @@ def row_stats(
             allowed = _keep_runner_up(kept, allowed, mask_id)
         base = torch.where(params.tempered[:, None], allowed, z)
     token, value = _propose(base, allowed, params, mask_id, sampled, shard)
+    if params.last is not None:
+        strike(base, params.last, shard)
     parts = shard.join(split_partials(shard.split(base, -torch.inf), needs))
-    return join_partials(parts, token, value, needs)
+    stats = join_partials(parts, token, value, needs)
+    if params.last is None:
+        return stats
+    return without_confidence(stats, params.last, ~value.isfinite())
+
+
+def strike(z: Tensor, ids: Tensor, shard: VocabShard) -> None:
+    """Set logits [n, v] of the ids [n, E] to -inf, in place; -1 is no id."""
+    columns, mine = shard.locate(ids)
+    z.scatter_add_(1, columns, torch.where(mine, -torch.inf, 0.0).to(z.dtype))
+
+
+def without_confidence(stats: TokenStats, ids: Tensor, broken: Tensor) -> TokenStats:
+    """Statistics that are the worst where one of the ids [n, E] is proposed.
+
+    Args:
+        broken: [n] bool, rows whose logits are not numbers: their probability stays NaN.
+    """
+    here = (stats.token[:, None] == ids).any(dim=-1)
+    margin, entropy = stats.margin, stats.entropy
+    return replace(
+        stats,
+        prob=stats.prob.masked_fill(here, 0.0).masked_fill(here & broken, torch.nan),
+        margin=None if margin is None else margin.masked_fill(here, 0.0),
+        entropy=None if entropy is None else entropy.masked_fill(here, NO_CONFIDENCE),
+    )
 
 
 def _share_rows(

@@ -208,7 +208,7 @@ class EngineCore:
         """Fill the rows of an admitted request; False if there is no memory even for that."""
         for attempt in range(2):
             try:
-                for init in row_inits(request, self.spec.mask_id):
+                for init in row_inits(request, self.spec):
                     self._runner.admit(init)
                 return True
             except (RuntimeError, MemoryError) as error:

@@ -138,5 +138,5 @@ def _admit(runner: ModelRunner, row: int, prompt: list[int], params: SamplingPar
     sparse = SparseConfig(default_block_len=1)
     request = Request(row, prompt, params, sparse, seed=row, policy="sparse")
     request.row, request.pages = row, [1]
-    for init in row_inits(request, runner.spec.mask_id):
+    for init in row_inits(request, runner.spec):
         runner.admit(init)

@@ -101,7 +101,9 @@ class Sizing:
         """State table (ids, flags, what rules keep, quotas, biases), page and rotary tables."""
         length = self.max_len
         pages = length // self.options.page_size
-        per_row = length * 21 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8 + MAX_LOGIT_BIAS * 12
+        ends = len(self.spec.eos_ids)
+        per_row = length * 21 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8
+        per_row += (MAX_LOGIT_BIAS + ends) * 12 + ends * 8
         return (self.options.max_num_seqs + 1) * per_row + length * self.spec.head_dim * 4
 
     @property

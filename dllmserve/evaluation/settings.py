@@ -22,7 +22,9 @@ DEFAULT_BLOCK_LENGTH = 32
 DEFAULT_TEMPERATURE = 0.0
 
 #: fields of SamplingParams that a setting may have
-SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != "max_tokens")
+SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+#: names of the answer's length among them
+LENGTHS = frozenset({"gen_length", "max_tokens"})
 SPARSE_FIELDS = tuple(f.name for f in fields(SparseConfig) if f.name != "enabled")
 
 _FIELD = re.compile(r"([\w.-]+)=")
@@ -35,8 +37,8 @@ class Setting:
 
     Attributes:
         name: in tables and pictures.
-        sampling: fields of SamplingParams that were given; ``gen_length`` among them is that
-            of every item.
+        sampling: fields of SamplingParams that were given; ``gen_length`` or ``max_tokens``
+            among them is the length of every item's answer.
         sparse: fields of SparseConfig that were given; None without sparse attention.
         tokens_per_step: with ``unmask="steps"``, tokens that a step writes, at most.
 
@@ -72,10 +74,9 @@ class Setting:
         Args:
             gen_length: of the item; the setting's own comes first.
         """
-        values: dict[str, Any] = {
-            "temperature": DEFAULT_TEMPERATURE,
-            "gen_length": DEFAULT_GEN_LENGTH if gen_length is None else gen_length,
-        }
+        values: dict[str, Any] = {"temperature": DEFAULT_TEMPERATURE}
+        if not LENGTHS & set(self.sampling):
+            values["gen_length"] = DEFAULT_GEN_LENGTH if gen_length is None else gen_length
         sparse = self.sparse_config()
         preset = self.sampling.get("quality") is not None
         if sparse is None and not preset:
@@ -150,6 +151,8 @@ def make_setting(name: str, values: Mapping[str, Any], base: Setting | None = No
         # the names of a JSON object are texts
         sampling["logit_bias"] = {int(k) if _is_id(k) else k: v for k, v in bias.items()}
     inherited = dict(base.sampling) if base is not None else {}
+    if LENGTHS & set(sampling):
+        inherited = {k: v for k, v in inherited.items() if k not in LENGTHS}
     if per_step is not None:
         inherited.pop("steps", None)
     elif base is not None and not {"steps", "unmask", "quality"} & set(sampling):

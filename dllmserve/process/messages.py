@@ -14,7 +14,7 @@ import msgspec
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.scheduler import Limits
 from dllmserve.outputs import CanvasStep, RequestOutput
-from dllmserve.sampling_params import SamplingParams
+from dllmserve.sampling_params import NotGiven, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
 #: a field of SamplingParams, SparseConfig or EngineConfig
@@ -190,13 +190,18 @@ def decode_from_engine(data: bytes) -> FromEngine:
 def changed_fields(values: SamplingParams | SparseConfig) -> dict[str, Value]:
     """The fields that differ from their defaults, as they go into a message.
 
-    With a quality all of them: the preset must not fill those that were given.
+    With a quality all of them: the preset must not fill those that were given. max_tokens goes
+    along if it was given, whatever its value.
     """
     found: dict[str, Value] = {}
     every = getattr(values, "quality", None) is not None
     for item in fields(values):
         value: Any = getattr(values, item.name)
-        if every or value != item.default:
+        if isinstance(item.default, NotGiven):
+            wanted = not isinstance(value, NotGiven)
+        else:
+            wanted = every or value != item.default
+        if wanted:
             found[item.name] = _plain(value)
     return found
 

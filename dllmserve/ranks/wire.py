@@ -85,6 +85,7 @@ def encode_row(init: RowInit) -> bytes:
         init.pages,
         [token for token, _ in init.bias],
         _bits([value for _, value in init.bias]),
+        init.last,
         init.history,
     )
     numbers = [
@@ -114,7 +115,7 @@ def decode_row(numbers: Sequence[int]) -> RowInit:
         end = place + 1 + numbers[place]
         lists.append(list(numbers[place + 1 : end]))
         place = end
-    prompt, floats, ints, quotas, pages, tokens, values, history = lists
+    prompt, floats, ints, quotas, pages, tokens, values, last, history = lists
     return RowInit(
         row=row,
         prompt=prompt,
@@ -128,6 +129,7 @@ def decode_row(numbers: Sequence[int]) -> RowInit:
         filtered=bool(filtered),
         select=RowSelect(pool_kernel, window, bool(attention)),
         bias=tuple(zip(tokens, _floats(values), strict=True)),
+        last=tuple(last),
         track=Track(track),
         history=tuple(history),
     )

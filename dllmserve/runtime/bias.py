@@ -22,18 +22,24 @@ from dllmserve.sampling_params import MAX_LOGIT_BIAS
 
 @dataclass(frozen=True)
 class StepBias:
-    """The bias of one step.
+    """The bias of one step, and which proposals have no confidence in it.
 
     Attributes:
         ids, values: the table's.
         rows: [M] int64, table row of each LM-head row.
         vocab: which ids this rank has logits of.
+        last: the table's; None if there are none.
     """
 
     ids: Tensor
     values: Tensor
     rows: Tensor
     vocab: VocabShard
+    last: Tensor | None = None
+
+    def last_of(self, chunk: slice) -> Tensor | None:
+        """Ids without confidence of a chunk of the step's LM-head rows: [n, E] int64."""
+        return None if self.last is None else self.last.index_select(0, self.rows[chunk])
 
     def add(self, z: Tensor, chunk: slice, width: int) -> Tensor:
         """Logits of a chunk of the step's LM-head rows with their bias added.
@@ -67,24 +73,33 @@ class BiasTable:
         vocab_size: ids are below it.
         vocab: which ids this rank has logits of.
         device: of the state table.
+        ends: end ids of the model, for which there is room beside what a request biases.
 
     Attributes:
-        ids: [R + 1, 1024] int64. Behind a row's own pairs any ids with the value 0.
-        values: [R + 1, 1024] float32.
+        ids: [R + 1, K] int64. Behind a row's own pairs any ids with the value 0.
+        values: [R + 1, K] float32; -inf for an id that is out of the question.
+        last: [R + 1, E] int64, ids whose proposals have no confidence; -1 is none.
     """
 
-    def __init__(self, rows: int, vocab_size: int, vocab: VocabShard, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, vocab_size: int, vocab: VocabShard, device: torch.device, ends: int = 0
+    ) -> None:
         self._vocab = vocab
+        most = MAX_LOGIT_BIAS + ends
         # different ones: additions to one and the same logit would wait for each other
-        ids = torch.arange(MAX_LOGIT_BIAS, device=device) % vocab_size
+        ids = torch.arange(most, device=device) % vocab_size
         self.ids = ids.repeat(rows, 1)
-        self.values = torch.zeros(rows, MAX_LOGIT_BIAS, device=device)
+        self.values = torch.zeros(rows, most, device=device)
+        self.last = torch.full((rows, max(ends, 1)), -1, dtype=torch.int64, device=device)
         self._used: set[int] = set()
 
-    def write_row(self, row: int, bias: Sequence[tuple[int, float]]) -> None:
-        """Fill a row for a newly admitted request; no work if it has no bias, nor had the last."""
+    def write_row(
+        self, row: int, bias: Sequence[tuple[int, float]], last: Sequence[int] = ()
+    ) -> None:
+        """Fill a row for a newly admitted request; no work if it has nothing, nor had the last."""
         if row in self._used:
             self.values[row].zero_()
+            self.last[row].fill_(-1)
             self._used.remove(row)
         if bias:
             count = len(bias)
@@ -92,18 +107,21 @@ class BiasTable:
             self.ids[row, :count] = host_to_device(ids, self.ids.device)
             self.values[row, :count] = host_to_device(values, self.ids.device, torch.float32)
             self._used.add(row)
+        if last:
+            self.last[row, : len(last)] = host_to_device(last, self.ids.device)
+            self._used.add(row)
 
     def begin(self, packed: Tensor, shape: StepShape) -> StepBias | None:
-        """The bias of a step, or None, and no work, if no request in it has one.
+        """What the requests of a step do to logits, or None, and no work, if none does anything.
 
         Args:
             packed: int32, ``Packing.ints`` on the device; it may be longer.
             shape: the packing's.
         """
-        if not any(segment.bias for segment in shape.segments):
+        if not any(segment.bias or segment.last for segment in shape.segments):
             return None
         owners = span_fields(packed, shape)[:, 0].index_select(0, head_entries(packed, shape))
-        return StepBias(self.ids, self.values, owners.long(), self._vocab)
+        return StepBias(self.ids, self.values, owners.long(), self._vocab, self.last)
 
 
 def head_entries(packed: Tensor, shape: StepShape) -> Tensor:

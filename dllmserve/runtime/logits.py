@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.decoding.stats import RowParams, TokenStats, row_stats
+from dllmserve.decoding.stats import (
+    RowParams,
+    TokenStats,
+    row_stats,
+    strike,
+    without_confidence,
+)
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.bias import StepBias
 from dllmserve.runtime.decide import HeadCells
@@ -92,9 +98,18 @@ class TritonReducer(TorchReducer):
             return super().reduce(z, params, mask_id, segment, needs)
         from dllmserve.kernels.stats import fused_row_stats
 
-        return fused_row_stats(
-            z, params, mask_id=mask_id, sampled=segment.sampled, needs=needs, shard=self.vocab
-        )
+        def stats() -> TokenStats:
+            return fused_row_stats(
+                z, params, mask_id=mask_id, sampled=segment.sampled, needs=needs, shard=self.vocab
+            )
+
+        found = stats()
+        if params.last is None:
+            return found
+        # of what is not struck off, the best or drawn token is the same one without the rest
+        strike(z, params.last, self.vocab)
+        again = replace(stats(), token=found.token)
+        return without_confidence(again, params.last, found.prob.isnan())
 
 
 @dataclass(frozen=True)
@@ -184,7 +199,10 @@ class LogitsHead:
                 if segment.bias and bias is not None:
                     z = bias.add(z, chunk, segment.bias)
                 z, kl = states.observe(z, chunk, segment.state)
-                part = self._reducer.reduce(z, params[chunk], self._mask_id, segment, needs)
+                own = params[chunk]
+                if segment.last and bias is not None:
+                    own = replace(own, last=bias.last_of(chunk))
+                part = self._reducer.reduce(z, own, self._mask_id, segment, needs)
                 parts.append(part if kl is None else replace(part, kl=kl))
             start = end
         return TokenStats.concat(parts)

@@ -193,7 +193,8 @@ class ModelRunner:
         self._states: dict[str, LogitState] = {}
         self._ops = step_ops(kernels, table, rules, decoder.spec)
         rows = table.trash_row + 1
-        self._bias = BiasTable(rows, decoder.spec.vocab_size, decoder.vocab, table.device)
+        spec, ends = decoder.spec, len(decoder.spec.eos_ids)
+        self._bias = BiasTable(rows, spec.vocab_size, decoder.vocab, table.device, ends)
         # padding at most doubles the number of spans
         capacity = (4 * table.trash_row + 64) * (SPAN_FIELDS + HEAD_FIELDS)
         self._packed = torch.zeros(capacity, dtype=torch.int32, device=table.device)
@@ -223,7 +224,7 @@ class ModelRunner:
     def admit(self, init: RowInit) -> None:
         """Fill a row of the state table, its bias and its page table."""
         self.table.write_row(init)
-        self._bias.write_row(init.row, init.bias)
+        self._bias.write_row(init.row, init.bias, init.last)
         for name in self._rule_needs[self._rule_names[init.ints[IntField.RULE]]] & _STATES:
             self._state(name).admit(init)
         if init.pages:

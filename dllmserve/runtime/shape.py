@@ -34,6 +34,7 @@ class SegmentShape:
         filtered: some use top-p or top-k.
         bias: most token ids that one of them biases, padding included; 0 where none does.
         state: which of LOGIT_STATES their rule needs; "" for none.
+        last: each has ids whose proposals are without confidence.
     """
 
     entries: int
@@ -43,6 +44,7 @@ class SegmentShape:
     filtered: bool
     bias: int = 0
     state: str = ""
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def lay_out(
     def kind(entry: StepEntry) -> _Kind:
         init, wanted = host[entry.span.row], needs(entry)
         state = next((s for s in LOGIT_STATES if s in wanted), "")
-        return _Kind(entry.uncond is not None, init.sampled, init.filtered, state)
+        return _Kind(entry.uncond is not None, init.sampled, init.filtered, state, bool(init.last))
 
     layout = _Layout(trash_row, pad)
     for flags, members in groupby(plan.entries, key=kind):
@@ -209,6 +211,7 @@ class _Kind(NamedTuple):
     sampled: bool
     filtered: bool
     state: str
+    last: bool
 
 
 class _Spans:
@@ -258,6 +261,7 @@ class _Layout:
             kind.filtered,
             pad.other(bias) if bias else 0,
             kind.state,
+            kind.last,
         )
         self._heads.extend(_head_rows(masks, sum(s.rows for s in self.segments), segment.rows))
         self.segments.append(segment)

@@ -24,6 +24,7 @@ from dllmserve.errors import (
     OverloadedError,
     TokenizerError,
 )
+from dllmserve.foreign import advice
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.http.respond import error_body, error_type, wants_detail
 from dllmserve.server.wrong import explain
@@ -31,8 +32,8 @@ from dllmserve.sparse.state import SparseConfig
 
 _log = logging.getLogger("dllmserve.server")
 
-_PARAMS = {f.name for kind in (SamplingParams, SparseConfig) for f in fields(kind)}
-_PARAMS |= {"prompt", "prompts", "messages"}
+_DECODING = {f.name for kind in (SamplingParams, SparseConfig) for f in fields(kind)} - {"enabled"}
+_PARAMS = _DECODING | {"enabled", "prompt", "prompts", "messages"}
 #: in place of texts that are for the log
 _GENERAL: tuple[tuple[type[DllmServeError], str], ...] = (
     (
@@ -193,7 +194,7 @@ def _invalid(request: Request, details: Sequence[Mapping[str, Any]]) -> ApiError
             text = f"The body is not valid JSON, from character {detail['loc'][-1] + 1} on."
             return ApiError(400, text, code="invalid_json")
     schema, components = _schema_of(request, str(details[0]["loc"][0]) if details else "body")
-    message, param = explain(details, schema, components)
+    message, param = explain(details, schema, components, lambda name: advice(name, _DECODING, str))
     return ApiError(400, message, code="invalid_parameter", param=param)
 
 

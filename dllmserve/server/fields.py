@@ -185,6 +185,12 @@ class DecodingFields(Body):
     )
     top_k: int | None = _count(0, LARGEST, "Draw from the k likeliest tokens; 0 is off.")
     ignore_eos: bool | None = Field(default=None, description="Go on after an end id.")
+    logits_eos_inf: bool | None = Field(
+        default=None, description="Never propose an id that ends the text."
+    )
+    confidence_eos_eot_inf: bool | None = Field(
+        default=None, description="Write proposals that end the text or the turn last."
+    )
     sparse: bool | SparseFields | None = Field(
         default=None, description="Sparse attention: true, or its settings."
     )
@@ -245,7 +251,7 @@ class NativeFields(DecodingFields):
     """All fields of SamplingParams, with its own defaults."""
 
     temperature: float | None = _number(0, None, "0 takes the likeliest token.")
-    max_tokens: int | None = _count(1, LARGEST, "For autoregressive models; not read.")
+    max_tokens: int | None = _count(1, MAX_GEN_LENGTH, "Another name of gen_length.")
     gen_length: int | None = _count(1, MAX_GEN_LENGTH, "Length of the answer in tokens.")
     top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = _count(0, MAX_SEED, "Makes the draws repeatable; taken modulo 2**63.")

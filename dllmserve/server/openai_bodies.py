@@ -140,7 +140,8 @@ class OpenAIFields(DecodingFields):
         length = self.length()
         if length is None:
             length = self._default_length(values, prompt_len, limits, config)
-        values["gen_length"] = length
+        # what errors call it; both names stand for the same
+        values["max_tokens" if self.gen_length is None else "gen_length"] = length
         for name in ("temperature", "top_p", "stop"):
             if (value := getattr(self, name)) is not None:
                 values[name] = value
@@ -183,7 +184,7 @@ class OpenAIFields(DecodingFields):
     @staticmethod
     def _plain(values: dict[str, Any]) -> bool:
         """True if the request says nothing of how it is decoded."""
-        return not set(values) - {"gen_length", "top_k", "ignore_eos"}
+        return not set(values) - {"gen_length", "max_tokens", "top_k", "ignore_eos"}
 
 
 class CompletionRequest(OpenAIFields):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
+from dllmserve._checks import Fields, check_known
 from dllmserve.errors import InvalidParameterError
 
 #: how the tokens outside a block are scored
@@ -66,15 +66,15 @@ class SparseConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        err = InvalidParameterError
-        check_bool(err, "enabled", self.enabled)
-        check_float(err, "retention_ratio", self.retention_ratio, 0.0, 1.0)
-        check_int(err, "delay_step", self.delay_step, 0)
-        check_int(err, "default_block_len", self.default_block_len, 1)
-        check_bool(err, "head_select", self.head_select)
-        check_int(err, "pool_kernel", self.pool_kernel, 1)
-        check_choice(err, "score", self.score, SCORES)
-        check_int(err, "min_keep", self.min_keep, 0)
+        check = Fields(InvalidParameterError, self)
+        check.flag("enabled")
+        check.number("retention_ratio", 0.0, 1.0)
+        check.integer("delay_step", 0)
+        check.integer("default_block_len", 1)
+        check.flag("head_select")
+        check.integer("pool_kernel", 1)
+        check.choice("score", SCORES)
+        check.integer("min_keep", 0)
 
     def keep(self, candidates: int) -> int:
         """Number of tokens kept out of ``candidates`` tokens outside the block."""

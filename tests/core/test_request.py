@@ -1,5 +1,6 @@
 """Request: blocks, quotas and rows of a job; and the rows of the state table it fills."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -9,6 +10,7 @@ from dllmserve.core.rows import IntField, RowSelect, row_inits
 from dllmserve.parameters import FloatField
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
+from tests.helpers import PLAIN
 
 
 def make(params: SamplingParams, sparse: SparseConfig | None = None) -> Request:
@@ -47,7 +49,7 @@ def test_guidance_takes_a_second_row_whose_prompt_is_masked() -> None:
     one = make(SamplingParams(gen_length=8, steps=8, cfg_scale=0.5, temperature=0.7, top_k=4))
     one.row, one.uncond_row, one.pages, one.uncond_pages = 4, 2, [1], [9]
     assert one.rows_needed == 2
-    first, second = row_inits(one, mask_id=99)
+    first, second = row_inits(one, replace(PLAIN, mask_id=99))
     assert (first.row, first.prompt, first.pages) == (4, [5, 6, 7], [1])
     assert (second.row, second.prompt, second.pages) == (2, [99] * 3, [9])
     assert first.floats == second.floats
@@ -59,7 +61,7 @@ def test_guidance_takes_a_second_row_whose_prompt_is_masked() -> None:
 
 def test_sparse_settings_reach_the_row() -> None:
     (init,) = row_inits(
-        make(SamplingParams(gen_length=8), SparseConfig(pool_kernel=5, default_block_len=6)), 99
+        make(SamplingParams(gen_length=8), SparseConfig(pool_kernel=5, default_block_len=6)), PLAIN
     )
     assert init.select == RowSelect(pool_kernel=5, window=6)
     assert len(init.floats) == len(FloatField)

@@ -1,12 +1,14 @@
 """Statistics of logit rows against their definitions in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dllmserve.decoding.stats import RowParams, TokenStats, row_stats
+from dllmserve.decoding.stats import NO_CONFIDENCE, RowParams, TokenStats, row_stats
 from dllmserve.decoding.transforms import filter_logits
 from tests.oracles import dream
 
@@ -70,6 +72,49 @@ def test_confident_rows_keep_their_order() -> None:
     prob = stats(z, parameters(5)).prob
     assert bool((prob[1:] > prob[:-1]).all())
     assert bool((prob.float() == 1).all())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("tempered", [False, True])
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.6, 0), (1.0, 1), (0.9, 5)])
+def test_proposals_without_confidence(
+    temperature: float, tempered: bool, top_p: float, top_k: int
+) -> None:
+    """The same tokens; numbers of the distribution that the struck ids are taken out of."""
+    z = logits(64, 23)
+    z[:, 9] += 4
+    last = torch.tensor([[9, 2]]).repeat(64, 1)
+    last[::4] = -1
+    params = parameters(64, temperature, top_p, top_k, tempered)
+    before = stats(z, params)
+    base = z.double() / (temperature or 1.0) if tempered else z.double()
+    if tempered:
+        base = filter_logits(base.float(), params.top_p, params.top_k).double()
+    got = stats(z.clone(), replace(params, last=last))
+    assert got.token.tolist() == before.token.tolist()
+    assert got.margin is not None
+    assert got.entropy is not None
+    seen = set()
+    for row, token in enumerate(got.token.tolist()):
+        numbers = [float(x[row]) for x in (got.prob, got.margin, got.entropy)]
+        struck = base[row].clone()
+        struck[last[row][last[row] >= 0]] = -torch.inf
+        p = struck.softmax(dim=-1)
+        if token in last[row]:
+            assert numbers == [0.0, 0.0, NO_CONFIDENCE]
+        else:
+            top = p.topk(2).values
+            expected = [p[token], top[0] - top[1], torch.special.entr(p).sum()]
+            assert numbers == pytest.approx([float(x) for x in expected], rel=1e-4, abs=1e-6)
+        seen.add(token in last[row])
+    assert seen == {True, False}
+
+
+def test_rows_without_numbers_stay_so() -> None:
+    z = logits(3, 9)
+    z[0, 2], z[1, 5] = torch.nan, torch.nan
+    got = stats(z, replace(parameters(3), last=torch.full((3, 1), 2)))
+    assert got.prob.isnan().tolist() == [True, True, False]
 
 
 def test_the_mask_id_counts_in_the_normalisation_only() -> None:

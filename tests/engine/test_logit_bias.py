@@ -159,11 +159,14 @@ def test_padded_steps_in_flight(
         {"steps": 4, "temperature": 0.8, "block_length": 9, "seed": 3, "logit_bias": bias_of(2)},
         {"steps": 3},
         {"steps": 5, "logit_bias": {17: 100}},
+        {"steps": 4, "confidence_eos_eot_inf": True},
+        {"steps": 4, "temperature": 0.7, "seed": 5, "logits_eos_inf": True},
     ]
     params = [SamplingParams(ignore_eos=True, **base | given) for given in variants]
     batch: list[Job] = [(random_prompt(n, 1 + 2 * n), one, None) for n, one in enumerate(params)]
     assert run(llm, batch) == [answer(engines(checkpoints["llada"]), *job) for job in batch]
     assert any(s.bias for shape in pool.shapes for s in shape.segments)
+    assert any(s.last for shape in pool.shapes for s in shape.segments)
 
 
 #: tests.conftest's checkpoints with the constant logits below: id 2 is likeliest, 4 the mask

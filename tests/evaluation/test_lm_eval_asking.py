@@ -70,7 +70,7 @@ def test_defaults_of_model_args() -> None:
     [
         (("a", "b"), {}, ConfigError, "give pretrained='a' or model='b', not both"),
         (("a", None), {"thresold": 1}, UnknownOptionError, "did you mean 'threshold'"),
-        (("a", None), {"max_tokens": 1}, UnknownOptionError, "unknown option 'max_tokens'"),
+        (("a", None), {"max_new_tokens": 1}, UnknownOptionError, "did you mean 'gen_length'"),
         (("a", None), {"dtype": "int8"}, ConfigError, "dtype must be one of"),
         (("a", None), {"steps": 0}, InvalidParameterError, "setting 'model_args': steps must be"),
     ],

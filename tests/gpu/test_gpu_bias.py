@@ -9,6 +9,7 @@ import torch
 
 from dllmserve import LLM, SamplingParams
 from tests import helpers
+from tests.conftest import SHAPES
 from tests.oracles import models
 from tests.reference import decode
 
@@ -21,6 +22,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"steps": 12, "cfg_scale": 0.7, "block_length": 8},
     {"steps": 12, "temperature": 0.8, "block_length": 8},
     {"steps": 12, "temperature": 0.9, "top_p": 0.8, "top_k": 12, "block_length": 8},
+    {"steps": 12, "block_length": 8, "confidence_eos_eot_inf": True},
+    {"steps": 12, "block_length": 8, "confidence_eos_eot_inf": True, "confidence": "margin"},
+    {"steps": 12, "temperature": 0.8, "block_length": 8, "logits_eos_inf": True},
 ]
 
 
@@ -43,10 +47,11 @@ def run(llm: LLM) -> list[list[int]]:
     return [output["token_ids"] for output in outputs]
 
 
-@pytest.mark.parametrize("name", ["llada", "dream"])
+@pytest.mark.parametrize("name", ["llada", "dream", "llada-eos"])
 def test_graphs_kernels_and_devices_agree(checkpoints: dict[str, Path], name: str) -> None:
     oracle = models.load(checkpoints[name])
-    expected = [decode(oracle, prompt, params).ids for prompt, params in jobs()]
+    ends = SHAPES[name].eos_ids
+    expected = [decode(oracle, prompt, params, eos_ids=ends).ids for prompt, params in jobs()]
     options: dict[str, Any] = {"dtype": "float32", "kv_pages": 200, "page_size": 8}
     assert run(LLM(str(checkpoints[name]), device="cpu", **options)) == expected
     llm = LLM(str(checkpoints[name]), device="cuda", **options)
@@ -55,6 +60,7 @@ def test_graphs_kernels_and_devices_agree(checkpoints: dict[str, Path], name: st
     graphs = llm._engine._runner.graphs
     assert graphs is not None
     assert any(s.bias for shape in graphs._graphs for s in shape.segments)
+    assert any(s.last for shape in graphs._graphs for s in shape.segments)
     more: dict[str, Any]
     for more in ({"enforce_eager": True}, {"max_logit_rows": 7}):
         assert run(LLM(str(checkpoints[name]), device="cuda", **options, **more)) == expected, more

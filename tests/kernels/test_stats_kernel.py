@@ -1,6 +1,7 @@
 """fused_row_stats against row_stats and against the definitions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from dllmserve.decoding.noise import token_uniforms
 from dllmserve.decoding.stats import RowParams, TokenStats, row_stats
 from dllmserve.kernels import missing
+from dllmserve.parallel.vocab import VocabShard
+from dllmserve.runtime.logits import TritonReducer
+from dllmserve.runtime.shape import SegmentShape
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
@@ -47,8 +51,12 @@ def fused(
 ) -> TokenStats:
     """On the device, and back."""
     there = moved(params)
-    got = fused_row_stats(z.to(DEVICE), there, mask_id=mask_id, sampled=sampled, needs=needs)
-    return TokenStats(**{k: None if v is None else v.cpu() for k, v in vars(got).items()})
+    return back(fused_row_stats(z.to(DEVICE), there, mask_id=mask_id, sampled=sampled, needs=needs))
+
+
+def back(stats: TokenStats) -> TokenStats:
+    """The same on the host."""
+    return TokenStats(**{k: None if v is None else v.cpu() for k, v in vars(stats).items()})
 
 
 def moved(params: RowParams) -> RowParams:
@@ -93,6 +101,35 @@ def test_sampled(vocab: int, dtype: torch.dtype) -> None:
     kinds = KINDS * 3 if vocab < 100 else KINDS if vocab < 2000 else FEW
     z = logits(len(kinds), vocab).to(dtype)
     check(z, parameters(kinds), mask_id=7, sampled=True)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_proposals_without_confidence(sampled: bool) -> None:
+    """Struck off in several splits, in some rows; most rows propose one of them."""
+    kinds = FEW if sampled else [(0.0, False)] * 4
+    z = logits(len(kinds), 9000)
+    ids = torch.tensor([[5, 8999, 2048], [5, 8999, 2048], [-1, -1, -1], [5, -1, -1]])
+    z[:, ids[0]] += torch.tensor([12.0, 13.0, 12.5])
+    params = replace(parameters(kinds), last=ids)
+    given = z.clone()
+    reducer = TritonReducer(VocabShard(9000))
+    segment = SegmentShape(4, 4, guided=False, sampled=sampled, filtered=False, last=True)
+    there = (z.to(DEVICE), moved(params), 7, segment, BOTH)
+    got = TokenStats(
+        **{k: None if v is None else v.cpu() for k, v in vars(reducer.reduce(*there)).items()}
+    )
+    expected = row_stats(
+        given.clone(), params, mask_id=7, sampled=sampled, filtered=False, needs=BOTH
+    )
+    assert got.token.tolist() == expected.token.tolist()
+    for name in ("prob", "margin", "entropy"):
+        one, other = getattr(got, name), getattr(expected, name)
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    lost = (got.token[:, None] == ids).any(dim=-1)
+    assert lost.any() and not lost.all()
+    assert (got.prob[lost] == 0).all() and (got.prob[~lost] > 0).all()
+    plain = fused(given, replace(params, last=None), 7, sampled)
+    assert got.token.tolist() == plain.token.tolist()
 
 
 def test_definitions_in_float64() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import rules
+from .ends import NO_ENDS, Ends
 
 RULES = (
     "steps",
@@ -48,12 +49,12 @@ class Decision(NamedTuple):
     erased: list[int]
 
 
-def proposal(z: Tensor, mask_id: int) -> tuple[int, float]:
+def proposal(z: Tensor, mask_id: int, ends: Ends = NO_ENDS) -> tuple[int, float]:
     """The likeliest token other than the mask id, and its probability, from logits z [V]."""
     others = z.double().clone()
     others[mask_id] = -torch.inf
     token = int(others.argmax())
-    return token, float(z.double().softmax(dim=-1)[token])
+    return token, float(ends.after(z.double(), 0.0).softmax(dim=-1)[token])
 
 
 def entropy(z: Tensor) -> float:
@@ -64,14 +65,23 @@ def entropy(z: Tensor) -> float:
 def divergence(z: Tensor, before: Tensor) -> float:
     """KL(p || p before) of two logits [V], in nats."""
     p = z.double().log_softmax(dim=-1)
-    return float((p.exp() * (p - before.double().log_softmax(dim=-1))).sum())
+    terms = p.exp() * (p - before.double().log_softmax(dim=-1))
+    return float(terms[p > -torch.inf].sum())  # what is struck out has no share
 
 
 class BlockRule:
     """One rule over the forwards of one block."""
 
-    def __init__(self, settings: Settings, size: int, mask_id: int, counts: list[int]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        size: int,
+        mask_id: int,
+        counts: list[int],
+        ends: Ends = NO_ENDS,
+    ) -> None:
         self.settings = settings
+        self.ends = ends
         self.mask_id = mask_id
         self.counts = counts  # the schedule of unmask="steps"
         self.t = 0
@@ -88,14 +98,16 @@ class BlockRule:
         shadow: Tensor | None,  # [B, V], for "wino"
     ) -> Decision:
         """What the block's next forward writes."""
+        z = {slot: self.ends.before(row) for slot, row in z.items()}
         if self.settings.unmask == "credit":
             z = {slot: self._credited(slot, row) for slot, row in z.items()}
         proposed, confidence, spread = [0] * len(masked), [0.0] * len(masked), [0.0] * len(masked)
         for slot, row in z.items():
-            proposed[slot], confidence[slot] = proposal(row, self.mask_id)
+            proposed[slot], confidence[slot] = proposal(row, self.mask_id, self.ends)
             spread[slot] = entropy(row)
         erased: list[int] = []
         if shadow is not None:
+            shadow = self.ends.after(self.ends.before(shadow), 0.0)
             back = [float(shadow[i].double().softmax(-1)[tokens[i]]) for i in range(len(masked))]
             written = [not open_ for open_ in masked]
             tau, tau_back = self.settings.threshold, self.settings.threshold_back

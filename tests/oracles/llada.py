@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .ends import NO_ENDS, Ends
 from .rules import segments, split
 from .sampling import Step, Uniform, canvas, gumbel
 
@@ -82,6 +83,7 @@ def generate(
     uniform: Uniform | None = None,
     confidence_noise: Noise | None = None,
     trace: list[Step] | None = None,
+    ends: Ends = NO_ENDS,
 ) -> Tensor:
     """The generated ids [B, G]; `confidence_noise` stands for upstream's `torch.rand`."""
     if (remasking == "random") != (confidence_noise is not None):
@@ -98,10 +100,10 @@ def generate(
         masks = (x[:, start:end] == model.mask_id).sum(dim=1).tolist()
         counts = torch.tensor([split(n, per_block) for n in masks], device=x.device)  # [B, S]
         for t in range(per_block):
-            z = guided(model, x, prompt, cfg_scale)
+            z = ends.before(guided(model, x, prompt, cfg_scale))
             open_ = (x == model.mask_id) & (before < end)
             x0 = torch.where(open_, propose(z, open_, temperature, uniform, step), x)
-            c = confidences(z, x0, open_, confidence_noise, step)
+            c = confidences(ends.after(z, temperature), x0, open_, confidence_noise, step)
             selected = top(c, counts[:, t]) & open_
             x = torch.where(selected, x0, x)
             if trace is not None:

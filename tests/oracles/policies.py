@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import rules, wino
 from .block_rules import BlockRule, Settings
+from .ends import NO_ENDS, Ends
 from .models import OracleModel
 from .spans import JUST_WRITTEN, PROMPT, UNWRITTEN, Block, Policy, Slots, Span, Store, choose
 
@@ -145,13 +146,15 @@ def begin(
     return Request(model, policy, blocks, size, slots, store)
 
 
-def decode(request: Request, settings: Settings, quotas: list[list[int]]) -> Result:
+def decode(
+    request: Request, settings: Settings, quotas: list[list[int]], ends: Ends = NO_ENDS
+) -> Result:
     """Runs the blocks one after the other, until the answer ends."""
     slots, prompt, mask_id = request.slots, request.prompt, request.model.mask_id
     writes: list[int] = []
     for block, counts in zip(request.blocks, quotas, strict=True):
         start, end = block.start, block.end
-        rule = BlockRule(settings, end - start, mask_id, counts)
+        rule = BlockRule(settings, end - start, mask_id, counts, ends)
         t = 0
         while any(slots.masked[start:end]):
             before = sum(slots.masked)
@@ -196,6 +199,7 @@ def generate(
     early_end: bool = False,
     eos_ids: Sequence[int] = (),
     steps: int | None = None,
+    ends: Ends = NO_ENDS,
 ) -> list[Result]:
     """Decodes each prompt alone; without `early_end` the whole answer is filled."""
     if unmask == "steps" and steps is None:
@@ -226,5 +230,5 @@ def generate(
         request = begin(model, prompt, policy, gen_length, block_length)
         request.eos_ids = tuple(eos_ids) if early_end else ()
         request.shadowed = unmask == "wino"
-        results.append(decode(request, settings, schedules(request.blocks, steps)))
+        results.append(decode(request, settings, schedules(request.blocks, steps), ends))
     return results

@@ -52,6 +52,7 @@ ROWS = st.builds(
     filtered=st.booleans(),
     select=st.builds(RowSelect, NUMBERS, NUMBERS, st.booleans()),
     bias=some(st.tuples(NUMBERS, FLOATS)).map(tuple),
+    last=some(NUMBERS).map(tuple),
     track=st.sampled_from(Track),
     history=some(NUMBERS).map(tuple),
 )

@@ -125,7 +125,7 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
         assert len(picked) == len(requests)
         with NoBlockingCopies():
             for request in admitted:
-                for init in row_inits(request, spec.mask_id):
+                for init in row_inits(request, spec):
                     runner.admit(init)
             handle = runner.execute(plan)
         assert handle.proposals.tokens.device == META

@@ -100,13 +100,13 @@ def test_both_doors_make_the_same_of_messages(
     """What a chat template gets over HTTP is what it gets from Python."""
     read: list[Any] = []
 
-    def render(self: Tokenizer, messages: Any, **_: Any) -> str:
+    def encode(self: Tokenizer, messages: Any, **_: Any) -> list[int]:
         read.append([*messages])
-        return "text"
+        return [1]
 
     async def main() -> None:
         async with serving(byte_checkpoint) as server:
-            monkeypatch.setattr(Tokenizer, "render_chat", render)
+            monkeypatch.setattr(Tokenizer, "encode_chat", encode)
             for told, expected in TOLD:
                 answer = await server.post(CHAT, {"messages": [*HI, told], "max_tokens": 1})
                 assert answer.status == 200, (told, answer.body)

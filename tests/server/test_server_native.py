@@ -265,8 +265,8 @@ def test_a_failed_job_says_why(served: Callable[..., None]) -> None:
 FIELDS: list[tuple[dict[str, Any], SamplingParams, SparseConfig | None]] = [
     ({}, SamplingParams(), None),
     (
-        {"temperature": 0, "max_tokens": 9, "ignore_eos": True, "gen_length": 16, "steps": 8},
-        SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True, gen_length=16, steps=8),
+        {"temperature": 0, "max_tokens": 16, "ignore_eos": True, "gen_length": 16, "steps": 8},
+        SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, gen_length=16, steps=8),
         None,
     ),
     (

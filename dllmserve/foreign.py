@@ -1,0 +1,215 @@
+"""Names that other engines and scripts use: the right field here, or why there is none.
+
+vLLM, SGLang, TGI, llama.cpp, transformers, OpenAI's API, and the scripts of LLaDA, Dream and
+Fast-dLLM. Every surface (Python, command line, HTTP, settings) asks :func:`advice`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator
+
+#: field here -> names that mean the same; of several fields of a name, the first known one counts
+_SAME: tuple[tuple[str, str], ...] = (
+    (
+        "gen_length",
+        "max_new_tokens max_gen_toks max_gen_len max_gen_length max_gen_tokens num_predict "
+        "n_predict max_output_tokens max_completion_tokens output_len output_length answer_length "
+        "response_length gen_len max_len length",
+    ),
+    ("default_max_tokens", "max_tokens gen_length max_new_tokens max_completion_tokens n_predict"),
+    ("temperature", "temp sampling_temperature"),
+    ("top_p", "nucleus_p"),
+    ("steps", "num_steps n_steps diffusion_steps num_diffusion_steps denoising_steps timesteps"),
+    ("steps", "denoise_steps num_inference_steps num_denoising_steps sampling_steps sample_steps"),
+    ("cfg_scale", "cfg cfg_weight"),
+    ("remasking", "remask remasking_strategy remask_strategy remasking_method"),
+    ("block_length", "block_size block_len blk_len blocksize bd_size diffusion_block_size"),
+    ("default_block_len", "block_length block_size block_len"),
+    ("page_size", "block_size kvcache_block_size kv_block_size"),
+    ("kv_pages", "num_gpu_blocks_override num_kvcache_blocks num_gpu_blocks"),
+    ("unmask", "algorithm dllm_algorithm unmasking unmask_rule unmask_strategy decoding_strategy"),
+    ("threshold", "confidence_threshold conf_threshold unmask_threshold token_threshold"),
+    ("entropy_bound", "entropy_threshold entropy_budget"),
+    ("retention_ratio", "keep_ratio retain_ratio"),
+    ("pool_kernel", "kernel_size"),
+    ("early_end", "early_stop eos_early_stop eos_early_exit"),
+    ("seed", "random_seed manual_seed rng_seed sampling_seed"),
+    ("stop", "stop_strings stop_sequences stop_words stop_str stop_sequence until"),
+    ("dtype", "torch_dtype precision"),
+    ("device", "device_map"),
+    ("model", "model_path model_name model_name_or_path pretrained_model_name_or_path"),
+    ("max_model_len", "max_len max_seq_len max_seq_length max_context_len context_length n_ctx"),
+    ("max_num_seqs", "max_batch_size batch_size max_num_requests max_running_requests"),
+    ("tensor_parallel_size", "tp tp_size num_gpus tensor_model_parallel_size"),
+    ("gpu_memory_utilization", "mem_fraction_static gpu_memory_fraction gpu_mem_util"),
+    ("attention", "attention_backend attn_implementation attn_backend"),
+)
+
+#: what is as good as another field, but not the same: field here -> how, and the names
+_ALIKE: tuple[tuple[str, str, str], ...] = (
+    ("gen_length", "the length of the answer alone, without the prompt", "max_length"),
+    ("temperature", "0 is greedy, above it tokens are drawn", "do_sample greedy use_greedy"),
+    ("cfg_scale", "it is guidance_scale - 1, so 0 is off", "guidance_scale"),
+    (
+        "confidence",
+        "with schedule='dream', 'probability' is maskgit_plus, 'margin' topk_margin and "
+        "'neg_entropy' entropy; origin is not offered",
+        "alg",
+    ),
+    ("steps", "of the whole answer: steps_per_block times the blocks", "steps_per_block"),
+    ("cache", "'none', or 'prefix' or 'dual' as Fast-dLLM's", "use_cache dual_cache"),
+    ("cache", "'prefix' is Fast-dLLM's, 'dual' its dual cache", "use_prefix_cache prefix_cache"),
+    (
+        "logit_bias",
+        "-100 bans a token id",
+        "bad_words_ids suppress_tokens bad_words sequence_bias allowed_token_ids",
+    ),
+    ("enforce_eager", "True is without CUDA graphs", "use_cuda_graph disable_cuda_graph"),
+)
+
+#: why there is no such field, and the names
+_NOT_OFFERED: tuple[tuple[str, str], ...] = (
+    (
+        "top_p and top_k are the filters here",
+        "min_p typical_p typical top_a tfs tfs_z epsilon_cutoff eta_cutoff top_n_sigma "
+        "mirostat mirostat_mode mirostat_tau mirostat_eta dynatemp_range dynatemp_exponent "
+        "xtc_probability xtc_threshold",
+    ),
+    (
+        "the positions of an answer are filled in any order, so no token comes after another; "
+        "logit_bias changes the logits of single tokens",
+        "repetition_penalty presence_penalty frequency_penalty repeat_penalty repeat_last_n "
+        "no_repeat_ngram_size encoder_repetition_penalty encoder_no_repeat_ngram_size "
+        "dry_multiplier penalty_last_n",
+    ),
+    (
+        "there is no search over several answers",
+        "num_beams best_of beam_width use_beam_search length_penalty early_stopping "
+        "num_beam_groups diversity_penalty penalty_alpha",
+    ),
+    (
+        "a request has one answer: send the prompt several times, with different seeds "
+        "(OpenAI's endpoints of the server take n)",
+        "n num_return_sequences num_samples",
+    ),
+    (
+        "the length is gen_length, and ignore_eos fills all of it",
+        "min_tokens min_length min_new_tokens",
+    ),
+    (
+        "an answer ends at the checkpoint's end ids; stop takes texts that end it too",
+        "eos_token_id stop_token_ids stopping_criteria eos_id",
+    ),
+    ("config.json has the id, and requests are not padded", "mask_id mask_token_id pad_token_id"),
+    ("config.json has the id", "bos_token_id"),
+    (
+        "no log-probabilities are given out; the events of LLM.stream have the confidences",
+        "logprobs prompt_logprobs top_logprobs output_scores output_logits return_logprob",
+    ),
+    (
+        "answers are not constrained to a form",
+        "guided_json guided_choice guided_regex guided_grammar guided_decoding grammar regex "
+        "structured_outputs response_format json_schema choice ebnf",
+    ),
+    (
+        "text leaves special tokens and the stop string out; token_ids has every id",
+        "skip_special_tokens spaces_between_special_tokens detokenize "
+        "include_stop_str_in_output no_stop_trim clean_up_tokenization_spaces",
+    ),
+    (
+        "a prompt that is too long is an error: shorten it before",
+        "truncate_prompt_tokens truncation truncate",
+    ),
+    (
+        "confidences are never drawn; remasking='random' ranks positions at random",
+        "alg_temp",
+    ),
+    ("logit_bias is what changes logits here", "logits_processors logits_processor"),
+    ("LLM.stream shows an answer being filled in", "streamer"),
+    ("what generate returns does not depend on it", "return_dict_in_generate output_kind"),
+    (
+        "weights run as they are, in float32, bfloat16 or float16",
+        "quantization load_in_8bit load_in_4bit quantization_config kv_cache_dtype",
+    ),
+    ("weights and K,V stay on the device", "swap_space cpu_offload_gb offload_folder"),
+    (
+        "the tokenizer is that of the model's directory",
+        "tokenizer tokenizer_mode tokenizer_path skip_tokenizer_init tokenizer_revision",
+    ),
+    (
+        "download the model with the tool of your hub, and give its directory as the model",
+        "revision download_dir cache_dir hf_token code_revision",
+    ),
+    (
+        "in a canvas every token sees every other: K,V of a common prompt differ from request to "
+        "request, and a forward takes the whole canvas. SamplingParams(cache=...) has the caches",
+        "enable_prefix_caching enable_chunked_prefill max_num_partial_prefills",
+    ),
+    (
+        "tensor_parallel_size is the way to use several GPUs, and data_parallel_size of a server",
+        "pipeline_parallel_size distributed_executor_backend pp dp dp_size",
+    ),
+    ("adapters are not loaded: merge them first", "enable_lora max_loras max_lora_rank"),
+    ("a step already writes several tokens", "speculative_config speculative_model"),
+    (
+        "in the original project it chose among copies of the sampling code: leave it out",
+        "log_optimize_level",
+    ),
+    ("nothing is counted unless it is asked for", "disable_log_stats"),
+)
+
+#: fields that are often given to the wrong class
+_OF_REQUESTS = (
+    "temperature top_p top_k gen_length max_tokens steps block_length cfg_scale unmask threshold "
+    "cache stop remasking ignore_eos quality logit_bias"
+)
+_OF_SPARSE = "retention_ratio head_select delay_step default_block_len pool_kernel min_keep"
+_OF_ENGINES = (
+    "model dtype device tensor_parallel_size max_model_len max_num_seqs max_num_batched_tokens "
+    "gpu_memory_utilization enforce_eager trust_remote_code attention kernels load_format "
+    "page_size kv_pages"
+)
+_OWNERS: dict[str, str] = {
+    **dict.fromkeys(_OF_REQUESTS.split(), "SamplingParams"),
+    **dict.fromkeys(_OF_SPARSE.split(), "SparseConfig"),
+    **dict.fromkeys(_OF_ENGINES.split(), "LLM"),
+}
+_REASONS = {name: reason for reason, names in _NOT_OFFERED for name in names.split()}
+
+
+def _fields(name: str) -> Iterator[tuple[str, str]]:
+    """Fields that a name stands for, each with what is to be said of it."""
+    yield from ((field, "") for field, names in _SAME if name in names.split())
+    yield from ((field, f": {how}") for field, how, names in _ALIKE if name in names.split())
+
+
+def advice(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> str:
+    """What to do about a name that nothing reads; "" if there is nothing to say.
+
+    Args:
+        name: as it was given, with or without dashes.
+        known: fields that may be given in its place.
+        show: how a field is written where the name was given.
+
+    Example:
+        >>> advice("max_new_tokens", ["gen_length", "steps"])
+        "did you mean 'gen_length'?"
+        >>> advice("min_p", ["top_p"])
+        'not offered, because top_p and top_k are the filters here'
+    """
+    plain = name.strip().lstrip("-").replace("-", "_").lower()
+    here = sorted(known)
+    meant = list(_fields(plain))
+    for field, how in meant:
+        if field in here:
+            return f"give {show(field)}{how}" if how else f"did you mean {show(field)}?"
+    if plain in _REASONS:
+        return f"not offered, because {_REASONS[plain]}"
+    for field, how in [*meant, (plain, "")]:
+        if field in _OWNERS:
+            return f"{field} belongs to {_OWNERS[field]}{how}"
+    near = [field for field in here if field.startswith(f"{plain}_")]
+    if len(near) != 1:
+        near = difflib.get_close_matches(plain, here, n=1, cutoff=0.65)
+    return f"did you mean {show(near[0])}?" if near else ""
