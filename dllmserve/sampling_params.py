@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from dllmserve._checks import Fields, check_float, check_int, check_known
@@ -53,7 +53,7 @@ class LogitBias(dict[int, float]):
 
 
 class NotGiven(int):
-    """A default that can be told from the same number given by somebody.
+    """A length that nobody gave: a default, or what the other name of it says.
 
     It is still one after a copy, a pickle and ``dataclasses.replace``, which gives all fields. In
     ``asdict``, which copies deeply, it is a plain number, as everything that writes files wants.
@@ -63,7 +63,8 @@ class NotGiven(int):
         return int(self)
 
 
-_DEFAULT_MAX_TOKENS = NotGiven(64)
+#: max_tokens and gen_length, as documented
+_DEFAULT_LENGTHS = NotGiven(64), NotGiven(128)
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ class SamplingParams:
     """
 
     temperature: float = 1.0
-    # two names of one length are equal
-    max_tokens: int = field(default=_DEFAULT_MAX_TOKENS, compare=False)
+    # not compared: gen_length is the length, under whatever name it was given
+    max_tokens: int = field(default=_DEFAULT_LENGTHS[0], compare=False)
     ignore_eos: bool = False
-    gen_length: int = 128
+    gen_length: int = _DEFAULT_LENGTHS[1]
     steps: int = 128
     cfg_scale: float = 0.0
     remasking: str = "low_confidence"
@@ -182,23 +183,21 @@ class SamplingParams:
     quality: str | None = None
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
-    # from ``dataclasses.replace``: max_tokens and gen_length of the object that it copies
-    _lengths: InitVar[tuple[int, int] | None] = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
         names = [f.name for f in fields(cls)]
-        check_known(cls.__name__, (n for n in kwargs if n != "_lengths"), names)
+        check_known(cls.__name__, kwargs, names)
         made = super().__new__(cls)
         # a preset must not overrule what was given, even where that is the default
         object.__setattr__(made, "_given", frozenset((*names[: len(args)], *kwargs)))
-        # by position nobody can leave max_tokens out before gen_length, nor in a list of all fields
+        # whoever gives gen_length by its place, or all fields, has to say something of max_tokens
         filler = len(args) > names.index("gen_length") or len(args) + len(kwargs) == len(names)
         object.__setattr__(made, "_filler", filler)
         return made
 
-    def __post_init__(self, _lengths: tuple[int, int] | None) -> None:
-        self._settle_length(_lengths)
+    def __post_init__(self) -> None:
+        self._settle_length()
         self._apply_quality()
         self._check_numbers()
         self._check_choices()
@@ -213,7 +212,10 @@ class SamplingParams:
     @property
     def length_name(self) -> str:
         """The name under which gen_length was given."""
-        return "gen_length" if isinstance(self.max_tokens, NotGiven) else "max_tokens"
+        by_other = isinstance(self.gen_length, NotGiven) and not isinstance(
+            self.max_tokens, NotGiven
+        )
+        return "max_tokens" if by_other else "gen_length"
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -222,36 +224,23 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def _settle_length(self, before: tuple[int, int] | None) -> None:
-        """Make one length of its two names; max_tokens is left as it is or not given at all.
-
-        Args:
-            before: both of the object that ``replace`` copies. What it hands over unchanged
-                counts as not given.
-        """
-        check = Fields(InvalidParameterError, self)
-        check.integer("gen_length", 1, MAX_GEN_LENGTH)
-        given: frozenset[str] = self.__dict__["_given"]
-        named, sized = not isinstance(self.max_tokens, NotGiven), "gen_length" in given
-        if named:
-            check.integer("max_tokens", 1, MAX_GEN_LENGTH)
-        if before is not None:
-            named &= isinstance(before[0], NotGiven) or self.max_tokens != before[0]
-            sized = self.gen_length != before[1]
-        elif self.__dict__["_filler"] and self.max_tokens == _DEFAULT_MAX_TOKENS:
-            named = False
-        if named and sized and self.max_tokens != self.gen_length:
+    def _settle_length(self) -> None:
+        """Make one length of its two names: the one that was given sets the other."""
+        check, pair = Fields(InvalidParameterError, self), ("max_tokens", "gen_length")
+        given = [name for name in pair if not isinstance(getattr(self, name), NotGiven)]
+        for name in given:
+            check.integer(name, 1, MAX_GEN_LENGTH)
+        if len(given) == 2 and self.__dict__["_filler"] and self.max_tokens == _DEFAULT_LENGTHS[0]:
+            given.remove("max_tokens")
+        if len(given) == 2 and self.max_tokens != self.gen_length:
             raise InvalidParameterError(
                 f"max_tokens={self.max_tokens} and gen_length={self.gen_length} contradict each "
                 "other: gen_length counts for diffusion models, as all models here are, and "
                 "max_tokens for autoregressive ones. Give one of them: alone, either is the length"
             )
-        if named:
-            object.__setattr__(self, "gen_length", self.max_tokens)
-            object.__setattr__(self, "_given", given | {"gen_length"})
-        elif self.max_tokens != self.gen_length:
-            object.__setattr__(self, "max_tokens", _DEFAULT_MAX_TOKENS)
-        object.__setattr__(self, "_lengths", (self.max_tokens, self.gen_length))
+        if len(given) == 1:
+            (other,) = set(pair) - set(given)
+            object.__setattr__(self, other, NotGiven(getattr(self, given[0])))
 
     def _apply_quality(self) -> None:
         """Fill the fields that were not given from the preset."""
@@ -261,6 +250,8 @@ class SamplingParams:
         check.choice("quality", tuple(PRESETS))
         check.integer("block_length", 1, MAX_GEN_LENGTH, optional=True)
         given: frozenset[str] = self.__dict__["_given"]
+        if "max_tokens" in given and not isinstance(self.max_tokens, NotGiven):
+            given |= {"gen_length"}
         chosen = ("gen_length", "block_length", "unmask")
         named = {name: getattr(self, name) for name in chosen if name in given}
         revokes = self.unmask in REVOKING_RULES

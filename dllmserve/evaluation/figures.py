@@ -238,6 +238,8 @@ def _sampling(
     """SamplingParams of the first item, and the bounds of what is not the same for all."""
     lengths = sorted({item.gen_length for item in items}, key=lambda n: n or 0)
     every = [asdict(setting.params(length)) for length in lengths]
+    for params in every:
+        del params["max_tokens"]  # another name of gen_length
     varies = {}
     for name, first in every[0].items():
         values = [params[name] for params in every]

@@ -190,14 +190,14 @@ def decode_from_engine(data: bytes) -> FromEngine:
 def changed_fields(values: SamplingParams | SparseConfig) -> dict[str, Value]:
     """The fields that differ from their defaults, as they go into a message.
 
-    With a quality all of them: the preset must not fill those that were given. max_tokens goes
-    along if it was given, whatever its value.
+    With a quality all of them: the preset must not fill those that were given. max_tokens, the
+    other name of gen_length, goes along only if it was given.
     """
     found: dict[str, Value] = {}
     every = getattr(values, "quality", None) is not None
     for item in fields(values):
         value: Any = getattr(values, item.name)
-        if isinstance(item.default, NotGiven):
+        if item.name == "max_tokens":
             wanted = not isinstance(value, NotGiven)
         else:
             wanted = every or value != item.default
@@ -209,6 +209,8 @@ def changed_fields(values: SamplingParams | SparseConfig) -> dict[str, Value]:
 def _plain(value: Any) -> Value:
     if isinstance(value, tuple):
         return list(value)
+    if isinstance(value, NotGiven):
+        return int(value)
     if isinstance(value, bool | int | float | str) or value is None:
         return value
     return dict(value)  # logit_bias

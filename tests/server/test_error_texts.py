@@ -146,7 +146,7 @@ TEXTS: list[tuple[str, Any, str]] = [
         "2.5",
     ),
     (TEXT, {"prompt": [[1], [-2]]}, "prompt.1.0 must be an integer in [0, 2147483647], got -2"),
-    (TEXT, {"prompt": "a", "more": 1}, "more is not a parameter of this server"),
+    (TEXT, {"prompt": "a", "xyzzy": 1}, "xyzzy is not a parameter of this server"),
     (TEXT, {"prompt": "a", "unmask": 5}, "unmask must be one of "),
     (TEXT, {"prompt": "a", "unmask": "x"}, "unmask must be one of "),
     (
