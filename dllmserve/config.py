@@ -12,6 +12,7 @@ from dllmserve.registry import ATTENTION_BACKENDS
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 KERNELS = ("auto", "torch", "triton")
+MAX_THREADS = 1024
 PHASES = ("auto", "mixed", "separate")
 
 
@@ -57,6 +58,10 @@ class EngineConfig:
         kv_pages: pages of the K,V store; None sizes it from memory.
         gpu_memory_utilization: share of the device's memory that the engine may plan with.
         seed: base of the seeds of requests that bring none; None is random.
+        threads: threads of an engine on a CPU; ranks and engines divide them. None is what
+            OMP_NUM_THREADS or MKL_NUM_THREADS says, or a call of ``torch.set_num_threads``, and
+            otherwise the cores that the process may use (affinity, cgroup quota). torch counts
+            its threads for the whole process; :meth:`LLM.close` gives it back what it had.
 
     Raises:
         ConfigError: (a ValueError) a wrong value or type.
@@ -84,6 +89,7 @@ class EngineConfig:
     kv_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     seed: int | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         err = ConfigError
@@ -113,6 +119,8 @@ class EngineConfig:
                 check_int(err, name, getattr(self, name), 2)
         if self.kv_pages is not None:
             check_int(err, "kv_pages", self.kv_pages, 0)
+        if self.threads is not None:
+            check_int(err, "threads", self.threads, 1, MAX_THREADS)
         if self.seed is not None:
             check_int(err, "seed", self.seed, 0, 2**63 - 1)
         check_float(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
-
-import torch
 
 from dllmserve.config import EngineConfig
 from dllmserve.core.scheduler import Scheduler, SpanSource
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan, build_runner, plan_engine
+from dllmserve.engine.threads import engine_threads
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
 from dllmserve.errors import DllmServeError, RankError
 from dllmserve.models.loader import find_model, require_weights
@@ -34,39 +35,38 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
     plan = plan_engine(options)
     # first, because a broken one should not be noticed after gigabytes of weights
     tokenizer = load_tokenizer(plan.directory, trust_remote_code=options.trust_remote_code)
-    if options.tensor_parallel_size == 1:
-        alone = build_runner(plan, SOLO)
-        return engine_of(alone.runner, alone.plan, tokenizer), alone.plan
-    return _lead(plan, tokenizer)
+    world = torchrun.world() if options.tensor_parallel_size > 1 else None
+    with ExitStack() as stack:
+        threads = 1
+        if world is None or options.threads is not None:  # torchrun has given each rank its own
+            threads = stack.enter_context(engine_threads(options, plan.device))
+        if options.tensor_parallel_size == 1:
+            alone = build_runner(plan, SOLO)
+            runner: StepRunner = alone.runner
+            plan = alone.plan
+        else:
+            runner, plan = _lead(plan, world, threads)
+        return engine_of(runner, plan, tokenizer, stack.pop_all().close), plan
 
 
-def _lead(plan: EnginePlan, tokenizer: Tokenizer | None) -> tuple[EngineCore, EnginePlan]:
-    """Rank 0's engine; the other ranks are started, or met if torchrun has started them."""
+def _lead(
+    plan: EnginePlan, world: torchrun.World | None, threads: int
+) -> tuple[LeadRunner, EnginePlan]:
+    """Rank 0's runner; the other ranks are started, or met if torchrun has started them."""
     options = plan.sizing.options
     size = options.tensor_parallel_size
-    threads = torch.get_num_threads()
-    share = max(threads // size, 1)
-    world = torchrun.world()
-    shares_cores = plan.device.type == "cpu" and world is None
     if world is None:
         # what was chosen here is what all have: they must do the same things in the same order
         chosen = {"attention": plan.attention, "kernels": plan.kernels}
-        ranks = spawn_ranks(size, asdict(options) | chosen, threads=share)
+        ranks = spawn_ranks(size, asdict(options) | chosen, threads=threads)
     else:
         ranks = torchrun.meet_ranks(world)
 
-    def give_back_cores() -> None:
-        if shares_cores and torch.get_num_threads() == share:
-            torch.set_num_threads(threads)
-
     try:
-        if shares_cores:
-            torch.set_num_threads(share)  # ranks that fight for cores wait for each other
         ranks.wait_for(STARTED)
         group = ranks.group(plan.device)
         loaded = build_runner(plan, group, lambda: ranks.wait_for(LOADED))
     except BaseException as error:
-        give_back_cores()
         # a rank that is gone may be the reason, and rank 0 may notice before it hears of it
         foreign = isinstance(error, RuntimeError) and not isinstance(error, DllmServeError)
         if foreign:
@@ -77,14 +77,18 @@ def _lead(plan: EnginePlan, tokenizer: Tokenizer | None) -> tuple[EngineCore, En
         if failure is None or isinstance(error, RankError) or not isinstance(error, Exception):
             raise
         raise failure from error
-    runner = LeadRunner(loaded.runner, ranks, give_back_cores)
-    return engine_of(runner, loaded.plan, tokenizer), loaded.plan
+    return LeadRunner(loaded.runner, ranks), loaded.plan
 
 
-def engine_of(runner: StepRunner, plan: EnginePlan, tokenizer: Tokenizer | None) -> EngineCore:
-    """The engine that steps with a runner."""
+def engine_of(
+    runner: StepRunner,
+    plan: EnginePlan,
+    tokenizer: Tokenizer | None,
+    closed: Callable[[], None] = lambda: None,
+) -> EngineCore:
+    """The engine that steps with a runner; ``closed`` is called when it has been closed."""
     options = plan.sizing.options
     policies: dict[str, SpanSource] = {n: resolve(CACHE_POLICIES, n)() for n in CACHE_POLICIES}
     scheduler = Scheduler(plan.spec, plan.limits, policies.__getitem__)
     depth = options.steps_per_sync if plan.device.type == "cuda" else 1
-    return EngineCore(scheduler, runner, tokenizer, options.seed, depth)
+    return EngineCore(scheduler, runner, tokenizer, options.seed, depth, closed)
