@@ -97,7 +97,7 @@ def anchors(page: Path) -> set[str]:
 
 
 #: a line that has pip fetch this package by its name, which no index knows
-BY_NAME = re.compile(r"pip install\b[^\n`]*?[\s'\"]dllmserve(?![\w.-])")
+BY_NAME = re.compile(r"pip install\b[^\n`]*?[ '\"]dllmserve(?![\w.-])")
 
 
 def test_no_line_installs_the_package_by_a_name_that_is_not_published() -> None:

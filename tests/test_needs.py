@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_a_package_that_is_missing() -> None:
 
 
 def test_windows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(_needs, "sys", SimpleNamespace(platform="win32"))
     with pytest.raises(ConfigError, match="runs on Linux or macOS"):
         _ = dllmserve.LLM
     assert main(["generate", "Hello"]) == 1
