@@ -59,7 +59,7 @@ class Marks:
         )
 
 
-ASCII_MARKS = Marks(sure="#", likely="=", unsure="-", waiting=".")
+ASCII_MARKS = Marks(sure="%", likely=":", unsure="_", waiting=".")
 _KNOWN = (State.COMMITTED, State.FRESH)
 
 
