@@ -14,6 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dllmserve import _forks as _forks  # notes from now on what forked processes inherit
+from dllmserve._needs import refuse_windows
+from dllmserve.cores import passive_waiting
 
 if TYPE_CHECKING:
     from dllmserve.async_llm import AsyncLLM
@@ -47,7 +49,10 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+        if name in ("LLM", "AsyncLLM"):
+            refuse_windows()
+        with passive_waiting():  # what is behind some names loads torch
+            return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -12,6 +12,7 @@ from dllmserve.registry import ATTENTION_BACKENDS
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
 KERNELS = ("auto", "torch", "triton")
+MAX_THREADS = 1024
 PHASES = ("auto", "mixed", "separate")
 
 
@@ -57,6 +58,10 @@ class EngineConfig:
         kv_pages: pages of the K,V store; None sizes it from memory.
         gpu_memory_utilization: share of the device's memory that the engine may plan with.
         seed: base of the seeds of requests that bring none; None is random.
+        threads: threads of an engine on a CPU; ranks and engines divide them. None is what
+            OMP_NUM_THREADS or MKL_NUM_THREADS says, or a call of ``torch.set_num_threads``, and
+            otherwise the cores that the process may use (affinity, cgroup quota). torch counts
+            its threads for the whole process; :meth:`LLM.close` gives it back what it had.
 
     Raises:
         ConfigError: (a ValueError) a wrong value or type.
@@ -84,6 +89,7 @@ class EngineConfig:
     kv_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     seed: int | None = None
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         err = ConfigError
@@ -114,6 +120,7 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_batched_tokens", "max_refresh_tokens"):
             check.integer(name, 2, optional=True)
         check.integer("kv_pages", 0, optional=True)
+        check.integer("threads", 1, MAX_THREADS, optional=True)
         check.integer("seed", 0, 2**63 - 1, optional=True)
         check.number("gpu_memory_utilization", 0.0, 1.0, low_open=True)
 

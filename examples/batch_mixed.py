@@ -23,9 +23,9 @@ WAYS: dict[str, tuple[SamplingParams, SparseConfig | None]] = {
         ),
         None,
     ),
-    "sparse attention, half of the context": (
+    "sparse attention, 70 % of the context": (
         SamplingParams(temperature=0.0, gen_length=48, steps=48),
-        SparseConfig(retention_ratio=0.5),
+        SparseConfig(retention_ratio=0.7),
     ),
     "guidance 0.5": (
         SamplingParams(temperature=0.0, gen_length=48, steps=48, block_length=16, cfg_scale=0.5),

@@ -96,6 +96,24 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", head.lower()).strip().replace(" ", "-") for head in heads}
 
 
+#: a line that has pip fetch this package by its name, which no index knows
+BY_NAME = re.compile(r"pip install\b[^\n`]*?[ '\"]dllmserve(?![\w.-])")
+
+
+def test_no_line_installs_the_package_by_a_name_that_is_not_published() -> None:
+    assert BY_NAME.search("pip install -q 'dllmserve[server]'")
+    assert BY_NAME.search("pip install dllmserve")
+    assert not BY_NAME.search("pip install dllmserve-0.1.0-py3-none-any.whl")
+    assert not BY_NAME.search("`pip install -e '.[server]'` and `dllmserve serve`")
+    kinds = {".py", ".md", ".sh", ".yaml", ".toml", ".service", ""}
+    folders = ("dllmserve", "docs", "examples", "deploy", "benchmarks", "tools", "training")
+    files = [*PAGES, ROOT / "Makefile", *(p for f in folders for p in (ROOT / f).rglob("*"))]
+    for file in files:
+        if file.is_file() and file.suffix in kinds and "__pycache__" not in file.parts:
+            found = BY_NAME.search(file.read_text(encoding="utf-8"))
+            assert found is None, f"{ids(file)}: {found and found[0]}"
+
+
 @pytest.mark.parametrize("owner", [SamplingParams, SparseConfig, EngineConfig])
 def test_every_field_has_a_row_with_its_default(owner: type[Any]) -> None:
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")

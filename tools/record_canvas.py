@@ -25,13 +25,13 @@ from rich.style import Style
 from rich.text import Text
 
 from dllmserve.cli.canvas import CanvasText
+from dllmserve.cli.generate import DEFAULT_QUALITY
 from dllmserve.cli.options import sampling_params
 from dllmserve.cli.prompts import DEMO_PROMPTS
-from dllmserve.cli.screen import CanvasView, Screen
+from dllmserve.cli.screen import CanvasView, Screen, join
 
 if TYPE_CHECKING:
     from dllmserve import LLM
-    from dllmserve.sampling_params import SamplingParams
 
 OUTPUT = Path(__file__).parents[1] / "docs" / "images" / "canvas.svg"
 
@@ -40,7 +40,16 @@ COLUMNS = 78
 CHAR, LINE, EDGE, BAR = 8.4, 20.0, 16.0, 34.0
 FIRST_PAUSE, LAST_PAUSE, SHORTEST, LONGEST = 0.9, 2.6, 0.06, 0.15
 BACKGROUND, BAR_COLOR, FOREGROUND = "#0d1117", "#21262d", "#e6edf3"
-PALETTE = {"green": "#56d364", "cyan": "#76e3ea", "blue": "#79c0ff", "bright_black": "#8b949e"}
+PALETTE = {
+    "green": "#56d364",
+    "cyan": "#39a0b5",
+    "bright_cyan": "#76e3ea",
+    "blue": "#79c0ff",
+    "bright_black": "#8b949e",
+}
+#: what is recorded: a prompt, and a quality where it is not the default. One token a step shows
+#: how a canvas is filled; the default needs a forward or two for what this model is sure of.
+SCENES = ((DEMO_PROMPTS[1], "exact"), (DEMO_PROMPTS[1], None), (DEMO_PROMPTS[2], None))
 
 Line = tuple[Segment, ...]
 
@@ -58,29 +67,30 @@ class Recorder:
 
     Args:
         llm: the model.
-        params: how to decode.
     """
 
-    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+    def __init__(self, llm: LLM) -> None:
         self._llm = llm
-        self._params = params
         # high enough for every answer, so that nothing is cropped
         self._console = Console(
             file=io.StringIO(), force_terminal=True, width=COLUMNS, height=100, _environ={}
         )
-        self._screen = Screen(self._console)
 
-    def scene(self, prompt: str) -> list[Frame]:
-        """The frames of one prompt: the question, the canvas, the answer."""
+    def scene(self, prompt: str, quality: str | None) -> list[Frame]:
+        """The frames of one prompt: the command, the canvas, the answer."""
         assert self._llm.tokenizer is not None
-        heading = [line for part in prompt.split("\n") for line in self._lines(f"> {part}")]
+        chosen = quality or DEFAULT_QUALITY
+        screen = Screen(self._console, label=f"quality {chosen}")
+        option = "" if quality is None else f"--quality {quality} "
+        heading = self._lines(f'$ dllmserve generate {option}"{prompt}"')
         ids = self._llm.chat_ids([{"role": "user", "content": prompt}])
         canvas = CanvasText(self._llm.tokenizer.decode, self._llm.spec.eos_ids)
         frames = [Frame(tuple(heading), FIRST_PAUSE)]
         begin = last = time.perf_counter()
-        for count, step in enumerate(self._llm.stream(ids, self._params), 1):
+        params = sampling_params({"quality": chosen})
+        for count, step in enumerate(self._llm.stream(ids, params), 1):
             now = time.perf_counter()
-            view = CanvasView(canvas.pieces(step), self._screen.status(step, count, now - begin))
+            view = CanvasView(canvas.pieces(step), screen.status(step, count, now - begin))
             drawn = self._console.render_lines(view, pad=False)
             lines = (*heading, *(tuple(line) for line in drawn))
             frames.append(Frame(lines, min(max(now - last, SHORTEST), LONGEST)))
@@ -88,15 +98,10 @@ class Recorder:
             output = step.output
         if output is None:
             raise RuntimeError("the engine ended the request without an answer")
-        seconds = last - begin
         text = [line for part in output.text.split("\n") for line in self._lines(part, "")]
-        rate = output.completion_tokens / seconds
-        summary = (
-            f"{output.completion_tokens} tokens · {output.forward_passes} forwards · "
-            f"{seconds:.2f} s · {rate:.1f} tokens/s · {output.finish_reason}"
-        )
-        lines = (*heading, *text, *self._lines(summary, "dim"))
-        return [*frames, Frame(lines, LAST_PAUSE)]
+        summary = join(screen.summary(output, last - begin), " · ", COLUMNS)
+        below = [line for part in summary for line in self._lines(part, "dim")]
+        return [*frames, Frame((*heading, *text, *below), LAST_PAUSE)]
 
     def _lines(self, text: str, style: str = "bold blue") -> list[Line]:
         drawn = self._console.render_lines(Text(text, style), pad=False)
@@ -198,7 +203,7 @@ def _style(style: Style | None) -> str:
     if isinstance(style.color, Color):
         found += f' fill="{PALETTE.get(style.color.name, FOREGROUND)}"'
     if style.dim:
-        found += ' opacity="0.6"' if style.color is None else ' fill-opacity="0.6"'
+        found += ' fill-opacity="0.6"'
     if style.bold:
         found += ' font-weight="bold"'
     return found
@@ -210,15 +215,16 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("prompts", nargs="*", default=DEMO_PROMPTS)
+    parser.add_argument("prompts", nargs="*", help="recorded as the default decodes them")
     args = parser.parse_args()
 
     from dllmserve import LLM
 
     llm = LLM(args.model, load_format=args.load_format)
-    recorder = Recorder(llm, sampling_params({}))
-    recorder.scene(args.prompts[0])  # the first run pays for what later ones do not
-    frames = [frame for prompt in args.prompts for frame in recorder.scene(prompt)]
+    recorder = Recorder(llm)
+    scenes = [(prompt, None) for prompt in args.prompts] or SCENES
+    recorder.scene(*scenes[0])  # the first run pays for what later ones do not
+    frames = [frame for scene in scenes for frame in recorder.scene(*scene)]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(svg(frames, "dllmserve generate"), encoding="utf-8")
     size = args.output.stat().st_size

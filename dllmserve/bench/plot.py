@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllmserve._needs import missing
 from dllmserve.errors import ConfigError
 
 if TYPE_CHECKING:  # loads torch
@@ -33,9 +34,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ConfigError(
-            "plot needs matplotlib, which the extra 'bench' brings: pip install 'dllmserve[bench]'"
-        ) from error
+        raise ConfigError(missing("plot", "matplotlib", "bench")) from error
 
 
 def plot_throughput(results: Sequence[Result], title: str, path: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from dllmserve import __version__
 from dllmserve.cli.bench import bench
+from dllmserve.cli.commands import Command, CommandGroup
 from dllmserve.cli.eval import EPILOG as EVAL_EPILOG
 from dllmserve.cli.eval import evaluate
 from dllmserve.cli.generate import EPILOG, generate
@@ -25,16 +26,17 @@ _USAGE_ERRORS: Any = tuple(c for c in typer.BadParameter.__mro__ if c.__name__ =
 
 app = typer.Typer(
     name="dllmserve",
+    cls=CommandGroup,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="A first look: [bold]dllmserve generate[/bold] (the embedded model, no download)",
 )
-app.command(epilog=EPILOG)(generate)
-app.command(epilog=SERVE_EPILOG)(serve)
-app.command("eval", epilog=EVAL_EPILOG)(evaluate)
-app.command()(info)
+app.command(cls=Command, epilog=EPILOG)(generate)
+app.command(cls=Command, epilog=SERVE_EPILOG)(serve)
+app.command("eval", cls=Command, epilog=EVAL_EPILOG)(evaluate)
+app.command(cls=Command)(info)
 app.add_typer(bench)
 
 

@@ -13,6 +13,7 @@ from dllmserve.bench.workload import Workload, parse_counts
 from dllmserve.cli.bench_output import AsJson, Plot, picture, progress, show
 from dllmserve.cli.bench_serve import EPILOG as SERVE_EPILOG
 from dllmserve.cli.bench_serve import serve
+from dllmserve.cli.commands import Command, CommandGroup
 from dllmserve.cli.failure import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import (
@@ -90,6 +91,7 @@ NoProfile = Annotated[
 
 bench = typer.Typer(
     name="bench",
+    cls=CommandGroup,
     help="Measure the engine on this machine, or a running server from outside.",
     rich_markup_mode="rich",
 )
@@ -102,7 +104,7 @@ def root(context: typer.Context) -> None:
         typer.echo(context.get_help(), nl=False)
 
 
-@bench.command(epilog=EPILOG)
+@bench.command(cls=Command, epilog=EPILOG)
 @with_options(_DECODING, SPARSE, _ENGINE)
 def throughput(
     model: ModelArgument = None,
@@ -143,7 +145,7 @@ def throughput(
             plot_throughput(report.results, report.title(), image)
 
 
-@bench.command(epilog=EPILOG)
+@bench.command(cls=Command, epilog=EPILOG)
 @with_options(_DECODING, SPARSE, _ENGINE)
 def latency(
     model: ModelArgument = None,
@@ -174,7 +176,7 @@ def latency(
             plot_latency(report.results[0], report.title(), image)
 
 
-bench.command(epilog=SERVE_EPILOG)(serve)
+bench.command(cls=Command, epilog=SERVE_EPILOG)(serve)
 
 
 class _Job:
@@ -208,12 +210,14 @@ class _Job:
             from dllmserve.bench.roofline import measure_ceilings
             from dllmserve.bench.run import Bench
             from dllmserve.engine.setup import plan_engine
+            from dllmserve.engine.threads import engine_threads
             from dllmserve.llm import LLM
 
             config = self._fitting()
             plan = plan_engine(config)
             # before the engine takes the memory that this needs
-            ceilings = measure_ceilings(plan.device, plan.dtype)
+            with engine_threads(config, plan.device):
+                ceilings = measure_ceilings(plan.device, plan.dtype)
             llm = LLM(**asdict(config))
         engine = Bench(llm, self._workload, ceilings, profile=profile, progress=progress)
         return Report(benchmark, config, llm.plan, self._workload, ceilings, measure(engine))

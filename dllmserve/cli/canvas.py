@@ -18,13 +18,18 @@ _TAB = 4
 
 
 class State(Enum):
-    """State of a slot; the value is its style."""
+    """State of a slot; the value is its style. What is not committed is masked."""
 
     COMMITTED = ""
     FRESH = "bold green"
-    PROPOSED = "dim cyan"
-    ACTIVE = "dim"
-    MASKED = "dim bright_black"
+    SURE = "bright_cyan"
+    LIKELY = "cyan"
+    UNSURE = "dim cyan"
+    WAITING = "dim bright_black"
+
+
+#: least confidence of a proposal to look so
+_SURE, _LIKELY = 0.9, 0.5
 
 
 @dataclass(frozen=True)
@@ -37,20 +42,35 @@ class Piece:
 
 @dataclass(frozen=True)
 class Marks:
-    """Placeholders of masked slots, inside and outside the active block."""
+    """What masked slots look like, by how sure the model is of what it proposes for them.
 
-    active: str = "░"
-    masked: str = "·"
+    The last is for slots for which it proposes nothing yet: those behind the active block.
+    """
+
+    sure: str = "▓"
+    likely: str = "▒"
+    unsure: str = "░"
+    waiting: str = "·"
+
+    def of(self, state: State) -> str:
+        """The mark of a masked slot."""
+        return {State.SURE: self.sure, State.LIKELY: self.likely, State.UNSURE: self.unsure}.get(
+            state, self.waiting
+        )
 
 
-ASCII_MARKS = Marks(active="_", masked=".")
+ASCII_MARKS = Marks(sure="%", likely=":", unsure="_", waiting=".")
+_KNOWN = (State.COMMITTED, State.FRESH)
 
 
 class CanvasText:
     """Turns the steps of one answer into pieces of text.
 
-    Ids are decoded in runs, never one by one: a character may be spread over several
-    byte-level tokens.
+    A masked slot is drawn as wide as the text that is proposed for it, in marks that get denser
+    as the model gets surer: so words do not move when they are written.
+
+    Ids are decoded in runs, never one by one: a character may be spread over several byte-level
+    tokens.
 
     Args:
         decode: ids to text, without special tokens.
@@ -68,6 +88,7 @@ class CanvasText:
         self._end_ids = frozenset(end_ids)
         self._marks = marks or Marks()
         self._known: list[bool] = []
+        self._blank: dict[int, bool] = {}
         # the committed start of the answer never changes, so its text is kept
         self._settled = 0
         self._settled_text = ""
@@ -79,33 +100,40 @@ class CanvasText:
         self._settle(step, states)
         found = [Piece(self._settled_text, State.COMMITTED)]
         place = self._settled
-        for hole, slots in groupby(states[place:], key=lambda s: s in (State.ACTIVE, State.MASKED)):
-            run = list(slots)
+        slots = list(zip(step.token_ids[place:], states[place:], strict=False))
+        for hole, group in groupby(slots, key=lambda slot: self._is_hole(*slot)):
+            ids, run = zip(*group, strict=True)
             if hole:
-                found += self._holes(run)
+                found += (Piece(self._marks.of(state), state) for state in run)
             else:
-                ids = [t for t in step.token_ids[place : place + len(run)] if t is not None]
                 found += self._texts(ids, run)
-            place += len(run)
         return [piece for piece in found if piece.text]
 
     def _states(self, step: CanvasStep) -> list[State]:
         """State of every slot up to the first committed end id."""
         states: list[State] = []
         start, end = step.block
-        for place, (token, committed) in enumerate(
-            zip(step.token_ids, step.committed, strict=True)
-        ):
-            if committed:
+        for place, (token, sure) in enumerate(zip(step.token_ids, step.confidence, strict=True)):
+            if step.committed[place]:
                 old = place < len(self._known) and self._known[place]
                 states.append(State.COMMITTED if old else State.FRESH)
                 if token in self._end_ids:
                     break
-            elif token is not None:
-                states.append(State.PROPOSED)
+            elif token is None and not start <= place < end:
+                states.append(State.WAITING)
+            elif sure is None or sure < _LIKELY:
+                states.append(State.UNSURE)
             else:
-                states.append(State.ACTIVE if start <= place < end else State.MASKED)
+                states.append(State.SURE if sure >= _SURE else State.LIKELY)
         return states
+
+    def _is_hole(self, token: int | None, state: State) -> bool:
+        """Whether a masked slot has no proposal, or one without text, as an end id."""
+        if state in _KNOWN:
+            return False
+        if token is not None and token not in self._blank:
+            self._blank[token] = not self._decode([token])
+        return token is None or self._blank[token]
 
     def _settle(self, step: CanvasStep, states: list[State]) -> None:
         """Grow the settled text by whole blocks that can no longer change."""
@@ -118,24 +146,28 @@ class CanvasText:
         if not text.endswith(BROKEN):  # a character that ends in the next block
             self._settled, self._settled_text = start, text
 
-    def _holes(self, run: list[State]) -> Iterator[Piece]:
-        for state, slots in groupby(run):
-            mark = self._marks.active if state is State.ACTIVE else self._marks.masked
-            yield Piece(mark * len(list(slots)), state)
-
-    def _texts(self, ids: list[int], run: list[State]) -> Iterator[Piece]:
+    def _texts(self, ids: Sequence[int | None], run: Sequence[State]) -> Iterator[Piece]:
         """Texts of known slots. A character belongs to the slot that completes it."""
+        known = [token for token in ids if token is not None]
         before, stop = "", 0
         for state, slots in groupby(run):
             start, stop = stop, stop + len(list(slots))
-            text = self._decode(ids[:stop])
-            if stop < len(ids):
+            text = self._decode(known[:stop])
+            if stop < len(known):
                 text = text.rstrip(BROKEN)
             if text.startswith(before):
-                yield Piece(text[len(before) :], state)
+                yield self._piece(text[len(before) :], state)
             else:  # a decoder that rewrites what it said before
-                yield Piece(self._decode(ids[start:stop]), state)
+                yield self._piece(self._decode(known[start:stop]), state)
             before = text
+
+    def _piece(self, text: str, state: State) -> Piece:
+        """A text, or marks in its place while it is not decided."""
+        if state in _KNOWN:
+            return Piece(text, state)
+        mark = self._marks.of(state)
+        shaded = (c if c.isspace() else mark * cell_len(c) for c in visible(text))
+        return Piece("".join(shaded), state)
 
 
 def visible(text: str) -> str:

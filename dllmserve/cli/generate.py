@@ -19,13 +19,15 @@ from dllmserve.cli.options import (
     SAMPLING,
     SPARSE,
     ModelOption,
+    chosen_quality,
     engine_config,
     sampling_params,
     sparse_config,
     with_options,
+    with_quality,
 )
 from dllmserve.cli.plain import plain_pieces
-from dllmserve.cli.prompts import read_prompts
+from dllmserve.cli.prompts import DEMO_PROMPTS, read_prompts
 from dllmserve.cli.screen import Screen
 from dllmserve.config import EngineConfig
 from dllmserve.errors import TokenizerError
@@ -36,6 +38,8 @@ if TYPE_CHECKING:  # loads torch
     from dllmserve.sampling_params import SamplingParams
     from dllmserve.sparse.state import SparseConfig
 
+#: how prompts are decoded if nothing else is asked for
+DEFAULT_QUALITY = "balanced"
 #: more prompts than this run as one batch, which is faster but cannot be watched
 LIVE_PROMPTS = 3
 
@@ -46,34 +50,37 @@ dllmserve generate --demo
 
 dllmserve generate "Compute 347 + 586 step by step."
 
-dllmserve generate --unmask threshold "Sort the numbers: 9 41 7"
+dllmserve generate --quality exact "Sort the numbers: 9 41 7"
 
 dllmserve generate --file prompts.txt --json > answers.jsonl
 
 dllmserve generate -m GSAI-ML/LLaDA-8B-Instruct "Who are you?"
 """
 
+PromptArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PROMPT",
+        help="Prompts. Without any, standard input is one prompt; at a terminal a demo runs.",
+        show_default=False,
+    ),
+]
+FileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--file",
+        "-f",
+        metavar="FILE",
+        help="File of prompts, one a line (.jsonl: JSON lines); - is standard input.",
+    ),
+]
 
-@with_options(SAMPLING, SPARSE, ENGINE)
+
+@with_options(with_quality(SAMPLING, DEFAULT_QUALITY), SPARSE, ENGINE)
 def generate(
-    prompts: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="PROMPT",
-            help="Prompts. Without any, standard input is one prompt; at a terminal a demo runs.",
-            show_default=False,
-        ),
-    ] = None,
+    prompts: PromptArguments = None,
     model: ModelOption = "tiny",
-    file: Annotated[
-        str | None,
-        typer.Option(
-            "--file",
-            "-f",
-            metavar="FILE",
-            help="File of prompts, one a line (.jsonl: JSON lines); - is standard input.",
-        ),
-    ] = None,
+    file: FileOption = None,
     demo: Annotated[
         bool, typer.Option("--demo", metavar=" ", help="Run the demo prompts.")
     ] = False,
@@ -97,10 +104,14 @@ def generate(
 ) -> None:
     """Answer prompts. In a terminal, watch the answer being filled in.
 
-    Dim text is what the model proposes at present, plain text is decided. In a pipe, only
-    the answers are printed.
+    Text is decided; masks get denser as the model gets surer of them.
+    In a pipe, only the answers are printed, and the questions of the demo.
+
+    Decoded with --quality balanced: options that are given win over it.
+    --quality exact is one token a step. So are --steps and --sparse alone.
     """
     with short_errors():
+        options["quality"] = chosen_quality(options, DEFAULT_QUALITY)
         params, sparse = sampling_params(options), sparse_config(options)
         config = engine_config(model, options)
         texts = read_prompts(prompts or [], file, demo)
@@ -110,11 +121,13 @@ def generate(
         if as_json:
             job.print_json()
         elif not terminal:
-            job.print_plain()
+            job.print_plain(headings=texts[: len(DEMO_PROMPTS)] == list(DEMO_PROMPTS))
         else:
             console = Console(highlight=False, emoji=False)
             live = not no_live and len(texts) <= LIVE_PROMPTS and not console.is_dumb_terminal
-            job.show(Screen(console), live=live, headings=len(texts) > 1 or texts != prompts)
+            label = f"quality {params.quality}" if params.quality else ""
+            screen = Screen(console, label=label)
+            job.show(screen, live=live, headings=len(texts) > 1 or texts != prompts)
 
 
 class _Job:
@@ -152,13 +165,21 @@ class _Job:
             line = {"prompt": prompt, **output.as_dict(), "seconds": round(seconds, 4)}
             typer.echo(json.dumps(line, ensure_ascii=escape))
 
-    def print_plain(self) -> None:
-        """The answers and nothing else; a few prompts are answered as one reads."""
+    def print_plain(self, *, headings: bool) -> None:
+        """The answers, below their prompts if asked for; a few are written as one reads."""
+
+        def heading(place: int) -> None:
+            if headings:
+                gap = "\n" if place else ""
+                _write(gap + "".join(f"> {line}\n" for line in self._texts[place].split("\n")))
+
         if len(self._texts) > LIVE_PROMPTS:
-            for output in self._batch()[0]:
+            for place, output in enumerate(self._batch()[0]):
+                heading(place)
                 _write(output.text + "\n")
             return
-        for ids in self._ids:
+        for place, ids in enumerate(self._ids):
+            heading(place)
             steps = self._llm.stream(ids, self._params, self._sparse)
             for piece in plain_pieces(steps, self._tokenizer.decode, self._params.stop_strings):
                 _write(piece)

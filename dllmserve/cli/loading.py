@@ -13,6 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.text import Text
 
+from dllmserve._needs import refuse_windows
 from dllmserve.cli.main import INTERRUPTED
 
 _STDERR = 2
@@ -21,7 +22,12 @@ _CLEAN = b"\r\x1b[2K\x1b[?25h"
 
 @contextmanager
 def loading(model: str) -> Iterator[None]:
-    """Say at once, on stderr and only to a terminal, that a model is being loaded."""
+    """Say at once, on stderr and only to a terminal, that a model is being loaded.
+
+    Raises:
+        ConfigError: no model runs on this system.
+    """
+    refuse_windows()
     console = Console(stderr=True, highlight=False, emoji=False)
     spins = console.is_terminal and not console.is_dumb_terminal
     with _leave_at_once(_CLEAN if spins else b""):

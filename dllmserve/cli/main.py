@@ -21,7 +21,9 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         # here and not above, so that Ctrl-C during the imports is no traceback either
         from dllmserve.cli.app import run
+        from dllmserve.cores import passive_waiting
 
-        return run(args)
+        with passive_waiting():
+            return run(args)
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -13,12 +13,15 @@ import typer
 from dllmserve.cli import help_texts
 from dllmserve.config import EngineConfig
 from dllmserve.errors import InvalidParameterError
+from dllmserve.presets import PRESETS
 from dllmserve.sampling_params import MAX_STEPS, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
-#: What a newcomer gets. Greedy and one token a step: the most careful decoding.
+#: Greedy and, without a quality, one token a step: the most careful decoding.
 DEFAULT_GEN_LENGTH = 64
 DEFAULT_BLOCK_LENGTH = 32
+#: fields that only a fixed number of steps has, or for which a preset has no good values
+_OF_FIXED_STEPS = ("steps", "remasking", "schedule", "eps", "confidence")
 
 #: --model of every command
 ModelOption = Annotated[
@@ -148,6 +151,26 @@ def with_options(*groups: Group) -> Callable[[F], F]:
         return command
 
     return wrap
+
+
+def with_quality(group: Group, quality: str) -> Group:
+    """A group of SamplingParams, for a command that decodes with a quality if none is given."""
+    shown = {name: _shown(value) for name, value in PRESETS[quality].items()}
+    return replace(group, shown={**group.shown, **shown, "quality": quality})
+
+
+def chosen_quality(options: Mapping[str, Any], default: str) -> str | None:
+    """The quality that was given, or the default, or None where one would be in the way.
+
+    What is given beside a quality wins. But fixed steps and sparse attention are other ways to
+    decode than a preset's, so they are taken as they are.
+    """
+    given = SAMPLING.given(options)
+    if "quality" in given:
+        return str(given["quality"])
+    rule = given.get("unmask")
+    fixed = rule == "steps" or (rule is None and any(n in given for n in _OF_FIXED_STEPS))
+    return None if fixed or _wants_sparse(options) else default
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:

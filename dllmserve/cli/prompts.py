@@ -71,7 +71,8 @@ def _file_prompts(file: str) -> list[str]:
 
 def _read(stream: TextIO, name: str) -> str:
     try:
-        return stream.read()
+        # some editors begin a file with a byte order mark, which is not part of its text
+        return stream.read().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise PromptError(f"{name} is not UTF-8 text: {error.reason}") from error
 

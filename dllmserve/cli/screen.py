@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
@@ -19,20 +20,44 @@ _FRAMES = 24
 _HEADING_LINES = 8
 #: below the canvas: the status, and the line that the cursor rests on
 _OWN_LINES = 2
+#: The cursor rests behind the status. A terminal that writes ^C there must not begin a new line,
+#: as what is drawn over would be one line too low.
+_CTRL_C = 3
 
 
 class CanvasView:
     """What rich draws: the canvas, cropped to the terminal, above a status line."""
 
-    def __init__(self, pieces: list[Piece], status: str) -> None:
+    def __init__(self, pieces: list[Piece], status: Sequence[str], joint: str = " · ") -> None:
         self._pieces = pieces
         self._status = status
+        self._joint = joint
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw at the terminal's present size."""
         lines, focus = fold(self._pieces, options.max_width)
         yield from crop(lines, focus, max(console.size.height - _OWN_LINES, 1))
-        yield Text(self._status, "dim", no_wrap=True, overflow="ellipsis")
+        room = max(options.max_width - _CTRL_C, 1)
+        status = Text(join(self._status, self._joint, room)[0], "dim", no_wrap=True)
+        status.truncate(room, overflow="ellipsis")
+        yield status
+
+
+def join(parts: Sequence[str], joint: str, width: int) -> list[str]:
+    """Parts in lines that are no wider than they must be: none is broken.
+
+    Example:
+        >>> join(["20 tokens", "32 forwards", "1.20 s"], " | ", 24)
+        ['20 tokens | 32 forwards', '1.20 s']
+    """
+    lines = [parts[0]]
+    for part in parts[1:]:
+        longer = lines[-1] + joint + part
+        if cell_len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
 
 
 class Screen:
@@ -41,10 +66,17 @@ class Screen:
     Args:
         console: of the terminal.
         clock: seconds, for the rates.
+        label: what else is said of every answer.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        console: Console,
+        clock: Callable[[], float] = time.perf_counter,
+        label: str = "",
+    ) -> None:
         self._console = console
+        self._label = label
         self._clock = clock
         self._ascii = console.options.ascii_only
         self._joint = " | " if self._ascii else " · "
@@ -80,7 +112,8 @@ class Screen:
                     if now - drawn < 1 / _FRAMES and output is None:
                         continue
                     drawn = now
-                    view = CanvasView(canvas.pieces(step), self.status(step, count, now - begin))
+                    status = self.status(step, count, now - begin)
+                    view = CanvasView(canvas.pieces(step), status, self._joint)
                     live.update(view, refresh=True)
             except BaseException:
                 live.transient = False  # leave what was there, for the person who stopped it
@@ -92,12 +125,21 @@ class Screen:
 
     def answer(self, output: RequestOutput, seconds: float | None) -> None:
         """Show a finished answer and its summary. No rate without the seconds."""
-        self._line(visible(output.text))
-        parts = [f"{output.completion_tokens} tokens", f"{output.forward_passes} forwards"]
+        # the terminal wraps it, so that copied text has no line breaks of ours
+        self._console.print(Text(visible(output.text)), soft_wrap=True)
+        for line in join(self.summary(output, seconds), self._joint, self._console.width):
+            self.note(line)
+
+    def summary(self, output: RequestOutput, seconds: float | None) -> list[str]:
+        """What is said of a finished answer."""
+        parts = [
+            _count(output.completion_tokens, "token"),
+            _count(output.forward_passes, "forward"),
+        ]
         if seconds is not None:
             rate = output.completion_tokens / max(seconds, 1e-9)
             parts += [f"{seconds:.2f} s", f"{rate:.1f} tokens/s"]
-        self._line(self._joint.join([*parts, output.finish_reason]), "dim")
+        return [*parts, output.finish_reason, *filter(None, [self._label])]
 
     def blank(self) -> None:
         """Show an empty line."""
@@ -105,21 +147,21 @@ class Screen:
 
     def note(self, text: str) -> None:
         """Show a line of small print."""
-        self._line(text, "dim")
+        self._console.print(Text(text, "dim"))
 
-    def _line(self, text: str, style: str = "") -> None:
-        # the terminal wraps, so that copied text has no line breaks of ours
-        self._console.print(Text(text, style), soft_wrap=True)
-
-    def status(self, step: CanvasStep, count: int, seconds: float) -> str:
-        """The line below the canvas."""
+    def status(self, step: CanvasStep, count: int, seconds: float) -> list[str]:
+        """The line below the canvas; a narrow terminal shows the first parts of it."""
         committed, total = sum(step.committed), len(step.committed)
         start, end = step.block
-        parts = [
+        return [
             f"step {count}",
-            f"{step.forward_passes} forwards",
             f"{committed}/{total} committed",
-            f"block {start}-{end}",
+            _count(step.forward_passes, "forward"),
             f"{committed / max(seconds, 1e-9):.1f} tokens/s",
+            f"block {start}-{end}",
+            *filter(None, [self._label]),
         ]
-        return self._joint.join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import dllmserve
+from dllmserve._needs import missing
 from dllmserve.cli.failure import short_errors
 from dllmserve.cli.options import ENGINE, Group, with_options
-from dllmserve.errors import ConfigError
+from dllmserve.errors import ConfigError, ModelNotFoundError
 from dllmserve.server.config import ServerConfig
 
 EPILOG = """
@@ -59,8 +62,25 @@ def serve(
             from dllmserve.server.serve import serve as run
             from dllmserve.server.settings import load_settings
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"the server needs {error.name}: pip install 'dllmserve[server]'"
-            ) from error
-        code = run(load_settings(given, os.environ, config))
+            raise ConfigError(missing("the server", str(error.name), "server")) from error
+        settings = load_settings(given, os.environ, config)
+        _check_path(settings.engine.model)
+        code = run(settings)
     raise typer.Exit(code)
+
+
+def _check_path(model: str) -> None:
+    """Refuse a directory that is not there before the server listens, and not seconds later.
+
+    The engine's process checks it too, and more; but it has to load torch first.
+
+    Raises:
+        ModelNotFoundError
+    """
+    is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
+    inside = Path(dllmserve.__file__).parent / "assets" / model
+    if not (is_hub_id or inside.is_dir() or os.path.lexists(Path(model).expanduser())):
+        raise ModelNotFoundError(
+            f"no directory {model!r}; give a local directory, a hub id such as "
+            "'GSAI-ML/LLaDA-8B-Instruct', or 'tiny' for the embedded model"
+        )

@@ -78,6 +78,7 @@ class EngineCore:
         tokenizer: None for checkpoints without one; text is then "".
         seed: base for requests without a seed; None draws it.
         depth: steps that may be in flight before the host waits for the oldest.
+        closed: called when the engine has been closed.
 
     Attributes:
         observers: called with every plan that is launched.
@@ -92,6 +93,7 @@ class EngineCore:
         tokenizer: Tokenizer | None,
         seed: int | None,
         depth: int = 1,
+        closed: Callable[[], None] = lambda: None,
     ) -> None:
         self.scheduler = scheduler
         self.spec: ModelSpec = runner.spec
@@ -102,6 +104,7 @@ class EngineCore:
         self._seeds = random.Random(seed)
         self._text = AnswerText(tokenizer)
         self._depth = depth
+        self._closed = closed
         self._flights: deque[_Flight] = deque()
         self.observers: list[Callable[[StepPlan], None]] = []
         self.on_admitted: Callable[[list[Request]], None] | None = None
@@ -147,7 +150,10 @@ class EngineCore:
 
     def close(self) -> None:
         """Let go of what the engine holds beside memory; nothing can be run any more."""
-        self._runner.close()
+        try:
+            self._runner.close()
+        finally:
+            self._closed()
 
     def announce(self, text: str) -> None:
         """Tell other ranks what a call returned; nothing where there are none."""

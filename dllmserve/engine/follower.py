@@ -82,6 +82,8 @@ def load_follower(
     """
     try:
         plan = plan_engine(options, rank)
+        if options.threads is not None and plan.device.type == "cpu":
+            torch.set_num_threads(max(options.threads // options.tensor_parallel_size, 1))
         signs.reached(STARTED)
         group = TorchGroup(store, rank, options.tensor_parallel_size, plan.device, EXCHANGE_S)
         group.connect()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 
 import torch
@@ -12,6 +14,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.scheduler import Scheduler, SpanSource
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan, build_runner, plan_engine
+from dllmserve.engine.threads import engine_threads
 from dllmserve.errors import DllmServeError, EngineError, RankError
 from dllmserve.models.loader import find_model, require_weights
 from dllmserve.parallel.group import SOLO
@@ -37,10 +40,18 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
     if options.load_format != "dummy":
         require_weights(find_model(options.model))  # before its sizes are held against memory
     plan = plan_engine(options)
-    if options.tensor_parallel_size == 1:
-        alone = build_runner(plan, SOLO)
-        return engine_of(alone.runner, alone.plan), alone.plan
-    return _lead(plan)
+    world = torchrun.world() if options.tensor_parallel_size > 1 else None
+    with ExitStack() as stack:
+        threads = 1
+        if world is None or options.threads is not None:  # torchrun has given each rank its own
+            threads = stack.enter_context(engine_threads(options, plan.device))
+        if options.tensor_parallel_size == 1:
+            alone = build_runner(plan, SOLO)
+            runner: StepRunner = alone.runner
+            plan = alone.plan
+        else:
+            runner, plan = _lead(plan, world, threads)
+        return engine_of(runner, plan, stack.pop_all().close), plan
 
 
 def _mind_the_parent(options: EngineConfig) -> None:
@@ -59,33 +70,24 @@ def _mind_the_parent(options: EngineConfig) -> None:
         torch.set_num_threads(1)  # with more, torch waits for ever for those of the parent
 
 
-def _lead(plan: EnginePlan) -> tuple[EngineCore, EnginePlan]:
-    """Rank 0's engine; the other ranks are started, or met if torchrun has started them."""
+def _lead(
+    plan: EnginePlan, world: torchrun.World | None, threads: int
+) -> tuple[LeadRunner, EnginePlan]:
+    """Rank 0's runner; the other ranks are started, or met if torchrun has started them."""
     options = plan.sizing.options
     size = options.tensor_parallel_size
-    threads = torch.get_num_threads()
-    share = max(threads // size, 1)
-    world = torchrun.world()
-    shares_cores = plan.device.type == "cpu" and world is None
     if world is None:
         # what was chosen here is what all have: they must do the same things in the same order
         chosen = {"attention": plan.attention, "kernels": plan.kernels}
-        ranks = spawn_ranks(size, asdict(options) | chosen, threads=share)
+        ranks = spawn_ranks(size, asdict(options) | chosen, threads=threads)
     else:
         ranks = torchrun.meet_ranks(world)
 
-    def give_back_cores() -> None:
-        if shares_cores and torch.get_num_threads() == share:
-            torch.set_num_threads(threads)
-
     try:
-        if shares_cores:
-            torch.set_num_threads(share)  # ranks that fight for cores wait for each other
         ranks.wait_for(STARTED)
         group = ranks.group(plan.device)
         loaded = build_runner(plan, group, lambda: ranks.wait_for(LOADED))
     except BaseException as error:
-        give_back_cores()
         # a rank that is gone may be the reason, and rank 0 may notice before it hears of it
         foreign = isinstance(error, RuntimeError) and not isinstance(error, DllmServeError)
         if foreign:
@@ -96,14 +98,17 @@ def _lead(plan: EnginePlan) -> tuple[EngineCore, EnginePlan]:
         if failure is None or isinstance(error, RankError) or not isinstance(error, Exception):
             raise
         raise failure from error
-    runner = LeadRunner(loaded.runner, ranks, give_back_cores)
-    return engine_of(runner, loaded.plan), loaded.plan
+    return LeadRunner(loaded.runner, ranks), loaded.plan
 
 
-def engine_of(runner: StepRunner, plan: EnginePlan) -> EngineCore:
-    """The engine that steps with a runner."""
+def engine_of(
+    runner: StepRunner,
+    plan: EnginePlan,
+    closed: Callable[[], None] = lambda: None,
+) -> EngineCore:
+    """The engine that steps with a runner; ``closed`` is called when it has been closed."""
     options = plan.sizing.options
     policies: dict[str, SpanSource] = {n: resolve(CACHE_POLICIES, n)() for n in CACHE_POLICIES}
     scheduler = Scheduler(plan.spec, plan.limits, policies.__getitem__)
     depth = options.steps_per_sync if plan.device.type == "cuda" else 1
-    return EngineCore(scheduler, runner, plan.tokenizer, options.seed, depth)
+    return EngineCore(scheduler, runner, plan.tokenizer, options.seed, depth, closed)

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import sys
 
+from dllmserve._needs import missing
+from dllmserve.cores import passive_waiting
 from dllmserve.errors import DllmServeError
-
-MISSING = (
-    "error: lm_eval is missing, which the extra 'lm-eval' brings: pip install 'dllmserve[lm-eval]'"
-)
 
 
 def main() -> None:
     """Run lm-eval with the arguments of this process."""
     try:
-        from lm_eval.__main__ import cli_evaluate
+        with passive_waiting():  # it loads torch
+            from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        sys.exit(MISSING)
+        sys.exit(f"error: {missing('this command', 'lm_eval', 'lm-eval')}")
     import dllmserve.lm_eval.model  # noqa: F401  registers the model
 
     try:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dllmserve.config import EngineConfig
+from dllmserve.cores import threads_given, usable_cores
 from dllmserve.errors import ConfigError, EngineStartError
 
 _CUDA = re.compile(r"cuda(?::(\d+))?")
-_THREADS = "OMP_NUM_THREADS"
 #: another process counts: this one has no torch, and no state of CUDA, and shall have none
 _COUNT = (
     "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, flush=True)"
@@ -84,10 +84,12 @@ def _shares_of_cores(options: dict[str, Any], engines: int) -> list[Share]:
     planned = options.get("gpu_memory_utilization", EngineConfig.gpu_memory_utilization)
     divided = {**options, "device": "cpu", "gpu_memory_utilization": planned / engines}
     environment: dict[str, str] = {}
-    if _THREADS not in os.environ:
-        # each would start a thread for every core otherwise, and they would wait for each other;
-        # an engine divides its part among its ranks by itself
-        environment[_THREADS] = str(max(1, _cores() // engines))
+    # each would start a thread for every core otherwise, and they would wait for each other;
+    # an engine divides its part among its ranks by itself
+    if options.get("threads") is not None:
+        divided["threads"] = max(int(options["threads"]) // engines, 1)
+    elif not threads_given():
+        environment["OMP_NUM_THREADS"] = str(max(usable_cores() // engines, 1))
     return [Share(divided, environment)] * engines
 
 
@@ -115,13 +117,6 @@ def _shares_of_gpus(options: dict[str, Any], engines: int, gpus: int, first: int
 def _width(options: Mapping[str, Any]) -> int:
     """Devices of one engine."""
     return int(options.get("tensor_parallel_size", EngineConfig.tensor_parallel_size))
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 async def count_gpus(timeout_s: float) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from dllmserve.cores import wait_variables
 from dllmserve.errors import DllmServeError, EngineStartError, error_named
 from dllmserve.process.calls import Cause, Death
 from dllmserve.process.channel import Connection, Listener
@@ -124,7 +125,7 @@ class EngineProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 limit=_MAX_LINE,
-                env={**os.environ, **environment} if environment else None,
+                env={**os.environ, **wait_variables(), **(environment or {})},
                 start_new_session=True,  # Ctrl-C in a terminal is for the owner alone
             )
             async with asyncio.timeout(timeout_s):

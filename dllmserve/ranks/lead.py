@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
@@ -28,16 +28,13 @@ class LeadRunner:
     Args:
         runner: this rank's.
         ranks: the others.
-        closed: called when they have ended.
     """
 
     #: a step that ran out of memory cannot be run again: other ranks may have finished it
     recovers = False
 
-    def __init__(
-        self, runner: ModelRunner, ranks: Ranks, closed: Callable[[], None] = lambda: None
-    ) -> None:
-        self._runner, self.ranks, self._closed = runner, ranks, closed
+    def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
+        self._runner, self.ranks = runner, ranks
 
     @property
     def spec(self) -> ModelSpec:
@@ -76,7 +73,6 @@ class LeadRunner:
             # a group cannot end before the graphs that hold its exchanges
             self._runner.graphs.clear()
         self.ranks.stop()
-        self._closed()
 
     @contextmanager
     def _together(self, message: bytes) -> Iterator[None]:

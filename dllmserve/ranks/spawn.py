@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllmserve.cores import THREAD_VARIABLES, wait_variables
 from dllmserve.ranks.ranks import EXCHANGE_S, Peer, Ranks
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def _start(rank: int, command: Sequence[str], threads: int) -> Peer:
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": str(threads),
+        **wait_variables(),
+        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
         "PYTHONPATH": os.pathsep.join(paths),
     }
     with mine, other:

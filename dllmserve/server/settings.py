@@ -141,7 +141,7 @@ def _from_file(file: str | None) -> dict[str, Any]:
     import yaml
 
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8")
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         strerror = error.strerror if isinstance(error, OSError) else None

@@ -197,7 +197,7 @@ def test_missing_matplotlib(
     assert main(["bench", "latency", "--plot", "a.png"]) == 1
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "extra 'bench'" in err and "pip install 'dllmserve[bench]'" in err
+    assert "extra 'bench'" in err and "pip install 'matplotlib>=" in err
 
 
 def test_help() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -27,13 +28,14 @@ def step(
     block: tuple[int, int] | None = None,
     forwards: int = 1,
     output: RequestOutput | None = None,
+    sure: Sequence[float | None] | None = None,
 ) -> CanvasStep:
     """A step; ``committed`` has an "x" for every committed slot."""
     ids: list[int | None] = list(text)
     return CanvasStep(
         token_ids=ids,
         committed=[c == "x" for c in committed],
-        confidence=[None] * len(ids),
+        confidence=list(sure or [None] * len(ids)),
         block=block or (0, len(ids)),
         forward_passes=forwards,
         output=output,
@@ -46,15 +48,26 @@ def pieces(canvas: CanvasText, *args: object, **kwargs: object) -> list[tuple[st
 
 def test_states_of_slots() -> None:
     canvas = CanvasText(decode, {EOS})
-    canvas.pieces(step([72, None, None, None, None], "x...."))
-    found = pieces(canvas, [72, 105, 33, None, None], "xx...", (0, 4))
+    canvas.pieces(step([72, None, None, None, None, None, None], "x......"))
+    sure = [None, None, 0.95, 0.6, 0.3, None, None]
+    found = pieces(canvas, [72, 105, *b"abc", None, None], "xx.....", (0, 6), sure=sure)
     assert found == [
         ("H", State.COMMITTED),
         ("i", State.FRESH),
-        ("!", State.PROPOSED),
-        ("░", State.ACTIVE),
-        ("·", State.MASKED),
+        ("▓", State.SURE),
+        ("▒", State.LIKELY),
+        ("░", State.UNSURE),
+        ("░", State.UNSURE),  # nothing is proposed yet, though the block is active
+        ("·", State.WAITING),
     ]
+
+
+def test_a_mask_is_as_wide_as_what_is_proposed() -> None:
+    canvas = CanvasText(decode)
+    text = "漢 a\n\tb".encode()
+    found = pieces(canvas, text, "." * len(text), sure=[0.9] * len(text))
+    # lines and words stay where they are when they are written; a tab is four columns
+    assert found == [("▓▓ ▓\n    ▓", State.SURE)]
 
 
 def test_fresh_tokens_become_committed() -> None:
@@ -69,13 +82,23 @@ def test_a_character_over_several_tokens_is_whole() -> None:
     canvas.pieces(step([euro[0], None, None, None], "x..."))
     found = pieces(canvas, [*euro, 33], "x...")
     # it belongs to the token that completes it, and is never shown as broken bytes
-    assert "".join(t for t, _ in found) == "€!"
-    assert ("€!", State.PROPOSED) in found
+    assert found == [("░░", State.UNSURE)]
+    found = pieces(canvas, [*euro, 33], "xxx.")
+    assert found == [("€", State.FRESH), ("░", State.UNSURE)]
 
 
-def test_provisional_end_is_invisible() -> None:
+def test_masks_stay_until_the_end_is_committed() -> None:
     canvas = CanvasText(decode, {EOS})
-    assert pieces(canvas, [72, 105, EOS, EOS, EOS], ".....") == [("Hi", State.PROPOSED)]
+    sure = [0.9, 0.9, 0.9, 0.9, 0.2]
+    found = pieces(canvas, [72, 105, EOS, EOS, EOS], "x....", sure=sure)
+    assert found == [
+        ("H", State.FRESH),
+        ("▓", State.SURE),
+        *[("▓", State.SURE)] * 2,
+        ("░", State.UNSURE),
+    ]
+    found = pieces(canvas, [72, 105, EOS, EOS, EOS], "x.x..", sure=sure)
+    assert found == [("H", State.COMMITTED), ("▓", State.SURE)]
 
 
 def test_nothing_is_shown_after_a_committed_end() -> None:
@@ -85,7 +108,7 @@ def test_nothing_is_shown_after_a_committed_end() -> None:
 
 def test_with_ignored_end_the_rest_is_shown() -> None:
     canvas = CanvasText(decode, ())
-    assert pieces(canvas, [72, EOS, 88], "xx.") == [("H", State.FRESH), ("X", State.PROPOSED)]
+    assert pieces(canvas, [72, EOS, 88], "xx.") == [("H", State.FRESH), ("░", State.UNSURE)]
 
 
 def test_settled_blocks_are_decoded_once() -> None:
@@ -101,7 +124,7 @@ def test_settled_blocks_are_decoded_once() -> None:
     canvas.pieces(step([*text[:5], None, None, None], "xxxx....", (4, 8)))
     lengths.clear()
     found = pieces(canvas, [*text[:6], None, None], "xxxxx...", (4, 8))
-    assert "".join(t for t, _ in found) == "abcdef░░"
+    assert "".join(t for t, _ in found) == "abcde░░░"
     assert max(lengths) <= 2
 
 
@@ -117,10 +140,8 @@ def test_a_block_that_ends_inside_a_character() -> None:
 
 def test_ascii_marks() -> None:
     canvas = CanvasText(decode, marks=ASCII_MARKS)
-    assert pieces(canvas, [None, None], "..", (0, 1)) == [
-        ("_", State.ACTIVE),
-        (".", State.MASKED),
-    ]
+    found = pieces(canvas, [97, 97, 97, None], "....", (0, 3), sure=[0.9, 0.5, 0.4, None])
+    assert [text for text, _ in found] == ["%", ":", "_", "."]
 
 
 def test_visible_disarms_control_characters() -> None:
@@ -130,7 +151,7 @@ def test_visible_disarms_control_characters() -> None:
 
 
 def test_fold_keeps_the_grid() -> None:
-    lines, _ = fold([Piece("1234\n34", State.COMMITTED), Piece("12\n21", State.PROPOSED)], 80)
+    lines, _ = fold([Piece("1234\n34", State.COMMITTED), Piece("12\n21", State.SURE)], 80)
     assert [str(line) for line in lines] == ["1234", "3412", "21"]
 
 
@@ -150,49 +171,68 @@ def test_crop_keeps_the_focus() -> None:
 
 
 def test_long_canvas_fits_any_terminal() -> None:
-    found = [Piece("word " * 300, State.COMMITTED), Piece("·" * 500, State.MASKED)]
+    found = [Piece("word " * 300, State.COMMITTED), Piece("·" * 500, State.WAITING)]
     for width, height in ((80, 24), (20, 8), (9, 4), (40, 2)):
         console = Console(
             file=io.StringIO(), force_terminal=True, width=width, height=height, color_system=None
         )
-        lines = console.render_lines(CanvasView(found, "step 1 · " * 10), pad=False)
+        lines = console.render_lines(CanvasView(found, ["step 1"] * 10), pad=False)
         assert len(lines) <= max(height - 1, 2)
 
 
 def _console(**options: object) -> tuple[Console, io.StringIO]:
     file = io.StringIO()
-    return Console(
-        file=file, force_terminal=True, width=60, height=20, **{"_environ": {}, **options}
-    ), file  # type: ignore[arg-type]
+    given = {"width": 60, "height": 20, "_environ": {}, **options}
+    return Console(file=file, force_terminal=True, **given), file  # type: ignore[arg-type]
 
 
 OUTPUT = RequestOutput("Hi", [72, 105, EOS], "stop", 4, 3, 2)
 
 
 def _steps() -> Iterator[CanvasStep]:
-    yield step([72, 111, None], "x..", (0, 2), 1)
+    yield step([72, 111, None], "x..", (0, 2), 1, sure=[None, 0.99, None])
     yield step([72, 105, EOS], "xxx", (0, 3), 2, OUTPUT)
 
 
-def test_provisional_is_dim_and_committed_is_solid() -> None:
-    console, file = _console(color_system="standard")
-    clock = iter(float(n) for n in range(100))
-    output = Screen(console, lambda: next(clock)).live(_steps(), CanvasText(decode, {EOS}))
-    assert output is OUTPUT
+def _numbers() -> Iterator[float]:
+    return (float(n) for n in range(100))
+
+
+def test_masks_are_shaded_and_committed_is_plain() -> None:
+    console, file = _console(color_system="standard", width=100)
+    screen = Screen(console, _numbers().__next__, "quality balanced")
+    assert screen.live(_steps(), CanvasText(decode, {EOS})) is OUTPUT
     written = file.getvalue()
-    assert "\x1b[1;32mH\x1b[0m\x1b[2;36mo\x1b[0m" in written  # just decided, then a proposal
+    assert "\x1b[1;32mH\x1b[0m\x1b[96m▓\x1b[0m" in written  # just decided, then a mask
     assert "H\x1b[1;32mi\x1b[0m" in written  # decided before, without any style
     assert "1/3 committed" in written and "3/3 committed" in written
-    assert written.rstrip().endswith("3 tokens · 2 forwards · 3.00 s · 1.0 tokens/s · stop\x1b[0m")
+    summary = "3 tokens · 2 forwards · 3.00 s · 1.0 tokens/s · stop · quality balanced\x1b[0m"
+    assert written.rstrip().endswith(summary)
 
 
-def test_no_color_still_dims() -> None:
+def test_no_color_tells_masks_apart() -> None:
     console, file = _console(color_system="standard", no_color=True)
-    clock = iter(float(n) for n in range(100))
-    Screen(console, lambda: next(clock)).live(_steps(), CanvasText(decode, {EOS}))
+    Screen(console, _numbers().__next__).live(_steps(), CanvasText(decode, {EOS}))
     written = file.getvalue()
-    assert "\x1b[2mo\x1b[0m" in written
-    assert "36m" not in written and "32m" not in written
+    assert "\x1b[1mH\x1b[0m▓" in written
+    assert "36m" not in written and "32m" not in written and "96m" not in written
+
+
+@pytest.mark.parametrize("width", [8, 20, 40, 60, 200])
+def test_small_print_is_never_broken(width: int) -> None:
+    console, file = _console(color_system=None, width=width)
+    screen = Screen(console, _numbers().__next__, "quality balanced")
+    parts = [*screen.status(next(_steps()), 1, 1.0), *screen.summary(OUTPUT, 3.0)]
+    screen.live(_steps(), CanvasText(decode, {EOS}))
+    written = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    lines = [line.rstrip() for line in re.split("[\r\n]+", written)]
+    status = [line for line in lines if line.startswith("step")]
+    # a terminal that writes ^C behind the status must not have to begin a new line for it
+    assert status and max(map(len, status)) <= max(width - 3, 1)
+    if width >= 20:  # the longest part fits
+        summary = lines[len(lines) - lines[::-1].index("Hi") :]
+        assert {part for line in summary if line for part in line.split(" · ")} <= set(parts)
+        assert max(map(len, summary)) <= width
 
 
 def test_fast_steps_are_not_all_drawn() -> None:
@@ -205,7 +245,7 @@ def test_fast_steps_are_not_all_drawn() -> None:
         yield step([72, 105, EOS], "xxx", (0, 3), 101, OUTPUT)
 
     Screen(console, lambda: next(ticks)).live(many(), CanvasText(decode, {EOS}))
-    assert file.getvalue().count("forwards · 1/3") < 10
+    assert 0 < file.getvalue().count(" · 1/3 committed") < 10
     assert "3/3 committed" in file.getvalue()
 
 
@@ -219,5 +259,5 @@ def test_an_interrupted_canvas_stays_on_screen() -> None:
     with pytest.raises(KeyboardInterrupt):
         Screen(console).live(broken(), CanvasText(decode, {EOS}))
     written = file.getvalue()
-    assert written.count("Ho") >= 1
+    assert written.count("H░") >= 1
     assert written.rstrip().endswith("\x1b[?25h")  # the cursor is back

@@ -162,3 +162,11 @@ def test_info_reads_no_weights(capfd: pytest.CaptureFixture[str], checkpoint: Pa
     (bare / "config.json").write_text((checkpoint / "config.json").read_text())
     assert main(["info", "-m", str(bare)]) == 0
     assert "tokenizer" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["nosuch", "./nosuch", "no/such/directory", "~/nosuch/model"])
+def test_a_server_does_not_listen_for_a_model_that_is_not_there(
+    capfd: pytest.CaptureFixture[str], model: str
+) -> None:
+    assert main(["serve", model, "--port", "1"]) == 1  # a port that cannot be bound
+    assert f"no directory '{model}'" in capfd.readouterr().err

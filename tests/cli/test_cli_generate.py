@@ -12,6 +12,7 @@ import pytest
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.cli.main import main
+from dllmserve.cli.prompts import DEMO_PROMPTS
 
 Run = Callable[..., CompletedProcess[str]]
 SHORT = ("--gen-length", "8", "--block-length", "4")
@@ -21,7 +22,7 @@ SHORT = ("--gen-length", "8", "--block-length", "4")
 def answer(checkpoint: Path) -> Callable[[str], dict[str, Any]]:
     """What the library answers with the same settings, through the chat template."""
     llm = LLM(str(checkpoint))
-    params = SamplingParams(temperature=0.0, gen_length=8, steps=8, block_length=4)
+    params = SamplingParams(temperature=0.0, gen_length=8, block_length=4, quality="balanced")
 
     def ask(prompt: str) -> dict[str, Any]:
         return llm.chat([{"role": "user", "content": prompt}], params, use_tqdm=False)[0]
@@ -49,6 +50,28 @@ def test_prompt_from_stdin(
 ) -> None:
     result = run("generate", "--model", checkpoint, *SHORT, stdin="two\nlines é\n")
     assert result.stdout == answer("two\nlines é")["text"] + "\n"
+
+
+@pytest.mark.parametrize("extra", [(), ("another",)], ids=["live", "batch"])
+def test_the_demo_says_what_it_asks(run: Run, checkpoint: Path, extra: tuple[str, ...]) -> None:
+    result = run("generate", "-m", checkpoint, *SHORT, "--ignore-eos", "--demo", *extra)
+    asked = [*DEMO_PROMPTS, *extra]
+    blocks = ["> " + "\n> ".join(prompt.split("\n")) + "\n" for prompt in asked]
+    places = [result.stdout.find(block) for block in blocks]
+    assert places == sorted(places) and places[0] == 0
+    assert result.stderr == ""
+
+
+def test_quality(run: Run) -> None:
+    def forwards(*args: str) -> int:
+        line = json.loads(run("generate", "--json", "Sort the numbers: 9 41 7", *args).stdout)
+        assert line["text"] == "7 9 41"
+        count: int = line["usage"]["forward_passes"]
+        return count
+
+    assert forwards() < 4
+    assert forwards("--quality", "exact") == 32
+    assert forwards("--steps", "16") == 8
 
 
 def test_json_schema(run: Run, checkpoint: Path, answer: Callable[[str], dict[str, Any]]) -> None:

@@ -20,10 +20,12 @@ from dllmserve.cli.options import (
     SAMPLING,
     SPARSE,
     Group,
+    chosen_quality,
     engine_config,
     sampling_params,
     sparse_config,
     with_options,
+    with_quality,
 )
 from dllmserve.config import EngineConfig
 from dllmserve.errors import InvalidParameterError
@@ -98,6 +100,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "engine.kv_pages": (["--kv-pages", "9"], 9),
     "engine.gpu_memory_utilization": (["--gpu-memory-utilization", "0.5"], 0.5),
     "engine.seed": (["--engine-seed", "11"], 11),
+    "engine.threads": (["--threads", "3"], 3),
 }
 
 #: the same for the fields of ServerConfig
@@ -240,9 +243,9 @@ def test_server_option_arrives(field: str, monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize("field", [n for n in VALUES if n.startswith("engine.")])
 def test_engine_option_arrives_in_the_server(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     args, value = VALUES[field]
-    settings = settings_of(monkeypatch, "some-model", *args)
+    settings = settings_of(monkeypatch, "some/model", *args)
     assert getattr(settings.engine, field.removeprefix("engine.")) == value
-    assert settings.engine.model == settings.model_name == "some-model"
+    assert settings.engine.model == settings.model_name == "some/model"
 
 
 def test_defaults_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,6 +280,47 @@ def test_defaults() -> None:
 )
 def test_one_step_per_token_unless_told(args: list[str], steps: int) -> None:
     assert sampling_params(parse(*args)).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("args", "quality"),
+    [
+        ([], "balanced"),
+        (["--quality", "exact"], "exact"),
+        (["--quality", "fast", "--steps", "8"], "fast"),
+        # what is given wins over the preset
+        (["--gen-length", "512", "--temperature", "0.7", "--ignore-eos"], "balanced"),
+        (["--unmask", "factor", "--cache", "none", "--threshold", "0.8"], "balanced"),
+        (["--unmask", "threshold", "--confidence", "margin"], "balanced"),
+        (["--no-sparse"], "balanced"),
+        # other ways to decode
+        (["--steps", "16"], None),
+        (["--unmask", "steps"], None),
+        (["--remasking", "random"], None),
+        (["--schedule", "dream"], None),
+        (["--confidence", "neg_entropy"], None),
+        (["--sparse"], None),
+        (["--retention-ratio", "0.5"], None),
+    ],
+)
+def test_quality_that_nobody_gave(args: list[str], quality: str | None) -> None:
+    options = parse(*args)
+    options["quality"] = chosen_quality(options, "balanced")
+    assert options["quality"] == quality
+    params = sampling_params(options)
+    for name, value in sampling_params(parse(*args)).__dict__.items():
+        option = "--" + name.replace("_", "-")
+        if quality is None or option in args:
+            assert getattr(params, name) == value
+
+
+def test_help_shows_the_defaults_of_the_quality() -> None:
+    shown = with_quality(SAMPLING, "balanced").shown
+    used = SamplingParams(quality="balanced")
+    assert shown["quality"] == "balanced"
+    for name in ("unmask", "cache", "threshold", "block_length", "suffix_window"):
+        assert shown[name] == str(getattr(used, name))
+    assert shown["temperature"] == "0"
 
 
 def test_shown_defaults_are_the_used_ones() -> None:

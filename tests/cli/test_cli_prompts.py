@@ -54,6 +54,21 @@ def test_file_has_a_prompt_per_line(tmp_path: Path) -> None:
     assert read_prompts(["zero"], str(path), False) == ["zero", "one", "  two ü"]
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_a_byte_order_mark_is_no_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    lines = ['"The people"', '"The \ufeff president"'] if name == "p.jsonl" else ["The people", "x"]
+    (tmp_path / name).write_text("\r\n".join(lines), encoding="utf-8-sig")
+    found = read_prompts([], str(tmp_path / name), False)
+    assert found[0] == "The people"
+    assert found[1] == ("The \ufeff president" if name == "p.jsonl" else "x")
+    _stdin(monkeypatch, "\ufeffThe people\n")
+    assert read_prompts([], None, False) == ["The people"]
+    _stdin(monkeypatch, "\ufeffThe people\n")
+    assert read_prompts([], "-", False) == ["The people"]
+
+
 def test_file_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     _stdin(monkeypatch, "a\nb\n")
     assert read_prompts([], "-", False) == ["a", "b"]

@@ -148,7 +148,7 @@ def test_without_lm_eval() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().endswith("pip install 'dllmserve[lm-eval]'")
+    assert done.stderr.strip().endswith("pip install 'lm_eval>=0.4.13'")
 
 
 @pytest.mark.skipif(not REAL, reason="lm_eval is not installed")

@@ -1,7 +1,6 @@
 """What each of several engines is started with: GPUs, or a part of cores and memory."""
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +78,9 @@ def test_on_a_cpu_they_divide_cores_and_memory(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpus(0, monkeypatch)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(devices, "usable_cores", lambda: 7)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     options = {"device": device, "gpu_memory_utilization": 0.8}
     for engines, threads in ((2, "3"), (4, "1"), (16, "1")):
         found = shared(options, engines)
@@ -89,8 +89,12 @@ def test_on_a_cpu_they_divide_cores_and_memory(
             assert share.environment == {"OMP_NUM_THREADS": threads}
             assert share.options["gpu_memory_utilization"] == pytest.approx(0.8 / engines)
             assert share.options["device"] == "cpu"
+    given = shared({**options, "threads": 5}, 2)[0]
+    assert given.options["threads"] == 2 and given.environment == {}
+    assert shared({**options, "threads": 1}, 2)[0].options["threads"] == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "5")  # the user knows better
     assert shared(options, 2)[0].environment == {}
+    assert "threads" not in shared(options, 2)[0].options
 
 
 def test_a_device_that_is_none_is_for_the_engines_to_refuse() -> None:

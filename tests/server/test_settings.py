@@ -137,6 +137,11 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     assert load_settings({}, {}, write(tmp_path, "# nothing\n")).server == ServerConfig()
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "options.yaml").write_text("port: 7\n", encoding="utf-8-sig")
+    assert load_settings({}, {}, str(tmp_path / "options.yaml")).server.port == 7
+
+
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="cannot be read"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -58,12 +59,12 @@ def read_trace(file: str) -> list[TraceEntry]:
         ConfigError: a line is wrong, or there is none.
         OSError: the file cannot be read.
     """
-    with Path(file).expanduser().open("rb") as handle:
-        found = [
-            _entry(line, f"{file}:{number}")
-            for number, line in enumerate(handle, 1)
-            if line.strip()
-        ]
+    text = Path(file).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8)
+    found = [
+        _entry(line, f"{file}:{number}")
+        for number, line in enumerate(text.split(b"\n"), 1)
+        if line.strip()
+    ]
     if not found:
         raise ConfigError(f"trace: {file} holds no request")
     if len(found) > MAX_REQUESTS:

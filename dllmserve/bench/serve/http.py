@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import cast
 
+from dllmserve._needs import missing
 from dllmserve.bench.serve.options import Address
 from dllmserve.bench.serve.outcome import RequestFailed
 from dllmserve.errors import ConfigError
@@ -21,10 +22,7 @@ from dllmserve.errors import ConfigError
 try:
     import httptools
 except ImportError as error:
-    raise ConfigError(
-        "bench serve needs httptools, which the extra 'bench' brings: "
-        "pip install 'dllmserve[bench]'"
-    ) from error
+    raise ConfigError(missing("bench serve", "httptools", "bench")) from error
 
 #: seconds that an idle connection is used again; servers close theirs after 5 or more
 _MAX_IDLE = 2.0

@@ -204,7 +204,7 @@ def test_missing_httptools(
     assert main(["bench", "serve"]) == 1
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "extra 'bench'" in err and "pip install 'dllmserve[bench]'" in err
+    assert "extra 'bench'" in err and "'httptools>=" in err
 
 
 def test_help_is_light() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import codecs
 import math
 import statistics
 import subprocess
@@ -93,6 +94,8 @@ def test_trace_file(tmp_path: Path) -> None:
     path.write_text('{"at": 2, "prompt": "b", "steps": 3}\n\n{"at": 0.5, "prompt": "a"}\n')
     found = read_trace(str(path))
     assert [(e.at, e.prompt, e.fields) for e in found] == [(0.5, "a", {}), (2.0, "b", {"steps": 3})]
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_trace(str(path)) == found
 
 
 @pytest.mark.parametrize(

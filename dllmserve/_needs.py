@@ -1,0 +1,60 @@
+"""What parts of the package need from the system, and how to get it."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, requires
+
+from dllmserve.errors import ConfigError
+
+SYSTEMS = "Linux or macOS (on Windows: in WSL or a container)"
+
+
+def install(extra: str) -> str:
+    """The command that installs what an extra names.
+
+    It names the packages themselves: so it works for a clone, a wheel and any other way in which
+    this package may have come here.
+
+    Example:
+        >>> install("bench")
+        "pip install 'matplotlib>=3.8' 'httptools>=0.6.4'"
+    """
+    try:
+        lines = requires("dllmserve") or []
+    except PackageNotFoundError:  # run from a clone, without having been installed
+        lines = []
+    packages = [
+        f"'{package.strip()}'"
+        for package, _, marker in (line.partition(";") for line in lines)
+        if re.search(rf"""\bextra == ['"]{extra}['"]""", marker)
+    ]
+    return " ".join(["pip install", *(packages or [f"-e '.[{extra}]'"])])
+
+
+def refuse_windows() -> None:
+    """Raise ConfigError on the system where no engine runs.
+
+    Engines and their ranks are processes that are ended by signals which Windows does not have.
+    """
+    if sys.platform == "win32":
+        raise ConfigError(f"dllmserve runs on {SYSTEMS}")
+
+
+def missing(what: str, module: str, extra: str) -> str:
+    """The error that says why something cannot be done without a module.
+
+    Args:
+        what: what needs it.
+        module: that is not there.
+        extra: of this package, which brings it.
+    """
+    name = module.partition(".")[0]
+    if name.removeprefix("_") in {n.removeprefix("_") for n in sys.stdlib_module_names}:
+        return (
+            f"{what} needs Python's module {name}, which this system ({platform.system()}) or this "
+            f"Python does not have: it runs on {SYSTEMS}"
+        )
+    return f"{what} needs {name}, which the extra {extra!r} brings: {install(extra)}"

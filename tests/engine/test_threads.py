@@ -1,0 +1,126 @@
+"""Threads of torch while an engine runs on a CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dllmserve import LLM
+from dllmserve.config import EngineConfig
+from dllmserve.engine import threads
+from dllmserve.engine.threads import choose_threads, engine_threads
+from dllmserve.errors import ConfigError, ModelError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def sixteen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine of 16 cores, where torch has a thread for each; nothing is really changed."""
+    present = [16]
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: present[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: present.__setitem__(0, n))
+    machine(monkeypatch)
+    yield
+
+
+def machine(patch: pytest.MonkeyPatch, usable: int = 16, busy: bool = False) -> None:
+    patch.setattr(threads, "physical_cores", lambda: {str(n) for n in range(16)})
+    patch.setattr(threads, "allowed_cpus", lambda: set(range(32)))
+    patch.setattr(threads, "usable_cores", lambda: usable)
+    patch.setattr(threads, "waits_busily", lambda: busy)
+
+
+def chosen(**options: Any) -> int:
+    return choose_threads(EngineConfig(**options))
+
+
+def test_as_many_as_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen() == 16
+    assert chosen(threads=40) == 40
+    machine(monkeypatch, usable=4)
+    assert chosen() == 4
+    machine(monkeypatch, usable=4, busy=True)  # a core is left for others
+    assert chosen() == 3
+    machine(monkeypatch, usable=1, busy=True)
+    assert chosen() == 1
+    torch.set_num_threads(32)  # as torch begins without MKL: untouched as well
+    assert chosen() == 1
+
+
+def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, usable=4)
+    for number in (2, 9):
+        torch.set_num_threads(number)
+        assert chosen() == number
+    torch.set_num_threads(16)
+    monkeypatch.setenv("MKL_NUM_THREADS", "16")
+    assert chosen() == 16
+    assert chosen(threads=2) == 2
+
+
+def test_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, usable=4)
+    with engine_threads(EngineConfig(), CPU) as each:
+        assert each == torch.get_num_threads() == 4
+    assert torch.get_num_threads() == 16
+    with engine_threads(EngineConfig(tensor_parallel_size=3), CPU) as each:
+        assert each == torch.get_num_threads() == 1
+    with engine_threads(EngineConfig(threads=8, tensor_parallel_size=2), CPU) as each:
+        assert each == torch.get_num_threads() == 4
+        torch.set_num_threads(7)  # somebody else wants it so
+    assert torch.get_num_threads() == 7
+
+
+def test_an_engine_on_a_gpu_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, usable=4)
+    with engine_threads(EngineConfig(threads=2), torch.device("cuda")):
+        assert torch.get_num_threads() == 16
+
+
+def test_an_engine_takes_and_gives_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM("tiny", device="cpu", threads=3):
+        assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == 16
+    machine(monkeypatch, usable=4)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelError):
+        LLM(str(tmp_path), device="cpu")
+    assert torch.get_num_threads() == 16
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", 100_000])
+def test_what_is_no_number_of_threads(value: Any) -> None:
+    with pytest.raises(ConfigError, match="threads must be an integer"):
+        EngineConfig(threads=value)
+
+
+def test_ranks_get_their_part(tmp_path: Path) -> None:
+    """Without anything that was said before; both ranks say what they have."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    code = (
+        "import os; from dllmserve import LLM\n"
+        "llm = LLM('tiny', device='cpu', tensor_parallel_size=2, threads=6)\n"
+        "import torch; print(torch.get_num_threads())\n"
+        "for pid in os.listdir('/proc'):\n"
+        "    try: said = open(f'/proc/{pid}/environ').read(), open(f'/proc/{pid}/stat').read()\n"
+        "    except OSError: continue\n"
+        "    if said[1].rpartition(')')[2].split()[1] == str(os.getpid()):\n"
+        "        print([v for v in said[0].split('\\0') if v.startswith(('OMP_', 'MKL_'))])\n"
+        "llm.close(); print(torch.get_num_threads() > 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == "3" and lines[-1] == "True", done.stderr
+    assert {"OMP_NUM_THREADS=3", "MKL_NUM_THREADS=3", "OMP_WAIT_POLICY=PASSIVE"} <= set(
+        eval(lines[1])
+    )
