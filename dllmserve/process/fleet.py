@@ -156,7 +156,9 @@ class Fleet:
             infos = await asyncio.gather(*starting)
         except BaseException:
             for task in starting:
-                task.cancel()
+                # a second cancellation would not let it wait for the end of its process
+                if not task.cancelling():
+                    task.cancel()
             await asyncio.gather(*starting, return_exceptions=True)
             await self._close_those_that_run()
             raise

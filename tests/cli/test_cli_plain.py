@@ -32,7 +32,8 @@ def test_the_beginning_of_a_stop_string_is_held_back() -> None:
 
 
 def test_the_first_words_reach_a_pipe_before_the_last() -> None:
-    command = [sys.executable, "-u", "-m", "dllmserve", "generate", "Repeat 6 times: window"]
+    command = [sys.executable, "-u", "-m", "dllmserve", "generate"]
+    command += ["--quality", "exact", "Repeat 6 times: window"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         first = process.stdout.read1(4096)
