@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -27,7 +28,6 @@ from dllmserve.server import failures, native, openai, ops
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.auth import AuthGuard
 from dllmserve.server.http.body import BodyGuard
-from dllmserve.server.http.cors import Origins, Preflights, Readable
 from dllmserve.server.http.logs import configure_logging
 from dllmserve.server.http.request_id import RequestLog
 from dllmserve.server.http.respond import send_error
@@ -87,6 +87,10 @@ def _open_paths(settings: Settings) -> frozenset[str]:
     return ops.OPEN_PATHS | ({"/metrics"} if settings.server.open_metrics else frozenset())
 
 
+#: headers of answers that the official clients, and those of the native API, read
+EXPOSED = "X-Request-Id Retry-After X-Should-Retry Location Allow WWW-Authenticate".split()
+
+
 def guarded(app: FastAPI, *, local_only: bool = False) -> ASGIApp:
     """The application behind its guards: CORS, log, keys, body limits.
 
@@ -107,11 +111,19 @@ def guarded(app: FastAPI, *, local_only: bool = False) -> ASGIApp:
     )
     if local_only:
         inner = _LocalOnly(inner)
-    origins = Origins(server.origins) if server.origins else None
-    if origins is not None:
-        inner = Preflights(inner, origins)
     inner = RequestLog(inner, metrics_hook=service.metrics.http, quiet=ops.PROBED)
-    return inner if origins is None else Readable(inner, origins)
+    if not server.origins:
+        return inner
+    # outermost, so that a page can read the refusals of all guards; preflights end here
+    return CORSMiddleware(
+        inner,
+        allow_origins=server.origins,
+        allow_methods=["GET", "HEAD", "POST", "DELETE"],
+        allow_headers=["*"],  # clients name their own; what is in them is judged with the request
+        allow_private_network=True,
+        expose_headers=EXPOSED,
+        max_age=7200,  # no browser remembers for longer
+    )
 
 
 @asynccontextmanager

@@ -10,7 +10,6 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -25,7 +24,7 @@ from dllmserve.server.http.connection import (
     guarded_protocol,
     no_headers,
 )
-from dllmserve.server.http.cors import Origins
+from dllmserve.server.http.respond import Headers
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, with_port
@@ -202,7 +201,18 @@ def _refusal_headers(server: ServerConfig) -> RefusalHeaders:
     """What lets pages read that a connection was refused, before the application knows of it."""
     if not server.origins:
         return no_headers
-    return partial(Origins(server.origins).readable, complete=False)
+    allowed = [origin.encode() for origin in server.origins]
+
+    def readable(headers: Headers) -> Headers:
+        named = [value.strip() for name, value in headers if name.lower() == b"origin"]
+        # where one origin is allowed it is named even if the request's has not come: to other
+        # pages that is of no use
+        for origin in named or (allowed if len(allowed) == 1 else ()):
+            if origin in allowed:
+                return [(b"vary", b"Origin"), (b"access-control-allow-origin", origin)]
+        return [(b"vary", b"Origin")]
+
+    return readable
 
 
 def _connection_limits(server: ServerConfig) -> tuple[ConnectionLimits, int]:

@@ -7,6 +7,7 @@ refused at once, that time is missing for health checks and for the requests tha
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from fastapi import FastAPI
 from starlette.routing import compile_path
@@ -14,8 +15,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dllmserve.errors import OverloadedError
 from dllmserve.server.failures import as_api_error, error_response
-from dllmserve.server.http.request_id import Route
 from dllmserve.server.service import Service
+
+
+@dataclass(frozen=True)
+class Route:
+    """Stands for a route of the app in logs and metrics."""
+
+    path: str
 
 
 def generating(app: FastAPI) -> list[tuple[Route, re.Pattern[str]]]:

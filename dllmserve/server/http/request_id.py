@@ -8,7 +8,6 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -30,13 +29,6 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 
 _access_log = logging.getLogger("dllmserve.access")
 _log = logging.getLogger("dllmserve.server")
-
-
-@dataclass(frozen=True)
-class Route:
-    """Stands for a route of the app in logs and metrics, where a guard answers in its place."""
-
-    path: str
 
 
 class RequestLog:
