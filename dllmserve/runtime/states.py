@@ -128,7 +128,8 @@ class CreditTable:
         before = self.credits[1 - odd, row, position]
         credits = torch.where(entering, 0.0, before) * self.DECAY
         best, token = self._best(z)  # [n, 1]
-        earned = (best - log_sum(z, vocab)).exp() ** self.POWER
+        # p ** POWER; torch's power rounds by an element's place on a CPU, exp does not
+        earned = ((best - log_sum(z, vocab)) * self.POWER).exp()
         known = ids == token
         # a new token takes a free place, or that of the smallest credit
         place = torch.where(ids < 0, -1.0, credits).argmin(dim=-1, keepdim=True)
