@@ -11,8 +11,8 @@ def silu(x: Tensor) -> Tensor:
     """``x / (1 + exp(-x))``; in float32 an element's bits do not depend on its place.
 
     torch's own SiLU rounds differently on a CPU in the elements that are left over when a row
-    is cut into vectors, so a token's numbers would depend on how many others are in the step.
-    Its ``exp`` rounds alike everywhere, and addition and division are exactly defined.
+    is cut into vectors, so numbers would depend on which part of the MLP a rank has. Its
+    ``exp`` rounds alike everywhere, and addition and division are exactly defined.
 
     Args:
         x: any shape and floating dtype; it is not changed.

@@ -1,11 +1,15 @@
 """In float32 on a CPU an element, or a row, comes out the same bits wherever it stands.
 
-What is left to the library's product is in tests/ordered.py. ATEN_CPU_CAPABILITY chooses the vector
-instructions; "make numerics" runs this under all that the processor has.
+Products are the library's, whose order of summation is not ours: tests/ordered.py stands in for it.
+ATEN_CPU_CAPABILITY chooses the vector instructions; "make numerics" runs this under all that the
+processor has.
 """
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.decide import HeadCells
 from dllmserve.runtime.states import CreditTable, KlHistory, LogitState
 from tests import ordered
+from tools.capabilities import LADDER, below
 
 CPU = torch.device("cpu")
 WIDE, NARROW = torch.float64, torch.float32
@@ -55,6 +60,21 @@ def numbers(*shape: int, dtype: torch.dtype = NARROW) -> Tensor:
 def test_the_capability_that_was_asked_for() -> None:
     asked = os.environ["ATEN_CPU_CAPABILITY"]
     assert torch.backends.cpu.get_cpu_capability().lower() == asked
+
+
+def test_the_capabilities_to_test_with() -> None:
+    """Whatever this very process was told, those below the processor's own."""
+    assert [below(own) for own in LADDER] == [(), ("default",), ("default", "avx2")]
+    assert below("no such") == ("default",)
+    found = subprocess.run(
+        [sys.executable, "tools/capabilities.py"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert tuple(found.stdout.split()) == below(found.stderr.split()[-1])
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
