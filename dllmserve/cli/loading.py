@@ -13,7 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from dllmserve.cli.main import INTERRUPTED
+from dllmserve.cli.exit_codes import INTERRUPTED
 
 _STDERR = 2
 _CLEAN = b"\r\x1b[2K\x1b[?25h"

@@ -1,4 +1,4 @@
-"""Limits: what one step may hold, and what the device's memory is spent on."""
+"""StepBudget and MemoryBudget: what one step may hold, and what memory is spent on."""
 
 from __future__ import annotations
 

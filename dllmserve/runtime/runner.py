@@ -9,12 +9,13 @@ from typing import Protocol
 
 import torch
 
-from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore, host_to_device
+from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepEntry, StepPlan
 from dllmserve.core.rows import IntField, RowInit, Track
 from dllmserve.core.scheduler import EntryReport
 from dllmserve.decoding.rule import UnmaskRule
+from dllmserve.device import host_to_device
 from dllmserve.models.decoder import Decoder
 from dllmserve.registry import UNMASK_RULES, resolve
 from dllmserve.runtime.bias import BiasTable

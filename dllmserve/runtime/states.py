@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dllmserve.attention.backend import host_to_device
 from dllmserve.core.rows import RowInit
 from dllmserve.decoding.stats import log_sum, without
+from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard, best_of
 from dllmserve.runtime.decide import HeadCells
 
