@@ -129,7 +129,6 @@ def test_what_rules_keep(kind: str) -> None:
         for forward in range(3):
             cells = HeadCells(
                 row=row,
-                position=row * 0,
                 column=row * 0,
                 entering=torch.full((rows,), forward == 0),
                 forward=row * 0 + forward,
