@@ -10,6 +10,10 @@ ARGS ?=
 TESTS ?=
 # Test files that run at a time.
 JOBS ?= 2
+# What a processor's vector instructions could change: the bits of what is ours, and the tokens.
+NUMERICS := tests/models/test_places.py tests/models/test_forward.py tests/decoding/test_stats.py \
+  tests/kernels/test_layer_kernels.py tests/engine/test_golden.py tests/engine/test_invariance.py \
+  tests/parallel/test_rank_tokens.py -k "not two_processes"
 SERVE ?=
 BENCH ?= -m benchmarks.cpu_vs_loop
 SCORES ?= --unmask threshold
@@ -22,7 +26,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help generate serve test check fmt bench fuzz chaos scores clean
+.PHONY: help generate serve test numerics check fmt bench fuzz chaos scores clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +43,13 @@ serve: $(READY)-server ## set up, then serve the embedded model on 127.0.0.1:800
 
 test: $(READY)-test ## set up, then run the tests; TESTS="..." passes arguments to pytest
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+
+numerics: $(READY)-test ## set up, then test numerics with each lesser set of vector instructions
+	@levels=$$($(BIN)/python tools/capabilities.py) || exit 1; for level in $$levels; do \
+	  echo "ATEN_CPU_CAPABILITY=$$level"; \
+	  ATEN_CPU_CAPABILITY=$$level OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(NUMERICS) || exit 1; \
+	done
 
 check: $(READY)-dev ## set up, then lint, formatting, types and file sizes
 	@$(BIN)/ruff check .

@@ -44,8 +44,9 @@ class EngineConfig:
             that they do not line up; None does not limit them.
         max_logit_rows: rows of logits that may exist at once; at least 2.
         max_history_rows: positions of blocks whose last distribution may be kept at once, for
-            requests with ``unmask="klass"``; their memory, 8 bytes for every entry of the
-            vocabulary, is taken when the first of them arrives.
+            requests with ``unmask="klass"``; each takes 8 bytes for every entry of the vocabulary,
+            from the start. 0 reserves nothing, neither for "klass" nor for what "credit" keeps,
+            and requests with these rules are refused.
         phases: "mixed" lets refreshes and reuse of different requests share a forward
             pass, "separate" does not; "auto" runs refreshes by themselves when they fill
             half a pass, and mixes them otherwise.

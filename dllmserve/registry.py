@@ -35,8 +35,10 @@ UNMASK_RULES: dict[str, str] = {
 REVOKING_RULES = frozenset({"wino"})
 #: rules that compare distributions with those of the forward before, which are kept
 HISTORY_RULES = frozenset({"klass"})
+#: rules that keep something of logits, for which an engine reserves memory or not
+KEEPING_RULES = HISTORY_RULES | {"credit"}
 #: rules that do something to logits or keep something between forwards; they share segments
-STATEFUL_RULES = REVOKING_RULES | HISTORY_RULES | {"credit"}
+STATEFUL_RULES = REVOKING_RULES | KEEPING_RULES
 
 #: cache policy name -> policy class (dllmserve.cache.policy.CachePolicy)
 CACHE_POLICIES: dict[str, str] = {

@@ -33,9 +33,12 @@ LAYERS = (
         "assets",
     ),
     ("core",),
-    ("parallel",),
+    ("device", "parallel"),
     ("cache", "decoding"),
-    ("attention", "kernels", "layers", "models"),
+    ("kernels",),
+    ("layers",),
+    ("models",),
+    ("attention",),
     ("runtime",),
     ("ranks",),
     ("engine",),
@@ -92,6 +95,56 @@ def test_no_layer_imports_a_higher_one(path: Path) -> None:
             continue
         target = EXPORTS.get(parts[1], parts[1])
         assert RANK.get(target, len(LAYERS)) <= RANK[own], f"{path}:{line} imports {name}"
+
+
+def graph() -> dict[str, set[str]]:
+    """Which of the package's files each of them imports, by module name."""
+    names = {path: module_name(path) for path in FILES}
+    known, edges = set(names.values()), {}
+    for path, name in names.items():
+        found = {module for _, module in imported_files(path)}
+        edges[name] = {module for module in found if module in known} - {name}
+    return edges
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imported_files(path: Path) -> Iterator[tuple[int, str]]:
+    """As :func:`imports`, and for ``from package import x`` also ``package.x``, were it a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+    yield from imports(path)
+
+
+def in_circles(edges: dict[str, set[str]]) -> set[str]:
+    """What is left when all is taken away that imports, or is imported by, nothing that is left."""
+    left = set(edges)
+    while True:
+        imported = {target for name in left for target in edges[name] & left}
+        stays = {name for name in left & imported if edges[name] & left}
+        if stays == left:
+            return left
+        left = stays
+
+
+def test_no_circles_of_imports() -> None:
+    """Between files, however they import each other: in functions and for types alone as well."""
+    edges = graph()
+    assert len(edges["dllmserve.llm"]) > 5
+    front = {name for name in edges if name.rpartition(".")[2] in ("dllmserve", "__main__")}
+    inside = {name: found - front for name, found in edges.items() if name not in front}
+    assert in_circles(inside) == set()
+
+
+def test_circles_are_really_found() -> None:
+    edges = {"a": {"b"}, "b": {"c", "d"}, "c": {"b"}, "d": {"e"}, "e": set(), "f": {"a"}}
+    assert in_circles(edges) == {"b", "c"}
+    edges["c"] = {"e"}
+    assert in_circles(edges) == set()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))

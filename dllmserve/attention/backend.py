@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol
@@ -13,19 +12,9 @@ from torch import Tensor
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, StepPlan, Write
 from dllmserve.core.rows import RowSelect
+from dllmserve.device import host_to_device
 from dllmserve.models.base import AttentionContext
 from dllmserve.parallel.group import SOLO, Group
-
-
-def host_to_device(
-    values: Sequence[int] | Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
-) -> Tensor:
-    """A 1-D tensor of host numbers on the device; on a GPU this is one small copy.
-
-    From pinned memory: a copy from ordinary memory waits for everything launched before it.
-    """
-    staged = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return staged.to(device, non_blocking=True)
 
 
 @dataclass

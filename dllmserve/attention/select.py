@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import AttentionStep, host_to_device
+from dllmserve.attention.backend import AttentionStep
 from dllmserve.core.plan import Span, Write
 from dllmserve.core.rows import RowSelect
+from dllmserve.device import host_to_device
 from dllmserve.parallel.group import SOLO, Group, join
 
 #: Attention weights [heads, queries, keys] of requests that exist at once.

@@ -14,7 +14,7 @@ class CachePolicy(Protocol):
 
     Example:
         A policy that never caches returns, for every step, the whole canvas:
-        ``whole_canvas(request, spec, write=Write.NONE)``.
+        ``whole_canvas(request, row, Write.NONE)``.
     """
 
     def slots(self, request: Request, spec: ModelSpec) -> int:

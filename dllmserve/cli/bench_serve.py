@@ -21,8 +21,8 @@ from dllmserve.bench.serve.options import (
     parse_rates,
 )
 from dllmserve.cli.bench_output import AsJson, Plot, picture, progress, show
+from dllmserve.cli.exit_codes import INTERRUPTED
 from dllmserve.cli.failure import short_errors
-from dllmserve.cli.main import INTERRUPTED
 from dllmserve.cli.options import Group, with_options
 from dllmserve.cli.prompts import read_prompts
 from dllmserve.errors import ConfigError

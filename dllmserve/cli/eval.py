@@ -15,9 +15,9 @@ from rich.console import Console
 
 from dllmserve.bench.text import WIDTH
 from dllmserve.cli.bench_output import picture, progress
+from dllmserve.cli.exit_codes import INTERRUPTED
 from dllmserve.cli.failure import short_errors
 from dllmserve.cli.loading import loading
-from dllmserve.cli.main import INTERRUPTED
 from dllmserve.cli.options import (
     ENGINE,
     SAMPLING,

@@ -7,10 +7,8 @@ from contextlib import contextmanager
 
 import typer
 
-from dllmserve.cli.main import INTERRUPTED
+from dllmserve.cli.exit_codes import FAILED, INTERRUPTED
 from dllmserve.errors import DllmServeError
-
-FAILED = 1
 
 
 @contextmanager

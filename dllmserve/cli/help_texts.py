@@ -93,7 +93,8 @@ ENGINE: dict[str, str] = {
     "max_refresh_tokens": "Tokens of one forward pass that may refresh a cache (no limit, if not "
     "given).",
     "max_logit_rows": "Rows of logits that may exist at once.",
-    "max_history_rows": "Positions whose last distribution is kept, for --unmask klass.",
+    "max_history_rows": "Positions whose last distribution is kept, for --unmask klass; with 0 "
+    "neither klass nor credit runs.",
     "phases": "Whether refreshes and reuse of different requests share a forward pass.",
     "steps_per_sync": "Forward passes in flight before the host waits (on CUDA, fixed schedules).",
     "max_graphs": "CUDA graphs that are kept.",

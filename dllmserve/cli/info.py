@@ -105,6 +105,7 @@ def _memory(plan: EnginePlan) -> dict[str, Any]:
         "activations_bytes": memory.activations,
         "logits_bytes": memory.logits,
         "tables_bytes": memory.tables,
+        "history_bytes": memory.history,
         "pages_bytes": memory.pages,
         "planned_bytes": memory.planned,
         "allowed_bytes": memory.allowed,

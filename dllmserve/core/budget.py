@@ -1,4 +1,4 @@
-"""Limits: what one step may hold, and what the device's memory is spent on."""
+"""StepBudget and MemoryBudget: what one step may hold, and what memory is spent on."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ class MemoryBudget:
         total: bytes of the device.
         free: bytes that nobody else used when the plan was made.
         utilization: share of ``total`` that the engine may use.
-        weights, activations, logits, tables, graphs, pages: bytes of each part.
+        weights, activations, logits, tables, graphs, history, pages: bytes of each part;
+            ``history`` is what rules keep of logits.
         measured: True if activations and graphs were measured, not worked out.
     """
 
@@ -66,12 +67,14 @@ class MemoryBudget:
     tables: int
     pages: int
     graphs: int = 0
+    history: int = 0
     measured: bool = False
 
     @property
     def fixed(self) -> int:
         """Everything but the pages, in bytes."""
-        return self.weights + self.activations + self.logits + self.tables + self.graphs
+        steps = self.activations + self.logits + self.graphs
+        return self.weights + steps + self.tables + self.history
 
     @property
     def planned(self) -> int:
@@ -94,6 +97,7 @@ class MemoryBudget:
             ("activations", self.activations),
             ("logits", self.logits),
             ("tables", self.tables),
+            *([("history", self.history)] if self.history else []),
             *([("graphs", self.graphs)] if self.graphs else []),
             ("K,V pages", self.pages),
         )

@@ -18,7 +18,7 @@ from dllmserve.core.pages import PageAllocator
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
 from dllmserve.core.request import Request, Status
 from dllmserve.errors import CapacityError, EngineError
-from dllmserve.registry import STATEFUL_RULES
+from dllmserve.registry import KEEPING_RULES, STATEFUL_RULES
 
 #: How many younger requests may be admitted past the oldest waiting one.
 MAX_SKIPS = 16
@@ -73,7 +73,7 @@ class Limits:
     of different requests do not line up; soft for the first one. ``phases`` is "mixed"
     (refresh and reuse spans share steps), "separate", or "auto": refreshes that fill half
     a step run by themselves, fewer share a step with reuse spans. ``max_history_rows`` is how
-    many positions may have their last distribution kept.
+    many positions may have their last distribution kept; with 0 nothing is kept of logits.
     """
 
     max_model_len: int
@@ -105,18 +105,29 @@ class Limits:
                 f"cfg_scale > 0 takes {request.rows_needed} rows, over "
                 f"max_num_seqs={self.max_num_seqs}: raise it to {request.rows_needed}"
             )
-        if request.history_needed > self.max_history_rows:
-            raise CapacityError(
-                f"unmask={request.params.unmask!r} keeps a distribution for each of "
-                f"{request.history_needed} positions of a block, over max_history_rows="
-                f"{self.max_history_rows}: raise it, or use a shorter block_length"
-            )
+        self._check_history(request)
         pages = -(-slots // self.page_size) * request.rows_needed
         if pages > self.num_pages:
             raise CapacityError(
                 f"the request needs {pages} K,V pages of {self.page_size} tokens, the engine "
                 f"has kv_pages={self.num_pages}: raise kv_pages to {pages}, shorten the "
                 f"prompt or {request.params.length_name}, or use cache='none'"
+            )
+
+    def _check_history(self, request: Request) -> None:
+        """What a rule keeps of logits has to have room."""
+        rule, needed = request.params.unmask, request.history_needed
+        if rule in KEEPING_RULES and not self.max_history_rows:
+            raise CapacityError(
+                f"unmask={rule!r} keeps something of the logits between forwards, and the engine "
+                "has reserved no memory for it (max_history_rows=0): make it with "
+                f"max_history_rows={max(needed, 1)} or more, or use another rule"
+            )
+        if needed > self.max_history_rows:
+            raise CapacityError(
+                f"unmask={rule!r} keeps a distribution for each of {needed} positions of a block, "
+                f"over max_history_rows={self.max_history_rows}: raise it to {needed}, or use a "
+                "shorter block_length"
             )
 
 

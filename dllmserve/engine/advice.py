@@ -13,7 +13,8 @@ from dllmserve.engine.sizing import Sizing
 
 OOM_ADVICE = (
     "reduce max_model_len, use sparse attention, enable tensor parallelism "
-    "(tensor_parallel_size), or lower max_num_seqs, max_num_batched_tokens or max_logit_rows"
+    "(tensor_parallel_size), or lower max_num_seqs, max_num_batched_tokens, max_logit_rows or "
+    "max_history_rows"
 )
 #: Fewer rows would run the LM head in chunks too small to be worth the launch.
 _LEAST_LOGIT_ROWS = 16
@@ -68,6 +69,8 @@ def _ways(sizing: Sizing, memory: MemoryBudget, fits: Callable[[Sizing], bool]) 
         _LEAST_LOGIT_ROWS, options.max_logit_rows, lambda n: fits_with(max_logit_rows=n)
     )
     ways += [f"max_logit_rows={rows}"] if rows else []
+    kept = _largest(0, options.max_history_rows, lambda n: fits_with(max_history_rows=n))
+    ways += [] if kept is None else [f"max_history_rows={kept}"]
     step = _largest(max_len, sizing.tokens, lambda n: fits(replace(sizing, tokens=n)))
     if step:
         ways.append(f"max_num_batched_tokens={step}")

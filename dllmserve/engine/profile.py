@@ -32,7 +32,7 @@ def measure(
     Args:
         runner: with ``PROFILE_PAGES`` pages; its rows are overwritten.
         limits: sizes of the largest step.
-        plan: the estimate, of which ``utilization`` and ``tables`` are kept.
+        plan: the estimate, of which ``utilization``, ``tables`` and ``history`` are kept.
         max_graphs: graphs that are kept at most.
     """
     device = runner.table.device
@@ -49,7 +49,7 @@ def measure(
         plan,
         total=total,
         free=free + allocated,
-        weights=allocated - logits - plan.tables,
+        weights=allocated - logits - plan.tables - plan.history,
         activations=activations,
         logits=logits,
         graphs=graphs,
@@ -61,13 +61,15 @@ def measure(
 def _activation_bytes(runner: ModelRunner, limits: Limits) -> int:
     """Memory that the worst step takes beyond what is allocated before it."""
     device = runner.table.device
+    worst = 0
+    for rule in ("entropy_bound", *runner.keeping):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        runner.execute(worst_step(runner, limits, rule)).result()
+        worst = max(worst, torch.cuda.max_memory_reserved(device) - before)
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    runner.execute(worst_step(runner, limits)).result()
-    peak = torch.cuda.max_memory_reserved(device) - before
-    torch.cuda.empty_cache()
-    return peak
+    return worst
 
 
 def _graph_bytes(runner: ModelRunner, limits: Limits, max_graphs: int) -> int:
@@ -86,23 +88,28 @@ def _graph_bytes(runner: ModelRunner, limits: Limits, max_graphs: int) -> int:
     return taken[0] + (max_graphs - 1) * taken[1]
 
 
-def worst_step(runner: ModelRunner, limits: Limits) -> StepPlan:
-    """Whole canvases that fill the step, all selecting, with every statistic and filter."""
+def worst_step(runner: ModelRunner, limits: Limits, rule: str = "entropy_bound") -> StepPlan:
+    """Whole canvases that fill the step, all selecting.
+
+    With ``entropy_bound`` with every statistic and filter; with a rule that keeps something of
+    logits, whose rows are reduced by themselves, with that.
+    """
     longest = min(limits.max_model_len, limits.max_num_batched_tokens)
     full, rest = divmod(limits.max_num_batched_tokens, longest)
     lengths = [longest] * full + ([rest] if rest > 1 else [])
     lengths = lengths[: limits.max_num_seqs]
     entries = []
     for row, length in enumerate(lengths):
-        filtered = row == len(lengths) - 1
+        keeps = rule != "entropy_bound"
+        filtered = not keeps and row == len(lengths) - 1
         answer = min(length - 1, MAX_GEN_LENGTH)
         block = min(max(length // 2, 1), answer)
         params = SamplingParams(
             temperature=1.0 if filtered else 0.0,
             top_p=0.9 if filtered else 1.0,
             gen_length=answer,
-            unmask="entropy_bound",
-            confidence="margin",
+            unmask=rule,
+            confidence="probability" if keeps else "margin",
             seed=row,
         )
         _admit(runner, row, [0] * (length - answer), params)

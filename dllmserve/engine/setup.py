@@ -45,6 +45,7 @@ from dllmserve.runtime.logits import LogitsHead, TorchReducer, TritonReducer
 from dllmserve.runtime.platform import is_out_of_memory, on_device, release_cached_memory
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.states import LogitState, make_states
 
 _log = logging.getLogger(__name__)
 _MIN_STEP_TOKENS, _MAX_STEP_TOKENS = 8192, 32768
@@ -103,10 +104,11 @@ class RunnerParts:
     table: StateTable
     backend: AttentionBackend
     head: LogitsHead
+    states: dict[str, LogitState]
 
     @classmethod
     def create(cls, plan: EnginePlan, decoder: Decoder) -> RunnerParts:
-        """Allocate state table and LM head."""
+        """Allocate state table, LM head and what rules keep."""
         limits = plan.limits
         triton = plan.kernels == "triton"
         exact = decoder.ops.linear if triton and plan.dtype == torch.float32 else None
@@ -121,7 +123,15 @@ class RunnerParts:
         backend: AttentionBackend = resolve(ATTENTION_BACKENDS, plan.attention)(
             plan.partition.local
         )
-        return cls(plan, decoder, table, backend, head)
+        states = make_states(
+            limits.max_num_seqs + 1,
+            limits.max_history_rows,
+            limits.max_model_len,
+            decoder.vocab,
+            plan.spec.mask_id,
+            plan.device,
+        )
+        return cls(plan, decoder, table, backend, head, states)
 
     def runner(self, num_pages: int) -> ModelRunner:
         """A runner with its own pages and graphs."""
@@ -146,7 +156,7 @@ class RunnerParts:
             self.head,
             graphs,
             kernels=plan.kernels,
-            max_history_rows=limits.max_history_rows,
+            states=self.states,
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
+from dllmserve.runtime.states import state_bytes
 from dllmserve.sampling_params import MAX_GEN_LENGTH, MAX_LOGIT_BIAS
 
 
@@ -44,6 +45,7 @@ class Sizing:
             activations=self.tokens * self._widest * size,
             logits=self._logits(),
             tables=self._tables(),
+            history=self._history(),
             pages=0,
         )
 
@@ -105,6 +107,11 @@ class Sizing:
         per_row = length * 21 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8
         per_row += (MAX_LOGIT_BIAS + ends) * 12 + ends * 8
         return (self.options.max_num_seqs + 1) * per_row + length * self.spec.head_dim * 4
+
+    def _history(self) -> int:
+        """What rules keep of logits."""
+        options, ids = self.options, self.spec.embedding_size
+        return state_bytes(options.max_num_seqs + 1, options.max_history_rows, self.max_len, ids)
 
     @property
     def _widest(self) -> int:

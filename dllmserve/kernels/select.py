@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllmserve.attention.backend import host_to_device
 from dllmserve.core.plan import Span, Write
 from dllmserve.core.rows import RowSelect
+from dllmserve.device import host_to_device
 from dllmserve.kernels.pages import (
     BLK_LEN,
     BLK_OFF,

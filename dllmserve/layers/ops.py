@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dllmserve.layers.activation import silu
 from dllmserve.layers.norm import rms_norm
 from dllmserve.layers.rotary import Rotary
 
@@ -84,7 +85,7 @@ class TorchOps:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """See :class:`LayerOps`."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return silu(gate).mul_(up)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`LayerOps`."""

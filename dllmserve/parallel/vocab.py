@@ -2,8 +2,8 @@
 
 The vocabulary is cut into splits, whose number does not depend on the number of ranks, and a
 rank holds whole splits. What is summed over a row of logits is summed split by split, and the
-sums of all splits are then joined in one order: so the result is the same, bit for bit, on
-any number of ranks.
+sums of all splits are then joined in one order: so of the same logits the result is the same,
+bit for bit, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dllmserve.parallel.group import SOLO, Group
 
 #: splits of a large vocabulary, of which so many ranks can have a share
 SPLITS = 16
-#: what the ids in a split are a multiple of: products then come out the same, bit for bit, in
-#: parts; in a vocabulary of some size, rows of half precision begin at cache lines, too
+#: what the ids in a split are a multiple of, so that no tile of a product lies in two parts; in a
+#: vocabulary of some size, rows of half precision begin at cache lines, too
 _ALIGNED, _LINE, _LARGE = 32, 64, 4096
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllmserve.attention.backend import host_to_device
+from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.shape import HEAD_FIELDS, SPAN_FIELDS, StepShape
 from dllmserve.runtime.step import span_fields

@@ -26,7 +26,6 @@ class HeadCells:
 
     Attributes:
         row: [M] int64, row of the state table; the trash row for padding.
-        position: [M] int64, canvas position; the trash column for padding.
         column: [M] int64, place in the block.
         entering: [M] bool, whether this is the block's first forward.
         forward: [M] int64, forwards that the request has had.
@@ -34,7 +33,6 @@ class HeadCells:
     """
 
     row: Tensor
-    position: Tensor
     column: Tensor
     entering: Tensor
     forward: Tensor
@@ -119,10 +117,8 @@ class StepDecision:
         """Whose LM-head rows these are, for what keeps something of them between forwards."""
         inputs, owner = self._inputs, self._owner
         real = inputs.head_real
-        position = inputs.block.flatten()[inputs.head_cells]
         return HeadCells(
             row=torch.where(real, inputs.rows[owner], self._table.trash_row),
-            position=torch.where(real, position, self._table.max_len),
             column=inputs.head_cells % self._shape.width,
             entering=self.entering[owner],
             forward=self._forwards[owner],

@@ -30,9 +30,11 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class RowReducer(Protocol):
     """Reduces a chunk of logits to its statistics; see :func:`decoding.stats.row_stats`."""
 
-    #: rows that a chunk of sampled, and of filtered, rows counts for, by their extra memory
+    #: rows that a chunk of sampled, of filtered, and of rows that a state sees counts for, by
+    #: their extra memory
     sampled_cost: int
     filtered_cost: int
+    state_cost: int
 
     def reduce(
         self,
@@ -55,6 +57,7 @@ class TorchReducer:
 
     sampled_cost = 4  # noise and sorting work in float64 and int64
     filtered_cost = 4
+    state_cost = 4  # float32 copies: of the distributions now and before, and their product
 
     def __init__(self, vocab: VocabShard) -> None:
         self.vocab = vocab
@@ -84,6 +87,7 @@ class TritonReducer(TorchReducer):
 
     sampled_cost = 1
     filtered_cost = 16  # the sort's keys, indices and float64 sums, beside a bf16 row
+    state_cost = 16  # the same copies, beside a row that needs no others
 
     def reduce(
         self,
@@ -215,7 +219,7 @@ class LogitsHead:
         if segment.bias and self._weight.dtype != torch.float32:
             rows //= 2  # a float32 copy of each, twice its size
         if segment.state:
-            rows //= 4  # float32 copies: of the distributions now and before, and their product
+            rows //= self._reducer.state_cost
         if segment.filtered:
             rows //= self._reducer.filtered_cost
         elif segment.sampled:

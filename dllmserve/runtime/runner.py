@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 
-from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore, host_to_device
+from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepEntry, StepPlan
 from dllmserve.core.rows import IntField, RowInit, Track
 from dllmserve.core.scheduler import EntryReport
 from dllmserve.decoding.rule import UnmaskRule
+from dllmserve.device import host_to_device
 from dllmserve.models.decoder import Decoder
 from dllmserve.registry import UNMASK_RULES, resolve
 from dllmserve.runtime.bias import BiasTable
@@ -38,15 +39,13 @@ from dllmserve.runtime.shape import (
     lay_out,
 )
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.states import CreditTable, KlHistory, LogitState
+from dllmserve.runtime.states import LogitState
 from dllmserve.runtime.step import span_fields, step_ops
 
 #: Larger steps keep the device busy without a graph, and a graph for them would take much memory.
 MAX_GRAPH_TOKENS = 4096
 #: statistics that a confidence is made of, besides the probability
 _CONFIDENCE_NEEDS = {"margin": frozenset({"margin"}), "neg_entropy": frozenset({"entropy"})}
-#: what :mod:`dllmserve.runtime.states` keeps
-_STATES = frozenset({"credit", "kl"})
 #: what keeping track of out-of-date positions takes
 _TRACK_NEEDS = {
     Track.NONE: frozenset[str](),
@@ -160,7 +159,11 @@ class ModelRunner:
         head: LM head.
         graphs: CUDA graphs, or None to launch every kernel by itself.
         kernels: "torch" or "triton": what reads and writes the state rows.
-        max_history_rows: positions whose last distribution may be kept.
+        states: what rules keep of logits, by name; without a rule's the engine takes none of
+            its requests.
+
+    Attributes:
+        keeping: rules that have a state.
     """
 
     recovers = True
@@ -175,7 +178,7 @@ class ModelRunner:
         graphs: GraphPool | None = None,
         *,
         kernels: str = "torch",
-        max_history_rows: int = 0,
+        states: Mapping[str, LogitState] | None = None,
     ) -> None:
         self._spec = decoder.spec
         self._table = table
@@ -189,8 +192,8 @@ class ModelRunner:
             n: r.needs | ({"memory"} if _has_memory(r) else set()) for n, r in rules.items()
         }
         self._rule_names = tuple(rules)
-        self._max_history_rows = max_history_rows
-        self._states: dict[str, LogitState] = {}
+        self._states = states or {}
+        self.keeping = tuple(n for n, needs in self._rule_needs.items() if needs & {*self._states})
         self._ops = step_ops(kernels, table, rules, decoder.spec)
         rows = table.trash_row + 1
         spec, ends = decoder.spec, len(decoder.spec.eos_ids)
@@ -225,8 +228,8 @@ class ModelRunner:
         """Fill a row of the state table, its bias and its page table."""
         self.table.write_row(init)
         self._bias.write_row(init.row, init.bias, init.last)
-        for name in self._rule_needs[self._rule_names[init.ints[IntField.RULE]]] & _STATES:
-            self._state(name).admit(init)
+        for name in self._rule_needs[self._rule_names[init.ints[IntField.RULE]]] & {*self._states}:
+            self._states[name].admit(init)
         if init.pages:
             pages = host_to_device(init.pages, self.table.device)
             self.kv.page_table[init.row, : len(init.pages)] = pages
@@ -268,20 +271,6 @@ class ModelRunner:
         init = self.table.host[entry.span.row]
         wanted = self._rule_needs[entry.rule] | _CONFIDENCE_NEEDS.get(init.confidence, frozenset())
         return wanted | _TRACK_NEEDS[init.track]
-
-    def _state(self, name: str) -> LogitState:
-        """What is kept of logits; allocated when the first request needs it."""
-        if name not in self._states:
-            table, spec, vocab = self.table, self.spec, self._decoder.vocab
-            rows, length = table.trash_row + 1, table.max_len + 1
-            made: LogitState
-            if name == "kl":
-                slots = self._max_history_rows
-                made = KlHistory(rows, slots, vocab, min(slots, length), table.device)
-            else:
-                made = CreditTable(rows, length, vocab, spec.mask_id, table.device)
-            self._states[name] = made
-        return self._states[name]
 
     def _replay(self, graphs: GraphPool, plan: StepPlan, packing: Packing) -> StepOutputs:
         def rehearse() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllmserve.attention.backend import host_to_device
 from dllmserve.core.rows import IntField, RowInit, Track
+from dllmserve.device import host_to_device
 from dllmserve.parameters import FloatField
 from dllmserve.runtime.platform import beside_steps, fetch
 from dllmserve.sampling_params import MAX_GEN_LENGTH

@@ -11,11 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dllmserve.attention.backend import host_to_device
 from dllmserve.core.rows import RowInit
 from dllmserve.decoding.stats import log_sum, without
+from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard, best_of
 from dllmserve.runtime.decide import HeadCells
+from dllmserve.sampling_params import MAX_GEN_LENGTH
 
 
 class LogitState(Protocol):
@@ -58,6 +59,11 @@ class KlHistory:
         log_probs: [2, slots + 1, v] float32, of even and odd forwards.
     """
 
+    @staticmethod
+    def nbytes(rows: int, slots: int, ids: int, max_block: int) -> int:
+        """Bytes on the device, of a rank with so many ids."""
+        return 2 * (slots + 1) * ids * 4 + rows * max_block * 8
+
     def __init__(
         self, rows: int, slots: int, vocab: VocabShard, max_block: int, device: torch.device
     ) -> None:
@@ -94,26 +100,32 @@ class CreditTable:
 
     Args:
         rows: of the state table, the trash row included.
-        length: positions of a row, trash included.
+        max_block: longest block.
         vocab: this rank's part of the vocabulary.
         mask_id: never earns.
         device: of the state table.
 
     Attributes:
-        ids: [2, rows, length, 16] int64, of even and odd forwards; -1 where free.
-        credits: [2, rows, length, 16] float32.
+        ids: [2, rows, max_block, 16] int32, of even and odd forwards; -1 where free. Of what the
+            row's block has not written yet anything.
+        credits: [2, rows, max_block, 16] float32.
     """
 
     KEPT = 16
     DECAY, POWER, WEIGHT = 0.8, 0.2, 0.7
 
     def __init__(
-        self, rows: int, length: int, vocab: VocabShard, mask_id: int, device: torch.device
+        self, rows: int, max_block: int, vocab: VocabShard, mask_id: int, device: torch.device
     ) -> None:
         self._vocab, self._mask_id = vocab, mask_id
-        size = (2, rows, length, self.KEPT)
-        self.ids = torch.full(size, -1, dtype=torch.int64, device=device)
+        size = (2, rows, max_block, self.KEPT)
+        self.ids = torch.zeros(size, dtype=torch.int32, device=device)
         self.credits = torch.zeros(size, device=device)
+
+    @classmethod
+    def nbytes(cls, rows: int, max_block: int) -> int:
+        """Bytes on the device."""
+        return 2 * rows * max_block * cls.KEPT * (4 + 4)
 
     def admit(self, init: RowInit) -> None:
         """Nothing: a block begins without credits."""
@@ -121,25 +133,26 @@ class CreditTable:
     def observe(self, z: Tensor, cells: HeadCells, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Logits [n, v] float32 with the credits added."""
         z, vocab = z.float(), self._vocab
-        row, position = cells.row[rows], cells.position[rows]
+        row, place = cells.row[rows], cells.column[rows].clamp(max=self.ids.shape[2] - 1)
         entering = cells.entering[rows][:, None]
         odd = cells.forward[rows] % 2
-        ids = torch.where(entering, -1, self.ids[1 - odd, row, position])  # [n, 16]
-        before = self.credits[1 - odd, row, position]
+        ids = torch.where(entering, -1, self.ids[1 - odd, row, place].long())  # [n, 16]
+        before = self.credits[1 - odd, row, place]
         credits = torch.where(entering, 0.0, before) * self.DECAY
         best, token = self._best(z)  # [n, 1]
-        earned = (best - log_sum(z, vocab)).exp() ** self.POWER
+        # p ** POWER; torch's power rounds by an element's place on a CPU, exp does not
+        earned = ((best - log_sum(z, vocab)) * self.POWER).exp()
         known = ids == token
         # a new token takes a free place, or that of the smallest credit
-        place = torch.where(ids < 0, -1.0, credits).argmin(dim=-1, keepdim=True)
+        least = torch.where(ids < 0, -1.0, credits).argmin(dim=-1, keepdim=True)
         column = torch.arange(self.KEPT, device=z.device)
-        here = torch.where(known.any(dim=-1, keepdim=True), known, column == place)
+        here = torch.where(known.any(dim=-1, keepdim=True), known, column == least)
         here &= ~entering
         fresh = torch.where(known, credits, 0.0) + earned
         credits = torch.where(here, fresh, credits)
         ids = torch.where(here, token, ids)
-        self.ids[odd, row, position] = ids
-        self.credits[odd, row, position] = credits
+        self.ids[odd, row, place] = ids.int()
+        self.credits[odd, row, place] = credits
         raised = torch.where(ids >= 0, self.WEIGHT * credits.log1p(), 0.0)
         columns, mine = vocab.locate(ids)
         return z.scatter_add(1, columns, raised.masked_fill(~mine, 0.0)), None
@@ -151,3 +164,36 @@ class CreditTable:
         found = self._vocab.group.all_gather(torch.stack((best.double(), token.double())))
         best, token = best_of(found[:, 0], (found[:, 0], found[:, 1]))
         return best.float()[:, None], token.long()[:, None]
+
+
+def make_states(
+    rows: int, slots: int, max_len: int, vocab: VocabShard, mask_id: int, device: torch.device
+) -> dict[str, LogitState]:
+    """All that rules may keep of logits, by the name that they have in ``UnmaskRule.needs``.
+
+    It is allocated once, so that no request's arrival can be what memory runs out at.
+
+    Args:
+        rows: of the state table, the trash row included.
+        slots: distributions that may be kept; 0: nothing at all is kept.
+        max_len: longest canvas.
+        vocab: this rank's part of the vocabulary.
+        mask_id: never earns credits.
+        device: of the state table.
+    """
+    if not slots:
+        return {}
+    block = min(max_len, MAX_GEN_LENGTH)
+    return {
+        "kl": KlHistory(rows, slots, vocab, min(slots, block), device),
+        "credit": CreditTable(rows, block, vocab, mask_id, device),
+    }
+
+
+def state_bytes(rows: int, slots: int, max_len: int, ids: int) -> int:
+    """Bytes that :func:`make_states` allocates on a rank with so many ids of the vocabulary."""
+    if not slots:
+        return 0
+    block = min(max_len, MAX_GEN_LENGTH)
+    history = KlHistory.nbytes(rows, slots, ids, min(slots, block))
+    return history + CreditTable.nbytes(rows, block)

@@ -12,41 +12,16 @@ from typing import Protocol
 
 from torch import Tensor
 
-from dllmserve.attention.backend import host_to_device
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.decoding.rule import UnmaskRule
-from dllmserve.decoding.stats import RowParams, TokenStats
-from dllmserve.runtime.decide import HeadCells, StepDecision, apply_rules
+from dllmserve.decoding.stats import TokenStats
+from dllmserve.device import host_to_device
+from dllmserve.runtime.decide import StepDecision, apply_rules
 from dllmserve.runtime.graphs import StepOutputs
 from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.shape import SPAN_FIELDS, StepShape
 from dllmserve.runtime.state_table import StateTable
-
-
-@dataclass(frozen=True)
-class StepTensors:
-    """What the model and the LM head read: N tokens, S spans, M LM-head rows.
-
-    Attributes:
-        ids, positions: [N] int64.
-        starts: [S] int32, first packed token of each span.
-        head_rows: [M] int64, index into ids of the hidden state of each LM-head row.
-        head_uncond: [m] int64, the same on the unconditional side, for the last m rows.
-        cfg_scale: [M] float64.
-        row_params: parameters of the M rows.
-        cells: whose the M rows are; None if nothing of them is kept between forwards.
-        owners: [N] int64, span of each token, S for padding; None likewise.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    starts: Tensor
-    head_rows: Tensor
-    head_uncond: Tensor
-    cfg_scale: Tensor
-    row_params: RowParams
-    cells: HeadCells | None = None
-    owners: Tensor | None = None
+from dllmserve.runtime.tensors import StepTensors
 
 
 class StepWork(Protocol):

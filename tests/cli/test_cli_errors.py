@@ -152,7 +152,7 @@ def test_info_json(capfd: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     assert facts["model"]["eos_ids"] == [318]
     # K and V, 3 layers, 2 heads of 16, 2 bytes
     assert facts["memory"]["kv_bytes_per_token"] == 2 * 3 * 2 * 16 * 2
-    parts = ("weights", "activations", "logits", "tables", "pages")
+    parts = ("weights", "activations", "logits", "tables", "history", "pages")
     assert sum(facts["memory"][f"{p}_bytes"] for p in parts) == facts["memory"]["planned_bytes"]
 
 

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from dllmserve import __version__
 from dllmserve.cli import eval as command
 from dllmserve.cli.app import app
-from dllmserve.cli.main import INTERRUPTED, main
+from dllmserve.cli.exit_codes import INTERRUPTED
+from dllmserve.cli.main import main
 from dllmserve.cli.options import SAMPLING, SPARSE, sampling_params, sparse_config, with_options
 from dllmserve.evaluation.run import Evaluation
 

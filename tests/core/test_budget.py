@@ -46,6 +46,9 @@ def test_the_memory_equation() -> None:
         "weights 1.00 GiB + activations 2.00 GiB + logits 512.0 MiB + tables 0.0 MiB "
         "+ K,V pages 0.0 MiB = 3.50 GiB of 10.00 GiB x 0.5 = 5.00 GiB"
     )
+    kept = replace(memory, graphs=GIB, history=GIB // 4)
+    assert kept.planned == memory.planned + GIB + GIB // 4
+    assert "+ tables 0.0 MiB + history 256.0 MiB + graphs 1.00 GiB +" in kept.equation()
     busy = replace(memory, free=2 * GIB)
     assert busy.allowed == 2 * GIB < busy.planned
     assert busy.equation().endswith("of free memory of 10.00 GiB = 2.00 GiB")

@@ -1,4 +1,4 @@
-"""A plan checks its own contract, and packs to nine integers a span."""
+"""A plan checks its own contract, and packs to ten integers a span."""
 
 from typing import Any
 

@@ -62,12 +62,17 @@ def _value(text: str) -> Any:
     ("gib", "options", "names"),
     [
         (
-            19.2,
+            19.8,
             {"kv_pages": 32},
-            {"max_logit_rows", "max_num_batched_tokens", "gpu_memory_utilization"},
+            {
+                "max_logit_rows",
+                "max_num_batched_tokens",
+                "max_history_rows",
+                "gpu_memory_utilization",
+            },
         ),
-        (18.6, {"kv_pages": 32}, {"max_num_batched_tokens"}),
-        (17.6, {"tokens": 4096, "kv_pages": 8}, {"max_model_len"}),
+        (19.2, {"kv_pages": 32}, {"max_num_batched_tokens"}),
+        (17.6, {"tokens": 4096, "kv_pages": 8, "max_history_rows": 0}, {"max_model_len"}),
         (60.0, {"kv_pages": 10_000}, {"kv_pages"}),
         (24.0, {"dtype": "float32"}, {"dtype"}),
         (16.0, {"dtype": "float32"}, set()),

@@ -9,6 +9,7 @@ import pytest
 from dllmserve import LLM, SamplingParams, SparseConfig
 from tests.conftest import Engines
 from tests.helpers import answer, check_idle, random_prompt
+from tests.ordered import use_ordered_products
 
 Job = tuple[list[int], SamplingParams, SparseConfig | None]
 
@@ -55,6 +56,23 @@ def test_alone_or_in_any_batch(engines: Engines, checkpoints: dict[str, Path], n
         order = random.Random(str(options)).sample(range(len(batch)), len(batch))
         mixed = run(engines(checkpoints[name], **options), [batch[i] for i in order])
         assert mixed == [alone[i] for i in order], options
+
+
+@pytest.mark.parametrize("name", ["llada", "dream"])
+def test_numbers_alone_or_in_any_batch(
+    engines: Engines, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Where products have one order of summation, no bit of any confidence depends on others."""
+    use_ordered_products(monkeypatch)
+    batch = jobs()
+    alone = [list(engines(checkpoints[name]).stream(*job)) for job in batch]
+    for options in ({}, {"max_logit_rows": 7}, {"max_num_batched_tokens": 110}):
+        llm = engines(checkpoints[name], **options)
+        streams = [llm.stream(*job) for job in batch]
+        first = [next(stream) for stream in streams]  # all are under way, and share steps
+        seen = [[step, *stream] for step, stream in zip(first, streams, strict=True)]
+        assert seen == alone, options
+        check_idle(llm)
 
 
 def test_arrival_in_the_middle(engines: Engines, checkpoints: dict[str, Path]) -> None:

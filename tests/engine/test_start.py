@@ -1,19 +1,23 @@
 """Choices and measurements at start-up, with a device that is not there."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from dllmserve import SamplingParams
 from dllmserve.config import EngineConfig
 from dllmserve.core.rows import RowInit
 from dllmserve.core.scheduler import Limits
 from dllmserve.engine import choices, setup
 from dllmserve.engine.profile import worst_step
-from dllmserve.errors import ConfigError
+from dllmserve.errors import CapacityError, ConfigError
+from dllmserve.runtime.runner import ModelRunner
 from tests.helpers import PLAIN
+from tests.parallel.threads import threaded_llm
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -47,6 +51,7 @@ class Admitting:
         self.rows[init.row] = init
 
 
+@pytest.mark.parametrize("rule", ["entropy_bound", "klass", "credit"])
 @pytest.mark.parametrize(
     ("max_len", "tokens", "rows"),
     [
@@ -60,7 +65,9 @@ class Admitting:
         (256, 256, 1),
     ],
 )
-def test_the_measured_step_is_as_large_as_any(max_len: int, tokens: int, rows: int) -> None:
+def test_the_measured_step_is_as_large_as_any(
+    max_len: int, tokens: int, rows: int, rule: str
+) -> None:
     runner: Any = Admitting()
     limits = Limits(
         max_model_len=max_len,
@@ -70,7 +77,7 @@ def test_the_measured_step_is_as_large_as_any(max_len: int, tokens: int, rows: i
         page_size=32,
         num_pages=1,
     )
-    plan = worst_step(runner, limits)
+    plan = worst_step(runner, limits, rule)
     plan.validate(max_len)
     assert plan.tokens == min(tokens, rows * max_len)
     for entry in plan.entries:
@@ -78,7 +85,58 @@ def test_the_measured_step_is_as_large_as_any(max_len: int, tokens: int, rows: i
         assert len(init.prompt) + init.gen_length == entry.span.q_len
         assert entry.span.blk_start >= len(init.prompt)
         assert entry.masks == entry.span.blk_len
-    assert runner.rows[plan.entries[-1].span.row].filtered
+        assert entry.rule == rule
+    assert runner.rows[plan.entries[-1].span.row].filtered == (rule == "entropy_bound")
+
+
+def kept_bytes(runner: ModelRunner) -> int:
+    """Bytes of all tensors that the runner's states hold."""
+    states = [vars(state).values() for state in runner._states.values()]
+    return sum(x.nbytes for values in states for x in values if isinstance(x, torch.Tensor))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("rows", [0, 1, 37, 512])
+def test_what_rules_keep_is_in_the_plan(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch, ranks: int, rows: int
+) -> None:
+    """To the byte, on every rank; and no request's arrival allocates any of it."""
+    options: dict[str, Any] = {"max_history_rows": rows, "max_num_seqs": 5, "max_model_len": 50}
+    folder = str(checkpoints["llada"])
+    llm, runner, _ = threaded_llm(monkeypatch, folder, ranks, **options)
+    config = EngineConfig(folder, device="cpu", tensor_parallel_size=ranks, **options)
+    plans = [setup.plan_engine(config, rank).memory for rank in range(ranks)]
+    assert [kept_bytes(one) for one in runner.runners] == [plan.history for plan in plans]
+    assert llm.plan.memory.history == plans[0].history
+    assert (plans[0].history > 0) == (rows > 0)
+    table = [x.nbytes for x in vars(runner.table).values() if isinstance(x, torch.Tensor)]
+    assert sum(table) <= llm.plan.memory.tables
+    needed = {"klass": 8, "credit": 1}
+    for rule, least in needed.items():
+        params = SamplingParams(gen_length=8, block_length=8, temperature=0.0, unmask=rule)
+        if rows >= least:
+            llm.generate([[1, 2], [3]], params, use_tqdm=False)
+            continue
+        why = (
+            f"reserved no memory.*max_history_rows={least} or more" if not rows else "raise it to 8"
+        )
+        with pytest.raises(CapacityError, match=why):
+            llm.generate([[1, 2]], params, use_tqdm=False)
+    assert [kept_bytes(one) for one in runner.runners] == [plan.history for plan in plans]
+
+
+def test_pages_leave_room_for_what_rules_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig("llada-8b", device="cpu", dtype="bfloat16", max_model_len=2048)
+    gib = 2**30
+    monkeypatch.setattr("dllmserve.engine.memory.device_memory", lambda _: (28 * gib, 28 * gib))
+    plan, without = (setup.plan_engine(replace(config, max_history_rows=rows)) for rows in (512, 0))
+    # 513 distributions of even and odd forwards, and the places of blocks; then credits
+    assert plan.memory.history == 2 * 513 * 126464 * 4 + 65 * 512 * 8 + 2 * 65 * 2048 * 16 * 8
+    assert without.memory.history == 0
+    page = plan.sizing.page_bytes + plan.sizing.gather_bytes
+    lost = without.limits.num_pages - plan.limits.num_pages
+    assert abs(lost * page - plan.memory.history) < page
+    assert plan.memory.planned <= plan.memory.allowed
 
 
 def test_pages_that_torch_gathers_are_paid_for_after_the_measurement_too(

@@ -1,8 +1,11 @@
 """The step kernels against the torch operations of runtime.inputs and runtime.decide: same bits."""
 
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +22,11 @@ from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.kernels.finish import pick_best
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, StepShape, empty_ints, lay_out
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.step import StepTensors, TorchStep, TritonStep, span_fields
+from dllmserve.runtime.step import TorchStep, TritonStep, span_fields
+from dllmserve.runtime.tensors import StepTensors
 from dllmserve.sampling_params import CONFIDENCE
 
+ROOT = Path(__file__).parents[2]
 MASK, VOCABULARY = 7, 24
 NEEDS = {"margin": {"margin"}, "neg_entropy": {"entropy"}}
 #: rules whose steps the kernels take; the others keep something between forwards
@@ -291,6 +296,29 @@ def test_one_request(pad: Padding, device: torch.device) -> None:
 def test_blocks_and_answers_wider_than_a_tile(seed: int, device: torch.device) -> None:
     check(make_case(seed, device, entries=2, longest=2600), EXACT, steps=1)
     check(make_case(seed + 30, device, entries=3, longest=700), LADDER, steps=1, nan=True)
+
+
+_MORE_PARAMETERS = """
+import dataclasses, enum, torch
+import dllmserve.parameters as parameters
+names = [*parameters.FloatField.__members__, *"ABCDEFG"]
+parameters.FloatField = enum.IntEnum("FloatField", names, start=0)
+from tests.kernels import test_step_kernels as steps
+made = steps.init_of
+def init_of(*given):
+    init = made(*given)
+    return dataclasses.replace(init, floats=(*init.floats, *range(1, 8)))
+steps.init_of = init_of
+device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+case = steps.make_case(1, device, entries=2)
+assert case.tables[0].floats.shape[1] == len(names) == 17
+steps.check(case, steps.EXACT, steps=1)
+"""
+
+
+def test_more_parameters_than_now() -> None:
+    """The kernels follow FloatField, whatever its length."""
+    subprocess.run([sys.executable, "-c", _MORE_PARAMETERS], cwd=ROOT, check=True)
 
 
 def test_many_spans(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The number of ranks changes no token, and where shapes allow it no bit."""
+"""The number of ranks changes no token, and where the order of sums is ours no bit."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +14,7 @@ from tests.conftest import Engines
 from tests.engine.test_fewer_forwards import cases, sampling
 from tests.engine.test_invariance import jobs, run
 from tests.helpers import random_prompt
+from tests.ordered import use_ordered_products
 from tests.parallel.threads import threaded_llm
 
 #: sizes that every product cuts at a multiple of 16, as real ones do
@@ -75,11 +76,13 @@ def test_the_same_bits(
     name: str,
     size: int,
 ) -> None:
+    """With products of a fixed order, as on a GPU; see tests/gpu for the kernels' own."""
     if size == 4 and ALIGNED[name].kv_heads == 2:
         pytest.skip("two K,V heads cannot be shared by four")
     folder = aligned[name]
     one = engines(folder)
     several, runner, _ = threaded_llm(monkeypatch, str(folder), size)
+    use_ordered_products(monkeypatch)
     for kind, given in PARAMS.items():
         params = SamplingParams(gen_length=16, steps=8, block_length=8, seed=7, **given)
         for sparse in SPARSE if kind in ("greedy", "drawn") else [None]:
@@ -91,6 +94,27 @@ def test_the_same_bits(
     for other in tables[1:]:  # every rank has come to the same answers by itself
         assert torch.equal(tables[0].tokens[:, :-1], other.tokens[:, :-1])
         assert torch.equal(tables[0].masked[:, :-1], other.masked[:, :-1])
+
+
+#: relative and absolute; float32 products of some 100 terms, in another order
+NEAR = {"rel": 1e-4, "abs": 1e-6}
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+def test_the_librarys_products(
+    engines: Engines, aligned: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On a CPU a product's last bits depend on its size: the same tokens, and near numbers."""
+    one = engines(aligned[name])
+    several, _, _ = threaded_llm(monkeypatch, str(aligned[name]), 2)
+    for kind, given in PARAMS.items():
+        params = SamplingParams(gen_length=16, steps=8, block_length=8, seed=7, **given)
+        *found, ids = pictures(several, params, None)
+        *expected, wanted = pictures(one, params, None)
+        assert ids == wanted, kind
+        assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected], kind
+        for (_, numbers), (_, other) in zip(found, expected, strict=True):
+            assert numbers == [n if n is None else pytest.approx(n, **NEAR) for n in other], kind
 
 
 @pytest.mark.parametrize("name", helpers.MODELS)

@@ -25,6 +25,7 @@ from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.states import make_states
 
 META = torch.device("meta")
 LENGTH = 256
@@ -113,9 +114,15 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
     table = StateTable(limits.max_num_seqs, LENGTH, META)
     decoder = Decoder(Partition(spec), torch.bfloat16, META, LENGTH, kernels="torch")
     head = LogitsHead(decoder.head_weight, limits.max_logit_rows, spec.mask_id)
-    runner = ModelRunner(
-        decoder, table, kv, SdpaBackend(spec), head, max_history_rows=limits.max_history_rows
+    states = make_states(
+        limits.max_num_seqs + 1,
+        limits.max_history_rows,
+        LENGTH,
+        decoder.vocab,
+        spec.mask_id,
+        META,
     )
+    runner = ModelRunner(decoder, table, kv, SdpaBackend(spec), head, states=states)
     requests = _requests()
     for request in requests:
         scheduler.add(request)

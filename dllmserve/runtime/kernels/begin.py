@@ -19,7 +19,7 @@ from dllmserve.kernels.stats import mix
 from dllmserve.parameters import FloatField
 from dllmserve.runtime.shape import HEAD_FIELDS, StepShape
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.step import StepTensors
+from dllmserve.runtime.tensors import StepTensors
 
 #: Columns of the state table.
 FLOATS = tl.constexpr(len(FloatField))

@@ -1,0 +1,149 @@
+"""In float32 on a CPU an element, or a row, comes out the same bits wherever it stands.
+
+Products are the library's, whose order of summation is not ours: tests/ordered.py stands in for it.
+ATEN_CPU_CAPABILITY chooses the vector instructions; "make numerics" runs this under all that the
+processor has.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dllmserve.decoding.stats import log_sum
+from dllmserve.layers.activation import silu
+from dllmserve.layers.norm import rms_norm
+from dllmserve.parallel.vocab import VocabShard
+from dllmserve.runtime.decide import HeadCells
+from dllmserve.runtime.states import CreditTable, KlHistory, LogitState
+from tests import ordered
+from tools.capabilities import LADDER, below
+
+CPU = torch.device("cpu")
+WIDE, NARROW = torch.float64, torch.float32
+
+#: what the step path computes element by element, besides what IEEE 754 defines
+ELEMENTWISE: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
+    "silu": (silu, NARROW),
+    "exp": (torch.exp, NARROW),
+    "exp of float64": (torch.exp, WIDE),
+    "log of float64": (lambda x: x.abs().log(), WIDE),
+    "log1p": (lambda x: x.abs().log1p(), NARROW),
+    "log1p of float64": (lambda x: x.abs().log1p(), WIDE),
+    "sqrt": (lambda x: x.abs().sqrt(), NARROW),
+}
+#: what it computes row by row
+ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "norm": lambda x: rms_norm(x, torch.linspace(0.5, 2.0, x.shape[1]), 1e-5),
+    "softmax": lambda x: x.softmax(dim=-1),
+    "softmax of float64": lambda x: x.softmax(dim=-1, dtype=WIDE),
+    "sum": lambda x: x.sum(dim=-1, keepdim=True),
+    "sum of float64": lambda x: x.double().sum(dim=-1, keepdim=True),
+    "cumsum of float64": lambda x: x.double().cumsum(dim=-1),
+    "log_sum": lambda x: log_sum(x, VocabShard(x.shape[1])),
+    "ordered product": lambda x: ordered.linear(x, numbers(9, x.shape[1])),
+}
+
+
+def numbers(*shape: int, dtype: torch.dtype = NARROW) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (4 * torch.randn(*shape, generator=generator, dtype=WIDE)).to(dtype)
+
+
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" not in os.environ, reason="the processor's best")
+def test_the_capability_that_was_asked_for() -> None:
+    asked = os.environ["ATEN_CPU_CAPABILITY"]
+    assert torch.backends.cpu.get_cpu_capability().lower() == asked
+
+
+def test_the_capabilities_to_test_with() -> None:
+    """Whatever this very process was told, those below the processor's own."""
+    assert [below(own) for own in LADDER] == [(), ("default",), ("default", "avx2")]
+    assert below("no such") == ("default",)
+    found = subprocess.run(
+        [sys.executable, "tools/capabilities.py"],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert tuple(found.stdout.split()) == below(found.stderr.split()[-1])
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_an_element(name: str) -> None:
+    function, dtype = ELEMENTWISE[name]
+    x = numbers(40 * 66, dtype=dtype)
+    whole = function(x)
+    for start in (*range(33), 1000, 2007):
+        for length in (*range(1, 35), 131):
+            part = x[start : start + length]
+            assert torch.equal(function(part), whole[start : start + length]), (start, length)
+            assert torch.equal(function(part.clone()), whole[start : start + length])
+    table = x.view(40, 66)
+    assert torch.equal(function(table[:, :33]), whole.view(40, 66)[:, :33])  # a gate of gate_up
+    assert torch.equal(function(x[::3]), whole[::3])
+    assert torch.equal(function(table.t()), whole.view(40, 66).t())
+
+
+@pytest.mark.parametrize("width", [16, 37, 300, 1000])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row(name: str, width: int) -> None:
+    function, x = ROWS[name], numbers(41, width)
+    whole = function(x)
+    for low, high in ((0, 1), (1, 2), (0, 40), (3, 20), (40, 41), (5, 41), (0, 16)):
+        assert torch.equal(function(x[low:high]), whole[low:high]), (low, high)
+        assert torch.equal(function(x[low:high].clone()), whole[low:high]), (low, high)
+
+
+@pytest.mark.parametrize("x", [[-200.0, -89.0, 0.0, 89.0, 3e38], [-3e38, -0.0, 1e-30, 20.0, 200.0]])
+def test_silu_is_silu(x: list[float]) -> None:
+    """Also where exp(-x) is infinite or vanishes."""
+    exact = torch.tensor(x, dtype=WIDE)
+    got = silu(torch.tensor(x))
+    torch.testing.assert_close(got.double(), F.silu(exact), rtol=3e-7, atol=1e-35)
+    assert torch.equal(silu(torch.tensor(x).bfloat16()), F.silu(torch.tensor(x).bfloat16()))
+
+
+@pytest.mark.parametrize("kind", ["kl", "credit"])
+def test_what_rules_keep(kind: str) -> None:
+    """Logits in chunks, forward after forward, leave what they leave in one piece."""
+
+    def forwards(step: int) -> list[Tensor]:
+        vocab, rows = VocabShard(40), 200
+        state: LogitState
+        if kind == "kl":
+            state = KlHistory(rows, rows, vocab, 1, CPU)
+            state.slots[:, 0] = torch.arange(rows)
+        else:
+            state = CreditTable(rows, 1, vocab, 39, CPU)
+        row = torch.arange(rows)
+        seen = []
+        for forward in range(3):
+            cells = HeadCells(
+                row=row,
+                column=row * 0,
+                entering=torch.full((rows,), forward == 0),
+                forward=row * 0 + forward,
+                real=row >= 0,
+            )
+            z = numbers(rows + forward, 40)[:rows]
+            parts = [
+                state.observe(z[low : low + step], cells, slice(low, low + step))
+                for low in range(0, rows, step)
+            ]
+            seen += [torch.cat([part[0] for part in parts])]
+            seen += [torch.cat([part[1] for part in parts if part[1] is not None] or [row])]
+        return seen
+
+    whole = forwards(200)
+    for step in (1, 7, 16, 129):
+        for got, expected in zip(forwards(step), whole, strict=True):
+            assert torch.equal(got, expected), step
