@@ -235,8 +235,8 @@ class EngineCore:
     ) -> list[tuple[StepHandle | None, list[Request], OutOfMemoryError | None]]:
         """Start a plan; if memory runs out, its halves, down to single requests.
 
-        A forward that runs out of memory does so before the last, small operations, which
-        write the rows; so it can be run again.
+        A forward works out all that it writes to the rows before it writes any of it, and writing
+        takes no memory; so it can be run again.
         """
         try:
             return [(self._runner.execute(plan), requests, None)]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dllmserve.core.rows import IntField, Track, rule_index
 from dllmserve.decoding.noise import position_uniforms, row_keys
@@ -45,15 +46,25 @@ class _Answer:
 
     Attributes:
         columns: [n, A] int64, canvas positions; the trash column behind an answer's end.
-        open: [n, A] bool, masked or behind the end.
+        tokens: [n, A] int64, undefined where masked.
+        masked: [n, A] bool.
+        left: [n] int64, masks left in the block.
         first_end: [n] int64, place of the first end id that is written; A without one.
-        filled: [n, A] bool, what the step filled because it lies behind an end id.
+        changed: [n, A] bool, what the step wrote, or filled because it lies behind an end id.
+        touched: [n, A] bool, that and the rest of the block.
     """
 
     columns: Tensor
-    open: Tensor
+    tokens: Tensor
+    masked: Tensor
+    left: Tensor
     first_end: Tensor
-    filled: Tensor
+    changed: Tensor
+    touched: Tensor
+
+
+#: a tensor of the state table, where in it, flattened, and what is written there
+_Writing = tuple[Tensor, Tensor, Tensor]
 
 
 class StepDecision:
@@ -125,15 +136,26 @@ class StepDecision:
             real=real,
         )
 
-    def finish(self, stats: TokenStats) -> StepOutputs:
-        """Apply the rules, write the state table, report."""
+    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
+        """Apply the rules, write the state table, report.
+
+        All that is written is worked out first, and writing takes no memory: a step that runs out
+        of it leaves the rows as they were, and can be run again.
+
+        Args:
+            stats: of the LM-head rows.
+            before: writes something else, before anything is written here.
+        """
         view, kind = self._block_view(stats)
         update = apply_rules(self._rules, self._shape.rules, view, kind)
-        self._write(update)
-        answer = self._end_early()
-        if "track" in self._shape.needs:
-            self._note_written(update.write, answer)
-        return StepOutputs(self._report(stats, answer), view.tokens, view.confidence)
+        answer = self._answer(update)
+        report = self._report(stats, answer)
+        writings = self._writings(update, answer)
+        if before is not None:
+            before()
+        for whole, cells, values in writings:
+            whole.view(-1)[cells] = values  # with one index, which need not be copied
+        return StepOutputs(report, view.tokens, view.confidence)
 
     def _block_view(self, stats: TokenStats) -> tuple[RuleView, Tensor]:
         """Spread the [M] statistics over the [n, W] block cells."""
@@ -191,79 +213,85 @@ class StepDecision:
                 cells = torch.where(mine[:, None], start[1], cells)
         return Memory(row, cells)
 
-    def _write(self, update: Update) -> None:
-        """Write where the rules say so; cells outside the block are trash."""
-        table, inputs = self._table, self._inputs
-        index, block = inputs.rows[:, None], inputs.block
-        tokens = torch.where(update.write, update.tokens, table.tokens[index, block])
-        masked = table.masked[index, block] & ~update.write
-        if update.remask is not None:
-            masked |= update.remask
-        if update.memory is not None:
-            table.memory_row[inputs.rows] = update.memory.row
-            table.memory_cells[index, block] = update.memory.cells
-        table.tokens[index, block] = tokens
-        table.masked[index, block] = masked
-        guided = self._shape.guided
-        if guided:  # both rows of a guided request hold the same answer
-            twin, cells = inputs.uncond_rows[:, None], block[-guided:]
-            table.tokens[twin, cells] = tokens[-guided:]
-            table.masked[twin, cells] = masked[-guided:]
-        table.forwards[inputs.rows] = self._forwards + 1
-
-    def _answer(self) -> tuple[Tensor, Tensor]:
-        """Canvas positions of the answers [n, A], trash behind their ends, and which are masked."""
-        table, longest = self._table, self._shape.answer
+    def _answer(self, update: Update) -> _Answer:
+        """What the step makes of the answers: the rules' update, and what follows an end id."""
+        table, inputs, longest = self._table, self._inputs, self._shape.answer
         place = torch.arange(longest, device=table.device)
         prompt = self._ints[:, IntField.PROMPT_LEN, None]
-        length = self._ints[:, IntField.GEN_LENGTH, None]
-        columns = torch.where(place < length, prompt + place, table.max_len)
-        return columns, table.masked[self._inputs.rows[:, None], columns] | (place >= length)
-
-    def _first_end(self, columns: Tensor, open_: Tensor) -> Tensor:
-        """Answer position [n] of the first end id that is written; the width without one."""
-        place = torch.arange(columns.shape[1], device=columns.device)
-        tokens = self._table.tokens[self._inputs.rows[:, None], columns]
-        ends = (tokens[..., None] == self._eos).any(dim=-1) & ~open_
-        ends &= self._ints[:, IntField.IGNORE_EOS, None] == 0
-        return torch.where(ends, place, columns.shape[1]).amin(dim=-1)
-
-    def _end_early(self) -> _Answer:
-        """Fill what lies behind an end id with it, where asked for; the answers after that."""
-        table, inputs, longest = self._table, self._inputs, self._shape.answer
-        columns, open_ = self._answer()
-        first = self._first_end(columns, open_)
-        place = torch.arange(longest, device=table.device)
+        inside = place < self._ints[:, IntField.GEN_LENGTH, None]
+        columns = torch.where(inside, prompt + place, table.max_len)
+        rows = inputs.rows[:, None]
+        written = self._laid_over(torch.zeros_like(inside), update.write)
+        tokens = self._laid_over(table.tokens[rows, columns], update.tokens, update.write)
+        masked = (table.masked[rows, columns] & inside) & ~written
+        if update.remask is not None:
+            masked |= self._laid_over(torch.zeros_like(inside), update.remask)
+        first = self._first_end(tokens, inside & ~masked)
         asked = self._ints[:, IntField.EARLY_END, None] > 0
-        fill = open_ & (place > first[:, None]) & asked & (columns < table.max_len)
-        end = columns.gather(1, first[:, None].clamp(max=longest - 1))
-        token = table.tokens[inputs.rows[:, None], end]  # [n, 1]
-        rows = [(inputs.rows, slice(None))]
-        if self._shape.guided:
-            rows.append((inputs.uncond_rows, slice(-self._shape.guided, None)))
-        for row, part in rows:
-            index, own = row[:, None], columns[part]
-            tokens = table.tokens[index, own]
-            table.tokens[index, own] = torch.where(fill[part], token[part], tokens)
-            table.masked[index, own] &= ~fill[part]
-        # what was filled lies behind the first end id, so that stays where it is
-        return _Answer(columns, open_ & ~fill, first, fill)
+        fill = masked & (place > first[:, None]) & asked
+        end = tokens.gather(1, first[:, None].clamp(max=longest - 1))
+        # what is filled lies behind the first end id, so that stays where it is
+        masked = masked & ~fill
+        of_block = self._laid_over(torch.zeros_like(inside), inputs.block < table.max_len)
+        return _Answer(
+            columns=columns,
+            tokens=torch.where(fill, end, tokens),
+            masked=masked,
+            left=(masked & of_block).sum(dim=-1),
+            first_end=first,
+            changed=written | fill,
+            touched=of_block | fill,
+        )
 
-    def _note_written(self, write: Tensor, answer: _Answer) -> None:
-        """Keep what is out of date: K,V of a token that was written are those of a mask."""
-        table, inputs = self._table, self._inputs
-        rows = [(inputs.rows, slice(None))]
-        if self._shape.guided:
-            rows.append((inputs.uncond_rows, slice(-self._shape.guided, None)))
-        forward = (self._forwards + 1).float()[:, None]
-        for row, part in rows:
-            index = row[:, None]
-            drifts = self._drifting(row)[:, None]
-            note = torch.where(drifts, REWRITTEN, forward[part])
-            filled = answer.columns[part], answer.filled[part]
-            for place, new in ((inputs.block[part], write[part]), filled):
-                stale = table.stale[index, place]
-                table.stale[index, place] = torch.where(new, note, stale)
+    def _laid_over(self, whole: Tensor, block: Tensor, where: Tensor | None = None) -> Tensor:
+        """[n, A] of the answers with the [n, W] of their blocks laid over, or a part of that."""
+        inputs, longest = self._inputs, self._shape.answer
+        inside = inputs.block < self._table.max_len
+        if where is not None:
+            inside &= where
+        place = inputs.block - self._ints[:, IntField.PROMPT_LEN, None]
+        room = F.pad(whole, (0, 1))  # for what lies outside
+        return room.scatter_(1, torch.where(inside, place, longest), block)[:, :-1]
+
+    def _first_end(self, tokens: Tensor, written: Tensor) -> Tensor:
+        """Answer position [n] of the first end id that is written; the width without one."""
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        ends = (tokens[..., None] == self._eos).any(dim=-1) & written
+        ends &= self._ints[:, IntField.IGNORE_EOS, None] == 0
+        return torch.where(ends, place, tokens.shape[1]).amin(dim=-1)
+
+    def _writings(self, update: Update, answer: _Answer) -> list[_Writing]:
+        """All that the step leaves in the state table; what is not the step's goes to trash."""
+        table, inputs, guided = self._table, self._inputs, self._shape.guided
+        writings: list[_Writing] = [(table.forwards, inputs.rows, self._forwards + 1)]
+        if update.memory is not None:
+            cells = self._cells(inputs.rows, inputs.block)
+            writings.append((table.memory_row, inputs.rows, update.memory.row))
+            writings.append((table.memory_cells, cells, update.memory.cells))
+        owners = [(inputs.rows, slice(None))]
+        if guided:  # both rows of a guided request hold the same answer
+            owners.append((inputs.uncond_rows, slice(-guided, None)))
+        for rows, part in owners:
+            touched = answer.touched[part]
+            cells = self._cells(rows, answer.columns[part], touched)
+            writings.append((table.tokens, cells, answer.tokens[part]))
+            writings.append((table.masked, cells, answer.masked[part] & touched))
+            if "track" in self._shape.needs:
+                # K,V of a token that was written are those of a mask
+                forward = (self._forwards[part] + 1).float()
+                note = torch.where(self._drifting(rows), REWRITTEN, forward)
+                cells = self._cells(rows, answer.columns[part], answer.changed[part])
+                writings.append((table.stale, cells, note[:, None].expand_as(cells)))
+        return writings
+
+    def _cells(self, rows: Tensor, columns: Tensor, where: Tensor | None = None) -> Tensor:
+        """Where columns [n, k] of rows [n] lie in a flattened tensor of the table: [n, k] int64.
+
+        What is not wanted lies in the trash column.
+        """
+        if where is not None:
+            columns = torch.where(where, columns, self._table.max_len)
+        return rows[:, None] * self._table.tokens.shape[1] + columns
 
     def _drifting(self, rows: Tensor) -> Tensor:
         """[n] bool, rows whose ``stale`` is a drift."""
@@ -271,12 +299,10 @@ class StepDecision:
 
     def _report(self, stats: TokenStats, answer: _Answer) -> Tensor:
         """[n, 5] int64, see :class:`dllmserve.core.scheduler.EntryReport`."""
-        table, inputs, longest = self._table, self._inputs, self._shape.answer
-        rows = inputs.rows[:, None]
-        inside = inputs.block < table.max_len
-        left = (table.masked[rows, inputs.block] & inside).sum(dim=-1)
-        place = torch.arange(longest, device=table.device)
-        frontier = torch.where(answer.open, place, longest).amin(dim=-1)
+        inputs, longest, left = self._inputs, self._shape.answer, answer.left
+        place = torch.arange(longest, device=left.device)
+        open_ = answer.masked | (place >= self._ints[:, IntField.GEN_LENGTH, None])
+        frontier = torch.where(open_, place, longest).amin(dim=-1)
         # what may be masked again is not settled before its whole block is
         start = inputs.block[:, 0] - self._ints[:, IntField.PROMPT_LEN]
         held = (self._ints[:, IntField.REVOKES] > 0) & (left > 0)

@@ -76,11 +76,23 @@ def release_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def to_host(values: Tensor) -> Tensor:
-    """Start a copy to the host; on a GPU it lands in pinned memory, some time later."""
+def host_room(like: Tensor, device: torch.device) -> Tensor | None:
+    """Pinned memory for a copy of such a tensor from a GPU; elsewhere none is needed."""
+    if device.type != "cuda":
+        return None
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=True)
+
+
+def to_host(values: Tensor, room: Tensor | None = None) -> Tensor:
+    """Start a copy to the host; on a GPU it lands in pinned memory, some time later.
+
+    Args:
+        values: on any device.
+        room: where it goes, of :func:`host_room`; None makes some.
+    """
     if not values.is_cuda:
         return values
-    pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    pinned = room if room is not None else torch.empty_like(values, device="cpu", pin_memory=True)
     return pinned.copy_(values, non_blocking=True)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore
 from dllmserve.core.model_spec import ModelSpec
@@ -23,6 +24,7 @@ from dllmserve.runtime.drift import DriftMeter
 from dllmserve.runtime.graphs import GraphPool, StepOutputs
 from dllmserve.runtime.logits import LogitsHead, StepStates
 from dllmserve.runtime.platform import (
+    host_room,
     is_out_of_memory,
     own_types,
     record_event,
@@ -62,6 +64,13 @@ def _has_memory(rule: UnmaskRule) -> bool:
 class StepHandle:
     """A step in flight. ``result()`` is the only place where the host waits.
 
+    It is made before the step is launched, so that no memory is missing afterwards.
+
+    Args:
+        plan: the step's.
+        packing: how it is laid out.
+        table: state rows.
+
     Attributes:
         proposals: what the model proposed, [n, W] on the device; read it before the next
             step is launched.
@@ -69,27 +78,40 @@ class StepHandle:
         await_event: how to wait for the device.
     """
 
-    def __init__(
-        self, plan: StepPlan, packing: Packing, outputs: StepOutputs, table: StateTable
-    ) -> None:
+    proposals: StepOutputs
+
+    def __init__(self, plan: StepPlan, packing: Packing, table: StateTable) -> None:
         self.blocks = [(e.span.blk_start, e.span.blk_len) for e in plan.entries]
-        self.proposals = outputs
-        self._places = packing.places[: len(plan.entries)]
-        self._report = to_host(outputs.report)
-        ending = [e.span.row for e in plan.entries if e.last]
-        self._answers = {row: to_host(table.answer(row)) for row in ending}
-        self._event = record_event(table.device)  # behind all that the host will wait for
         self.await_event: Callable[[torch.cuda.Event], None] = _synchronize
+        self._places = packing.places[: len(plan.entries)]
+        self._table = table
+        like = torch.empty(packing.shape.entries, 5, dtype=torch.int64, device="meta")
+        self._report_room = host_room(like, table.device)
+        ending = [e.span.row for e in plan.entries if e.last]
+        self._rooms = {row: host_room(table.answer(row), table.device) for row in ending}
+        self._answers: dict[int, Tensor] = {}
+        self._event: torch.cuda.Event | None = None
+
+    def launched(self, outputs: StepOutputs) -> None:
+        """Start the copies to the host of what a step leaves."""
+        self.proposals, table = outputs, self._table
+        self._report = to_host(outputs.report, self._report_room)
+        for row, room in self._rooms.items():
+            self._answers[row] = to_host(table.answer(row), room)
+        self._event = record_event(table.device)  # behind all that the host will wait for
 
     def place(self, index: int) -> int:
         """Row of entry ``index`` in the proposals."""
         return self._places[index]
 
     def keep_proposals(self) -> None:
-        """Copy the proposals, which the next replay of the same graph would overwrite."""
+        """Copy the proposals, which the next replay of the same graph would overwrite.
+
+        To the host, since the device has no memory left; the host waits for it.
+        """
         found = self.proposals
         self.proposals = replace(
-            found, tokens=found.tokens.clone(), confidence=found.confidence.clone()
+            found, tokens=found.tokens.cpu(), confidence=found.confidence.cpu()
         )
 
     def result(self) -> list[EntryReport]:
@@ -237,23 +259,30 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepHandle:
         """Run one step: forward, statistics, rules, report. Does not wait for the device."""
+        packing, graphs = self._pack(plan)
+        handle = StepHandle(plan, packing, self.table)
         with own_types(self.table.device):
-            packing, outputs = self._run(plan)
-        return StepHandle(plan, packing, outputs, self.table)
+            handle.launched(self._run(plan, packing, graphs))
+        return handle
 
     @torch.inference_mode()
     def follow(self, plan: StepPlan) -> None:
         """Run one step whose report another rank reads."""
-        self._run(plan)
+        self._run(plan, *self._pack(plan))
 
-    def _run(self, plan: StepPlan) -> tuple[Packing, StepOutputs]:
+    def _pack(self, plan: StepPlan) -> tuple[Packing, GraphPool | None]:
+        """How a plan is laid out, and the graphs that run it; None for kernel by kernel."""
         if self._graphable(plan):
             packing = self._lay_out(plan, padded=True)
             if self.graphs is not None and self.graphs.wanted(packing.shape):
-                return packing, self._replay(self.graphs, plan, packing)
-        packing = self._lay_out(plan, padded=False)
+                return packing, self.graphs
+        return self._lay_out(plan, padded=False), None
+
+    def _run(self, plan: StepPlan, packing: Packing, graphs: GraphPool | None) -> StepOutputs:
+        if graphs is not None:
+            return self._replay(graphs, plan, packing)
         self._upload(packing.ints)
-        return packing, self._step(plan, packing)
+        return self._step(plan, packing)
 
     def _graphable(self, plan: StepPlan) -> bool:
         """True if no span is a refresh: sizes then repeat from step to step."""
@@ -333,6 +362,4 @@ class ModelRunner:
             self._bias.begin(self._packed, shape),
             StepStates(given.cells, self._states),
         )
-        if meter is not None:
-            meter.keep()
-        return work.finish(stats)
+        return work.finish(stats, None if meter is None else meter.keep)

@@ -6,7 +6,7 @@ bit, in a few launches. Neither waits for the device, and all sizes come from th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,8 +32,15 @@ class StepWork(Protocol):
         """What the step computes with."""
         ...
 
-    def finish(self, stats: TokenStats) -> StepOutputs:
-        """Apply the rules to the statistics of the M rows, write the state table, report."""
+    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
+        """Apply the rules to the statistics of the M rows, write the state table, report.
+
+        It runs out of memory before anything is written, or not at all.
+
+        Args:
+            stats: of the M rows.
+            before: writes something else, just before; it takes no memory.
+        """
         ...
 
 
@@ -103,9 +110,9 @@ class TorchWork:
     tensors: StepTensors
     decision: StepDecision
 
-    def finish(self, stats: TokenStats) -> StepOutputs:
+    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
         """See :class:`StepWork`."""
-        return self.decision.finish(stats)
+        return self.decision.finish(stats, before)
 
 
 class TritonStep:
@@ -146,7 +153,7 @@ class TritonWork:
     shape: StepShape
     tensors: StepTensors
 
-    def finish(self, stats: TokenStats) -> StepOutputs:
+    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
         """See :class:`StepWork`."""
         from dllmserve.runtime.kernels.finish import commit_step, spread_stats
 
@@ -154,5 +161,5 @@ class TritonWork:
         keys = self.tensors.row_params.keys
         view, kind = spread_stats(self.packed, shape, table, stats, keys)
         update = apply_rules(self.ops.rules, shape.rules, view, kind)
-        report = commit_step(self.packed, shape, table, update, stats.prob, self.ops.eos)
+        report = commit_step(self.packed, shape, table, update, stats.prob, self.ops.eos, before)
         return StepOutputs(report, view.tokens, view.confidence)

@@ -6,6 +6,8 @@ written, and one launch writes it and reports. In both, a program takes one entr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -386,17 +388,21 @@ def commit_step(
     update: Update,
     prob: Tensor,  # [M] float64
     eos: Tensor,  # [at least 1] int64
+    before: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Write the update to the state table.
+    """Write the update to the state table, after ``before`` and without taking memory for it.
 
     Returns:
         [n, 5] int64, see :class:`dllmserve.core.scheduler.EntryReport`.
     """
     count = shape.entries
     report = torch.empty((count, 5), dtype=torch.int64, device=table.device)
+    tokens, write = update.tokens.contiguous(), update.write.contiguous()
+    if before is not None:
+        before()
     _commit[(count,)](
         *(packed, table.tokens, table.masked, table.ints, table.forwards),
-        *(update.tokens.contiguous(), update.write.contiguous(), prob, eos, report),
+        *(tokens, write, prob, eos, report),
         *(len(eos), shape.spans, count, shape.width, table.tokens.shape[1], table.trash_row),
         BLOCK=block_tile(max(shape.width, shape.answer)),
     )
