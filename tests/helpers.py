@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dllmserve import LLM, SamplingParams, SparseConfig
@@ -18,6 +19,14 @@ DREAM_CONFIDENCE = {
     "entropy": "neg_entropy",
     "topk_margin": "margin",
 }
+
+
+def need_interpreter() -> None:
+    """Skip where Triton's kernels cannot run on a CPU: a machine with a GPU runs tests/gpu."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton's interpreter is for machines without a GPU")
+
 
 #: specs for tests that need no weights
 PLAIN = ModelSpec(

@@ -121,7 +121,7 @@ def test_a_result_above_the_roofline_is_noted(
 
 def test_memory_adds_up(capfd: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     memory = record(capfd, "latency", "-m", checkpoint, *SMALL, "--warmup", "0")["memory"]
-    parts = ("weights", "activations", "logits", "tables", "pages")
+    parts = ("weights", "activations", "logits", "tables", "history", "pages")
     assert sum(memory[part] for part in parts) + memory.get("graphs", 0) == memory["planned"]
 
 

@@ -16,7 +16,7 @@ from dllmserve.errors import InvalidParameterError
 from dllmserve.runtime import logits
 from tests.checkpoints import Shape, write_random
 from tests.conftest import Engines
-from tests.helpers import answer, check_idle, random_prompt, with_turn_ends
+from tests.helpers import answer, check_idle, need_interpreter, random_prompt, with_turn_ends
 from tests.oracles import llada, models, policies
 from tests.oracles.ends import Ends
 from tests.parallel.threads import threaded_llm
@@ -201,7 +201,7 @@ def test_on_triton_kernels(
     engines: Engines, folders: dict[str, Path], name: str, flags: int
 ) -> None:
     """The fused reducer and the step's twin, under the interpreter."""
-    pytest.importorskip("triton")
+    need_interpreter()
     llm = engine(engines, folders[name], kernels="triton", max_model_len=64)
     batch = jobs(4, flags, SOME)
     assert run(llm, batch) == run(engine(engines, folders[name]), batch)

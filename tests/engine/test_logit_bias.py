@@ -11,7 +11,7 @@ import pytest
 from dllmserve import LLM, SamplingParams, SparseConfig
 from dllmserve.runtime.bias import StepBias
 from tests.conftest import SHAPES, Engines
-from tests.helpers import answer, check_idle, random_prompt
+from tests.helpers import answer, check_idle, need_interpreter, random_prompt
 from tests.oracles import models
 from tests.reference import decode
 
@@ -108,7 +108,7 @@ def test_chunks_and_batches_change_nothing(
 @pytest.mark.parametrize("name", ["dream"])
 def test_on_triton_kernels(engines: Engines, checkpoints: dict[str, Path], name: str) -> None:
     """The fused reducer, and the step's twin, under the interpreter."""
-    pytest.importorskip("triton")
+    need_interpreter()
     llm = LLM(str(checkpoints[name]), device="cpu", kernels="triton", max_model_len=64)
     batch = jobs(biased=2, gen_length=4)
     expected = [answer(engines(checkpoints[name]), *job) for job in batch]
@@ -137,7 +137,7 @@ def test_padded_steps_in_flight(
     engines: Engines, checkpoints: dict[str, Path], kernels: str
 ) -> None:
     """What graphs replay, four steps in flight; rows pass from one request to the next."""
-    pytest.importorskip("triton")
+    need_interpreter()
     llm = LLM(
         str(checkpoints["llada"]),
         device="cpu",
@@ -188,7 +188,8 @@ def test_ban_and_force(
     dtype: str,
     kernels: str,
 ) -> None:
-    pytest.importorskip("triton")
+    if kernels == "triton":
+        need_interpreter()
     llm = engines(constant(constant_checkpoint), dtype=dtype, kernels=kernels, max_num_seqs=8)
     length = 3 if kernels == "triton" else 12
     given = {"temperature": 0.0, "gen_length": length, "ignore_eos": True, **WAYS[way]}

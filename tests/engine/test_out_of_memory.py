@@ -19,7 +19,7 @@ from dllmserve.decoding.stats import TokenStats
 from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.runner import ModelRunner, StepHandle
 from tests.conftest import Engines
-from tests.helpers import check_idle, random_prompt
+from tests.helpers import check_idle, need_interpreter, random_prompt
 
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2 MiB."
 BASE: dict[str, Any] = {"temperature": 0.0, "gen_length": 12, "block_length": 6}
@@ -165,7 +165,7 @@ def test_torch(
 
 
 def test_triton(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    need_interpreter()
     from dllmserve.runtime.kernels import finish
 
     options: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 8}

@@ -10,7 +10,12 @@ from dllmserve import LLM, SamplingParams, SparseConfig
 from tests import helpers
 from tests.conftest import Engines
 
-pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+
+@pytest.fixture
+def interpreter() -> None:
+    helpers.need_interpreter()
 
 
 def variants() -> list[tuple[dict[str, Any], SparseConfig | None]]:
