@@ -1,6 +1,6 @@
 """Cores: how many this process may really use, and how threads wait for each other on them.
 
-Nothing here needs torch, because one of the two has to be settled before torch is loaded.
+Nothing here needs torch, because how threads wait must be settled before torch is loaded.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def usable_cores(root: Path = Path("/")) -> int:
     """Cores that this process may use: its affinity, or less where a cgroup grants less time.
 
     Two hardware threads of one core count once, as they share what a matrix product needs. A
-    quota is rounded down: threads that wait for each other lose more by being stopped in the
-    middle of it than by leaving a part of a core unused.
+    quota is rounded down: a thread
+    that the quota stops holds up all others, which costs more than an unused part of a core.
 
     Args:
         root: of the file system, with /proc and /sys.

@@ -55,8 +55,7 @@ class LogitBias(dict[int, float]):
 class NotGiven(int):
     """A length that nobody gave: a default, or what the other name of it says.
 
-    It is still one after a copy, a pickle and ``dataclasses.replace``, which gives all fields. In
-    ``asdict``, which copies deeply, it is a plain number, as everything that writes files wants.
+    Copies, pickles and ``dataclasses.replace`` keep the type. ``asdict`` gives a plain number.
     """
 
     def __deepcopy__(self, _: Any) -> int:
@@ -191,9 +190,8 @@ class SamplingParams:
         made = super().__new__(cls)
         # a preset must not overrule what was given, even where that is the default
         object.__setattr__(made, "_given", frozenset((*names[: len(args)], *kwargs)))
-        # whoever gives gen_length by its place, or all fields, has to say something of max_tokens
-        filler = len(args) > names.index("gen_length") or len(args) + len(kwargs) == len(names)
-        object.__setattr__(made, "_filler", filler)
+        # whoever gives gen_length by its place has to say something of max_tokens
+        object.__setattr__(made, "_filler", len(args) > names.index("gen_length"))
         return made
 
     def __post_init__(self) -> None:
@@ -230,13 +228,17 @@ class SamplingParams:
         given = [name for name in pair if not isinstance(getattr(self, name), NotGiven)]
         for name in given:
             check.integer(name, 1, MAX_GEN_LENGTH)
-        if len(given) == 2 and self.__dict__["_filler"] and self.max_tokens == _DEFAULT_LENGTHS[0]:
+        # neither does a list of all fields mean anything by the two defaults
+        every = len(self.__dict__["_given"]) == len(fields(self))
+        filler = self.__dict__["_filler"] or (every and self.gen_length == _DEFAULT_LENGTHS[1])
+        if len(given) == 2 and filler and self.max_tokens == _DEFAULT_LENGTHS[0]:
             given.remove("max_tokens")
         if len(given) == 2 and self.max_tokens != self.gen_length:
             raise InvalidParameterError(
                 f"max_tokens={self.max_tokens} and gen_length={self.gen_length} contradict each "
                 "other: gen_length counts for diffusion models, as all models here are, and "
-                "max_tokens for autoregressive ones. Give one of them: alone, either is the length"
+                "max_tokens for autoregressive ones. Give one of them: alone, either is the length "
+                "(with dataclasses.replace, the one that was given before)"
             )
         if len(given) == 1:
             (other,) = set(pair) - set(given)

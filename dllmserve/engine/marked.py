@@ -4,8 +4,8 @@ While a template is rendered, those characters of users' texts that control toke
 are replaced by *marks*: lone surrogates, which no valid text holds, one for each character.
 So whatever a template does to a text, a control token in the result that holds no mark was
 written by the template. Templates compare, search and split such texts all the same:
-:class:`MarkedText` looks at the characters that the marks stand for. What it does not know of
-leaves marks in place, so it cannot open a way around them.
+:class:`MarkedText` looks at the characters that the marks stand for. Operations that
+it does not know keep the marks, so they are safe.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ class Marks:
         found = sorted((c for c in used if not c.isspace()), key=lambda c: (c.isalnum(), c))
         marked = set(found[: len(_MARKS)])
         if any(marked.isdisjoint(token) for token in tokens):
-            raise TokenizerError("the tokenizer's special tokens have too many characters")
+            raise TokenizerError(
+                f"the tokenizer's added tokens are made of {len(found)} characters, of which "
+                f"{len(_MARKS)} can be told from those of users: use generate() instead of chat()"
+            )
         pairs = [(ord(c), mark) for c, mark in zip(found, _MARKS, strict=False)]
         self.table = dict(pairs)
         self._names = {c: mark for c, mark in pairs if not chr(c).isalnum()}
@@ -53,11 +56,6 @@ class Marks:
         if any(word in text for word in self._words):
             return self.mark(text)
         return self.wrap(text.translate(self._names))
-
-    def mark_key(self, text: str) -> str:
-        """A key; a plain name, by which templates ask for it, stays as it is."""
-        plain = text.isidentifier() and not any(word in text for word in self._words)
-        return text if plain else self.mark(text)
 
     def wrap(self, text: str) -> str:
         """A text that may hold marks, as one that works for templates."""
@@ -169,7 +167,7 @@ class MarkedText(str):
 
 
 def unmarked(value: Any) -> Any:
-    """Data of a template without marks; it is no text of the template's own for that."""
+    """The same data without marks. Use it to look at users' texts, never to write them."""
     if isinstance(value, MarkedText):
         return value._plain
     if isinstance(value, Mapping):

@@ -112,7 +112,7 @@ def _data(value: Any, marks: Marks | None) -> Any:
 
 
 def _key(key: Any, marks: Marks | None) -> Any:
-    return marks.mark_key(_checked(key)) if marks and isinstance(key, str) else key
+    return marks.mark(_checked(key)) if marks and isinstance(key, str) else key
 
 
 def _checked(text: str) -> str:

@@ -1,6 +1,6 @@
 """The files of a tokenizer beside its vocabulary: special tokens and chat templates.
 
-What counts, and what goes before what, is as in transformers.
+Files are read in the order of transformers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_token_files(directory: Path) -> TokenFiles:
         TokenizerError: one of them is no JSON object, or no text.
     """
     config = _object(directory / "tokenizer_config.json")
-    if "added_tokens_decoder" not in config:  # who writes that writes everything there
+    if "added_tokens_decoder" not in config:  # a file with this field lists all tokens
         config = config | _object(directory / "special_tokens_map.json")
     names = dict(_names(config))
     return TokenFiles(

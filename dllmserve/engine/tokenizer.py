@@ -6,6 +6,7 @@ anything else goes through transformers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -20,6 +21,8 @@ from dllmserve.models.files import NotText, read_bytes
 
 if TYPE_CHECKING:
     from dllmserve.engine.template import ChatTemplate
+
+_log = logging.getLogger(__name__)
 
 #: the template for prompts with tools, if there is one
 _TOOL_USE = "tool_use"
@@ -129,6 +132,7 @@ class Tokenizer:
 
         None without a template, or where it writes none.
         """
+        failure: TokenizerError | None = None
         # some templates take parts alone, some close the last answer only if a prompt follows
         for form in (str, _as_parts):
             chat = [
@@ -136,12 +140,17 @@ class Tokenizer:
                 {"role": "assistant", "content": form(_ANSWER)},
             ]
             for follows in (False, True):
-                with suppress(TokenizerError):
+                try:
                     text = self.render_chat(chat, add_generation_prompt=follows)
                     opening = self._opening(chat[:1]) if follows else ""
-                    _, said, rest = text.removesuffix(opening).rpartition(_ANSWER)
-                    if said and (found := self._controls.first(rest)) is not None:
-                        return found
+                except TokenizerError as error:
+                    failure = error
+                    continue
+                _, said, rest = text.removesuffix(opening).rpartition(_ANSWER)
+                if said and (found := self._controls.first(rest)) is not None:
+                    return found
+        if failure is not None and self.has_chat_template:
+            _log.warning("what ends a turn was not found in the chat template: %s", failure)
         return None
 
     def _opening(self, messages: list[dict[str, Any]]) -> str:

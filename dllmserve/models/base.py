@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -88,7 +89,7 @@ def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """
     value = config.get("eos_token_id")
     ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-    return tuple(dict.fromkeys(int(i) for i in ids))
+    return tuple(dict.fromkeys(map(operator.index, ids)))
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:

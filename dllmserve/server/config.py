@@ -24,8 +24,8 @@ CHOICES = {
     "metrics_compat": METRICS_COMPAT,
 }
 
-#: scheme://host[:port]; some apps that are no web pages have a scheme of their own, or "null"
-_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[^/?#@\s]+")
+#: scheme://host[:port]; some apps that are no web pages have a scheme of their own
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 _FILES = ("address_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "api_key_file")
 

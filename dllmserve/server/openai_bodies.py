@@ -167,8 +167,9 @@ class OpenAIFields(DecodingFields):
     ) -> int:
         """The answer's length where none was given.
 
-        An answer that ends by itself, and sees only some masks behind its block, costs the same
-        whatever its length may be: it gets what fits.
+        An answer that ends by itself, and sees only some masks behind its block, takes the same
+        forwards whatever its length: it gets what fits. K,V pages are reserved for all of it, so
+        it gets no more than its share of them, unless that is short.
         """
         room, most = limits.max_model_len, config.default_max_tokens
         if most is None:
@@ -176,8 +177,10 @@ class OpenAIFields(DecodingFields):
             params = SamplingParams(**values)
             if self.open_ended and params.early_end and params.suffix_window is not None:
                 most, rows = MAX_GEN_LENGTH, 2 if params.cfg_scale else 1
+                share = limits.num_pages // limits.max_num_seqs * limits.page_size
                 pages = limits.num_pages // rows * limits.page_size
-                kept = pages if params.cache != "none" else room
+                share = min(max(share, prompt_len + DEFAULT_MAX_TOKENS), pages)
+                kept = share if params.cache != "none" else room
                 room = min(room, limits.max_num_batched_tokens // rows, kept)
         return max(1, min(most, room - prompt_len))
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import ssl
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from http.client import RemoteDisconnected
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import HTTPSHandler, ProxyHandler, build_opener
 
 #: seconds for the whole answer
 _TIMEOUT_S = 4.0
@@ -21,8 +21,8 @@ _TIMEOUT_S = 4.0
 def probe(file: str) -> str:
     """What is wrong; "" if the server answers requests now.
 
-    A server that asks for client certificates, of which there is none here, is well if it gets so
-    far as to ask; it then ends the connection, in one way or another.
+    A server that asks for client certificates, of which there is none here, counts as well
+    once it asks for one. It then closes the connection.
 
     Args:
         file: the server's ``--address-file``.
@@ -33,10 +33,12 @@ def probe(file: str) -> str:
     address = ""
     try:
         address = Path(file).read_text(encoding="ascii").strip()
-        urllib.request.urlopen(f"{address}/health", timeout=_TIMEOUT_S, context=context).close()
+        # the server is on this machine, whatever proxy the environment names
+        opener = build_opener(ProxyHandler({}), HTTPSHandler(context=context))
+        opener.open(f"{address}/health", timeout=_TIMEOUT_S).close()
     except (ssl.SSLError, RemoteDisconnected, ConnectionResetError) as error:
         return "" if address.startswith("https:") else str(error)
-    except urllib.error.URLError as error:
+    except URLError as error:
         return "" if isinstance(error.reason, ssl.SSLError) else str(error)
     except (OSError, ValueError) as error:
         return str(error)

@@ -149,6 +149,14 @@ def test_presets_take_it_for_the_length() -> None:
     assert SamplingParams(quality="fast", max_tokens=48).gen_length == 48
 
 
+def test_replace_ignores_neither_name() -> None:
+    assert replace(SamplingParams(), max_tokens=64).gen_length == 64
+    assert replace(SamplingParams(max_tokens=9), max_tokens=64).gen_length == 64
+    for length in (64, 65):
+        with pytest.raises(InvalidParameterError, match=r"contradict.*replace"):
+            replace(SamplingParams(gen_length=100), max_tokens=length)
+
+
 def test_what_is_sent() -> None:
     assert changed_fields(SamplingParams()) == {}
     assert changed_fields(SamplingParams(max_tokens=64)) == {"max_tokens": 64, "gen_length": 64}

@@ -199,6 +199,22 @@ def test_roles_that_hold_a_token_are_text_and_other_roles_make_one() -> None:
     assert controls(tokenizer, ids) == ["<|user|>"]
 
 
+def test_a_key_cannot_become_a_token() -> None:
+    """Templates write names of arguments between ``<`` and ``>``."""
+    source = (
+        "{% for m in messages %}{% for call in m.tool_calls %}{% for key in call.arguments %}"
+        "{{ '<' ~ key ~ '>' }}{{ call.arguments[key] }}{% endfor %}{% endfor %}{% endfor %}"
+    )
+    codec = byte_level()
+    codec.add_special_tokens(["<tool_call>"])
+    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": source}, {})
+    for key in ("tool_call", "city"):
+        chat = [{"role": "assistant", "tool_calls": [{"arguments": {key: "x"}}]}]
+        ids = tokenizer.encode_chat(chat, literal_contents=True)
+        assert not controls(tokenizer, ids)
+        assert tokenizer.decode(ids) == f"<{key}>x"
+
+
 def test_a_text_cannot_continue_what_the_template_begins() -> None:
     codec = byte_level()
     codec.add_special_tokens(["<|system|>"])

@@ -71,6 +71,17 @@ def test_the_token_behind_an_answer_is_found_by_rendering(name: str, special: bo
     assert found == (None if expected is None else IDS[expected])
 
 
+def test_a_template_that_refuses_to_say_where_answers_end_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        tokenizer("{{ raise_exception('three messages, please') }}", True).turn_end()
+        assert "three messages, please" in caplog.text
+        caplog.clear()
+        tokenizer(None, True).turn_end()
+        assert not caplog.text
+
+
 @pytest.mark.parametrize(
     ("named", "eos", "template", "ends", "turns"),
     [

@@ -367,6 +367,21 @@ def test_options_that_change_something(tmp_path: Path, change: Config) -> None:
     refused(folder, DllmServeError, next(iter(change)), "not supported")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": "linear"},
+        {"rope_parameters": [1]},
+        {"eos_token_id": "x"},
+        {"eos_token_id": [[1]]},
+        {"eos_token_id": 1.5},
+    ],
+)
+def test_values_of_a_wrong_kind(tmp_path: Path, change: Config) -> None:
+    folder = checkpoint(tmp_path, shape=DREAM, **change)
+    refused(folder, DllmServeError, "wrong type")
+
+
 def test_the_rotary_base_may_be_in_either_place() -> None:
     assert rope_theta({"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}) == 7.0
     assert rope_theta({"rope_scaling": {"type": "default", "rope_theta": 8.0}}) == 8.0

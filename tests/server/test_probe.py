@@ -89,6 +89,17 @@ def listening(context: ssl.SSLContext | None, status: int = 200) -> Iterator[int
             thread.join()
 
 
+def test_no_proxy_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    file = tmp_path / "address"
+    with listening(None, 200) as port:
+        file.write_text(f"http://127.0.0.1:{port}\n")
+        assert main([str(file)]) == 0
+
+
 def test_a_server_that_is_not_well(tmp_path: Path) -> None:
     file = tmp_path / "address"
     with listening(None, 503) as port:

@@ -284,6 +284,9 @@ def test_what_fits_also_fits_the_engine(byte_checkpoint: Path) -> None:
     """Nobody gave a length, so no length may be what a request is refused for."""
     cases: list[tuple[dict[str, Any], dict[str, Any], int]] = [
         ({"num_pages": 6}, {}, 6 * 16 - 5),
+        # of eight rows each has its share, and 128 tokens at least
+        ({"num_pages": 104}, {}, 13 * 16 - 5),
+        ({"num_pages": 64}, {}, 128),
         ({"num_pages": 13}, {"quality": "balanced", "cfg_scale": 1.0}, 6 * 16 - 5),
         ({"num_pages": 0}, {"quality": "balanced", "cache": "none"}, FITS),
         ({"max_num_batched_tokens": 100}, {}, 95),
