@@ -89,7 +89,9 @@ def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """
     value = config.get("eos_token_id")
     ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
-    return tuple(dict.fromkeys(map(operator.index, ids)))
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise TypeError(f"eos_token_id must be a token id, a list of them or null, got {value!r}")
+    return tuple(dict.fromkeys(ids))
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
