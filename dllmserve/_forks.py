@@ -29,7 +29,7 @@ class Inherited:
         self._next = (torch is not None, cuda is not None and bool(cuda.is_initialized()))
 
     def inherit(self) -> None:
-        """In the process that was forked; what its parent could not use, it cannot use either."""
+        """Called in the child. It keeps the parent's own limits, too."""
         threads, cuda = self._next
         self.threads, self.cuda = self.threads or threads, self.cuda or cuda
 

@@ -296,8 +296,7 @@ class LLM:
         tokenizer = self._engine.tokenizer
         if tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer, so chat() cannot be used")
-        # the template writes the special tokens itself
-        return tokenizer.encode(tokenizer.render_chat(template_messages(messages)), special=False)
+        return tokenizer.encode_chat(template_messages(messages))
 
     def _prompt_ids(self, prompt: Any, name: str) -> list[int]:
         if isinstance(prompt, str):

@@ -111,8 +111,7 @@ def written_last(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
     """Ids whose proposals have no confidence (``confidence_eos_eot_inf``).
 
     Those that end the text and those that end a turn; with a temperature only the latter, as in
-    LLaDA's script, where the former are struck off after they were drawn, and not from what
-    confidences are taken from.
+    LLaDA's script: it strikes text ends off a copy that no confidence reads.
     """
     if not params.confidence_eos_eot_inf:
         return ()

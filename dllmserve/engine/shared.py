@@ -23,8 +23,8 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 
 #: canvases kept for a stream that is read slower than the engine runs; older ones are lost
 _KEPT_CANVASES = 256
-#: seconds after which a waiting thread looks by itself, whatever it was told: Ctrl-C may have hit
-#: the thread that steps before it could tell anybody
+#: seconds that a waiting thread sleeps at most: Ctrl-C may have hit the stepping thread before it
+#: could wake the others
 _GLANCE_S = 0.1
 _CLOSED = "the engine has been closed: load the model again"
 

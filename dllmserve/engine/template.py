@@ -52,14 +52,13 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         marked: bool = False,
     ) -> str:
         """The prompt's text.
 
         Args:
-            messages, tools, documents: what the template is given, as plain data.
+            messages, tools: what the template is given, as plain data. ``documents`` is None.
             add_generation_prompt: end where the assistant speaks.
             marked: mark every text in them; the result then holds marks.
 
@@ -68,7 +67,7 @@ class ChatTemplate:
             PromptError: a text that is to be marked is no valid Unicode.
         """
         marks = self._marks if marked else None
-        given = {"tools": tools, "documents": documents}
+        given = {"tools": tools, "documents": None}
         try:
             return str.__str__(
                 self._template.render(

@@ -44,8 +44,8 @@ class StepBias:
     def add(self, z: Tensor, chunk: slice, width: int) -> Tensor:
         """Logits of a chunk of the step's LM-head rows with their bias added.
 
-        Every sum is one float32 addition, whatever else is in the chunk: what a row has
-        fewer pairs than ``width`` adds zeros. Half precision is widened first. In it 100 + z
+        Every sum is one float32 addition, whatever else is in the chunk: a row with fewer pairs
+        than ``width`` adds zeros for the rest. Half precision is widened first. In it 100 + z
         keeps steps of 1/2 (bfloat16), so several forced tokens would tie.
 
         Args:

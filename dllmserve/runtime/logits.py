@@ -110,7 +110,7 @@ class TritonReducer(TorchReducer):
         found = stats()
         if params.last is None:
             return found
-        # of what is not struck off, the best or drawn token is the same one without the rest
+        # striking ids off does not change which of the others is best, or drawn
         strike(z, params.last, self.vocab)
         again = replace(stats(), token=found.token)
         return without_confidence(again, params.last, found.prob.isnan())

@@ -22,8 +22,7 @@ from dllmserve.sampling_params import MAX_GEN_LENGTH
 class LogitState(Protocol):
     """Device state of one kind.
 
-    What a forward leaves does not lie where it reads what the one before has left, so that a
-    forward that runs out of memory half-way can be run again.
+    A forward never overwrites what it reads, so it can be run again after it ran out of memory.
     """
 
     def admit(self, init: RowInit) -> None:
@@ -106,8 +105,8 @@ class CreditTable:
         device: of the state table.
 
     Attributes:
-        ids: [2, rows, max_block, 16] int32, of even and odd forwards; -1 where free. Of what the
-            row's block has not written yet anything.
+        ids: [2, rows, max_block, 16] int32, of even and odd forwards; -1 where free. Places that
+            the row's block has not written yet may hold anything.
         credits: [2, rows, max_block, 16] float32.
     """
 

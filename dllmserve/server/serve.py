@@ -205,8 +205,7 @@ def _refusal_headers(server: ServerConfig) -> RefusalHeaders:
 
     def readable(headers: Headers) -> Headers:
         named = [value.strip() for name, value in headers if name.lower() == b"origin"]
-        # where one origin is allowed it is named even if the request's has not come: to other
-        # pages that is of no use
+        # a single allowed origin is always named: browsers ignore it for other pages
         for origin in named or (allowed if len(allowed) == 1 else ()):
             if origin in allowed:
                 return [(b"vary", b"Origin"), (b"access-control-allow-origin", origin)]

@@ -72,8 +72,8 @@ def explain(
 def _settle(found: Sequence[_Finding], level: int = 0) -> list[_Finding]:
     """Of the errors of a place that takes one of several things, those of the one that was meant.
 
-    It is the one with the fewest errors further inside; if there is none, or if two are as good,
-    the place itself is wrong.
+    It is the one with the fewest errors further inside. If none has errors inside, or two have
+    equally few, the error names the place itself.
     """
     told: list[_Finding] = []
     groups: dict[tuple[str | int, ...], list[_Finding]] = {}

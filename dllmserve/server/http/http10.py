@@ -11,7 +11,8 @@ def speak_http_1_0(cycle: RequestResponseCycle) -> None:
 
     uvicorn closes the connection of every HTTP/1.0 client after its answer.
     """
-    send, cycle.waiting_for_100_continue = cycle.send, False
+    send = cycle.send
+    cycle.waiting_for_100_continue = False  # an HTTP/1.0 client does not know 100 Continue
     unmeasured = False
 
     async def plainly(message: Message) -> None:
