@@ -59,10 +59,11 @@ class EngineConfig:
         kv_pages: pages of the K,V store; None sizes it from memory.
         gpu_memory_utilization: share of the device's memory that the engine may plan with.
         seed: base of the seeds of requests that bring none; None is random.
-        threads: threads of an engine on a CPU; ranks and engines divide them. None is what
-            OMP_NUM_THREADS or MKL_NUM_THREADS says, or a call of ``torch.set_num_threads``, and
-            otherwise the cores that the process may use (affinity, cgroup quota). torch counts
-            its threads for the whole process; :meth:`LLM.close` gives it back what it had.
+        threads: threads of an engine on a CPU, and only there; ranks and engines divide them. None
+            is what OMP_NUM_THREADS or MKL_NUM_THREADS says, or a call of
+            ``torch.set_num_threads`` before the load, and otherwise the cores that the process
+            may use (affinity, cgroup quota). The load and every step set torch's number in the
+            thread that calls, and then put back what was there.
 
     Raises:
         ConfigError: (a ValueError) a wrong value or type.
@@ -124,6 +125,19 @@ class EngineConfig:
         check.integer("threads", 1, MAX_THREADS, optional=True)
         check.integer("seed", 0, 2**63 - 1, optional=True)
         check.number("gpu_memory_utilization", 0.0, 1.0, low_open=True)
+        self.check_threads(self.device)
+
+    def check_threads(self, device: str) -> None:
+        """Refuse ``threads`` for a GPU; "auto" is no GPU until it is known to be one.
+
+        Raises:
+            ConfigError: they are given, and ``device`` is a GPU.
+        """
+        if self.threads is not None and device.startswith("cuda"):
+            raise ConfigError(
+                f"threads={self.threads} is for an engine on a CPU, and the device is {device}: "
+                "leave threads out, or set device='cpu'"
+            )
 
     @classmethod
     def from_options(cls, owner: str, options: dict[str, Any]) -> EngineConfig:

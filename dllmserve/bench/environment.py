@@ -30,7 +30,7 @@ def facts(config: EngineConfig, plan: EnginePlan) -> dict[str, Any]:
     cost = ModelCost.of(plan.spec, plan.dtype.itemsize)
     return {
         "versions": versions(),
-        "device": device_facts(plan.device),
+        "device": device_facts(plan.device, plan.threads),
         "dtype": dtype_name(plan.dtype),
         "model": {
             "name": config.model,
@@ -66,7 +66,7 @@ def model_text(config: EngineConfig, plan: EnginePlan) -> str:
 
 def device_text(plan: EnginePlan) -> str:
     """Device, dtype and torch."""
-    found = device_facts(plan.device)
+    found = device_facts(plan.device, plan.threads)
     threads = f" ({found['threads']} threads)" if "threads" in found else ""
     cuda = f", CUDA {torch.version.cuda}" if plan.device.type == "cuda" else ""
     return f"{found['name']}{threads}, {dtype_name(plan.dtype)}, torch {torch.__version__}{cuda}"

@@ -210,13 +210,13 @@ class _Job:
             from dllmserve.bench.roofline import measure_ceilings
             from dllmserve.bench.run import Bench
             from dllmserve.engine.setup import plan_engine
-            from dllmserve.engine.threads import engine_threads
+            from dllmserve.engine.threads import rank_threads, with_threads
             from dllmserve.llm import LLM
 
             config = self._fitting()
             plan = plan_engine(config)
             # before the engine takes the memory that this needs
-            with engine_threads(config, plan.device):
+            with with_threads(rank_threads(config, plan.device)):
                 ceilings = measure_ceilings(plan.device, plan.dtype)
             llm = LLM(**asdict(config))
         engine = Bench(llm, self._workload, ceilings, profile=profile, progress=progress)

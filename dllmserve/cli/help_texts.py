@@ -102,5 +102,5 @@ ENGINE: dict[str, str] = {
     "kv_pages": "Pages of the K,V store (sized by memory, if not given).",
     "gpu_memory_utilization": "Share of the device's memory to plan with.",
     "seed": "Base of the seeds of requests without --seed.",
-    "threads": "Threads on a CPU (the cores that the process may use, if not given).",
+    "threads": "Threads of an engine on a CPU (the cores that the process may use, if not given).",
 }

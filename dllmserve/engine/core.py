@@ -16,6 +16,7 @@ from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.engine.advice import OOM_ADVICE
 from dllmserve.engine.text import AnswerText
+from dllmserve.engine.threads import with_threads
 from dllmserve.engine.tokenizer import Tokenizer
 from dllmserve.errors import OutOfMemoryError
 from dllmserve.outputs import CanvasStep, RequestOutput
@@ -78,7 +79,7 @@ class EngineCore:
         tokenizer: None for checkpoints without one; text is then "".
         seed: base for requests without a seed; None draws it.
         depth: steps that may be in flight before the host waits for the oldest.
-        closed: called when the engine has been closed.
+        threads: of torch in a step; None leaves their number alone.
 
     Attributes:
         observers: called with every plan that is launched.
@@ -93,7 +94,7 @@ class EngineCore:
         tokenizer: Tokenizer | None,
         seed: int | None,
         depth: int = 1,
-        closed: Callable[[], None] = lambda: None,
+        threads: int | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.spec: ModelSpec = runner.spec
@@ -104,7 +105,7 @@ class EngineCore:
         self._seeds = random.Random(seed)
         self._text = AnswerText(tokenizer)
         self._depth = depth
-        self._closed = closed
+        self._threads = threads
         self._flights: deque[_Flight] = deque()
         self.observers: list[Callable[[StepPlan], None]] = []
         self.on_admitted: Callable[[list[Request]], None] | None = None
@@ -150,10 +151,7 @@ class EngineCore:
 
     def close(self) -> None:
         """Let go of what the engine holds beside memory; nothing can be run any more."""
-        try:
-            self._runner.close()
-        finally:
-            self._closed()
+        self._runner.close()
 
     def announce(self, text: str) -> None:
         """Tell other ranks what a call returned; nothing where there are none."""
@@ -170,7 +168,7 @@ class EngineCore:
         Out of memory ends the requests that do not fit by themselves, with their
         ``error`` set; the others go on.
         """
-        with on_device(self._runner.table.device):
+        with on_device(self._runner.table.device), with_threads(self._threads):
             return self._step()
 
     def _step(self) -> StepEvents:

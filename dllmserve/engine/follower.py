@@ -18,6 +18,7 @@ import torch
 
 from dllmserve.config import EngineConfig
 from dllmserve.engine.setup import build_runner, plan_engine
+from dllmserve.engine.threads import rank_threads
 from dllmserve.parallel.group import TorchGroup
 from dllmserve.ranks.daemon import prepare_process
 from dllmserve.ranks.ranks import EXCHANGE_S
@@ -82,8 +83,9 @@ def load_follower(
     """
     try:
         plan = plan_engine(options, rank)
-        if options.threads is not None and plan.device.type == "cpu":
-            torch.set_num_threads(max(options.threads // options.tensor_parallel_size, 1))
+        threads = rank_threads(options, plan.device, own=True)
+        if threads is not None:
+            torch.set_num_threads(threads)  # for good: this process is the rank's
         signs.reached(STARTED)
         group = TorchGroup(store, rank, options.tensor_parallel_size, plan.device, EXCHANGE_S)
         group.connect()

@@ -65,6 +65,8 @@ class EnginePlan:
         kernels: "triton" or "torch".
         sizing: what the memory plan follows from.
         tokenizer: the checkpoint's, or None.
+        threads: of torch in this rank's steps; None leaves their number alone. Known when the
+            engine is built.
     """
 
     directory: Path
@@ -78,6 +80,7 @@ class EnginePlan:
     kernels: str
     sizing: Sizing
     tokenizer: Tokenizer | None
+    threads: int | None = None
 
     @property
     def spec(self) -> ModelSpec:
@@ -185,6 +188,7 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
     directory, config, spec, tokenizer = _read_model(options)
     ranks = options.tensor_parallel_size
     device = choose_device(options.device, rank, ranks)
+    options.check_threads(str(device))
     dtype = choose_dtype(options.dtype, spec, device)
     partition = Partition(spec, rank, ranks, exact=dtype == torch.float32)
     attention = choose_attention(options.attention, partition.local, device)

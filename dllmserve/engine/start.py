@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -14,7 +12,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.scheduler import Scheduler, SpanSource
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan, build_runner, plan_engine
-from dllmserve.engine.threads import engine_threads
+from dllmserve.engine.threads import rank_threads, with_threads
 from dllmserve.errors import DllmServeError, EngineError, RankError
 from dllmserve.models.loader import find_model, require_weights
 from dllmserve.parallel.group import SOLO
@@ -41,17 +39,16 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
         require_weights(find_model(options.model))  # before its sizes are held against memory
     plan = plan_engine(options)
     world = torchrun.world() if options.tensor_parallel_size > 1 else None
-    with ExitStack() as stack:
-        threads = 1
-        if world is None or options.threads is not None:  # torchrun has given each rank its own
-            threads = stack.enter_context(engine_threads(options, plan.device))
+    # torchrun has given each rank its own
+    plan = replace(plan, threads=rank_threads(options, plan.device, own=world is not None))
+    with with_threads(plan.threads):
         if options.tensor_parallel_size == 1:
             alone = build_runner(plan, SOLO)
             runner: StepRunner = alone.runner
             plan = alone.plan
         else:
-            runner, plan = _lead(plan, world, threads)
-        return engine_of(runner, plan, stack.pop_all().close), plan
+            runner, plan = _lead(plan, world)
+        return engine_of(runner, plan), plan
 
 
 def _mind_the_parent(options: EngineConfig) -> None:
@@ -70,15 +67,14 @@ def _mind_the_parent(options: EngineConfig) -> None:
         torch.set_num_threads(1)  # with more, torch waits for ever for those of the parent
 
 
-def _lead(
-    plan: EnginePlan, world: torchrun.World | None, threads: int
-) -> tuple[LeadRunner, EnginePlan]:
+def _lead(plan: EnginePlan, world: torchrun.World | None) -> tuple[LeadRunner, EnginePlan]:
     """Rank 0's runner; the other ranks are started, or met if torchrun has started them."""
     options = plan.sizing.options
     size = options.tensor_parallel_size
     if world is None:
         # what was chosen here is what all have: they must do the same things in the same order
         chosen = {"attention": plan.attention, "kernels": plan.kernels}
+        threads = plan.threads or max(torch.get_num_threads() // size, 1)
         ranks = spawn_ranks(size, asdict(options) | chosen, threads=threads)
     else:
         ranks = torchrun.meet_ranks(world)
@@ -101,14 +97,10 @@ def _lead(
     return LeadRunner(loaded.runner, ranks), loaded.plan
 
 
-def engine_of(
-    runner: StepRunner,
-    plan: EnginePlan,
-    closed: Callable[[], None] = lambda: None,
-) -> EngineCore:
-    """The engine that steps with a runner; ``closed`` is called when it has been closed."""
+def engine_of(runner: StepRunner, plan: EnginePlan) -> EngineCore:
+    """The engine that steps with a runner."""
     options = plan.sizing.options
     policies: dict[str, SpanSource] = {n: resolve(CACHE_POLICIES, n)() for n in CACHE_POLICIES}
     scheduler = Scheduler(plan.spec, plan.limits, policies.__getitem__)
     depth = options.steps_per_sync if plan.device.type == "cuda" else 1
-    return EngineCore(scheduler, runner, plan.tokenizer, options.seed, depth, closed)
+    return EngineCore(scheduler, runner, plan.tokenizer, options.seed, depth, plan.threads)

@@ -114,12 +114,13 @@ def fetch(values: Tensor) -> Tensor:
     return copy
 
 
-def device_facts(device: torch.device) -> dict[str, Any]:
-    """Name and size of a device, for people and records."""
+def device_facts(device: torch.device, threads: int | None = None) -> dict[str, Any]:
+    """Name and size of a device, for people and records; a CPU's threads are torch's, or given."""
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         return {"device": str(device), "name": found.name, "memory_bytes": found.total_memory}
-    return {"device": str(device), "name": _cpu_name(), "threads": torch.get_num_threads()}
+    number = torch.get_num_threads() if threads is None else threads
+    return {"device": str(device), "name": _cpu_name(), "threads": number}
 
 
 def _cpu_name() -> str:

@@ -348,19 +348,27 @@ def test_a_fork_while_another_thread_is_inside_a_step(llm: LLM) -> None:
     assert said == ["done"]
 
 
-def test_a_model_that_is_loaded_in_a_fork(llm: LLM, byte_checkpoint: Path) -> None:
+def test_a_model_that_is_loaded_in_a_fork(byte_checkpoint: Path) -> None:
     """With one thread: torch would wait for the others, which the fork does not have."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        expected = llm.generate(["Hi" * 50] * 4, SHORT, use_tqdm=False)
+        expected = made(byte_checkpoint).generate(["Hi" * 50] * 4, SHORT, use_tqdm=False)
 
         def child() -> str:
             own = made(byte_checkpoint)
             answers = own.generate(["Hi" * 50] * 4, SHORT, use_tqdm=False)
             return f"{inherited.threads} {torch.get_num_threads()} {answers == expected}"
 
+        def another_thread() -> str:
+            """Loaded in a thread; the one that was forked, which steps, has two by then."""
+            own: Any = Thread(lambda: made(byte_checkpoint, threads=2)).join().result
+            had = torch.get_num_threads()
+            answers = own.generate(["Hi" * 50] * 4, SHORT, use_tqdm=False)
+            return f"{had} {torch.get_num_threads()} {answers == expected}"
+
         assert forked(child) == "True 1 True"
+        assert forked(another_thread) == "2 1 True"
         assert not inherited.threads and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

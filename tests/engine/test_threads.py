@@ -1,4 +1,4 @@
-"""Threads of torch while an engine runs on a CPU."""
+"""Threads of torch while an engine loads or steps on a CPU: how many, and for whom."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dllmserve import LLM
+from dllmserve.bench.environment import device_text
 from dllmserve.config import EngineConfig
-from dllmserve.engine import threads
-from dllmserve.engine.threads import choose_threads, engine_threads
+from dllmserve.engine import setup, threads
+from dllmserve.engine.threads import choose_threads, rank_threads, with_threads
 from dllmserve.errors import ConfigError, ModelError
 
 CPU = torch.device("cpu")
@@ -68,34 +69,72 @@ def test_what_the_user_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen(threads=2) == 2
 
 
+def rank(device: torch.device = CPU, own: bool = False, **options: Any) -> int | None:
+    return rank_threads(EngineConfig(**options), device, own=own)
+
+
 def test_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, usable=4)
-    with engine_threads(EngineConfig(), CPU) as each:
-        assert each == torch.get_num_threads() == 4
+    for number in (4, 16):
+        with with_threads(number):
+            assert torch.get_num_threads() == number
+            torch.set_num_threads(7)
+        assert torch.get_num_threads() == 16
+    with pytest.raises(KeyError), with_threads(4):
+        raise KeyError
     assert torch.get_num_threads() == 16
-    with engine_threads(EngineConfig(tensor_parallel_size=3), CPU) as each:
-        assert each == torch.get_num_threads() == 1
-    with engine_threads(EngineConfig(threads=8, tensor_parallel_size=2), CPU) as each:
-        assert each == torch.get_num_threads() == 4
-        torch.set_num_threads(7)  # somebody else wants it so
-    assert torch.get_num_threads() == 7
-
-
-def test_an_engine_on_a_gpu_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine(monkeypatch, usable=4)
-    with engine_threads(EngineConfig(threads=2), torch.device("cuda")):
+    with with_threads(None):
         assert torch.get_num_threads() == 16
 
 
-def test_an_engine_takes_and_gives_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with LLM("tiny", device="cpu", threads=3):
-        assert torch.get_num_threads() == 3
+def test_ranks_divide_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, usable=4)
+    assert rank() == 4
+    assert rank(tensor_parallel_size=3) == 1
+    assert rank(threads=8, tensor_parallel_size=2) == 4
+    assert rank(threads=1, tensor_parallel_size=2) == 1
+    # a process that was started as a rank keeps what it was given
+    assert rank(own=True) is None
+    assert rank(own=True, threads=8, tensor_parallel_size=2) == 4
+
+
+def test_an_engine_on_a_gpu_changes_nothing() -> None:
+    assert rank(torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda")])
+def test_one_in_a_forked_process(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks; and more are not put back, because torch would wait for them."""
+    monkeypatch.setattr(threads.inherited, "threads", True)
+    assert rank(device) == rank(device, own=True) == 1
+    assert rank(threads=8) == rank(own=True, threads=8) == 1
+    with with_threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 1
+
+
+def test_after_the_load_all_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LLM("tiny", device="cpu", threads=3) as llm:
+        assert torch.get_num_threads() == 16
+        assert llm.plan.threads == 3 and "(3 threads)" in device_text(llm.plan)
     assert torch.get_num_threads() == 16
     machine(monkeypatch, usable=4)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError):
         LLM(str(tmp_path), device="cpu")
     assert torch.get_num_threads() == 16
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_has_no_such_number(device: str) -> None:
+    with pytest.raises(ConfigError, match=f"threads=3 is for an engine on a CPU.*{device}: leave"):
+        EngineConfig(device=device, threads=3)
+    assert EngineConfig(device=device).threads is None
+
+
+def test_a_gpu_that_auto_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "choose_device", lambda *_: torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match=r"threads=3 is for an engine on a CPU.*cuda:0: leave"):
+        LLM("tiny", threads=3)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2", 100_000])
@@ -110,17 +149,20 @@ def test_ranks_get_their_part(tmp_path: Path) -> None:
     code = (
         "import os; from dllmserve import LLM\n"
         "llm = LLM('tiny', device='cpu', tensor_parallel_size=2, threads=6)\n"
-        "import torch; print(torch.get_num_threads())\n"
+        "import torch; before = torch.get_num_threads()\n"
+        "said = []; note = lambda plan: said.append(torch.get_num_threads())\n"
+        "with llm.observe(note): llm.generate(['Hi'], use_tqdm=False)\n"
+        "print(set(said))\n"
         "for pid in os.listdir('/proc'):\n"
         "    try: said = open(f'/proc/{pid}/environ').read(), open(f'/proc/{pid}/stat').read()\n"
         "    except OSError: continue\n"
         "    if said[1].rpartition(')')[2].split()[1] == str(os.getpid()):\n"
         "        print([v for v in said[0].split('\\0') if v.startswith(('OMP_', 'MKL_'))])\n"
-        "llm.close(); print(torch.get_num_threads() > 0)\n"
+        "llm.close(); print(torch.get_num_threads() == before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert lines[0] == "3" and lines[-1] == "True", done.stderr
+    assert lines[0] == "{3}" and lines[-1] == "True", done.stderr
     assert {"OMP_NUM_THREADS=3", "MKL_NUM_THREADS=3", "OMP_WAIT_POLICY=PASSIVE"} <= set(
         eval(lines[1])
     )
