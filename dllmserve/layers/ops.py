@@ -57,6 +57,9 @@ class LayerOps(Protocol):
 class TorchOps:
     """Plain torch operations, on any device; see :class:`LayerOps`.
 
+    Products are the library's: the last bits of a row may depend on how many rows are in the call.
+    The rest does not depend on them in float32.
+
     Example:
         ``ops = TorchOps(Rotary(64, 1e4, 128, device))``
     """

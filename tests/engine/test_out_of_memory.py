@@ -22,7 +22,7 @@ from tests.conftest import Engines
 from tests.helpers import check_idle, need_interpreter, random_prompt
 
 NO_MEMORY = "CUDA out of memory. Tried to allocate 2 MiB."
-BASE: dict[str, Any] = {"temperature": 0.0, "gen_length": 12, "block_length": 6}
+BASE: dict[str, Any] = {"temperature": 0.0, "gen_length": 8, "block_length": 4}
 #: what a step writes for them: tokens, ends, twins, what rules keep, what is out of date
 PARAMS = [
     SamplingParams(steps=4, ignore_eos=True, **BASE),
@@ -170,5 +170,5 @@ def test_triton(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -
 
     options: dict[str, Any] = {"max_model_len": 64, "max_num_seqs": 8}
     llm = LLM(str(checkpoints["llada-eos"]), device="cpu", kernels="triton", **options)
-    params = [replace(one, gen_length=4, block_length=4) for one in PLAIN]
+    params = [replace(one, gen_length=3, block_length=3, steps=2) for one in PLAIN]
     assert check(llm, monkeypatch, params, 1, partial(Scarce, finish)) > 5
