@@ -196,11 +196,20 @@ class AsyncLLM:
 
     async def _closed_there(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Close it from another loop; False if its own does not do it."""
-        closing = asyncio.run_coroutine_threadsafe(self._close(), loop)
+        close = self._close()
+        try:
+            closing = asyncio.run_coroutine_threadsafe(close, loop)
+        except RuntimeError:  # it has been closed meanwhile
+            close.close()
+            return False
         try:
             await asyncio.wait_for(asyncio.wrap_future(closing), _CLOSE_S)
         except TimeoutError:
             return False
+        except asyncio.CancelledError:
+            if _cancelled():
+                raise
+            return False  # its loop ends, and cancels all that runs there
         return True
 
     def _ready(self) -> Door:

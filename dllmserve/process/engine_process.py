@@ -83,6 +83,7 @@ class EngineProcess:
         command: Sequence[str] = COMMAND,
         environment: Mapping[str, str] | None = None,
         log: logging.Logger = _log,
+        begun: Callable[[int], object] | None = None,
     ) -> EngineProcess:
         """Start a process and wait until its model is loaded.
 
@@ -92,13 +93,15 @@ class EngineProcess:
             command: program and arguments; the socket and the owner's id are appended.
             environment: variables that it gets besides this process's own.
             log: where what it writes goes.
+            begun: called with the process's id before its model is loaded, so that it can be
+                killed where this event loop does not run any more.
 
         Raises:
             DllmServeError: what the engine says is wrong with model or options.
             EngineStartError: it died, took too long, or the system had no room for it.
         """
         try:
-            return await cls._start(options, timeout_s, command, environment, log)
+            return await cls._start(options, timeout_s, command, environment, log, begun)
         except DllmServeError:
             raise
         except OSError as error:  # too many processes or open files, a full disk
@@ -112,6 +115,7 @@ class EngineProcess:
         command: Sequence[str],
         environment: Mapping[str, str] | None,
         log: logging.Logger,
+        begun: Callable[[int], object] | None,
     ) -> EngineProcess:
         listener = Listener()
         process: asyncio.subprocess.Process | None = None
@@ -128,6 +132,8 @@ class EngineProcess:
                 env={**os.environ, **wait_variables(), **(environment or {})},
                 start_new_session=True,  # Ctrl-C in a terminal is for the owner alone
             )
+            if begun is not None:
+                begun(process.pid)
             async with asyncio.timeout(timeout_s):
                 return await cls._meet(process, listener, options, log)
         except BaseException as error:
@@ -236,6 +242,7 @@ class EngineProcess:
         except TimeoutError:
             await _end(self._process)
         finally:
+            self.kill()  # whoever waited may have been cancelled
             self._connection.close()
 
     async def _watch(self, limit_s: float) -> None:
@@ -287,9 +294,19 @@ class EngineProcess:
 def runs(pid: int) -> bool:
     """Whether a child of this process has not ended. Leaves its exit code to whoever waits."""
     try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    except ChildProcessError:
+        if hasattr(os, "waitid"):
+            return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        os.kill(pid, 0)  # macOS before Python 3.13: asyncio's thread takes the exit code at once
+    except (ChildProcessError, ProcessLookupError):
         return False
+    return True
+
+
+def kill(pid: int) -> None:
+    """End a child of this process at once, unless it has ended."""
+    if runs(pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _how(process: asyncio.subprocess.Process) -> str:

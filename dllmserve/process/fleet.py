@@ -129,7 +129,7 @@ class Fleet:
 
     @property
     def engine_pids(self) -> list[int]:
-        """Process ids of the running engines."""
+        """Process ids of the engines, also of those that are being loaded."""
         return [engine.engine_pid for engine in self.engines if engine.engine_pid is not None]
 
     @property

@@ -29,7 +29,7 @@ from dllmserve.errors import (
 )
 from dllmserve.process.calls import Call, Cause, Death, Delta, Fate
 from dllmserve.process.devices import Share
-from dllmserve.process.engine_process import COMMAND, EngineProcess
+from dllmserve.process.engine_process import COMMAND, EngineProcess, kill
 from dllmserve.process.messages import (
     Abort,
     Admitted,
@@ -126,6 +126,9 @@ class Supervisor:
         self._ids, self._changed, self._log = berth.ids, berth.changed, berth.log
         self._how = how
         self._engine: EngineProcess | None = None
+        #: process id while an engine is being loaded; a handle of asyncio would keep all of a
+        #: stopped event loop alive
+        self._loading: int | None = None
         self._calls: dict[int, Call] = {}
         self._held: Line[Call] = Line()
         self._suspects: Line[Call] = Line()
@@ -152,8 +155,8 @@ class Supervisor:
 
     @property
     def engine_pid(self) -> int | None:
-        """Process id of the running engine."""
-        return None if self._engine is None else self._engine.pid
+        """Process id of the engine, also while it is being loaded."""
+        return self._loading if self._engine is None else self._engine.pid
 
     @property
     def requests(self) -> int:
@@ -195,9 +198,9 @@ class Supervisor:
     async def close(self) -> None:
         """End the engine; what is still under way fails."""
         self.state = State.CLOSED
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await engine.stop()
+        if self._engine is not None:
+            await self._engine.stop()
+            self._engine = None
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -209,6 +212,8 @@ class Supervisor:
         self.state = State.CLOSED
         if self._engine is not None:
             self._engine.kill()
+        elif self._loading is not None:
+            kill(self._loading)
         for call in list(self._calls.values()):
             with contextlib.suppress(RuntimeError):  # whoever waited did so in a closed loop
                 self._end(call, error)
@@ -354,22 +359,39 @@ class Supervisor:
         self._forget(call)
 
     async def _launch(self) -> EngineProcess:
+        self._refuse_closed()
         how = self._how
-        engine = await EngineProcess.start(
-            self.share.options,
-            timeout_s=how.load_timeout_s,
-            command=how.command,
-            environment=self.share.environment,
-            log=self._log,
-        )
-        if self.state is State.CLOSED:  # while it was being loaded
+        try:
+            engine = await EngineProcess.start(
+                self.share.options,
+                timeout_s=how.load_timeout_s,
+                command=how.command,
+                environment=self.share.environment,
+                log=self._log,
+                begun=self._begun,
+            )
+        except DllmServeError:
+            self._refuse_closed()  # which it died of
+            raise
+        finally:
+            self._loading = None
+        if self.state is State.CLOSED:
             await engine.stop()
-            raise EngineError("the engine has been closed")
+        self._refuse_closed()
         self._engine, self.info = engine, engine.info
         self.state = State.READY
         self._send_held()
         self._changed()
         return engine
+
+    def _begun(self, pid: int) -> None:
+        self._loading = pid
+        if self.state is State.CLOSED:  # before its id was known
+            kill(pid)
+
+    def _refuse_closed(self) -> None:
+        if self.state is State.CLOSED:
+            raise EngineError("the engine has been closed")
 
     async def _supervise(self, engine: EngineProcess) -> None:
         """Keep engines alive; nobody waits for ever, whatever happens to that."""
@@ -415,6 +437,8 @@ class Supervisor:
                 running = await self._launch()
                 self._log.info("a new engine is ready (process %d)", running.pid)
             except DllmServeError as error:
+                if self.state is State.CLOSED:
+                    return
                 running = None
                 failed_starts, reason = failed_starts + 1, str(error)
                 self._log.error("the engine could not be started again: %s", error)

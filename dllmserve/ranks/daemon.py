@@ -37,8 +37,20 @@ def is_stopped(pid: int) -> bool:
     That a process says nothing does not show it: a healthy one is silent while C code holds
     Python's lock, for as long as a compilation or a large copy takes.
     """
+    return process_fields(Path(f"/proc/{pid}"))[:1] == ["T"]
+
+
+def process_fields(directory: Path) -> list[str]:
+    """What Linux says of a process, from the third field on: state, parent's id, and so on.
+
+    Args:
+        directory: ``/proc/PID``.
+
+    Returns:
+        Nothing if the process has ended, or this is not Linux.
+    """
     try:
-        found = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:  # it has ended, or this is not Linux
-        return False
-    return found.rpartition(")")[2].split()[0] == "T"  # its name, in parentheses, may be anything
+        found = (directory / "stat").read_text(errors="replace")
+    except OSError:
+        return []
+    return found.rpartition(")")[2].split()  # the name, in parentheses, may be any bytes

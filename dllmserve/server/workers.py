@@ -15,6 +15,7 @@ from pathlib import Path
 from starlette.types import Receive
 
 from dllmserve.errors import ConfigError
+from dllmserve.ranks.daemon import process_fields
 
 _REASON = (
     "dllmserve runs in one server process: another worker would load the model once more and "
@@ -117,15 +118,5 @@ def _command(pid: int) -> list[str]:
 
 def _children(parent: int) -> list[int]:
     """Process ids of a process's children."""
-    found = []
-    for entry in _PROC.iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text(errors="replace")
-        except OSError:  # it is gone
-            continue
-        # the second field, a name in parentheses, may hold anything
-        if int(stat.rpartition(")")[2].split()[1]) == parent:
-            found.append(int(entry.name))
-    return found
+    entries = [entry for entry in _PROC.iterdir() if entry.name.isdigit()]
+    return [int(e.name) for e in entries if process_fields(e)[1:2] == [str(parent)]]

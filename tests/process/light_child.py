@@ -87,6 +87,7 @@ class LightEngine:
         if self.how == "garbage-load":
             self.channel.send(b"\xc1")
         if self.how == "slow-load":
+            (Path(directory) / f"loading-{os.getpid()}").touch()
             time.sleep(60)
         if self.how == "dies-at-once" and not first_of(directory):
             sys.exit(3)

@@ -125,13 +125,13 @@ def test_one_asyncio_run_after_the_other(tmp_path: Path) -> None:
     assert [in_new_loop(main()) for _ in range(2)] == [[3], [3]]
 
 
-def script(directory: Path, *lines: str) -> subprocess.CompletedProcess[str]:
+def script(directory: Path, *lines: str, how: str = "none") -> subprocess.CompletedProcess[str]:
     """Run a program of its own, in which ``llm`` is an AsyncLLM that is not started."""
     begin = (
         "import asyncio, sys, psutil",
         "from dllmserve import AsyncLLM",
         "from dllmserve.process.supervisor import SupervisorOptions",
-        f"command = (sys.executable, {str(CHILD)!r}, 'none', {str(directory)!r})",
+        f"command = (sys.executable, {str(CHILD)!r}, {how!r}, {str(directory)!r})",
         "llm = AsyncLLM('tiny', supervision=SupervisorOptions(command=command))",
         "def children(): return psutil.Process().children()",
     )
@@ -231,6 +231,109 @@ def test_closing_when_the_loop_does_not_run(tmp_path: Path, born: Born) -> None:
     every_use_says(llm, "has been closed")
     loop.run_until_complete(asyncio.sleep(0.2))  # what is left in it ends
     loop.close()
+
+
+async def loading(directory: Path, engines: int = 1) -> None:
+    """Wait until so many engines load their models."""
+    while len([*directory.glob("loading-*")]) < engines:
+        await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_closing_when_the_loop_stopped_while_it_started(
+    tmp_path: Path, born: Born, engines: int
+) -> None:
+    llm = made(tmp_path, "slow-load", data_parallel_size=engines, device="cpu")
+    loop = asyncio.new_event_loop()
+    starting = loop.create_task(llm.start())
+    loop.run_until_complete(asyncio.wait_for(loading(tmp_path, engines), PATIENCE_S))
+    assert {p.pid for p in born()} == {*llm.supervisor.engine_pids}
+    in_new_loop(llm.close())
+    assert not born()
+    with pytest.raises(EngineError, match="has been closed"):
+        loop.run_until_complete(asyncio.wait_for(starting, PATIENCE_S))
+    assert not born() and llm.supervisor.engine_pids == []
+    loop.close()
+
+
+def test_closing_before_the_engine_is_known(
+    tmp_path: Path, born: Born, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop stopped before it had made the process."""
+    real, llm = asyncio.create_subprocess_exec, made(tmp_path, "slow-load")
+    loop = asyncio.new_event_loop()
+    reached = asyncio.Event()
+
+    async def late(*command: Any, **how: Any) -> Any:
+        reached.set()
+        await asyncio.sleep(0.05)
+        return await real(*command, **how)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", late)
+    starting = loop.create_task(llm.start())
+    loop.run_until_complete(reached.wait())
+    in_new_loop(llm.close())
+    with pytest.raises(EngineError, match="has been closed"):
+        loop.run_until_complete(asyncio.wait_for(starting, PATIENCE_S))
+    assert not born()
+    loop.close()
+
+
+def test_one_that_is_forgotten_while_it_starts(tmp_path: Path) -> None:
+    done = script(
+        tmp_path,
+        "import gc, time, weakref",
+        "from pathlib import Path",
+        "from tests.process.test_async_lifecycle import loading",
+        "loop = asyncio.new_event_loop()",
+        "starting = loop.create_task(llm.start())",
+        f"loop.run_until_complete(loading(Path({str(tmp_path)!r})))",
+        "loop.close()",
+        "(engine,) = children()",
+        "gone = weakref.ref(llm)",
+        "del llm, starting, loop",
+        "gc.collect()",
+        "print(gone())",
+        "while engine.is_running() and engine.status() != 'zombie': time.sleep(0.01)",
+        how="slow-load",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "None\n"
+
+
+def test_a_loop_that_closes_while_another_closes_it(
+    tmp_path: Path, born: Born, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ran when it was asked, and is closed when it is called."""
+    llm = made(tmp_path)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(llm.start())
+    closed, real = asyncio.new_event_loop(), asyncio.run_coroutine_threadsafe
+    closed.close()
+    monkeypatch.setattr(loop, "is_running", lambda: True)
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", lambda work, _: real(work, closed))
+    in_new_loop(llm.close())
+    monkeypatch.undo()
+    assert not born()
+    gc.collect()  # a coroutine that nobody has awaited complains now
+    loop.run_until_complete(asyncio.sleep(0.2))  # what is left in it ends
+    loop.close()
+
+
+def test_a_loop_that_ends_while_another_closes_it(
+    tmp_path: Path, born: Born, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio.run() cancels the closing, as all that runs there."""
+    llm = made(tmp_path)
+    home = Residence(llm)
+
+    async def cancelled() -> None:
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(llm, "_close", cancelled)
+    in_new_loop(llm.close())
+    assert not born()
+    home.end()
 
 
 def test_moments(tmp_path: Path, born: Born) -> None:

@@ -113,7 +113,8 @@ def test_an_engine_that_lets_no_python_run_is_left_alone(
 def test_who_is_stopped(tmp_path: Path) -> None:
     path = shutil.which("sleep")
     assert path is not None
-    strange = tmp_path / "a) T (b"  # a name that looks like what comes after it
+    # a name that looks like what comes after it, and is no text
+    strange = tmp_path / os.fsdecode(b"a) T (b\xff")
     strange.symlink_to(path)
     with subprocess.Popen([strange, "60"]) as process:
         while psutil.Process(process.pid).name() != strange.name:
@@ -126,6 +127,19 @@ def test_who_is_stopped(tmp_path: Path) -> None:
             assert is_stopped(process.pid) is stopped
         process.kill()
     assert not is_stopped(process.pid)
+
+
+@pytest.mark.parametrize("waitid", [True, False])
+def test_who_runs(waitid: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on systems without os.waitid, where who has ended is known once it was waited for."""
+    if not waitid:
+        monkeypatch.delattr(os, "waitid")
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert engine_process.runs(process.pid)
+        engine_process.kill(process.pid)
+        assert process.wait() == -signal.SIGKILL
+    assert not engine_process.runs(process.pid)
+    engine_process.kill(process.pid)
 
 
 def test_no_room_for_a_new_engine(
