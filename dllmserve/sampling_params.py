@@ -62,6 +62,15 @@ class NotGiven(int):
         return int(self)
 
 
+class Kept(NotGiven):
+    """A length that somebody gave, and that ``dataclasses.replace`` hands on to a copy."""
+
+
+def _rank(length: int) -> int:
+    """Of a length's two names, which one counts: what is given now, then what was given before."""
+    return 1 if isinstance(length, Kept) else 0 if isinstance(length, NotGiven) else 2
+
+
 #: max_tokens and gen_length, as documented
 _DEFAULT_LENGTHS = NotGiven(64), NotGiven(128)
 
@@ -210,10 +219,7 @@ class SamplingParams:
     @property
     def length_name(self) -> str:
         """The name under which gen_length was given."""
-        by_other = isinstance(self.gen_length, NotGiven) and not isinstance(
-            self.max_tokens, NotGiven
-        )
-        return "max_tokens" if by_other else "gen_length"
+        return "max_tokens" if _rank(self.max_tokens) > _rank(self.gen_length) else "gen_length"
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -223,26 +229,28 @@ class SamplingParams:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def _settle_length(self) -> None:
-        """Make one length of its two names: the one that was given sets the other."""
+        """Make one length of its two names: the one that was given, or changed, sets the other."""
         check, pair = Fields(InvalidParameterError, self), ("max_tokens", "gen_length")
-        given = [name for name in pair if not isinstance(getattr(self, name), NotGiven)]
-        for name in given:
+        ranks = {name: _rank(getattr(self, name)) for name in pair}
+        for name in (name for name in pair if ranks[name] == 2):
             check.integer(name, 1, MAX_GEN_LENGTH)
         # neither does a list of all fields mean anything by the two defaults
         every = len(self.__dict__["_given"]) == len(fields(self))
         filler = self.__dict__["_filler"] or (every and self.gen_length == _DEFAULT_LENGTHS[1])
-        if len(given) == 2 and filler and self.max_tokens == _DEFAULT_LENGTHS[0]:
-            given.remove("max_tokens")
-        if len(given) == 2 and self.max_tokens != self.gen_length:
+        if filler and self.max_tokens == _DEFAULT_LENGTHS[0] and ranks["gen_length"] == 2:
+            ranks["max_tokens"] = 0
+        named = [name for name in pair if ranks[name] and ranks[name] == max(ranks.values())]
+        if len(named) == 2 and self.max_tokens != self.gen_length:
             raise InvalidParameterError(
                 f"max_tokens={self.max_tokens} and gen_length={self.gen_length} contradict each "
                 "other: gen_length counts for diffusion models, as all models here are, and "
-                "max_tokens for autoregressive ones. Give one of them: alone, either is the length "
-                "(with dataclasses.replace, the one that was given before)"
+                "max_tokens for autoregressive ones. Give one of them: alone, either is the length"
             )
-        if len(given) == 1:
-            (other,) = set(pair) - set(given)
-            object.__setattr__(self, other, NotGiven(getattr(self, given[0])))
+        if named:
+            length = getattr(self, named[0])
+            for name in pair:
+                kept = Kept(length) if name in named else NotGiven(length)
+                object.__setattr__(self, name, kept)
 
     def _apply_quality(self) -> None:
         """Fill the fields that were not given from the preset."""
@@ -252,7 +260,7 @@ class SamplingParams:
         check.choice("quality", tuple(PRESETS))
         check.integer("block_length", 1, MAX_GEN_LENGTH, optional=True)
         given: frozenset[str] = self.__dict__["_given"]
-        if "max_tokens" in given and not isinstance(self.max_tokens, NotGiven):
+        if "max_tokens" in given and _rank(self.max_tokens):
             given |= {"gen_length"}
         chosen = ("gen_length", "block_length", "unmask")
         named = {name: getattr(self, name) for name in chosen if name in given}

@@ -7,21 +7,21 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from dllmserve.engine.codec import Codec
-from dllmserve.engine.marked import Marks
+from dllmserve.engine.marked import ROLES, Marks
 from dllmserve.errors import PromptError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
-#: one that no vocabulary has
-_NO_CHARACTER = "\U0010fffd"
+#: characters that a vocabulary may lack; normalizers drop some of them
+_RARE = "\U0010fffd\U0001f642\u65e5\u2603\u0e5b"
 
 
 class Controls:
     """The control tokens of a tokenizer: its added tokens, whatever list names them.
 
-    Left out are added tokens that are ordinary text: blanks, and words (or single characters)
-    that are neither special nor written by a chat template.
+    Left out are added tokens that are ordinary text: blanks, and words and single characters that
+    are neither special nor written by a chat template.
 
     Args:
         codec: the tokenizer.
@@ -32,7 +32,7 @@ class Controls:
     """
 
     def __init__(self, codec: Codec, templates: Iterable[str]) -> None:
-        source = "\0".join(templates)
+        source = "\0".join((*templates, *ROLES)).casefold()
         self._codec = codec
         self._tokens = {
             token.content: (id, token)
@@ -40,7 +40,7 @@ class Controls:
             if _is_control(token, source)
         }
         # characters that the vocabulary lacks may all become one of them, such as <unk>
-        unknown = codec.encode_literally(_NO_CHARACTER)
+        unknown = [id for character in _RARE for id in codec.encode_literally(character)]
         self._ids = frozenset(id for id, _ in self._tokens.values()).difference(unknown)
         # the longest first, so that a token that contains another one is taken whole
         longest = sorted(self._tokens, key=len, reverse=True)
@@ -110,4 +110,8 @@ def _is_control(token: AddedToken, templates: str) -> bool:
     text = token.content
     if not text or text.isspace():
         return False
-    return token.special or (len(text) > 1 and (not text.isalnum() or text in templates))
+    if token.special:
+        return True
+    if len(text) == 1:
+        return not text.isalnum() and text in templates
+    return not text.isalnum() or text.casefold() in templates

@@ -16,6 +16,9 @@ from typing import Any, SupportsIndex
 
 from dllmserve.errors import TokenizerError
 
+#: roles of messages, as templates know them
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
 _MARKS = range(0xD800, 0xE000)
 _ANY_MARK = re.compile("[\ud800-\udfff]")
 
@@ -52,7 +55,12 @@ class Marks:
         return self.wrap(text.translate(self.table))
 
     def mark_name(self, text: str) -> str:
-        """A role, of which letters and digits stay: templates put ``<|`` and ``|>`` around it."""
+        """A role, of which letters and digits stay: templates put ``<|`` and ``|>`` around it.
+
+        The common ones stay as they are: a template may well write the token of one.
+        """
+        if text in ROLES:
+            return text
         if any(word in text for word in self._words):
             return self.mark(text)
         return self.wrap(text.translate(self._names))

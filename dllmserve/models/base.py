@@ -102,6 +102,8 @@ def rope_theta(config: Mapping[str, Any]) -> float:
     inner = None
     for field in ("rope_scaling", "rope_parameters"):
         given = config.get(field) or {}
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{field} must be an object or null, got {given!r}")
         _check_rope(field, given, config)
         inner = inner or given.get("rope_theta")
     if (config.get("partial_rotary_factor") or 1.0) != 1.0:

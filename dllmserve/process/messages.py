@@ -14,7 +14,7 @@ import msgspec
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.scheduler import Limits
 from dllmserve.outputs import CanvasStep, RequestOutput
-from dllmserve.sampling_params import NotGiven, SamplingParams
+from dllmserve.sampling_params import Kept, NotGiven, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
 #: a field of SamplingParams, SparseConfig or EngineConfig
@@ -198,7 +198,7 @@ def changed_fields(values: SamplingParams | SparseConfig) -> dict[str, Value]:
     for item in fields(values):
         value: Any = getattr(values, item.name)
         if item.name == "max_tokens":
-            wanted = not isinstance(value, NotGiven)
+            wanted = isinstance(value, Kept)
         else:
             wanted = every or value != item.default
         if wanted:

