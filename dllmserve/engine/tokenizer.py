@@ -6,8 +6,9 @@ anything else goes through transformers.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +27,10 @@ _log = logging.getLogger(__name__)
 
 #: the template for prompts with tools, if there is one
 _TOOL_USE = "tool_use"
-#: what an assistant says to find out what the template writes behind it
-_ANSWER = "forty-two"
+#: a chat to find out what the template writes behind an answer
+_QUESTION, _ANSWER, _NEXT = "Hello", "fortytwo", "Thanks"
+_TOLD = ("system", "Answer")
+_ASKED = [("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT)]
 
 
 class Tokenizer:
@@ -130,33 +133,45 @@ class Tokenizer:
     def turn_end(self) -> int | None:
         """Id of the first control token that the chat template writes behind an answer.
 
-        None without a template, or where it writes none.
+        None without a template, or where it writes none. Templates differ in the chats that they
+        take, so several are tried; of what the first one that shows a token shows, that counts.
         """
         failure: TokenizerError | None = None
-        # some templates take parts alone, some close the last answer only if a prompt follows
-        for form in (str, _as_parts):
-            chat = [
-                {"role": "user", "content": form("Hello")},
-                {"role": "assistant", "content": form(_ANSWER)},
-            ]
-            for follows in (False, True):
+        forms: tuple[Callable[[str], Any], ...] = (str, _as_parts)
+        for probe in (self._behind_answer, self._between_turns):
+            for asked, form in itertools.product((_ASKED, [_TOLD, *_ASKED]), forms):
+                chat = [{"role": role, "content": form(text)} for role, text in asked]
                 try:
-                    text = self.render_chat(chat, add_generation_prompt=follows)
-                    opening = self._opening(chat[:1]) if follows else ""
+                    found = self._controls.first(probe(chat))
                 except TokenizerError as error:
                     failure = error
                     continue
-                _, said, rest = text.removesuffix(opening).rpartition(_ANSWER)
-                if said and (found := self._controls.first(rest)) is not None:
+                if found is not None:
                     return found
         if failure is not None and self.has_chat_template:
             _log.warning("what ends a turn was not found in the chat template: %s", failure)
         return None
 
-    def _opening(self, messages: list[dict[str, Any]]) -> str:
-        """What the template writes for the assistant to begin."""
-        closed = self.render_chat(messages, add_generation_prompt=False)
-        return self.render_chat(messages).removeprefix(closed)
+    def _behind_answer(self, chat: list[dict[str, Any]]) -> str:
+        """What the template writes behind an answer that is the last message."""
+        answered, asked = chat[:-1], chat[:-2]
+        plain = self.render_chat(answered, add_generation_prompt=False)
+        rest = plain.rpartition(_ANSWER)[2] if _ANSWER in plain else ""
+        if self._controls.first(rest) is not None:
+            return rest
+        # some close the last answer only if a prompt follows, which is the next turn's
+        closed = self.render_chat(asked, add_generation_prompt=False)
+        opening = self.render_chat(asked).removeprefix(closed)
+        text = self.render_chat(answered).removesuffix(opening)
+        return text.rpartition(_ANSWER)[2] if _ANSWER in text else ""
+
+    def _between_turns(self, chat: list[dict[str, Any]]) -> str:
+        """What the template writes between an answer and a question, but not before every one."""
+        text = self.render_chat(chat, add_generation_prompt=False)
+        before, _, rest = text.partition(_QUESTION)
+        between = rest.partition(_ANSWER)[2].partition(_NEXT)[0]
+        new = next(i for i in range(len(between) + 1) if before.endswith(between[i:]))
+        return between[:new]
 
     def warm_up(self) -> None:
         """Import and compile what chats need, which a server must not do under load."""

@@ -40,6 +40,7 @@ PARTS = (
     "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}"
     "{% if m.role == 'assistant' %}<|im_end|>{% endif %}{% endfor %}"
 )
+HEAD = "{% for m in messages %}<|user|>{{ m.content }}"
 WRITES: dict[str, tuple[str | None, str | None]] = {
     "chatml": (CHATML, "<|im_end|>"),
     "headers": (HEADERS, "<|im_end|>"),
@@ -49,6 +50,40 @@ WRITES: dict[str, tuple[str | None, str | None]] = {
     "generation": (GENERATION, "<|im_end|>"),
     "parts": (PARTS, "<|im_end|>"),
     "later": ("{% for m in messages %}<|user|>{{ m.content }}\n\n</s>x<s>{% endfor %}", "</s>"),
+    "if not the last": (
+        f"{HEAD}{{% if not loop.last %}}<|im_end|>{{% endif %}}{{% endfor %}}",
+        "<|im_end|>",
+    ),
+    "before the next": (
+        "{% for m in messages %}{% if not loop.first %}<|im_end|>{% endif %}"
+        "<|user|>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_end|><|header|>{% endif %}",
+        "<|im_end|>",
+    ),
+    "before a later question": (
+        "{% for m in messages %}{% if m.role == 'user' and not loop.first %}<|im_end|>{% endif %}"
+        "<|user|>{{ m.content }}{% endfor %}",
+        "<|im_end|>",
+    ),
+    "with a system message": (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}"
+        f"{HEAD}<|im_end|>{{% endfor %}}",
+        "<|im_end|>",
+    ),
+    "with a question at the end": (
+        "{% if messages[-1].role != 'user' %}{{ raise_exception('no') }}{% endif %}"
+        f"{HEAD}{{% if m.role == 'assistant' %}}<|im_end|>{{% endif %}}{{% endfor %}}",
+        "<|im_end|>",
+    ),
+    "of three messages": (
+        "{% if messages | length < 3 %}{{ raise_exception('no') }}{% endif %}"
+        f"{HEAD}<|im_end|>{{% endfor %}}",
+        "<|im_end|>",
+    ),
+    "a part of the answer": (
+        "{% for m in messages %}<|user|>{{ m.content.split('-')[-1] }}<|im_end|>{% endfor %}",
+        "<|im_end|>",
+    ),
     "nothing": ("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", None),
     "the next turn": (
         "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
