@@ -65,8 +65,24 @@ def root(
         typer.echo(context.get_help(), nl=False)
 
 
+#: what an option takes, by the first word of the validator's name for an error
+_KINDS = {"int": "an integer", "float": "a number", "bool": "true or false"}
+
+
+def _wrong_value(error: Any) -> str | None:
+    """What an option takes and got, where typer has only its validator's text."""
+    found: list[Any] = getattr(error.__cause__, "errors", list)()
+    kind = _KINDS.get(found[0]["type"].partition("_")[0]) if found else None
+    if kind is None or error.param is None:
+        return None
+    option, given = max(error.param.opts, key=len), shown(repr(found[0]["input"]), 100)
+    return f"{option} must be {kind}, got {given}"
+
+
 def _usage_error(error: Any) -> str:
     """The error in one line; of an option that there is not, with the one that was meant."""
+    if (wrong := _wrong_value(error)) is not None:
+        return wrong
     name = getattr(error, "option_name", None)
     if name is None or type(error).__name__ != "NoSuchOption":
         return " ".join(str(error.format_message()).split())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
 
 from dllmserve.errors import PromptError
+from dllmserve.sampling_params import SamplingParams
+from dllmserve.sparse.state import SparseConfig
 
 #: What the embedded model was made for.
 DEMO_PROMPTS = (
@@ -19,6 +22,8 @@ DEMO_PROMPTS = (
     "The home is in Lisbon.",
 )
 STDIN = "-"
+#: what a line may not set
+_SETTINGS = {f.name for kind in (SamplingParams, SparseConfig) for f in fields(kind)}
 
 
 def read_prompts(arguments: Sequence[str], file: str | None, demo: bool) -> list[str]:
@@ -84,6 +89,12 @@ def _json_prompt(line: str, place: str) -> str:
     except json.JSONDecodeError as error:
         raise PromptError(f"{place} is not JSON: {error.msg}") from error
     prompt = value.get("prompt") if isinstance(value, dict) else value
+    settings = _SETTINGS & set(value) if isinstance(value, dict) else ()
+    if settings:
+        raise PromptError(
+            f"{place} sets {', '.join(sorted(settings))}, which is not read from here: all prompts "
+            "of a call are decoded alike, so give it as an option"
+        )
     if not isinstance(prompt, str):
         raise PromptError(f'{place} must be a JSON string or an object with a text "prompt"')
     return prompt

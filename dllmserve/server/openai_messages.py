@@ -123,6 +123,7 @@ class AssistantMessage(_Message):
     reasoning: Text | None = Field(default=None, description="For the chat template.")
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES)] | None = None
     function_call: CalledFunction | None = None
+    refusal: Text | None = Field(default=None, exclude=True, description="Not read.")
 
 
 class ToolMessage(_Message):

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from dllmserve.cli import help_texts
 from dllmserve.cli import serve as serve_command
+from dllmserve.cli.app import run
 from dllmserve.cli.options import (
     DEFAULT_BLOCK_LENGTH,
     DEFAULT_GEN_LENGTH,
@@ -371,3 +372,22 @@ def test_wrong_logit_bias(given: list[str], message: str) -> None:
     options = parse(*(part for pair in given for part in ("--logit-bias", pair)))
     with pytest.raises(InvalidParameterError, match=message):
         sampling_params(options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--max-tokens", "abc", "x"), "--max-tokens must be an integer, got 'abc'"),
+        (("generate", "--threads", "many", "x"), "--threads must be an integer, got 'many'"),
+        (("serve", "--port", "abc"), "--port must be an integer, got 'abc'"),
+        (("serve", "--result-ttl", "soon"), "--result-ttl must be a number, got 'soon'"),
+        (("eval", "--limit", "1.5"), "--limit must be an integer, got '1.5'"),
+    ],
+)
+def test_values_of_a_wrong_kind(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    assert run(arguments) == 2
+    err = capsys.readouterr().err
+    # older versions of typer have words of their own
+    assert message in err or "is not a valid" in err

@@ -82,7 +82,12 @@ def test_json_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", ":1 is not JSON"), ('"a"\n{"text": "x"}', ":2 must be a JSON string"), ("7", ":1 must")],
+    [
+        ("{", ":1 is not JSON"),
+        ('"a"\n{"text": "x"}', ":2 must be a JSON string"),
+        ("7", ":1 must"),
+        ('{"prompt": "a", "max_tokens": 3}', ":1 sets max_tokens, which is not read from here"),
+    ],
 )
 def test_bad_json_lines(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "prompts.jsonl"

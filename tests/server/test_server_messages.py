@@ -27,6 +27,10 @@ MARK = {"cache_control": {"type": "ephemeral"}}
 #: what clients send, and what a chat template reads of it
 TOLD: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (
+        {"role": "assistant", "content": None, "refusal": "no"},
+        {"role": "assistant", "content": ""},
+    ),
+    (
         {"role": "user", "content": "x", "name": "bob"},
         {"role": "user", "content": "x", "name": "bob"},
     ),
