@@ -211,5 +211,6 @@ def advice(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -
             return f"{field} belongs to {_OWNERS[field]}{how}"
     near = [field for field in here if field.startswith(f"{plain}_")]
     if len(near) != 1:
-        near = difflib.get_close_matches(plain, here, n=1, cutoff=0.8)
+        swapped = [field for field in here if sorted(field) == sorted(plain)]
+        near = swapped or difflib.get_close_matches(plain, here, n=1, cutoff=0.8)
     return f"did you mean {show(near[0])}?" if near else ""
