@@ -6,9 +6,24 @@ import threading
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from dllmserve.errors import PromptError
+
 if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Fast
+
+
+def valid_text(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        PromptError: it holds lone surrogates, which are no characters.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
+    return text
 
 
 class Codec(Protocol):

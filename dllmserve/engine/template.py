@@ -19,6 +19,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from dllmserve.engine.codec import valid_text
 from dllmserve.engine.marked import MarkedText, Marks, unmarked
 from dllmserve.errors import PromptError, TokenizerError
 
@@ -100,7 +101,7 @@ def _data(value: Any, marks: Marks | None) -> Any:
     """Plain data for a template, which must not reach objects of the program; marked if asked."""
     if isinstance(value, str):
         text = str.__str__(value)
-        return text if marks is None else marks.mark(_checked(text))
+        return text if marks is None else marks.mark(valid_text(text))
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Mapping):
@@ -111,16 +112,7 @@ def _data(value: Any, marks: Marks | None) -> Any:
 
 
 def _key(key: Any, marks: Marks | None) -> Any:
-    return marks.mark(_checked(key)) if marks and isinstance(key, str) else key
-
-
-def _checked(text: str) -> str:
-    """The text, which may hold no marks yet."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
-    return text
+    return marks.mark(valid_text(key)) if marks and isinstance(key, str) else key
 
 
 class _Generation(Extension):

@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllmserve.engine.codec import Codec, FastCodec
+from dllmserve.engine.codec import Codec, FastCodec, valid_text
 from dllmserve.engine.controls import Controls
 from dllmserve.engine.token_files import DEFAULT, TokenFiles, read_token_files
-from dllmserve.errors import PromptError, TokenizerError
+from dllmserve.errors import TokenizerError
 from dllmserve.models.files import NotText, read_bytes
 
 if TYPE_CHECKING:
@@ -77,11 +77,7 @@ class Tokenizer:
         Raises:
             PromptError: the text holds lone surrogates, which are no characters.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise PromptError(f"the prompt is not valid Unicode text: {error}") from error
-        return self._codec.encode(text, special)
+        return self._codec.encode(valid_text(text), special)
 
     def encode_chat(
         self,

@@ -140,39 +140,21 @@ def test_dumb_terminal(checkpoint: Path, environment: dict[str, str]) -> None:
     assert "\x1b" not in terminal.written
 
 
+#: options of an answer that takes its time
+LONG = ("--gen-length", "480", "--ignore-eos", "--steps", "480")
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.1, 0.3, 0.6])
 def test_ctrl_c_while_loading(checkpoint: Path, environment: dict[str, str], delay: float) -> None:
     # the import of torch swallows a plain KeyboardInterrupt at some of its places
-    args = [
-        "generate",
-        "-m",
-        str(checkpoint),
-        "Hi",
-        "--gen-length",
-        "480",
-        "--ignore-eos",
-        "--steps",
-        "480",
-    ]
-    terminal = Terminal(args, environment)
+    terminal = Terminal(["generate", "-m", str(checkpoint), "Hi", *LONG], environment)
     terminal.read("loading")
     time.sleep(delay)
     _interrupted(terminal)
 
 
 def test_ctrl_c_while_decoding(checkpoint: Path, environment: dict[str, str]) -> None:
-    args = [
-        "generate",
-        "-m",
-        str(checkpoint),
-        "Hi",
-        "--gen-length",
-        "480",
-        "--ignore-eos",
-        "--steps",
-        "480",
-    ]
-    terminal = Terminal(args, environment)
+    terminal = Terminal(["generate", "-m", str(checkpoint), "Hi", *LONG], environment)
     terminal.read("committed")
     _interrupted(terminal)
     assert "committed" in terminal.written.rpartition("interrupted")[0]
