@@ -150,7 +150,7 @@ def install(app: FastAPI) -> None:
         details: list[Any] = []
         if isinstance(error, RequestValidationError):
             details = list(error.errors())
-        # its frames hold it and the body: a circle that is freed late
+        # its frames hold it and the body: a circle, which not every Starlette breaks
         error.__traceback__ = None
         return error_response(request.scope["path"], _invalid(request, details))
 

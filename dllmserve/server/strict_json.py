@@ -20,8 +20,8 @@ from dllmserve.server.failures import ApiError
 from dllmserve.server.http.escape import shown
 
 #: texts (names of members are texts), lists, objects, fractions, true, false and null of a body:
-#: several times what a conversation of 1,024 messages with calls of tools has
-MAX_VALUES = 65_536
+#: more than twice what a conversation of 1,024 messages with calls of tools has
+MAX_VALUES = 32_768
 #: lists and objects in each other
 MAX_DEPTH = 100
 
