@@ -162,6 +162,11 @@ TEXTS: list[tuple[str, Any, str]] = [
     ),
     (
         TEXT,
+        {"prompt": "a", "logit_bias": {str(token): 0 for token in range(1025)}},
+        "logit_bias must be an object of at most 1024 entries, got an object",
+    ),
+    (
+        TEXT,
         {"prompt": "a", "frequency_penalty": 1},
         "frequency_penalty is not supported by this server; leave it out, or give 0",
     ),
