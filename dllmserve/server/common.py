@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import Depends
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Run, Service
+from dllmserve.server.strict_json import parse
 
 
 class ErrorObject(BaseModel):
@@ -29,6 +33,8 @@ class ErrorAnswer(BaseModel):
     detail: str | None = None
 
 
+#: characters of prompts in the log
+_MAX_SHOWN = 200
 _TEXTS = {
     400: "The request is wrong; the message says where.",
     401: "No key, or an unknown one.",
@@ -90,6 +96,33 @@ JobsOf = Annotated[Jobs, Depends(jobs_of)]
 OwnerOf = Annotated[str, Depends(owner_of)]
 
 
+class JsonRoute(APIRoute):
+    """A route whose body is read by :func:`~dllmserve.server.strict_json.parse`."""
+
+    def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+        """What FastAPI calls with the request."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+
+        async def read(http: HttpRequest) -> Response:
+            strict = _StrictRequest(http.scope, http.receive)
+            if await strict.body():
+                await strict.json()  # here, because FastAPI would wrap the error
+            return await handle(strict)
+
+        return read
+
+
+class _StrictRequest(HttpRequest):
+    async def json(self) -> Any:
+        """The body's value, which is parsed once. Raises ApiError."""
+        if not hasattr(self, "_json"):
+            service: Service = self.app.state.service
+            self._json = parse(await self.body(), service.most_ids)
+        return self._json
+
+
 def note(http: HttpRequest, **facts: Any) -> None:
     """Add facts to the request's line in the log."""
     http.scope.setdefault("state", {}).setdefault("log", {}).update(facts)
@@ -98,7 +131,12 @@ def note(http: HttpRequest, **facts: Any) -> None:
 def note_prompts(http: HttpRequest, service: Service, prompts: object) -> None:
     """Add the prompts to the request's line, if the operator wants that."""
     if service.settings.server.log_prompts:
-        note(http, prompts=json.dumps(prompts, ensure_ascii=False, default=str)[:200])
+        text = ""
+        for piece in json.JSONEncoder(ensure_ascii=False, default=str).iterencode(prompts):
+            text += piece[:_MAX_SHOWN]
+            if len(text) >= _MAX_SHOWN:  # a million token ids take a second to write
+                break
+        note(http, prompts=text[:_MAX_SHOWN])
 
 
 def note_runs(http: HttpRequest, runs: list[Run], completion_tokens: int) -> None:

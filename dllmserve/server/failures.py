@@ -150,6 +150,8 @@ def install(app: FastAPI) -> None:
         details: list[Any] = []
         if isinstance(error, RequestValidationError):
             details = list(error.errors())
+        # its frames hold it and the body: a circle, which not every Starlette breaks
+        error.__traceback__ = None
         return error_response(request.scope["path"], _invalid(request, details))
 
     async def routing(request: Request, error: Exception) -> Response:
@@ -161,7 +163,7 @@ def install(app: FastAPI) -> None:
             404: ("There is nothing under this path.", "not_found"),
             405: ("This path does not take this method.", "method_not_allowed"),
         }
-        text, code = texts.get(status) or _unreadable(error.__cause__)
+        text, code = texts.get(status, ("The request cannot be read.", "invalid_request"))
         return error_response(
             request.scope["path"], ApiError(status, text, code=code, headers=headers)
         )
@@ -189,10 +191,6 @@ def _methods(request: Request) -> list[str]:
 
 def _invalid(request: Request, details: Sequence[Mapping[str, Any]]) -> ApiError:
     """What pydantic found, in our words; the client's own values are cut and escaped."""
-    for detail in details[:1]:
-        if detail.get("type") == "json_invalid":
-            text = f"The body is not valid JSON, from character {detail['loc'][-1] + 1} on."
-            return ApiError(400, text, code="invalid_json")
     schema, components = _schema_of(request, str(details[0]["loc"][0]) if details else "body")
     message, param = explain(details, schema, components, lambda name: advice(name, _DECODING, str))
     return ApiError(400, message, code="invalid_parameter", param=param)
@@ -215,18 +213,3 @@ def _schema_of(request: Request, where: str) -> tuple[Mapping[str, Any], Mapping
         return content.get("application/json", {}).get("schema", {}), components
     asked = {p["name"]: p["schema"] for p in operation.get("parameters", ()) if p["in"] == where}
     return {"type": "object", "properties": asked}, components
-
-
-def _unreadable(error: BaseException | None) -> tuple[str, str]:
-    """Why a body could not even be parsed, as text and code."""
-    if isinstance(error, UnicodeDecodeError):
-        name = error.encoding.upper()
-        text = f"The body is not {name} text: byte {error.start}"
-        if error.start < len(error.object):
-            text += f" (0x{error.object[error.start]:02x})"
-        return f"{text} does not belong there. Send JSON encoded as UTF-8.", "invalid_json"
-    if isinstance(error, RecursionError):
-        return "The body is nested too deeply.", "invalid_json"
-    if isinstance(error, ValueError):  # Python reads integers up to some length only
-        return "The body has a number of too many digits.", "invalid_json"
-    return "The request cannot be read.", "invalid_request"

@@ -2,12 +2,17 @@
 
 Everything is strict: a boolean is no number, a text is no number, an unknown field is an
 error. None stands for "not given" everywhere.
+
+An error costs a thousand times what a byte of a body does, so a body must have few, whatever is
+in it: lists are of type :data:`Listed`, dicts :data:`Entries`, objects :class:`Body`.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Callable
+from itertools import islice
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +21,8 @@ from pydantic import (
     Field,
     PlainValidator,
     WithJsonSchema,
+    WrapValidator,
+    model_validator,
 )
 
 from dllmserve.errors import InvalidParameterError
@@ -45,6 +52,8 @@ MAX_NAME = 64
 LARGEST = 2**53 - 1
 #: of a seed: more than 64 bits, of which 63 are used
 MAX_SEED = 2 * 10**19
+#: entries of a dict that are validated at a time; unknown fields of a body that are named
+_PIECE = 8
 #: of a token id; larger ones are outside every vocabulary
 _MAX_TOKEN_ID = 2**31 - 1
 
@@ -58,13 +67,29 @@ def _unicode(text: str) -> str:
     return text
 
 
+def _in_pieces(value: Any, validated: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Validate a dict up to the first few entries with a wrong one among them."""
+    if not isinstance(value, dict) or len(value) <= _PIECE:
+        return validated(value)
+    entries = iter(value.items())
+    made: dict[str, Any] = {}
+    while piece := dict(islice(entries, _PIECE)):
+        made |= validated(piece)
+    return made
+
+
+_T = TypeVar("_T")
+#: a list of which the first wrong element alone is an error
+Listed = Annotated[list[_T], Field(fail_fast=True)]
+#: a dict of which the first wrong entries alone are errors
+Entries = Annotated[dict[str, _T], WrapValidator(_in_pieces)]
 Text = Annotated[str, AfterValidator(_unicode)]
 # bounds come before validators, or the schema does not show them
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_unicode)]
-StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)]
+StopTexts = Annotated[Listed[StopText], Field(max_length=MAX_STOP_STRINGS)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
 TokenIds = Annotated[
-    list[TokenId],
+    Listed[TokenId],
     # for error messages, see wrong.py
     Field(min_length=1, json_schema_extra={"x-takes": "a list of token ids that is not empty"}),
 ]
@@ -74,6 +99,7 @@ Bias = Annotated[float, Field(ge=-LOGIT_BIAS_BOUND, le=LOGIT_BIAS_BOUND, allow_i
 _BIAS_ID = r"^(0|[1-9][0-9]{0,9})$"
 Biases = Annotated[
     dict[Annotated[str, Field(pattern=_BIAS_ID)], Bias],
+    WrapValidator(_in_pieces),
     Field(max_length=MAX_LOGIT_BIAS),
     WithJsonSchema(
         {
@@ -132,6 +158,17 @@ class Body(BaseModel):
     """A request body: strict, and without room for unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_unknown(cls, value: Any) -> Any:
+        """Of many unknown fields keep a few, which are then the errors."""
+        known = cls.model_fields
+        if not isinstance(value, dict) or len(value) <= len(known) + _PIECE:
+            return value
+        kept = {name: value[name] for name in known if name in value}
+        unknown = (item for item in value.items() if item[0] not in known)
+        return kept | dict(islice(unknown, _PIECE))
 
 
 def example(**values: Any) -> ConfigDict:

@@ -17,6 +17,7 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Started
 from dllmserve.server.common import (
     JobsOf,
+    JsonRoute,
     OwnerOf,
     ServiceOf,
     errors,
@@ -26,13 +27,13 @@ from dllmserve.server.common import (
     note_runs,
 )
 from dllmserve.server.failures import ApiError, as_api_error, log_failure
-from dllmserve.server.fields import NativeFields, Prompt, example
+from dllmserve.server.fields import Listed, NativeFields, Prompt, example
 from dllmserve.server.jobs import MAX_WAIT_S, Details
 from dllmserve.server.service import Run, Service
 from dllmserve.server.sse import EventStream, event, unless_gone
 from dllmserve.server.store import MAX_JOB_ID, Gone, Stored
 
-router = APIRouter(tags=["native"])
+router = APIRouter(tags=["native"], route_class=JsonRoute)
 
 #: most prompts that any server takes at once; --max-prompts is at most this
 MAX_PROMPTS = 1024
@@ -54,7 +55,7 @@ class BatchRequest(NativeFields):
         prompts=["The president", "The people"], gen_length=32, steps=32, temperature=0
     )
 
-    prompts: list[Prompt] = Field(min_length=1, max_length=MAX_PROMPTS)
+    prompts: Listed[Prompt] = Field(min_length=1, max_length=MAX_PROMPTS)
 
 
 class Submitted(BaseModel):

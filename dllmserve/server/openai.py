@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from dllmserve.core.request import Request
-from dllmserve.server.common import ServiceOf, errors, events, note_prompts, note_runs
+from dllmserve.server.common import JsonRoute, ServiceOf, errors, events, note_prompts, note_runs
 from dllmserve.server.failures import ApiError
 from dllmserve.server.http.escape import shown
 from dllmserve.server.openai_answers import ChatAnswer, CompletionAnswer, Reply, stream
@@ -18,7 +18,7 @@ from dllmserve.server.openai_bodies import ChatRequest, CompletionRequest, OpenA
 from dllmserve.server.service import Service, close_all, finish_all
 from dllmserve.server.sse import EventStream, unless_gone
 
-router = APIRouter(tags=["openai"])
+router = APIRouter(tags=["openai"], route_class=JsonRoute)
 
 _EVENTS = events("JSON: a piece of the answer, or an error object; [DONE] at the end.")
 

@@ -6,6 +6,7 @@ no other.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -26,6 +27,8 @@ from dllmserve.server.fields import (
     Biases,
     Body,
     DecodingFields,
+    Entries,
+    Listed,
     Prompt,
     StopText,
     StopTexts,
@@ -34,7 +37,8 @@ from dllmserve.server.fields import (
     example,
     neutral,
 )
-from dllmserve.server.openai_messages import Messages
+from dllmserve.server.openai_messages import AssistantMessage, Messages
+from dllmserve.server.strict_json import check_texts
 
 #: of answers, where neither the request nor the operator says otherwise
 DEFAULT_MAX_TOKENS = 128
@@ -79,7 +83,7 @@ class OpenAIFields(DecodingFields):
     # of no meaning here, whatever their value
     user: Text | None = _not_read()
     store: bool | None = _not_read()
-    metadata: dict[str, Text] | None = _not_read()
+    metadata: Entries[Text] | None = _not_read()
     service_tier: Text | None = _not_read()
     safety_identifier: Text | None = _not_read()
     prompt_cache_key: Text | None = _not_read()
@@ -195,7 +199,7 @@ class CompletionRequest(OpenAIFields):
 
     model_config = example(prompt="The president", max_tokens=32, temperature=0)
 
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)] = Field(
+    prompt: Prompt | Annotated[Listed[Prompt], Field(min_length=1)] = Field(
         description="A text, token ids, or a list of either.",
         json_schema_extra={
             "x-takes": "a text, token ids, or a list of texts or of token ids, and nothing empty"
@@ -214,7 +218,7 @@ class CompletionRequest(OpenAIFields):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-Tools = Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS)]
+Tools = Annotated[Listed[Entries[Any]], Field(max_length=MAX_TOOLS)]
 _NO_TOOLS = (
     "{wrong}: this server calls no tools yet; give {choice}='none' for an answer in words, for "
     "which {tools} are not read, or leave both out"
@@ -237,12 +241,12 @@ class ChatRequest(OpenAIFields):
     top_logprobs: neutral(0) = None  # type: ignore[valid-type]
     response_format: neutral({"type": "text"}) = None  # type: ignore[valid-type]
     tools: Tools | None = Field(default=None, description="Only with tool_choice none; not read.")
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = Field(
+    tool_choice: Literal["none", "auto", "required"] | Entries[Any] | None = Field(
         default=None, description="none; auto only without tools."
     )
     parallel_tool_calls: bool | None = _not_read()
     functions: Tools | None = Field(default=None, description="As tools, by their older name.")
-    function_call: Literal["none", "auto"] | dict[str, Any] | None = Field(
+    function_call: Literal["none", "auto"] | Entries[Any] | None = Field(
         default=None, description="none; auto only without functions."
     )
     modalities: neutral(["text"]) = None  # type: ignore[valid-type]
@@ -259,7 +263,8 @@ class ChatRequest(OpenAIFields):
         """The messages as a chat template reads them.
 
         Raises:
-            ApiError: the model is asked to call tools, which it cannot.
+            ApiError: the model is asked to call tools, which it cannot; or arguments of calls
+                hold too much to be parsed.
         """
         for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
             chosen = getattr(self, choice)
@@ -269,4 +274,6 @@ class ChatRequest(OpenAIFields):
             if wrong is not None:
                 text = _NO_TOOLS.format(wrong=wrong, tools=tools, choice=choice)
                 raise ApiError(400, text, code="invalid_parameter", param=wrong)
+        called = (m.arguments() for m in self.messages if isinstance(m, AssistantMessage))
+        check_texts(chain.from_iterable(called), "messages")
         return template_messages([m.model_dump(exclude_none=True) for m in self.messages])

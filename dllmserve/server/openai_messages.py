@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from dllmserve.server.fields import Body, Text, neutral
+from dllmserve.server.fields import Body, Entries, Listed, Text, neutral
 from dllmserve.server.http.escape import shown
 
 #: messages, parts of a message, calls in a message
 MAX_MESSAGES = 1024
 #: for caches of prompts, of which there are none here
-Marker = Annotated[dict[str, Any] | None, Field(description="Not read.", exclude=True)]
+Marker = Annotated[Entries[Any] | None, Field(description="Not read.", exclude=True)]
 
 
 def says_nothing(value: Any) -> bool:
@@ -74,7 +74,7 @@ class CalledFunction(_Said):
     """What a tool call asked for."""
 
     name: Text
-    arguments: Text | dict[str, Any] | None = Field(
+    arguments: Text | Entries[Any] | None = Field(
         default=None, description="JSON, as a text or as an object."
     )
 
@@ -90,8 +90,8 @@ class ToolCall(_Said):
     index: int | None = Field(default=None, exclude=True, description="Not read.")
 
 
-Parts = Annotated[list[TextPart], Field(max_length=MAX_MESSAGES)]
-Content = Text | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
+Parts = Annotated[Listed[TextPart], Field(max_length=MAX_MESSAGES)]
+Content = Text | Annotated[Listed[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
 class _Message(_Said):
@@ -121,9 +121,15 @@ class AssistantMessage(_Message):
     content: Text | Parts | None = None
     reasoning_content: Text | None = Field(default=None, description="For the chat template.")
     reasoning: Text | None = Field(default=None, description="For the chat template.")
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_MESSAGES)] | None = None
+    tool_calls: Annotated[Listed[ToolCall], Field(max_length=MAX_MESSAGES)] | None = None
     function_call: CalledFunction | None = None
     refusal: Text | None = Field(default=None, exclude=True, description="Not read.")
+
+    def arguments(self) -> list[str]:
+        """The arguments of its calls that are texts, which are parsed for the chat template."""
+        called = [call.function for call in self.tool_calls or ()]
+        called += [self.function_call] if self.function_call is not None else []
+        return [c.arguments for c in called if isinstance(c.arguments, str)]
 
 
 class ToolMessage(_Message):
@@ -146,4 +152,4 @@ Message = Annotated[
     SystemMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage,
     Field(discriminator="role"),
 ]
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[Listed[Message], Field(min_length=1, max_length=MAX_MESSAGES)]

@@ -404,6 +404,11 @@ class Service:
             self.metrics.rejected("full")
             raise
 
+    @property
+    def most_ids(self) -> int:
+        """Token ids of the largest request that could be answered."""
+        return self.settings.server.max_prompts * self.llm.info.limits.max_model_len
+
     def _check_length(self, characters: int, name: str) -> None:
         limit = 16 * self.llm.info.limits.max_model_len
         if characters > limit:

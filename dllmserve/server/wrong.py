@@ -13,8 +13,8 @@ from typing import Any
 
 from dllmserve.server.http.escape import shown
 
-#: errors that are looked at, and those that are named
-_MAX_READ, _MAX_TOLD = 64, 5
+#: errors that are named
+_MAX_TOLD = 5
 _MAX_VALUE = 60
 
 #: what is wrong with a text that has one
@@ -60,10 +60,10 @@ def explain(
         hint: what to say of an unknown parameter besides, or "".
     """
     reader = _Reader(components, hint)
-    found = [reader.finding(detail, schema) for detail in details[:_MAX_READ]]
+    found = [reader.finding(detail, schema) for detail in details]
     told = _settle(found)
     parts = list(dict.fromkeys(reader.sentence(f) for f in told))
-    if len(parts) > _MAX_TOLD or len(details) > _MAX_READ:
+    if len(parts) > _MAX_TOLD:
         parts = [*parts[:_MAX_TOLD], "and more"]
     first = told[0].path[:1] if told else []
     return "; ".join(parts) or "The body is wrong.", shown(first[0], 100) if first else None
@@ -72,8 +72,8 @@ def explain(
 def _settle(found: Sequence[_Finding], level: int = 0) -> list[_Finding]:
     """Of the errors of a place that takes one of several things, those of the one that was meant.
 
-    It is the one with the fewest errors further inside. If none has errors inside, or two have
-    equally few, the error names the place itself.
+    Of lists only the first wrong element is an error, so it is the one that was right for longest.
+    If none has errors inside, or two equally late ones, the error names the place itself.
     """
     told: list[_Finding] = []
     groups: dict[tuple[str | int, ...], list[_Finding]] = {}
@@ -97,8 +97,8 @@ def _settle(found: Sequence[_Finding], level: int = 0) -> list[_Finding]:
         for other in group:
             if len(other.path) > depth:
                 inside.setdefault(other.unions[level][1], []).append(other)
-        wrong = {name: len({f.path[depth] for f in fs}) for name, fs in inside.items()}
-        meant = [name for name, count in wrong.items() if count == min(wrong.values())]
+        reached = {n: max(_index(f.path[depth]) for f in fs) for n, fs in inside.items()}
+        meant = [name for name, index in reached.items() if index == max(reached.values())]
         if len(meant) == 1:
             settled += _settle(inside[meant[0]], level + 1)
         else:
@@ -107,6 +107,10 @@ def _settle(found: Sequence[_Finding], level: int = 0) -> list[_Finding]:
             kind = "value_error" if noted else "union"
             settled.append(_Finding(kind, here[0].value, noted, finding.path[:depth], takes))
     return settled
+
+
+def _index(step: str | int) -> int:
+    return step if isinstance(step, int) else 0
 
 
 class _Reader:

@@ -1,5 +1,6 @@
 """What the log says of requests, and that it does not say what users wrote."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,10 @@ def test_prompts_are_logged_if_the_operator_wants_it(
             for path, given in ASKED[0], ASKED[7], ASKED[10], ASKED[13]:
                 await server.post(path, given)
             await server.post("/v1/generate", {"prompt": "long" * 50, "gen_length": 1})
+            await server.post("/v1/generate", {"prompt": list(range(100)), "gen_length": 1})
 
     run(main())
     prompts = [getattr(r, "prompts", "") for r in caplog.records if r.name == "dllmserve.access"]
     assert all(SECRET in text for text in prompts[:4])
     assert len(prompts[4]) == 200
+    assert prompts[5] == json.dumps([list(range(100))])[:200]

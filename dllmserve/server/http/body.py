@@ -73,7 +73,7 @@ class BodyGuard:
             return
         try:
             async with asyncio.timeout(self.timeout_s):
-                body = await self._read(receive)
+                body = [await self._read(receive)]
         except TimeoutError:
             text = (
                 f"The request body was not complete after {self.timeout_s:g} seconds;"
@@ -87,7 +87,7 @@ class BodyGuard:
             return
         except _Gone:
             return
-        wrong = _wrong_type(scope) if body and scope["method"] not in _BODILESS else None
+        wrong = _wrong_type(scope) if body[0] and scope["method"] not in _BODILESS else None
         if wrong:
             await send_error(scope, send, 415, wrong, code="unsupported_media_type")
             return
@@ -162,15 +162,12 @@ def _is_json(value: bytes) -> bool:
     )
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A ``receive`` that gives the body once and then what the server has to say."""
-    given = False
+def _replay(body: list[bytes], receive: Receive) -> Receive:
+    """A ``receive`` that gives the only entry away and then what the server has to say."""
 
     async def replayed() -> Message:
-        nonlocal given
-        if given:
+        if not body:
             return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": body.pop(), "more_body": False}
 
     return replayed
