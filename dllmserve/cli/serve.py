@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import dllmserve
+from dllmserve._environment import forget_secrets
 from dllmserve._needs import missing
 from dllmserve.cli.failure import short_errors
 from dllmserve.cli.options import ENGINE, Group, with_options
@@ -64,6 +65,7 @@ def serve(
         except ModuleNotFoundError as error:
             raise ConfigError(missing("the server", str(error.name), "server")) from error
         settings = load_settings(given, os.environ, config)
+        forget_secrets()
         _check_path(settings.engine.model)
         code = run(settings)
     raise typer.Exit(code)
