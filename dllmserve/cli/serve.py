@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,6 +54,8 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API and submit-and-poll."""
+    # the time of this process until now, without asking the system when it began
+    began = time.monotonic() - time.process_time()
     with short_errors():
         given = SERVER.given(options)
         for name, value in ENGINE.given(options).items():
@@ -67,7 +70,7 @@ def serve(
         settings = load_settings(given, os.environ, config)
         forget_secrets()
         _check_path(settings.engine.model)
-        code = run(settings)
+        code = run(settings, began)
     raise typer.Exit(code)
 
 
