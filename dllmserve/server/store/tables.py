@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -142,11 +143,11 @@ class Tables:
     def close(self) -> None:
         """End the lease and close the file."""
         try:
-            self.begin()
-            self.lease.end()
-            self._db.execute("COMMIT")
-        except sqlite3.Error:
-            pass  # a full disk, which may not keep anybody from leaving: it costs jobs a second
+            # a full disk keeps nobody from leaving; it costs jobs what is left of the lease
+            with suppress(sqlite3.Error):
+                self.begin()
+                self.lease.end()
+                self._db.execute("COMMIT")
         finally:
             self._file.close()
 
