@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dllmserve.errors import JobStoreError
 from dllmserve.server.store.rows import UNFINISHED
 
-#: seconds; what is the longest that a job's time may go on without a server, or too short
-LEASE_S = 1.0
+#: seconds for which a lease is given, and after which it is renewed. The difference is for the
+#: disk: while a server lives, its lease does not run out
+LEASE_S, RENEW_S = 1.25, 1.0
 #: an older dllmserve has made its stores without it
 MAKE_ALIVE = "CREATE TABLE IF NOT EXISTS alive (until REAL NOT NULL)"
 
@@ -56,9 +57,9 @@ class Lease:
         return self._base + self._monotonic() - self._began
 
     @property
-    def over(self) -> bool:
+    def due(self) -> bool:
         """Whether it has to be renewed."""
-        return self.now() >= self.until
+        return self.now() >= self.until - (LEASE_S - RENEW_S)
 
     def renew(self) -> float:
         """Write until when the server counts as alive; returns it. It holds once committed."""

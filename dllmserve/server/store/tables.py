@@ -133,8 +133,8 @@ class Tables:
             self.untidy = False
 
     def renew(self) -> None:
-        """Renew the lease, if it is over and a job's time counts by it."""
-        if self._now.unfinished and self.lease.over:
+        """Renew the lease, if that is due and a job's time counts by it."""
+        if self._now.unfinished and self.lease.due:
             self.begin()
             until = self.lease.renew()
             self._db.execute("COMMIT")
