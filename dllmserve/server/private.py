@@ -13,7 +13,7 @@ import pwd
 import secrets
 import stat
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 #: a directory, for opening what is in it; also one that may be entered and not be listed
@@ -98,6 +98,20 @@ class Folder:
             os.close(file)
             raise
         return file
+
+    def keep(self, name: str, stack: ExitStack) -> int:
+        """Open or make a file, for reading and writing, for as long as the stack lasts."""
+        file = self.open(name, os.O_RDWR | os.O_CREAT)
+        stack.callback(os.close, file)
+        return file
+
+    def existing(self, name: str, stack: ExitStack) -> list[int]:
+        """Open a file for reading for as long as the stack lasts; nothing, if there is none."""
+        with suppress(FileNotFoundError):
+            file = self.open(name, os.O_RDONLY)
+            stack.callback(os.close, file)
+            return [file]
+        return []
 
     def holds(self, name: str, file: int) -> bool:
         """Whether that name, and the path to it, still lead to an open file."""

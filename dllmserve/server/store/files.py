@@ -7,7 +7,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from dllmserve.errors import ConfigError, JobStoreError
@@ -17,6 +17,7 @@ from dllmserve.server.store.rows import check_rows
 
 #: "dllm" in the header of the file says whose it is
 APPLICATION_ID = 0x646C6C6D
+_APPLICATION_ID_AT = 68
 SCHEMA_VERSION = 1
 
 #: ``place`` orders the jobs of one state: by acceptance, by their end, by when they were read
@@ -87,11 +88,10 @@ class JobFile:
                 self.path = self._folder.path / path.name
                 files: list[int] = []
                 for ending in _ENDINGS:
-                    with suppress(FileNotFoundError):
-                        self._open(path.name + ending, os.O_RDWR, stack, files)
+                    files += self._folder.existing(path.name + ending, stack)
                 self._lock(stack)
                 # its own stays open here, too: to close it takes the locks that SQLite has
-                self._open(path.name, os.O_RDWR | os.O_CREAT, stack, files)
+                files.append(self._folder.keep(path.name, stack))
                 self._refuse_lost_log(files[-1])
                 self.db = self._connect(files)
             except OSError as error:
@@ -105,23 +105,16 @@ class JobFile:
         finally:
             self._held.close()
 
-    def _open(self, name: str, flags: int, stack: ExitStack, files: list[int]) -> None:
-        """Open one of the files for as long as the stack lasts."""
-        files.append(self._folder.open(name, flags))
-        stack.callback(os.close, files[-1])
-
     def _lock(self, stack: ExitStack) -> None:
         """Take the lock, for as long as the stack lasts."""
-        found: list[int] = []
-        self._open(f"{self.path.name}.lock", os.O_RDWR | os.O_CREAT, stack, found)
-        (file,) = found
+        file = self._folder.keep(f"{self.path.name}.lock", stack)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(file, 32, 0).decode("ascii", "replace").strip()
             who = f" (process {owner})" if owner.isdecimal() else ""
             raise _in_use(self.path, who) from error
-        restrict(found)
+        restrict([file])
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
 
@@ -144,6 +137,8 @@ class JobFile:
     def _connect(self, files: Sequence[int]) -> sqlite3.Connection:
         """Open the database, check it, and make its tables if it is new."""
         path = self.path
+        if os.pread(files[-1], 4, _APPLICATION_ID_AT) == APPLICATION_ID.to_bytes(4, "big"):
+            restrict(files)  # before SQLite makes a log with the rights of the database
         db = sqlite3.connect(path, isolation_level=None, timeout=0)
         try:
             # texts that are none are told by their values
@@ -155,7 +150,9 @@ class JobFile:
             _keep_log(db, False)
             if not self._folder.holds(path.name, files[-1]):
                 raise OSError("another file was put in its place")
-            restrict(files)
+            with ExitStack() as stack:
+                log = self._folder.existing(f"{path.name}-wal", stack)
+                restrict([*files, *log])
             if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 raise ConfigError(
                     f"the job store {path} cannot use write-ahead logging; {_ANOTHER}"

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import re
+import shutil
 import socket
 import sqlite3
 import stat
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +106,34 @@ def test_only_the_user_can_read_the_files(path: Path) -> None:
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
     using(store, body)
-    path.chmod(0o644)
+    for file in path.parent.iterdir():  # as Kubernetes does with the files of a volume
+        file.chmod(0o666)
 
-    async def again() -> None:
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    using(SqliteStore(path), body_of_another(path))
 
-    using(SqliteStore(path), again)
+
+def body_of_another(path: Path) -> Callable[[], Awaitable[None]]:
+    async def body() -> None:
+        assert (path.parent / "jobs.db-wal").exists()
+        modes = {stat.S_IMODE(f.stat().st_mode) for f in path.parent.iterdir()}
+        assert modes == {0o600}
+
+    return body
+
+
+def test_the_files_of_a_killed_server_become_its_users_alone(path: Path, tmp_path: Path) -> None:
+    """Also where all of the database is still in the log."""
+    store, copy = SqliteStore(path), tmp_path / "copy" / "jobs.db"
+    copy.parent.mkdir()
+
+    async def body() -> None:
+        await store.insert([job(1)])
+        for ending in ("", "-wal"):
+            shutil.copy(f"{path}{ending}", f"{copy}{ending}")
+            Path(f"{copy}{ending}").chmod(0o664)
+
+    using(store, body)
+    using(SqliteStore(copy), body_of_another(copy))
 
 
 def test_a_deleted_prompt_is_not_in_the_files(path: Path) -> None:
@@ -209,7 +233,7 @@ def test_files_of_others_and_newer_ones_are_refused(path: Path, tmp_path: Path) 
 
 def test_paths_that_cannot_be_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
-    assert "Is a directory" in refusal(tmp_path)
+    assert "is not a regular file" in refusal(tmp_path)
     assert f"Not a directory: {tmp_path / 'file'}" in refusal(tmp_path / "file" / "jobs.db")
 
 
