@@ -11,6 +11,8 @@ from dllmserve.errors import DllmServeError, unknown_option
 
 ErrorType = type[DllmServeError]
 
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
 
 def check_known(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise UnknownOptionError for the first name that is not known."""
@@ -28,6 +30,13 @@ def plain(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
     return value
+
+
+def true_or_false(err: ErrorType, name: str, text: str) -> bool:
+    """The value of a switch that is written out, as in an environment variable."""
+    if text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
+    raise err(f"{name} must be true or false, got {text!r}")
 
 
 def check_int(err: ErrorType, name: str, value: Any, low: int, high: int | None = None) -> int:

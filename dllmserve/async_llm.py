@@ -67,7 +67,9 @@ class AsyncLLM:
             the one with the least outstanding work. On CUDA each takes the next
             ``tensor_parallel_size`` GPUs; on a CPU they divide cores and memory.
         supervision: how the process is started and watched.
-        **engine_options: any field of :class:`dllmserve.config.EngineConfig`.
+        **engine_options: any field of :class:`dllmserve.config.EngineConfig`. As for LLM,
+            ``trust_remote_code=True`` is the default: a tokenizer that nothing else can load runs
+            its own code, after a warning that names the file.
 
     Raises:
         UnknownOptionError: (a TypeError) an unknown option, with the nearest name.

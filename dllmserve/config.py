@@ -27,8 +27,9 @@ class EngineConfig:
             processes on a CPU. Models say which numbers work: they divide the heads, the K,V
             heads and the sizes of the layers.
         max_model_len: longest prompt + answer in tokens; None takes it from config.json.
-        trust_remote_code: let a tokenizer that nothing else can load run its own code;
-            config and model never do.
+        trust_remote_code: let a tokenizer that nothing else can load run its own code, which
+            a warning names before; code of config and model never runs. The environment variable
+            DLLMSERVE_TRUST_REMOTE_CODE=0 forbids it for a machine.
         dtype: "auto" is float32 on a CPU and the checkpoint's dtype elsewhere.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         load_format: "auto" reads safetensors; "dummy" makes random weights from a bare

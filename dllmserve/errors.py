@@ -178,13 +178,14 @@ class RankError(EngineError):
 
     Attributes:
         killed: it was ended, or stopped, from outside.
+        stopped: a signal had stopped it.
     """
 
     code = "rank_failed"
 
-    def __init__(self, message: str, killed: bool = False) -> None:
+    def __init__(self, message: str, killed: bool = False, stopped: bool = False) -> None:
         super().__init__(message)
-        self.killed = killed
+        self.killed, self.stopped = killed, stopped
 
 
 class RequestAbortedError(EngineError):

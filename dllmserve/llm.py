@@ -56,7 +56,10 @@ class LLM:
             that end with :meth:`close`, or with this one. Under torchrun the program runs once
             for each rank; generate() and chat() then return the same in all of them.
         max_model_len: longest prompt + answer in tokens; None takes it from config.json.
-        trust_remote_code: let a tokenizer that nothing else can load run its own code.
+        trust_remote_code: let a tokenizer that nothing else can load, having no tokenizer.json
+            for one, run the code that the checkpoint ships for it. A warning names the file before.
+            Nothing else of a checkpoint is ever run. The environment variable
+            DLLMSERVE_TRUST_REMOTE_CODE=0 forbids it for a machine, whatever is given here.
         **engine_options: any field of :class:`dllmserve.config.EngineConfig`.
 
     Raises:

@@ -20,6 +20,7 @@ LAYERS = (
         "foreign",
         "registry",
         "_checks",
+        "_environment",
         "_forks",
         "_needs",
         "config",

@@ -82,7 +82,8 @@ ENGINE: dict[str, str] = {
     "enforce_eager": "Never use CUDA graphs.",
     "tensor_parallel_size": "Devices to spread the model over.",
     "max_model_len": "Longest prompt + answer in tokens (the model's own, if not given).",
-    "trust_remote_code": "Let a tokenizer that nothing else can load run its own code.",
+    "trust_remote_code": "Let a tokenizer that nothing else can load run its own code "
+    "(DLLMSERVE_TRUST_REMOTE_CODE=0 forbids it).",
     "dtype": "auto is float32 on a CPU, the checkpoint's dtype elsewhere.",
     "device": "auto, cpu, cuda or cuda:N.",
     "load_format": "dummy makes random weights from a bare config.json.",

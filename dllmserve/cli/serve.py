@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import dllmserve
+from dllmserve._environment import forget_secrets
 from dllmserve._needs import missing
 from dllmserve.cli.failure import short_errors
 from dllmserve.cli.options import ENGINE, Group, with_options
@@ -52,6 +54,8 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve a model over HTTP: OpenAI's API and submit-and-poll."""
+    # the time of this process until now, without asking the system when it began
+    began = time.monotonic() - time.process_time()
     with short_errors():
         given = SERVER.given(options)
         for name, value in ENGINE.given(options).items():
@@ -64,8 +68,9 @@ def serve(
         except ModuleNotFoundError as error:
             raise ConfigError(missing("the server", str(error.name), "server")) from error
         settings = load_settings(given, os.environ, config)
+        forget_secrets()
         _check_path(settings.engine.model)
-        code = run(settings)
+        code = run(settings, began)
     raise typer.Exit(code)
 
 

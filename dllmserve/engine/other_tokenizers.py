@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from dllmserve._environment import CODE_VARIABLE, remote_code_forbidden
 from dllmserve.engine.codec import Codec, FastCodec, PythonCodec
+from dllmserve.engine.own_code import load_by_own_code
 from dllmserve.engine.token_files import TokenFiles
 from dllmserve.errors import TokenizerError
 from dllmserve.models.files import NotText, has_mark, read_bytes, read_object
@@ -61,18 +62,16 @@ def _load(place: Path, directory: Path, files: TokenFiles, trust: bool) -> Any:
             raise TokenizerError(
                 f"no tokenizer could be loaded from {directory}: {error}"
             ) from error
+        needs = f"the tokenizer of {directory} needs its own code to load"
+        if remote_code_forbidden():
+            raise TokenizerError(
+                f"{needs}, which {CODE_VARIABLE} forbids on this machine; add a tokenizer.json"
+            ) from error
         if not trust:
             raise TokenizerError(
-                f"the tokenizer of {directory} needs its own code to load; "
-                "pass trust_remote_code=True if you trust it, or add a tokenizer.json"
+                f"{needs}; pass trust_remote_code=True if you trust it, or add a tokenizer.json"
             ) from error
-    warnings.warn(f"running the tokenizer code shipped with {directory}", stacklevel=2)
-    try:
-        return AutoTokenizer.from_pretrained(str(place), trust_remote_code=True, **options)
-    except Exception as error:  # it is foreign code
-        raise TokenizerError(
-            f"the tokenizer code of {directory} cannot be run ({error}); add a tokenizer.json"
-        ) from error
+    return load_by_own_code(directory, place, files)
 
 
 def _is_byte_level(directory: Path) -> bool:
@@ -99,9 +98,8 @@ def _readable(directory: Path) -> Iterator[Path]:
             copy.mkdir()
             for path in texts:
                 (copy / path.name).write_bytes(read_bytes(path))
-            for form in ("*.model", "*.py"):
-                for path in directory.glob(form):
-                    shutil.copy(path, copy)
+            for path in directory.glob("*.model"):
+                shutil.copy(path, copy)
             yield copy
     except NotText as error:
         raise TokenizerError(str(error)) from error

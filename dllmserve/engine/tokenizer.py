@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllmserve._environment import remote_code_forbidden
 from dllmserve.engine.codec import Codec, FastCodec, valid_text
 from dllmserve.engine.controls import Controls
 from dllmserve.engine.token_files import DEFAULT, TokenFiles, read_token_files
@@ -203,12 +204,15 @@ def _as_parts(text: str) -> list[dict[str, str]]:
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Tokenizer | None:
     """The directory's tokenizer, or None if it has none at all.
 
-    Remote code runs only if nothing plain can be loaded, trust_remote_code is set and the
-    tokenizer asks for it; a warning says so. Code of a model never runs.
+    Its own code runs only if nothing else can load it, trust_remote_code is set and the machine
+    does not forbid it (``DLLMSERVE_TRUST_REMOTE_CODE=0``); a warning names the file before. Code of
+    a model never runs.
 
     Raises:
         TokenizerError: there are tokenizer files, but none could be loaded.
+        ConfigError: ``DLLMSERVE_TRUST_REMOTE_CODE`` is neither true nor false.
     """
+    remote_code_forbidden()  # a wrong value is an error also where nothing depends on it
     files = read_token_files(directory)
     path = directory / "tokenizer.json"
     if path.is_file():

@@ -29,14 +29,19 @@ class Channel:
 
     Args:
         path: the owner's socket.
+        owner: its process id; None for any.
 
     Raises:
         OSError: nobody listens there.
+        ChannelClosed: another process than the owner listens there.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, owner: int | None = None) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(path)
+        if owner is not None and _peer_pid(self._socket) not in (owner, None):
+            self._socket.close()
+            raise ChannelClosed("another process than the engine's owner listens there")
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
         self._buffer = bytearray()
@@ -162,7 +167,8 @@ class Listener:
             connection.close()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._arrived.put_nowait((_peer_pid(writer), Connection(reader, writer)))
+        peer = _peer_pid(writer.get_extra_info("socket"))
+        self._arrived.put_nowait((peer, Connection(reader, writer)))
 
     def close(self) -> None:
         """Stop listening and remove the directory."""
@@ -174,11 +180,11 @@ class Listener:
             self._directory.rmdir()
 
 
-def _peer_pid(writer: asyncio.StreamWriter) -> int | None:
+def _peer_pid(connected: socket.socket) -> int | None:
     """Process on the other side of a UNIX socket; None where the system does not tell."""
     if not hasattr(socket, "SO_PEERCRED"):
         return None
     size = struct.calcsize("3i")
-    found = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     pid: int = struct.unpack("3i", found)[0]
     return pid

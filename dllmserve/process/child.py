@@ -177,7 +177,8 @@ def serve(channel: Channel) -> int:
     try:
         engine, plan = build_engine(EngineConfig.from_options("LLM", options))
     except DllmServeError as error:
-        channel.send(encode(NotLoaded(type(error).__name__, str(error))))
+        stopped = isinstance(error, RankError) and error.stopped
+        channel.send(encode(NotLoaded(type(error).__name__, str(error), stopped)))
         return NOT_LOADED
     channel.send(encode(Ready(engine_info(plan))))
     try:
@@ -221,7 +222,7 @@ def main() -> int:
     path, owner = sys.argv[1:3]
     prepare_process(int(owner))
     try:
-        channel = Channel(path)
+        channel = Channel(path, int(owner))
         return serve(channel)
     except ChannelClosed:
         return STOPPED

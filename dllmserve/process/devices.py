@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from dllmserve._environment import child_environment
 from dllmserve.config import EngineConfig
 from dllmserve.cores import threads_given, usable_cores
 from dllmserve.errors import ConfigError, EngineStartError
@@ -133,6 +134,7 @@ async def count_gpus(timeout_s: float) -> int:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            env=child_environment(),
         )
     except OSError as error:
         raise EngineStartError(f"the GPUs could not be counted: {error}") from error

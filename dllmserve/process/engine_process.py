@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from dllmserve._environment import child_environment
 from dllmserve.cores import wait_variables
 from dllmserve.errors import DllmServeError, EngineStartError, error_named
 from dllmserve.process.calls import Cause, Death
@@ -30,7 +32,7 @@ from dllmserve.process.messages import (
     decode_from_engine,
     encode,
 )
-from dllmserve.ranks.daemon import STOPPED_S, is_stopped
+from dllmserve.ranks.daemon import STOPPED_S, StopClock
 
 _log = logging.getLogger("dllmserve.engine")
 
@@ -45,6 +47,11 @@ _PAUSE_S = 3.0
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 _MAX_LINE = 1 << 16
 _NO_MESSAGE = "the engine sent what is no message"
+_WAS_STOPPED = "the engine's process was stopped, and was killed"
+
+
+class EngineStoppedError(EngineStartError):
+    """A signal stopped the engine while it was starting: nothing is wrong with it."""
 
 
 class EngineProcess:
@@ -56,23 +63,20 @@ class EngineProcess:
         last_message: monotonic seconds of its last sign of life.
     """
 
-    def __init__(
-        self,
-        process: asyncio.subprocess.Process,
-        connection: Connection,
-        relay: asyncio.Task[None],
-        log: logging.Logger,
-    ) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log: logging.Logger) -> None:
         self.info: EngineInfo
         self.pid = process.pid
         self.last_message = time.monotonic()
         self._process = process
-        self._connection = connection
-        self._relay = relay
+        self._connection: Connection
         self._log = log
         self._crash: str | None = None
         self._killed = False
         self._hung = self._stopped = False
+        #: seconds; an engine that loads its model is silent
+        self._silence_limit = math.inf
+        self._relay = asyncio.create_task(_relay_log(process, log))
+        self._watchdog = asyncio.create_task(self._watch())
 
     @classmethod
     async def start(
@@ -98,7 +102,8 @@ class EngineProcess:
 
         Raises:
             DllmServeError: what the engine says is wrong with model or options.
-            EngineStartError: it died, took too long, or the system had no room for it.
+            EngineStartError: it died, took too long, or the system had no room for it; an
+                EngineStoppedError if a signal had stopped it.
         """
         try:
             return await cls._start(options, timeout_s, command, environment, log, begun)
@@ -118,7 +123,7 @@ class EngineProcess:
         begun: Callable[[int], object] | None,
     ) -> EngineProcess:
         listener = Listener()
-        process: asyncio.subprocess.Process | None = None
+        self: EngineProcess | None = None
         try:
             await listener.start()
             process = await asyncio.create_subprocess_exec(
@@ -129,53 +134,48 @@ class EngineProcess:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.STDOUT,
                 limit=_MAX_LINE,
-                env={**os.environ, **wait_variables(), **(environment or {})},
+                env=child_environment(wait_variables(), environment or {}),
                 start_new_session=True,  # Ctrl-C in a terminal is for the owner alone
             )
+            self = cls(process, log)
             if begun is not None:
                 begun(process.pid)
             async with asyncio.timeout(timeout_s):
-                return await cls._meet(process, listener, options, log)
+                await self._meet(listener, options)
+            return self
         except BaseException as error:
-            if process is not None:
-                await _end(process)
+            if self is not None:
+                self._watchdog.cancel()
+                await _end(self._process)
             if isinstance(error, TimeoutError):
                 raise EngineStartError(
                     f"the engine was not ready after {timeout_s:g} s: give it more time, or "
                     "look at its log"
                 ) from error
+            if self is not None and self._stopped and isinstance(error, EngineStartError):
+                raise EngineStoppedError(_WAS_STOPPED) from error
             raise
         finally:
             listener.close()
 
-    @classmethod
-    async def _meet(
-        cls,
-        process: asyncio.subprocess.Process,
-        listener: Listener,
-        options: dict[str, Any],
-        log: logging.Logger,
-    ) -> EngineProcess:
-        """Connect to a new process, configure it and wait until it is ready."""
-        relay = asyncio.create_task(_relay_log(process, log))
-        accepting = asyncio.create_task(listener.accept(process.pid))
-        dead = asyncio.create_task(process.wait())
+    async def _meet(self, listener: Listener, options: dict[str, Any]) -> None:
+        """Connect to the new process, configure it and wait until it is ready."""
+        accepting = asyncio.create_task(listener.accept(self.pid))
+        dead = asyncio.create_task(self._process.wait())
         try:
             await asyncio.wait((accepting, dead), return_when=asyncio.FIRST_COMPLETED)
             if not accepting.done():
-                await relay  # what it said is the reason
-                raise EngineStartError(f"the engine {_how(process)} before it had started")
-            connection = accepting.result()
+                await self._relay  # what it said is the reason
+                raise EngineStartError(f"the engine {_how(self._process)} before it had started")
+            self._connection = accepting.result()
         finally:
             accepting.cancel()
             dead.cancel()
-        self = cls(process, connection, relay, log)
         try:
             await self._load(options)
         except BaseException:
-            connection.close()
+            self._connection.close()
             raise
-        return self
 
     async def _load(self, options: dict[str, Any]) -> None:
         """Configure the engine and wait until it is ready."""
@@ -187,6 +187,8 @@ class EngineProcess:
             except msgspec.MsgspecError as error:
                 raise EngineStartError(f"{_NO_MESSAGE}: {error}") from error
             if isinstance(message, NotLoaded):
+                if message.stopped:
+                    raise EngineStoppedError(message.message)
                 raise error_named(message.error, message.message)
             if isinstance(message, Ready):
                 self.info = message.info
@@ -206,7 +208,7 @@ class EngineProcess:
             watchdog_s: an engine that says nothing for this long is killed; its threads'
                 stacks are in the log then.
         """
-        watchdog = asyncio.create_task(self._watch(watchdog_s))
+        self._silence_limit = watchdog_s
         try:
             while (data := await self._connection.receive()) is not None:
                 message = decode_from_engine(data)
@@ -220,7 +222,7 @@ class EngineProcess:
             self._crash = f"{_NO_MESSAGE}: {error}"
             self.kill()
         finally:
-            watchdog.cancel()
+            self._watchdog.cancel()
             self._connection.close()
         return await self._death()
 
@@ -243,27 +245,25 @@ class EngineProcess:
             await _end(self._process)
         finally:
             self.kill()  # whoever waited may have been cancelled
+            self._watchdog.cancel()
             self._connection.close()
 
-    async def _watch(self, limit_s: float) -> None:
-        """Kill an engine that is stopped, or says nothing for too long."""
-        looked = ran = time.monotonic()
+    async def _watch(self) -> None:
+        """Kill an engine that is stopped at any time, or says nothing for too long."""
+        stopped, looked = StopClock(self.pid, _PAUSE_S), time.monotonic()
         while True:
             now = time.monotonic()
             if now - looked > _PAUSE_S:  # this process was stopped itself: time that does not count
                 self.last_message += now - looked
-                ran = now
             looked = now
-            if not is_stopped(self.pid):
-                ran = now
-            elif now - ran > STOPPED_S:
+            if (seconds := stopped.seconds()) > STOPPED_S:
                 self._stopped = True
-                self._log.error("the engine's process has been stopped for %.0f s", now - ran)
+                self._log.error("the engine's process has been stopped for %.0f s", seconds)
                 return self.kill()
             silent = now - self.last_message
-            if silent > limit_s:
+            if silent > self._silence_limit:
                 break
-            await asyncio.sleep(min(limit_s - silent + 0.01, 1.0))
+            await asyncio.sleep(min(self._silence_limit - silent + 0.01, 1.0))
         self._hung = True
         self._log.error("the engine has been silent for %.0f s; its stacks follow", silent)
         with suppress(ProcessLookupError):  # it may end at any moment
@@ -283,7 +283,7 @@ class EngineProcess:
         if self._hung:
             return Death(Cause.HUNG, "the engine hung and was killed")
         if self._stopped:
-            return Death(Cause.KILLED, "the engine's process was stopped, and was killed")
+            return Death(Cause.KILLED, _WAS_STOPPED)
         if self._crash is not None:
             return Death(Cause.KILLED if self._killed else Cause.CRASHED, self._crash)
         if code == 0:

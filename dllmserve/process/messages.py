@@ -84,10 +84,17 @@ class Ready(msgspec.Struct, tag="ready", array_like=True, frozen=True):
 
 
 class NotLoaded(msgspec.Struct, tag="not_loaded", array_like=True, frozen=True):
-    """The model cannot be loaded; ``error`` is the name of a class in dllmserve.errors."""
+    """The model cannot be loaded.
+
+    Attributes:
+        error: name of a class in dllmserve.errors.
+        message: its text.
+        stopped: the reason is a signal that has stopped a rank, and nothing in the model.
+    """
 
     error: str
     message: str
+    stopped: bool = False
 
 
 class Admitted(msgspec.Struct, tag="admitted", array_like=True, frozen=True):

@@ -29,7 +29,12 @@ from dllmserve.errors import (
 )
 from dllmserve.process.calls import Call, Cause, Death, Delta, Fate
 from dllmserve.process.devices import Share
-from dllmserve.process.engine_process import COMMAND, EngineProcess, kill
+from dllmserve.process.engine_process import (
+    COMMAND,
+    EngineProcess,
+    EngineStoppedError,
+    kill,
+)
 from dllmserve.process.messages import (
     Abort,
     Admitted,
@@ -190,7 +195,7 @@ class Supervisor:
         Raises:
             DllmServeError: model or options are wrong, or the engine did not start.
         """
-        engine = await self._launch()
+        engine = await self._launch_first()
         self._task = asyncio.create_task(self._supervise(engine))
         await asyncio.sleep(0)  # a task that is cancelled before it has begun never does anything
         return engine.info
@@ -357,6 +362,15 @@ class Supervisor:
     def _end(self, call: Call, result: Any) -> None:
         call.end(result)
         self._forget(call)
+
+    async def _launch_first(self) -> EngineProcess:
+        """Start an engine; another one, if a signal has stopped it."""
+        for _ in range(MAX_FAILED_STARTS - 1):
+            try:
+                return await self._launch()
+            except EngineStoppedError as error:
+                self._log.error("%s while it started", error)
+        return await self._launch()
 
     async def _launch(self) -> EngineProcess:
         self._refuse_closed()

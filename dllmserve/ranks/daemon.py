@@ -7,6 +7,7 @@ import faulthandler
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -37,7 +38,36 @@ def is_stopped(pid: int) -> bool:
     That a process says nothing does not show it: a healthy one is silent while C code holds
     Python's lock, for as long as a compilation or a large copy takes.
     """
-    return process_fields(Path(f"/proc/{pid}"))[:1] == ["T"]
+    if fields := process_fields(Path(f"/proc/{pid}")):
+        return fields[0] == "T"
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13
+        return False
+    try:  # without /proc, of a child only; whoever waits for it still gets its exit code
+        return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return False
+
+
+class StopClock:
+    """For how long a process has been stopped.
+
+    Args:
+        pid: its id.
+        pause_s: a longer pause between two looks means that this process did not run itself; it
+            is not counted.
+    """
+
+    def __init__(self, pid: int, pause_s: float) -> None:
+        self._pid, self._pause_s = pid, pause_s
+        self._looked = self._ran = time.monotonic()
+
+    def seconds(self) -> float:
+        """Look at the process; seconds since it was last seen not to be stopped."""
+        now = time.monotonic()
+        if now - self._looked > self._pause_s or not is_stopped(self._pid):
+            self._ran = now
+        self._looked = now
+        return now - self._ran
 
 
 def process_fields(directory: Path) -> list[str]:

@@ -20,7 +20,7 @@ import torch
 
 from dllmserve.errors import RankError
 from dllmserve.parallel.group import TorchGroup
-from dllmserve.ranks.daemon import STOPPED_S, is_stopped
+from dllmserve.ranks.daemon import STOPPED_S, StopClock
 from dllmserve.ranks.signs import FAILED, REACHED
 from dllmserve.ranks.wire import Kind, encode_kind
 from dllmserve.runtime.platform import first_line
@@ -91,7 +91,8 @@ class Ranks:
     def check(self) -> None:
         """Raise RankError if a rank is gone."""
         if self.failure is not None:
-            raise RankError(str(self.failure), killed=self.failure.killed)
+            failure = self.failure
+            raise RankError(str(failure), killed=failure.killed, stopped=failure.stopped)
 
     def wait_for(self, stage: str) -> None:
         """Wait until all ranks have reached a stage. Raises RankError if one will not."""
@@ -213,9 +214,9 @@ class Ranks:
             for peer in peers:
                 if peer.connection in ready:
                     self._hear(peer)
-                elif peer.silence > STOPPED_S and is_stopped(peer.pid):
-                    reason = f"rank {peer.rank} has been stopped for {peer.silence:.0f} s"
-                    self._fail(RankError(reason, killed=True))
+                elif peer.silence > _TICK_S and (seconds := peer.stopped.seconds()) > STOPPED_S:
+                    reason = f"rank {peer.rank} has been stopped for {seconds:.0f} s"
+                    self._fail(RankError(reason, killed=True, stopped=True))
                 elif peer.silence > SILENCE_S:
                     reason = f"rank {peer.rank} has been silent for {peer.silence:.0f} s: it hangs"
                     self._fail(RankError(reason, killed=True))
@@ -288,6 +289,7 @@ class Peer:
     ) -> None:
         self.rank, self.connection, self.pid, self.process = rank, connection, pid, process
         self.heard = time.monotonic()
+        self.stopped = StopClock(pid, _PAUSE_S)
         self.left = False
         self.stages: set[str] = set()
 

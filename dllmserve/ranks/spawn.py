@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dllmserve._environment import child_environment
 from dllmserve.cores import THREAD_VARIABLES, wait_variables
 from dllmserve.ranks.ranks import EXCHANGE_S, Peer, Ranks
 
@@ -69,12 +70,11 @@ def _start(rank: int, command: Sequence[str], threads: int) -> Peer:
     mine, other = socket.socketpair()
     source = str(Path(__file__).parents[2])  # where this package was imported from
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        **wait_variables(),
-        **dict.fromkeys(THREAD_VARIABLES, str(threads)),
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    environment = child_environment(
+        wait_variables(),
+        dict.fromkeys(THREAD_VARIABLES, str(threads)),
+        {"PYTHONPATH": os.pathsep.join(paths)},
+    )
     with mine, other:
         process = subprocess.Popen(
             [*command, str(other.fileno()), str(os.getpid())],

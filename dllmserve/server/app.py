@@ -49,7 +49,7 @@ _NO_KEYS = (
 )
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, began: float | None = None) -> FastAPI:
     """The application, with its routes and without the guards around it.
 
     ``app.state.service`` and ``app.state.jobs`` are what it serves; whoever runs it starts
@@ -57,6 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     Args:
         settings: all options.
+        began: monotonic seconds at which the server began; None for when it opens its store.
     """
     made = FastAPI(
         title="dllmserve",
@@ -70,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     service = Service(settings)
-    store, durable = _store(settings)
+    store, durable = _store(settings, began)
     made.state.service = service
     made.state.jobs = Jobs(service, store, sequential=settings.sequential_ids, durable=durable)
     for router in (native.router, openai.router, ops.router):
@@ -150,7 +151,7 @@ def start_logging(server: ServerConfig) -> None:
     configure_logging("json" if form == "json" else "text", server.log_level.upper())
 
 
-def _store(settings: Settings) -> tuple[JobStore, bool]:
+def _store(settings: Settings, began: float | None) -> tuple[JobStore, bool]:
     """The job store, and whether it outlives the process."""
     server = settings.server
     limits = StoreLimits(
@@ -161,9 +162,10 @@ def _store(settings: Settings) -> tuple[JobStore, bool]:
     if server.job_store == "memory":
         return MemoryStore(limits), False
     if server.job_store != "auto":
-        return SqliteStore(Path(server.job_store).expanduser(), limits), True
+        return SqliteStore(Path(server.job_store).expanduser(), limits, began=began), True
     base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return SqliteStore(base / "dllmserve" / f"jobs-{server.port}.sqlite3", limits), True
+    path = base / "dllmserve" / f"jobs-{server.port}.sqlite3"
+    return SqliteStore(path, limits, began=began), True
 
 
 async def _nobody(request: HttpRequest, error: Exception) -> Response:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -69,7 +69,7 @@ class Details(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     forward_passes: int
-    queue_time: float | None = None
+    queue_time: Annotated[float, msgspec.Meta(ge=0, le=1e12)] | None = None
 
 
 class _Live:
@@ -227,7 +227,7 @@ class Jobs:
     async def _insert(
         self, requests: Sequence[Request], owner: str, seconds: float
     ) -> list[JobRecord]:
-        now = time.time()
+        now = self._store.clock()
         payloads = [_pack(request) for request in requests]
         for _ in range(_DRAWS):
             if self._sequential:
@@ -257,13 +257,15 @@ class Jobs:
             return
         try:
             request = self._unpack(record)
-        except (DllmServeError, msgspec.MsgspecError) as error:
+        except DllmServeError as error:
             await self._finish(record.id, _failed(str(error)))
             return
+        except Exception as error:  # whatever a damaged file may hold
+            _log.error("job %d of an earlier run cannot be run again: %s", record.id, error)
+            await self._finish(record.id, _failed("the job's request cannot be read any more"))
+            return
         live.place = service.admission.take_anyway(request)
-        # the time that no server ran is not the job's
-        until = time.time() + record.deadline - record.created
-        await self._run(replace(record, deadline=until), request, live.place, live)
+        await self._run(record, request, live.place, live)
 
     def _unpack(self, record: JobRecord) -> Request:
         stored = msgspec.msgpack.decode(record.request, type=StoredRequest)
@@ -278,7 +280,8 @@ class Jobs:
     async def _run(self, record: JobRecord, request: Request, place: Place, live: _Live) -> None:
         """Run a job to its end and store what came of it."""
         try:
-            left = record.deadline - time.time()
+            # by the store's clock: the time that no server ran is not the job's
+            left = min(record.deadline - self._store.clock(), record.deadline - record.created)
             if left <= 0:
                 raise DeadlineError("the job's time was over before it could be run")
             live.run = self._service.run(request, place, timeout_s=left)
@@ -330,6 +333,16 @@ class Jobs:
             except JobStoreError as error:
                 _log.warning("expired results are still there: %s", error)
             self._note_stats()
+
+
+def details_of(result: JobResult) -> Details | None:
+    """More about a result, if there is any. Raises JobStoreError if it cannot be read."""
+    if not result.details:
+        return None
+    try:
+        return msgspec.msgpack.decode(result.details, type=Details)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise JobStoreError(f"the details of a result are damaged: {error}") from error
 
 
 def _pack(request: Request) -> bytes:

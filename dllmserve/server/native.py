@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator, Callable
 from functools import cache
 from typing import Annotated, Any, Literal
 
-import msgspec
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
@@ -28,7 +27,7 @@ from dllmserve.server.common import (
 )
 from dllmserve.server.failures import ApiError, as_api_error, log_failure
 from dllmserve.server.fields import Listed, NativeFields, Prompt, example
-from dllmserve.server.jobs import MAX_WAIT_S, Details
+from dllmserve.server.jobs import MAX_WAIT_S, details_of
 from dllmserve.server.service import Run, Service
 from dllmserve.server.sse import EventStream, event, unless_gone
 from dllmserve.server.store import MAX_JOB_ID, Gone, Stored
@@ -170,11 +169,10 @@ async def result(
     found = stored.result
     if found is None:
         return JSONResponse(answer, headers={"Retry-After": "1"})
-    answer |= {"status": found.status, "text": found.text}
+    answer |= {"status": found.status, "text": _characters(found.text)}
     if found.error is not None:
-        answer["error"] = found.error
-    if details == "true" and found.details:
-        more = msgspec.msgpack.decode(found.details, type=Details)
+        answer["error"] = _characters(found.error)
+    if details == "true" and (more := details_of(found)) is not None:
         answer["finish_reason"] = more.finish_reason
         answer["usage"] = {
             "prompt_tokens": more.prompt_tokens,
@@ -207,6 +205,11 @@ def _check_id(http: HttpRequest) -> None:
         raise ApiError(
             400, f"request_id must be an integer from 0 to {MAX_JOB_ID}", param="request_id"
         )
+
+
+def _characters(text: str | None) -> str | None:
+    """A text of the store without lone surrogates, which no answer can hold."""
+    return None if text is None else text.encode("utf-8", "replace").decode()
 
 
 def _there(request_id: int, found: Stored | Gone | None) -> Stored:

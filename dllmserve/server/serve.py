@@ -26,6 +26,7 @@ from dllmserve.server.http.connection import (
 )
 from dllmserve.server.http.respond import Headers
 from dllmserve.server.jobs import Jobs
+from dllmserve.server.private import remove_file, replace_file
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, with_port
 
@@ -43,10 +44,14 @@ _GOES = 4
 _OTHER_FILES = 128
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, began: float | None = None) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code.
 
     0 is a clean end, 1 an engine that is gone for good.
+
+    Args:
+        settings: all options.
+        began: monotonic seconds at which the program began; the time of jobs goes on from there.
 
     Raises:
         ConfigError: the address is taken, the job store or a certificate cannot be used.
@@ -58,7 +63,7 @@ def serve(settings: Settings) -> int:
     try:
         settings = with_port(settings, bound.getsockname()[1])
         with _address_file(settings.server):
-            return asyncio.run(_Running(settings, bound).run())
+            return asyncio.run(_Running(settings, bound, began).run())
     finally:
         bound.close()
 
@@ -81,9 +86,9 @@ class _Server(uvicorn.Server):
 class _Running:
     """One server, from its open port to its end."""
 
-    def __init__(self, settings: Settings, bound: socket.socket) -> None:
+    def __init__(self, settings: Settings, bound: socket.socket, began: float | None) -> None:
         self._settings, self._bound = settings, bound
-        app = create_app(settings)
+        app = create_app(settings, began)
         self._service: Service = app.state.service
         self._jobs: Jobs = app.state.jobs
         self._server = _Server(self._config(guarded(app)))
@@ -263,13 +268,14 @@ def _address_file(server: ServerConfig) -> Iterator[None]:
         return
     path = Path(server.address_file).expanduser()
     try:
-        path.write_text(f"{address(server)}\n", encoding="ascii")
+        written = replace_file(path, f"{address(server)}\n")
     except OSError as error:
-        raise ConfigError(f"--address-file {path} cannot be written: {error.strerror}") from error
+        reason = error.strerror or error
+        raise ConfigError(f"--address-file {path} cannot be written: {reason}") from error
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        remove_file(path, written)
 
 
 def address(server: ServerConfig) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from dllmserve._checks import true_or_false
+from dllmserve._environment import KEYS_VARIABLE, SECRETS
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, unknown_option
 from dllmserve.server.config import ServerConfig
@@ -22,11 +24,9 @@ from dllmserve.server.http.keys import ApiKeys
 _log = logging.getLogger("dllmserve.server")
 
 PREFIX = "DLLMSERVE_"
-KEYS_VARIABLE = "DLLMSERVE_API_KEYS"
 #: variables of that prefix that are no options: the keys, and the client's own
-_OTHER_VARIABLES = frozenset({KEYS_VARIABLE, "DLLMSERVE_API_KEY", "DLLMSERVE_CONFIG"})
+_OTHER_VARIABLES = frozenset({*SECRETS, "DLLMSERVE_CONFIG"})
 _LINK = re.compile(r"(tcp|udp|sctp)://")
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -158,9 +158,7 @@ def _parsed(variable: str, text: str, hint: Any) -> Any:
     """A variable's text as the option's type."""
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
     if bool in kinds:
-        if text.lower() in _TRUE + _FALSE:
-            return text.lower() in _TRUE
-        raise ConfigError(f"{variable} must be true or false, got {text!r}")
+        return true_or_false(ConfigError, variable, text)
     for kind in (int, float):
         if kind in kinds:
             try:

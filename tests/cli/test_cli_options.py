@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,8 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, *args: str) -> Settings:
         monkeypatch.delenv(name)
     seen: list[Settings] = []
 
-    def run(settings: Settings) -> int:
+    def run(settings: Settings, began: float) -> int:
+        assert began <= time.monotonic()
         seen.append(settings)
         return 0
 
@@ -225,6 +227,18 @@ def settings_of(monkeypatch: pytest.MonkeyPatch, *args: str) -> Settings:
     result = CliRunner().invoke(app, list(args), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return seen[0]
+
+
+def test_keys_are_not_left_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have been read, and no process that the server starts has a use for them."""
+    monkeypatch.setattr(
+        server_module, "serve", lambda settings, began: int(len(settings.keys) != 1)
+    )
+    app = typer.Typer()
+    app.command()(serve_command.serve)
+    monkeypatch.setenv("DLLMSERVE_API_KEYS", "alice=0123456789abcdef")
+    assert CliRunner().invoke(app, [], catch_exceptions=False).exit_code == 0
+    assert "DLLMSERVE_API_KEYS" not in os.environ
 
 
 def test_the_table_of_server_options_is_complete() -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from dllmserve._environment import CODE_VARIABLE, child_environment
 from dllmserve.engine.tokenizer import load_tokenizer
-from dllmserve.errors import TokenizerError
+from dllmserve.errors import ConfigError, TokenizerError
+from dllmserve.process.supervisor import Supervisor, SupervisorOptions
 from tests.checkpoints import byte_tokenizer
 
 TEXT = "hello café 日本 world"
@@ -191,7 +195,8 @@ def own_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_tokenizers_own_code_runs_and_the_models_does_not(own_tokenizer: Path) -> None:
-    with pytest.warns(UserWarning, match="running the tokenizer code shipped with"):
+    file = own_tokenizer / "tokenization_own.py"
+    with pytest.warns(UserWarning, match=rf"code of a checkpoint: class OwnTokenizer of {file}, "):
         tokenizer = load_tokenizer(own_tokenizer, trust_remote_code=True)
     assert tokenizer is not None
     assert tokenizer.encode("ab<end><sep>") == [97, 98, 128, 129]
@@ -210,3 +215,139 @@ def test_code_does_not_run_without_trust_or_need(own_tokenizer: Path) -> None:
     shutil.move(own_tokenizer.parent / "tokenizer.json", own_tokenizer)
     tokenizer = load_tokenizer(own_tokenizer, trust_remote_code=True)
     assert tokenizer is not None and tokenizer.encode("a") == [64]
+
+
+ENDS = "raise SystemExit('code was run')\n"
+
+
+def renamed(folder: Path, classes: object) -> None:
+    """Let the tokenizer's configuration name another class."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["auto_map"] = classes
+    path.write_text(json.dumps(config))
+
+
+def test_the_file_is_named_before_it_is_run(own_tokenizer: Path) -> None:
+    """So whoever makes an error of warnings runs nothing."""
+    (own_tokenizer / "tokenization_own.py").write_text(ENDS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=r"own/tokenization_own\.py"):
+            load_tokenizer(own_tokenizer, trust_remote_code=True)
+
+
+def test_a_machine_may_forbid_code(own_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also to those who ask for it, in this process and in those that it starts."""
+    (own_tokenizer / "tokenization_own.py").write_text(ENDS)
+    monkeypatch.setenv(CODE_VARIABLE, "0")
+    assert child_environment()[CODE_VARIABLE] == "0"
+    for trust in (True, False):
+        with pytest.raises(TokenizerError, match=f"which {CODE_VARIABLE} forbids on this machine"):
+            load_tokenizer(own_tokenizer, trust_remote_code=trust)
+    monkeypatch.setenv(CODE_VARIABLE, "1")  # allows, and asks for nothing
+    with pytest.raises(TokenizerError, match="pass trust_remote_code=True"):
+        load_tokenizer(own_tokenizer)
+    monkeypatch.setenv(CODE_VARIABLE, "perhaps")
+    with pytest.raises(ConfigError, match="must be true or false, got 'perhaps'"):
+        load_tokenizer(own_tokenizer)
+
+
+@pytest.mark.parametrize("value", ["0", "perhaps"])
+def test_the_word_of_the_machine_reaches_engines(
+    own_tokenizer: Path, byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    folder = own_tokenizer.parent / "model"
+    shutil.copytree(byte_checkpoint, folder)
+    for path in own_tokenizer.glob("token*"):
+        shutil.copy(path, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenization_own.py").write_text(ENDS)
+    monkeypatch.setenv(CODE_VARIABLE, value)
+    kind = TokenizerError if value == "0" else ConfigError
+
+    async def start() -> None:
+        how = SupervisorOptions(load_timeout_s=60.0)
+        supervisor = Supervisor({"model": str(folder), "trust_remote_code": True}, how)
+        await supervisor.start()
+
+    with pytest.raises(kind, match=CODE_VARIABLE):
+        asyncio.run(start())
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "other/repo--tokenization_own.OwnTokenizer",
+        "../elsewhere.OwnTokenizer",
+        "..elsewhere.OwnTokenizer",
+        "/tmp/elsewhere.OwnTokenizer",
+        "sub/tokenization_own.OwnTokenizer",
+        "OwnTokenizer",
+        "a.b.OwnTokenizer",
+        "",
+        5,
+        None,
+        {},
+    ],
+)
+@pytest.mark.parametrize("form", ["pair", "text", "old"])
+def test_code_from_elsewhere_is_not_run(own_tokenizer: Path, named: object, form: str) -> None:
+    (own_tokenizer.parent / "elsewhere.py").write_text(ENDS)
+    (own_tokenizer / "sub").mkdir()
+    (own_tokenizer / "sub" / "tokenization_own.py").write_text(ENDS)
+    classes = named if form == "text" else [named, None]
+    renamed(own_tokenizer, classes if form == "old" else {"AutoTokenizer": classes})
+    with pytest.raises(TokenizerError, match=r"which is no FILE\.CLASS of that directory"):
+        load_tokenizer(own_tokenizer, trust_remote_code=True)
+
+
+def test_links_out_of_the_directory_are_not_followed(own_tokenizer: Path) -> None:
+    own = own_tokenizer / "tokenization_own.py"
+    elsewhere = own.rename(own_tokenizer.parent / "elsewhere.py")
+    for link in (elsewhere, Path("..") / "elsewhere.py", own_tokenizer / "missing.py"):
+        own.symlink_to(link)
+        with pytest.raises(TokenizerError, match="a link to a file elsewhere, which is not run"):
+            load_tokenizer(own_tokenizer, trust_remote_code=True)
+        own.unlink()
+    # nor where the code itself asks for it
+    own.write_text("from .helper import x\n" + OWN_TOKENIZER)
+    (own_tokenizer / "helper.py").symlink_to(elsewhere)
+    elsewhere.write_text(ENDS)
+    with (
+        pytest.warns(UserWarning, match="running the tokenizer code"),
+        pytest.raises(TokenizerError, match=r"cannot be run .*helper\.py"),
+    ):
+        load_tokenizer(own_tokenizer, trust_remote_code=True)
+
+
+def test_links_of_the_hubs_cache_are_its_own(own_tokenizer: Path) -> None:
+    repository = own_tokenizer.parent / "models--a--b"
+    blobs, snapshot = repository / "blobs", repository / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(own_tokenizer.iterdir()):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    file = snapshot / "tokenization_own.py"
+    with pytest.warns(UserWarning, match=f"class OwnTokenizer of {file}"):
+        tokenizer = load_tokenizer(snapshot, trust_remote_code=True)
+    assert tokenizer is not None and tokenizer.encode("ab") == [97, 98]
+
+
+def test_code_of_the_model_does_not_run_where_no_class_is_named(own_tokenizer: Path) -> None:
+    """transformers looks for it in the model's configuration then."""
+    path = own_tokenizer / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["tokenizer_class"]
+    path.write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="running the tokenizer code"):
+        tokenizer = load_tokenizer(own_tokenizer, trust_remote_code=True)
+    assert tokenizer is not None and tokenizer.encode("ab") == [97, 98]
+
+
+def test_a_broken_tokenizer_json_is_no_reason_to_run_code(own_tokenizer: Path) -> None:
+    (own_tokenizer / "tokenization_own.py").write_text(ENDS)
+    (own_tokenizer / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
+        load_tokenizer(own_tokenizer, trust_remote_code=True)

@@ -69,6 +69,17 @@ def test_a_rank_that_dies_or_stops(
         llm.close()
 
 
+def test_a_rank_that_is_stopped_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)"
+    monkeypatch.setattr(watching, "STOPPED_S", 0.5)
+    monkeypatch.setattr(
+        spawn.spawn_ranks, "__kwdefaults__", _with_command((sys.executable, "-c", code))
+    )
+    with nothing_left(), pytest.raises(RankError, match=r"rank 1 has been stopped for") as error:
+        two_ranks()
+    assert error.value.stopped and error.value.killed
+
+
 def test_a_rank_that_lets_no_python_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives no sign of life and is healthy; one that is silent for much longer is not."""
     code = (

@@ -26,6 +26,7 @@ from dllmserve.process.messages import (
     EngineInfo,
     Finished,
     FromEngine,
+    NotLoaded,
     Ready,
     Report,
     Stop,
@@ -89,9 +90,16 @@ class LightEngine:
         if self.how == "slow-load":
             (Path(directory) / f"loading-{os.getpid()}").touch()
             time.sleep(60)
+        if self.how == "stops-loading" and first_of(directory):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.how == "stops-ranks" and first_of(directory):
+            self.send(NotLoaded("RankError", "rank 1 has been stopped for 10 s", stopped=True))
+            sys.exit(65)
         if self.how == "dies-at-once" and not first_of(directory):
             sys.exit(3)
         self.send(Ready(EngineInfo(directory, SPEC, LIMITS, "cpu", "float32", "none")))
+        if self.how == "stops-ready" and first_of(directory):
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     def answer(self, submit: Submit) -> None:
         self.send(Admitted([submit.id]))
@@ -130,6 +138,8 @@ def first_of(directory: str) -> bool:
 def main() -> None:
     how, directory, path, owner = sys.argv[1:]
     assert os.getppid() == int(owner)
+    if how == "stops-always" or (how == "stops-starting" and first_of(directory)):
+        os.kill(os.getpid(), signal.SIGSTOP)
     try:
         LightEngine(how, Channel(path)).run(directory)
     except ChannelClosed:

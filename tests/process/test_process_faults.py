@@ -93,6 +93,33 @@ def test_an_engine_that_is_stopped_is_replaced(
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("proc", [True, False])
+@pytest.mark.parametrize("when", ["starting", "loading", "ranks", "ready"])
+def test_an_engine_that_is_stopped_before_its_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str, proc: bool
+) -> None:
+    """At any moment, and also where there is no /proc to look at."""
+    monkeypatch.setattr(engine_process, "STOPPED_S", 0.5)
+    if not proc:
+        monkeypatch.setattr("dllmserve.ranks.daemon.process_fields", lambda directory: [])
+
+    async def main() -> None:
+        async with supervised(f"stops-{when}", tmp_path) as supervisor:
+            assert await answer(supervisor, 3) == [3]
+            assert supervisor.restarts == (when == "ready")
+
+    asyncio.run(main())
+    assert (tmp_path / "started").exists()
+
+
+def test_engines_that_are_always_stopped_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_process, "STOPPED_S", 0.1)
+    with pytest.raises(EngineStartError, match="process was stopped, and was killed"):
+        asyncio.run(Supervisor({}, light("stops-always", tmp_path)).start())
+
+
 def test_an_engine_that_lets_no_python_run_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +137,7 @@ def test_an_engine_that_lets_no_python_run_is_left_alone(
     asyncio.run(main())
 
 
-def test_who_is_stopped(tmp_path: Path) -> None:
+def test_who_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = shutil.which("sleep")
     assert path is not None
     # a name that looks like what comes after it, and is no text
@@ -125,6 +152,10 @@ def test_who_is_stopped(tmp_path: Path) -> None:
             while is_stopped(process.pid) is not stopped and time.monotonic() < until:
                 time.sleep(0.01)
             assert is_stopped(process.pid) is stopped
+            with monkeypatch.context() as patch:  # where there is no /proc
+                patch.setattr("dllmserve.ranks.daemon.process_fields", lambda directory: [])
+                assert is_stopped(process.pid) is stopped
+                assert not is_stopped(1)  # no child of this process
         process.kill()
     assert not is_stopped(process.pid)
 
@@ -283,6 +314,15 @@ def test_a_client_without_its_tokenizer_leaves_no_process(tmp_path: Path) -> Non
     asyncio.run(main())
 
 
+def test_only_the_owner_may_listen(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        with pytest.raises(ChannelClosed, match="another process than the engine's owner"):
+            Channel(str(tmp_path / "s"), os.getpid() + 1)
+        Channel(str(tmp_path / "s"), os.getpid()).close()
+
+
 def test_only_the_engine_may_connect() -> None:
     async def main() -> None:
         listener = Listener()
@@ -299,7 +339,7 @@ def test_only_the_engine_may_connect() -> None:
         stranger.close()
 
         accepting = asyncio.create_task(listener.accept(os.getpid()))
-        child = Channel(listener.path)
+        child = Channel(listener.path, os.getpid())
         connection = await accepting
         listener.close()
         assert not os.path.exists(os.path.dirname(listener.path))

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from dllmserve.errors import EngineDiedError, EngineStartError, JobStoreError
@@ -155,21 +156,92 @@ def test_accepted_jobs_of_earlier_servers(byte_checkpoint: Path, store: str) -> 
             await submitted(server)
             await until(lambda: bool(server.engine.calls))
             (good,) = await server.jobs._store.unfinished()
-        now = time.time()
+        now, packed = good.created, msgspec.msgpack.encode
+        wrong = [
+            b"\xc1 no message",
+            b"",
+            packed([[1], {"gen_length": "x"}, None]),
+            packed([[1], {"__class__": 1, "nope": 2}, None]),
+            packed([[1], {}, {"nope": 2}]),
+            packed([[-5, 10**12], {}, None]),
+        ]
         await filled(
             store,
-            JobRecord(10, "", "byte-llada", now - 900, now - 300, good.request),
+            JobRecord(10, "", "byte-llada", now - 60, now + 60, good.request),
             JobRecord(11, "", "another", now, now + 600, good.request),
-            JobRecord(12, "", "byte-llada", now, now + 600, b"\xc1 no message"),
+            JobRecord(12, "", "byte-llada", now - 60, now - 1, good.request),
+            *(JobRecord(20 + n, "", "byte-llada", now, now + 600, w) for n, w in enumerate(wrong)),
         )
         async with serving(byte_checkpoint, store=store) as server:
-            for id, part in {11: "'another'", 12: ""}.items():
+            parts = {11: "'another'", 12: "the job's time was over", 20: "cannot be read any more"}
+            for id, part in {**parts, **dict.fromkeys(range(21, 26), "")}.items():
                 answer = (await result(server, id)).json()
                 assert answer["status"] == "failed" and part in answer["error"], answer
-            # the time in which no server ran is not the job's
             assert (await result(server, 10)).json()["status"] == "finished"
             assert (await result(server, 0)).json()["status"] == "finished"
             assert not server.jobs._live
+
+    run(main())
+
+
+@pytest.mark.parametrize(("used", "left"), [(2.0, 4.0), (0.0, 6.0), (-100.0, 6.0)])
+def test_a_job_of_an_earlier_server_has_the_time_that_it_has_left(
+    byte_checkpoint: Path, store: str, used: float, left: float
+) -> None:
+    """By the store's clock, whatever that says never more than its own time."""
+    given: list[float] = []
+
+    async def main() -> None:
+        async with serving(byte_checkpoint, store=store) as server:
+            server.engine.hold = True
+            await submitted(server, timeout=6)
+            await until(lambda: bool(server.engine.calls))
+            (good,) = await server.jobs._store.unfinished()
+            assert good.deadline - good.created == pytest.approx(6)
+        app, second = make_server(byte_checkpoint, store=store)
+        now = good.created + used
+        second.jobs._store.clock = lambda: now  # type: ignore[method-assign]
+        run_it = second.service.run
+
+        def noted(*args: Any, **more: Any) -> Any:
+            given.append(more["timeout_s"])
+            return run_it(*args, **more)
+
+        second.service.run = noted  # type: ignore[method-assign]
+        async with lifespan(app):
+            assert (await result(second, 0)).json()["status"] == "finished"
+        assert given == [pytest.approx(left)]
+
+    run(main())
+
+
+def test_a_damaged_result_is_a_503_of_its_job_only(
+    byte_checkpoint: Path, store: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage = {
+        0: "UPDATE jobs SET details = x'c1' WHERE id = 0",
+        1: "UPDATE jobs SET text = x'ff' WHERE id = 1",
+        2: "UPDATE jobs SET text = x'61eda080' WHERE id = 2",  # a lone surrogate
+        3: "UPDATE tombstones SET owner = x'ff' WHERE id = 3",
+    }
+
+    async def main() -> None:
+        async with serving(byte_checkpoint, store=store) as server:
+            for id in range(5):
+                assert await submitted(server) == id
+                await result(server, id)
+            assert (await server.ask("DELETE", "/v1/result/3")).status == 204
+            commits = server.jobs._store._commits  # type: ignore[attr-defined]
+            for statement in damage.values():
+                await commits.run(lambda tables, s=statement: tables._db.execute(s))
+            caplog.clear()
+            answers = [await result(server, id, "?details=true") for id in range(5)]
+            assert [answer.status for answer in answers] == [503, 503, 200, 503, 200]
+            assert {answers[id].error["code"] for id in (0, 1, 3)} == {"job_store_error"}
+            assert answers[2].json()["text"] == "a?"
+            assert answers[4].json()["text"] == "abab"
+            assert (await result(server, 0, "")).json()["text"] == "abab"
+        assert not any(record.exc_info for record in caplog.records)
 
     run(main())
 

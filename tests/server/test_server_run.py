@@ -28,7 +28,7 @@ class Running:
         settings = Settings(ServerConfig(**options), EngineConfig(model=str(directory)))
         self.bound = _bind("127.0.0.1", 0)
         self.port = self.bound.getsockname()[1]
-        self.server = _Running(with_port(settings, self.port), self.bound)
+        self.server = _Running(with_port(settings, self.port), self.bound, None)
         self.service, self.jobs = self.server._service, self.server._jobs
         self.engine = StandIn(directory)
         self.service.llm.supervisor = self.engine  # type: ignore[assignment]

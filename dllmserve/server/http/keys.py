@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import logging
+import os
 import re
 import stat
 from collections.abc import Iterable, Iterator
@@ -86,12 +87,13 @@ class ApiKeys:
         """
         file = Path(path)
         try:
-            status = file.stat()
-            if status.st_size > MAX_FILE_BYTES:
-                raise ConfigError(
-                    f"API key file {file} has {status.st_size} bytes, at most {MAX_FILE_BYTES}"
-                )
-            text = file.read_bytes().decode("utf-8-sig")
+            with file.open("rb") as stream:
+                status = os.fstat(stream.fileno())  # of what is read, whatever the name leads to
+                data = stream.read(MAX_FILE_BYTES + 1)
+            if len(data) > MAX_FILE_BYTES:
+                size = max(status.st_size, len(data))
+                raise ConfigError(f"API key file {file} has {size} bytes, at most {MAX_FILE_BYTES}")
+            text = data.decode("utf-8-sig")
         except OSError as error:
             raise ConfigError(f"cannot read API key file {file}: {error.strerror}") from error
         except UnicodeDecodeError:

@@ -10,7 +10,9 @@ Rules that hold for all of them:
   the same as for an id that was never issued. Tombstones are a ring; the oldest is overwritten.
 - The store compares no owners. The caller does, with ``Stored.record.owner`` and ``Gone.owner``.
 - Orders (oldest first, finished first) are those of the calls. Unix times only decide about the
-  ttl, so a wall clock that jumps does not make new results the first to be evicted.
+  ttl, so a wall clock that jumps does not make new results the first to be evicted. The time of
+  a job counts by the store's own clock, which the wall clock does not move, and which stands
+  still while no server has the store.
 - An operation takes place or not as a whole, in the order of the calls. Cancelling the ``await``
   does not undo it.
 """
@@ -55,8 +57,8 @@ class JobRecord:
         id: 0 to MAX_JOB_ID.
         owner: digest of the API key, "" without keys.
         model: name of the model that it is for.
-        created: unix seconds.
-        deadline: unix seconds.
+        created: when it was accepted, by :meth:`JobStore.clock`.
+        deadline: when its time is over, by the same clock.
         request: what it takes to run the job again, opaque to the store. It is dropped when the
             job finishes: prompts are not kept longer than needed.
     """
@@ -213,6 +215,9 @@ class JobStore(Protocol):
 
     async def expire(self, now: float) -> None:
         """Drop results that are past their ttl at ``now`` (unix seconds)."""
+
+    def clock(self) -> float:
+        """Seconds in which servers had the store, from any start; it never goes back."""
 
     def stats(self) -> StoreStats:
         """Counts, from memory."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dllmserve.errors import DllmServeError, JobStoreError
+from dllmserve.server.store.files import DAMAGE
 from dllmserve.server.store.tables import Tables
 
 _log = logging.getLogger("dllmserve.store")
@@ -120,6 +120,7 @@ class GroupCommit:
     def _serve(self, tables: Tables) -> None:
         last = False
         while not last:
+            self._try(tables.renew)
             batch, last = self._take(tables)
             if batch:
                 self._deliver(self._write(tables, batch))
@@ -128,7 +129,7 @@ class GroupCommit:
         """Wait for an operation and take those behind it; True if they are the last ones."""
         batch: list[_Operation] = []
         try:
-            operation = self._queue.get(timeout=TIDY_AFTER_S if tables.untidy else None)
+            operation = self._queue.get(timeout=TIDY_AFTER_S if tables.restless else None)
             while operation is not None:
                 batch.append(operation)
                 if len(batch) == MAX_BATCH:
@@ -136,14 +137,15 @@ class GroupCommit:
                 operation = self._queue.get_nowait()
         except queue.Empty:
             if not batch:
-                self._tidy(tables)
+                self._try(tables.tidy)
             return batch, False
         return batch, True
 
-    def _tidy(self, tables: Tables) -> None:
+    def _try(self, work: Callable[[], None]) -> None:
+        """Do what no operation asked for."""
         try:
-            tables.tidy()
-        except sqlite3.Error as error:  # nobody waits for it, and it is tried again
+            work()
+        except DAMAGE as error:  # nobody waits for it, and it is tried again
             self._note(error)
 
     def _write(self, tables: Tables, batch: Sequence[_Operation]) -> list[_Outcome]:
@@ -153,7 +155,7 @@ class GroupCommit:
         except Exception as error:
             if len(batch) > 1:
                 return [outcome for one in batch for outcome in self._write(tables, [one])]
-            if not isinstance(error, sqlite3.Error):
+            if not isinstance(error, DAMAGE):
                 return [_Outcome(batch[0].future, error=error)]
             self._note(error)
             failed = JobStoreError(f"the job store failed and nothing was changed: {error}")
@@ -180,7 +182,7 @@ class GroupCommit:
             _log.warning("job store %s: works again", self._name)
         return outcomes
 
-    def _note(self, error: sqlite3.Error) -> None:
+    def _note(self, error: Exception) -> None:
         """Log the first of a row of failures; the callers hear about every one."""
         if not self._failing:
             self._failing = True

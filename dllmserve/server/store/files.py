@@ -5,13 +5,19 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-import stat
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
-from dllmserve.errors import ConfigError
+from dllmserve.errors import ConfigError, JobStoreError
+from dllmserve.server.private import Folder, SharedDirectoryError, restrict
+from dllmserve.server.store.lease import MAKE_ALIVE
+from dllmserve.server.store.rows import check_rows
 
 #: "dllm" in the header of the file says whose it is
 APPLICATION_ID = 0x646C6C6D
+_APPLICATION_ID_AT = 68
 SCHEMA_VERSION = 1
 
 #: ``place`` orders the jobs of one state: by acceptance, by their end, by when they were read
@@ -42,9 +48,17 @@ SCHEMA = (
     )""",
     "CREATE TABLE next_id (id INTEGER NOT NULL)",
     "INSERT INTO next_id VALUES (0)",
+    MAKE_ALIVE,
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
+
+#: an older dllmserve has made its stores without it
+_ALIVE = "alive"
+#: what SQLite, and Python's part of it, raise for a damaged file
+DAMAGE = (sqlite3.Error, UnicodeDecodeError, MemoryError)
+#: the files of a database, by the end of their names; its own is the last
+_ENDINGS = ("-wal", "-shm", "-journal", "")
 
 _ANOTHER = "give another file with --job-store"
 
@@ -52,95 +66,125 @@ _ANOTHER = "give another file with --job-store"
 class JobFile:
     """An open, locked database with the schema above.
 
-    The lock is on a ``.lock`` file beside the database, which stays there. It belongs to the
-    process: however that ends, the lock is gone. The connection belongs to the thread that
-    made this object.
+    All of its files are this user's alone, in a directory that nobody else can change; see
+    :mod:`dllmserve.server.private`. The lock is on a ``.lock`` file beside the database, which
+    stays there. It belongs to the process: however that ends, the lock is gone. The connection
+    belongs to the thread that made this object.
 
     Args:
         path: the database; made with its directory, readable for this user only, if missing.
 
     Raises:
-        ConfigError: another server has it, or it is no job store, too new, or damaged. Nothing
-            in it was changed then.
+        ConfigError: another server has it, others can touch it, or it is no job store, too new,
+            or damaged. Nothing in it was changed then.
     """
 
     def __init__(self, path: Path) -> None:
-        # two names of one file need one lock
-        self.path = path.expanduser().resolve()
-        try:
-            self._make()
-            self._lock = _lock(self.path)
+        self.path = path = path.expanduser()
+        with ExitStack() as stack:
             try:
-                self.db = _connect(self.path)
-            except BaseException:
-                os.close(self._lock)
-                raise
-        except OSError as error:
-            reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
-            message = f"the job store {self.path} cannot be opened: {reason}; {_ANOTHER}"
-            raise ConfigError(message) from error
+                self._folder = Folder(path.parent)
+                stack.callback(self._folder.close)
+                self.path = self._folder.path / path.name
+                files: list[int] = []
+                for ending in _ENDINGS:
+                    files += self._folder.existing(path.name + ending, stack)
+                self._lock(stack)
+                # its own stays open here, too: to close it takes the locks that SQLite has
+                files.append(self._folder.keep(path.name, stack))
+                self._refuse_lost_log(files[-1])
+                self.db = self._connect(files)
+            except OSError as error:
+                raise self._unfit(error) from error
+            self._held = stack.pop_all()
 
     def close(self) -> None:
         """Close the database, then let others have it."""
         try:
             self.db.close()
         finally:
-            os.close(self._lock)
+            self._held.close()
 
-    def _make(self) -> None:
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _lock(self, stack: ExitStack) -> None:
+        """Take the lock, for as long as the stack lasts."""
+        file = self._folder.keep(f"{self.path.name}.lock", stack)
         try:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise OSError("not a regular file")
-        finally:
-            os.close(file)
-
-
-def _lock(path: Path) -> int:
-    """Take the lock of a database; returns the descriptor that holds it."""
-    beside = path.with_name(path.name + ".lock")
-    file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(file, 32, 0).decode("ascii", "replace").strip()
+            who = f" (process {owner})" if owner.isdecimal() else ""
+            raise _in_use(self.path, who) from error
+        restrict([file])
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
-    except BlockingIOError as error:
-        owner = os.pread(file, 32, 0).decode("ascii", "replace").strip()
-        os.close(file)
-        raise _in_use(path, f" (process {owner})" if owner.isdecimal() else "") from error
-    except OSError:
-        os.close(file)
-        raise
-    return file
+
+    def _refuse_lost_log(self, file: int) -> None:
+        """An empty database beside a log is none that was just made; SQLite deletes the log."""
+        log = self._folder.path / f"{self.path.name}-wal"
+        if not os.fstat(file).st_size and log.exists() and log.stat().st_size:
+            raise _damaged(self.path, f"it is empty, and {log.name} is not")
+
+    def _unfit(self, error: OSError) -> ConfigError:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+        way_out = _ANOTHER
+        if isinstance(error, SharedDirectoryError) and error.sticky:
+            own = error.directory / f"dllmserve-{os.geteuid()}" / self.path.name
+            way_out += f", such as {own}: its directory is made for this user alone"
+        elif isinstance(error, SharedDirectoryError):
+            reason += f" (chmod go-w {error.directory} ends that)"
+        return ConfigError(f"the job store {self.path} cannot be opened: {reason}; {way_out}")
+
+    def _connect(self, files: Sequence[int]) -> sqlite3.Connection:
+        """Open the database, check it, and make its tables if it is new."""
+        path = self.path
+        if os.pread(files[-1], 4, _APPLICATION_ID_AT) == APPLICATION_ID.to_bytes(4, "big"):
+            restrict(files)  # before SQLite makes a log with the rights of the database
+        db = sqlite3.connect(path, isolation_level=None, timeout=0)
+        try:
+            # texts that are none are told by their values
+            db.text_factory = lambda text: text.decode("utf-8", "replace")
+            # exclusive also keeps SQLite from mapping shared memory, which kills on a full disk
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            _keep_log(db, True)  # of a file that is refused
+            fresh = _check(db, path)
+            _keep_log(db, False)
+            if not self._folder.holds(path.name, files[-1]):
+                raise OSError("another file was put in its place")
+            with ExitStack() as stack:
+                log = self._folder.existing(f"{path.name}-wal", stack)
+                restrict([*files, *log])
+            if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+                raise ConfigError(
+                    f"the job store {path} cannot use write-ahead logging; {_ANOTHER}"
+                )
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA secure_delete = ON")
+            db.execute("PRAGMA temp_store = MEMORY")
+            if fresh:
+                _make(db)
+                self._folder.sync()
+            db.execute(MAKE_ALIVE)
+        except DAMAGE as error:
+            db.close()
+            raise unusable(path, error) from error
+        except BaseException:
+            db.close()
+            raise
+        return db
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open the database, check it, and make its tables if it is new."""
-    db = sqlite3.connect(path, isolation_level=None, timeout=0)
-    try:
-        # exclusive also keeps SQLite from mapping shared memory, which kills on a full disk
-        db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        fresh = _check(db, path)
-        path.chmod(0o600)
-        if db.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
-            raise ConfigError(f"the job store {path} cannot use write-ahead logging; {_ANOTHER}")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA secure_delete = ON")
-        db.execute("PRAGMA temp_store = MEMORY")
-        if fresh:
-            db.execute("BEGIN IMMEDIATE")
-            for statement in SCHEMA:
-                db.execute(statement)
-            db.execute("COMMIT")
-            _sync(path.parent)
-    except sqlite3.Error as error:
-        db.close()
-        raise unusable(path, error) from error
-    except BaseException:
-        db.close()
-        raise
-    return db
+def _keep_log(db: sqlite3.Connection, keep: bool) -> None:
+    """Whether the write-ahead log stays when the database is closed, where Python can say it."""
+    if sys.version_info >= (3, 12):
+        db.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, keep)
+
+
+def _make(db: sqlite3.Connection) -> None:
+    """Make the tables."""
+    db.execute("BEGIN IMMEDIATE")
+    for statement in SCHEMA:
+        db.execute(statement)
+    db.execute("COMMIT")
 
 
 def _check(db: sqlite3.Connection, path: Path) -> bool:
@@ -159,18 +203,46 @@ def _check(db: sqlite3.Connection, path: Path) -> bool:
             f"the job store {path} has version {version} and this dllmserve knows "
             f"{SCHEMA_VERSION}; use the newer dllmserve that wrote it, or {_ANOTHER}"
         )
-    (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    # its indexes, too: what evicts and expires goes by them
+    (verdict,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
         raise _damaged(path, verdict)
+    _check_schema(db, path)
+    try:
+        check_rows(db)
+    except JobStoreError as error:
+        raise _damaged(path, str(error)) from error
     return False
 
 
-def unusable(path: Path, error: sqlite3.Error) -> ConfigError:
+def _check_schema(db: sqlite3.Connection, path: Path) -> None:
+    """Refuse tables and indexes that are not exactly those above."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as made:
+        _make(made)
+        known = _objects(made)
+    found = _objects(db)
+    every = known.keys() | found.keys()
+    for name in sorted(every, key=lambda name: (name.startswith("sqlite_"), name)):
+        if known.get(name) != found.get(name) and (name != _ALIVE or name in found):
+            what = "missing" if name not in found else "not as it should be"
+            raise _damaged(path, f"{name!r} is {what if name in known else 'not part of one'}")
+
+
+def _objects(db: sqlite3.Connection) -> dict[str, str]:
+    """Tables, indexes and the like, by name, as the statements that have made them."""
+    query = (
+        "SELECT name, type || ' of ' || tbl_name || ': ' || coalesce(sql, '') FROM sqlite_master"
+    )
+    return {name: " ".join(made.split()) for name, made in db.execute(query)}
+
+
+def unusable(path: Path, error: Exception) -> ConfigError:
     """What an error of SQLite means while a store is being opened."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return _in_use(path, "")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+    bad = code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    if bad or not isinstance(error, sqlite3.Error):
         return _damaged(path, str(error))
     return ConfigError(f"the job store {path} cannot be opened: {error}; {_ANOTHER}")
 
@@ -187,12 +259,3 @@ def _damaged(path: Path, detail: str) -> ConfigError:
         f"the job store {path} is damaged, or no job store ({detail}); it was left as it is. "
         f"Restore it, move it away and lose its jobs, or {_ANOTHER}"
     )
-
-
-def _sync(directory: Path) -> None:
-    """Make a new file's name last."""
-    file = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

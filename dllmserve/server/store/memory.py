@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -109,6 +110,10 @@ class MemoryStore:
         ]
         for _, id in sorted(expired):
             self._drop(id, "expired")
+
+    def clock(self) -> float:
+        """Seconds of this process."""
+        return time.monotonic()
 
     def stats(self) -> StoreStats:
         """Counts, from memory."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sqlite3
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dllmserve.errors import JobStoreError
 from dllmserve.server.store.base import (
     DROP_REASONS,
     Gone,
@@ -16,7 +17,7 @@ from dllmserve.server.store.base import (
     StoreStats,
 )
 from dllmserve.server.store.commits import GroupCommit
-from dllmserve.server.store.files import JobFile, unusable
+from dllmserve.server.store.files import DAMAGE, JobFile, unusable
 from dllmserve.server.store.tables import EXPIRE_CHUNK, Tables
 
 
@@ -38,19 +39,37 @@ class SqliteStore:
         path: the file; it and its directory are made if they are missing.
         limits: bounds of what is kept; None takes the defaults. Lower ones than before are
             enforced when it is opened.
+        monotonic: seconds that only grow, for :meth:`clock`.
+        began: when the server began by them; None for when it opens the store.
     """
 
-    def __init__(self, path: str | Path, limits: StoreLimits | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        limits: StoreLimits | None = None,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        began: float | None = None,
+    ) -> None:
         self._limits = limits or StoreLimits()
-        self._commits = GroupCommit(str(path), lambda: _open(Path(path), self._limits))
+
+        def opened() -> Tables:
+            file = JobFile(Path(path))
+            try:
+                return Tables(file, self._limits, monotonic, began)
+            except (*DAMAGE, JobStoreError) as error:
+                file.close()
+                raise unusable(file.path, error) from error
+
+        self._commits = GroupCommit(str(path), opened)
         self._tables: Tables | None = None
 
     async def open(self) -> None:
         """Open the file, at most once.
 
         Raises:
-            ConfigError: another server has the file, or it is no job store, of a newer version,
-                damaged, or cannot be written. It is never replaced.
+            ConfigError: another server has the file, others can touch it, or it is no job
+                store, of a newer version, damaged, or cannot be written. It is never replaced.
         """
         self._tables = await self._commits.start()
 
@@ -92,17 +111,14 @@ class SqliteStore:
         while await self._commits.run(lambda tables: tables.expire(oldest)) == EXPIRE_CHUNK:
             continue
 
+    def clock(self) -> float:
+        """Seconds of a clock that stands still while no server has the file."""
+        if self._tables is None:
+            raise JobStoreError("the job store is not open")
+        return self._tables.lease.now()
+
     def stats(self) -> StoreStats:
         """Counts as of the last commit, from memory."""
         if self._tables is None:
             return StoreStats(0, 0, 0, dict.fromkeys(DROP_REASONS, 0))
         return self._tables.stats
-
-
-def _open(path: Path, limits: StoreLimits) -> Tables:
-    file = JobFile(path)
-    try:
-        return Tables(file, limits)
-    except sqlite3.Error as error:
-        file.close()
-        raise unusable(file.path, error) from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sqlite3
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,20 +26,19 @@ from dllmserve.server.store.base import (
     encode,
 )
 from dllmserve.server.store.files import JobFile
+from dllmserve.server.store.lease import Lease
+from dllmserve.server.store.rows import JOB, READ, UNFINISHED, UNREAD, read_gone, read_job
 
-UNFINISHED, UNREAD, READ = 0, 1, 2
 #: jobs that one call of expire drops, so that other operations get their turn in between
 EXPIRE_CHUNK = 1000
 
 _TAKEN = "SELECT 1 FROM jobs WHERE id = ?1 UNION ALL SELECT 1 FROM tombstones WHERE id = ?1"
 _INSERT = """INSERT INTO jobs (id, state, place, owner, model, created, deadline, request)
     VALUES (?, 0, ?, ?, ?, ?, ?, ?)"""
-_UNFINISHED = """SELECT id, owner, model, created, deadline, request FROM jobs
-    WHERE state = 0 ORDER BY place"""
+_UNFINISHED = f"SELECT {JOB} FROM jobs WHERE state = 0 ORDER BY place"
 _FINISH = """UPDATE jobs SET state = 1, place = ?, request = NULL, status = ?, text = ?,
     error = ?, details = ?, finished = ?, size = ? WHERE id = ? AND state = 0"""
-_FIND = """SELECT id, owner, model, created, deadline, request, status, text, error, details,
-    finished FROM jobs WHERE id = ?"""
+_FIND = f"SELECT {JOB} FROM jobs WHERE id = ?"
 _VICTIM = "SELECT id, owner, size, state FROM jobs WHERE state = ? ORDER BY place LIMIT 1"
 _EXPIRED = """SELECT id, owner, size, state FROM jobs WHERE finished <= ?
     ORDER BY finished, id LIMIT ?"""
@@ -69,11 +71,18 @@ class Tables:
     Attributes:
         stats: as of the last commit; may be read from any thread.
         untidy: whether the log of the file may hold what was deleted.
+        lease: how long servers have had the file.
     """
 
     stats: StoreStats
 
-    def __init__(self, file: JobFile, limits: StoreLimits) -> None:
+    def __init__(
+        self,
+        file: JobFile,
+        limits: StoreLimits,
+        monotonic: Callable[[], float] = time.monotonic,
+        began: float | None = None,
+    ) -> None:
         self._file = file
         self._db = file.db
         self._limits = limits
@@ -82,6 +91,7 @@ class Tables:
         self._saved = self._now
         # the limits may be lower than those it was written with
         self.begin()
+        self.lease = Lease(self._db, monotonic, began)
         self._enforce()
         self._trim()
         self.commit()
@@ -95,11 +105,13 @@ class Tables:
         self._db.execute("BEGIN IMMEDIATE")
 
     def commit(self) -> bool:
-        """Make the transaction last. Returns whether it wrote anything."""
-        self._db.execute("COMMIT")
-        now = self._now
-        self.stats = StoreStats(now.results, now.bytes, now.unfinished, dict(now.evicted))
+        """Make the transaction last. Returns whether it wrote anything besides its lease."""
+        now, lease = self._now, self.lease
         wrote = self._db.total_changes != self._writes
+        until = lease.renew() if wrote else lease.until
+        self._db.execute("COMMIT")
+        lease.until = until
+        self.stats = StoreStats(now.results, now.bytes, now.unfinished, dict(now.evicted))
         self.untidy = self.untidy or wrote
         return wrote
 
@@ -109,14 +121,35 @@ class Tables:
         if self._db.in_transaction:
             self._db.execute("ROLLBACK")
 
+    @property
+    def restless(self) -> bool:
+        """Whether there is something to do when nothing was asked for a while."""
+        return self.untidy or self._now.unfinished > 0
+
     def tidy(self) -> None:
         """Move the log into the file and empty it, and with it what deleted jobs left there."""
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        self.untidy = False
+        if self.untidy:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self.untidy = False
+
+    def renew(self) -> None:
+        """Renew the lease, if that is due and a job's time counts by it."""
+        if self._now.unfinished and self.lease.due:
+            self.begin()
+            until = self.lease.renew()
+            self._db.execute("COMMIT")
+            self.lease.until = until
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """End the lease and close the file."""
+        try:
+            # a full disk keeps nobody from leaving; it costs jobs what is left of the lease
+            with suppress(sqlite3.Error):
+                self.begin()
+                self.lease.end()
+                self._db.execute("COMMIT")
+        finally:
+            self._file.close()
 
     def reserve_ids(self, count: int) -> list[int]:
         """Take the next ids."""
@@ -140,7 +173,7 @@ class Tables:
 
     def unfinished(self) -> list[JobRecord]:
         """Unfinished jobs in the order of their acceptance."""
-        return [_record(row) for row in self._db.execute(_UNFINISHED)]
+        return [read_job(row).record for row in self._db.execute(_UNFINISHED)]
 
     def finish(self, id: int, result: JobResult) -> bool:
         """Give an unfinished job its result and enforce the limits."""
@@ -158,13 +191,9 @@ class Tables:
     def find(self, id: int) -> Stored | Gone | None:
         """Look in the jobs, then in the tombstones."""
         if row := self._one(_FIND, (id,)):
-            status, text, error, details, finished = row[6:]
-            if status is None:
-                return Stored(_record(row), None)
-            result = JobResult(status, _decode(text), _decode(error), details, finished)
-            return Stored(_record(row), result)
-        row = self._one("SELECT reason, owner FROM tombstones WHERE id = ?", (id,))
-        return Gone(row[0], row[1].decode("utf-8", "surrogatepass")) if row else None
+            return read_job(row)
+        row = self._one("SELECT id, reason, owner FROM tombstones WHERE id = ?", (id,))
+        return read_gone(*row) if row else None
 
     def mark_read(self, id: int) -> None:
         """Put a result behind those that were read before."""
@@ -231,14 +260,3 @@ class Tables:
 
     def _one(self, query: str, values: tuple[Any, ...] = ()) -> Any:
         return self._db.execute(query, values).fetchone()
-
-
-def _record(row: Sequence[Any]) -> JobRecord:
-    id, owner, model, created, deadline, request = row[:6]
-    return JobRecord(
-        id, _decode(owner) or "", _decode(model) or "", created, deadline, request or b""
-    )
-
-
-def _decode(text: bytes | None) -> str | None:
-    return None if text is None else text.decode("utf-8", "surrogatepass")

@@ -3,10 +3,13 @@
 import asyncio
 import os
 import re
+import shutil
+import socket
 import sqlite3
 import stat
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from dllmserve.server.store import Gone, SqliteStore, Stored, StoreLimits, table
 from tests.server.store.jobs import answer, done, job, using
 
 ROOT = Path(__file__).parents[3]
+BESIDE = ("-wal", "-shm", "-journal")
 
 
 @pytest.fixture
@@ -102,12 +106,34 @@ def test_only_the_user_can_read_the_files(path: Path) -> None:
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
     using(store, body)
-    path.chmod(0o644)
+    for file in path.parent.iterdir():  # as Kubernetes does with the files of a volume
+        file.chmod(0o666)
 
-    async def again() -> None:
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    using(SqliteStore(path), body_of_another(path))
 
-    using(SqliteStore(path), again)
+
+def body_of_another(path: Path) -> Callable[[], Awaitable[None]]:
+    async def body() -> None:
+        assert (path.parent / "jobs.db-wal").exists()
+        modes = {stat.S_IMODE(f.stat().st_mode) for f in path.parent.iterdir()}
+        assert modes == {0o600}
+
+    return body
+
+
+def test_the_files_of_a_killed_server_become_its_users_alone(path: Path, tmp_path: Path) -> None:
+    """Also where all of the database is still in the log."""
+    store, copy = SqliteStore(path), tmp_path / "copy" / "jobs.db"
+    copy.parent.mkdir()
+
+    async def body() -> None:
+        await store.insert([job(1)])
+        for ending in ("", "-wal"):
+            shutil.copy(f"{path}{ending}", f"{copy}{ending}")
+            Path(f"{copy}{ending}").chmod(0o664)
+
+    using(store, body)
+    using(SqliteStore(copy), body_of_another(copy))
 
 
 def test_a_deleted_prompt_is_not_in_the_files(path: Path) -> None:
@@ -124,11 +150,11 @@ def test_a_deleted_prompt_is_not_in_the_files(path: Path) -> None:
 
 def test_a_second_server_is_refused(path: Path, tmp_path: Path) -> None:
     store = SqliteStore(path)
-    other_name = tmp_path / "link.db"
+    other_name = tmp_path / "link"
 
     async def body() -> None:
-        other_name.symlink_to(path)
-        for name in (path, other_name):
+        other_name.symlink_to(path.parent)
+        for name in (path, other_name / path.name):
             second = SqliteStore(name)
             with pytest.raises(ConfigError) as refused:
                 await second.open()
@@ -142,7 +168,7 @@ def test_a_second_server_is_refused(path: Path, tmp_path: Path) -> None:
         await store.insert([job(1)])
 
     using(store, body)
-    using(SqliteStore(other_name), lambda: asyncio.sleep(0))
+    using(SqliteStore(other_name / path.name), lambda: asyncio.sleep(0))
 
 
 def test_a_database_locked_by_a_tool_is_refused(path: Path) -> None:
@@ -202,27 +228,47 @@ def test_files_of_others_and_newer_ones_are_refused(path: Path, tmp_path: Path) 
     assert "has version 2 and this dllmserve knows 1" in refusal(path)
     execute(path, "PRAGMA user_version = 1")
     execute(path, "DROP TABLE tombstones")
-    assert "no such table: tombstones" in refusal(path)
+    assert "'tombstones' is missing" in refusal(path)
 
 
 def test_paths_that_cannot_be_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
-    assert "Is a directory" in refusal(tmp_path)
-    assert f"File exists: {tmp_path / 'file'}" in refusal(tmp_path / "file" / "jobs.db")
-    os.mkfifo(tmp_path / "pipe")
-    assert "not a regular file" in refusal(tmp_path / "pipe")
+    assert "is not a regular file" in refusal(tmp_path)
+    assert f"Not a directory: {tmp_path / 'file'}" in refusal(tmp_path / "file" / "jobs.db")
 
 
-def test_a_file_of_another_user_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(path, 1)
-
-    def refused(self: Path, mode: int) -> None:
-        raise PermissionError(1, "Operation not permitted", str(self))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "chmod", refused)
-        assert "Operation not permitted" in refusal(path)
-    using(SqliteStore(path), lambda: asyncio.sleep(0))  # and nothing was left open
+@pytest.mark.parametrize("name", ["jobs.db", "jobs.db.lock", *(f"jobs.db{b}" for b in BESIDE)])
+@pytest.mark.parametrize("kind", ["directory", "pipe", "socket", "link", "hard link", "dead link"])
+def test_what_is_no_file_of_its_own_is_refused(path: Path, name: str, kind: str) -> None:
+    """In place of any of a store's files; what a link leads to is not touched."""
+    path.parent.mkdir()
+    place, victim = path.parent / name, path.parent.parent / "authorized_keys"
+    victim.write_text("ssh-ed25519 AAAA\n")
+    if kind == "directory":
+        place.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(place))
+    elif kind == "hard link":
+        place.hardlink_to(victim)
+    else:
+        place.symlink_to(victim if kind == "link" else path.parent.parent / "nothing")
+    said = {
+        "directory": "(Is a directory|is not a regular file)",
+        "pipe": "is not a regular file",
+        "socket": "(No such device|is not a regular file)",
+        "hard link": r"is one of 2 names of a file \(hard links\)",
+        "link": "is a link",
+        "dead link": "is a link",
+    }
+    with pytest.raises(ConfigError, match=said[kind]) as refused:
+        asyncio.run(SqliteStore(path).open())
+    assert f"{path.parent}/" in str(refused.value) and "\n" not in str(refused.value)
+    assert {p.name for p in path.parent.iterdir()} <= {name, "jobs.db.lock"}
+    assert victim.read_text() == "ssh-ed25519 AAAA\n"
+    assert not (path.parent.parent / "nothing").exists()
 
 
 def test_sequential_ids_end_somewhere(path: Path) -> None:
