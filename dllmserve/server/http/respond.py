@@ -25,8 +25,8 @@ CLOSE = (b"connection", b"close")
 MAX_MESSAGE = 2000
 #: how long an answered client may go on sending before its connection is closed
 LINGER_S = 1.0
-#: and how many bytes: a body of the default limit, from clients that send it all before they read
-LINGER_BYTES = 2 * 1024 * 1024
+#: and how many bytes: there are clients that send a large body to its end before they read
+LINGER_BYTES = 16 * 1024 * 1024
 
 _TYPES = {
     401: "authentication_error",
@@ -103,7 +103,7 @@ async def send_error(
         param: the request's field that is wrong.
         headers: besides content type and length.
         receive: given when the request's body may not have been read. What still comes is
-            then thrown away for up to a second, or 2 MiB: closing a connection with unread data
+            then thrown away for up to a second, or 16 MiB: closing a connection with unread data
             resets it, and many clients would never see the answer.
     """
     body = error_body(

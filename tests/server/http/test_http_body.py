@@ -386,7 +386,7 @@ def test_what_is_left_of_a_refused_body_is_not_read_without_end() -> None:
                     client.writer.write(b"x" * 65536)
                     await client.writer.drain()
                     sent += 65536
-            # 2 MiB, and what the system holds at both ends
+            # 16 MiB, and what the system holds at both ends
             assert sent < 40_000_000
 
     asyncio.run(main())
