@@ -26,11 +26,12 @@ from dllmserve import __version__
 from dllmserve.errors import DllmServeError, EngineError
 from dllmserve.server import failures, native, openai, ops
 from dllmserve.server.config import ServerConfig
-from dllmserve.server.http.auth import AuthGuard
+from dllmserve.server.http.auth import AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.logs import configure_logging
+from dllmserve.server.http.places import Judge, Standing
 from dllmserve.server.http.request_id import RequestLog
-from dllmserve.server.http.respond import send_error
+from dllmserve.server.http.respond import Headers, send_error
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings, with_port
@@ -88,6 +89,20 @@ def _open_paths(settings: Settings) -> frozenset[str]:
     return ops.OPEN_PATHS | ({"/metrics"} if settings.server.open_metrics else frozenset())
 
 
+def judge(settings: Settings) -> Judge:
+    """Tells probes and holders of keys from strangers, for connections when there are too many."""
+    open_paths, keys = _open_paths(settings), settings.keys
+
+    def standing(path: str, headers: Headers) -> Standing:
+        if path in open_paths:
+            return "probe"
+        secrets = presented(headers)
+        known = keys is not None and len(secrets) == 1 and keys.match(secrets.pop()) is not None
+        return "key" if known else "stranger"
+
+    return standing
+
+
 #: headers of answers that the official clients, and those of the native API, read
 EXPOSED = "X-Request-Id Retry-After X-Should-Retry Location Allow WWW-Authenticate".split()
 
@@ -102,7 +117,12 @@ def guarded(app: FastAPI, *, local_only: bool = False) -> ASGIApp:
     service: Service = app.state.service
     settings, server = service.settings, service.settings.server
     inner: ASGIApp = Turnstile(app, service)
-    inner = BodyGuard(inner, max_bytes=server.max_body_bytes, timeout_s=server.body_timeout)
+    inner = BodyGuard(
+        inner,
+        max_bytes=server.max_body_bytes,
+        timeout_s=server.body_timeout,
+        bodiless=_open_paths(settings),
+    )
     inner = AuthGuard(
         inner,
         keys=settings.keys,

@@ -67,7 +67,15 @@ class ServerConfig:
         None, _NET, "PEM of the authorities whose client certificates are required."
     )
     cors_origins: str = _option("", _NET, "Origins that browsers may call from, with commas.")
-    max_connections: int = _option(1024, _NET, "Open connections; more are answered with 503.")
+    max_connections: int = _option(
+        1024, _NET, "Connections with a request under way; more are answered with 503."
+    )
+    max_connections_per_address: int | None = _option(
+        None,
+        _NET,
+        "Open connections of one address, or IPv6 network of 64 bits; more get a 429 (no limit, if "
+        "not given; leave it so behind a proxy).",
+    )
     header_timeout: float = _option(10.0, _NET, "Seconds that a client has to send its headers.")
     body_timeout: float = _option(30.0, _NET, "Seconds that a client has to send its body.")
     write_timeout: float = _option(30.0, _NET, "Seconds that a client may leave text unread.")
@@ -204,6 +212,7 @@ class ServerConfig:
         ):
             check_int(err, name, getattr(self, name), 1)
         for name in (
+            "max_connections_per_address",
             "requests_per_minute",
             "max_parallel_per_key",
             "max_outstanding_work",

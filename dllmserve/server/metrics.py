@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dllmserve.process.messages import Counters
+from dllmserve.server.http.places import DROPS, ConnectionStats
 
 PREFIX = "dllmserve:"
 #: edges in seconds, as vLLM has them
@@ -64,7 +65,7 @@ class Gauges:
         evicted: results dropped, by reason.
         restarts: engines started after the first.
         ready: whether requests are taken.
-        connections: open HTTP connections.
+        connections: of the HTTP server.
     """
 
     engine: Counters
@@ -77,7 +78,7 @@ class Gauges:
     evicted: dict[str, int]
     restarts: int
     ready: bool
-    connections: int
+    connections: ConnectionStats
 
 
 class Metrics:
@@ -228,7 +229,7 @@ class _Current(Collector):
             ("results_stored", "Results that are kept.", now.results),
             ("results_bytes", "Bytes of the results that are kept.", now.result_bytes),
             ("ready", "1 while requests are taken.", float(now.ready)),
-            ("http_connections", "Open HTTP connections.", now.connections),
+            ("http_connections", "Open HTTP connections.", now.connections.open),
         ):
             yield self._gauge(PREFIX + name, text, value)
         for name, text, value in (
@@ -257,7 +258,23 @@ class _Current(Collector):
         for reason, count in now.evicted.items():
             evicted.add_metric([self._model, reason], count)
         yield evicted
+        yield from self._connections()
         yield from self._each_engine()
+
+    def _connections(self) -> Iterator[Metric]:
+        """What happened below the application."""
+        refused = CounterMetricFamily(
+            PREFIX + "http_refused", "Refused before the application.", labels=["status"]
+        )
+        for status, count in sorted(self._now.connections.refused.items()):
+            refused.add_metric([str(status)], count)
+        yield refused
+        dropped = CounterMetricFamily(
+            PREFIX + "http_connections_dropped", "Closed without an answer.", labels=["reason"]
+        )
+        for reason in DROPS:
+            dropped.add_metric([reason], self._now.connections.dropped[reason])
+        yield dropped
 
     def _each_engine(self) -> Iterator[Metric]:
         """Families with a series for every engine."""

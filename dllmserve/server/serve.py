@@ -15,15 +15,11 @@ from pathlib import Path
 import uvicorn
 
 from dllmserve.errors import ConfigError, DllmServeError
-from dllmserve.server.app import create_app, guarded, start_logging
+from dllmserve.server.app import create_app, guarded, judge, start_logging
 from dllmserve.server.config import ServerConfig
-from dllmserve.server.http.connection import (
-    MAX_TURNED_AWAY,
-    ConnectionLimits,
-    RefusalHeaders,
-    guarded_protocol,
-    no_headers,
-)
+from dllmserve.server.http.listener import AT_ONCE, BACKLOG, GuardedServer
+from dllmserve.server.http.places import ConnectionLimits, Connections
+from dllmserve.server.http.refusal import RefusalHeaders, no_headers
 from dllmserve.server.http.respond import Headers
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.private import remove_file, replace_file
@@ -34,11 +30,9 @@ _log = logging.getLogger("dllmserve.server")
 
 #: seconds that answered connections get to be flushed and closed
 _FLUSH_S = 5
-#: connections that the system holds for us, and those that are taken from it in one go. When there
-#: is no open file left, asyncio tries the rest of the go in vain and logs every one
-_BACKLOG = 2048
-_AT_ONCE = 64
-#: goes whose connections may be open before the first of them is counted, or closed
+#: places kept for probes and for requests with a key, at least; else an eighth of the others
+_RESERVE = 32
+#: goes whose connections may be open after they were told to close
 _GOES = 4
 #: open files besides connections: log, job store, engine, modules that are being read
 _OTHER_FILES = 128
@@ -68,21 +62,6 @@ def serve(settings: Settings, began: float | None = None) -> int:
         bound.close()
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handling: we drain before it closes the port."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals alone."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to accept; asyncio has one number for the backlog and for what it accepts."""
-        await super().startup(sockets)
-        for bound in sockets or ():
-            bound.listen(_BACKLOG)
-
-
 class _Running:
     """One server, from its open port to its end."""
 
@@ -91,7 +70,7 @@ class _Running:
         app = create_app(settings, began)
         self._service: Service = app.state.service
         self._jobs: Jobs = app.state.jobs
-        self._server = _Server(self._config(guarded(app)))
+        self._server = self._make_server(guarded(app))
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
 
     async def run(self) -> int:
@@ -175,12 +154,12 @@ class _Running:
             server.default_quality,
         )
 
-    def _config(self, app: object) -> uvicorn.Config:
+    def _make_server(self, app: object) -> GuardedServer:
         server = self._settings.server
         limits, at_once = _connection_limits(server)
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
-            http=guarded_protocol(limits, self._service.connections, _refusal_headers(server)),
+            http="httptools",
             ws="none",
             lifespan="off",
             log_config=None,
@@ -189,7 +168,6 @@ class _Running:
             proxy_headers=False,
             timeout_keep_alive=server.keep_alive_timeout,  # type: ignore[arg-type]
             timeout_graceful_shutdown=_FLUSH_S,
-            backlog=at_once,
             ssl_certfile=server.ssl_certfile,
             ssl_keyfile=server.ssl_keyfile,
             ssl_ca_certs=server.ssl_ca_certs,
@@ -199,7 +177,13 @@ class _Running:
             config.load()
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"the TLS certificate or key cannot be used: {error}") from error
-        return config
+        connections = Connections(
+            limits,
+            self._service.connections,
+            judge=judge(self._settings),
+            refusal_headers=_refusal_headers(server),
+        )
+        return GuardedServer(config, connections, at_once)
 
 
 def _refusal_headers(server: ServerConfig) -> RefusalHeaders:
@@ -225,14 +209,15 @@ def _connection_limits(server: ServerConfig) -> tuple[ConnectionLimits, int]:
     Returns:
         The limits, and how many connections may be taken from the system in one go.
     """
-    connections, turned_away, at_once = server.max_connections, MAX_TURNED_AWAY, _AT_ONCE
-    wanted = connections + turned_away + _GOES * at_once + _OTHER_FILES
+    connections, at_once = server.max_connections, AT_ONCE
+    reserve = max(_RESERVE, connections // 8)
+    wanted = connections + reserve + _GOES * at_once + _OTHER_FILES
     files = _allow_files(wanted)
     if files < wanted:
         room = files - min(_OTHER_FILES, files // 2)
-        turned_away = min(turned_away, room // 4)
+        reserve = min(reserve, room // 4)
         at_once = max(1, min(at_once, room // 32))
-        connections = max(1, min(connections, room - turned_away - _GOES * at_once))
+        connections = max(1, min(connections, room - reserve - _GOES * at_once))
     if connections < server.max_connections:
         _log.warning(
             "only %d files may be open, so max_connections is %d instead of %d: raise that limit "
@@ -245,7 +230,8 @@ def _connection_limits(server: ServerConfig) -> tuple[ConnectionLimits, int]:
     limits = ConnectionLimits(
         header_timeout_s=server.header_timeout,
         max_connections=connections,
-        max_turned_away=turned_away,
+        reserve=reserve,
+        max_per_address=server.max_connections_per_address,
         write_timeout_s=server.write_timeout,
     )
     return limits, at_once
@@ -301,7 +287,7 @@ def _bind(host: str, port: int) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         # two that are only bound may share an address; this is also when clients can connect
-        bound.listen(_BACKLOG)
+        bound.listen(BACKLOG)
     except OSError as error:
         if bound is not None:
             bound.close()
@@ -309,5 +295,4 @@ def _bind(host: str, port: int) -> socket.socket:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {reason}; give another --port or --host"
         ) from error
-    bound.setblocking(False)
     return bound

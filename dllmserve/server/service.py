@@ -24,7 +24,7 @@ from dllmserve.process.calls import Call, Event, Started
 from dllmserve.process.messages import EngineInfo
 from dllmserve.process.supervisor import State, SupervisorOptions
 from dllmserve.server.admission import Admission, Place
-from dllmserve.server.http.connection import ConnectionStats
+from dllmserve.server.http.places import ConnectionStats
 from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import Settings
 from dllmserve.server.store import StoreStats
@@ -440,7 +440,7 @@ class Service:
             evicted={str(reason): count for reason, count in stats.evicted.items()},
             restarts=self.llm.supervisor.restarts,
             ready=self.status == "ok",
-            connections=self.connections.open,
+            connections=self.connections,
         )
 
 

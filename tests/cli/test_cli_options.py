@@ -115,6 +115,7 @@ SERVER_VALUES: dict[str, tuple[list[str], Any]] = {
     "address_file": (["--address-file", "a"], "a"),
     "cors_origins": (["--cors-origins", "https://a.example"], "https://a.example"),
     "max_connections": (["--max-connections", "5"], 5),
+    "max_connections_per_address": (["--max-connections-per-address", "6"], 6),
     "header_timeout": (["--header-timeout", "2"], 2.0),
     "body_timeout": (["--body-timeout", "2.5"], 2.5),
     "write_timeout": (["--write-timeout", "3"], 3.0),

@@ -40,6 +40,18 @@ def test_the_limit_is_raised(
     assert limits[-1] == after
 
 
+@pytest.mark.parametrize(("connections", "reserve"), [(1, 32), (64, 32), (1024, 128), (8000, 1000)])
+def test_an_eighth_is_kept_for_probes_and_keys(
+    connections: int, reserve: int, limits: list[Pair]
+) -> None:
+    limits.append((1024, INFINITE))
+    taken, _ = serve._connection_limits(
+        ServerConfig(max_connections=connections, max_connections_per_address=7)
+    )
+    assert (taken.max_connections, taken.reserve) == (connections, reserve)
+    assert taken.max_per_address == 7
+
+
 @pytest.mark.parametrize(("hard", "enough"), [(20_000, True), (1024, False), (64, False)])
 def test_fewer_files_are_fewer_connections(
     hard: int,
@@ -53,5 +65,7 @@ def test_fewer_files_are_fewer_connections(
     with caplog.at_level(logging.WARNING, "dllmserve.server"):
         taken, at_once = serve._connection_limits(ServerConfig())
     assert (taken.max_connections == 1024) is enough
-    assert 1 <= taken.max_connections < hard and at_once >= 1
+    assert 1 <= taken.max_connections < hard and at_once >= 1 and taken.reserve >= 1
+    most = taken.max_connections + taken.reserve + serve._GOES * at_once
+    assert most + min(serve._OTHER_FILES, hard // 2) <= limits[-1][0] <= hard
     assert ("ulimit -n" in caplog.text) is not enough

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -27,6 +28,7 @@ from dllmserve.process.supervisor import SupervisorOptions
 from dllmserve.server import ops
 from dllmserve.server.app import create_app, guarded
 from dllmserve.server.config import CHOICES, ServerConfig
+from dllmserve.server.http.places import ConnectionStats
 from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import load_settings
 from dllmserve.server.store.base import DROP_REASONS
@@ -99,6 +101,7 @@ def everything_counted() -> bytes:
     evicted = {str(reason): 1 for reason in DROP_REASONS}
     engines = [EngineGauges(up=True, running=1, work=1, restarts=1)]
     given = {**known, "engine": Counters(), "engines": engines, "evicted": evicted}
+    given["connections"] = ConnectionStats(refused=Counter([503]))
     return metrics.render(Gauges(**given))
 
 

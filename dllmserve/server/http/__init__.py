@@ -2,7 +2,9 @@
 
 From the outside in::
 
-    connection.guarded_protocol   one per TCP connection, below ASGI
+    listener.Listener             accepts connections, before TLS
+    places.Connections            who has a place among them, and who gives way
+    connection.GuardedProtocol    one for each connection, below ASGI
     request_id.RequestLog         request id, the log line, the 500 of a handler that raised
     (CORS, where it is configured)
     auth.AuthGuard                API keys, owners, rate limits

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dllmserve._checks import check_int
 from dllmserve.errors import ConfigError
 from dllmserve.server.http.keys import ApiKeys, Key
-from dllmserve.server.http.respond import send_error
+from dllmserve.server.http.respond import Headers, send_error
 
 __all__ = ["ApiKeys", "AuthGuard", "Key"]
 
@@ -98,7 +98,7 @@ class AuthGuard:
         """The request's key; None if the request has been answered with 401."""
         if self.keys is None:
             return ANYONE
-        secrets = _presented(scope)
+        secrets = presented(scope["headers"])
         if not secrets:
             code = "missing_api_key"
             text = "No API key; send it as 'Authorization: Bearer <key>' or 'X-Api-Key: <key>'."
@@ -166,10 +166,10 @@ class _Bucket:
         return (1 - self.tokens) / self.rate
 
 
-def _presented(scope: Scope) -> set[bytes]:
+def presented(headers: Headers) -> set[bytes]:
     """The different keys that a request carries. Other schemes than Bearer carry none."""
     found = set()
-    for name, value in scope["headers"]:
+    for name, value in headers:
         kind = name.lower()
         if kind == b"authorization":
             scheme, _, value = value.strip().partition(b" ")

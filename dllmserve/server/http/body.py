@@ -1,17 +1,22 @@
-"""Reads request bodies before the app sees them: bounded in bytes and in time."""
+"""Reads request bodies before the app sees them: bounded in bytes, in time and in memory."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dllmserve._checks import check_float, check_int
 from dllmserve.errors import ConfigError
-from dllmserve.server.http.respond import CLOSE, send_error, shown
+from dllmserve.server.http.respond import CLOSE, Headers, send_error, shown
 
 #: methods whose body, if there is one, means nothing, so that its type does not matter
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
+#: what bodies that are not complete may have in memory together: so many of the largest size, and
+#: in any case so many bytes
+_AT_ONCE, _AT_LEAST = 64, 128 * 1024 * 1024
+_SOON = ((b"retry-after", b"1"),)
 
 
 class _TooLarge(Exception):
@@ -20,6 +25,10 @@ class _TooLarge(Exception):
     def __init__(self, complete: bool) -> None:
         super().__init__()
         self.complete = complete
+
+
+class _NoRoom(Exception):
+    """Its owner, or all together, have too much in memory that is not complete."""
 
 
 class _Gone(Exception):
@@ -33,30 +42,46 @@ class BodyGuard:
     the server, so that it still notices a client that goes away. Answers that it gives itself:
 
     - 413 for more than ``max_bytes``: at once if Content-Length says so, else when they came
+    - 413 for any body on a path of ``bodiless``, at once
+    - 503 when bodies that are not complete take too much memory: 64 times ``max_bytes`` or 128 MiB
+      in all. An owner (``scope["state"]["owner"]``) gets no more than is then still free for
+      others: one alone has half of it, and there is always some for the next
     - 408 for a body that is not complete after ``timeout_s`` seconds
     - 415 for a body that is not JSON, or compressed; not for GET, HEAD, DELETE and OPTIONS
     - 400 for a Content-Length that is no number
 
-    413 and 408 close the connection. A client that goes away while it sends is not answered
+    413, 408 and 503 close the connection. A client that goes away while it sends is not answered
     and the app is not called.
 
     Args:
         app: the app behind.
         max_bytes: largest body in bytes.
         timeout_s: seconds for the whole body, however steadily it trickles.
+        bodiless: paths whose requests have no body; those that need no key, since what comes
+            from anybody must not take memory.
 
     Raises:
         ConfigError: a limit is not positive.
     """
 
     def __init__(
-        self, app: ASGIApp, *, max_bytes: int = 2 * 1024 * 1024, timeout_s: float = 30
+        self,
+        app: ASGIApp,
+        *,
+        max_bytes: int = 2 * 1024 * 1024,
+        timeout_s: float = 30,
+        bodiless: frozenset[str] = frozenset(),
     ) -> None:
         check_int(ConfigError, "max_bytes", max_bytes, 1)
         check_float(ConfigError, "timeout_s", timeout_s, 0, low_open=True)
         self.app = app
         self.max_bytes = max_bytes
         self.timeout_s = timeout_s
+        self.bodiless = bodiless
+        self.max_memory = max(_AT_ONCE * max_bytes, _AT_LEAST)
+        # bytes in memory of bodies that are not complete
+        self._held: Counter[str] = Counter()
+        self._all_held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Guard one request; other kinds of scope pass."""
@@ -68,12 +93,17 @@ class BodyGuard:
         except ValueError as error:
             await send_error(scope, send, 400, str(error), headers=[CLOSE], receive=receive)
             return
+        if scope["path"] in self.bodiless and (declared or _headers(scope, b"transfer-encoding")):
+            text = "A request to this path has no body; send none."
+            await self._refuse(scope, send, receive, 413, "body_too_large", text)
+            return
         if declared > self.max_bytes:
             await self._refuse_size(scope, send, receive, f"{declared} bytes")
             return
         try:
             async with asyncio.timeout(self.timeout_s):
-                body = [await self._read(receive)]
+                owner = scope.get("state", {}).get("owner", "")
+                body = [await self._read(receive, owner)]
         except TimeoutError:
             text = (
                 f"The request body was not complete after {self.timeout_s:g} seconds;"
@@ -85,6 +115,10 @@ class BodyGuard:
             unread = None if error.complete else receive
             await self._refuse_size(scope, send, unread, "more")
             return
+        except _NoRoom:
+            text = "Too many request bodies are being received at once; try again later."
+            await self._refuse(scope, send, receive, 503, "overloaded", text, _SOON)
+            return
         except _Gone:
             return
         wrong = _wrong_type(scope) if body[0] and scope["method"] not in _BODILESS else None
@@ -93,23 +127,35 @@ class BodyGuard:
             return
         await self.app(scope, _replay(body, receive), send)
 
-    async def _read(self, receive: Receive) -> bytes:
-        """The whole body; raises _TooLarge or _Gone."""
-        parts: list[bytes] = []
-        size = 0
+    async def _read(self, receive: Receive, owner: str) -> bytes:
+        """The whole body; raises _TooLarge, _NoRoom or _Gone."""
+        # not a list of parts: each takes 40 bytes more, and may be a single byte
+        body = bytearray()
         more = True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise _Gone
-            part = message.get("body", b"")
-            more = message.get("more_body", False)
-            size += len(part)
-            if size > self.max_bytes:
-                raise _TooLarge(complete=not more)
-            if part:
-                parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        try:
+            while more:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise _Gone
+                part = message.get("body", b"")
+                more = message.get("more_body", False)
+                if len(body) + len(part) > self.max_bytes:
+                    raise _TooLarge(complete=not more)
+                body += part
+                self._hold(owner, len(part))
+                del message, part  # not kept while the next one is waited for
+                if more and self._held[owner] > self.max_memory - self._all_held:
+                    raise _NoRoom
+        finally:
+            self._hold(owner, -len(body))
+        return bytes(body)
+
+    def _hold(self, owner: str, size: int) -> None:
+        """Count bytes that have come for an owner's bodies, or have gone."""
+        self._all_held += size
+        self._held[owner] += size
+        if not self._held[owner]:
+            del self._held[owner]
 
     async def _refuse_size(
         self, scope: Scope, send: Send, receive: Receive | None, given: str
@@ -118,8 +164,20 @@ class BodyGuard:
             f"The request body is limited to {self.max_bytes} bytes and has {given};"
             " split the request into smaller ones."
         )
+        await self._refuse(scope, send, receive, 413, "body_too_large", text)
+
+    @staticmethod
+    async def _refuse(
+        scope: Scope,
+        send: Send,
+        receive: Receive | None,
+        status: int,
+        code: str,
+        text: str,
+        headers: Headers = (),
+    ) -> None:
         await send_error(
-            scope, send, 413, text, code="body_too_large", headers=[CLOSE], receive=receive
+            scope, send, status, text, code=code, headers=[CLOSE, *headers], receive=receive
         )
 
 

@@ -3,42 +3,36 @@
 uvicorn bounds an idle keep-alive connection and nothing else: one that sends half a request or
 never reads its answer is kept for ever. The invariant here is that an open connection has
 a request being answered, whose body :class:`~dllmserve.server.http.body.BodyGuard` times, or
-a timer that ends it.
+a timer that ends it. Which connections there may be is the subject of
+:mod:`~dllmserve.server.http.places`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import socket
-from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from collections import deque
+from typing import Any, Literal
 
 import httptools
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import (
-    STATUS_LINE,
-    HttpToolsProtocol,
-    RequestResponseCycle,
-)
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from dllmserve._checks import check_float, check_int
-from dllmserve.errors import ConfigError
+from dllmserve.server.http.head import check_head, path_of
 from dllmserve.server.http.http10 import speak_http_1_0
-from dllmserve.server.http.respond import CLOSE, LINGER_S, Headers, error_body, error_type
+from dllmserve.server.http.places import Connections, Place
+from dllmserve.server.http.refusal import Refused
+from dllmserve.server.http.respond import ABORT, ANSWERED, LINGER_S
 
-#: key of scope["extensions"] with a function that drops the request's connection at once
-ABORT = "dllmserve.abort"
 #: requests that may wait on one connection for the answers before theirs
 MAX_PIPELINED = 16
-#: see ConnectionLimits.max_turned_away
-MAX_TURNED_AWAY = 64
 #: a reader that takes less than this in write_timeout_s counts as one that does not read
 MIN_PROGRESS_BYTES = 65536
+#: bytes that the parser gets at once: how far a limit on what it makes nothing of may be exceeded
+_SLICE = 2048
+#: bytes that are read from a socket at once: what nobody has asked for takes this much memory
+_READ_BYTES = 65536
 
 _log = logging.getLogger("dllmserve.access")
 
@@ -46,111 +40,16 @@ _log = logging.getLogger("dllmserve.access")
 _Part = Literal["idle", "head", "body"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConnectionLimits:
-    """What one connection may take. Beyond a limit it gets the status below and is closed.
-
-    Attributes:
-        header_timeout_s: seconds from a request's first byte, or from the connection's start,
-            to the end of its headers; 408. Also for a body that nobody waits for any more.
-        max_header_bytes: request line and headers together, and trailers; 431.
-        max_headers: number of headers; 431.
-        max_target_bytes: path and query; 414.
-        max_connections: open connections of the server; 503.
-        max_turned_away: connections over that limit that are answered before they are closed;
-            more are just closed.
-        write_timeout_s: seconds that a full write buffer may stand still; no status.
-
-    Raises:
-        ConfigError: a limit is not positive.
-    """
-
-    header_timeout_s: float = 10.0
-    max_header_bytes: int = 65536
-    max_headers: int = 100
-    max_target_bytes: int = 8192
-    max_connections: int = 1024
-    max_turned_away: int = MAX_TURNED_AWAY
-    write_timeout_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("header_timeout_s", "write_timeout_s"):
-            check_float(ConfigError, name, getattr(self, name), 0, low_open=True)
-        for name in ("max_header_bytes", "max_headers", "max_target_bytes", "max_connections"):
-            check_int(ConfigError, name, getattr(self, name), 1)
-        check_int(ConfigError, "max_turned_away", self.max_turned_away, 0)
-
-
-@dataclass
-class ConnectionStats:
-    """Counts of one server, for metrics.
-
-    Attributes:
-        open: connections open now, without those being turned away.
-        turned_away: connections over the limit that wait to be closed.
-        refused: refused connections and requests, by status.
-        stuck_readers: connections dropped because the client did not read.
-    """
-
-    open: int = 0
-    turned_away: int = 0
-    refused: Counter[int] = field(default_factory=Counter)
-    stuck_readers: int = 0
-
-
-class _Refused(Exception):
-    """A request that is not passed on: status, code and message of the answer."""
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.message = message
-
-
-#: from the headers of a request, as far as they have come, to headers of its refusal
-RefusalHeaders = Callable[[Headers], Headers]
-
-
-def no_headers(_: Headers) -> Headers:
-    """None at all."""
-    return ()
-
-
-def guarded_protocol(
-    limits: ConnectionLimits,
-    stats: ConnectionStats | None = None,
-    refusal_headers: RefusalHeaders = no_headers,
-) -> type[GuardedProtocol]:
-    """The protocol class for one server, to be given to ``uvicorn.Config(http=...)``.
-
-    Args:
-        limits: for every connection.
-        stats: counted into; by default a new one, which is the class's ``stats``.
-        refusal_headers: what the answer to a refused request has besides its own headers.
-
-    Example:
-        >>> protocol = guarded_protocol(ConnectionLimits(header_timeout_s=5))
-        >>> protocol.stats.open
-        0
-    """
-    given = limits
-    counts = stats if stats is not None else ConnectionStats()
-    more = refusal_headers
-
-    class Protocol(GuardedProtocol):
-        limits = given
-        stats = counts
-        refusal_headers = staticmethod(more)
-
-    return Protocol
+def _nothing() -> None:
+    """There is nothing left to drop."""
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """One connection. Use :func:`guarded_protocol`, which sets the class attributes.
+    """One connection.
 
     Besides its limits it differs from uvicorn's own in this:
 
+    - Heads that RFC 9112 forbids are refused, see :func:`~dllmserve.server.http.head.check_head`.
     - Malformed requests are answered with the error object, after the answers to earlier
       requests on the connection, and never inside one.
     - A client that leaves ends every request it had sent, pipelined ones included.
@@ -158,64 +57,56 @@ class GuardedProtocol(HttpToolsProtocol):
     - ``Upgrade`` is ignored and the request's body is read; some clients offer HTTP/2 so.
     - A request whose answer came before its body was read cannot keep the connection for ever.
     - An HTTP/1.0 client gets no chunks and no ``100 Continue``, which it would not know.
-    """
 
-    limits: ClassVar[ConnectionLimits]
-    stats: ClassVar[ConnectionStats]
-    refusal_headers: ClassVar[staticmethod[[Headers], Headers]] = staticmethod(no_headers)
+    Args:
+        config, server_state, app_state: of uvicorn.
+        connections: of the server.
+        place: this connection's among them.
+    """
 
     def __init__(
         self,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
-        _loop: asyncio.AbstractEventLoop | None = None,
+        connections: Connections,
+        place: Place,
     ) -> None:
-        super().__init__(config, server_state, app_state, _loop)
+        super().__init__(config, server_state, app_state, asyncio.get_running_loop())
+        self._connections = connections
+        self._place = place
+        self._limits = connections.limits
+        self._stats = connections.stats
         self._part: _Part = "idle"
         self._header_count = 0
         self._header_bytes = 0
         # bytes since the parser last came to the end of something
         self._unparsed = 0
+        # of the body that is being received: its bytes, and what came around and between them
+        self._body_bytes = 0
+        self._framing = 0
         self._upgrade_head: bytes | None = None
         # received and not yet answered completely, oldest first
         self._open_cycles: deque[RequestResponseCycle] = deque()
-        self._refusal: _Refused | None = None
-        self._counted = False
+        self._refusal: Refused | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
         self._unsent = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock for the first request, or turn the connection away."""
+        """Go on with the clock that has run since the connection was accepted."""
         super().connection_made(transport)
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            # asyncio does so only if the listening socket was made with an explicit protocol;
-            # otherwise each answer waits 40 ms between its headers and its body
-            with contextlib.suppress(OSError):  # the client has left already
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self.stats.open < self.limits.max_connections:
-            self._counted = True
-            self.stats.open += 1
-            self._start_head_timer()
-            return
-        self.stats.turned_away += 1
-        if self.stats.turned_away > self.limits.max_turned_away:
-            self.stats.refused[503] += 1
-            transport.abort()
-            return
-        most = self.limits.max_connections
-        text = f"The server has its limit of {most} open connections; try again later."
-        self._refuse(_Refused(503, "too_many_connections", text))
+        if hasattr(transport, "max_size"):  # else each read of 256 KiB
+            transport.max_size = _READ_BYTES
+        self._place.drop = self.abort
+        if self._place.gone:  # dropped while its handshake ended
+            self.abort()
+        self._head_timer = self.loop.call_at(self._place.deadline, self._on_head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop every timer and tell every unanswered request that its client is gone."""
-        if self._counted:
-            self.stats.open -= 1
-        else:
-            self.stats.turned_away -= 1
+        self._connections.leave(self._place)
         for timer in (self._head_timer, self._write_timer, self._linger_timer):
             if timer is not None:
                 timer.cancel()
@@ -224,6 +115,11 @@ class GuardedProtocol(HttpToolsProtocol):
         while self._open_cycles:
             self._disconnect(self._open_cycles.popleft())
         super().connection_lost(exc)
+        # Without these the connection is gone when the last task has let go of it. In circles it
+        # and its heads would wait for the garbage collector, which has too much else to look at.
+        self.pipeline.clear()
+        self.cycle = self.scope = None  # type: ignore[assignment]
+        self._place.drop = _nothing
 
     def abort(self) -> None:
         """Drop the connection at once, with whatever is unsent. May be called at any time."""
@@ -231,8 +127,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """Close when nothing is unanswered; uvicorn calls it when the server stops."""
-        super().shutdown()
-        self._watch_close()
+        if not self.transport.is_closing():  # closed twice, a TLS transport cannot be aborted
+            super().shutdown()
+            self._watch_close()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close a connection on which no further request came."""
@@ -244,22 +141,37 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             return
         self._stop_keep_alive()
-        self._unparsed += len(data)
         try:
-            self._feed(data)
-            if self._unparsed > self.limits.max_header_bytes:
-                raise self._headers_too_large()
-        except _Refused as refused:
+            for at in range(0, len(data), _SLICE):
+                self._parse(data[at : at + _SLICE])
+        except Refused as refused:
             self._refuse(refused)
         except httptools.HttpParserError as error:
             cause = error.__context__
-            if not isinstance(cause, _Refused):
+            if not isinstance(cause, Refused):
                 text = "The request is not valid HTTP/1.1."
                 if not isinstance(error, httptools.HttpParserCallbackError):
                     text = f"{text[:-1]}: {error}."  # fixed texts of the parser
-                cause = _Refused(400, "malformed_request", text)
+                cause = Refused(400, "malformed_request", text)
             self._refuse(cause)
         self._watch_read()
+
+    def _parse(self, data: bytes) -> None:
+        """Give a few bytes to the parser, and see to it that they lead to something."""
+        cycle = self.cycle if self._part == "body" else None
+        size, body_bytes = len(data), self._body_bytes
+        self._unparsed += size
+        self._feed(data)
+        most = self._limits.max_header_bytes
+        if self._unparsed > most:
+            raise self._headers_too_large()
+        if cycle is not None and self._part == "body" and self.cycle is cycle:
+            self._framing += size - (self._body_bytes - body_bytes)
+            if self._framing > most + self._body_bytes:
+                text = (
+                    f"Chunk sizes and extensions are limited to {most} bytes and the body's size;"
+                )
+                raise Refused(431, "headers_too_large", f"{text} send larger chunks.")
 
     def _feed(self, data: bytes) -> None:
         """Give bytes to the parser, and again those after a request that offers an upgrade."""
@@ -268,60 +180,67 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                # the parser took the request to have no body: once more without the header
+                # The parser took the request to have no body: once more without the header. A new
+                # parser, because this one takes nothing more after "Connection: close".
                 data = (self._upgrade_head or b"") + data[upgrade.args[0] :]
                 self._upgrade_head = None
+                self._make_parser()
 
-    def _headers_too_large(self) -> _Refused:
-        most = self.limits.max_header_bytes
+    def _make_parser(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        # as uvicorn has it: what comes after the last request of a connection does not matter
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def _headers_too_large(self) -> Refused:
+        most = self._limits.max_header_bytes
         text = f"Request line and headers are limited to {most} bytes; send less."
-        return _Refused(431, "headers_too_large", text)
+        return Refused(431, "headers_too_large", text)
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
         if len(self._open_cycles) > MAX_PIPELINED:
             text = f"At most {MAX_PIPELINED} requests may wait on one connection; await answers."
-            raise _Refused(400, "too_many_pipelined", text)
+            raise Refused(400, "too_many_pipelined", text)
         super().on_message_begin()
-        self.scope["extensions"] = {ABORT: self.abort}  # type: ignore[dict-item]
+        calls: dict[str, Any] = {ABORT: self.abort, ANSWERED: self._on_answered}
+        self.scope["extensions"] = calls
         self._part = "head"
         self._header_count = self._header_bytes = 0
-        self._unparsed = 0
+        self._unparsed = self._body_bytes = self._framing = 0
 
     def on_url(self, url: bytes) -> None:
         """A part of the request's target."""
         super().on_url(url)
-        if len(self.url) > self.limits.max_target_bytes:
-            most = self.limits.max_target_bytes
+        if len(self.url) > self._limits.max_target_bytes:
+            most = self._limits.max_target_bytes
             text = f"The request target is limited to {most} bytes; put data into the body."
-            raise _Refused(414, "target_too_long", text)
+            raise Refused(414, "target_too_long", text)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """A complete header, or trailer."""
         self._header_count += 1
         self._header_bytes += len(name) + len(value) + 4
-        if self._header_count > self.limits.max_headers:
-            text = f"A request is limited to {self.limits.max_headers} headers; send fewer."
-            raise _Refused(431, "too_many_headers", text)
+        if self._header_count > self._limits.max_headers:
+            text = f"A request is limited to {self._limits.max_headers} headers; send fewer."
+            raise Refused(431, "too_many_headers", text)
         if self._part == "body":
             # a trailer among the headers would come after the guards had looked at them
             return
-        if name.lower() == b"transfer-encoding" and value.strip().lower() != b"chunked":
-            text = "The only Transfer-Encoding is chunked; send the body uncompressed."
-            raise _Refused(400, "unsupported_transfer_encoding", text)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The request can be started."""
-        if self._header_bytes + len(self.url) > self.limits.max_header_bytes:
+        if self._header_bytes + len(self.url) > self._limits.max_header_bytes:
             raise self._headers_too_large()
         version = self.parser.get_http_version()
-        if version not in ("1.0", "1.1"):
-            text = "This server speaks HTTP/1.1 and HTTP/1.0."
-            raise _Refused(400, "unsupported_http_version", text)
+        check_head(version, self.url, self.headers)
         if self.parser.should_upgrade():
             self._ignore_upgrade(version)
             return
+        if not self._connections.begin(self._place, path_of(self.url), self.headers):
+            most = self._limits.max_connections
+            text = f"The server is answering its limit of {most} connections; try again later."
+            raise Refused(503, "too_many_connections", text)
         super().on_headers_complete()
         if version == "1.0":
             speak_http_1_0(self.cycle)
@@ -334,7 +253,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Note the request as it would be without the header."""
         method = self.parser.get_method()
         if method == b"CONNECT":
-            raise _Refused(400, "connect_not_supported", "This server is not a proxy.")
+            raise Refused(400, "connect_not_supported", "This server is not a proxy.")
         head = [method, b" ", self.url, b" HTTP/", version.encode(), b"\r\n"]
         for name, value in self.headers:
             if name != b"upgrade":
@@ -344,6 +263,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         self._unparsed = 0
+        self._body_bytes += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -358,7 +278,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _start_head_timer(self) -> None:
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(
-                self.limits.header_timeout_s, self._on_head_timeout
+                self._limits.header_timeout_s, self._on_head_timeout
             )
 
     def _stop_head_timer(self) -> None:
@@ -385,9 +305,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def _on_head_timeout(self) -> None:
         self._head_timer = None
         if self._part == "head":
-            limit = self.limits.header_timeout_s
+            limit = self._limits.header_timeout_s
             text = f"The request's headers were not complete after {limit:g} seconds."
-            self._refuse(_Refused(408, "header_timeout", text))
+            self._refuse(Refused(408, "header_timeout", text))
         else:
             self._close()
 
@@ -408,7 +328,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._write_timer is None:
             self._unsent = self.transport.get_write_buffer_size()
             self._write_timer = self.loop.call_later(
-                self.limits.write_timeout_s, self._on_write_timeout
+                self._limits.write_timeout_s, self._on_write_timeout
             )
 
     def _on_write_timeout(self) -> None:
@@ -416,13 +336,14 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._unsent - self.transport.get_write_buffer_size() >= MIN_PROGRESS_BYTES:
             self._start_write_timer()  # one large answer on a slow line
             return
-        self.stats.stuck_readers += 1
+        self._stats.dropped["slow_reader"] += 1
         self.abort()
 
     def _close(self) -> None:
         """Close once everything is sent, and in any case some time later."""
-        self.transport.close()
-        self._watch_close()
+        if not self.transport.is_closing():
+            self.transport.close()
+            self._watch_close()
 
     def _watch_close(self) -> None:
         if self.transport.is_closing() and self.transport.get_write_buffer_size():
@@ -432,7 +353,10 @@ class GuardedProtocol(HttpToolsProtocol):
         """A request has been answered: go on with the next, or with what was refused."""
         super().on_response_complete()
         if self._open_cycles:
-            self._open_cycles.popleft()
+            # whatever of the body the application did not want
+            self._open_cycles.popleft().body.clear()
+        if not self._open_cycles:
+            self._connections.rest(self._place)
         if self.transport.is_closing():
             self._watch_close()
         elif self._refusal is not None and not self._open_cycles:
@@ -440,20 +364,26 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             self._watch_read()
 
+    def _on_answered(self) -> None:
+        """Nothing but the rest of a body is waited for, so that the connection may give way."""
+        if len(self._open_cycles) <= 1:
+            self._connections.rest(self._place)
+
     def send_400_response(self, msg: str) -> None:
         """Answer a malformed request; kept for uvicorn, which calls it by this name."""
-        self._refuse(_Refused(400, "malformed_request", msg))
+        self._refuse(Refused(400, "malformed_request", msg))
 
-    def _refuse(self, refusal: _Refused) -> None:
+    def _refuse(self, refusal: Refused) -> None:
         """Read no more; answer with an error once all earlier requests are answered."""
         self._refusal = refusal
-        self.stats.refused[refusal.status] += 1
+        self._stats.refused[refusal.status] += 1
         fields = {"status": refusal.status, "code": refusal.code}
-        host = self.client[0] if self.client else ""
-        _log.info("connection refused", extra={**fields, "client": host})
+        _log.info("connection refused", extra=fields)
         self._stop_head_timer()
         if self._part == "body" and not self._drop_broken():
             self._close()
+            for cycle in self._open_cycles:  # nobody waits for the rest of what had begun
+                self._disconnect(cycle)
         elif not self._open_cycles:
             self._send_refusal(refusal)
 
@@ -472,25 +402,16 @@ class GuardedProtocol(HttpToolsProtocol):
         cycle.disconnected = True
         cycle.message_event.set()
 
-    def _send_refusal(self, refusal: _Refused) -> None:
+    def _send_refusal(self, refusal: Refused) -> None:
         """Write the error and close, but not before the client had time to read it.
 
         Closing with unread data resets the connection, and the client may lose the answer. So
         only this side is closed, and what still comes is thrown away for a moment.
         """
         self._stop_keep_alive()
-        body = error_body(refusal.message, type=error_type(refusal.status), code=refusal.code)
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            CLOSE,
-            *self.refusal_headers(self.headers or ()),
-        ]
-        if refusal.status == 503:
-            headers.append((b"retry-after", b"1"))
-        lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
-        self.transport.write(STATUS_LINE[refusal.status] + lines + b"\r\n" + body)
+        self._connections.rest(self._place)
+        more = self._connections.refusal_headers(self.headers or ())
+        self.transport.write(refusal.answer([*self.server_state.default_headers, *more]))
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()

@@ -7,7 +7,10 @@ import logging
 import math
 import re
 import sys
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from typing import Any, Literal, TextIO
 
 from dllmserve._checks import check_choice
@@ -28,6 +31,15 @@ _MAX_TEXT = 16_384  # characters of one field
 _MAX_TRACE = 65_536  # characters of one traceback
 _MAX_ITEMS = 64  # of one list or dict
 _MAX_DEPTH = 4
+#: stands where the address of a client was
+_HIDDEN = "[address]"
+#: what Python shows of a socket's ends; neither crosses the end of a JSON string or of a line
+_ENDS = re.compile(
+    r"\b[lr]addr=\([^)\"\\\n]*\)|\('[0-9A-Fa-f:.]+(?:%\w+)?', \d{1,5}(?:, \d+){0,2}\)"
+)
+#: where others write the text, and in tracebacks, everything that is an address is hidden
+_FOREIGN = ("asyncio", "uvicorn")
+_MAYBE_ADDRESS = re.compile(r"(?<![\w.:])(?:\[([0-9A-Fa-f.:]+)\](?::\d+)?|[0-9A-Fa-f.:]{3,60})")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PLAIN = re.compile(r"[^\s\"'=\\]+")
 
@@ -54,7 +66,8 @@ class JsonFormatter(logging.Formatter):
         trace = _trace(self, record)
         if trace:
             line["exc"] = _cut(trace, _MAX_TRACE)
-        return json.dumps(_whole(line), ensure_ascii=True, separators=(",", ":"))
+        text = json.dumps(_whole(line), ensure_ascii=True, separators=(",", ":"))
+        return _without_addresses(text, record)
 
 
 class TextFormatter(logging.Formatter):
@@ -73,11 +86,42 @@ class TextFormatter(logging.Formatter):
         trace = _trace(self, record)
         if trace:
             lines += [f"  | {escaped(line)}" for line in _cut(trace, _MAX_TRACE).split("\n")]
-        return "\n".join(lines)
+        return _without_addresses("\n".join(lines), record)
 
 
 class _Handler(logging.StreamHandler[TextIO]):
     """The handler of this module, told from others when logging is configured again."""
+
+
+class Seldom:
+    """Logs what clients can make happen thousands of times a second: one line a second.
+
+    The line has the number of times since the line before as ``times``.
+
+    Args:
+        log: where the lines go.
+        level: of all of them.
+        clock: seconds, monotonic.
+
+    Example:
+        >>> full = Seldom(logging.getLogger("dllmserve.server"), logging.WARNING)
+        >>> full("no connection can be accepted", reason="Too many open files")
+    """
+
+    def __init__(
+        self, log: logging.Logger, level: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._log, self._level, self._clock = log, level, clock
+        self._times = 0
+        self._next = -math.inf
+
+    def __call__(self, message: str, **fields: object) -> None:
+        """It has happened once more."""
+        self._times += 1
+        now = self._clock()
+        if now >= self._next:
+            self._log.log(self._level, message, extra={**fields, "times": self._times})
+            self._next, self._times = now + 1.0, 0
 
 
 def configure_logging(
@@ -150,7 +194,27 @@ def _trace(formatter: logging.Formatter, record: logging.LogRecord) -> str:
         parts.append(formatter.formatException(record.exc_info))
     if record.stack_info:
         parts.append(formatter.formatStack(record.stack_info))
-    return "\n".join(parts)
+    return _MAYBE_ADDRESS.sub(_hidden, "\n".join(parts))
+
+
+def _without_addresses(line: str, record: logging.LogRecord) -> str:
+    """The same without addresses of clients; our own messages may name that of the server."""
+    line = _ENDS.sub(_HIDDEN, line)
+    if record.name.partition(".")[0] in _FOREIGN:
+        line = _MAYBE_ADDRESS.sub(_hidden, line)
+    return line
+
+
+def _hidden(match: re.Match[str]) -> str:
+    """What stands in the place of a word of digits, dots and colons."""
+    word = match[1] or match[0]
+    for text in (word, word.rstrip(".:"), word.rpartition(":")[0]):
+        try:
+            ip_address(text)
+        except ValueError:
+            continue
+        return _HIDDEN
+    return match[0]
 
 
 def _cut(text: str, limit: int) -> str:

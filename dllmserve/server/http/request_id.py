@@ -13,9 +13,8 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dllmserve.server.http.connection import ABORT
 from dllmserve.server.http.logs import RESERVED
-from dllmserve.server.http.respond import CLOSE, send_error
+from dllmserve.server.http.respond import ABORT, CLOSE, send_error
 
 MetricsHook = Callable[[str, str, int, float], None]
 

@@ -14,12 +14,19 @@ __all__ = ["CLOSE", "drain", "error_body", "error_type", "send_error", "shown", 
 
 Headers = Iterable[tuple[bytes, bytes]]
 
+#: key of scope["extensions"] with a function that drops the request's connection at once
+ABORT = "dllmserve.abort"
+#: the same with one that says that the answer is complete, so that only the rest of the body is
+#: waited for, and the connection may be dropped for another's sake
+ANSWERED = "dllmserve.answered"
 #: header of a response after which the connection is closed
 CLOSE = (b"connection", b"close")
 #: longest error message, in characters
 MAX_MESSAGE = 2000
 #: how long an answered client may go on sending before its connection is closed
 LINGER_S = 1.0
+#: and how many bytes: there are clients that send a large body to its end before they read
+LINGER_BYTES = 16 * 1024 * 1024
 
 _TYPES = {
     401: "authentication_error",
@@ -96,8 +103,8 @@ async def send_error(
         param: the request's field that is wrong.
         headers: besides content type and length.
         receive: given when the request's body may not have been read. What still comes is
-            then thrown away for up to a second: closing a connection with unread data resets
-            it, and many clients would never see the answer.
+            then thrown away for up to a second, or 16 MiB: closing a connection with unread data
+            resets it, and many clients would never see the answer.
     """
     body = error_body(
         message,
@@ -113,17 +120,23 @@ async def send_error(
     await send({"type": "http.response.start", "status": status, "headers": [*fixed, *headers]})
     if receive is not None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
-        await drain(receive, LINGER_S)
+        answered = scope.get("extensions", {}).get(ANSWERED)
+        if callable(answered):
+            answered()
+        await drain(receive, LINGER_S, LINGER_BYTES)
         body = b""
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def drain(receive: Receive, seconds: float) -> None:
-    """Throw away what is left of a request's body, for at most so many seconds."""
+async def drain(receive: Receive, seconds: float, most: int) -> None:
+    """Throw away what is left of a request's body, for at most so many seconds and bytes."""
     try:
         async with asyncio.timeout(seconds):
-            message = await receive()
-            while message["type"] == "http.request" and message.get("more_body", False):
+            while most >= 0:
                 message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    return
+                most -= len(message.get("body", b""))
+                del message  # not kept while the next one is waited for
     except TimeoutError:
         return

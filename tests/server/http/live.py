@@ -4,22 +4,19 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from dllmserve.server.http.connection import (
-    ConnectionLimits,
-    ConnectionStats,
-    GuardedProtocol,
-    RefusalHeaders,
-    guarded_protocol,
-    no_headers,
-)
+from dllmserve.server.http.connection import GuardedProtocol
+from dllmserve.server.http.listener import Listener
+from dllmserve.server.http.places import ConnectionLimits, Connections, ConnectionStats, Judge
+from dllmserve.server.http.refusal import RefusalHeaders, no_headers
 
 #: what no test waits longer for; far more than any of them needs
 PATIENCE = 20.0
@@ -32,6 +29,7 @@ class Live:
     port: int
     stats: ConnectionStats
     state: ServerState
+    connections: Connections
 
 
 @dataclass
@@ -58,6 +56,11 @@ def pending_timers() -> list[object]:
     return [owner for owner in owners if isinstance(owner, GuardedProtocol)]
 
 
+def stranger(path: str, headers: Any) -> Literal["stranger"]:
+    """Nobody is known."""
+    return "stranger"
+
+
 @contextlib.asynccontextmanager
 async def serving(
     app: ASGIApp,
@@ -65,33 +68,44 @@ async def serving(
     keep_alive: float = 5,
     sndbuf: int | None = None,
     refusal_headers: RefusalHeaders = no_headers,
+    judge: Judge = stranger,
+    context: ssl.SSLContext | None = None,
+    host: str = "127.0.0.1",
     **limits: Any,
 ) -> AsyncIterator[Live]:
     """Serve an app on a free port. At the end nothing of it may be left."""
-    stats = ConnectionStats()
+    connections = Connections(
+        ConnectionLimits(**limits), judge=judge, refusal_headers=refusal_headers
+    )
+    stats = connections.stats
     config = uvicorn.Config(
         app,
-        http=guarded_protocol(ConnectionLimits(**limits), stats, refusal_headers),
+        http="httptools",
         ws=asyncio.Protocol,  # must never be used
         log_config=None,
         lifespan="off",
         timeout_keep_alive=keep_alive,  # type: ignore[arg-type]
     )
     state = ServerState()
-    loop = asyncio.get_running_loop()
-    listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.create_server((host, 0), family=family, backlog=512)
+    sock.setblocking(False)
     if sndbuf is not None:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, sndbuf)
 
     config.load()
-    server = await loop.create_server(
-        lambda: config.http_protocol_class(config, state, {}, loop),  # type: ignore[call-arg]
-        sock=listener,
+    listener = Listener(
+        sock,
+        connections,
+        lambda place: GuardedProtocol(config, state, {}, connections, place),
+        context=context,
     )
     try:
-        yield Live(listener.getsockname()[1], stats, state)
+        yield Live(sock.getsockname()[1], stats, state, connections)
     finally:
-        server.close()
+        listener.close()
+        await listener.wait_closed()
+        sock.close()
         for connection in list(state.connections):
             connection.shutdown()
         for task in list(state.tasks):
@@ -101,7 +115,8 @@ async def serving(
             connection.transport.abort()
         await until(lambda: not state.connections, "connections are left")
         await asyncio.sleep(0)
-        assert stats.open == stats.turned_away == 0
+        assert stats.open == stats.busy == 0
+        assert not connections._idle and not connections._held
         assert not pending_timers()
 
 
@@ -163,8 +178,10 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def connected(port: int) -> AsyncIterator[Client]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+async def connected(
+    port: int, context: ssl.SSLContext | None = None, host: str = "127.0.0.1"
+) -> AsyncIterator[Client]:
+    reader, writer = await asyncio.open_connection(host, port, ssl=context)
     try:
         yield Client(reader, writer)
     finally:

@@ -1,8 +1,10 @@
 """Size, time and type of request bodies, and what the app gets of them."""
 
 import asyncio
+import contextlib
 import http.client
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from dllmserve.errors import ConfigError
 from dllmserve.server.http.body import BodyGuard
 from tests.server.http.live import (
+    Client,
     Echo,
     Waiter,
     ask,
@@ -330,3 +333,133 @@ def test_other_scopes_pass() -> None:
 def test_limits_are_checked(option: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must be"):
         BodyGuard(Echo(), **option)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"])
+def test_paths_without_bodies_refuse_them_at_once(method: str) -> None:
+    """They need no key, so that nothing that comes for them may be kept."""
+
+    async def refuse(port: int, data: bytes) -> None:
+        async with connected(port) as client:
+            await client.send(data)
+            answer = await client.answer(head=method == "HEAD")
+            assert answer.status == 413, data
+            assert answer.headers["connection"] == "close"
+            await client.closed()
+
+    async def main() -> None:
+        echo = Echo()
+        guard = BodyGuard(echo, bodiless=frozenset({"/health"}), timeout_s=60)
+        async with serving(guard) as live:
+            refused = [
+                head("Content-Length: 1", method=method, path="/health"),
+                head("Content-Length: 1", method=method, path="/health?x=1") + b"x",
+                head("Content-Length: 2000000", method=method, path="/health") + b"x" * 1000,
+                head("Transfer-Encoding: chunked", method=method, path="/health"),
+                head("Transfer-Encoding: chunked", method=method, path="/health") + b"0\r\n\r\n",
+                head("Content-Length: 1", "Expect: 100-continue", method=method, path="/%68ealth"),
+            ]
+            await asyncio.gather(*(refuse(live.port, data) for data in refused))
+            assert not echo.seen
+            for data in (
+                head(method=method, path="/health"),
+                head("Content-Length: 0", method=method, path="/health"),
+                head("Content-Length: 1", method=method, path="/health/") + b"1",
+            ):
+                async with connected(live.port) as client:
+                    await client.send(data.replace(b"Host: h", b"Host: h\r\nContent-Type: a/json"))
+                    status = (await client.answer(head=method == "HEAD")).status
+                    assert status in (200, 415), data
+
+    asyncio.run(main())
+
+
+def test_what_is_left_of_a_refused_body_is_not_read_without_end() -> None:
+    async def main() -> None:
+        guard = BodyGuard(Echo(), bodiless=frozenset({"/"}))
+        async with serving(guard) as live, connected(live.port) as client:
+            answer = await client.ask(head("Content-Length: 1000000000"))
+            assert answer.status == 413
+            sent = 0
+            with pytest.raises(ConnectionError):
+                while True:
+                    client.writer.write(b"x" * 65536)
+                    await client.writer.drain()
+                    sent += 65536
+            # 16 MiB, and what the system holds at both ends
+            assert sent < 40_000_000
+
+    asyncio.run(main())
+
+
+def test_bodies_that_are_not_complete_share_the_memory_by_owner() -> None:
+    """One owner has half of it at most, whatever others do, and never all of it is taken."""
+
+    async def main() -> None:
+        guard = BodyGuard(Echo(), max_bytes=1000)
+        guard.max_memory = 4000
+
+        async def owned(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["state"] = {"owner": scope["path"]}
+            await guard(scope, receive, send)
+
+        async with serving(owned) as live, contextlib.AsyncExitStack() as stack:
+
+            async def begin(owner: str, size: int) -> Client:
+                client = await stack.enter_async_context(connected(live.port))
+                await client.send(post(b"1" * 1000, path=owner)[: size - 1000])
+                return client
+
+            first = [await begin("/a", 900) for _ in range(2)]
+            await until(lambda: guard._held == {"/a": 1800}, "not read")
+            # 2,700 of 4,000 would leave others less than that
+            refused = await begin("/a", 900)
+            answer = await refused.answer()
+            assert (answer.status, answer.error["code"]) == (503, "overloaded")
+            assert answer.headers["retry-after"] == "1"
+            assert answer.headers["connection"] == "close"
+            # another owner has room, and what was begun is not disturbed
+            other = await begin("/b", 900)
+            await until(lambda: guard._held == {"/a": 1800, "/b": 900}, "not read")
+            for client in (*first, other):
+                await client.send(b"1" * 100)
+                assert (await client.answer()).status == 200
+            assert not guard._held and guard._all_held == 0
+            # those that are complete when they come wait for nobody
+            await begin("/a", 900)
+            assert (await ask(live.port, post(b"1" * 1000, path="/a"))).status == 200
+        await until(lambda: not guard._held, "still counted when the clients have left")
+        assert guard._all_held == 0
+
+    asyncio.run(main())
+
+
+def test_a_body_in_single_bytes_takes_no_more_memory_than_in_one() -> None:
+    """A list of its parts would take 40 times as much."""
+    size, seen = 300_000, []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(len((await receive())["body"]))
+
+    async def main() -> None:
+        left = size
+
+        async def receive() -> Message:
+            nonlocal left
+            left -= 1
+            return {"type": "http.request", "body": b"1", "more_body": left > 0}
+
+        async def send(message: Message) -> None:
+            raise AssertionError(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/"}
+        scope["headers"] = [(b"content-type", b"application/json")]  # type: ignore[assignment]
+        tracemalloc.start()
+        try:
+            await BodyGuard(app)(scope, receive, send)
+            assert tracemalloc.get_traced_memory()[1] < 4 * size
+        finally:
+            tracemalloc.stop()
+
+    asyncio.run(main())
+    assert seen == [size]

@@ -11,14 +11,9 @@ from starlette.types import Receive, Scope, Send
 
 from dllmserve.errors import ConfigError
 from dllmserve.server.http.body import BodyGuard
-from dllmserve.server.http.connection import (
-    ABORT,
-    MAX_PIPELINED,
-    MAX_TURNED_AWAY,
-    ConnectionLimits,
-    guarded_protocol,
-)
-from dllmserve.server.http.respond import LINGER_S
+from dllmserve.server.http.connection import MAX_PIPELINED
+from dllmserve.server.http.places import ConnectionLimits
+from dllmserve.server.http.respond import ABORT, LINGER_S
 from tests.server.http.live import (
     Client,
     Echo,
@@ -71,17 +66,24 @@ async def drip(client: Client, head: bytes, drop: bytes, code: str) -> float:
 def test_slow_senders_are_closed_while_others_are_served() -> None:
     async def main() -> None:
         echo = Echo()
-        app = BodyGuard(echo, timeout_s=SHORT)
-        async with serving(app, header_timeout_s=SHORT) as live, contextlib.AsyncExitStack() as s:
-            clients = [await s.enter_async_context(connected(live.port)) for _ in range(150)]
-            slow = asyncio.gather(*map(half_headers, clients[:100]), *map(slow_body, clients[100:]))
+        # time enough for those that do send, on a busy machine and in the same loop
+        patience = 4 * SHORT
+        app = BodyGuard(echo, timeout_s=patience)
+        async with serving(app, header_timeout_s=patience) as live:
+
+            async def one(number: int) -> float:
+                # its clock runs from here on
+                async with connected(live.port) as client:
+                    return await (half_headers if number < 100 else slow_body)(client)
+
+            slow = asyncio.gather(*map(one, range(150)))
             served = 0
             while not slow.done():
                 assert (await ask(live.port, get("/fine"))).body == b"GET /fine "
                 served += 1
             taken = await slow
             assert served > 2
-            assert max(taken) < SHORT + SLACK
+            assert max(taken) < patience + SLACK
             assert len(echo.seen) == served, "the app must not see half a request"
             await until(lambda: live.stats.open == 0, "connections are left")
 
@@ -188,19 +190,19 @@ BOMBS = {
     "long query": (b"GET /?", b"x" * 4000, 414, "target_too_long"),
     "endless line ends": (b"", b"\r\n" * 20000, 431, "headers_too_large"),
     "endless trailer": (
-        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: ",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nA: ",
         b"x" * 40000,
         431,
         "headers_too_large",
     ),
     "many trailers": (
-        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n",
         b"A: b\r\n" * 20,
         431,
         "too_many_headers",
     ),
     "endless chunk extension": (
-        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;a=",
+        b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n1;a=",
         b"x" * 40000,
         431,
         "headers_too_large",
@@ -245,47 +247,6 @@ def test_headers_just_within_the_limits_pass() -> None:
             fits = get("/" + "x" * 18, "A: " + "x" * (200 - 19 - 9 - 5))
             assert (await ask(live.port, fits)).status == 200
             assert (await ask(live.port, fits.replace(b"A: x", b"A: xx"))).status == 431
-
-    asyncio.run(main())
-
-
-def test_connections_over_the_limit_get_503() -> None:
-    async def main() -> None:
-        async with serving(Echo(), max_connections=3) as live:
-            async with contextlib.AsyncExitStack() as stack:
-                held = [await stack.enter_async_context(connected(live.port)) for _ in range(3)]
-                await until(lambda: live.stats.open == 3, "not open")
-                async with connected(live.port) as client:
-                    answer = await client.ask(b"garbage that nobody parses")
-                    assert answer.status == 503
-                    assert answer.error["type"] == "overloaded_error"
-                    assert int(answer.headers["retry-after"]) >= 1
-                    await client.closed()
-                assert live.stats.open == 3
-                assert (await held[0].ask(get())).status == 200
-            await until(lambda: live.stats.open == 0, "still open")
-            assert (await ask(live.port, get())).status == 200
-
-    asyncio.run(main())
-
-
-def test_a_crowd_at_the_door_is_bounded() -> None:
-    """Those that do not leave when told are dropped, and beyond a number at once."""
-
-    async def main() -> None:
-        async with serving(Echo(), max_connections=1) as live:
-            async with contextlib.AsyncExitStack() as stack:
-                await stack.enter_async_context(connected(live.port))
-                await until(lambda: live.stats.open == 1, "not open")
-                crowd = MAX_TURNED_AWAY + 20
-                for _ in range(crowd):
-                    await stack.enter_async_context(connected(live.port))
-                await until(lambda: live.stats.refused[503] == crowd, "not refused")
-                assert live.stats.open == 1
-                took = await until(lambda: live.stats.turned_away <= MAX_TURNED_AWAY, "too many")
-                assert took < 0.8
-                # none of them closes its side
-                assert await until(lambda: live.stats.turned_away == 0, "kept") < 1 + SLACK
 
     asyncio.run(main())
 
@@ -427,9 +388,3 @@ def test_no_timer_outlives_its_connection() -> None:
 def test_limits_are_checked(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be .*got {value}"):
         ConnectionLimits(**{name: value})
-
-
-def test_each_server_counts_for_itself() -> None:
-    first, second = (guarded_protocol(ConnectionLimits(max_headers=n)) for n in (1, 2))
-    assert first.stats is not second.stats
-    assert (first.limits.max_headers, second.limits.max_headers) == (1, 2)

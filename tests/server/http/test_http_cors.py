@@ -9,7 +9,7 @@ import pytest
 from dllmserve.errors import ConfigError
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.serve import _refusal_headers
-from tests.server.http.live import Echo, ask, connected, get, post
+from tests.server.http.live import Echo, Waiter, ask, connected, get, post
 from tests.server.http.live import serving as listening
 from tests.server.stand_in import KEYS, Reply, Server, run, secret, serving, until
 
@@ -161,7 +161,7 @@ def test_refusals_of_the_connection_can_be_read() -> None:
 
     async def main(*allowed: str) -> None:
         more = _refusal_headers(ServerConfig(cors_origins=",".join(allowed)))
-        async with listening(Echo(), refusal_headers=more, max_connections=2) as live:
+        async with listening(Echo(), refusal_headers=more) as live:
             for data, status, named in cases:
                 answer = await ask(live.port, data)
                 assert answer.status == status, (data[:80], answer)
@@ -169,12 +169,18 @@ def test_refusals_of_the_connection_can_be_read() -> None:
                 expected = PAGE if named or len(allowed) == 1 else None
                 assert answer.headers.get("access-control-allow-origin") == expected, data[:80]
                 assert answer.headers["vary"] == "Origin"
-            async with connected(live.port), connected(live.port):
-                while live.stats.open < 2:
-                    await asyncio.sleep(0.001)
-                async with connected(live.port) as third:
-                    answer = await third.answer()
+        waiter = Waiter()
+        async with listening(waiter, refusal_headers=more, max_connections=1) as live:
+            async with connected(live.port) as busy:
+                await busy.send(get())
+                await until(lambda: live.stats.busy == 1)
+                answer = await ask(live.port, get("/", origin))
             assert answer.status == 503 and answer.headers["retry-after"]
+            assert answer.headers["access-control-allow-origin"] == PAGE
+        async with listening(Echo(), refusal_headers=more, max_per_address=1) as live:
+            async with connected(live.port), connected(live.port) as second:
+                answer = await second.answer()
+            assert answer.status == 429
             only = PAGE if len(allowed) == 1 else None
             assert answer.headers.get("access-control-allow-origin") == only
 

@@ -313,3 +313,57 @@ def test_formatters_need_no_configuration() -> None:
     record = logging.makeLogRecord({"msg": "m", "created": 0.9996, "name": "n\n", "levelname": "X"})
     assert TextFormatter().format(record) == "1970-01-01T00:00:00.999Z X       n\\n: m"
     assert json.loads(JsonFormatter().format(record))["logger"] == "n\n"
+
+
+#: texts in which Python or a library shows an address, and what may be left of each
+SHOWN = [
+    ("<socket.socket fd=7, laddr=('127.0.0.1', 80), raddr=('10.1.2.3', 5000)>", "fd=7"),
+    ("<socket.socket fd=7, laddr=('::1', 80, 0, 0), raddr=('fe80::9%eth0', 5, 0, 2)>", "fd=7"),
+    ("Connect call failed ('10.1.2.3', 5000)", "Connect call failed"),
+    ("from ('2001:db8::7', 5000, 0, 0)", "from"),
+]
+#: the same in the lines of others, and in tracebacks
+ELSEWHERE = [
+    ("10.1.2.3:5000 - HTTP connection made", "HTTP connection made"),
+    ("lost 10.1.2.3.", "lost"),
+    ("::1 said no", "said no"),
+    ("[2001:db8::7]:5000 - gone", "gone"),
+    ("peername=('10.1.2.3', 5000)", "peername="),
+    ("::ffff:10.1.2.3, twice: 10.1.2.3", "twice"),
+]
+ADDRESS = re.compile(r"10\.1\.2\.3|127\.0\.0\.1|::1|fe80|db8|:5000")
+
+
+@pytest.mark.parametrize("format", ["json", "text"])
+def test_no_address_of_a_client_is_logged(format: Any) -> None:
+    stream = io.StringIO()
+    configure_logging(format, "debug", stream=stream)
+    for text, kept in SHOWN:
+        for name in ("dllmserve.server", "dllmserve.access", "uvicorn.error", "asyncio"):
+            logging.getLogger(name).error("%s", text, extra={"more": text, "deep": {"a": [text]}})
+            assert kept in stream.getvalue()
+    for text, kept in SHOWN + ELSEWHERE:
+        logging.getLogger("asyncio").error("%s", text, extra={"more": text})
+        logging.getLogger("uvicorn.error").warning(text)
+        for name in ("asyncio", "dllmserve.server"):
+            try:
+                raise OSError(text)
+            except OSError:
+                logging.getLogger(name).exception("failed")
+        assert kept in stream.getvalue()
+    assert not ADDRESS.search(stream.getvalue())
+
+
+def test_what_is_no_address_is_left_alone() -> None:
+    """Ours say where the server listens; nobody can break a line by what looks like a socket."""
+    stream = io.StringIO()
+    configure_logging("json", stream=stream)
+    logging.getLogger("dllmserve.server").info("listening on http://127.0.0.1:8000, [::1]:80")
+    kept = "at 12:30:45, File x.py:10, z::b, [12], std::x, 1.2.3, 0.5: ab:cd, __init__.py"
+    logging.getLogger("asyncio").warning(kept)
+    evil = {"a": "laddr=(", "b": "raddr=('", "c": "('1', 2"}
+    logging.getLogger("dllmserve.server").info("x", extra=evil)
+    listening, foreign, last = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert listening["message"] == "listening on http://127.0.0.1:8000, [::1]:80"
+    assert foreign["message"] == kept
+    assert evil.items() <= last.items()

@@ -127,7 +127,8 @@ def test_answers_of_inner_guards_have_ids_and_lines(lines: Records) -> None:
     seen = [(r.status, r.key_name) for r in lines() if hasattr(r, "request_id")]
     assert seen == [(status, name) for _, status, name in cases]
     [refused] = [r for r in lines() if not hasattr(r, "request_id")]
-    assert (refused.status, refused.code, refused.client) == (400, "malformed_request", "127.0.0.1")
+    assert (refused.status, refused.code) == (400, "malformed_request")
+    assert "127.0.0.1" not in str(vars(refused))
 
 
 class Clock:

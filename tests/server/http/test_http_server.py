@@ -17,7 +17,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dllmserve.server.http.auth import ApiKeys, AuthGuard
 from dllmserve.server.http.body import BodyGuard
-from dllmserve.server.http.connection import ConnectionLimits, ConnectionStats, guarded_protocol
+from dllmserve.server.http.listener import GuardedServer
+from dllmserve.server.http.places import ConnectionLimits, Connections, ConnectionStats
 from dllmserve.server.http.request_id import RequestLog
 from tests.server.http.live import Echo, reply
 
@@ -32,11 +33,11 @@ def guarded(app: ASGIApp) -> ASGIApp:
 
 @contextlib.contextmanager
 def server(app: ASGIApp, **limits: Any) -> Iterator[tuple[int, ConnectionStats, uvicorn.Server]]:
-    protocol = guarded_protocol(ConnectionLimits(**limits))
+    connections = Connections(ConnectionLimits(**limits))
     config = uvicorn.Config(
-        app, http=protocol, ws="none", log_config=None, access_log=False, server_header=False
+        app, http="httptools", ws="none", log_config=None, access_log=False, server_header=False
     )
-    running = uvicorn.Server(config)
+    running = GuardedServer(config, connections)
     # as a server does that takes its port before it loads the model
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -46,12 +47,12 @@ def server(app: ASGIApp, **limits: Any) -> Iterator[tuple[int, ConnectionStats, 
         while not running.started:
             assert thread.is_alive()
             time.sleep(0.01)
-        yield listener.getsockname()[1], protocol.stats, running
+        yield listener.getsockname()[1], connections.stats, running
     finally:
         running.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
-        assert protocol.stats.open == 0
+        assert connections.stats.open == 0
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,0 +1,273 @@
+"""Who has a place among a server's connections, and who gives way when there are too many."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dllmserve._checks import check_float, check_int
+from dllmserve.errors import ConfigError
+from dllmserve.server.http.refusal import RefusalHeaders, no_headers
+from dllmserve.server.http.respond import Headers
+
+#: seconds for which an idle connection is left alone: its request may be on the way
+GRACE_S = 0.05
+#: the same for each idle connection there is, so that making room takes a bounded share of the
+#: time: at most a thousand are dropped in a second
+PACE_S = 0.001
+#: connections that are dropped at once, at least and at most, when there are no open files left
+_FEWEST, _MOST = 8, 64
+
+#: what a request's head says of its sender
+Standing = Literal["stranger", "key", "probe"]
+#: from the path and the headers of a request to its sender's standing
+Judge = Callable[[str, Headers], Standing]
+#: why a connection was closed without an answer
+DROPS = ("idle", "files", "full", "handshake", "slow_reader")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionLimits:
+    """What connections may take. Beyond a limit one gets the status below and is closed.
+
+    Attributes:
+        header_timeout_s: seconds from a request's first byte, or from the moment that the
+            connection was accepted, to the end of its headers; 408, or no answer if it had not
+            begun. Also for a body that nobody waits for any more.
+        max_header_bytes: request line and headers together; chunk extensions; trailers; 431.
+        max_headers: number of headers; 431.
+        max_target_bytes: path and query; 414.
+        max_connections: connections with a request under way; 503.
+        reserve: connections beyond those, so that requests can be told apart: probes may use all of
+            them, requests with a key half. All others are for a while only.
+        max_per_address: open connections of one address, or of one IPv6 network of 64 bits; 429.
+            None: no limit.
+        write_timeout_s: seconds that a full write buffer may stand still; no status.
+
+    Raises:
+        ConfigError: a limit is not positive.
+    """
+
+    header_timeout_s: float = 10.0
+    max_header_bytes: int = 65536
+    max_headers: int = 100
+    max_target_bytes: int = 8192
+    max_connections: int = 1024
+    reserve: int = 128
+    max_per_address: int | None = None
+    write_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("header_timeout_s", "write_timeout_s"):
+            check_float(ConfigError, name, getattr(self, name), 0, low_open=True)
+        for name in ("max_header_bytes", "max_headers", "max_target_bytes", "max_connections"):
+            check_int(ConfigError, name, getattr(self, name), 1)
+        check_int(ConfigError, "reserve", self.reserve, 0)
+        if self.max_per_address is not None:
+            check_int(ConfigError, "max_per_address", self.max_per_address, 1)
+
+
+@dataclass
+class ConnectionStats:
+    """Counts of one server, for metrics.
+
+    Attributes:
+        open: connections open now, from the moment that they are accepted.
+        busy: those of them with a request under way.
+        refused: connections and requests that were refused below the application, by status.
+        dropped: connections that were closed without an answer, by reason, one of :data:`DROPS`.
+    """
+
+    open: int = 0
+    busy: int = 0
+    refused: Counter[int] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(eq=False, slots=True)
+class Place:
+    """One connection, from the moment that it is accepted to its end.
+
+    Attributes:
+        group: who it counts for, see :func:`group`.
+        deadline: when its first head has to be complete, on the clock of :class:`Connections`.
+        drop: ends the connection at once.
+        busy: whether a request is under way.
+        gone: whether it has been left or dropped.
+    """
+
+    group: str | None
+    deadline: float
+    drop: Callable[[], None]
+    busy: bool = False
+    gone: bool = False
+
+
+def _strangers(path: str, headers: Headers) -> Standing:
+    """Nobody is known."""
+    del path, headers
+    return "stranger"
+
+
+class Connections:
+    """All connections of one server, counted and told apart.
+
+    A connection is busy while a request is under way, and idle otherwise: in the handshake, in a
+    head, between requests, or when it only waits to be closed. Busy ones are never dropped. When
+    all ``max_connections + reserve`` places are taken, a new connection gets the place of an idle
+    one: of the address that has most of them the one that has been idle for longest. So nobody
+    is kept out by connections that do nothing, and an address that opens many loses its own.
+
+    Args:
+        limits: for all of them.
+        stats: counted into; by default new ones.
+        judge: says who sent a request. Asked when ``max_connections`` are busy; by default
+            everybody is a stranger.
+        refusal_headers: what the answer to a refused request has besides its own headers.
+        clock: seconds, the event loop's.
+
+    Example:
+        >>> connections = Connections(ConnectionLimits(max_connections=1, reserve=0))
+        >>> place = connections.enter("10.0.0.1", drop=lambda: print("dropped"))
+        >>> connections.begin(place, "/", ()), connections.stats.busy
+        (True, 1)
+        >>> connections.enter("10.0.0.2", drop=lambda: None) is None
+        True
+    """
+
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        stats: ConnectionStats | None = None,
+        *,
+        judge: Judge = _strangers,
+        refusal_headers: RefusalHeaders = no_headers,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits
+        self.stats = stats if stats is not None else ConnectionStats()
+        self.refusal_headers = refusal_headers
+        self._judge = judge
+        self._clock = clock
+        self._most = limits.max_connections + limits.reserve
+        self._may_be_busy: dict[Standing, int] = {
+            "stranger": limits.max_connections,
+            "key": limits.max_connections + limits.reserve // 2,
+            "probe": self._most,
+        }
+        self._held: Counter[str | None] = Counter()
+        # since when they are idle, by group, oldest first; no group is empty
+        self._idle: dict[str | None, dict[Place, float]] = {}
+
+    def seconds_to_room(self) -> float:
+        """How long nobody can be let in because those that could give way have only just come."""
+        if self.stats.open < self._most or not self._idle:
+            return 0.0
+        _, since = self._oldest()
+        idle = self.stats.open - self.stats.busy
+        return max(0.0, since + max(GRACE_S, idle * PACE_S) - self._clock())
+
+    def crowded(self, group: str | None) -> bool:
+        """Whether an address has as many connections as it may."""
+        most = self.limits.max_per_address
+        return most is not None and group is not None and self._held[group] >= most
+
+    def enter(self, group: str | None, drop: Callable[[], None]) -> Place | None:
+        """Give a new connection a place, if need be that of an idle one; None if all are busy."""
+        if self.stats.open >= self._most:
+            if not self._idle:
+                self.stats.dropped["full"] += 1
+                return None
+            self._drop_one("idle")
+        place = Place(group, self._clock() + self.limits.header_timeout_s, drop)
+        self.stats.open += 1
+        self._held[group] += 1
+        self._set_idle(place)
+        return place
+
+    def begin(self, place: Place, path: str, headers: Headers) -> bool:
+        """Whether a request may be answered; if so, the connection is busy."""
+        busy = self.stats.busy
+        if place.busy:
+            return True
+        if place.gone or (
+            busy >= self.limits.max_connections
+            and busy >= self._may_be_busy[self._judge(path, headers)]
+        ):
+            return False
+        self._unset_idle(place)
+        place.busy = True
+        self.stats.busy += 1
+        return True
+
+    def rest(self, place: Place) -> None:
+        """No request of the connection is under way any more."""
+        if place.busy:
+            place.busy = False
+            self.stats.busy -= 1
+            self._set_idle(place)
+
+    def leave(self, place: Place) -> None:
+        """The connection has ended. May be said more than once."""
+        if place.gone:
+            return
+        self.rest(place)
+        self._unset_idle(place)
+        place.gone = True
+        self.stats.open -= 1
+        self._held[place.group] -= 1
+        if not self._held[place.group]:
+            del self._held[place.group]
+
+    def give_files(self) -> int:
+        """Drop a half of the idle connections, so that there are open files again; how many."""
+        idle = self.stats.open - self.stats.busy
+        count = min(idle, max(_FEWEST, min(_MOST, idle // 2)))
+        for _ in range(count):
+            self._drop_one("files")
+        return count
+
+    def _drop_one(self, reason: str) -> None:
+        place, _ = self._oldest()
+        self.stats.dropped[reason] += 1
+        self.leave(place)
+        place.drop()
+
+    def _oldest(self) -> tuple[Place, float]:
+        """Of the group that has most idle connections, the first, and since when it is idle."""
+        return next(iter(max(self._idle.values(), key=len).items()))
+
+    def _set_idle(self, place: Place) -> None:
+        self._idle.setdefault(place.group, {})[place] = self._clock()
+
+    def _unset_idle(self, place: Place) -> None:
+        group = self._idle[place.group]
+        del group[place]
+        if not group:
+            del self._idle[place.group]
+
+
+def group(family: int, address: Any) -> str | None:
+    """Who a connection counts for: its IPv4 address, its IPv6 network of 64 bits, None for others.
+
+    A provider gives a household 64 bits or more of IPv6 addresses, so single ones say nothing.
+
+    Example:
+        >>> group(socket.AF_INET6, ("2001:db8:1:2:3::4", 5000, 0, 0))
+        '2001:db8:1:2::/64'
+        >>> group(socket.AF_INET6, ("::ffff:10.0.0.1", 5000, 0, 0))
+        '10.0.0.1'
+    """
+    if family == socket.AF_INET:
+        return str(address[0])
+    if family != socket.AF_INET6:
+        return None
+    found = ipaddress.IPv6Address(address[0].partition("%")[0])
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.IPv6Network((int(found) >> 64 << 64, 64)))

@@ -1,0 +1,50 @@
+"""What is answered below the application: a request, or a connection, that is not passed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from dllmserve.server.http.respond import CLOSE, Headers, error_body, error_type
+
+#: from the headers of a request, as far as they have come, to headers of its refusal
+RefusalHeaders = Callable[[Headers], Headers]
+
+
+def no_headers(_: Headers) -> Headers:
+    """None at all."""
+    return ()
+
+
+class Refused(Exception):
+    """A request that is not passed on: status, code and message of the answer."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+
+    def answer(self, headers: Headers = ()) -> bytes:
+        """The whole response, behind which the connection is closed.
+
+        Args:
+            headers: besides those that every refusal has.
+
+        Example:
+            >>> Refused(400, "malformed_request", "No.").answer().split()[1]
+            b'400'
+        """
+        body = error_body(self.message, type=error_type(self.status), code=self.code)
+        lines = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            CLOSE,
+            *headers,
+        ]
+        if self.status in (429, 503):
+            lines.append((b"retry-after", b"1"))
+        return b"".join(
+            [STATUS_LINE[self.status], *(b"%b: %b\r\n" % pair for pair in lines), b"\r\n", body]
+        )
