@@ -134,12 +134,13 @@ class Jobs:
         """Accept all of the requests, or none; returns their ids.
 
         Raises:
+            QuotaError: the owner has its share.
             OverloadedError: there is no room.
             CapacityError: there never is for so many.
             JobStoreError: they cannot be stored.
         """
         service = self._service
-        places = service.take_places(requests)
+        places = service.take_places(requests, owner)
         try:
             limit = service.settings.server.request_timeout
             seconds = limit if timeout_s is None else min(limit, timeout_s)
@@ -260,7 +261,7 @@ class Jobs:
         except (DllmServeError, msgspec.MsgspecError) as error:
             await self._finish(record.id, _failed(str(error)))
             return
-        live.place = service.admission.take_anyway(request)
+        live.place = service.admission.take_anyway(request, record.owner)
         # the time that no server ran is not the job's
         until = time.time() + record.deadline - record.created
         await self._run(replace(record, deadline=until), request, live.place, live)
