@@ -9,17 +9,21 @@ answers that end early.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
 from dllmserve.core.line import Line
+from dllmserve.core.plan import StepEntry
 from dllmserve.core.request import Request
 
 #: Where several owners share something, one may hold this many times of what is free of it. So
 #: the first takes three quarters, and there is room for the next one: the dynamic threshold of
 #: switches that share a buffer (Choudhury and Hahne, 1998).
 TIMES_FREE = 3
+#: Steps for which an owner counts as there after its last one.
+STAYS = 256
 
 
 def within_share(held: int, more: int, free: int) -> bool:
@@ -46,12 +50,17 @@ class Share:
         running: requests that run.
         held: rows, pages and kept distributions of those.
         served: tokens that were computed for it, or for others before it came.
+        asked, seen: tokens that it had for a step when it last had any, and which step that was.
+        debt: tokens that it had too many of in that step.
     """
 
     line: Line[Request] = field(default_factory=Line)
     running: int = 0
     held: tuple[int, ...] = (0, 0, 0)
     served: int = 0
+    asked: int = 0
+    seen: int = 0
+    debt: int = 0
 
     @property
     def active(self) -> bool:
@@ -77,6 +86,7 @@ class FairQueue:
         self._shares: dict[str, Share] = {}
         #: what the last one whose turn it was had been served before
         self._level = 0
+        self._step = 0
 
     def append(self, request: Request) -> None:
         """Join, as the last of its owner's."""
@@ -135,6 +145,45 @@ class FairQueue:
     def held(self, owner: str) -> tuple[int, ...]:
         """Rows, pages and kept distributions of an owner's running requests."""
         return self._shares[owner].held
+
+    def ration(
+        self, ready: list[tuple[Request, StepEntry]], cheap: int
+    ) -> list[tuple[Request, StepEntry]]:
+        """Leave out of a step what would make it long for those who have little in it.
+
+        Nobody gets more tokens than who has least, so the step is about as long as if all asked
+        for as little, whatever some of them ask for. But one who asks for very little does not
+        make steps so short that the others are much slower for it. That goes on for a while after somebody has
+        got an answer: the next request may be on its way, and would have to wait for the end of a
+        long step.
+        An entry is taken whole, and what is too much of it is taken off the next steps.
+
+        Args:
+            ready: what may be in the step, those who waited longest in front.
+            cheap: tokens with which a step still computes half as many a second as it can.
+
+        Returns:
+            What may be in the step, in the same order; of a single owner everything.
+        """
+        self._step += 1
+        asked: Counter[str] = Counter()
+        for request, entry in ready:
+            asked[request.owner] += entry.tokens
+        for owner, tokens in asked.items():
+            self._shares[owner].asked, self._shares[owner].seen = tokens, self._step
+        present = [s for s in self._shares.values() if s.seen and self._step - s.seen <= STAYS]
+        if len(present) < 2:
+            return ready
+        most = max(min(s.asked for s in present), cheap // (len(present) - 1))
+        left = {owner: most - self._shares[owner].debt for owner in asked}
+        kept = []
+        for request, entry in ready:
+            if left[request.owner] > 0:
+                left[request.owner] -= entry.tokens
+                kept.append((request, entry))
+        for owner, tokens in left.items():
+            self._shares[owner].debt = max(0, -tokens)
+        return kept or ready[:1]
 
     @property
     def owners_waiting(self) -> int:

@@ -76,6 +76,8 @@ class Limits:
     (refresh and reuse spans share steps), "separate", or "auto": refreshes that fill half
     a step run by themselves, fewer share a step with reuse spans. ``max_history_rows`` is how
     many positions may have their last distribution kept; with 0 nothing is kept of logits.
+    ``cheap_tokens`` is with how many a step computes half as many a second as it can: steps that
+    owners share are not made smaller than that.
     """
 
     max_model_len: int
@@ -87,6 +89,7 @@ class Limits:
     max_refresh_tokens: int = NO_LIMIT
     phases: str = "auto"
     max_history_rows: int = 0
+    cheap_tokens: int = 0
 
     def check(self, request: Request, slots: int) -> None:
         """Raise CapacityError if the request can never run within these sizes.
@@ -201,7 +204,9 @@ class Scheduler:
         )
         # whoever was left out of the last steps comes first: nobody starves
         order = sorted(self.running, key=lambda r: (r.last_step, r.id))
-        ready = [(r, self._entry(r)) for r in order if not r.launched]
+        ready = self.waiting.ration(
+            [(r, self._entry(r)) for r in order if not r.launched], limits.cheap_tokens
+        )
         phase = self._phase([entry for _, entry in ready])
         picked: list[tuple[Request, StepEntry]] = []
         for request, entry in ready:

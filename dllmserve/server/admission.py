@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dllmserve.core.fair import TIMES_FREE, within_share
+from dllmserve.core.fair import TIMES_FREE
 from dllmserve.core.request import Request
 from dllmserve.core.work import forwards_of, work_of
 from dllmserve.errors import CapacityError, OverloadedError, QuotaError
@@ -63,7 +63,8 @@ class Admission:
     length is an upper bound that few come near, so they count as what such answers took so far.
 
     Where there are several owners, one may have at most three times what is free, of places and
-    of work: the first takes three quarters, and there is always room for the next.
+    of work: the first takes three quarters, and there is always room for the next. Of work each
+    may have an equal part in any case.
 
     Args:
         max_requests: waiting and running.
@@ -171,16 +172,18 @@ class Admission:
         # who has nothing under way may run anything: what could never run is refused elsewhere
         if limit is None or not held.requests:
             return
-        if self.work + work > limit:
+        if not self._several and self.work + work > limit:
             raise OverloadedError(
                 f"work of {self.work} is under way and {work} more is over the "
                 f"{limit} that this server takes on: try again later",
-                retry_after=self.retry_after(),
+                self.retry_after(),
             )
-        if self._several and not within_share(held.work, work, limit - self.work):
+        # owners are served in turns: who has an equal part may keep it, whatever the others have
+        free = limit - self.work - work
+        if self._several and held.work + work > max(limit // self._active, TIMES_FREE * free):
             raise QuotaError(
-                f"work of {held.work} of this key is under way and {work} more would leave too "
-                f"little of the {limit} that this server takes on for others: try again later",
+                f"work of {held.work} of this key is under way and {work} more is over its part "
+                f"of the {limit} that this server takes on: try again later",
                 self.retry_after(owner),
             )
 
@@ -189,6 +192,11 @@ class Admission:
         place = self._place(request, owner)
         self._enter(place)
         return place
+
+    @property
+    def _active(self) -> int:
+        """Owners who have something under way."""
+        return sum(account.requests > 0 for account in self._accounts.values())
 
     def engine_name(self, owner: str) -> str:
         """The name under which the engines know an owner: "" if there is only one.
@@ -270,7 +278,7 @@ class Admission:
         work, speed = self.work, self._speed
         if owner is not None:
             work = self._account(owner).work
-            speed /= max(1, sum(account.requests > 0 for account in self._accounts.values()))
+            speed /= max(1, self._active)
         if not speed:
             return 1
         return max(1, min(_MOST_RETRY_S, math.ceil(work / speed / 4)))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllmserve.core.fair import TIMES_FREE, within_share
+from dllmserve.core.fair import STAYS, TIMES_FREE, within_share
 from dllmserve.core.request import Request, Status
 from dllmserve.core.scheduler import MAX_LOOKED_PAST, MAX_SKIPS, Scheduler
 from tests.core.test_scheduler import REQUESTS, Device, add_all, report, request, scheduler
@@ -277,6 +277,56 @@ def test_a_large_request_is_not_passed_for_ever_by_other_owners() -> None:
         device.step()
         assert device.steps < 500
     assert large.skipped <= MAX_SKIPS
+
+
+def tokens_by_owner(under_test: Scheduler) -> dict[str, int]:
+    """Run a step; the tokens of each owner in it."""
+    plan, requests, _ = under_test.schedule()
+    by_row = {entry.span.row: entry.tokens for entry in plan.entries}
+    found: dict[str, int] = {}
+    for one in requests:
+        found[one.owner] = found.get(one.owner, 0) + by_row[one.row]
+    for one in under_test.commit(requests, [report(one) for one in requests]):
+        under_test.release(one)
+    return found
+
+
+def test_a_shared_step_is_as_long_as_if_all_asked_for_as_little() -> None:
+    under_test = scheduler(max_num_seqs=16, max_num_batched_tokens=1000)
+    for number in range(40):
+        under_test.add(of("ann", request(number, prompt=5, gen=15)))
+    assert tokens_by_owner(under_test) == {"ann": 12 * 20}  # alone: three quarters of the rows
+    mine = of("bob", request(99, prompt=5, gen=15))
+    under_test.add(mine)
+    for _ in range(15):
+        assert tokens_by_owner(under_test) == {"ann": 20, "bob": 20}
+    assert mine.status is Status.FINISHED
+    # for a while the next one is waited for, without a long step
+    for _ in range(STAYS - 1):
+        assert tokens_by_owner(under_test) == {"ann": 20}
+        under_test.add(of("ann", request(100, prompt=5, gen=15)))
+    tokens_by_owner(under_test)
+    assert tokens_by_owner(under_test) == {"ann": 12 * 20}
+
+
+def test_what_is_larger_than_a_part_is_taken_off_the_next_steps() -> None:
+    under_test = scheduler(max_num_seqs=8, max_num_batched_tokens=1000)
+    for number in range(2):
+        under_test.add(of("ann", request(number, prompt=90, gen=10)))  # 100 tokens
+    under_test.add(of("bob", request(9, prompt=10, gen=10)))  # 20
+    sizes = [tokens_by_owner(under_test).get("ann", 0) for _ in range(10)]
+    assert sizes == [100, 0, 0, 0, 0] * 2
+
+
+def test_steps_that_are_short_anyway_are_not_made_shorter() -> None:
+    under_test = scheduler(max_num_seqs=16, max_num_batched_tokens=1000, cheap_tokens=200)
+    for number in range(40):
+        under_test.add(of("ann", request(number, prompt=5, gen=15)))
+    under_test.add(of("bob", request(99, prompt=5, gen=15)))
+    assert tokens_by_owner(under_test) == {"ann": 200, "bob": 20}
+    under_test.add(of("eve", request(98, prompt=1, gen=1)))
+    # whoever has next to nothing in it does not hold up the others
+    assert tokens_by_owner(under_test) == {"ann": 100, "bob": 20, "eve": 2}
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 100))
