@@ -153,9 +153,9 @@ class FairQueue:
 
         Nobody gets more tokens than who has least, so the step is about as long as if all asked
         for as little, whatever some of them ask for. But one who asks for very little does not
-        make steps so short that the others are much slower for it. That goes on for a while after somebody has
-        got an answer: the next request may be on its way, and would have to wait for the end of a
-        long step.
+        make steps so short that the others are much slower for it. That goes on for a while after
+        somebody has got an answer: the next request may be on its way, and would have to wait for
+        the end of a long step.
         An entry is taken whole, and what is too much of it is taken off the next steps.
 
         Args:

@@ -64,7 +64,7 @@ class Admission:
 
     Where there are several owners, one may have at most three times what is free, of places and
     of work: the first takes three quarters, and there is always room for the next. Of work each
-    may have an equal part in any case.
+    of n owners may have the (n + 1)th part in any case.
 
     Args:
         max_requests: waiting and running.
@@ -178,9 +178,10 @@ class Admission:
                 f"{limit} that this server takes on: try again later",
                 self.retry_after(),
             )
-        # owners are served in turns: who has an equal part may keep it, whatever the others have
+        # owners are served in turns, so each may have the part that is left to it when one more
+        # comes, whatever the others have
         free = limit - self.work - work
-        if self._several and held.work + work > max(limit // self._active, TIMES_FREE * free):
+        if self._several and held.work + work > max(limit // (self._active + 1), TIMES_FREE * free):
             raise QuotaError(
                 f"work of {held.work} of this key is under way and {work} more is over its part "
                 f"of the {limit} that this server takes on: try again later",
