@@ -163,6 +163,14 @@ async def measure(port: int, kind: str, args: argparse.Namespace) -> dict[str, T
     return {"alice": alice.tally, "bob": bob.tally}
 
 
+def cell(name: str, seconds: list[float], base: list[float]) -> str:
+    """Mean, 90th percentile, and the mean over that of a modest alice."""
+    if len(seconds) < 2:
+        return f"{name} never"
+    mean, worst = statistics.mean(seconds), statistics.quantiles(seconds, n=10)[-1]
+    return f"{name} {mean:6.3f} (p90 {worst:6.3f}) x{mean / statistics.mean(base):5.2f}"
+
+
 def main() -> None:
     """Parse options, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -188,11 +196,7 @@ def main() -> None:
             bob.add(found["bob"])
             alice.add(found["alice"])
         base = base or bob
-        cells = []
-        for what in ("queue", "total"):
-            mean, known = statistics.mean(getattr(bob, what)), statistics.mean(getattr(base, what))
-            worst = statistics.quantiles(getattr(bob, what), n=10)[-1]
-            cells.append(f"{what} {mean:6.3f} (p90 {worst:6.3f}) x{mean / known:5.2f}")
+        cells = [cell("queue", bob.queue, base.queue), cell("total", bob.total, base.total)]
         print(
             f"{kind:>7}: {'  '.join(cells)}  bob {bob.answers} answers, {bob.refused} refusals; "
             f"alice {alice.answers}, {alice.refused}",
