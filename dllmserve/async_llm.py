@@ -380,6 +380,7 @@ class AsyncLLM:
         stream: bool = False,
         watch: bool = False,
         work: int | None = None,
+        owner: str = "",
     ) -> Call:
         """Queue a checked request.
 
@@ -387,6 +388,8 @@ class AsyncLLM:
             request: from :meth:`check`.
             stream, watch: what the engine is to report.
             work: what it is expected to cost; by default what it costs at most.
+            owner: a short name of whose it is. Owners are served in turns, by the work done for
+                each, and those with a name leave some rows and pages free for others.
 
         Raises:
             EngineError: the engine is gone for good, was not started, or not in this event loop.
@@ -400,6 +403,7 @@ class AsyncLLM:
             stream=stream,
             watch=watch,
             work=work_of(request) if work is None else work,
+            owner=owner,
         )
         call.home = self._home
         return call

@@ -17,6 +17,7 @@
     │   └── TokenizerError     (ValueError)         no tokenizer, no chat template
     ├── OutOfMemoryError       (MemoryError)        the device ran out of memory
     ├── OverloadedError        (RuntimeError)       the server takes no more work now
+    │   └── QuotaError                              it takes no more of this caller now
     ├── DeadlineError          (TimeoutError)       the request took too long
     ├── JobStoreError          (RuntimeError)       the store of jobs and results failed
     └── EngineError            (RuntimeError)       the engine failed, not the request
@@ -136,6 +137,21 @@ class OverloadedError(DllmServeError, RuntimeError):
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class QuotaError(OverloadedError):
+    """A caller has as much of the server as one may have; ``retry_after`` says when to try again.
+
+    Others are still served. ``code`` says which limit it is: "share_exceeded" (room is left for
+    others), "too_many_parallel_requests" or "rate_limit_exceeded".
+    """
+
+    code = "share_exceeded"
+    http_status = 429
+
+    def __init__(self, message: str, retry_after: int = 1, *, code: str = "share_exceeded") -> None:
+        super().__init__(message, retry_after)
+        self.code = code
 
 
 class DeadlineError(DllmServeError, TimeoutError):

@@ -43,12 +43,13 @@ class Door:
         seed: int = 0,
         watch: bool = False,
         stream: bool = False,
+        owner: str = "",
         name: str = "prompt",
     ) -> Request:
         """A checked request.
 
         Args:
-            id, seed, watch, stream: the request's.
+            id, seed, watch, stream, owner: the request's.
             prompt_ids: token ids; integers of any kind.
             params, sparse: how it is decoded.
             name: of the prompt, in errors.
@@ -75,6 +76,7 @@ class Door:
             policy="sparse" if sparse is not None else params.cache,
             watch=watch,
             stream=stream,
+            owner=owner,
         )
         policy = resolve(CACHE_POLICIES, request.policy)()
         if reasons := policy.unsupported(self.spec):

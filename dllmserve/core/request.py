@@ -59,6 +59,8 @@ class Request:
     ``error`` and ``finish_reason`` when the request ends. ``assumed`` holds the masks that
     each forward launched ahead of its report is expected to leave in its block. ``watch``
     asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
+    ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
+    leave room for others; "" is somebody who has the engine alone.
     """
 
     id: int
@@ -69,6 +71,7 @@ class Request:
     policy: str
     watch: bool = False
     stream: bool = False
+    owner: str = ""
     status: Status = Status.WAITING
     progress: Progress = field(default_factory=Progress)
     row: int = -1

@@ -7,12 +7,13 @@ never fit is refused at once, with the reason.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from dllmserve.core.budget import NO_LIMIT, StepBudget
-from dllmserve.core.line import Line
+from dllmserve.core.fair import FairQueue, within_share
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.pages import PageAllocator
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
@@ -22,7 +23,8 @@ from dllmserve.registry import KEEPING_RULES, STATEFUL_RULES
 
 #: How many younger requests may be admitted past the oldest waiting one.
 MAX_SKIPS = 16
-#: How many requests that must wait are looked past, so that a long queue costs no more.
+#: How many requests that must wait are looked past in a step, of all owners who wait, so that a
+#: long queue costs no more.
 MAX_LOOKED_PAST = 32
 
 #: A rule that masks positions again may take this many forwards for each position of a block
@@ -74,6 +76,8 @@ class Limits:
     (refresh and reuse spans share steps), "separate", or "auto": refreshes that fill half
     a step run by themselves, fewer share a step with reuse spans. ``max_history_rows`` is how
     many positions may have their last distribution kept; with 0 nothing is kept of logits.
+    ``cheap_tokens`` is with how many a step computes half as many a second as it can: steps that
+    owners share are not made smaller than that.
     """
 
     max_model_len: int
@@ -85,6 +89,7 @@ class Limits:
     max_refresh_tokens: int = NO_LIMIT
     phases: str = "auto"
     max_history_rows: int = 0
+    cheap_tokens: int = 0
 
     def check(self, request: Request, slots: int) -> None:
         """Raise CapacityError if the request can never run within these sizes.
@@ -145,7 +150,7 @@ class Scheduler:
     ) -> None:
         self.spec = spec
         self.limits = limits
-        self.waiting: Line[Request] = Line()
+        self.waiting = FairQueue()
         self.running: list[Request] = []
         self.allocator = PageAllocator(limits.num_pages)
         self.history = PageAllocator(limits.max_history_rows)
@@ -199,7 +204,9 @@ class Scheduler:
         )
         # whoever was left out of the last steps comes first: nobody starves
         order = sorted(self.running, key=lambda r: (r.last_step, r.id))
-        ready = [(r, self._entry(r)) for r in order if not r.launched]
+        ready = self.waiting.ration(
+            [(r, self._entry(r)) for r in order if not r.launched], limits.cheap_tokens
+        )
         phase = self._phase([entry for _, entry in ready])
         picked: list[tuple[Request, StepEntry]] = []
         for request, entry in ready:
@@ -208,6 +215,7 @@ class Scheduler:
                 continue
             if budget.take(entry.tokens, entry.logit_rows, request.rows_needed, refresh=refresh):
                 request.last_step = self._step
+                self.waiting.charge(request, entry.tokens)
                 picked.append((request, entry))
         self._step += 1
         picked.sort(key=lambda pair: _packing_order(*pair))
@@ -304,28 +312,61 @@ class Scheduler:
                 progress.seen = request.visible
 
     def _admit(self) -> list[Request]:
-        """First come first served, with bounded skipping past a request that must wait."""
+        """In turns by owner; first come first served within each, with bounded skipping.
+
+        A request that must wait for room may be passed by others, whoever's they are. One that
+        would take more than its owner's share waits for what the same owner holds: that stops
+        its owner only.
+        """
         admitted: list[Request] = []
         blocked: list[Request] = []
-        while self.waiting and self._free_rows and len(blocked) < MAX_LOOKED_PAST:
-            request = self.waiting.popleft()
-            if self._fits(request):
+        beyond: list[Request] = []
+        passed_over: set[str] = set()
+        looked: Counter[str] = Counter()
+        most = max(1, MAX_LOOKED_PAST // max(1, self.waiting.owners_waiting))
+        worn = False  # somebody has been skipped often enough
+        while self._free_rows and not worn:
+            request = self.waiting.pop(passed_over)
+            if request is None:
+                break
+            if self._beyond_share(request):
+                beyond.append(request)
+                passed_over.add(request.owner)
+            elif self._fits(request):
                 self._start(request)
                 admitted.append(request)
                 for other in blocked:
                     other.skipped += 1
+                    worn = worn or other.skipped >= MAX_SKIPS
             else:
                 blocked.append(request)
-            if blocked and blocked[0].skipped >= MAX_SKIPS:  # the first has been skipped most
-                break
-        self.waiting.put_back(blocked)
+                looked[request.owner] += 1
+                if looked[request.owner] >= most:
+                    passed_over.add(request.owner)
+                worn = request.skipped >= MAX_SKIPS
+        self.waiting.put_back([*blocked, *beyond])
         return admitted
 
-    def _fits(self, request: Request) -> bool:
+    def _needs(self, request: Request) -> tuple[int, ...]:
+        """Rows, pages and kept distributions that the request reserves."""
         pages = self.pages_needed(request) * request.rows_needed
-        history = request.history_needed <= self.history.num_free
-        rows = request.rows_needed <= len(self._free_rows)
-        return rows and history and pages <= self.allocator.num_free
+        return request.rows_needed, pages, request.history_needed
+
+    def _free(self) -> tuple[int, ...]:
+        """The same, of what nobody has."""
+        return len(self._free_rows), self.allocator.num_free, self.history.num_free
+
+    def _fits(self, request: Request) -> bool:
+        return all(n <= f for n, f in zip(self._needs(request), self._free(), strict=True))
+
+    def _beyond_share(self, request: Request) -> bool:
+        """Whether its owner would have too much; nobody has who is alone and has no name."""
+        if not request.owner:
+            return False
+        parts = zip(
+            self.waiting.held(request.owner), self._needs(request), self._free(), strict=True
+        )
+        return not all(within_share(*part) for part in parts)
 
     def _start(self, request: Request) -> None:
         pages = self.pages_needed(request)
@@ -335,12 +376,14 @@ class Scheduler:
         if request.guided:
             request.uncond_row = self._free_rows.pop()
             request.uncond_pages = self.allocator.reserve(pages)
+        self.waiting.start(request, self._needs(request))
         request.status = Status.RUNNING
         request.last_step = self._step - 1
         self.running.append(request)
 
     def _release(self, request: Request) -> None:
         self.running.remove(request)
+        self.waiting.end(request, self._needs(request))
         self._free_rows.append(request.row)
         self.allocator.free(request.pages)
         self.history.free(request.history)

@@ -118,6 +118,7 @@ class EngineCore:
         *,
         watch: bool = False,
         stream: bool = False,
+        owner: str = "",
         name: str = "prompt",
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
@@ -134,6 +135,7 @@ class EngineCore:
             seed=seed,
             watch=watch,
             stream=stream,
+            owner=owner,
             name=name,
         )
 

@@ -49,6 +49,9 @@ from dllmserve.runtime.states import LogitState, make_states
 
 _log = logging.getLogger(__name__)
 _MIN_STEP_TOKENS, _MAX_STEP_TOKENS = 8192, 32768
+#: with fewer tokens steps compute less than half as many a second as they can (LLaDA-8B on an H100,
+#: the embedded model on a CPU): a GPU waits for the weights, a CPU for the host
+_CHEAP_TOKENS = {"cuda": 256, "cpu": 32}
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
         max_refresh_tokens=options.max_refresh_tokens or NO_LIMIT,
         phases=options.phases,
         max_history_rows=options.max_history_rows,
+        cheap_tokens=_CHEAP_TOKENS.get(device.type, 0),
     )
     return EnginePlan(
         directory,

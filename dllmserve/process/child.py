@@ -108,6 +108,7 @@ class EngineLoop:
                 None if sparse is None else SparseConfig(**sparse),
                 watch=message.watch,
                 stream=message.stream,
+                owner=message.owner,
             )
             self._engine.add(request)
         except DllmServeError as error:  # the owner checks the same, before it submits

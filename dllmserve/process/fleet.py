@@ -204,11 +204,12 @@ class Fleet:
         stream: bool = False,
         watch: bool = False,
         work: int = 0,
+        owner: str = "",
     ) -> Call:
         """Queue a checked request at the engine with the least outstanding work.
 
         Args:
-            prompt_ids, params, sparse, stream, watch: see
+            prompt_ids, params, sparse, stream, watch, owner: see
                 :class:`dllmserve.process.messages.Submit`.
             work: what it costs at most, see :func:`dllmserve.core.work.work_of`.
 
@@ -216,7 +217,9 @@ class Fleet:
             EngineError: all engines are gone for good.
         """
         engine = self._best()  # if it is gone, so are all, and it says why
-        return engine.submit(prompt_ids, params, sparse, stream=stream, watch=watch, work=work)
+        return engine.submit(
+            prompt_ids, params, sparse, stream=stream, watch=watch, work=work, owner=owner
+        )
 
     def abort(self, call: Call, error: DllmServeError | None = None) -> None:
         """Drop a request; its rows and pages are free after the current forward pass.

@@ -37,6 +37,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
         sparse: fields of its SparseConfig, or None.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
+        owner: whose it is, as :class:`dllmserve.core.request.Request` says.
     """
 
     id: int
@@ -45,6 +46,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     sparse: dict[str, Value] | None = None
     stream: bool = False
     watch: bool = False
+    owner: str = ""
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):

@@ -241,11 +241,12 @@ class Supervisor:
         stream: bool = False,
         watch: bool = False,
         work: int = 0,
+        owner: str = "",
     ) -> Call:
         """Queue a checked request.
 
         Args:
-            prompt_ids, params, sparse, stream, watch: see :class:`Submit`.
+            prompt_ids, params, sparse, stream, watch, owner: see :class:`Submit`.
             work: what it costs at most.
 
         Raises:
@@ -253,7 +254,7 @@ class Supervisor:
         """
         if self.state in (State.FAILED, State.CLOSED):
             raise self._failure or EngineError("the engine has been closed")
-        submit = Submit(next(self._ids), prompt_ids, params, sparse, stream, watch)
+        submit = Submit(next(self._ids), prompt_ids, params, sparse, stream, watch, owner)
         call = Call(submit, work)
         self.adopt(call)
         return call

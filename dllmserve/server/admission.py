@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dllmserve.core.fair import TIMES_FREE
 from dllmserve.core.request import Request
 from dllmserve.core.work import forwards_of, work_of
-from dllmserve.errors import CapacityError, OverloadedError
+from dllmserve.errors import CapacityError, OverloadedError, QuotaError
 
 #: seconds of work that are let in when no bound was given
 WORK_SECONDS = 60.0
@@ -16,8 +17,8 @@ WORK_SECONDS = 60.0
 TYPICAL = 128.0
 #: how much each of them changes what is expected of the next
 _LEARN = 1 / 16
-#: busy seconds before the measured speed is believed
-_WARM_S = 2.0
+#: busy seconds before the measured speed is believed, and those after which half is forgotten
+_WARM_S, _MEMORY_S = 2.0, 120.0
 _MOST_RETRY_S = 30
 
 
@@ -26,26 +27,51 @@ class Place:
     """A request's place among those under way; give it back once.
 
     Attributes:
+        owner: whose it is.
         work, forwards: what it may cost.
         open_ended: the answer ends by itself, so that these are not what its length allows.
         taken: not given back yet.
     """
 
+    owner: str
     work: int
     forwards: int
     open_ended: bool = False
     taken: bool = True
 
 
+@dataclass
+class Account:
+    """What one owner has under way, and what its answers that end by themselves took of late.
+
+    Attributes:
+        requests, work: under way now.
+        tokens, forwards: expected of the next answer that ends by itself. Each owner teaches
+            only what is expected of itself.
+    """
+
+    requests: int = 0
+    work: int = 0
+    tokens: float = TYPICAL
+    forwards: float = TYPICAL
+
+
 class Admission:
-    """Bounds what is under way.
+    """Bounds what is under way, of all together and of each owner.
 
     What a request may cost is known when it comes, but for answers that end by themselves: their
     length is an upper bound that few come near, so they count as what such answers took so far.
 
+    Where there are several owners, one may have at most three times what is free, of places and
+    of work: the first takes three quarters, and there is always room for the next. Of work each
+    of n owners may have the (n + 1)th part in any case.
+
     Args:
         max_requests: waiting and running.
         max_work: of all of them together; None is what takes a minute at the measured speed.
+        max_per_owner: requests of one owner; None is no limit of its own.
+        several: there are several owners, so that one must leave room for others.
+        progress: what the engine has done so far, as :meth:`measure` takes it.
 
     Attributes:
         requests, work: under way now.
@@ -53,81 +79,156 @@ class Admission:
         closed_because: why nothing is taken, for clients; None while the door is open.
     """
 
-    def __init__(self, max_requests: int, max_work: int | None) -> None:
+    def __init__(
+        self,
+        max_requests: int,
+        max_work: int | None,
+        *,
+        max_per_owner: int | None = None,
+        several: bool = False,
+        progress: Callable[[], tuple[float, int]] = lambda: (0.0, 0),
+    ) -> None:
         self.requests = 0
         self.work = 0
         self.closed_because: str | None = None
         self.at_once = 0
         self._max_requests, self._max_work = max_requests, max_work
+        self._max_per_owner, self._several = max_per_owner, several
+        #: one for each owner there ever was: as many as there are keys
+        self._accounts: dict[str, Account] = {}
         self._forwards = 0
-        self._done = self._done_forwards = 0
+        self._done = self._done_forwards = 0.0
+        self._past_busy = self._past_forwards = 0.0
         self._speed = 0.0
-        self._tokens = self._steps = TYPICAL
+        self._progress = progress
 
-    def take(self, requests: Sequence[Request]) -> list[Place]:
+    def take(self, requests: Sequence[Request], owner: str = "") -> list[Place]:
         """Take a place for each request, or none at all.
 
         Raises:
             CapacityError: there are more requests than ever have room.
+            QuotaError: the owner has its share; it says when to try again.
             OverloadedError: there is no room now; it says when to try again.
         """
         if self.closed_because is not None:
             raise OverloadedError(self.closed_because, retry_after=self.retry_after())
-        count = len(requests)
-        if count > self._max_requests:
-            raise CapacityError(
-                f"{count} requests at once are over max_requests={self._max_requests}: "
-                "send fewer at a time"
-            )
-        self.check_room(count)
-        places = [self._place(request) for request in requests]
-        work = sum(place.work for place in places)
-        limit = self._max_work
-        # what runs at once is no queue: the speed learned from single requests says nothing of it
-        if limit is None and self._speed and self.requests + count > self.at_once:
-            limit = int(self._speed * WORK_SECONDS)
-        # alone, anything may run: what could never run is refused elsewhere
-        if limit is not None and self.requests and self.work + work > limit:
-            raise OverloadedError(
-                f"work of {self.work} is under way and {work} more is over the "
-                f"{limit} that this server takes on: try again later",
-                retry_after=self.retry_after(),
-            )
+        self.check_ever(len(requests))
+        self.check_room(len(requests), owner)
+        places = [self._place(request, owner) for request in requests]
+        self._check_work(places, owner)
         for place in places:
             self._enter(place)
         return places
 
-    def check_room(self, count: int) -> None:
+    def check_ever(self, count: int) -> None:
+        """Raise CapacityError if so many requests at once never have room."""
+        most = self._max_requests
+        limit, why = most, f"max_requests={most}"
+        if self._several:
+            limit = max(1, TIMES_FREE * most // (TIMES_FREE + 1))
+            why = f"the {limit} that one key may have of max_requests={most}"
+        if self._max_per_owner is not None and self._max_per_owner < limit:
+            limit, why = self._max_per_owner, f"max_parallel_per_key={self._max_per_owner}"
+        if count > limit:
+            raise CapacityError(f"{count} requests at once are over {why}: send fewer at a time")
+
+    def check_room(self, count: int, owner: str = "") -> None:
         """Raise OverloadedError if so many requests more would be too many, whatever they are."""
-        if self.requests + count > self._max_requests:
+        held = self._account(owner).requests
+        most = self._max_per_owner
+        if most is not None and held + count > most:
+            raise QuotaError(
+                f"{held} requests of this key are under way and {count} more are over "
+                f"max_parallel_per_key={most}: wait for one to end",
+                self.retry_after(owner),
+                code="too_many_parallel_requests",
+            )
+        free = self._max_requests - self.requests
+        full = count > free
+        # one place may always be had, if there is one
+        beyond = self._several and held + count > max(1, TIMES_FREE * (free - count))
+        if full or (beyond and not held):
             raise OverloadedError(
-                f"{self.requests} requests are under way and {count} more are over "
+                f"{self.requests} requests are under way and {count} more "
+                f"{'are over' if full else 'would leave too little for others of'} "
                 f"max_requests={self._max_requests}: try again later",
-                retry_after=self.retry_after(),
+                self.retry_after(),
+            )
+        if beyond:
+            raise QuotaError(
+                f"{held} requests of this key are under way and {count} more would leave too "
+                f"little for others of max_requests={self._max_requests}: wait for one to end",
+                self.retry_after(owner),
             )
 
-    def take_anyway(self, request: Request) -> Place:
+    def _check_work(self, places: Sequence[Place], owner: str) -> None:
+        """Raise OverloadedError if the places would be too much work."""
+        held, work = self._account(owner), sum(place.work for place in places)
+        self.measure(*self._progress())
+        limit = self._max_work
+        # what runs at once is no queue: the speed learned from single requests says nothing of it
+        if limit is None and self._speed and self.requests + len(places) > self.at_once:
+            limit = int(self._speed * WORK_SECONDS)
+        # who has nothing under way may run anything: what could never run is refused elsewhere
+        if limit is None or not held.requests:
+            return
+        if not self._several and self.work + work > limit:
+            raise OverloadedError(
+                f"work of {self.work} is under way and {work} more is over the "
+                f"{limit} that this server takes on: try again later",
+                self.retry_after(),
+            )
+        # owners are served in turns, so each may have the part that is left to it when one more
+        # comes, whatever the others have
+        free = limit - self.work - work
+        if self._several and held.work + work > max(limit // (self._active + 1), TIMES_FREE * free):
+            raise QuotaError(
+                f"work of {held.work} of this key is under way and {work} more is over its part "
+                f"of the {limit} that this server takes on: try again later",
+                self.retry_after(owner),
+            )
+
+    def take_anyway(self, request: Request, owner: str = "") -> Place:
         """A place for a request that was accepted before this process began."""
-        place = self._place(request)
+        place = self._place(request, owner)
         self._enter(place)
         return place
 
-    def _place(self, request: Request) -> Place:
+    @property
+    def _active(self) -> int:
+        """Owners who have something under way."""
+        return sum(account.requests > 0 for account in self._accounts.values())
+
+    def engine_name(self, owner: str) -> str:
+        """The name under which the engines know an owner: "" if there is only one.
+
+        It tells an engine, which may run code of a checkpoint, nothing of the key.
+        """
+        return (owner[:8] or "nobody") if self._several else ""
+
+    def _account(self, owner: str) -> Account:
+        return self._accounts.setdefault(owner, Account())
+
+    def _place(self, request: Request, owner: str) -> Place:
         """A place for a request, with what it may cost."""
         params = request.params
         if not params.early_end:
-            return Place(work_of(request), forwards_of(request))
-        forwards = min(forwards_of(request), math.ceil(self._steps))
+            return Place(owner, work_of(request), forwards_of(request))
+        expected = self._account(owner)
+        forwards = min(forwards_of(request), math.ceil(expected.forwards))
         canvas = request.canvas_len
         if params.suffix_window is not None:
-            seen = request.prompt_len + math.ceil(self._tokens) + params.suffix_window
+            seen = request.prompt_len + math.ceil(expected.tokens) + params.suffix_window
             canvas = min(canvas, seen)
-        return Place(forwards * canvas * request.rows_needed, forwards, open_ended=True)
+        return Place(owner, forwards * canvas * request.rows_needed, forwards, open_ended=True)
 
-    def _enter(self, place: Place) -> None:
-        self.requests += 1
-        self.work += place.work
-        self._forwards += place.forwards
+    def _enter(self, place: Place, sign: int = 1) -> None:
+        account = self._account(place.owner)
+        account.requests += sign
+        account.work += sign * place.work
+        self.requests += sign
+        self.work += sign * place.work
+        self._forwards += sign * place.forwards
 
     def give_back(self, place: Place, forwards: int | None = None, tokens: int = 0) -> None:
         """Free a place.
@@ -140,31 +241,45 @@ class Admission:
         if not place.taken:
             return
         place.taken = False
-        self.requests -= 1
-        self.work -= place.work
-        self._forwards -= place.forwards
+        self._enter(place, -1)
         if forwards is not None:
             self._done += place.work
             self._done_forwards += forwards
             if place.open_ended:
-                self._steps += (forwards - self._steps) * _LEARN
-                self._tokens += (tokens - self._tokens) * _LEARN
+                account = self._account(place.owner)
+                account.forwards += (forwards - account.forwards) * _LEARN
+                account.tokens += (tokens - account.tokens) * _LEARN
 
     def measure(self, busy_s: float, forwards: int) -> None:
-        """Learn the speed from what the engine has done so far.
+        """Learn the speed from what the engine has done of late.
 
         Args:
-            busy_s: seconds in which it had work.
-            forwards: forward passes of all requests, each counted for itself.
+            busy_s: seconds in which it had work, since the start.
+            forwards: forward passes of all requests, each counted for itself, since the start.
         """
+        busy, passed = busy_s - self._past_busy, forwards - self._past_forwards
         known = self._done_forwards + self._forwards
-        if busy_s > _WARM_S and known:
+        if busy > _WARM_S and known:
             # those under way count too: after some short ones, long ones would look like a
             # standstill otherwise, and so would the time spent on what was dropped
-            self._speed = forwards / busy_s * (self._done + self.work) / known
+            self._speed = passed / busy * (self._done + self.work) / known
+        if busy > _MEMORY_S:  # what was asked for long ago says little of what is asked for now
+            self._past_busy += busy / 2
+            self._past_forwards += passed / 2
+            self._done /= 2
+            self._done_forwards /= 2
 
-    def retry_after(self) -> int:
-        """Whole seconds until there may be room: 1 to 30."""
-        if not self._speed:
+    def retry_after(self, owner: str | None = None) -> int:
+        """Whole seconds until there may be room: 1 to 30.
+
+        Args:
+            owner: whose requests have to end first; None is anybody's.
+        """
+        self.measure(*self._progress())
+        work, speed = self.work, self._speed
+        if owner is not None:
+            work = self._account(owner).work
+            speed /= max(1, self._active)
+        if not speed:
             return 1
-        return max(1, min(_MOST_RETRY_S, math.ceil(self.work / self._speed / 4)))
+        return max(1, min(_MOST_RETRY_S, math.ceil(work / speed / 4)))

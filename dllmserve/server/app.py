@@ -103,6 +103,12 @@ def judge(settings: Settings) -> Judge:
     return standing
 
 
+def _most_calls(settings: Settings) -> int | None:
+    """Calls of one key that may be in progress: others need connections, too."""
+    most = max(1, 3 * settings.server.max_connections // 4)
+    return most if settings.several_keys else None
+
+
 #: headers of answers that the official clients, and those of the native API, read
 EXPOSED = "X-Request-Id Retry-After X-Should-Retry Location Allow WWW-Authenticate".split()
 
@@ -127,8 +133,8 @@ def guarded(app: FastAPI, *, local_only: bool = False) -> ASGIApp:
         inner,
         keys=settings.keys,
         open_paths=_open_paths(settings),
-        requests_per_minute=server.requests_per_minute,
-        max_parallel_per_key=server.max_parallel_per_key,
+        rate=service.rate,
+        max_calls_per_key=_most_calls(settings),
     )
     if local_only:
         inner = _LocalOnly(inner)

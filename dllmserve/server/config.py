@@ -90,10 +90,16 @@ class ServerConfig:
     )
     open_metrics: bool = _option(False, _SAFE, "Serve /metrics without a key.")
     requests_per_minute: int | None = _option(
-        None, _SAFE, "Requests a minute for each key (no limit, if not given)."
+        None,
+        _SAFE,
+        "Answers a minute that each key may ask for; prompts x n of a request count, polls do not "
+        "(no limit, if not given).",
     )
     max_parallel_per_key: int | None = _option(
-        None, _SAFE, "Requests at once for each key (no limit, if not given)."
+        None,
+        _SAFE,
+        "Answers at once for each key, unfinished jobs included; prompts x n of a request count "
+        "(no limit, if not given).",
     )
 
     data_parallel_size: int = _option(
@@ -102,7 +108,12 @@ class ServerConfig:
         "Engine processes, each with a model of its own; on GPUs each takes "
         "tensor_parallel_size of them.",
     )
-    max_requests: int = _option(256, _LOAD, "Requests waiting and running; more get a 503.")
+    max_requests: int = _option(
+        256,
+        _LOAD,
+        "Requests waiting and running; more get a 503. Of several keys, one may have three "
+        "quarters.",
+    )
     max_outstanding_work: int | None = _option(
         None,
         _LOAD,

@@ -134,12 +134,13 @@ class Jobs:
         """Accept all of the requests, or none; returns their ids.
 
         Raises:
+            QuotaError: the owner has its share.
             OverloadedError: there is no room.
             CapacityError: there never is for so many.
             JobStoreError: they cannot be stored.
         """
         service = self._service
-        places = service.take_places(requests)
+        places = service.take_places(requests, owner)
         try:
             limit = service.settings.server.request_timeout
             seconds = limit if timeout_s is None else min(limit, timeout_s)
@@ -264,7 +265,7 @@ class Jobs:
             _log.error("job %d of an earlier run cannot be run again: %s", record.id, error)
             await self._finish(record.id, _failed("the job's request cannot be read any more"))
             return
-        live.place = service.admission.take_anyway(request)
+        live.place = service.admission.take_anyway(request, record.owner)
         await self._run(record, request, live.place, live)
 
     def _unpack(self, record: JobRecord) -> Request:

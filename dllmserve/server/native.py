@@ -133,7 +133,7 @@ async def _submit(
     requests = []
     for place, prompt in enumerate(prompts):
         name = "prompt" if len(prompts) == 1 else f"prompts[{place}]"
-        ids = await service.prompt_ids(prompt, name)
+        ids = await service.prompt_ids(prompt, name, owner)
         requests.append(service.llm.check(ids, params, sparse, name=name))
     found = await jobs.submit(requests, owner, body.timeout)
     note(http, jobs=len(found), prompt_tokens=sum(r.prompt_len for r in requests))
@@ -233,12 +233,14 @@ def _there(request_id: int, found: Stored | Gone | None) -> Stored:
         },
     },
 )
-async def stream(body: GenerateRequest, http: HttpRequest, service: ServiceOf) -> Response:
+async def stream(
+    body: GenerateRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
+) -> Response:
     """Watch the answer being filled in: provisional and committed positions, step by step."""
     note_prompts(http, service, [body.prompt])
-    ids = await service.prompt_ids(body.prompt)
+    ids = await service.prompt_ids(body.prompt, owner=owner)
     request = service.llm.check(ids, body.sampling_params(), body.sparse_config())
-    (run,) = service.admit([request], watch=True, timeout_s=body.timeout)
+    (run,) = service.admit([request], owner, watch=True, timeout_s=body.timeout)
     keep_alive = service.settings.server.sse_keep_alive
     return EventStream(_canvases(run, http, service), keep_alive, run.close)
 

@@ -10,7 +10,15 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from dllmserve.core.request import Request
-from dllmserve.server.common import JsonRoute, ServiceOf, errors, events, note_prompts, note_runs
+from dllmserve.server.common import (
+    JsonRoute,
+    OwnerOf,
+    ServiceOf,
+    errors,
+    events,
+    note_prompts,
+    note_runs,
+)
 from dllmserve.server.failures import ApiError
 from dllmserve.server.http.escape import shown
 from dllmserve.server.openai_answers import ChatAnswer, CompletionAnswer, Reply, stream
@@ -46,14 +54,16 @@ def _responses(kind: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 
 @router.post("/v1/completions", response_model=None, responses=_responses(CompletionAnswer))
-async def completions(body: CompletionRequest, http: HttpRequest, service: ServiceOf) -> Response:
+async def completions(
+    body: CompletionRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
+) -> Response:
     """Complete prompts."""
     _check_model(body.model, service)
     prompts = body.prompts()
     note_prompts(http, service, prompts)
     _check_count(len(prompts) * body.choices(service.settings.server), "prompt", service)
     ids = [
-        await service.prompt_ids(prompt, f"prompt[{i}]" if len(prompts) > 1 else "prompt")
+        await service.prompt_ids(prompt, f"prompt[{i}]" if len(prompts) > 1 else "prompt", owner)
         for i, prompt in enumerate(prompts)
     ]
     tokenizer = service.llm.tokenizer
@@ -63,18 +73,20 @@ async def completions(body: CompletionRequest, http: HttpRequest, service: Servi
             prompt if isinstance(prompt, str) else tokenizer.decode(prompt) if tokenizer else ""
             for prompt in prompts
         ]
-    return await _answer(body, ids, http, service, echoes, chat=False)
+    return await _answer(body, ids, http, service, owner, echoes, chat=False)
 
 
 @router.post("/v1/chat/completions", response_model=None, responses=_responses(ChatAnswer))
-async def chat(body: ChatRequest, http: HttpRequest, service: ServiceOf) -> Response:
+async def chat(
+    body: ChatRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
+) -> Response:
     """Answer a conversation."""
     _check_model(body.model, service)
     messages = body.conversation()
     note_prompts(http, service, messages)
     _check_count(body.choices(service.settings.server), "n", service)
-    ids = await service.chat_ids(messages)
-    return await _answer(body, [ids], http, service, [], chat=True)
+    ids = await service.chat_ids(messages, owner)
+    return await _answer(body, [ids], http, service, owner, [], chat=True)
 
 
 async def _answer(
@@ -82,6 +94,7 @@ async def _answer(
     prompts: list[list[int]],
     http: HttpRequest,
     service: Service,
+    owner: str,
     echoes: list[str],
     *,
     chat: bool,
@@ -104,7 +117,7 @@ async def _answer(
         include_usage=bool(options and options.include_usage),
         continuous_usage=bool(options and options.continuous_usage_stats),
     )
-    runs = service.admit(requests, stream=bool(body.stream), timeout_s=body.timeout)
+    runs = service.admit(requests, owner, stream=bool(body.stream), timeout_s=body.timeout)
     if body.stream:
         return EventStream(
             stream(reply, runs, http), config.sse_keep_alive, lambda: close_all(runs)

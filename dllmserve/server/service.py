@@ -17,6 +17,7 @@ from dllmserve.errors import (
     DeadlineError,
     DllmServeError,
     OverloadedError,
+    QuotaError,
     RequestAbortedError,
 )
 from dllmserve.outputs import RequestOutput
@@ -25,6 +26,7 @@ from dllmserve.process.messages import EngineInfo
 from dllmserve.process.supervisor import State, SupervisorOptions
 from dllmserve.server.admission import Admission, Place
 from dllmserve.server.http.places import ConnectionStats
+from dllmserve.server.http.rate import RateLimit
 from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import Settings
 from dllmserve.server.store import StoreStats
@@ -83,7 +85,11 @@ class Run:
         self.queue_time: float | None = None
         try:
             self.call: Call = service.llm.submit(
-                request, stream=stream, watch=watch, work=place.work
+                request,
+                stream=stream,
+                watch=watch,
+                work=place.work,
+                owner=service.admission.engine_name(place.owner),
             )
         except BaseException:
             service.admission.give_back(place)
@@ -132,7 +138,7 @@ class Run:
             if until < self._until:
                 raise OverloadedError(
                     f"the request waited for queue_timeout={self._queue_s:g} s and was not started",
-                    retry_after=self._service.admission.retry_after(),
+                    retry_after=self._service.admission.retry_after(self._place.owner),
                 ) from error
             raise DeadlineError(
                 f"the request did not finish in {self._timeout_s:g} s; ask for less, or for "
@@ -197,6 +203,7 @@ class Service:
     Attributes:
         llm: the engines.
         admission: what is under way.
+        rate: what each owner asked for of late.
         metrics: for Prometheus.
         runs: requests under way.
         connections: of the HTTP server.
@@ -218,7 +225,14 @@ class Service:
             ),
             **asdict(settings.engine),
         )
-        self.admission = Admission(server.max_requests, server.max_outstanding_work)
+        self.admission = Admission(
+            server.max_requests,
+            server.max_outstanding_work,
+            max_per_owner=server.max_parallel_per_key,
+            several=settings.several_keys,
+            progress=self._progress,
+        )
+        self.rate = RateLimit(server.requests_per_minute)
         self.admission.closed_because = _LOADING
         self.metrics = Metrics(self.model_name, server.metrics_compat)
         self.runs: set[Run] = set()
@@ -315,18 +329,20 @@ class Service:
     def admit(
         self,
         requests: Sequence[Request],
+        owner: str = "",
         *,
         stream: bool = False,
         watch: bool = False,
         timeout_s: float | None = None,
     ) -> list[Run]:
-        """Take all of the requests, or none.
+        """Take all of the requests of an owner, or none.
 
         Raises:
+            QuotaError: the owner has its share.
             OverloadedError: there is no room.
             CapacityError: there never is for so many.
         """
-        places = self.take_places(requests)
+        places = self.take_places(requests, owner)
         how: dict[str, Any] = {"stream": stream, "watch": watch, "timeout_s": timeout_s}
         how["queue_s"] = self.settings.server.queue_timeout
         runs: list[Run] = []
@@ -340,18 +356,31 @@ class Service:
             raise
         return runs
 
-    def take_places(self, requests: Sequence[Request]) -> list[Place]:
+    def take_places(self, requests: Sequence[Request], owner: str = "") -> list[Place]:
         """Places for all of the requests, or for none. Raises what :meth:`admit` raises."""
+        try:
+            self.rate.check(owner, len(requests))
+            places = self.admission.take(requests, owner)
+        except OverloadedError as error:
+            self._count_refusal(error)
+            raise
+        self.rate.take(owner, len(requests) - 1)
+        return places
+
+    def _count_refusal(self, error: OverloadedError) -> None:
+        """Count a refusal in the metrics, by its reason."""
+        if isinstance(error, QuotaError):
+            self.metrics.rejected(error.code)
+        else:
+            closed = self.admission.closed_because is not None
+            self.metrics.rejected(self.status if closed else "full")
+
+    def _progress(self) -> tuple[float, int]:
+        """Seconds in which the engines had work, and forward passes of all requests."""
         fleet = self.llm.supervisor
         counters = fleet.counters
         # each counts its own seconds: together they are as fast as one, times their number
-        self.admission.measure(counters.busy / max(fleet.serving, 1), counters.spans)
-        try:
-            return self.admission.take(requests)
-        except OverloadedError:
-            closed = self.admission.closed_because is not None
-            self.metrics.rejected(self.status if closed else "full")
-            raise
+        return counters.busy / max(fleet.serving, 1), counters.spans
 
     def run(
         self,
@@ -370,38 +399,40 @@ class Service:
             self, request, place, stream=stream, watch=watch, timeout_s=seconds, queue_s=queue_s
         )
 
-    async def prompt_ids(self, prompt: str | Sequence[int], name: str = "prompt") -> list[int]:
+    async def prompt_ids(
+        self, prompt: str | Sequence[int], name: str = "prompt", owner: str = ""
+    ) -> list[int]:
         """Token ids of a prompt; a text that cannot fit is refused before it is tokenised."""
-        self.require_engine()
+        self.require_engine(owner)
         if isinstance(prompt, str):
             self._check_length(len(prompt), name)
             await asyncio.sleep(0)  # others get their turn between the prompts of a batch
         return await self.llm.prompt_ids(prompt)
 
-    async def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    async def chat_ids(self, messages: Sequence[Mapping[str, Any]], owner: str = "") -> list[int]:
         """Prompt ids of a conversation; special tokens in messages are ordinary text.
 
         Args:
             messages: as a chat template reads them, see :mod:`dllmserve.messages`.
+            owner: who asks.
         """
-        self.require_engine()
+        self.require_engine(owner)
         said = (str(value) for m in messages for key, value in m.items() if key != "role")
         self._check_length(sum(map(len, said)), "messages")
         return await self.llm.chat_ids(messages, literal_contents=True)
 
-    def require_engine(self) -> None:
-        """Raise OverloadedError while no request can be taken."""
+    def require_engine(self, owner: str = "") -> None:
+        """Raise OverloadedError while no request of this owner can be taken."""
         if self.status == "failed":
             self.metrics.rejected("failed")
             raise OverloadedError("the engine is gone; the server has to be started again", 30)
-        if self.admission.closed_because is not None:
-            self.metrics.rejected(self.status)
-            raise OverloadedError(self.admission.closed_because, self.admission.retry_after())
         try:
+            if self.admission.closed_because is not None:
+                raise OverloadedError(self.admission.closed_because, self.admission.retry_after())
             # a refusal must cost little, or a crowd that is refused starves everybody else
-            self.admission.check_room(1)
-        except OverloadedError:
-            self.metrics.rejected("full")
+            self.admission.check_room(1, owner)
+        except OverloadedError as error:
+            self._count_refusal(error)
             raise
 
     @property

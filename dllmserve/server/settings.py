@@ -52,6 +52,11 @@ class Settings:
         return path.resolve().name if path.is_dir() else self.engine.model
 
     @property
+    def several_keys(self) -> bool:
+        """Whether one client can be told from another, so that each gets its share."""
+        return self.keys is not None and len(self.keys) > 1
+
+    @property
     def sequential_ids(self) -> bool:
         """Whether job ids may be guessed: only where everybody may read everything anyway."""
         return self.server.request_id_scheme == "sequential" or (

@@ -34,7 +34,8 @@ def generating(app: FastAPI) -> list[tuple[Route, re.Pattern[str]]]:
 class Turnstile:
     """ASGI middleware behind the key and body guards: 503 while nothing can be taken.
 
-    The application checks again, as it alone knows how much a request needs.
+    A key that has its share gets 429. The application checks again, as it alone knows how much a
+    request needs.
 
     Args:
         app: the application, with all of its routes.
@@ -51,7 +52,7 @@ class Turnstile:
         route = self._route(scope)
         if route is not None:
             try:
-                self.service.require_engine()
+                self.service.require_engine(scope.get("state", {}).get("owner", ""))
             except OverloadedError as error:
                 scope["route"] = route
                 refusal = error_response(scope["path"], as_api_error(error))

@@ -129,10 +129,12 @@ class StandIn:
         stream: bool = False,
         watch: bool = False,
         work: int = 0,
+        owner: str = "",
     ) -> Call:
         if self.state in (State.FAILED, State.CLOSED):
             raise self.failure or EngineError("the engine has been closed")
-        call = Call(Submit(len(self.calls), prompt_ids, params, sparse, stream, watch), work)
+        submit = Submit(len(self.calls), prompt_ids, params, sparse, stream, watch, owner)
+        call = Call(submit, work)
         self.calls.append(call)
         if not self.hold:
             asyncio.get_running_loop().call_soon(self.play, call)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dllmserve._checks import check_int
 from dllmserve.errors import ConfigError
 from dllmserve.server.http.keys import ApiKeys, Key
+from dllmserve.server.http.rate import RateLimit
 from dllmserve.server.http.respond import Headers, send_error
 
 __all__ = ["ApiKeys", "AuthGuard", "Key"]
@@ -35,11 +34,12 @@ class AuthGuard:
         app: the app behind.
         keys: None lets everybody in.
         open_paths: paths that need no key and count for no limit, for example health probes.
-        requests_per_minute: average rate; a key that was idle may use as many at once.
-        max_parallel_per_key: requests of one key that may be in progress.
-        unmetered_gets: paths for which GET, there and below, is outside requests_per_minute:
-            polling for a result.
-        clock: seconds, monotonic.
+        rate: requests that a key may ask for. Each counts here for one, whatever it is; what
+            it asks for beyond that is for the app to count. None is no limit.
+        max_calls_per_key: calls of one key that may be in progress, so that those who wait for
+            a result cannot take all connections. None is no limit.
+        unmetered_gets: paths for which GET, there and below, is outside of the rate: polling
+            for a result.
 
     Raises:
         ConfigError: a limit is not positive.
@@ -51,24 +51,19 @@ class AuthGuard:
         *,
         keys: ApiKeys | None,
         open_paths: frozenset[str],
-        requests_per_minute: int | None = None,
-        max_parallel_per_key: int | None = None,
+        rate: RateLimit | None = None,
+        max_calls_per_key: int | None = None,
         unmetered_gets: tuple[str, ...] = ("/v1/result",),
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if requests_per_minute is not None:
-            check_int(ConfigError, "requests_per_minute", requests_per_minute, 1)
-        if max_parallel_per_key is not None:
-            check_int(ConfigError, "max_parallel_per_key", max_parallel_per_key, 1)
+        if max_calls_per_key is not None:
+            check_int(ConfigError, "max_calls_per_key", max_calls_per_key, 1)
         self.app = app
         self.keys = keys
         self.open_paths = open_paths
-        self.requests_per_minute = requests_per_minute
-        self.max_parallel_per_key = max_parallel_per_key
+        self.rate = rate or RateLimit(None)
+        self.max_calls_per_key = max_calls_per_key
         self.unmetered_gets = unmetered_gets
-        self.clock = clock
-        # both have at most one entry for each key
-        self._buckets: dict[str, _Bucket] = {}
+        # at most one entry for each key
         self._running: dict[str, int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -117,14 +112,14 @@ class AuthGuard:
 
     async def _admit(self, key: Key, scope: Scope, receive: Receive, send: Send) -> bool:
         """Whether the key may have one more request; if not, it has been answered with 429."""
-        most = self.max_parallel_per_key
+        most = self.max_calls_per_key
         if most is not None and self._running.get(key.owner, 0) >= most:
-            wait, code = 1.0, "too_many_parallel_requests"
-            text = f"This key is limited to {most} requests at a time; wait for one to end."
+            wait, code = 1.0, "too_many_calls"
+            text = f"This key has {most} calls in progress and may have no more; end one first."
         else:
             wait, code = self._take(key, scope), "rate_limit_exceeded"
             text = (
-                f"This key is limited to {self.requests_per_minute} requests a minute;"
+                f"This key is limited to {self.rate.per_minute} requests a minute;"
                 " try again when Retry-After has passed."
             )
         if wait <= 0:
@@ -135,35 +130,12 @@ class AuthGuard:
 
     def _take(self, key: Key, scope: Scope) -> float:
         """Count a request; seconds until there is one to count, 0 if it was counted."""
-        rate = self.requests_per_minute
-        if rate is None or (scope["method"] in ("GET", "HEAD") and self._unmetered(scope["path"])):
+        if scope["method"] in ("GET", "HEAD") and self._unmetered(scope["path"]):
             return 0.0
-        bucket = self._buckets.get(key.owner)
-        if bucket is None:
-            bucket = self._buckets[key.owner] = _Bucket(rate, self.clock())
-        return bucket.take(self.clock())
+        return self.rate.take(key.owner)
 
     def _unmetered(self, path: str) -> bool:
         return any(path == base or path.startswith(f"{base}/") for base in self.unmetered_gets)
-
-
-class _Bucket:
-    """Tokens that come back at a steady rate, up to as many as one minute gives."""
-
-    def __init__(self, per_minute: int, now: float) -> None:
-        self.capacity = float(per_minute)
-        self.rate = per_minute / 60
-        self.tokens = self.capacity
-        self.last = now
-
-    def take(self, now: float) -> float:
-        """Take one token and return 0, or the seconds until there is one."""
-        self.tokens = min(self.capacity, self.tokens + (now - self.last) * self.rate)
-        self.last = now
-        if self.tokens >= 1:
-            self.tokens -= 1
-            return 0.0
-        return (1 - self.tokens) / self.rate
 
 
 def presented(headers: Headers) -> set[bytes]:

@@ -3,11 +3,15 @@
 Rules that hold for all of them:
 
 - Reading never deletes.
-- A result is kept for ``ttl_s`` seconds after its job finished. Above the limits, results that
-  were read go first, those read longest ago before others; then the ones that finished first.
-  An unfinished job is never evicted. ``finish`` enforces this in the same operation.
+- A result is kept for ``ttl_s`` seconds after its job finished. Above a limit, the owner who holds
+  most of what is limited (results or bytes) loses one: results that were read go first, those
+  read longest ago before others; then the ones that finished first. So nobody who holds less
+  than an equal share ever loses a result to others. Of owners who hold the same, the one loses
+  whose result comes first in that order. An unfinished job is never evicted. ``finish``
+  enforces this in the same operation.
 - What was dropped leaves a tombstone: why, and whose it was, so that a foreign owner can be told
-  the same as for an id that was never issued. Tombstones are a ring; the oldest is overwritten.
+  the same as for an id that was never issued. Above their limit, the owner with most tombstones
+  loses the oldest.
 - The store compares no owners. The caller does, with ``Stored.record.owner`` and ``Gone.owner``.
 - Orders (oldest first, finished first) are those of the calls. Unix times only decide about the
   ttl, so a wall clock that jumps does not make new results the first to be evicted. The time of
@@ -21,10 +25,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from dllmserve._checks import check_float, check_int
 from dllmserve.errors import ConfigError, JobStoreError
+from dllmserve.server.store.holdings import Holdings
 
 #: largest id: JavaScript and jq lose integers above it
 MAX_JOB_ID = 2**53 - 1
@@ -132,9 +137,11 @@ class StoreLimits:
         check_int(ConfigError, "max_bytes", self.max_bytes, 1)
         check_int(ConfigError, "max_tombstones", self.max_tombstones, 0)
 
-    def exceeded(self, results: int, size: int) -> bool:
-        """Whether so many results, with so many bytes together, are too many."""
-        return results > self.max_results or size > self.max_bytes
+    def exceeded(self, held: Holdings[Any]) -> Literal["results", "bytes"] | None:
+        """What there is too much of, if anything."""
+        if held.total("results") > self.max_results:
+            return "results"
+        return "bytes" if held.total("bytes") > self.max_bytes else None
 
 
 @dataclass(frozen=True, slots=True)

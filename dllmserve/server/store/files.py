@@ -20,6 +20,12 @@ APPLICATION_ID = 0x646C6C6D
 _APPLICATION_ID_AT = 68
 SCHEMA_VERSION = 1
 
+#: what stores of an older dllmserve lack; it keeps these up to date where they are
+ADDED = {
+    "alive": MAKE_ALIVE,
+    "jobs_by_owner": "CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs (owner, state, place)",
+    "tombstones_by_owner": "CREATE INDEX IF NOT EXISTS tombstones_by_owner ON tombstones (owner)",
+}
 #: ``place`` orders the jobs of one state: by acceptance, by their end, by when they were read
 SCHEMA = (
     """CREATE TABLE jobs (
@@ -48,13 +54,11 @@ SCHEMA = (
     )""",
     "CREATE TABLE next_id (id INTEGER NOT NULL)",
     "INSERT INTO next_id VALUES (0)",
-    MAKE_ALIVE,
+    *ADDED.values(),
     f"PRAGMA application_id = {APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 
-#: an older dllmserve has made its stores without it
-_ALIVE = "alive"
 #: what SQLite, and Python's part of it, raise for a damaged file
 DAMAGE = (sqlite3.Error, UnicodeDecodeError, MemoryError)
 #: the files of a database, by the end of their names; its own is the last
@@ -163,7 +167,8 @@ class JobFile:
             if fresh:
                 _make(db)
                 self._folder.sync()
-            db.execute(MAKE_ALIVE)
+            for statement in ADDED.values():
+                db.execute(statement)
         except DAMAGE as error:
             db.close()
             raise unusable(path, error) from error
@@ -223,7 +228,7 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
     found = _objects(db)
     every = known.keys() | found.keys()
     for name in sorted(every, key=lambda name: (name.startswith("sqlite_"), name)):
-        if known.get(name) != found.get(name) and (name != _ALIVE or name in found):
+        if known.get(name) != found.get(name) and (name not in ADDED or name in found):
             what = "missing" if name not in found else "not as it should be"
             raise _damaged(path, f"{name!r} is {what if name in known else 'not part of one'}")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from dllmserve.server.store.base import (
     DROP_REASONS,
@@ -21,6 +21,31 @@ from dllmserve.server.store.base import (
     check_new,
     result_size,
 )
+from dllmserve.server.store.holdings import Holdings
+
+
+@dataclass
+class _Shelf:
+    """What one owner holds: ids, with their place in the order in which they go.
+
+    OrderedDict, as taking the first item of a dict gets slower with every item that was removed
+    before it.
+    """
+
+    unread: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    read: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    tombstones: OrderedDict[int, int] = field(default_factory=OrderedDict)
+
+    def victim(self) -> tuple[bool, int, int]:
+        """The result that goes first: whether nobody has read it, its place, its id."""
+        unread = not self.read
+        id, place = next(iter((self.unread if unread else self.read).items()))
+        return unread, place, id
+
+    def oldest(self) -> tuple[int, int]:
+        """The oldest tombstone: its place, its id."""
+        id, place = next(iter(self.tombstones.items()))
+        return place, id
 
 
 class MemoryStore:
@@ -34,14 +59,13 @@ class MemoryStore:
 
     def __init__(self, limits: StoreLimits | None = None) -> None:
         self._limits = limits or StoreLimits()
-        # the front of each is what goes first; OrderedDict, as taking the first item of a
-        # dict gets slower with every item that was removed before it
         self._waiting: OrderedDict[int, JobRecord] = OrderedDict()
-        self._unread: OrderedDict[int, Stored] = OrderedDict()
-        self._read: OrderedDict[int, Stored] = OrderedDict()
-        self._tombstones: OrderedDict[int, Gone] = OrderedDict()
-        self._bytes = 0
-        self._next_id = 0
+        self._results: dict[int, Stored] = {}
+        self._tombstones: dict[int, Gone] = {}
+        #: one for each owner there ever was: as many as there are keys
+        self._shelves: defaultdict[str, _Shelf] = defaultdict(_Shelf)
+        self._held: Holdings[str] = Holdings()
+        self._next_id = self._last_place = 0
         self._evicted: dict[DropReason, int] = dict.fromkeys(DROP_REASONS, 0)
 
     async def open(self) -> None:
@@ -73,25 +97,27 @@ class MemoryStore:
         record = self._waiting.pop(id, None)
         if record is None:
             return False
-        self._unread[id] = Stored(replace(record, request=b""), result)
-        self._bytes += result_size(result)
-        while self._limits.exceeded(len(self._unread) + len(self._read), self._bytes):
-            if self._read:
-                self._drop(next(iter(self._read)), "evicted_read")
-            else:
-                self._drop(next(iter(self._unread)), "evicted_unread")
+        self._results[id] = Stored(replace(record, request=b""), result)
+        self._shelves[record.owner].unread[id] = self._place()
+        self._held.add(record.owner, results=1, bytes=result_size(result))
+        while what := self._limits.exceeded(self._held):
+            unread, _, victim = min(self._shelves[o].victim() for o in self._held.most(what))
+            self._drop(victim, "evicted_unread" if unread else "evicted_read")
         return True
 
     async def find(self, id: int) -> Stored | Gone | None:
         """Return the job, why it is gone, or None."""
         if (record := self._waiting.get(id)) is not None:
             return Stored(record, None)
-        return self._unread.get(id) or self._read.get(id) or self._tombstones.get(id)
+        return self._results.get(id) or self._tombstones.get(id)
 
     async def mark_read(self, id: int) -> None:
         """Note that a result was delivered; it is then evicted before unread ones."""
-        if (stored := self._unread.pop(id, None)) is not None:
-            self._read[id] = stored
+        stored = self._results.get(id)
+        if stored is not None:
+            shelf = self._shelves[stored.record.owner]
+            if shelf.unread.pop(id, None) is not None:
+                shelf.read[id] = self._place()
 
     async def delete(self, id: int) -> bool:
         """Drop a job, finished or not, and leave a tombstone. False if it is not there."""
@@ -104,8 +130,7 @@ class MemoryStore:
         oldest = now - self._limits.ttl_s
         expired = [
             (stored.result.finished, id)
-            for part in (self._read, self._unread)
-            for id, stored in part.items()
+            for id, stored in self._results.items()
             if stored.result is not None and stored.result.finished <= oldest
         ]
         for _, id in sorted(expired):
@@ -117,20 +142,33 @@ class MemoryStore:
 
     def stats(self) -> StoreStats:
         """Counts, from memory."""
-        results = len(self._unread) + len(self._read)
-        return StoreStats(results, self._bytes, len(self._waiting), dict(self._evicted))
+        results, size = self._held.total("results"), self._held.total("bytes")
+        return StoreStats(results, size, len(self._waiting), dict(self._evicted))
 
     def _has(self, id: int) -> bool:
-        return id in self._waiting or id in self._unread or id in self._read
+        return id in self._waiting or id in self._results
+
+    def _place(self) -> int:
+        self._last_place += 1
+        return self._last_place
 
     def _drop(self, id: int, reason: DropReason) -> None:
         """Replace a job that is there with its tombstone."""
         record = self._waiting.pop(id, None)
         if record is None:
-            stored = self._read.pop(id, None) or self._unread.pop(id)
+            stored = self._results.pop(id)
             record = stored.record
-            self._bytes -= result_size(stored.result) if stored.result else 0
+            shelf = self._shelves[record.owner]
+            if shelf.unread.pop(id, None) is None:
+                del shelf.read[id]
+            size = result_size(stored.result) if stored.result else 0
+            self._held.add(record.owner, results=-1, bytes=-size)
         self._evicted[reason] += 1
         self._tombstones[id] = Gone(DROP_REASONS[reason], record.owner)
-        while len(self._tombstones) > self._limits.max_tombstones:
-            self._tombstones.popitem(last=False)
+        self._shelves[record.owner].tombstones[id] = self._place()
+        self._held.add(record.owner, tombstones=1)
+        while self._held.total("tombstones") > self._limits.max_tombstones:
+            owners = self._held.most("tombstones")
+            _, oldest, owner = min((*self._shelves[o].oldest(), o) for o in owners)
+            del self._tombstones[oldest], self._shelves[owner].tombstones[oldest]
+            self._held.add(owner, tombstones=-1)

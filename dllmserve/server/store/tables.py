@@ -26,6 +26,7 @@ from dllmserve.server.store.base import (
     encode,
 )
 from dllmserve.server.store.files import JobFile
+from dllmserve.server.store.holdings import Holdings
 from dllmserve.server.store.lease import Lease
 from dllmserve.server.store.rows import JOB, READ, UNFINISHED, UNREAD, read_gone, read_job
 
@@ -37,12 +38,13 @@ _INSERT = """INSERT INTO jobs (id, state, place, owner, model, created, deadline
     VALUES (?, 0, ?, ?, ?, ?, ?, ?)"""
 _UNFINISHED = f"SELECT {JOB} FROM jobs WHERE state = 0 ORDER BY place"
 _FINISH = """UPDATE jobs SET state = 1, place = ?, request = NULL, status = ?, text = ?,
-    error = ?, details = ?, finished = ?, size = ? WHERE id = ? AND state = 0"""
+    error = ?, details = ?, finished = ?, size = ? WHERE id = ?"""
 _FIND = f"SELECT {JOB} FROM jobs WHERE id = ?"
-_VICTIM = "SELECT id, owner, size, state FROM jobs WHERE state = ? ORDER BY place LIMIT 1"
+_VICTIM = """SELECT id, owner, size, state, place FROM jobs
+    WHERE owner = ? AND state = ? ORDER BY place LIMIT 1"""
 _EXPIRED = """SELECT id, owner, size, state FROM jobs WHERE finished <= ?
     ORDER BY finished, id LIMIT ?"""
-_TRIM = "DELETE FROM tombstones WHERE place <= (SELECT max(place) FROM tombstones) - ?"
+_OLDEST = "SELECT place, owner FROM tombstones WHERE owner = ? ORDER BY place LIMIT 1"
 
 #: id, owner, size and state of a job that is to be dropped
 _Row = tuple[int, bytes, int, int]
@@ -52,14 +54,13 @@ _Row = tuple[int, bytes, int, int]
 class _Counts:
     """Running totals, so that nobody has to count rows; a rollback takes them back as well."""
 
-    results: int = 0
-    bytes: int = 0
+    held: Holdings[bytes] = field(default_factory=Holdings)
     unfinished: int = 0
     place: int = 0
     evicted: dict[DropReason, int] = field(default_factory=lambda: dict.fromkeys(DROP_REASONS, 0))
 
     def copy(self) -> _Counts:
-        return replace(self, evicted=dict(self.evicted))
+        return replace(self, held=self.held.copy(), evicted=dict(self.evicted))
 
 
 class Tables:
@@ -89,9 +90,9 @@ class Tables:
         self.untidy = True
         self._now = self._count()
         self._saved = self._now
-        # the limits may be lower than those it was written with
         self.begin()
         self.lease = Lease(self._db, monotonic, began)
+        # the limits may be lower than those it was written with
         self._enforce()
         self._trim()
         self.commit()
@@ -111,7 +112,8 @@ class Tables:
         until = lease.renew() if wrote else lease.until
         self._db.execute("COMMIT")
         lease.until = until
-        self.stats = StoreStats(now.results, now.bytes, now.unfinished, dict(now.evicted))
+        results, size = now.held.total("results"), now.held.total("bytes")
+        self.stats = StoreStats(results, size, now.unfinished, dict(now.evicted))
         self.untidy = self.untidy or wrote
         return wrote
 
@@ -177,14 +179,15 @@ class Tables:
 
     def finish(self, id: int, result: JobResult) -> bool:
         """Give an unfinished job its result and enforce the limits."""
+        waiting = self._one("SELECT owner FROM jobs WHERE id = ? AND state = 0", (id,))
+        if waiting is None:
+            return False
         text, error = encode(result.text), encode(result.error)
         size = len(text or b"") + len(error or b"") + len(result.details)
         row = (self._place(), result.status, text, error, result.details, result.finished, size)
-        if not self._db.execute(_FINISH, (*row, id)).rowcount:
-            return False
+        self._db.execute(_FINISH, (*row, id))
         self._now.unfinished -= 1
-        self._now.results += 1
-        self._now.bytes += size
+        self._now.held.add(waiting[0], results=1, bytes=size)
         self._enforce()
         return True
 
@@ -215,31 +218,39 @@ class Tables:
 
     def _enforce(self) -> None:
         """Evict until the limits hold."""
-        while self._limits.exceeded(self._now.results, self._now.bytes):
-            if row := self._one(_VICTIM, (READ,)):
-                self._drop([row], "evicted_read")
-            else:
-                self._drop([self._one(_VICTIM, (UNREAD,))], "evicted_unread")
+        held = self._now.held
+        while what := self._limits.exceeded(held):
+            victims = [self._victim(owner) for owner in held.most(what)]
+            row = min(victims, key=lambda row: (row[3] != READ, row[4]))
+            self._drop([row[:4]], "evicted_read" if row[3] == READ else "evicted_unread")
+
+    def _victim(self, owner: bytes) -> Any:
+        """The row of an owner's result that goes first, with its place behind it."""
+        return self._one(_VICTIM, (owner, READ)) or self._one(_VICTIM, (owner, UNREAD))
 
     def _drop(self, rows: Sequence[_Row], reason: DropReason) -> None:
         """Replace jobs with tombstones."""
-        if not rows:
-            return
-        self._db.executemany("DELETE FROM jobs WHERE id = ?", [row[:1] for row in rows])
-        tombstones = [(id, DROP_REASONS[reason], owner) for id, owner, _, _ in rows]
-        insert = "INSERT INTO tombstones (id, reason, owner) VALUES (?, ?, ?)"
-        self._db.executemany(insert, tombstones)
-        self._trim()
         now = self._now
-        waiting = sum(state == UNFINISHED for _, _, _, state in rows)
-        now.unfinished -= waiting
-        now.results -= len(rows) - waiting
-        now.bytes -= sum(size for _, _, size, _ in rows)
-        now.evicted[reason] += len(rows)
+        insert = "INSERT INTO tombstones (id, reason, owner) VALUES (?, ?, ?)"
+        for id, owner, size, state in rows:
+            self._db.execute("DELETE FROM jobs WHERE id = ?", (id,))
+            self._db.execute(insert, (id, DROP_REASONS[reason], owner))
+            now.evicted[reason] += 1
+            now.held.add(owner, tombstones=1)
+            if state == UNFINISHED:
+                now.unfinished -= 1
+            else:
+                now.held.add(owner, results=-1, bytes=-size)
+            self._trim()
 
     def _trim(self) -> None:
-        """Forget the oldest tombstones above their limit."""
-        self._db.execute(_TRIM, (self._limits.max_tombstones,))
+        """Forget tombstones above their limit, the oldest of whoever has most of them."""
+        held = self._now.held
+        while held.total("tombstones") > self._limits.max_tombstones:
+            oldest = (self._one(_OLDEST, (owner,)) for owner in held.most("tombstones"))
+            place, owner = min(oldest)
+            self._db.execute("DELETE FROM tombstones WHERE place = ?", (place,))
+            held.add(owner, tombstones=-1)
 
     def _place(self) -> int:
         self._now.place += 1
@@ -248,14 +259,19 @@ class Tables:
     def _count(self) -> _Counts:
         """Count what the file holds; the only time that all rows are looked at."""
         counts = _Counts()
-        query = "SELECT state, count(*), sum(size), max(place) FROM jobs GROUP BY state"
-        for state, jobs, size, place in self._db.execute(query):
+        query = (
+            "SELECT owner, state, count(*), sum(size), max(place) FROM jobs GROUP BY owner, state"
+        )
+        for owner, state, jobs, size, place in self._db.execute(query):
             if state == UNFINISHED:
-                counts.unfinished = jobs
+                counts.unfinished += jobs
             else:
-                counts.results += jobs
-                counts.bytes += size
+                counts.held.add(owner, results=jobs, bytes=size)
             counts.place = max(counts.place, place)
+        for owner, dropped in self._db.execute(
+            "SELECT owner, count(*) FROM tombstones GROUP BY owner"
+        ):
+            counts.held.add(owner, tombstones=dropped)
         return counts
 
     def _one(self, query: str, values: tuple[Any, ...] = ()) -> Any:

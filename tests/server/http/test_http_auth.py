@@ -12,9 +12,10 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from dllmserve.errors import ConfigError
+from dllmserve.errors import CapacityError, ConfigError, QuotaError
 from dllmserve.server.http.auth import ApiKeys, AuthGuard
 from dllmserve.server.http.body import BodyGuard
+from dllmserve.server.http.rate import RateLimit
 from tests.server.http.live import (
     Answer,
     Echo,
@@ -293,7 +294,8 @@ class Direct:
 
     def __init__(self, **options: Any) -> None:
         self.clock = Clock()
-        self.guard = AuthGuard(self.app, open_paths=OPEN, clock=self.clock, **options)
+        rate = RateLimit(options.pop("requests_per_minute", None), clock=self.clock)
+        self.guard = AuthGuard(self.app, open_paths=OPEN, rate=rate, **options)
         self.calls = 0
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -349,10 +351,10 @@ def test_rate_limit_without_keys_is_shared() -> None:
     assert [ask("GET", "/v1/x", key)[0] for key in ("", ALICE, BOB)] == [200, 200, 429]
 
 
-def test_parallel_requests_of_one_key() -> None:
+def test_calls_of_one_key_in_progress() -> None:
     async def main() -> None:
         waiter = Waiter()
-        guard = AuthGuard(waiter, keys=KEYS, open_paths=OPEN, max_parallel_per_key=2)
+        guard = AuthGuard(waiter, keys=KEYS, open_paths=OPEN, max_calls_per_key=2)
         mine = get("/v1/x", f"X-Api-Key: {ALICE}")
         async with serving(guard) as live, connected(live.port) as one:
             async with connected(live.port) as two:
@@ -362,7 +364,7 @@ def test_parallel_requests_of_one_key() -> None:
                 answer = await ask(live.port, mine)
                 assert (answer.status, answer.headers["retry-after"]) == (429, "1")
                 assert answer.error["type"] == "rate_limit_error"
-                assert answer.error["code"] == "too_many_parallel_requests"
+                assert answer.error["code"] == "too_many_calls"
                 bob = asyncio.ensure_future(ask(live.port, get("/v1/x", f"X-Api-Key: {BOB}")))
                 await until(lambda: waiter.started == 3, "another key has its own")
             await until(lambda: waiter.left == 1, "not noticed")
@@ -379,7 +381,7 @@ def test_place_is_given_back_after_an_exception() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise ZeroDivisionError
 
-    ask = Direct(keys=KEYS, max_parallel_per_key=1)
+    ask = Direct(keys=KEYS, max_calls_per_key=1)
     ask.guard.app = broken
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
@@ -408,7 +410,32 @@ def test_other_scopes() -> None:
     assert seen == ["lifespan"]
 
 
-@pytest.mark.parametrize("option", [{"requests_per_minute": 0}, {"max_parallel_per_key": True}])
-def test_limits_are_checked(option: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="must be an integer >= 1"):
-        AuthGuard(Echo(), keys=KEYS, open_paths=OPEN, **option)
+def test_limits_are_checked() -> None:
+    with pytest.raises(ConfigError, match="max_calls_per_key must be an integer >= 1"):
+        AuthGuard(Echo(), keys=KEYS, open_paths=OPEN, max_calls_per_key=True)
+    with pytest.raises(ConfigError, match="requests_per_minute must be an integer >= 1"):
+        RateLimit(0)
+
+
+def test_a_request_for_many_answers_counts_for_as_many() -> None:
+    clock = Clock()
+    rate = RateLimit(6, clock=clock)
+    assert rate.take("ann") == 0  # as the guard does, before it is known what is asked for
+    with pytest.raises(CapacityError, match="7 requests at once are over requests_per_minute=6"):
+        rate.check("ann", 7)
+    rate.check("ann", 6)
+    assert rate.take("ann", 5) == 0
+    rate.check("bob", 6)
+    assert rate.take("ann") == 10
+    clock.now += 30
+    assert rate.take("ann") == 0
+    with pytest.raises(QuotaError, match="more than is left of requests_per_minute=6") as caught:
+        rate.check("ann", 4)
+    assert (caught.value.code, caught.value.http_status) == ("rate_limit_exceeded", 429)
+    # whoever comes back when it said is not sent away again
+    clock.now += caught.value.retry_after
+    assert rate.take("ann") == 0
+    rate.check("ann", 4)
+    rate.check("ann", 1)
+    assert RateLimit(None).take("ann", 10**9) == 0
+    RateLimit(None).check("ann", 10**9)

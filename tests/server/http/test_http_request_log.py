@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dllmserve.server.http.auth import ApiKeys, AuthGuard
 from dllmserve.server.http.body import BodyGuard
+from dllmserve.server.http.rate import RateLimit
 from dllmserve.server.http.request_id import RequestLog, route_template
 from tests.server.http.live import (
     Answer,
@@ -97,7 +98,7 @@ def stack(app: ASGIApp, **options: Any) -> RequestLog:
     """All guards, in the order they are meant to have."""
     keys = ApiKeys.from_list([f"alice={KEY}"])
     body = BodyGuard(app, max_bytes=1000, timeout_s=0.3)
-    guard = AuthGuard(body, keys=keys, open_paths=frozenset({"/health"}), requests_per_minute=9)
+    guard = AuthGuard(body, keys=keys, open_paths=frozenset({"/health"}), rate=RateLimit(9))
     return RequestLog(guard, **options)
 
 

@@ -217,6 +217,24 @@ def execute(path: Path, statement: str) -> None:
     db.close()
 
 
+def test_a_file_without_the_newer_indexes_gets_them(path: Path) -> None:
+    """Earlier versions made none by owner."""
+    fill(path, 3)
+    indexes = ("jobs_by_owner", "tombstones_by_owner")
+    for name in indexes:
+        execute(path, f"DROP INDEX {name}")
+    using(SqliteStore(path, StoreLimits(max_results=1)), lambda: asyncio.sleep(0))
+    db = sqlite3.connect(path)
+    names = {name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+    assert names >= set(indexes)
+    # and what goes first is found there, however much there is
+    for query in (tables._VICTIM, tables._OLDEST):
+        values = ("ann", 1)[: query.count("?")]
+        plan = " ".join(row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {query}", values))
+        assert "USING" in plan and "_by_owner" in plan and "TEMP B-TREE" not in plan, plan
+    db.close()
+
+
 def test_files_of_others_and_newer_ones_are_refused(path: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "contacts.db"
     execute(foreign, "CREATE TABLE people (name TEXT)")

@@ -1,7 +1,8 @@
-"""Random sequences of operations by two owners, against a model of a few lines."""
+"""Random sequences of operations by three owners, against a model of a few lines."""
 
 import asyncio
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,17 @@ from dllmserve.server.store import (
 )
 from tests.server.store.jobs import done, make_store
 
-OWNERS = st.sampled_from(["ann", "bob"])
+OWNERS = st.sampled_from(["ann", "bob", "eve"])
 LIMITS = StoreLimits(ttl_s=10, max_results=3, max_bytes=60, max_tombstones=4)
 #: a few ids far above the sequential ones, so that they meet again
 RANDOM_IDS = st.integers(2**53 - 6, 2**53 - 1)
 ANY_ID = st.integers(0, 12) | RANDOM_IDS
+
+
+def size_of(stored: Stored) -> int:
+    result = stored.result
+    assert result is not None
+    return len((result.text or "").encode()) + len(result.error or "") + len(result.details)
 
 
 @dataclass
@@ -44,17 +51,22 @@ class Model:
         return id in self.waiting or id in self.results or id in self.tombstones
 
     def size(self) -> int:
-        results = [stored.result for stored in self.results.values() if stored.result]
-        return sum(
-            len((r.text or "").encode()) + len(r.error or "") + len(r.details) for r in results
-        )
+        return sum(map(size_of, self.results.values()))
 
     def finish(self, id: int, result: JobResult) -> bool:
         if id not in self.waiting:
             return False
         self.results[id] = done(self.waiting.pop(id), result)
         while len(self.results) > LIMITS.max_results or self.size() > LIMITS.max_bytes:
-            self.drop([*self.read, *self.results][0], "evicted")
+            sizes = Counter[str]()
+            for stored in self.results.values():
+                too_many = len(self.results) > LIMITS.max_results
+                sizes[stored.record.owner] += 1 if too_many else size_of(stored)
+            holds_most = [o for o in sizes if sizes[o] == max(sizes.values())]
+            order = [*self.read, *self.results]
+            self.drop(
+                next(i for i in order if self.results[i].record.owner in holds_most), "evicted"
+            )
         return True
 
     def drop(self, id: int, reason: Any) -> None:
@@ -62,7 +74,12 @@ class Model:
         self.read = [other for other in self.read if other != id]
         self.tombstones[id] = Gone(reason, record.owner)
         while len(self.tombstones) > LIMITS.max_tombstones:
-            del self.tombstones[next(iter(self.tombstones))]
+            counts = Counter(gone.owner for gone in self.tombstones.values())
+            del self.tombstones[
+                next(
+                    i for i, g in self.tombstones.items() if counts[g.owner] == max(counts.values())
+                )
+            ]
         self.evicted += 1
 
     def expire(self, now: float) -> None:

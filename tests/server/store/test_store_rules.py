@@ -214,11 +214,11 @@ def test_more_results_expire_than_one_transaction_takes(make: Make) -> None:
     using(store, body)
 
 
-def test_tombstones_are_a_ring_that_keeps_the_owner(make: Make) -> None:
+def test_tombstones_keep_the_owner_and_the_oldest_go(make: Make) -> None:
     store = make(max_tombstones=2)
 
     async def body() -> None:
-        await store.insert([job(0, "ann"), job(1, "bob"), job(2, "ann")])
+        await store.insert([job(id, "ann") for id in range(3)])
         for id in (1, 0, 2):
             await store.delete(id)
         found = [await store.find(id) for id in range(3)]
@@ -226,6 +226,82 @@ def test_tombstones_are_a_ring_that_keeps_the_owner(make: Make) -> None:
         await store.insert([job(1)])  # nobody remembers it
         with pytest.raises(JobIdTaken, match="job id 2 is taken"):
             await store.insert([job(2)])
+
+    using(store, body)
+
+
+async def fill(store: JobStore, owner: str, ids: range, text: str = "Hi!") -> None:
+    """Jobs of an owner, all of them finished."""
+    await store.insert([job(id, owner) for id in ids])
+    for id in ids:
+        await store.finish(id, answer(text))
+
+
+async def kept(store: JobStore, ids: range) -> list[int]:
+    """Those that have a result."""
+    return [id for id in ids if isinstance(await store.find(id), Stored)]
+
+
+def test_a_flood_evicts_only_its_owners_results(make: Make) -> None:
+    """However many there are, whether they were read or not, and whoever came first."""
+    store = make(max_results=10, max_tombstones=10)
+
+    async def body() -> None:
+        await fill(store, "bob", range(2))
+        await store.mark_read(0)
+        await fill(store, "ann", range(100, 200))
+        assert await kept(store, range(2)) == [0, 1]
+        assert await kept(store, range(100, 200)) == list(range(192, 200))
+        # bob may have his share, but not more than ann then
+        await fill(store, "bob", range(2, 9))
+        assert await kept(store, range(9)) == [4, 5, 6, 7, 8]  # 0 had been read, 1 was next
+        assert await kept(store, range(100, 200)) == list(range(195, 200))
+
+    using(store, body)
+
+
+def test_bytes_are_taken_from_whoever_has_most_of_them(make: Make) -> None:
+    """Many small results do not pay for a few large ones."""
+    store = make(max_bytes=100)
+
+    async def body() -> None:
+        await fill(store, "bob", range(10), "12")
+        await fill(store, "ann", range(100, 110), "x" * 30)
+        assert await kept(store, range(10)) == list(range(10))
+        assert await kept(store, range(100, 110)) == [108, 109]
+
+    using(store, body)
+
+
+def test_those_who_hold_the_same_lose_what_goes_first(make: Make) -> None:
+    store = make(max_results=2)
+
+    async def body() -> None:
+        await fill(store, "bob", range(1))
+        await fill(store, "ann", range(1, 2))
+        await store.mark_read(1)
+        await fill(store, "eve", range(2, 3))
+        assert await kept(store, range(3)) == [0, 2]  # ann's had been read
+        await fill(store, "eve", range(3, 4))
+        assert await kept(store, range(4)) == [0, 3]
+
+    using(store, body)
+
+
+def test_a_flood_of_tombstones_leaves_those_of_others(make: Make) -> None:
+    store = make(max_tombstones=4)
+
+    async def body() -> None:
+        await fill(store, "bob", range(1))
+        await store.delete(0)
+        await fill(store, "ann", range(1, 20))
+        for id in range(1, 20):
+            await store.delete(id)
+        assert await store.find(0) == Gone("deleted", "bob")
+        assert [await store.find(id) for id in range(16, 20)] == [
+            None,
+            *[Gone("deleted", "ann")] * 3,
+        ]
 
     using(store, body)
 
