@@ -22,6 +22,8 @@ from dllmserve.core.request import Request
 #: the first takes three quarters, and there is room for the next one: the dynamic threshold of
 #: switches that share a buffer (Choudhury and Hahne, 1998).
 TIMES_FREE = 3
+#: More than this many times the tokens that make a step fast enough make it no faster.
+TIMES_CHEAP = 16
 #: Steps for which an owner counts as there after its last one.
 STAYS = 256
 
@@ -155,7 +157,8 @@ class FairQueue:
         for as little, whatever some of them ask for. But one who asks for very little does not
         make steps so short that the others are much slower for it. That goes on for a while after
         somebody has got an answer: the next request may be on its way, and would have to wait for
-        the end of a long step.
+        the end of a long step. For the same reason the steps of one with a name that is alone are
+        not longer than is good for something.
         An entry is taken whole, and what is too much of it is taken off the next steps.
 
         Args:
@@ -163,7 +166,7 @@ class FairQueue:
             cheap: tokens with which a step still computes half as many a second as it can.
 
         Returns:
-            What may be in the step, in the same order; of a single owner everything.
+            What may be in the step, in the same order; of one without a name everything.
         """
         self._step += 1
         asked: Counter[str] = Counter()
@@ -172,9 +175,12 @@ class FairQueue:
         for owner, tokens in asked.items():
             self._shares[owner].asked, self._shares[owner].seen = tokens, self._step
         present = [s for s in self._shares.values() if s.seen and self._step - s.seen <= STAYS]
-        if len(present) < 2:
+        if len(present) > 1:
+            most = max(min(s.asked for s in present), cheap // (len(present) - 1))
+        elif cheap and ready and ready[0][0].owner:
+            most = TIMES_CHEAP * cheap
+        else:
             return ready
-        most = max(min(s.asked for s in present), cheap // (len(present) - 1))
         left = {owner: most - self._shares[owner].debt for owner in asked}
         kept = []
         for request, entry in ready:

@@ -350,6 +350,7 @@ BUILTINS = {
     "TokenizerError": ValueError,
     "OutOfMemoryError": MemoryError,
     "OverloadedError": RuntimeError,
+    "QuotaError": RuntimeError,
     "DeadlineError": TimeoutError,
     "JobStoreError": RuntimeError,
     "EngineError": RuntimeError,

@@ -329,6 +329,14 @@ def test_steps_that_are_short_anyway_are_not_made_shorter() -> None:
     assert tokens_by_owner(under_test) == {"ann": 100, "bob": 20, "eve": 2}
 
 
+def test_steps_of_one_that_is_alone_are_not_longer_than_is_good() -> None:
+    for name, tokens in (("ann", 80), ("", 16 * 20)):
+        under_test = scheduler(max_num_seqs=16, max_num_batched_tokens=1000, cheap_tokens=5)
+        for number in range(40):
+            under_test.add(of(name, request(number, prompt=5, gen=15)))
+        assert [tokens_by_owner(under_test) for _ in range(3)] == [{name: tokens}] * 3
+
+
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 100))
 def test_a_share_is_what_is_free_times_three(held: int, more: int, free: int) -> None:
     allowed = within_share(held, more, free)
