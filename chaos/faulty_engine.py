@@ -57,8 +57,8 @@ def poison_steps() -> None:
                 fail(FAULTS[prompt[1]])
         return execute(self, plan)
 
-    def remembered(self: Channel, path: str) -> None:
-        connect(self, path)
+    def remembered(self: Channel, path: str, owner: int) -> None:
+        connect(self, path, owner)
         _channels.append(self)
 
     ModelRunner.execute = faulty  # type: ignore[method-assign]

@@ -10,6 +10,7 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
@@ -66,6 +67,10 @@ class _Running:
     """One server, from its open port to its end."""
 
     def __init__(self, settings: Settings, bound: socket.socket, began: float | None) -> None:
+        self._limits, self._at_once = _connection_limits(settings.server)
+        # as many as there are files for: what is divided by key goes by it, too
+        server = replace(settings.server, max_connections=self._limits.max_connections)
+        settings = replace(settings, server=server)
         self._settings, self._bound = settings, bound
         app = create_app(settings, began)
         self._service: Service = app.state.service
@@ -156,7 +161,6 @@ class _Running:
 
     def _make_server(self, app: object) -> GuardedServer:
         server = self._settings.server
-        limits, at_once = _connection_limits(server)
         config = uvicorn.Config(
             app,  # type: ignore[arg-type]
             http="httptools",
@@ -178,12 +182,12 @@ class _Running:
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"the TLS certificate or key cannot be used: {error}") from error
         connections = Connections(
-            limits,
+            self._limits,
             self._service.connections,
             judge=judge(self._settings),
             refusal_headers=_refusal_headers(server),
         )
-        return GuardedServer(config, connections, at_once)
+        return GuardedServer(config, connections, self._at_once)
 
 
 def _refusal_headers(server: ServerConfig) -> RefusalHeaders:
