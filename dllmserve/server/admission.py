@@ -145,19 +145,22 @@ class Admission:
             )
         free = self._max_requests - self.requests
         full = count > free
+        room = min(free, (TIMES_FREE * free - held) // (TIMES_FREE + 1)) if self._several else free
+        fewer = f", or send {room} at most" if 0 < room < count else ""
         # one place may always be had, if there is one
         beyond = self._several and held + count > max(1, TIMES_FREE * (free - count))
         if full or (beyond and not held):
             raise OverloadedError(
                 f"{self.requests} requests are under way and {count} more "
                 f"{'are over' if full else 'would leave too little for others of'} "
-                f"max_requests={self._max_requests}: try again later",
+                f"max_requests={self._max_requests}: try again later{fewer}",
                 self.retry_after(),
             )
         if beyond:
             raise QuotaError(
                 f"{held} requests of this key are under way and {count} more would leave too "
-                f"little for others of max_requests={self._max_requests}: wait for one to end",
+                f"little for others of max_requests={self._max_requests}: wait for one to "
+                f"end{fewer}",
                 self.retry_after(owner),
             )
 

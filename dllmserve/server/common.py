@@ -120,7 +120,18 @@ class _StrictRequest(HttpRequest):
         if not hasattr(self, "_json"):
             service: Service = self.app.state.service
             self._json = parse(await self.body(), service.most_ids)
+            self._body = b" "  # not empty, or FastAPI would not ask for the value
         return self._json
+
+
+def let_go_of_body(http: HttpRequest) -> None:
+    """Empty what the body was parsed into, once it has been validated.
+
+    FastAPI keeps it until the answer ends, and many requests may wait for theirs.
+    """
+    parsed = getattr(http, "_json", None)
+    if isinstance(parsed, dict):
+        parsed.clear()
 
 
 def note(http: HttpRequest, **facts: Any) -> None:

@@ -21,6 +21,7 @@ from dllmserve.server.common import (
     ServiceOf,
     errors,
     events,
+    let_go_of_body,
     note,
     note_prompts,
     note_runs,
@@ -128,6 +129,7 @@ async def _submit(
         raise ApiError(
             400, f"prompts has {len(prompts)} entries, over max_prompts={limit}", param="prompts"
         )
+    let_go_of_body(http)
     note_prompts(http, service, prompts)
     params, sparse = body.sampling_params(), body.sparse_config()
     requests = []
@@ -237,6 +239,7 @@ async def stream(
     body: GenerateRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
 ) -> Response:
     """Watch the answer being filled in: provisional and committed positions, step by step."""
+    let_go_of_body(http)
     note_prompts(http, service, [body.prompt])
     ids = await service.prompt_ids(body.prompt, owner=owner)
     request = service.llm.check(ids, body.sampling_params(), body.sparse_config())

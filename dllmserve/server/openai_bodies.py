@@ -7,9 +7,9 @@ no other.
 from __future__ import annotations
 
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from dllmserve.core.schedule import block_lengths
 from dllmserve.core.scheduler import Limits
@@ -53,6 +53,15 @@ def _not_read() -> Any:
     return Field(default=None, description="Not read.")
 
 
+def _dropped(value: Any) -> None:
+    """What is not read is not kept either."""
+
+
+_T = TypeVar("_T")
+#: validated and then dropped
+Unread = Annotated[_T | None, AfterValidator(_dropped)]
+
+
 class StreamOptions(Body):
     """What a stream also tells."""
 
@@ -81,13 +90,13 @@ class OpenAIFields(DecodingFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # of no meaning here, whatever their value
-    user: Text | None = _not_read()
-    store: bool | None = _not_read()
-    metadata: Entries[Text] | None = _not_read()
-    service_tier: Text | None = _not_read()
-    safety_identifier: Text | None = _not_read()
-    prompt_cache_key: Text | None = _not_read()
-    prompt_cache_retention: Text | None = _not_read()
+    user: Unread[Text] = _not_read()
+    store: Unread[bool] = _not_read()
+    metadata: Unread[Entries[Text]] = _not_read()
+    service_tier: Unread[Text] = _not_read()
+    safety_identifier: Unread[Text] = _not_read()
+    prompt_cache_key: Unread[Text] = _not_read()
+    prompt_cache_retention: Unread[Text] = _not_read()
     frequency_penalty: neutral(0) = None  # type: ignore[valid-type]
     presence_penalty: neutral(0) = None  # type: ignore[valid-type]
     # not OpenAI's, but sent by clients made for other servers
@@ -218,7 +227,12 @@ class CompletionRequest(OpenAIFields):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-Tools = Annotated[Listed[Entries[Any]], Field(max_length=MAX_TOOLS)]
+Tools = Annotated[
+    Listed[Entries[Any]],
+    Field(max_length=MAX_TOOLS),
+    # whether there are any is all that counts
+    AfterValidator(lambda tools: [{} for _ in tools]),
+]
 _NO_TOOLS = (
     "{wrong}: this server calls no tools yet; give {choice}='none' for an answer in words, for "
     "which {tools} are not read, or leave both out"
@@ -244,7 +258,7 @@ class ChatRequest(OpenAIFields):
     tool_choice: Literal["none", "auto", "required"] | Entries[Any] | None = Field(
         default=None, description="none; auto only without tools."
     )
-    parallel_tool_calls: bool | None = _not_read()
+    parallel_tool_calls: Unread[bool] = _not_read()
     functions: Tools | None = Field(default=None, description="As tools, by their older name.")
     function_call: Literal["none", "auto"] | Entries[Any] | None = Field(
         default=None, description="none; auto only without functions."
@@ -256,8 +270,8 @@ class ChatRequest(OpenAIFields):
     web_search_options: neutral() = None  # type: ignore[valid-type]
     prompt_cache_options: neutral() = None  # type: ignore[valid-type]
     chat_template_kwargs: neutral({}) = None  # type: ignore[valid-type]
-    reasoning_effort: Text | None = _not_read()
-    verbosity: Text | None = _not_read()
+    reasoning_effort: Unread[Text] = _not_read()
+    verbosity: Unread[Text] = _not_read()
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as a chat template reads them.

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from dllmserve.server import failures
 from dllmserve.server.fields import Body, Entries, Listed
 from dllmserve.server.openai_messages import UserMessage
-from tests.server.stand_in import Server, make_server, run, serving
+from tests.server.stand_in import Server, make_server, run, serving, until
 
 Place = tuple[str, Callable[[Any], Any]]
 
@@ -279,3 +279,41 @@ async def refused(server: Server, path: str, body: bytes) -> None:
     answer = await server.post(path, body)
     assert answer.status == 400, answer
     await asyncio.sleep(0)
+
+
+UNREAD = {
+    "/v1/completions": {"prompt": "a", "user": "@", "metadata": {"a": "@"}},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "a"}],
+        "verbosity": "@",
+        "tools": [{"a": "@"}],
+        "tool_choice": "none",
+    },
+}
+
+
+@pytest.mark.parametrize("path", UNREAD)
+def test_a_request_that_runs_keeps_nothing_of_what_is_not_read(
+    path: str, byte_checkpoint: Path
+) -> None:
+    large = "x" * LARGE_SIZE
+    body = json.dumps(UNREAD[path]).replace("@", large).encode()
+
+    async def main() -> None:
+        async with serving(byte_checkpoint) as server:
+            assert (await server.post(path, body)).status == 200  # for what is made once
+            server.engine.hold = True
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            asked = server.begin("POST", path, bytes(body[:1]) + body[1:])
+            await until(lambda: bool(server.service.runs))
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] - before < LARGE_SIZE // 2
+            asked.leave()
+            await until(server.idle)
+
+    tracemalloc.start()
+    try:
+        run(main())
+    finally:
+        tracemalloc.stop()

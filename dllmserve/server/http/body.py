@@ -45,7 +45,8 @@ class BodyGuard:
     - 413 for any body on a path of ``bodiless``, at once
     - 503 when bodies that are not complete take too much memory: 64 times ``max_bytes`` or 128 MiB
       in all. An owner (``scope["state"]["owner"]``) gets no more than is then still free for
-      others: one alone has half of it, and there is always some for the next
+      others: one alone, or everybody where there are no keys, has half of it, and there is always
+      some for the next
     - 408 for a body that is not complete after ``timeout_s`` seconds
     - 415 for a body that is not JSON, or compressed; not for GET, HEAD, DELETE and OPTIONS
     - 400 for a Content-Length that is no number

@@ -24,8 +24,6 @@ _T = TypeVar("_T")
 
 #: operations in one transaction, so that the first of them do not wait for long
 MAX_BATCH = 1000
-#: seconds without work after which the log of the file is emptied
-TIDY_AFTER_S = 1.0
 
 
 @dataclass(slots=True)
@@ -129,7 +127,7 @@ class GroupCommit:
         """Wait for an operation and take those behind it; True if they are the last ones."""
         batch: list[_Operation] = []
         try:
-            operation = self._queue.get(timeout=TIDY_AFTER_S if tables.restless else None)
+            operation = self._queue.get(timeout=tables.patience)
             while operation is not None:
                 batch.append(operation)
                 if len(batch) == MAX_BATCH:

@@ -57,9 +57,9 @@ class Lease:
         return self._base + self._monotonic() - self._began
 
     @property
-    def due(self) -> bool:
-        """Whether it has to be renewed."""
-        return self.now() >= self.until - (LEASE_S - RENEW_S)
+    def left(self) -> float:
+        """Seconds until it has to be renewed: 0 if it has to be now."""
+        return max(0.0, self.until - (LEASE_S - RENEW_S) - self.now())
 
     def renew(self) -> float:
         """Write until when the server counts as alive; returns it. It holds once committed."""

@@ -30,6 +30,10 @@ from dllmserve.server.store.holdings import Holdings
 from dllmserve.server.store.lease import Lease
 from dllmserve.server.store.rows import JOB, READ, UNFINISHED, UNREAD, read_gone, read_job
 
+#: seconds without work after which the log of the file is emptied
+TIDY_AFTER_S = 1.0
+#: seconds between attempts to renew a lease that the disk refuses
+_RETRY_S = 0.1
 #: jobs that one call of expire drops, so that other operations get their turn in between
 EXPIRE_CHUNK = 1000
 
@@ -124,9 +128,12 @@ class Tables:
             self._db.execute("ROLLBACK")
 
     @property
-    def restless(self) -> bool:
-        """Whether there is something to do when nothing was asked for a while."""
-        return self.untidy or self._now.unfinished > 0
+    def patience(self) -> float | None:
+        """Seconds to wait for an operation before there is something else to do; None: for ever."""
+        if self._now.unfinished:
+            # not at once even if it is due: a full disk may refuse it again and again
+            return min(TIDY_AFTER_S, max(self.lease.left, _RETRY_S))
+        return TIDY_AFTER_S if self.untidy else None
 
     def tidy(self) -> None:
         """Move the log into the file and empty it, and with it what deleted jobs left there."""
@@ -136,7 +143,7 @@ class Tables:
 
     def renew(self) -> None:
         """Renew the lease, if that is due and a job's time counts by it."""
-        if self._now.unfinished and self.lease.due:
+        if self._now.unfinished and not self.lease.left:
             self.begin()
             until = self.lease.renew()
             self._db.execute("COMMIT")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dllmserve.errors import JobStoreError
-from dllmserve.server.store import JobIdTaken, SqliteStore, Stored, commits
+from dllmserve.server.store import JobIdTaken, SqliteStore, Stored, tables
 from dllmserve.server.store.tables import Tables
 from tests.server.store.jobs import answer, job, using
 
@@ -238,7 +238,7 @@ def test_an_event_loop_that_ends_early_ends_nothing_else(
 
 
 def test_an_idle_store_empties_its_log(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commits, "TIDY_AFTER_S", 0.01)
+    monkeypatch.setattr(tables, "TIDY_AFTER_S", 0.01)
     log = path.with_name("jobs.db-wal")
     tidy, failures = Tables.tidy, [1, 2]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from dllmserve.errors import JobStoreError
-from dllmserve.server.store import JobRecord, MemoryStore, SqliteStore, Stored, commits
+from dllmserve.server.store import JobRecord, MemoryStore, SqliteStore, Stored
+from dllmserve.server.store import tables as made_of
 from dllmserve.server.store.lease import LEASE_S
 from dllmserve.server.store.tables import Tables
 from tests.server.store.jobs import answer, job, using
@@ -193,7 +194,7 @@ def test_a_store_with_unfinished_jobs_renews_its_lease_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its log is emptied all the same; without such a job it writes nothing."""
-    monkeypatch.setattr(commits, "TIDY_AFTER_S", 0.01)
+    monkeypatch.setattr(made_of, "TIDY_AFTER_S", 0.01)
     path, log, clock = tmp_path / "a", tmp_path / "a-wal", Clock()
     store = SqliteStore(path, monotonic=clock)
 
@@ -218,7 +219,7 @@ def test_a_store_with_unfinished_jobs_renews_its_lease_by_itself(
         clock.now += 1000
         await store.find(2)
         assert (tables._db.total_changes, log.stat().st_size) == (before, 0)
-        assert not tables.restless
+        assert tables.patience is None
 
     using(store, body)
 
