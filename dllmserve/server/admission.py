@@ -64,7 +64,7 @@ class Admission:
 
     Where there are several owners, one may have at most three times what is free, of places and
     of work: the first takes three quarters, and there is always room for the next. Of work each
-    of n owners may have the (n + 1)th part in any case.
+    of n owners may have 1 / (n + 1) of it in any case.
 
     Args:
         max_requests: waiting and running.

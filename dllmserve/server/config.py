@@ -118,7 +118,7 @@ class ServerConfig:
         None,
         _LOAD,
         "Steps x canvas tokens of all of them (if not given: what takes a minute at the "
-        "measured speed).",
+        "measured speed). A key with nothing under way may bring one call of any size.",
     )
     queue_timeout: float | None = _option(
         None, _LOAD, "Seconds that a request may wait before it runs (no limit, if not given)."

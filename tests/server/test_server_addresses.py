@@ -12,8 +12,8 @@ from tests.server.http.live import ask, chunked, connected, get, post
 
 KEY = "0123456789abcdef"
 MINE = f"X-Api-Key: {KEY}"
-OPTIONS = ["--log-level", "debug", "--header-timeout", "0.3", "--body-timeout", "0.3"]
-OPTIONS += ["--keep-alive-timeout", "0.3", "--max-connections-per-address", "30"]
+OPTIONS = ["--log-level", "debug", "--header-timeout", "3", "--body-timeout", "3"]
+OPTIONS += ["--keep-alive-timeout", "3", "--max-connections-per-address", "30"]
 CHAT = "/v1/chat/completions"
 
 #: requests that are refused, and the status

@@ -65,6 +65,12 @@ DAMAGE = (sqlite3.Error, UnicodeDecodeError, MemoryError)
 _ENDINGS = ("-wal", "-shm", "-journal", "")
 
 _ANOTHER = "give another file with --job-store"
+#: before Python 3.12 nobody can tell SQLite to keep the log when it closes a file
+_KEPT = (
+    "it was left as it is"
+    if sys.version_info >= (3, 12)
+    else "nothing was changed, but its log, if it had one, may be part of it now"
+)
 
 
 class JobFile:
@@ -80,7 +86,8 @@ class JobFile:
 
     Raises:
         ConfigError: another server has it, others can touch it, or it is no job store, too new,
-            or damaged. Nothing in it was changed then.
+            or damaged. Nothing in it was changed then; before Python 3.12 SQLite may have merged
+            its write-ahead log into it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -261,6 +268,6 @@ def _in_use(path: Path, who: str) -> ConfigError:
 def _damaged(path: Path, detail: str) -> ConfigError:
     detail = " ".join(detail.split())
     return ConfigError(
-        f"the job store {path} is damaged, or no job store ({detail}); it was left as it is. "
+        f"the job store {path} is damaged, or no job store ({detail}); {_KEPT}. "
         f"Restore it, move it away and lose its jobs, or {_ANOTHER}"
     )

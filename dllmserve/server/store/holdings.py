@@ -43,7 +43,7 @@ class Holdings(Generic[Owner]):
     def most(self, what: What) -> list[Owner]:
         """The owners who hold most, nearly always one; the time it takes grows with their number.
 
-        None if nobody holds anything.
+        Nobody if nobody holds anything.
         """
         held = self._held[what]
         most = max(held.values(), default=0)

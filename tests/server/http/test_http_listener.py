@@ -259,14 +259,14 @@ def test_one_clock_runs_from_accept_to_the_end_of_the_head(tls: Pair) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         async with serving(Echo(), context=server, header_timeout_s=3 * SHORT) as live:
+            start = loop.time()  # before it is accepted
             reader, writer = await asyncio.open_connection("127.0.0.1", live.port)
             await until(lambda: live.stats.open == 1, "not accepted")
-            start = loop.time()
             await asyncio.sleep(2 * SHORT)
             await writer.start_tls(context)
             assert await reader.read() == b""
             assert loop.time() - start < 3 * SHORT + LINGER_S + SLACK
-            assert loop.time() - start > 3 * SHORT - 0.1
+            assert loop.time() - start >= 3 * SHORT
             writer.close()
 
     asyncio.run(main())
@@ -356,7 +356,7 @@ def test_without_files_idle_connections_go_and_nothing_spins(
 
     asyncio.run(main())
     lines = [r for r in caplog.records if r.getMessage() == "no connection can be accepted"]
-    assert 1 <= len(lines) <= 2
+    assert 1 <= len(lines) < 5  # one a second, and five attempts
     assert vars(lines[0])["reason"] == os.strerror(number)
 
 

@@ -16,6 +16,7 @@ import pytest
 from dllmserve.errors import ConfigError, DllmServeError, JobStoreError
 from dllmserve.server.jobs import Details, details_of
 from dllmserve.server.store import Gone, JobResult, SqliteStore, Stored, StoreLimits
+from dllmserve.server.store.files import _KEPT
 from tests.server.store.jobs import answer, job, using
 
 JOBS = 40
@@ -208,7 +209,7 @@ def test_values_that_cannot_be(sound: Path, tmp_path: Path, statement: str, said
     with pytest.raises(ConfigError, match=said) as refused:
         asyncio.run(SqliteStore(path).open())
     message = str(refused.value)
-    assert "\n" not in message and "it was left as it is" in message and str(path) in message
+    assert "\n" not in message and _KEPT in message and str(path) in message
     assert path.read_bytes() == before
 
 
