@@ -89,6 +89,9 @@ class FairQueue:
         #: what the last one whose turn it was had been served before
         self._level = 0
         self._step = 0
+        #: tokens for each owner of a rationed step, and the owners who asked for some
+        self._part = 0
+        self._asked: tuple[str, ...] = ()
 
     def append(self, request: Request) -> None:
         """Join, as the last of its owner's."""
@@ -153,13 +156,13 @@ class FairQueue:
     ) -> list[tuple[Request, StepEntry]]:
         """Leave out of a step what would make it long for those who have little in it.
 
-        Nobody gets more tokens than who has least, so the step is about as long as if all asked
-        for as little, whatever some of them ask for. But one who asks for very little does not
+        Nobody gets more tokens than who has least, so the step has about as many as there are
+        owners times the smallest demand. But one who asks for very little does not
         make steps so short that the others are much slower for it. That goes on for a while after
         somebody has got an answer: the next request may be on its way, and would have to wait for
         the end of a long step. For the same reason the steps of one with a name that is alone are
         not longer than is good for something.
-        An entry is taken whole, and what is too much of it is taken off the next steps.
+        An entry is taken whole; :meth:`settle` takes what is too much of it off the next steps.
 
         Args:
             ready: what may be in the step, those who waited longest in front.
@@ -181,15 +184,28 @@ class FairQueue:
             most = TIMES_CHEAP * cheap
         else:
             return ready
+        self._part, self._asked = most, tuple(asked)
         left = {owner: most - self._shares[owner].debt for owner in asked}
         kept = []
         for request, entry in ready:
             if left[request.owner] > 0:
                 left[request.owner] -= entry.tokens
                 kept.append((request, entry))
-        for owner, tokens in left.items():
-            self._shares[owner].debt = max(0, -tokens)
         return kept or ready[:1]
+
+    def settle(self, picked: Iterable[tuple[Request, StepEntry]]) -> None:
+        """Take off the next steps what owners had too much of in a step that was rationed.
+
+        Args:
+            picked: what is in the step; other limits may have left out more than :meth:`ration`.
+        """
+        tokens: Counter[str] = Counter()
+        for request, entry in picked:
+            tokens[request.owner] += entry.tokens
+        for owner in self._asked:
+            share = self._shares[owner]
+            share.debt = max(0, share.debt + tokens[owner] - self._part)
+        self._asked = ()
 
     @property
     def owners_waiting(self) -> int:

@@ -217,6 +217,7 @@ class Scheduler:
                 request.last_step = self._step
                 self.waiting.charge(request, entry.tokens)
                 picked.append((request, entry))
+        self.waiting.settle(picked)
         self._step += 1
         picked.sort(key=lambda pair: _packing_order(*pair))
         return StepPlan(tuple(e for _, e in picked)), [r for r, _ in picked], admitted
@@ -315,36 +316,36 @@ class Scheduler:
         """In turns by owner; first come first served within each, with bounded skipping.
 
         A request that must wait for room may be passed by others, whoever's they are. One that
-        would take more than its owner's share waits for what the same owner holds: that stops
-        its owner only.
+        would take more than its owner's share waits for what the same owner holds: only that
+        owner's requests count as passing it, and only they wait when enough have.
         """
         admitted: list[Request] = []
-        blocked: list[Request] = []
-        beyond: list[Request] = []
+        #: requests that wait, in the order of their turns, and whether for their own owner's share
+        passed: list[tuple[Request, bool]] = []
         passed_over: set[str] = set()
         looked: Counter[str] = Counter()
         most = max(1, MAX_LOOKED_PAST // max(1, self.waiting.owners_waiting))
-        worn = False  # somebody has been skipped often enough
-        while self._free_rows and not worn:
+        worn = False  # somebody has been passed often enough
+        while self._free_rows and not worn and len(passed) < MAX_LOOKED_PAST:
             request = self.waiting.pop(passed_over)
             if request is None:
                 break
-            if self._beyond_share(request):
-                beyond.append(request)
-                passed_over.add(request.owner)
-            elif self._fits(request):
+            beyond = self._beyond_share(request)
+            if not beyond and self._fits(request):
                 self._start(request)
                 admitted.append(request)
-                for other in blocked:
-                    other.skipped += 1
-                    worn = worn or other.skipped >= MAX_SKIPS
+                for other, own in passed:
+                    other.skipped += not own or other.owner == request.owner
             else:
-                blocked.append(request)
+                passed.append((request, beyond))
                 looked[request.owner] += 1
                 if looked[request.owner] >= most:
                     passed_over.add(request.owner)
-                worn = request.skipped >= MAX_SKIPS
-        self.waiting.put_back([*blocked, *beyond])
+            for other, own in passed:
+                if own and other.skipped >= MAX_SKIPS:
+                    passed_over.add(other.owner)
+                worn = worn or (not own and other.skipped >= MAX_SKIPS)
+        self.waiting.put_back(request for request, _ in passed)
         return admitted
 
     def _needs(self, request: Request) -> tuple[int, ...]:

@@ -49,8 +49,8 @@ from dllmserve.runtime.states import LogitState, make_states
 
 _log = logging.getLogger(__name__)
 _MIN_STEP_TOKENS, _MAX_STEP_TOKENS = 8192, 32768
-#: with fewer tokens steps compute less than half as many a second as they can (LLaDA-8B on an H100,
-#: the embedded model on a CPU): a GPU waits for the weights, a CPU for the host
+#: below this many tokens, a step runs at under half of the peak tokens a second (LLaDA-8B on an
+#: H100, the embedded model on a CPU): a GPU waits for the weights, a CPU for the host
 _CHEAP_TOKENS = {"cuda": 256, "cpu": 24}
 
 

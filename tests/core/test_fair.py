@@ -1,5 +1,7 @@
 """Owners in turns: by the work done for them, whatever the others ask for."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -344,3 +346,27 @@ def test_a_share_is_what_is_free_times_three(held: int, more: int, free: int) ->
         assert allowed == (held + more <= TIMES_FREE * (free - more))
     else:
         assert allowed  # one may always be had, if there is room
+
+
+def test_who_is_left_out_by_another_limit_pays_nothing() -> None:
+    """Three owners, of whom two ask for more than the others leave of a step."""
+    under_test = scheduler(max_num_seqs=16, max_num_batched_tokens=130)
+    for number, owner in enumerate(["ann", "ann", "bob", "bob"]):
+        under_test.add(of(owner, request(number, prompt=70, gen=30)))  # 100 tokens
+    under_test.add(of("eve", request(9, prompt=1, gen=19)))  # 20
+    got: Counter[str] = Counter()
+    for _ in range(19):
+        got.update(tokens_by_owner(under_test))
+    assert got == {"ann": 400, "bob": 400, "eve": 380}
+
+
+def test_smaller_requests_of_its_owner_pass_one_that_is_beyond_its_share() -> None:
+    """As they pass one that must wait for room: a limited number of times."""
+    under_test = scheduler(max_num_seqs=16, num_pages=40)
+    page = under_test.limits.page_size
+    sizes = [10, 16, 16, *[1] * 6]
+    for number, pages in enumerate(sizes):
+        under_test.add(of("ann", request(number, prompt=pages * page - 1, gen=1, cache="dual")))
+    _, _, admitted = under_test.schedule()
+    # the second of 16 pages waits, and 30 of 40 pages are all that one may have
+    assert [one.id for one in admitted] == [0, 1, 3, 4, 5, 6]
