@@ -23,8 +23,8 @@ from dllmserve.registry import KEEPING_RULES, STATEFUL_RULES
 
 #: How many younger requests may be admitted past the oldest waiting one.
 MAX_SKIPS = 16
-#: How many requests that must wait are looked past in a step, of all owners who wait, so that a
-#: long queue costs no more.
+#: How many requests that must wait are looked past in a step, divided by the owners who wait but at
+#: least one of each, so that a long queue costs no more and nobody is hidden behind others.
 MAX_LOOKED_PAST = 32
 
 #: A rule that masks positions again may take this many forwards for each position of a block
@@ -326,7 +326,7 @@ class Scheduler:
         looked: Counter[str] = Counter()
         most = max(1, MAX_LOOKED_PAST // max(1, self.waiting.owners_waiting))
         worn = False  # somebody has been passed often enough
-        while self._free_rows and not worn and len(passed) < MAX_LOOKED_PAST:
+        while self._free_rows and not worn:
             request = self.waiting.pop(passed_over)
             if request is None:
                 break
