@@ -15,19 +15,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
 import secrets
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
-from benchmarks.server_overhead import ready
+from benchmarks.served import served
 from dllmserve.bench.serve.http import HttpClient, Reply
 from dllmserve.bench.serve.options import Address
 
@@ -39,20 +35,10 @@ IMPATIENCE_S = 0.5
 @contextmanager
 def server(options: list[str]) -> Iterator[int]:
     """A server with two keys; gives its port once it is ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    command = [sys.executable, "-m", "dllmserve", "serve", "--port", str(port)]
-    command += ["--log-level", "error", "--job-store", "memory", "--shutdown-timeout", "0"]
-    command += options
+    fixed = ["--log-level", "error", "--job-store", "memory", "--shutdown-timeout", "0"]
     keys = ",".join(f"{name}={secret}" for name, secret in KEYS.items())
-    process = subprocess.Popen(command, env={**os.environ, "DLLMSERVE_API_KEYS": keys})
-    try:
-        asyncio.run(ready(port))
+    with served([*fixed, *options], {"DLLMSERVE_API_KEYS": keys}) as port:
         yield port
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 @dataclass

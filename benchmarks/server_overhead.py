@@ -14,11 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,48 +22,19 @@ from contextlib import contextmanager
 
 import torch
 
+from benchmarks.served import served
 from dllmserve import LLM, SamplingParams
 from dllmserve.bench.serve.http import HttpClient, Reply
 from dllmserve.bench.serve.options import Address
 from dllmserve.engine.tokenizer import Tokenizer
 
-START_S = 120
-
 
 @contextmanager
 def server(model: str) -> Iterator[int]:
     """A server with the embedded model; gives its port once it is ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    with tempfile.TemporaryDirectory() as state:
-        command = [sys.executable, "-m", "dllmserve", "serve", model, "--port", str(port)]
-        command += ["--log-level", "warning", "--device", "cpu", "--max-requests", "1024"]
-        process = subprocess.Popen(command, env={**os.environ, "XDG_STATE_HOME": state})
-        try:
-            asyncio.run(ready(port))
-            yield port
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-async def ready(port: int) -> None:
-    """Wait for the server."""
-    until = time.monotonic() + START_S
-    while time.monotonic() < until:
-        try:
-            client = HttpClient(Address("127.0.0.1", port, False, f"127.0.0.1:{port}", ""), {})
-            reply = Reply()
-            await client.exchange("GET", "/ready", b"", reply)
-            await client.close()
-            if reply.status == 200:
-                return
-        except Exception as error:
-            if time.monotonic() > until:
-                raise RuntimeError("the server did not start") from error
-        await asyncio.sleep(0.2)
-    raise RuntimeError("the server did not start")
+    options = [model, "--log-level", "warning", "--device", "cpu", "--max-requests", "1024"]
+    with tempfile.TemporaryDirectory() as state, served(options, {"XDG_STATE_HOME": state}) as port:
+        yield port
 
 
 def forwards_of(body: bytes, stream: bool) -> int:

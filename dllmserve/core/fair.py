@@ -134,7 +134,7 @@ class FairQueue:
         self._level = max(self._level, share.served)
         share.running += 1
         share.held = tuple(a + b for a, b in zip(share.held, needs, strict=True))
-        self.charge(request, request.canvas_len * request.rows_needed)
+        share.served += request.canvas_len * request.rows_needed
 
     def end(self, request: Request, needs: tuple[int, ...]) -> None:
         """It has ended and holds nothing any more."""
@@ -142,10 +142,6 @@ class FairQueue:
         share.running -= 1
         share.held = tuple(a - b for a, b in zip(share.held, needs, strict=True))
         self._forget()
-
-    def charge(self, request: Request, tokens: int) -> None:
-        """Note that tokens are computed for a request that runs."""
-        self._shares[request.owner].served += tokens
 
     def held(self, owner: str) -> tuple[int, ...]:
         """Rows, pages and kept distributions of an owner's running requests."""
@@ -194,7 +190,9 @@ class FairQueue:
         return kept or ready[:1]
 
     def settle(self, picked: Iterable[tuple[Request, StepEntry]]) -> None:
-        """Take off the next steps what owners had too much of in a step that was rationed.
+        """Note what is computed for whom.
+
+        What an owner has too much of in a step that was rationed is taken off its next ones.
 
         Args:
             picked: what is in the step; other limits may have left out more than :meth:`ration`.
@@ -202,6 +200,8 @@ class FairQueue:
         tokens: Counter[str] = Counter()
         for request, entry in picked:
             tokens[request.owner] += entry.tokens
+        for owner, computed in tokens.items():
+            self._shares[owner].served += computed
         for owner in self._asked:
             share = self._shares[owner]
             share.debt = max(0, share.debt + tokens[owner] - self._part)

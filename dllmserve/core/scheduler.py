@@ -215,7 +215,6 @@ class Scheduler:
                 continue
             if budget.take(entry.tokens, entry.logit_rows, request.rows_needed, refresh=refresh):
                 request.last_step = self._step
-                self.waiting.charge(request, entry.tokens)
                 picked.append((request, entry))
         self.waiting.settle(picked)
         self._step += 1

@@ -125,7 +125,7 @@ class Admission:
         most = self._max_requests
         limit, why = most, f"max_requests={most}"
         if self._several:
-            limit = max(1, TIMES_FREE * most // (TIMES_FREE + 1))
+            limit = self._room(most, 0)
             why = f"the {limit} that one key may have of max_requests={most}"
         if self._max_per_owner is not None and self._max_per_owner < limit:
             limit, why = self._max_per_owner, f"max_parallel_per_key={self._max_per_owner}"
@@ -144,25 +144,31 @@ class Admission:
                 code="too_many_parallel_requests",
             )
         free = self._max_requests - self.requests
+        room = self._room(free, held)
+        if count <= room:
+            return
         full = count > free
-        room = min(free, (TIMES_FREE * free - held) // (TIMES_FREE + 1)) if self._several else free
-        fewer = f", or send {room} at most" if 0 < room < count else ""
-        # one place may always be had, if there is one
-        beyond = self._several and held + count > max(1, TIMES_FREE * (free - count))
-        if full or (beyond and not held):
+        fewer = f", or send {room} at most" if room > 0 else ""
+        if full or not held:
             raise OverloadedError(
                 f"{self.requests} requests are under way and {count} more "
                 f"{'are over' if full else 'would leave too little for others of'} "
                 f"max_requests={self._max_requests}: try again later{fewer}",
                 self.retry_after(),
             )
-        if beyond:
-            raise QuotaError(
-                f"{held} requests of this key are under way and {count} more would leave too "
-                f"little for others of max_requests={self._max_requests}: wait for one to "
-                f"end{fewer}",
-                self.retry_after(owner),
-            )
+        raise QuotaError(
+            f"{held} requests of this key are under way and {count} more would leave too "
+            f"little for others of max_requests={self._max_requests}: wait for one to "
+            f"end{fewer}",
+            self.retry_after(owner),
+        )
+
+    def _room(self, free: int, held: int) -> int:
+        """How many of so many free places an owner may take who holds so many."""
+        if not self._several:
+            return free
+        # held + more <= TIMES_FREE * (free - more); one place may always be had, if there is one
+        return min(free, max((TIMES_FREE * free - held) // (TIMES_FREE + 1), 1 - held))
 
     def _check_work(self, places: Sequence[Place], owner: str) -> None:
         """Raise OverloadedError if the places would be too much work."""

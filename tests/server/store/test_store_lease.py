@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import time
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -33,6 +34,13 @@ class Life:
     def __init__(self, path: Path, clock: Clock, began: float | None = None) -> None:
         self.path, self.clock = path, clock
         self.store = SqliteStore(path, monotonic=clock, began=began)
+
+    async def __aenter__(self) -> Self:
+        await self.store.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.store.close()
 
     async def accept(self, id: int, timeout: float) -> None:
         now = self.store.clock()
@@ -62,24 +70,18 @@ def test_time_without_a_server_does_not_count(tmp_path: Path) -> None:
     clock = Clock()
 
     async def main() -> None:
-        first = Life(tmp_path / "a", clock)
-        await first.store.open()
-        await first.accept(0, timeout=6)
-        await first.runs(2)
-        path = first.killed(tmp_path / "b")
-        await first.store.close()
+        async with Life(tmp_path / "a", clock) as first:
+            await first.accept(0, timeout=6)
+            await first.runs(2)
+            path = first.killed(tmp_path / "b")
         clock.now += 9
-        second = Life(path, clock)
-        await second.store.open()
-        assert 4 - LEASE_S <= await second.left() <= 4
-        await second.runs(1.5)
-        assert 2.5 - LEASE_S <= await second.left() <= 2.5
-        await second.store.close()
+        async with Life(path, clock) as second:
+            assert 4 - LEASE_S <= await second.left() <= 4
+            await second.runs(1.5)
+            assert 2.5 - LEASE_S <= await second.left() <= 2.5
         clock.now += 1000  # closed, it says when it ended
-        third = Life(path, clock)
-        await third.store.open()
-        assert 2.5 - LEASE_S <= await third.left() <= 2.5
-        await third.store.close()
+        async with Life(path, clock) as third:
+            assert 2.5 - LEASE_S <= await third.left() <= 2.5
 
     asyncio.run(main())
 
@@ -88,16 +90,12 @@ def test_an_end_that_is_no_kill_is_exact(tmp_path: Path) -> None:
     clock = Clock()
 
     async def main() -> None:
-        first = Life(tmp_path / "a", clock)
-        await first.store.open()
-        await first.accept(0, timeout=6)
-        clock.now += 2.25
-        await first.store.close()
+        async with Life(tmp_path / "a", clock) as first:
+            await first.accept(0, timeout=6)
+            clock.now += 2.25
         clock.now += 9
-        second = Life(tmp_path / "a", clock)
-        await second.store.open()
-        assert await second.left() == pytest.approx(3.75)
-        await second.store.close()
+        async with Life(tmp_path / "a", clock) as second:
+            assert await second.left() == pytest.approx(3.75)
 
     asyncio.run(main())
 
@@ -106,16 +104,12 @@ def test_the_time_of_a_start_counts(tmp_path: Path) -> None:
     clock = Clock()
 
     async def main() -> None:
-        first = Life(tmp_path / "a", clock)
-        await first.store.open()
-        await first.accept(0, timeout=6)
-        await first.store.close()
+        async with Life(tmp_path / "a", clock) as first:
+            await first.accept(0, timeout=6)
         began = clock.now = 100.0
         clock.now += 1.5
-        second = Life(tmp_path / "a", clock, began)
-        await second.store.open()
-        assert await second.left() == pytest.approx(4.5)
-        await second.store.close()
+        async with Life(tmp_path / "a", clock, began) as second:
+            assert await second.left() == pytest.approx(4.5)
 
     asyncio.run(main())
 
@@ -124,18 +118,15 @@ def test_servers_that_are_killed_at_once_use_a_job_up(tmp_path: Path) -> None:
     clock, path = Clock(), tmp_path / "0"
 
     async def main() -> int:
-        life = Life(path, clock)
-        await life.store.open()
-        await life.accept(0, timeout=6)
+        async with Life(path, clock) as life:
+            await life.accept(0, timeout=6)
+            copy = life.killed(tmp_path / "1")
         for count in range(1, 20):
-            copy = life.killed(tmp_path / str(count))
-            await life.store.close()
-            life = Life(copy, clock)
-            await life.store.open()
-            if await life.left() <= 0:
-                await life.store.close()
-                return count
-            await life.runs(0.001)
+            async with Life(copy, clock) as life:
+                if await life.left() <= 0:
+                    return count
+                await life.runs(0.001)
+                copy = life.killed(tmp_path / str(count + 1))
         raise AssertionError("it lives for ever")
 
     assert asyncio.run(main()) <= math.ceil(6 / LEASE_S)
@@ -148,17 +139,13 @@ def test_the_wall_clock_does_not_matter(
     clock, wall = Clock(), time.time()
 
     async def main() -> None:
-        first = Life(tmp_path / "a", clock)
-        await first.store.open()
-        await first.accept(0, timeout=6)
-        monkeypatch.setattr(time, "time", lambda: wall + jump)
-        await first.runs(2)
-        assert await first.left() == pytest.approx(4)
-        await first.store.close()
-        second = Life(tmp_path / "a", clock)
-        await second.store.open()
-        assert await second.left() == pytest.approx(4)
-        await second.store.close()
+        async with Life(tmp_path / "a", clock) as first:
+            await first.accept(0, timeout=6)
+            monkeypatch.setattr(time, "time", lambda: wall + jump)
+            await first.runs(2)
+            assert await first.left() == pytest.approx(4)
+        async with Life(tmp_path / "a", clock) as second:
+            assert await second.left() == pytest.approx(4)
 
     asyncio.run(main())
 
@@ -167,18 +154,14 @@ def test_a_lease_that_was_set_back_gives_no_job_more_than_its_time(tmp_path: Pat
     clock = Clock()
 
     async def main() -> None:
-        first = Life(tmp_path / "a", clock)
-        await first.store.open()
-        await first.accept(0, timeout=6)
-        await first.store.close()
+        async with Life(tmp_path / "a", clock) as first:
+            await first.accept(0, timeout=6)
         db = sqlite3.connect(tmp_path / "a")
         db.execute("UPDATE alive SET until = 1.0")
         db.commit()
         db.close()
-        second = Life(tmp_path / "a", clock)
-        await second.store.open()
-        assert await second.left() <= 6
-        await second.store.close()
+        async with Life(tmp_path / "a", clock) as second:
+            assert await second.left() <= 6
 
     asyncio.run(main())
 
