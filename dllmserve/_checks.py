@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from dllmserve.errors import DllmServeError, unknown_option
+from dllmserve.errors import ConfigError, DllmServeError, unknown_option
 
 ErrorType = type[DllmServeError]
 
@@ -30,6 +32,21 @@ def plain(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return value.item()
     return value
+
+
+def user_path(path: str | os.PathLike[str]) -> Path:
+    """A path whose ``~`` is a user's home directory.
+
+    Raises:
+        ConfigError: that user has none, as where a container runs as a user without a name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the ~ in {os.fspath(path)!r} leads nowhere: that user has no home directory here; "
+            "give the whole path"
+        ) from error
 
 
 def true_or_false(err: ErrorType, name: str, text: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Protocol
 import typer
 from rich.console import Console, RenderableType
 
+from dllmserve._checks import user_path
 from dllmserve.bench.plot import check_plot
 from dllmserve.bench.text import WIDTH
 
@@ -39,7 +40,7 @@ def picture(plot: str | None) -> Path | None:
     """Where the picture goes; checked before minutes of measuring."""
     if plot is None:
         return None
-    path = Path(plot).expanduser()
+    path = user_path(plot)
     check_plot(path)
     return path
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from dllmserve._checks import user_path
 from dllmserve.bench.serve.options import (
     DEFAULT_DURATION,
     DEFAULT_REQUESTS,
@@ -228,7 +229,7 @@ def _records_file(name: str | None) -> Iterator[TextIO | None]:
     if name is None:
         yield None
         return
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         raise ConfigError(f"records must be a file, got the folder {name!r}")
     with path.open("w", encoding="utf-8") as file:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console
 
+from dllmserve._checks import user_path
 from dllmserve.bench.text import WIDTH
 from dllmserve.cli.bench_output import picture, progress
 from dllmserve.cli.exit_codes import INTERRUPTED
@@ -349,7 +350,7 @@ def _opened(name: str | None) -> Iterator[TextIO | None]:
     elif name == STDOUT:
         yield sys.stdout
     else:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.is_dir():
             raise ConfigError(f"a file is needed, got the folder {name!r}")
         with path.open("w", encoding="utf-8") as file:

@@ -6,9 +6,9 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import TextIO
 
+from dllmserve._checks import user_path
 from dllmserve.errors import PromptError
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
@@ -63,7 +63,7 @@ def _file_prompts(file: str) -> list[str]:
         text, name = _read(sys.stdin, "standard input"), "standard input"
     else:
         name = file
-        with Path(file).expanduser().open(encoding="utf-8") as handle:
+        with user_path(file).open(encoding="utf-8") as handle:
             text = _read(handle, file)
     # not splitlines(): a prompt may hold form feeds and Unicode line separators
     lines = [(n, line.rstrip("\r")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import dllmserve
+from dllmserve._checks import user_path
 from dllmserve._environment import forget_secrets
 from dllmserve._needs import missing
 from dllmserve.cli.failure import short_errors
@@ -84,7 +85,7 @@ def _check_path(model: str) -> None:
     """
     is_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     inside = Path(dllmserve.__file__).parent / "assets" / model
-    if not (is_hub_id or inside.is_dir() or os.path.lexists(Path(model).expanduser())):
+    if not (is_hub_id or inside.is_dir() or os.path.lexists(user_path(model))):
         raise ModelNotFoundError(
             f"no directory {model!r}; give a local directory, a hub id such as "
             "'GSAI-ML/LLaDA-8B-Instruct', or 'tiny' for the embedded model"

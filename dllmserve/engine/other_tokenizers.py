@@ -33,6 +33,9 @@ def load_other(directory: Path, files: TokenFiles, trust: bool) -> tuple[Codec, 
     """
     with _readable(directory) as place:
         tokenizer = _load(place, directory, files, trust)
+    if not hasattr(tokenizer, "special_tokens_map"):  # RagTokenizer is two of them
+        kind = type(tokenizer).__name__
+        raise TokenizerError(f"the tokenizer of {directory} is a {kind}, which is not supported")
     names = {k: v for k, v in dict(tokenizer.special_tokens_map).items() if isinstance(v, str)}
     if getattr(tokenizer, "is_fast", False):
         # transformers sets options of the tokenizer with every call, which threads may not

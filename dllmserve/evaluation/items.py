@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dllmserve.assets
-from dllmserve._checks import check_choice, check_int
+from dllmserve._checks import check_choice, check_int, user_path
 from dllmserve.errors import ConfigError, DllmServeError
 from dllmserve.evaluation.judge import MATCHES, SCORER, check_answer, judge
 from dllmserve.sampling_params import MAX_GEN_LENGTH
@@ -89,7 +89,7 @@ def read_items(path: str | Path, match: str = "exact", *, raw: bool = False) -> 
         OSError: the file cannot be read.
     """
     check_choice(ConfigError, "match", match, MATCHES)
-    file = Path(path).expanduser()
+    file = user_path(path)
     found: dict[str, int] = {}
     items = []
     for number, line in _lines(file):

@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dllmserve._checks import user_path
 from dllmserve.bench.text import counted, header_line, rate_text
 from dllmserve.errors import ConfigError
 from dllmserve.evaluation.figures import Difference, Figures, Measured, SettingResult
@@ -158,7 +159,7 @@ def read_report(path: str | Path) -> EvalReport:
         ConfigError: the file holds something else.
         OSError: it cannot be read.
     """
-    text = Path(path).expanduser().read_bytes()
+    text = user_path(path).read_bytes()
     try:
         record = json.loads(text)
     except (ValueError, RecursionError) as error:

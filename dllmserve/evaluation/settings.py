@@ -10,7 +10,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from dllmserve._checks import check_choice, check_int, check_known
+from dllmserve._checks import check_choice, check_int, check_known, user_path
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
 from dllmserve.evaluation.suites import SPARSE, SUITES, TOKENS_PER_STEP
 from dllmserve.sampling_params import MAX_STEPS, SamplingParams
@@ -282,7 +282,7 @@ def read_settings(path: str | Path, base: Setting | None = None) -> list[Setting
         DllmServeError: the file or a setting is wrong.
         OSError: the file cannot be read.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dllmserve._checks import user_path
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import (
     ModelNotFoundError,
@@ -58,7 +59,7 @@ def find_model(model: str) -> Path:
     """
     if model in (EMBEDDED, *SHAPES_ONLY):  # a directory of that name is ./tiny
         return ASSETS / model
-    path = Path(model).expanduser()
+    path = user_path(model)
     if path.is_dir():
         return path
     if path.exists():

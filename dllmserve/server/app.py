@@ -23,9 +23,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dllmserve import __version__
-from dllmserve.errors import DllmServeError, EngineError
+from dllmserve._checks import user_path
+from dllmserve.errors import ConfigError, DllmServeError, EngineError
 from dllmserve.server import failures, native, openai, ops
-from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.auth import AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.logs import configure_logging
@@ -169,12 +169,15 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await service.stop()
 
 
-def start_logging(server: ServerConfig) -> None:
-    """Log in the form and from the level that the options say."""
+def start_logging(settings: Settings) -> None:
+    """Log in the form and from the level that the options say, first what was ignored there."""
+    server = settings.server
     form = server.log_format
     if form == "auto":
         form = "text" if sys.stderr.isatty() else "json"
     configure_logging("json" if form == "json" else "text", server.log_level.upper())
+    for variable in settings.ignored:
+        _log.warning("the environment variable %s is no option and is ignored", variable)
 
 
 def _store(settings: Settings, began: float | None) -> tuple[JobStore, bool]:
@@ -188,10 +191,22 @@ def _store(settings: Settings, began: float | None) -> tuple[JobStore, bool]:
     if server.job_store == "memory":
         return MemoryStore(limits), False
     if server.job_store != "auto":
-        return SqliteStore(Path(server.job_store).expanduser(), limits, began=began), True
-    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    path = base / "dllmserve" / f"jobs-{server.port}.sqlite3"
+        return SqliteStore(user_path(server.job_store), limits, began=began), True
+    path = _state_directory() / "dllmserve" / f"jobs-{server.port}.sqlite3"
     return SqliteStore(path, limits, began=began), True
+
+
+def _state_directory() -> Path:
+    """Where programs of this user keep what outlives them, by the XDG base directories."""
+    if given := os.environ.get("XDG_STATE_HOME"):
+        return Path(given)
+    try:
+        return Path.home() / ".local" / "state"
+    except RuntimeError as error:  # a container may run as a user without a name
+        raise ConfigError(
+            "this user has no home directory for the job store: give a file with --job-store, or "
+            "set XDG_STATE_HOME"
+        ) from error
 
 
 async def _nobody(request: HttpRequest, error: Exception) -> Response:
@@ -248,7 +263,7 @@ class _FromEnvironment:
                 settings = load_settings({}, os.environ)
                 if port := listening_port(receive):
                     settings = with_port(settings, port)
-                start_logging(settings.server)
+                start_logging(settings)
                 made = create_app(settings)
                 await stack.enter_async_context(lifespan(made))
             except Exception as error:

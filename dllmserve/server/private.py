@@ -12,9 +12,12 @@ import os
 import pwd
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 #: a directory, for opening what is in it; also one that may be entered and not be listed
 _ENTER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -131,7 +134,11 @@ class Folder:
 
     def _walk(self, path: Path) -> None:
         """Go to a directory, one name at a time."""
-        pending, links = [*reversed(Path.cwd().joinpath(path).parts)], 0
+        try:
+            start = path if path.is_absolute() else Path.cwd() / path
+        except FileNotFoundError as error:
+            raise OSError("the current directory does not exist any more") from error
+        pending, links = [*reversed(start.parts)], 0
         while pending:
             name = pending.pop()
             here = os.fstat(self._handle)
@@ -154,21 +161,25 @@ class Folder:
             try:
                 return self._checked(name)
             except FileNotFoundError:
-                os.mkdir(name, 0o700, dir_fd=self._handle)
+                self._named(os.mkdir, name, 0o700)
         return self._checked(name)
 
     def _checked(self, name: str) -> os.stat_result:
-        status = os.stat(name, dir_fd=self._handle, follow_symlinks=False)
+        status = self._named(os.stat, name, follow_symlinks=False)
         if stat.S_ISLNK(status.st_mode) and status.st_uid not in self._trusted:
             raise OSError(f"{self.path / name} is a link of another user (id {status.st_uid})")
         return status
 
+    def _named(self, call: Callable[..., _T], name: str, *args: Any, **options: Any) -> _T:
+        """Ask the system about a name in here; its errors say the whole path."""
+        try:
+            return call(name, *args, dir_fd=self._handle, **options)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
+
     def _enter(self, name: str, path: Path) -> None:
         """Go into a directory."""
-        try:
-            handle = os.open(name, _ENTER, dir_fd=self._handle)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+        handle = self._named(os.open, name, _ENTER)
         os.close(self._handle)
         self._handle, self.path = handle, path
         owner = os.fstat(handle).st_uid

@@ -11,10 +11,10 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 
 import uvicorn
 
+from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, DllmServeError
 from dllmserve.server.app import create_app, guarded, judge, start_logging
 from dllmserve.server.config import ServerConfig
@@ -53,7 +53,7 @@ def serve(settings: Settings, began: float | None = None) -> int:
         DllmServeError: the model cannot be loaded.
     """
     server = settings.server
-    start_logging(server)
+    start_logging(settings)
     bound = _bind(server.host, server.port)
     try:
         settings = with_port(settings, bound.getsockname()[1])
@@ -256,7 +256,7 @@ def _address_file(server: ServerConfig) -> Iterator[None]:
     if server.address_file is None:
         yield
         return
-    path = Path(server.address_file).expanduser()
+    path = user_path(server.address_file)
     try:
         written = replace_file(path, f"{address(server)}\n")
     except OSError as error:

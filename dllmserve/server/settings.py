@@ -6,7 +6,6 @@ The command line comes before the environment (``DLLMSERVE_PORT``), that before 
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,14 +13,12 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from dllmserve._checks import true_or_false
+from dllmserve._checks import true_or_false, user_path
 from dllmserve._environment import KEYS_VARIABLE, SECRETS
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, unknown_option
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.keys import ApiKeys
-
-_log = logging.getLogger("dllmserve.server")
 
 PREFIX = "DLLMSERVE_"
 #: variables of that prefix that are no options: the keys, and the client's own
@@ -36,11 +33,13 @@ class Settings:
     Attributes:
         server, engine: the options.
         keys: None lets everybody in.
+        ignored: variables of the environment that look like options and are none.
     """
 
     server: ServerConfig
     engine: EngineConfig
     keys: ApiKeys | None = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def model_name(self) -> str:
@@ -90,7 +89,8 @@ def load_settings(
     """
     known = option_names()
     file = file or environ.get("DLLMSERVE_CONFIG")
-    values = {**_from_file(file), **_from_environment(environ, known), **given}
+    from_environment, ignored = _from_environment(environ, known)
+    values = {**_from_file(file), **from_environment, **given}
     values.setdefault("trust_remote_code", False)
     parts: dict[type[Any], dict[str, Any]] = {EngineConfig: {}, ServerConfig: {}}
     for name, value in values.items():
@@ -106,7 +106,7 @@ def load_settings(
             f"host={server.host!r} can be reached from other machines: give --api-key-file (or "
             f"{KEYS_VARIABLE}), or say --insecure-no-auth to let everybody in"
         )
-    return Settings(server, engine, keys)
+    return Settings(server, engine, keys, ignored)
 
 
 def _keys(server: ServerConfig, environ: Mapping[str, str]) -> ApiKeys | None:
@@ -121,9 +121,10 @@ def _keys(server: ServerConfig, environ: Mapping[str, str]) -> ApiKeys | None:
 
 def _from_environment(
     environ: Mapping[str, str], known: Mapping[str, tuple[type[Any], str]]
-) -> dict[str, Any]:
-    """Options of variables with our prefix; MODEL_PATH is another name for the model."""
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Options of variables with our prefix, and those that are none; MODEL_PATH is the model."""
     found: dict[str, Any] = {}
+    ignored: list[str] = []
     if environ.get("MODEL_PATH"):
         found["model"] = environ["MODEL_PATH"]
     for variable, text in environ.items():
@@ -133,11 +134,11 @@ def _from_environment(
         if name not in known or _LINK.match(text):
             # orchestrators add variables of their own for a service of our name; one of them
             # is DLLMSERVE_PORT=tcp://10.0.0.1:8000
-            _log.warning("the environment variable %s is no option and is ignored", variable)
+            ignored.append(variable)
             continue
         kind, item = known[name]
         found[name] = _parsed(variable, text, get_type_hints(kind)[item])
-    return found
+    return found, tuple(ignored)
 
 
 def _from_file(file: str | None) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _from_file(file: str | None) -> dict[str, Any]:
     import yaml
 
     try:
-        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+        text = user_path(file).read_text(encoding="utf-8-sig")
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         strerror = error.strerror if isinstance(error, OSError) else None

@@ -74,6 +74,13 @@ def test_a_tokenizer_of_unknown_kind_asks_for_trust(
         load_tokenizer(folder)
 
 
+def test_a_tokenizer_that_is_none_of_the_usual_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "rag"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RagTokenizer"}')
+    with pytest.raises(TokenizerError, match=str(tmp_path)):
+        load_tokenizer(tmp_path)
+
+
 MARK = b"\xef\xbb\xbf"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 

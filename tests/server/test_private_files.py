@@ -74,6 +74,30 @@ def test_relative_paths_and_links_of_this_user_are_followed(
         Folder(Path("far/loop"))
 
 
+def test_where_the_current_directory_is_gone_whole_paths_are_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert entered(tmp_path / "a") == tmp_path / "a"
+    with pytest.raises(ConfigError, match="current directory does not exist any more; give anoth"):
+        asyncio.run(SqliteStore(Path("b") / "jobs.db").open())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_directory_that_cannot_be_made_is_named_whole(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir(mode=0o500)
+    with pytest.raises(PermissionError, match=str(tmp_path / "mine" / "new")):
+        Folder(tmp_path / "mine" / "new" / "er")
+
+
+def test_a_name_that_is_too_long_is_named_whole(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"File name too long: '{tmp_path}/a/{'n' * 300}'"):
+        Folder(tmp_path / "a" / ("n" * 300))
+
+
 @pytest.mark.parametrize("bits", [0o777, 0o1777, 0o703])
 def test_a_directory_that_others_can_write_to_is_refused(tmp_path: Path, bits: int) -> None:
     shared = tmp_path / "shared"

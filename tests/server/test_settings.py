@@ -1,7 +1,7 @@
 """Options of the server: where they come from, in which order, and what is refused."""
 
 import logging
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,12 @@ import pytest
 
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, DllmServeError, UnknownOptionError
+from dllmserve.server import app
+from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.settings import load_settings, option_names, with_port
 
+_log = logging.getLogger("dllmserve.server")
 KEY, OTHER = "0123456789abcdef", "fedcba9876543210"
 ROOT = Path(__file__).parent.parent.parent
 
@@ -166,20 +169,44 @@ def test_variables_of_an_orchestrator_are_no_options(
         "DLLMSERVE_PORT_8000_TCP_PORT": "8000",
         "DLLMSERVE_PORT_8000_TCP_ADDR": "10.0.0.1",
     }
+    settings = load_settings({}, environ)
+    assert settings.server == ServerConfig()
+    assert not caplog.records, "said before the log has its form"
+    monkeypatch.setattr(app, "configure_logging", lambda form, level: _log.warning(form))
     # configured logging does not propagate to where caplog listens
     monkeypatch.setattr(logging.getLogger("dllmserve"), "propagate", True)
     with caplog.at_level(logging.WARNING, "dllmserve.server"):
-        settings = load_settings({}, environ)
-    assert settings.server == ServerConfig()
-    for name in environ:
-        assert f"the environment variable {name} is no option" in caplog.text
+        app.start_logging(replace(settings, server=ServerConfig(log_format="json")))
+    first, *lines = caplog.messages
+    assert first == "json"
+    for name, line in zip(environ, lines, strict=True):
+        assert line == f"the environment variable {name} is no option and is ignored"
 
 
-def test_other_variables_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_other_variables_are_left_alone() -> None:
     environ = {"PORT": "1", "DLLMSERVE_API_KEY": "of a client", "MAX_REQUESTS": "1"}
-    with caplog.at_level(logging.WARNING):
-        assert load_settings({}, environ).server == ServerConfig()
-    assert not caplog.records
+    settings = load_settings({}, environ)
+    assert settings.server == ServerConfig() and not settings.ignored
+
+
+def test_a_user_without_a_home_is_told_what_to_give(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a container that runs as a number that no name belongs to."""
+
+    def nobody(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    with pytest.raises(ConfigError, match=r"no home directory.*--job-store, or set XDG_STATE_HOME"):
+        create_app(load_settings({"job_store": "auto"}, {}))
+    with pytest.raises(ConfigError, match=r"the ~ in '~/jobs.db' leads nowhere"):
+        create_app(load_settings({"job_store": "~/jobs.db"}, {}))
+    with pytest.raises(ConfigError, match=r"the ~ in '~/options.yaml' leads nowhere"):
+        load_settings({}, {}, "~/options.yaml")
+    create_app(load_settings({"job_store": str(tmp_path / "jobs.db")}, {}))
 
 
 def test_keys_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:

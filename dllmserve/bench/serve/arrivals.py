@@ -8,11 +8,11 @@ import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from dllmserve._checks import user_path
 from dllmserve.bench.serve.options import MAX_REQUESTS
 from dllmserve.errors import ConfigError
 
@@ -59,7 +59,7 @@ def read_trace(file: str) -> list[TraceEntry]:
         ConfigError: a line is wrong, or there is none.
         OSError: the file cannot be read.
     """
-    text = Path(file).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8)
+    text = user_path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     found = [
         _entry(line, f"{file}:{number}")
         for number, line in enumerate(text.split(b"\n"), 1)

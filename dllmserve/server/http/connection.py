@@ -88,6 +88,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._upgrade_head: bytes | None = None
         # received and not yet answered completely, oldest first
         self._open_cycles: deque[RequestResponseCycle] = deque()
+        # received while a request waits for the answer before its own; parsed when none does
+        self._held = b""
         self._refusal: Refused | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -118,6 +120,7 @@ class GuardedProtocol(HttpToolsProtocol):
         # Without these the connection is gone when the last task has let go of it. In circles it
         # and its heads would wait for the garbage collector, which has too much else to look at.
         self.pipeline.clear()
+        self._held = b""
         self.cycle = self.scope = None  # type: ignore[assignment]
         self._place.drop = _nothing
 
@@ -141,9 +144,25 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._refusal is not None:
             return
         self._stop_keep_alive()
+        self._held += data
+        if not self.pipeline:
+            self._parse_held()
+        # uvicorn reads no more while a request waits, and would not see that its client leaves
+        if self.pipeline:
+            if len(self._held) < _READ_BYTES:
+                self.flow.resume_reading()
+            else:
+                self.flow.pause_reading()
+
+    def _parse_held(self) -> None:
+        """Parse until a request has to wait for others."""
+        data, self._held = self._held, b""
         try:
             for at in range(0, len(data), _SLICE):
                 self._parse(data[at : at + _SLICE])
+                if self.pipeline:
+                    self._held = data[at + _SLICE :]
+                    break
         except Refused as refused:
             self._refuse(refused)
         except httptools.HttpParserError as error:
@@ -315,6 +334,9 @@ class GuardedProtocol(HttpToolsProtocol):
         """The write buffer is full: the client has to read from now on."""
         super().pause_writing()
         self._start_write_timer()
+        if self._open_cycles:
+            scope = self._open_cycles[0].scope
+            self._connections.stall(self._place, scope["path"], scope["headers"])
 
     def resume_writing(self) -> None:
         """The client has read most of the write buffer."""
@@ -361,6 +383,8 @@ class GuardedProtocol(HttpToolsProtocol):
             self._watch_close()
         elif self._refusal is not None and not self._open_cycles:
             self._send_refusal(self._refusal)
+        elif self._held and self._refusal is None and not self.pipeline:
+            self._parse_held()
         else:
             self._watch_read()
 

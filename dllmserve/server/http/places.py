@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import socket
 import time
 from collections import Counter
@@ -15,11 +16,13 @@ from dllmserve.errors import ConfigError
 from dllmserve.server.http.refusal import RefusalHeaders, no_headers
 from dllmserve.server.http.respond import Headers
 
-#: seconds for which an idle connection is left alone: its request may be on the way
+#: seconds that a connection has for its first request before it may be dropped
 GRACE_S = 0.05
-#: the same for each idle connection there is, so that making room takes a bounded share of the
-#: time: at most a thousand are dropped in a second
+#: seconds from one connection that gives way to the next, at least, so that making room takes a
+#: bounded share of the time
 PACE_S = 0.001
+#: seconds by which several that give way at once may be ahead of that pace
+AHEAD_S = 0.016
 #: connections that are dropped at once, at least and at most, when there are no open files left
 _FEWEST, _MOST = 8, 64
 
@@ -78,7 +81,7 @@ class ConnectionStats:
 
     Attributes:
         open: connections open now, from the moment that they are accepted.
-        busy: those of them with a request under way.
+        busy: those of them with a request under way, but for those that may give way.
         refused: connections and requests that were refused below the application, by status.
         dropped: connections that were closed without an answer, by reason, one of :data:`DROPS`.
     """
@@ -97,7 +100,9 @@ class Place:
         group: who it counts for, see :func:`group`.
         deadline: when its first head has to be complete, on the clock of :class:`Connections`.
         drop: ends the connection at once.
-        busy: whether a request is under way.
+        busy: whether a request is under way that may not be given up.
+        asked: whether it ever had a request.
+        stalled: whether a request is under way that may be given up: nobody reads its answer.
         gone: whether it has been left or dropped.
     """
 
@@ -105,7 +110,33 @@ class Place:
     deadline: float
     drop: Callable[[], None]
     busy: bool = False
+    asked: bool = False
+    stalled: bool = False
     gone: bool = False
+
+
+class _Group:
+    """The idle connections of one address."""
+
+    def __init__(self) -> None:
+        # since when they are idle, oldest first
+        self.fresh: dict[Place, float] = {}  # they never asked anything
+        self.used: dict[Place, float] = {}
+
+    def __len__(self) -> int:
+        return len(self.fresh) + len(self.used)
+
+    def of(self, place: Place) -> dict[Place, float]:
+        return self.used if place.asked else self.fresh
+
+    def next(self, now: float) -> tuple[Place, float]:
+        """Who gives way, and how long it is to be left alone yet."""
+        if len(self.fresh) > len(self.used):
+            place, since = next(iter(self.fresh.items()))
+            left = since + GRACE_S - now
+            if left <= 0 or not self.used:
+                return place, left
+        return next(iter(self.used)), 0.0
 
 
 def _strangers(path: str, headers: Headers) -> Standing:
@@ -120,8 +151,16 @@ class Connections:
     A connection is busy while a request is under way, and idle otherwise: in the handshake, in a
     head, between requests, or when it only waits to be closed. Busy ones are never dropped. When
     all ``max_connections + reserve`` places are taken, a new connection gets the place of an idle
-    one: of the address that has most of them the one that has been idle for longest. So nobody
-    is kept out by connections that do nothing, and an address that opens many loses its own.
+    one of the address that has most of them. Of those that have asked something and those that
+    have not, whichever are more, the one that is idle for longest goes. So nobody is kept out by
+    connections that do nothing, or little, and an address that opens many loses its own.
+
+    No connection can put off its turn for ever: those that have asked nothing yet are left alone
+    for :data:`GRACE_S` from their start, and the others for no time at all.
+
+    An answer that nobody reads would keep its connection busy until the write timeout. Unless it
+    is the answer to a request with a key, its connection counts as idle as soon as its write
+    buffer is full.
 
     Args:
         limits: for all of them.
@@ -161,16 +200,19 @@ class Connections:
             "probe": self._most,
         }
         self._held: Counter[str | None] = Counter()
-        # since when they are idle, by group, oldest first; no group is empty
-        self._idle: dict[str | None, dict[Place, float]] = {}
+        self._idle: dict[str | None, _Group] = {}  # no group is empty
+        # when all that have given way would have done so, each at its time
+        self._paced_to = -math.inf
 
     def seconds_to_room(self) -> float:
-        """How long nobody can be let in because those that could give way have only just come."""
+        """How long nobody is let in: enough have given way for now, or all have only just come."""
         if self.stats.open < self._most or not self._idle:
             return 0.0
-        _, since = self._oldest()
-        idle = self.stats.open - self.stats.busy
-        return max(0.0, since + max(GRACE_S, idle * PACE_S) - self._clock())
+        ahead = self._paced_to - self._clock()
+        if ahead > AHEAD_S:
+            return ahead
+        _, left = self._next()
+        return max(0.0, left)
 
     def crowded(self, group: str | None) -> bool:
         """Whether an address has as many connections as it may."""
@@ -183,6 +225,7 @@ class Connections:
             if not self._idle:
                 self.stats.dropped["full"] += 1
                 return None
+            self._paced_to = max(self._paced_to, self._clock()) + PACE_S
             self._drop_one("idle")
         place = Place(group, self._clock() + self.limits.header_timeout_s, drop)
         self.stats.open += 1
@@ -191,9 +234,9 @@ class Connections:
         return place
 
     def begin(self, place: Place, path: str, headers: Headers) -> bool:
-        """Whether a request may be answered; if so, the connection is busy."""
+        """Whether a request may be answered; if so, the connection is busy, or stalled already."""
         busy = self.stats.busy
-        if place.busy:
+        if place.busy or (place.stalled and not place.gone):
             return True
         if place.gone or (
             busy >= self.limits.max_connections
@@ -201,12 +244,19 @@ class Connections:
         ):
             return False
         self._unset_idle(place)
-        place.busy = True
+        place.busy = place.asked = True
         self.stats.busy += 1
         return True
 
+    def stall(self, place: Place, path: str, headers: Headers) -> None:
+        """The client does not read the answer to this request."""
+        if place.busy and self._judge(path, headers) != "key":
+            self.rest(place)
+            place.stalled = True
+
     def rest(self, place: Place) -> None:
         """No request of the connection is under way any more."""
+        place.stalled = False
         if place.busy:
             place.busy = False
             self.stats.busy -= 1
@@ -233,21 +283,20 @@ class Connections:
         return count
 
     def _drop_one(self, reason: str) -> None:
-        place, _ = self._oldest()
+        place, _ = self._next()
         self.stats.dropped[reason] += 1
         self.leave(place)
         place.drop()
 
-    def _oldest(self) -> tuple[Place, float]:
-        """Of the group that has most idle connections, the first, and since when it is idle."""
-        return next(iter(max(self._idle.values(), key=len).items()))
+    def _next(self) -> tuple[Place, float]:
+        return max(self._idle.values(), key=len).next(self._clock())
 
     def _set_idle(self, place: Place) -> None:
-        self._idle.setdefault(place.group, {})[place] = self._clock()
+        self._idle.setdefault(place.group, _Group()).of(place)[place] = self._clock()
 
     def _unset_idle(self, place: Place) -> None:
         group = self._idle[place.group]
-        del group[place]
+        del group.of(place)[place]
         if not group:
             del self._idle[place.group]
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, JobStoreError
 from dllmserve.server.private import Folder, SharedDirectoryError, restrict
 from dllmserve.server.store.lease import MAKE_ALIVE
@@ -91,11 +92,13 @@ class JobFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path = path.expanduser()
+        self.path = path = user_path(path)
         with ExitStack() as stack:
             try:
                 self._folder = Folder(path.parent)
                 stack.callback(self._folder.close)
+                if not path.name or path.is_dir():  # before a lock is made for it
+                    raise OSError(f"{path} is a directory")
                 self.path = self._folder.path / path.name
                 files: list[int] = []
                 for ending in _ENDINGS:

@@ -11,7 +11,6 @@ from starlette.types import Receive, Scope, Send
 
 from dllmserve.errors import ConfigError
 from dllmserve.server.http.body import BodyGuard
-from dllmserve.server.http.connection import MAX_PIPELINED
 from dllmserve.server.http.places import ConnectionLimits
 from dllmserve.server.http.respond import ABORT, LINGER_S
 from tests.server.http.live import (
@@ -265,50 +264,6 @@ def test_app_can_abort_its_connection() -> None:
                 await client.answer()
             await client.closed()
             await until(lambda: live.stats.open == 0, "still open")
-
-    asyncio.run(main())
-
-
-def test_pipelined_requests_are_answered_in_order() -> None:
-    async def main() -> None:
-        async with serving(BodyGuard(Echo())) as live, connected(live.port) as client:
-            await client.send(get("/1") + post(b"{}", path="/2") + get("/3"))
-            bodies = [(await client.answer()).body for _ in range(3)]
-            assert bodies == [b"GET /1 ", b"POST /2 {}", b"GET /3 "]
-
-    asyncio.run(main())
-
-
-def test_client_that_leaves_ends_all_its_pipelined_requests() -> None:
-    """uvicorn alone tells only the latest of them."""
-
-    async def main() -> None:
-        waiter = Waiter()
-        async with serving(waiter) as live:
-            async with connected(live.port) as client:
-                await client.send(get("/1") + get("/2"))
-                await until(lambda: waiter.started == 1, "not started")
-            await until(lambda: waiter.left == 1, "the first request still waits")
-            await until(lambda: not live.state.tasks, "tasks are left")
-            assert waiter.started == 1
-
-    asyncio.run(main())
-
-
-def test_number_of_pipelined_requests_is_bounded() -> None:
-    async def main() -> None:
-        waiter = Waiter()
-        async with serving(waiter) as live, connected(live.port) as client:
-            for _ in range(20):
-                await client.send(get() * 50)
-            await until(lambda: live.stats.refused[400] == 1, "not refused")
-            waiter.go.set()
-            for _ in range(MAX_PIPELINED + 1):
-                assert (await client.answer()).body == b"told"
-            last = await client.answer()
-            assert (last.status, last.error["code"]) == (400, "too_many_pipelined")
-            await client.closed()
-            assert waiter.started == MAX_PIPELINED + 1
 
     asyncio.run(main())
 

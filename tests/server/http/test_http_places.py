@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dllmserve.server.http.places import (
+    AHEAD_S,
     GRACE_S,
     PACE_S,
     ConnectionLimits,
@@ -57,11 +58,17 @@ def test_the_oldest_idle_one_gives_way_and_a_busy_one_never() -> None:
     full.enter("e")
     full.enter("f")
     assert full.dropped == ["b", "c"]
-    # a was busy and is idle again: it is the youngest now
+    # a was busy and is idle again; of those that asked and those that did not, more did not
     full.connections.rest(full.places["a"])
-    for name in "ghij":
+    full.enter("g")
+    assert full.dropped == ["b", "c", "d"]
+    # now as many did: by the end of their last request
+    for name in "ga":
+        assert full.begin(name)
+        full.connections.rest(full.places[name])
+    for name in "hij":
         full.enter(name)
-    assert full.dropped == ["b", "c", "d", "e", "f", "a"]
+    assert full.dropped == ["b", "c", "d", "g", "e", "f"]
     assert full.connections.stats.open == 4
     assert full.connections.stats.dropped == {"idle": 6}
     assert not full.begin("b"), "what was dropped begins nothing"
@@ -101,11 +108,95 @@ def test_whoever_has_just_come_is_left_alone_for_a_moment() -> None:
     assert full.connections.seconds_to_room() == pytest.approx(GRACE_S)
     full.now[0] += GRACE_S
     assert full.connections.seconds_to_room() == 0
-    # with many of them for longer, so that making room takes a bounded share of the time
-    many = door(max_connections=1000, reserve=1000)
-    for _ in range(2000):
-        many.connections.enter("a", lambda: None)
-    assert many.connections.seconds_to_room() == pytest.approx(2000 * PACE_S)
+
+
+def test_making_room_takes_a_bounded_share_of_the_time() -> None:
+    full = door(max_connections=1000)
+    for number in range(1128):
+        full.enter(str(number))
+    for _ in range(1000):
+        while full.connections.seconds_to_room() == 0:
+            full.connections.enter("a", lambda: None)
+        full.now[0] += 0.001
+    assert full.connections.stats.dropped["idle"] == pytest.approx(1000, abs=AHEAD_S / PACE_S + 2)
+
+
+def test_connections_that_ask_again_and_again_make_room() -> None:
+    """What a connection does changes when it goes, and not whether one of them does."""
+    full = door(max_connections=64, reserve=32)
+    names = [str(number) for number in range(96)]
+    for name in names:
+        full.enter(name)
+
+    def ask_all() -> None:
+        for name in names:
+            if full.begin(name):
+                full.connections.rest(full.places[name])
+
+    ask_all()
+    for number in range(200):
+        full.now[0] += PACE_S
+        ask_all()
+        assert full.connections.seconds_to_room() == 0, number
+        assert full.connections.enter("a", lambda: full.dropped.append("new")) is not None
+        if number < GRACE_S / PACE_S:
+            assert "new" not in full.dropped
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_new_connection_gets_in_and_has_its_moment_whatever_others_do(seed: int) -> None:
+    rng = random.Random(seed)
+    full = door(max_connections=rng.choice([1, 8, 64]), reserve=rng.choice([1, 8]))
+    limits, waiting = full.connections.limits, 0.0
+    entered: dict[Place, float] = {}
+
+    def dropped(place: Place) -> None:
+        if not place.asked:
+            assert full.now[0] - entered[place] >= GRACE_S - 1e-9
+
+    def newcomer() -> None:
+        box: list[Place] = []
+        place = full.connections.enter("a", lambda: dropped(box[0]))
+        assert place is not None, "nobody is busy"
+        box.append(place)
+        entered[place] = full.now[0]
+
+    for _ in range(20_000):
+        wait = full.connections.seconds_to_room()
+        if wait == 0:
+            newcomer()
+            waiting = 0.0
+        else:  # the listener waits
+            assert (waiting := waiting + wait) <= GRACE_S + AHEAD_S + PACE_S
+            full.now[0] += wait
+        here = [place for place in entered if not place.gone]
+        for place in rng.sample(here, rng.randint(0, min(3, len(here)))):
+            match rng.randrange(3):
+                case 0 | 1 if full.connections.begin(place, "probe", ()):
+                    full.connections.rest(place)
+                case 2 if rng.random() < 0.1:
+                    full.connections.leave(place)
+        entered = {place: entered[place] for place in here}
+        full.now[0] += rng.choice([0.0, 0.0001, 0.01])
+    assert full.connections.stats.open <= limits.max_connections + limits.reserve
+
+
+def test_an_answer_that_nobody_reads_holds_no_place_without_a_key() -> None:
+    full = door(max_connections=2, reserve=2)
+    for name, standing in (("c", "stranger"), ("a", "probe"), ("b", "key"), ("d", "probe")):
+        assert full.enter(name) and full.begin(name, standing)
+    assert full.enter("e") is None
+    for name, standing in (("c", "stranger"), ("b", "key"), ("a", "probe")):
+        full.connections.stall(full.places[name], standing, ())
+    assert full.connections.stats.busy == 2
+    # more requests on a connection that gives way do not change that
+    assert full.begin("c") and full.connections.stats.busy == 2
+    assert full.enter("e")
+    assert full.dropped == ["c"] and not full.begin("c")
+    # once all is answered, it is like others again
+    full.connections.rest(full.places["a"])
+    assert full.begin("a", "probe") and full.connections.stats.busy == 3
+    assert full.enter("f") and full.dropped == ["c", "e"]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +256,8 @@ def test_numbers_hold_whatever_happens() -> None:
                 made.enter(str(turn), rng.choice(["a", "b", "c", None]))
             case 2 if names:
                 made.begin(rng.choice(names), rng.choice(["stranger", "key", "probe"]))
+            case 3 if names and rng.random() < 0.3:
+                made.connections.stall(made.places[rng.choice(names)], "probe", ())
             case 3 if names:
                 made.connections.rest(made.places[rng.choice(names)])
             case 4 if names:
@@ -173,7 +266,9 @@ def test_numbers_hold_whatever_happens() -> None:
         stats = made.connections.stats
         assert stats.open == len(here) <= 9
         assert stats.busy == sum(place.busy for place in here)
-        idle = [place for each in made.connections._idle.values() for place in each]
+        groups = made.connections._idle.values()
+        idle = [place for each in groups for place in (*each.fresh, *each.used)]
+        assert all(not place.asked for each in groups for place in each.fresh)
         assert sorted(map(id, idle)) == sorted(id(place) for place in here if not place.busy)
         assert sum(made.connections._held.values()) == len(here)
         assert all(made.connections._idle.values()) and all(made.connections._held.values())

@@ -3,10 +3,12 @@
 import asyncio
 import socket
 
+import pytest
 from starlette.types import Receive, Scope, Send
 
+from dllmserve.server.http.places import Judge, Standing
 from dllmserve.server.http.respond import ABORT
-from tests.server.http.live import Live, ask, get, reply, serving, until
+from tests.server.http.live import Live, ask, connected, get, reply, serving, until
 
 SHORT = 0.3  # seconds
 SLACK = 2.0
@@ -57,6 +59,30 @@ def test_client_that_does_not_read_is_cut() -> None:
             assert taken < SHORT + SLACK
             assert live.stats.open == 0
             assert live.stats.dropped["slow_reader"] == 20
+            for sock in socks:
+                sock.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("standing", ["probe", "stranger", "key"])
+def test_who_does_not_read_gives_way_without_a_key(standing: Standing) -> None:
+    async def main() -> None:
+        flood = Flood()
+        limits = {"max_connections": 4, "reserve": 0, "write_timeout_s": 60.0}
+        judge: Judge = lambda path, headers: standing  # noqa: E731
+        async with serving(flood, judge=judge, sndbuf=8192, **limits) as live:
+            socks = [await lazy_reader(live, get()) for _ in range(4)]
+            busy = 4 if standing == "key" else 0
+            await until(lambda: flood.running == 4 and live.stats.busy == busy, "not stalled")
+            if standing == "key":
+                async with connected(live.port) as client:
+                    await client.closed()
+                assert flood.running == 4 and live.stats.dropped == {"full": 1}
+            else:
+                assert (await ask(live.port, b"bad\r\n\r\n")).status == 400
+                await until(lambda: flood.running == 3, "nobody was told")
+                assert live.stats.dropped == {"idle": 1}
             for sock in socks:
                 sock.close()
 

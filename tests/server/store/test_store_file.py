@@ -251,7 +251,13 @@ def test_files_of_others_and_newer_ones_are_refused(path: Path, tmp_path: Path) 
 
 def test_paths_that_cannot_be_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
-    assert "is not a regular file" in refusal(tmp_path)
+    before = {*tmp_path.parent.iterdir()}
+    for directory in (tmp_path, tmp_path / "..", Path("/")):
+        assert "is a directory" in refusal(directory)
+    for name in ("", ".", ".."):
+        with pytest.raises(ConfigError, match="is a directory; give another file"):
+            asyncio.run(SqliteStore(Path(name)).open())
+    assert {*tmp_path.parent.iterdir()} == before, "a lock was made"
     assert f"Not a directory: {tmp_path / 'file'}" in refusal(tmp_path / "file" / "jobs.db")
 
 
@@ -274,7 +280,7 @@ def test_what_is_no_file_of_its_own_is_refused(path: Path, name: str, kind: str)
     else:
         place.symlink_to(victim if kind == "link" else path.parent.parent / "nothing")
     said = {
-        "directory": "(Is a directory|is not a regular file)",
+        "directory": "((Is|is) a directory|is not a regular file)",
         "pipe": "is not a regular file",
         "socket": "(No such device|is not a regular file)",
         "hard link": r"is one of 2 names of a file \(hard links\)",

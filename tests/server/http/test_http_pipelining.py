@@ -1,0 +1,150 @@
+"""Requests that are sent before the answers to those before them have come."""
+
+import asyncio
+import contextlib
+import random
+import socket
+import struct
+
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from dllmserve.server.http.body import BodyGuard
+from dllmserve.server.http.connection import MAX_PIPELINED
+from tests.server.http.live import (
+    Echo,
+    Waiter,
+    connected,
+    get,
+    post,
+    serving,
+    until,
+)
+
+
+def test_pipelined_requests_are_answered_in_order() -> None:
+    async def main() -> None:
+        async with serving(BodyGuard(Echo())) as live, connected(live.port) as client:
+            await client.send(get("/1") + post(b"{}", path="/2") + get("/3"))
+            bodies = [(await client.answer()).body for _ in range(3)]
+            assert bodies == [b"GET /1 ", b"POST /2 {}", b"GET /3 "]
+
+    asyncio.run(main())
+
+
+SECOND = {
+    "a head": get("/2"),
+    "half a head": get("/2") + get("/3")[:-5],
+    "a body": post(b"x" * 20_000, path="/2"),
+    "half a body": post(b"x" * 20_000, path="/2")[:-5],
+    "many": get("/2") * 16,
+    "chunks": b"POST /2 HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n",
+}
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize("later", [False, True], ids=["together", "later"])
+@pytest.mark.parametrize("name", SECOND)
+def test_a_client_that_leaves_ends_all_its_requests(name: str, later: bool, reset: bool) -> None:
+    """uvicorn alone tells only the latest of them, and reads no more while one waits."""
+
+    async def main() -> None:
+        waiter = Waiter()
+        async with serving(BodyGuard(waiter)) as live:
+            async with connected(live.port) as client:
+                await client.send(get("/1") if later else get("/1") + SECOND[name])
+                await until(lambda: waiter.started == 1, "not started")
+                if later:
+                    await client.send(SECOND[name])
+                waiting = live.state.connections
+                await until(lambda: any(one.pipeline for one in waiting), "not received")
+                if reset:
+                    sock = client.writer.get_extra_info("socket")
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            await until(lambda: waiter.left == 1, "the first request still waits")
+            await until(lambda: not live.state.tasks, "tasks are left")
+            assert waiter.started == 1
+
+    asyncio.run(main())
+
+
+def request(number: int, body: bytes) -> bytes:
+    """With a length or in chunks."""
+    if number % 2:
+        return post(body, path=f"/{number}")
+    parts = [body[at : at + 1000] for at in range(0, len(body), 1000)]
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts)
+    head = b"POST /%d HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n" % number
+    return head + chunks + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_pieces_requests_come_in_they_are_answered_in_order(seed: int) -> None:
+    rng = random.Random(seed)
+    sizes = [0, 10, 3000, 30_000, 150_000, 0, 1, 70_000]
+    rng.shuffle(sizes)
+    bodies = [rng.randbytes(size) for size in sizes]
+    sent = b"".join(request(number, body) for number, body in enumerate(bodies))
+
+    async def slowly(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(rng.choice([0.0, 0.0, 0.01]))
+
+    async def main() -> None:
+        async with serving(Echo(before=slowly)) as live, connected(live.port) as client:
+
+            async def send_all() -> None:
+                at = 0
+                while at < len(sent):
+                    size = rng.choice([1, 7, 2048, 5000, 100_000])
+                    await client.send(sent[at : at + size])
+                    await asyncio.sleep(0)
+                    at += size
+
+            sending = asyncio.ensure_future(send_all())
+            for number, body in enumerate(bodies):
+                assert (await client.answer()).body == b"POST /%d " % number + body
+            await sending
+
+    asyncio.run(main())
+
+
+def test_what_waits_is_bounded() -> None:
+    """A client may send as much as it likes: it is not read."""
+
+    async def main() -> None:
+        waiter = Waiter()
+        async with serving(waiter) as live, connected(live.port) as client:
+            await client.send(get("/1") + get("/2"))
+            await until(lambda: waiter.started == 1, "not started")
+            flood = asyncio.ensure_future(client.send(b"GET / HTTP/1.1\r\n\r\n" * 2_000_000))
+            (server,) = live.state.connections
+            await until(lambda: len(server._held) >= 65536, "nothing is held")
+            await asyncio.sleep(0.1)
+            assert len(server._held) <= 3 * 65536
+            assert not flood.done()
+            flood.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await flood
+            client.writer.transport.abort()
+            waiter.go.set()
+            await until(lambda: not live.state.tasks, "tasks are left")
+
+    asyncio.run(main())
+
+
+def test_number_of_pipelined_requests_is_bounded() -> None:
+    async def main() -> None:
+        waiter = Waiter()
+        async with serving(waiter) as live, connected(live.port) as client:
+            for _ in range(20):
+                await client.send(get() * 50)
+            await until(lambda: live.stats.refused[400] == 1, "not refused")
+            waiter.go.set()
+            for _ in range(MAX_PIPELINED + 1):
+                assert (await client.answer()).body == b"told"
+            last = await client.answer()
+            assert (last.status, last.error["code"]) == (400, "too_many_pipelined")
+            await client.closed()
+            assert waiter.started == MAX_PIPELINED + 1
+
+    asyncio.run(main())
