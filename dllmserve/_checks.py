@@ -38,8 +38,11 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     """A path whose ``~`` is a user's home directory.
 
     Raises:
-        ConfigError: that user has none, as where a container runs as a user without a name.
+        ConfigError: that user has none, as where a container runs as a user without a name; or
+            there is a NUL in it.
     """
+    if "\0" in os.fspath(path):
+        raise ConfigError(f"{os.fspath(path)!r} is no path: it has a character NUL")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -90,15 +90,16 @@ def _open_paths(settings: Settings) -> frozenset[str]:
 
 
 def judge(settings: Settings) -> Judge:
-    """Tells probes and holders of keys from strangers, for connections when there are too many."""
+    """Tells probes, holders of keys and strangers apart, for their connections."""
     open_paths, keys = _open_paths(settings), settings.keys
 
     def standing(path: str, headers: Headers) -> Standing:
         if path in open_paths:
             return "probe"
+        if keys is None:
+            return "client"
         secrets = presented(headers)
-        known = keys is not None and len(secrets) == 1 and keys.match(secrets.pop()) is not None
-        return "key" if known else "stranger"
+        return "key" if len(secrets) == 1 and keys.match(secrets.pop()) else "stranger"
 
     return standing
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Literal
 
 import httptools
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
@@ -31,7 +34,7 @@ MAX_PIPELINED = 16
 MIN_PROGRESS_BYTES = 65536
 #: bytes that the parser gets at once: how far a limit on what it makes nothing of may be exceeded
 _SLICE = 2048
-#: bytes that are read from a socket at once: what nobody has asked for takes this much memory
+#: bytes that are read from a socket at once, and that may wait to be parsed before it is read again
 _READ_BYTES = 65536
 
 _log = logging.getLogger("dllmserve.access")
@@ -44,6 +47,19 @@ def _nothing() -> None:
     """There is nothing left to drop."""
 
 
+class _Flow(FlowControl):
+    """Reads no more while enough waits to be parsed, whoever wants more."""
+
+    def __init__(self, transport: asyncio.Transport, crowded: Callable[[], bool]) -> None:
+        super().__init__(transport)
+        self._crowded = crowded
+
+    def resume_reading(self) -> None:
+        """Read on, if there is room."""
+        if not self._crowded():
+            super().resume_reading()
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """One connection.
 
@@ -52,7 +68,8 @@ class GuardedProtocol(HttpToolsProtocol):
     - Heads that RFC 9112 forbids are refused, see :func:`~dllmserve.server.http.head.check_head`.
     - Malformed requests are answered with the error object, after the answers to earlier
       requests on the connection, and never inside one.
-    - A client that leaves ends every request it had sent, pipelined ones included.
+    - A client that leaves ends every request it had sent, pipelined ones included. Behind 64 KiB
+      that wait for an answer before theirs nothing is read, and so it is not seen.
     - Trailers after a chunked body do not become headers.
     - ``Upgrade`` is ignored and the request's body is read; some clients offer HTTP/2 so.
     - A request whose answer came before its body was read cannot keep the connection for ever.
@@ -89,8 +106,9 @@ class GuardedProtocol(HttpToolsProtocol):
         # received and not yet answered completely, oldest first
         self._open_cycles: deque[RequestResponseCycle] = deque()
         # received while a request waits for the answer before its own; parsed when none does
-        self._held = b""
+        self._held = bytearray()
         self._refusal: Refused | None = None
+        self._has_turn = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._linger_timer: asyncio.TimerHandle | None = None
@@ -99,6 +117,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Go on with the clock that has run since the connection was accepted."""
         super().connection_made(transport)
+        self.flow = _Flow(transport, self._crowded)
         if hasattr(transport, "max_size"):  # else each read of 256 KiB
             transport.max_size = _READ_BYTES
         self._place.drop = self.abort
@@ -114,13 +133,14 @@ class GuardedProtocol(HttpToolsProtocol):
                 timer.cancel()
         self._head_timer = self._write_timer = self._linger_timer = None
         self._stop_keep_alive()
+        self._end_turn()
         while self._open_cycles:
             self._disconnect(self._open_cycles.popleft())
         super().connection_lost(exc)
         # Without these the connection is gone when the last task has let go of it. In circles it
         # and its heads would wait for the garbage collector, which has too much else to look at.
         self.pipeline.clear()
-        self._held = b""
+        self._held.clear()
         self.cycle = self.scope = None  # type: ignore[assignment]
         self._place.drop = _nothing
 
@@ -145,24 +165,15 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._stop_keep_alive()
         self._held += data
-        if not self.pipeline:
-            self._parse_held()
-        # uvicorn reads no more while a request waits, and would not see that its client leaves
-        if self.pipeline:
-            if len(self._held) < _READ_BYTES:
-                self.flow.resume_reading()
-            else:
-                self.flow.pause_reading()
+        self._parse_held()
 
     def _parse_held(self) -> None:
-        """Parse until a request has to wait for others."""
-        data, self._held = self._held, b""
+        """Parse until a request has to wait for others, and read on if there is room."""
+        held, at = self._held, 0
         try:
-            for at in range(0, len(data), _SLICE):
-                self._parse(data[at : at + _SLICE])
-                if self.pipeline:
-                    self._held = data[at + _SLICE :]
-                    break
+            while at < len(held) and not self.pipeline:
+                self._parse(bytes(held[at : at + _SLICE]))
+                at += _SLICE
         except Refused as refused:
             self._refuse(refused)
         except httptools.HttpParserError as error:
@@ -173,7 +184,17 @@ class GuardedProtocol(HttpToolsProtocol):
                     text = f"{text[:-1]}: {error}."  # fixed texts of the parser
                 cause = Refused(400, "malformed_request", text)
             self._refuse(cause)
+        del held[:at]
+        if self._crowded():
+            self.flow.pause_reading()
+        elif self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT:
+            # uvicorn reads no more while a request waits, and would not see that its client leaves
+            self.flow.resume_reading()
         self._watch_read()
+
+    def _crowded(self) -> bool:
+        """Whether enough waits to be parsed."""
+        return len(self._held) >= _READ_BYTES
 
     def _parse(self, data: bytes) -> None:
         """Give a few bytes to the parser, and see to it that they lead to something."""
@@ -268,6 +289,27 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unparsed = 0
         self._stop_head_timer()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        """Have a request answered: a client's at once, others in their turn."""
+        go = super()._start_asgi_task
+
+        def start() -> bool:
+            if self.transport.is_closing():
+                return False
+            self._has_turn = True
+            go(cycle, app)
+            return True
+
+        if self._place.busy:
+            go(cycle, app)
+        else:
+            self._connections.take_turn(start)
+
+    def _end_turn(self) -> None:
+        if self._has_turn:
+            self._has_turn = False
+            self._connections.end_turn()
+
     def _ignore_upgrade(self, version: str) -> None:
         """Note the request as it would be without the header."""
         method = self.parser.get_method()
@@ -334,9 +376,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """The write buffer is full: the client has to read from now on."""
         super().pause_writing()
         self._start_write_timer()
-        if self._open_cycles:
-            scope = self._open_cycles[0].scope
-            self._connections.stall(self._place, scope["path"], scope["headers"])
+        self._end_turn()
 
     def resume_writing(self) -> None:
         """The client has read most of the write buffer."""
@@ -373,6 +413,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """A request has been answered: go on with the next, or with what was refused."""
+        self._end_turn()
         super().on_response_complete()
         if self._open_cycles:
             # whatever of the body the application did not want
@@ -390,6 +431,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _on_answered(self) -> None:
         """Nothing but the rest of a body is waited for, so that the connection may give way."""
+        self._end_turn()
         if len(self._open_cycles) <= 1:
             self._connections.rest(self._place)
 
@@ -400,6 +442,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(self, refusal: Refused) -> None:
         """Read no more; answer with an error once all earlier requests are answered."""
         self._refusal = refusal
+        self._held.clear()
         self._stats.refused[refusal.status] += 1
         fields = {"status": refusal.status, "code": refusal.code}
         _log.info("connection refused", extra=fields)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError
 
 #: shortest secret in characters
@@ -85,7 +86,7 @@ class ApiKeys:
             ConfigError: the file cannot be read, has no key, or a line is wrong. The message
                 names the line and never shows what is in it.
         """
-        file = Path(path)
+        file = user_path(path)
         try:
             with file.open("rb") as stream:
                 status = os.fstat(stream.fileno())  # of what is read, whatever the name leads to

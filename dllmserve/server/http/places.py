@@ -6,7 +6,7 @@ import ipaddress
 import math
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -23,11 +23,16 @@ GRACE_S = 0.05
 PACE_S = 0.001
 #: seconds by which several that give way at once may be ahead of that pace
 AHEAD_S = 0.016
+#: requests of probes and strangers that are answered at a time. The others wait: a flood of them
+#: would make each turn of the event loop long, and a client's request takes ten turns or so
+SIDE_BY_SIDE = 16
 #: connections that are dropped at once, at least and at most, when there are no open files left
 _FEWEST, _MOST = 8, 64
 
-#: what a request's head says of its sender
-Standing = Literal["stranger", "key", "probe"]
+#: what a request's head says of its sender: a "probe" asks for what needs no key, a "stranger" has
+#: none and gets a 401, so both are answered at once; a holder of a "key"; a "client" where
+#: nobody needs one
+Standing = Literal["probe", "stranger", "client", "key"]
 #: from the path and the headers of a request to its sender's standing
 Judge = Callable[[str, Headers], Standing]
 #: why a connection was closed without an answer
@@ -45,9 +50,10 @@ class ConnectionLimits:
         max_header_bytes: request line and headers together; chunk extensions; trailers; 431.
         max_headers: number of headers; 431.
         max_target_bytes: path and query; 414.
-        max_connections: connections with a request under way; 503.
-        reserve: connections beyond those, so that requests can be told apart: probes may use all of
-            them, requests with a key half. All others are for a while only.
+        max_connections: connections with a request under way, probes and strangers not counted;
+            503.
+        reserve: connections beyond those. Requests with a key may use half of them; the others are
+            there so that heads can be read, and probes answered.
         max_per_address: open connections of one address, or of one IPv6 network of 64 bits; 429.
             None: no limit.
         write_timeout_s: seconds that a full write buffer may stand still; no status.
@@ -81,7 +87,7 @@ class ConnectionStats:
 
     Attributes:
         open: connections open now, from the moment that they are accepted.
-        busy: those of them with a request under way, but for those that may give way.
+        busy: those of them that may not give way.
         refused: connections and requests that were refused below the application, by status.
         dropped: connections that were closed without an answer, by reason, one of :data:`DROPS`.
     """
@@ -100,9 +106,8 @@ class Place:
         group: who it counts for, see :func:`group`.
         deadline: when its first head has to be complete, on the clock of :class:`Connections`.
         drop: ends the connection at once.
-        busy: whether a request is under way that may not be given up.
-        asked: whether it ever had a request.
-        stalled: whether a request is under way that may be given up: nobody reads its answer.
+        busy: whether a request of a client is under way.
+        used: whether a request has been answered.
         gone: whether it has been left or dropped.
     """
 
@@ -110,8 +115,7 @@ class Place:
     deadline: float
     drop: Callable[[], None]
     busy: bool = False
-    asked: bool = False
-    stalled: bool = False
+    used: bool = False
     gone: bool = False
 
 
@@ -120,14 +124,14 @@ class _Group:
 
     def __init__(self) -> None:
         # since when they are idle, oldest first
-        self.fresh: dict[Place, float] = {}  # they never asked anything
+        self.fresh: dict[Place, float] = {}  # no answer yet
         self.used: dict[Place, float] = {}
 
     def __len__(self) -> int:
         return len(self.fresh) + len(self.used)
 
     def of(self, place: Place) -> dict[Place, float]:
-        return self.used if place.asked else self.fresh
+        return self.used if place.used else self.fresh
 
     def next(self, now: float) -> tuple[Place, float]:
         """Who gives way, and how long it is to be left alone yet."""
@@ -139,34 +143,30 @@ class _Group:
         return next(iter(self.used)), 0.0
 
 
-def _strangers(path: str, headers: Headers) -> Standing:
-    """Nobody is known."""
+def _clients(path: str, headers: Headers) -> Standing:
+    """Nobody needs a key."""
     del path, headers
-    return "stranger"
+    return "client"
 
 
 class Connections:
     """All connections of one server, counted and told apart.
 
-    A connection is busy while a request is under way, and idle otherwise: in the handshake, in a
-    head, between requests, or when it only waits to be closed. Busy ones are never dropped. When
-    all ``max_connections + reserve`` places are taken, a new connection gets the place of an idle
-    one of the address that has most of them. Of those that have asked something and those that
-    have not, whichever are more, the one that is idle for longest goes. So nobody is kept out by
-    connections that do nothing, or little, and an address that opens many loses its own.
+    A connection is busy while a request of a client is under way, and idle otherwise: in the
+    handshake, in a head, between requests, when it only waits to be closed, and while a probe or a
+    stranger is answered, which takes no time if the answer is read. Busy ones are never dropped.
+    When all ``max_connections + reserve`` places are taken, a new connection gets the place of an
+    idle one of the address that has most of them. Of those that have had an answer and those that
+    have not, whichever are more, the one that is idle for longest goes; those without have
+    :data:`GRACE_S` for their first request, as long as there are others.
 
-    No connection can put off its turn for ever: those that have asked nothing yet are left alone
-    for :data:`GRACE_S` from their start, and the others for no time at all.
-
-    An answer that nobody reads would keep its connection busy until the write timeout. Unless it
-    is the answer to a request with a key, its connection counts as idle as soon as its write
-    buffer is full.
+    So nobody without a key keeps others out, whatever is sent and read or not, and an address that
+    opens many connections loses its own.
 
     Args:
         limits: for all of them.
         stats: counted into; by default new ones.
-        judge: says who sent a request. Asked when ``max_connections`` are busy; by default
-            everybody is a stranger.
+        judge: says who sent a request; by default everybody is a client.
         refusal_headers: what the answer to a refused request has besides its own headers.
         clock: seconds, the event loop's.
 
@@ -184,7 +184,7 @@ class Connections:
         limits: ConnectionLimits,
         stats: ConnectionStats | None = None,
         *,
-        judge: Judge = _strangers,
+        judge: Judge = _clients,
         refusal_headers: RefusalHeaders = no_headers,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -195,12 +195,14 @@ class Connections:
         self._clock = clock
         self._most = limits.max_connections + limits.reserve
         self._may_be_busy: dict[Standing, int] = {
-            "stranger": limits.max_connections,
+            "client": limits.max_connections,
             "key": limits.max_connections + limits.reserve // 2,
-            "probe": self._most,
         }
         self._held: Counter[str | None] = Counter()
         self._idle: dict[str | None, _Group] = {}  # no group is empty
+        # requests of probes and strangers: how many have their turn, and what starts the next
+        self._turns = 0
+        self._waiting: deque[Callable[[], bool]] = deque()
         # when all that have given way would have done so, each at its time
         self._paced_to = -math.inf
 
@@ -234,41 +236,58 @@ class Connections:
         return place
 
     def begin(self, place: Place, path: str, headers: Headers) -> bool:
-        """Whether a request may be answered; if so, the connection is busy, or stalled already."""
-        busy = self.stats.busy
-        if place.busy or (place.stalled and not place.gone):
+        """Whether a request may be answered; if it is a client's, the connection is busy."""
+        if place.busy or place.gone:
+            return not place.gone
+        most = self._may_be_busy.get(self._judge(path, headers))
+        if most is None:
             return True
-        if place.gone or (
-            busy >= self.limits.max_connections
-            and busy >= self._may_be_busy[self._judge(path, headers)]
-        ):
+        if self.stats.busy >= most:
             return False
         self._unset_idle(place)
-        place.busy = place.asked = True
+        place.busy = True
         self.stats.busy += 1
         return True
 
-    def stall(self, place: Place, path: str, headers: Headers) -> None:
-        """The client does not read the answer to this request."""
-        if place.busy and self._judge(path, headers) != "key":
-            self.rest(place)
-            place.stalled = True
-
     def rest(self, place: Place) -> None:
-        """No request of the connection is under way any more."""
-        place.stalled = False
+        """All requests of the connection have been answered."""
+        if place.gone:
+            return
         if place.busy:
             place.busy = False
             self.stats.busy -= 1
-            self._set_idle(place)
+        else:
+            self._unset_idle(place)
+        place.used = True
+        self._set_idle(place)
+
+    def take_turn(self, start: Callable[[], bool]) -> None:
+        """Start to answer a probe or a stranger, now or when others have been answered.
+
+        Args:
+            start: says whether it has started anything; if so, :meth:`end_turn` has to follow.
+        """
+        self._waiting.append(start)
+        self._start_next()
+
+    def end_turn(self) -> None:
+        """A probe or a stranger has been answered, or does not read its answer."""
+        self._turns -= 1
+        self._start_next()
+
+    def _start_next(self) -> None:
+        while self._waiting and self._turns < SIDE_BY_SIDE:
+            self._turns += self._waiting.popleft()()
 
     def leave(self, place: Place) -> None:
         """The connection has ended. May be said more than once."""
         if place.gone:
             return
-        self.rest(place)
-        self._unset_idle(place)
-        place.gone = True
+        if place.busy:
+            self.stats.busy -= 1
+        else:
+            self._unset_idle(place)
+        place.busy, place.gone = False, True
         self.stats.open -= 1
         self._held[place.group] -= 1
         if not self._held[place.group]:

@@ -56,9 +56,9 @@ def pending_timers() -> list[object]:
     return [owner for owner in owners if isinstance(owner, GuardedProtocol)]
 
 
-def stranger(path: str, headers: Any) -> Literal["stranger"]:
-    """Nobody is known."""
-    return "stranger"
+def client(path: str, headers: Any) -> Literal["client"]:
+    """Nobody needs a key."""
+    return "client"
 
 
 @contextlib.asynccontextmanager
@@ -68,7 +68,7 @@ async def serving(
     keep_alive: float = 5,
     sndbuf: int | None = None,
     refusal_headers: RefusalHeaders = no_headers,
-    judge: Judge = stranger,
+    judge: Judge = client,
     context: ssl.SSLContext | None = None,
     host: str = "127.0.0.1",
     **limits: Any,

@@ -19,7 +19,7 @@ from dllmserve.server.http.auth import ApiKeys, AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.listener import Listener
 from dllmserve.server.http.logs import Seldom
-from dllmserve.server.http.places import ConnectionLimits, Connections, Standing
+from dllmserve.server.http.places import SIDE_BY_SIDE, ConnectionLimits, Connections, Standing
 from dllmserve.server.http.respond import LINGER_S
 from tests.server.http.live import (
     PATIENCE,
@@ -156,7 +156,78 @@ def test_requests_under_way_are_never_dropped() -> None:
     asyncio.run(main())
 
 
-def test_when_all_are_busy_strangers_are_told_so_and_others_served() -> None:
+PIPELINED = {
+    "probes": get("/health") * 8,
+    "strangers": get("/v1/x") * 8,
+    "wrong keys": get("/v1/x", "X-Api-Key: wrong") * 8,
+}
+
+
+@pytest.mark.parametrize("name", PIPELINED)
+def test_a_crowd_that_asks_without_pause_keeps_nobody_out(name: str) -> None:
+    """Each connection always has a request under way, and reads the answers."""
+
+    async def ask_on(live: Live) -> None:
+        while True:
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                async with connected(live.port) as client:
+                    await client.send(PIPELINED[name])
+                    while True:
+                        await client.send(PIPELINED[name][: len(PIPELINED[name]) // 8])
+                        await client.answer()
+
+    async def slowly(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        limits = {"max_connections": 10, "reserve": 10}
+        app = guarded(Echo(before=slowly))
+        async with serving(app, judge=judge, **limits) as live:
+            tasks = [asyncio.ensure_future(ask_on(live)) for _ in range(30)]
+            await until(lambda: live.stats.dropped["idle"] > 30, "not crowded")
+            for _ in range(8):
+                assert (await ask(live.port, get("/health"))).status == 200
+                assert (await ask(live.port, get("/v1/x", MINE))).status == 200
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_few_requests_without_a_key_are_answered_at_a_time(leaves: bool) -> None:
+    """Those with one do not wait for them, and whoever leaves or does not read is passed over."""
+
+    async def main() -> None:
+        waiter = Waiter()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await (reply(send) if scope["path"] == "/v1/x" else waiter(scope, receive, send))
+
+        async with serving(app, judge=judge) as live, contextlib.AsyncExitStack() as stack:
+            clients = []
+            for _ in range(2 * SIDE_BY_SIDE):
+                clients.append(await stack.enter_async_context(connected(live.port)))
+                await clients[-1].send(get("/health"))
+            await until(lambda: waiter.started == SIDE_BY_SIDE, "not started")
+            assert (await ask(live.port, get("/v1/x", MINE))).status == 200
+            assert waiter.started == SIDE_BY_SIDE and live.stats.busy == 0
+            if leaves:
+                for client in clients[::2]:
+                    client.writer.transport.abort()
+                await until(lambda: waiter.left == SIDE_BY_SIDE // 2, "they are still answered")
+                assert waiter.started == SIDE_BY_SIDE + SIDE_BY_SIDE // 2
+            waiter.go.set()
+            for client in clients[1 :: 2 if leaves else 1]:
+                assert (await client.answer()).body == b"told"
+            assert live.connections._turns == 0 and not live.connections._waiting
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("keyed", [False, True], ids=["no keys", "keys"])
+def test_when_all_are_busy_clients_are_told_so_and_probes_answered(keyed: bool) -> None:
     async def main() -> None:
         waiter = Waiter()
 
@@ -166,35 +237,29 @@ def test_when_all_are_busy_strangers_are_told_so_and_others_served() -> None:
             else:
                 await reply(send)
 
+        def everybody(path: str, headers: Any) -> Standing:
+            return "probe" if path in OPEN else "client"
+
+        header = (MINE,) if keyed else ()
+        limits = {"max_connections": 2, "reserve": 4}
         async with (
-            serving(app, judge=judge, max_connections=2, reserve=4) as live,
+            serving(app, judge=judge if keyed else everybody, **limits) as live,
             contextlib.AsyncExitStack() as stack,
         ):
-
-            async def begin(path: str, *headers: str) -> None:
+            # a key may have half of the reserve besides
+            for _ in range(4 if keyed else 2):
                 client = await stack.enter_async_context(connected(live.port))
-                await client.send(get(path, *headers))
-
-            for _ in range(2):
-                await begin("/wait")
-            await until(lambda: live.stats.busy == 2, "not started")
-            refused = await ask(live.port, get("/x"))
+                await client.send(get("/wait", *header))
+            await until(lambda: live.stats.busy == (4 if keyed else 2), "not started")
+            refused = await ask(live.port, get("/x", *header))
             assert (refused.status, refused.error["code"]) == (503, "too_many_connections")
             assert refused.error["type"] == "overloaded_error"
             assert refused.headers["retry-after"] == "1"
-            assert (await ask(live.port, get("/x", "X-Api-Key: wrong"))).status == 503
-            assert (await ask(live.port, get("/x", MINE))).status == 200
-            # the keys' half of the reserve is taken, and probes have the other
-            for _ in range(2):
-                await begin("/wait", MINE)
-            await until(lambda: live.stats.busy == 4, "not started")
-            assert (await ask(live.port, get("/x", MINE))).status == 503
             assert (await ask(live.port, get("/health"))).status == 200
-            assert live.stats.refused[503] == 3
-            # whoever has a request under way may send more
+            assert live.stats.refused[503] == 1
             waiter.go.set()
             await until(lambda: live.stats.busy == 0, "still busy")
-            assert (await ask(live.port, get("/x"))).status == 200
+            assert (await ask(live.port, get("/x", *header))).status == 200
 
     asyncio.run(main())
 

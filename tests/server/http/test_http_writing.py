@@ -6,7 +6,7 @@ import socket
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from dllmserve.server.http.places import Judge, Standing
+from dllmserve.server.http.places import SIDE_BY_SIDE, Judge, Standing
 from dllmserve.server.http.respond import ABORT
 from tests.server.http.live import Live, ask, connected, get, reply, serving, until
 
@@ -65,17 +65,16 @@ def test_client_that_does_not_read_is_cut() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("standing", ["probe", "stranger", "key"])
-def test_who_does_not_read_gives_way_without_a_key(standing: Standing) -> None:
+@pytest.mark.parametrize("standing", ["probe", "stranger", "client", "key"])
+def test_who_does_not_read_gives_way_unless_it_is_a_client(standing: Standing) -> None:
     async def main() -> None:
         flood = Flood()
         limits = {"max_connections": 4, "reserve": 0, "write_timeout_s": 60.0}
         judge: Judge = lambda path, headers: standing  # noqa: E731
         async with serving(flood, judge=judge, sndbuf=8192, **limits) as live:
             socks = [await lazy_reader(live, get()) for _ in range(4)]
-            busy = 4 if standing == "key" else 0
-            await until(lambda: flood.running == 4 and live.stats.busy == busy, "not stalled")
-            if standing == "key":
+            await until(lambda: flood.running == 4, "not started")
+            if standing in ("client", "key"):
                 async with connected(live.port) as client:
                     await client.closed()
                 assert flood.running == 4 and live.stats.dropped == {"full": 1}
@@ -85,6 +84,20 @@ def test_who_does_not_read_gives_way_without_a_key(standing: Standing) -> None:
                 assert live.stats.dropped == {"idle": 1}
             for sock in socks:
                 sock.close()
+
+    asyncio.run(main())
+
+
+def test_those_that_do_not_read_take_nobodys_turn() -> None:
+    async def main() -> None:
+        flood = Flood()
+        judge: Judge = lambda path, headers: "probe"  # noqa: E731
+        async with serving(flood, judge=judge, sndbuf=8192, write_timeout_s=60.0) as live:
+            socks = [await lazy_reader(live, get()) for _ in range(3 * SIDE_BY_SIDE)]
+            await until(lambda: flood.running == 3 * SIDE_BY_SIDE, "some wait for others")
+            for sock in socks:
+                sock.close()
+            await until(lambda: live.connections._turns == 0, "a turn was lost")
 
     asyncio.run(main())
 
