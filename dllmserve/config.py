@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dllmserve._checks import Fields, check_known
+from dllmserve.catalog import BACKENDS
 from dllmserve.errors import ConfigError
-from dllmserve.registry import ATTENTION_BACKENDS
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -106,7 +106,7 @@ class EngineConfig:
         check.integer("tensor_parallel_size", 1)
         check.choice("dtype", DTYPES)
         check.choice("load_format", LOAD_FORMATS)
-        check.choice("attention", ("auto", *ATTENTION_BACKENDS))
+        check.choice("attention", ("auto", *BACKENDS))
         check.choice("kernels", KERNELS)
         check.choice("phases", PHASES)
         if not isinstance(self.device, str):

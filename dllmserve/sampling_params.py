@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 from dllmserve._checks import Fields, check_float, check_int, check_known
+from dllmserve.catalog import CACHES, RULES
 from dllmserve.errors import InvalidParameterError
 from dllmserve.presets import PRESETS, preset
-from dllmserve.registry import CACHE_POLICIES, REVOKING_RULES, UNMASK_RULES
 
 #: Longest answer and largest step count a request may ask for.
 MAX_GEN_LENGTH = 8192
@@ -22,18 +22,10 @@ LOGIT_BIAS_BOUND = 100.0
 REMASKING = ("low_confidence", "random")
 CONFIDENCE = ("probability", "margin", "neg_entropy")
 SCHEDULES = ("uniform", "dream")
-#: "sparse" is chosen by a SparseConfig
-CACHES = tuple(name for name in CACHE_POLICIES if name != "sparse")
 #: forwards that unmask="klass" may look back
 MAX_KL_HISTORY = 64
-#: rules that read nothing but a probability
-_NEED_PROBABILITY = ("hierarchy", "credit", "klass", "wino")
-#: caches that take each of the refresh fields
-_TAKES: dict[str, tuple[str, ...]] = {
-    "refresh_delay": ("prefix", "dual", "delayed"),
-    "refresh_every": ("prefix", "dual", "rolling", "delayed", "drift"),
-    "refresh_window": ("prefix", "dual"),
-}
+#: parameters that change nothing where they are 0 or None, which a cache reads or does not
+_REFRESH = ("refresh_delay", "refresh_every", "refresh_window")
 
 
 class LogitBias(dict[int, float]):
@@ -222,6 +214,11 @@ class SamplingParams:
         return "max_tokens" if _rank(self.max_tokens) > _rank(self.gen_length) else "gen_length"
 
     @property
+    def _revokes(self) -> bool:
+        """Whether the rule may mask written positions again; one that is not known does not."""
+        return self.unmask in RULES and RULES[self.unmask].revokes
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings as a tuple, possibly empty."""
         if self.stop is None:
@@ -264,11 +261,11 @@ class SamplingParams:
             given |= {"gen_length"}
         chosen = ("gen_length", "block_length", "unmask")
         named = {name: getattr(self, name) for name in chosen if name in given}
-        revokes = self.unmask in REVOKING_RULES
+        revokes = self._revokes
         for name, value in preset(self.quality, named).items():
             # what is given may rule a part of the preset out
             barred = name == "early_end" and (self.ignore_eos or revokes)
-            if name == "cache" and revokes and value not in ("none", "dual"):
+            if name == "cache" and revokes and not CACHES[value].whole:
                 value = "dual"
             if name not in given and not barred:
                 object.__setattr__(self, name, value)
@@ -302,16 +299,16 @@ class SamplingParams:
         for name in ("ignore_eos", "early_end", "logits_eos_inf", "confidence_eos_eot_inf"):
             check.flag(name)
         check.choice("remasking", REMASKING)
-        check.choice("unmask", UNMASK_RULES)
+        check.choice("unmask", RULES)
         check.choice("confidence", CONFIDENCE)
         check.choice("schedule", SCHEDULES)
-        if self.cache == "sparse":
+        if self.cache in CACHES and not CACHES[self.cache].named:
             raise InvalidParameterError(
                 "cache='sparse' is chosen by passing a SparseConfig: "
                 "generate(prompts, params, sparse_configs=SparseConfig(...)), or on the command "
                 "line by --sparse"
             )
-        check.choice("cache", CACHES)
+        check.choice("cache", CACHES if self.cache in CACHES else cache_names())
 
     def _check_combinations(self) -> None:
         """Refuse what would have to be ignored silently."""
@@ -326,10 +323,11 @@ class SamplingParams:
                 "not read: leave one of them out"
             )
         self._check_confidence()
-        for name, caches in _TAKES.items():
-            if getattr(self, name) and self.cache not in caches:
+        for name in _REFRESH:
+            if getattr(self, name) and name not in CACHES[self.cache].takes:
+                caches = [repr(n) for n, info in CACHES.items() if name in info.takes]
                 raise InvalidParameterError(
-                    f"{name}={getattr(self, name)} needs cache={' or '.join(map(repr, caches))}, "
+                    f"{name}={getattr(self, name)} needs cache={' or '.join(caches)}, "
                     f"got cache={self.cache!r}"
                 )
         if self.early_end and self.ignore_eos:
@@ -337,23 +335,17 @@ class SamplingParams:
                 "early_end=True and ignore_eos=True exclude each other: one stops at an end id, "
                 "the other goes on behind it"
             )
-        if self.unmask in REVOKING_RULES:
+        if self._revokes:
             self._check_revoking()
 
     def _check_confidence(self) -> None:
         rule, kind = self.unmask, self.confidence
-        if rule in _NEED_PROBABILITY and kind != "probability":
-            raise InvalidParameterError(
-                f"unmask={rule!r} needs confidence='probability', got {kind!r}"
-            )
-        if kind != "neg_entropy":
-            return
-        if rule in ("factor", "factor_strict"):
-            raise InvalidParameterError(
-                f"unmask={rule!r} compares confidences with 1 - factor/(j+1), so it needs "
-                "confidence='probability' or 'margin', got 'neg_entropy'"
-            )
-        if rule in ("threshold", "threshold_strict") and self.threshold > 0:
+        allowed = RULES[rule].confidence
+        if kind not in allowed:
+            named = " or ".join(map(repr, allowed))
+            raise InvalidParameterError(f"unmask={rule!r} needs confidence={named}, got {kind!r}")
+        compares = rule in ("threshold", "threshold_strict")
+        if compares and kind == "neg_entropy" and self.threshold > 0:
             raise InvalidParameterError(
                 "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "
                 f"(for example -0.1), got {self.threshold:g}"
@@ -371,10 +363,16 @@ class SamplingParams:
                 f"early_end=True does not work with unmask={self.unmask!r}, which may take an end "
                 "id back"
             )
-        if self.cache not in ("none", "dual"):
+        if not CACHES[self.cache].whole:
+            caches = " or ".join(repr(name) for name, info in CACHES.items() if info.whole)
             raise InvalidParameterError(
-                f"unmask={self.unmask!r} works with cache='none' or 'dual', got {self.cache!r}"
+                f"unmask={self.unmask!r} works with cache={caches}, got {self.cache!r}"
             )
+
+
+def cache_names() -> tuple[str, ...]:
+    """What ``cache`` may be; sparse attention is chosen by a SparseConfig instead."""
+    return tuple(name for name, info in CACHES.items() if info.named)
 
 
 def _normalise_stop(stop: Any) -> str | tuple[str, ...] | None:

@@ -18,7 +18,7 @@ LAYERS = (
     (
         "errors",
         "foreign",
-        "registry",
+        "catalog",
         "_checks",
         "_environment",
         "_forks",

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from dllmserve.catalog import BACKENDS, RULES
 from dllmserve.config import DTYPES, KERNELS, LOAD_FORMATS, PHASES
 from dllmserve.presets import PRESETS
-from dllmserve.registry import ATTENTION_BACKENDS, UNMASK_RULES
-from dllmserve.sampling_params import CACHES, CONFIDENCE, REMASKING, SCHEDULES
+from dllmserve.sampling_params import CONFIDENCE, REMASKING, SCHEDULES, cache_names
 from dllmserve.server import config as server_config
 from dllmserve.sparse.state import SCORES
 
 #: field name -> its values, for the help text (the dataclasses do the checking)
 CHOICES: dict[str, tuple[str, ...]] = {
     "remasking": REMASKING,
-    "unmask": tuple(UNMASK_RULES),
+    "unmask": tuple(RULES),
     "confidence": CONFIDENCE,
     "schedule": SCHEDULES,
-    "cache": CACHES,
+    "cache": cache_names(),
     "quality": tuple(PRESETS),
     "score": SCORES,
     "dtype": DTYPES,
     "load_format": LOAD_FORMATS,
-    "attention": ("auto", *ATTENTION_BACKENDS),
+    "attention": ("auto", *BACKENDS),
     "kernels": KERNELS,
     "phases": PHASES,
     **server_config.CHOICES,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
 
+from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
-from dllmserve.registry import UNMASK_RULES
 from dllmserve.sampling_params import CONFIDENCE, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -45,8 +45,8 @@ class Track(IntEnum):
     DRIFT = 2
 
 
-#: cache policies whose spans pick their queries on the device
-TRACKS = {"delayed": Track.WRITTEN, "drift": Track.DRIFT}
+#: by :attr:`dllmserve.catalog.CacheInfo.tracks`
+_TRACKS = {"": Track.NONE, "written": Track.WRITTEN, "drift": Track.DRIFT}
 
 
 @dataclass(frozen=True)
@@ -102,11 +102,6 @@ class RowInit:
     history: tuple[int, ...] = ()
 
 
-def rule_index(name: str) -> int:
-    """Number of an unmask rule, as the state table holds it."""
-    return list(UNMASK_RULES).index(name)
-
-
 def written_last(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
     """Ids whose proposals have no confidence (``confidence_eos_eot_inf``).
 
@@ -134,7 +129,7 @@ def _select(sparse: SparseConfig | None) -> RowSelect:
 
 def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
     """The rows of a newly admitted request: one, or two with guidance."""
-    params = request.params
+    params, track = request.params, _TRACKS[CACHES[request.policy].tracks]
     floats = (
         params.temperature,
         params.top_p,
@@ -156,10 +151,10 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
         int(params.schedule == "dream"),
         int(params.remasking == "random"),
         int(params.ignore_eos),
-        rule_index(params.unmask),
+        RULES.index(params.unmask),
         int(params.early_end),
         int(request.revokes),
-        int(TRACKS.get(request.policy, Track.NONE)),
+        int(track),
     )
     quotas = tuple(k for block in request.quotas for k in block)
     rows = [(request.row, request.prompt_ids, request.pages, _bias(params, spec))]
@@ -181,7 +176,7 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
             select=_select(request.sparse),
             bias=own,
             last=written_last(params, spec),
-            track=TRACKS.get(request.policy, Track.NONE),
+            track=track,
             history=tuple(request.history),
         )
         for row, prompt, pages, own in rows

@@ -16,9 +16,6 @@ class EntropyBoundRule:
     ``H_1 + ... + H_{j-1} <= entropy_bound``.
     """
 
-    needs: frozenset[str] = frozenset({"entropy"})
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Cumulative sum over the sorted entropies."""
         if view.entropy is None:

@@ -15,9 +15,6 @@ class FactorRule:
     the last candidate, that one is written too.
     """
 
-    needs: frozenset[str] = frozenset()
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Find the first failing rank of each row."""
         ranked = view.confidence.sort(dim=-1, descending=True).values  # [n, W]

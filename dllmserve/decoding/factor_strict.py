@@ -15,9 +15,6 @@ class StrictFactorRule:
     follows the code, where a failure at the last place is.
     """
 
-    needs: frozenset[str] = frozenset()
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Count the positions before the first failure."""
         ranked = view.confidence.sort(dim=-1, descending=True).values  # [n, W]

@@ -20,9 +20,6 @@ class HierarchyRule:
     opens written positions again is not part of it.
     """
 
-    needs: frozenset[str] = frozenset()
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Find each run's best position."""
         eligible, confidence = view.eligible, view.confidence

@@ -20,9 +20,6 @@ class KlassRule:
     schedule's number of positions; this rule writes one.
     """
 
-    needs: frozenset[str] = frozenset({"kl"})
-    start: tuple[float, float] | None = (0.0, 0.0)
-
     def apply(self, view: RuleView) -> Update:
         """Count calm forwards in the rule's memory."""
         if view.kl is None or view.memory is None:

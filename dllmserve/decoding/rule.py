@@ -92,19 +92,11 @@ class Update:
 
 
 class UnmaskRule(Protocol):
-    """One decoding rule. Add a file with a class and a line in registry.UNMASK_RULES.
+    """One decoding rule. Add a file with a class and a line in :mod:`dllmserve.catalog`.
 
     Contract: write only eligible positions, and at least one of each row that has any;
-    no host synchronisation. A rule that masks positions again (registry.REVOKING_RULES) must
-    come to an end all the same.
+    no host synchronisation. A rule that masks positions again must come to an end all the same.
     """
-
-    #: statistics beyond token and probability that the rule reads: "entropy", "kl", "back"; and
-    #: what it has done to the logits before they are reduced: "credit"
-    needs: frozenset[str]
-    #: what its :class:`Memory` holds at the start of a block, a number for the row and one for
-    #: the cells; None without a memory
-    start: tuple[float, float] | None
 
     def apply(self, view: RuleView) -> Update:
         """Decide what is written in this step."""

@@ -20,10 +20,6 @@ class WinoRule:
     accepted in the forward before, the least likely first. So masks do come to an end.
     """
 
-    needs: frozenset[str] = frozenset({"back"})
-    #: the number accepted in the forward before: at a block's start upstream's 30
-    start: tuple[float, float] | None = (30.0, 0.0)
-
     def apply(self, view: RuleView) -> Update:
         """Write, then doubt."""
         if view.back is None or view.memory is None:

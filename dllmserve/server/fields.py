@@ -25,11 +25,10 @@ from pydantic import (
     model_validator,
 )
 
+from dllmserve.catalog import RULES
 from dllmserve.errors import InvalidParameterError
 from dllmserve.presets import PRESETS
-from dllmserve.registry import UNMASK_RULES
 from dllmserve.sampling_params import (
-    CACHES,
     CONFIDENCE,
     LOGIT_BIAS_BOUND,
     MAX_GEN_LENGTH,
@@ -40,6 +39,7 @@ from dllmserve.sampling_params import (
     REMASKING,
     SCHEDULES,
     SamplingParams,
+    cache_names,
 )
 from dllmserve.server.failures import ApiError
 from dllmserve.server.wrong import NO_CHARACTER
@@ -128,7 +128,7 @@ def _number(low: float | None, high: float | None, text: str) -> Any:
 
 
 def _choice(values: tuple[str, ...], text: str) -> Any:
-    # no Literal: rules and caches may be added to the registry. Errors show the value
+    # no Literal: rules and caches may be added to the catalogue. Errors show the value
     return Field(
         default=None,
         max_length=MAX_NAME,
@@ -197,7 +197,7 @@ class DecodingFields(Body):
     # far above what is useful; without a bound the logits overflow
     cfg_scale: float | None = _number(0, 1000, "Classifier-free guidance; 0 is off.")
     remasking: str | None = _choice(REMASKING, "Which proposals are kept.")
-    unmask: str | None = _choice(tuple(UNMASK_RULES), "Rule that chooses what is written.")
+    unmask: str | None = _choice(tuple(RULES), "Rule that chooses what is written.")
     threshold: float | None = _number(
         None, None, "For unmask=threshold, threshold_strict, hierarchy, credit, klass, wino."
     )
@@ -210,7 +210,7 @@ class DecodingFields(Body):
     confidence: str | None = _choice(CONFIDENCE, "What proposals are ranked by.")
     schedule: str | None = _choice(SCHEDULES, "How unmask=steps spreads the tokens.")
     eps: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    cache: str | None = _choice(CACHES, "K,V cache: none is exact.")
+    cache: str | None = _choice(cache_names(), "K,V cache: none is exact.")
     refresh_delay: int | None = _count(0, MAX_STEPS, "Whole-canvas forwards after the first.")
     refresh_every: int | None = _count(1, MAX_STEPS, "Refresh again after so many forwards.")
     refresh_window: int | None = _count(0, MAX_GEN_LENGTH, "Tokens computed around the block.")

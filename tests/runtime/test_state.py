@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllmserve.catalog import RULES
 from dllmserve.core.plan import Span, StepEntry, StepPlan
-from dllmserve.core.rows import IntField, RowInit, RowSelect, rule_index
+from dllmserve.core.rows import IntField, RowInit, RowSelect
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.parameters import FloatField
@@ -38,7 +39,7 @@ def init(row: int, prompt: list[int], gen: int, quotas: tuple[int, ...] = ()) ->
         prompt=prompt,
         gen_length=gen,
         floats=(0.5, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.01, 2.0, 0.9),
-        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, rule_index("steps"), 0, 0, 0),
+        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, RULES.index("steps"), 0, 0, 0),
         quotas=quotas,
         pages=[],
         confidence="probability",
