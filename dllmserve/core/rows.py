@@ -9,7 +9,7 @@ from math import inf
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
-from dllmserve.sampling_params import CONFIDENCE, SamplingParams
+from dllmserve.sampling_params import CONFIDENCE, FLOATS, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
 #: A larger k filters nothing, but would not fit the table.
@@ -73,7 +73,7 @@ class RowInit:
         row: row number.
         prompt: prompt ids; on an unconditional row, all mask ids.
         gen_length: masked positions behind the prompt.
-        floats, ints: parameters in the order of FloatField and IntField.
+        floats, ints: parameters in the order of FLOATS and IntField.
         quotas: tokens to write in each forward of a fixed schedule, all blocks in a row.
         pages: K,V pages of the row.
         confidence: name of the confidence, for the host's choice of statistics.
@@ -130,18 +130,7 @@ def _select(sparse: SparseConfig | None) -> RowSelect:
 def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
     """The rows of a newly admitted request: one, or two with guidance."""
     params, track = request.params, _TRACKS[CACHES[request.policy].tracks]
-    floats = (
-        params.temperature,
-        params.top_p,
-        params.threshold,
-        params.factor,
-        params.entropy_bound,
-        params.cfg_scale,
-        params.low_threshold,
-        params.kl_threshold,
-        float(params.kl_history),
-        params.threshold_back,
-    )
+    floats = tuple(float(getattr(params, name)) for name in FLOATS)
     ints = (
         request.prompt_len,
         params.gen_length,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from dllmserve.decoding.rule import Memory, RuleView, Update, rank_of
-from dllmserve.parameters import FloatField
 
 
 class WinoRule:
@@ -31,7 +30,7 @@ class WinoRule:
         count = torch.minimum(passing, most).clamp(min=1)
         write = (rank_of(confidence) < count[:, None]) & eligible
         accepted = write.sum(dim=-1)
-        doubted = view.back < view.parameter(FloatField.THRESHOLD_BACK)  # +inf where unwritten
+        doubted = view.back < view.parameter("threshold_back")  # +inf where unwritten
         suspects = doubted.sum(dim=-1)
         before = view.memory.row.long()
         room = torch.where(suspects >= before, before - 1, suspects)

@@ -14,12 +14,11 @@ from dllmserve.core.rows import IntField, Track
 from dllmserve.decoding.noise import position_uniforms, row_keys
 from dllmserve.decoding.rule import Memory, RuleView, UnmaskRule, Update
 from dllmserve.decoding.stats import RowParams, TokenStats
-from dllmserve.parameters import FloatField
 from dllmserve.runtime.graphs import StepOutputs
 from dllmserve.runtime.inputs import StepInputs
 from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import REWRITTEN, StateTable
-from dllmserve.sampling_params import CONFIDENCE
+from dllmserve.sampling_params import CONFIDENCE, FLOATS
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,10 @@ class StepDecision:
         # a block is entered with all of its positions masked, and with none in padding
         inside = inputs.block < table.max_len
         self.entering = (inputs.eligible == inside).all(dim=-1)  # [n] bool
-        self.cfg_scale = floats[:, FloatField.CFG_SCALE]
+        self.cfg_scale = floats[:, FLOATS.index("cfg_scale")]
         self.row_params = RowParams(
-            temperature=floats[:, FloatField.TEMPERATURE],
-            top_p=floats[:, FloatField.TOP_P],
+            temperature=floats[:, FLOATS.index("temperature")],
+            top_p=floats[:, FLOATS.index("top_p")],
             top_k=ints[:, IntField.TOP_K],
             tempered=ints[:, IntField.TEMPERED] > 0,
             keys=self._keys,

@@ -15,8 +15,8 @@ from dllmserve.core.rows import RowInit
 from dllmserve.decoding.stats import log_sum, without
 from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard, best_of
+from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.decide import HeadCells
-from dllmserve.sampling_params import MAX_GEN_LENGTH
 
 
 class LogitState(Protocol):

@@ -297,10 +297,9 @@ def test_blocks_and_answers_wider_than_a_tile(seed: int, device: torch.device) -
 
 
 _MORE_PARAMETERS = """
-import dataclasses, enum, torch
-import dllmserve.parameters as parameters
-names = [*parameters.FloatField.__members__, *"ABCDEFG"]
-parameters.FloatField = enum.IntEnum("FloatField", names, start=0)
+import dataclasses, torch
+from dllmserve import sampling_params
+sampling_params.FLOATS = (*sampling_params.FLOATS, *"ABCDEFG")
 from tests.kernels import test_step_kernels as steps
 made = steps.init_of
 def init_of(*given):
@@ -309,13 +308,13 @@ def init_of(*given):
 steps.init_of = init_of
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 case = steps.make_case(1, device, entries=2)
-assert case.tables[0].floats.shape[1] == len(names) == 17
+assert case.tables[0].floats.shape[1] == len(sampling_params.FLOATS) == 17
 steps.check(case, steps.EXACT, steps=1)
 """
 
 
 def test_more_parameters_than_now() -> None:
-    """The kernels follow FloatField, whatever its length."""
+    """The kernels follow FLOATS, whatever its length."""
     subprocess.run([sys.executable, "-c", _MORE_PARAMETERS], cwd=ROOT, check=True)
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dllmserve._values import MAX_LOGIT_BIAS
 from dllmserve.catalog import RULES
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, RowSelect
@@ -12,7 +13,6 @@ from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, empty_ints, lay_out
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import span_fields
-from dllmserve.sampling_params import MAX_LOGIT_BIAS
 
 CPU = torch.device("cpu")
 VOCABULARY = 50

@@ -12,7 +12,6 @@ from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import IntField, RowInit, RowSelect
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.parameters import FloatField
 from dllmserve.runtime.bias import StepBias
 from dllmserve.runtime.inputs import StepInputs, build_inputs, compact
 from dllmserve.runtime.logits import LogitsHead, TorchReducer
@@ -28,6 +27,7 @@ from dllmserve.runtime.shape import (
 )
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import span_fields
+from dllmserve.sampling_params import FLOATS
 
 CPU = torch.device("cpu")
 MASK = 99
@@ -59,7 +59,7 @@ def test_rows_are_filled_and_reused() -> None:
     assert table.read_answer(1, 4) == [0, 1, 2, 3]
     assert table.read_masked(1) == [False] * 2 + [True] * 4
     assert int(table.ints[1, IntField.SEED]) == 2**63 - 1
-    assert float(table.floats[1, FloatField.CFG_SCALE]) == 0.4
+    assert float(table.floats[1, FLOATS.index("cfg_scale")]) == 0.4
     table.write_row(init(1, [8], 2))
     assert table.read_masked(1) == [True, True]
     assert int(table.masked[1].sum()) == 2
