@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,11 @@ def check_bool(err: ErrorType, name: str, value: Any) -> bool:
     return flag
 
 
-def check_choice(err: ErrorType, name: str, value: Any, choices: Iterable[str]) -> str:
+def check_choice(err: ErrorType, name: str, value: Any, choices: Collection[str]) -> str:
     """The value as a plain text; raises ``err`` unless it is one of the given ones."""
-    allowed = tuple(choices)
     text = plain(value)
-    if not isinstance(text, str) or text not in allowed:
-        listed = ", ".join(repr(c) for c in allowed)
+    if not isinstance(text, str) or text not in choices:
+        listed = ", ".join(repr(c) for c in choices)
         raise err(f"{name} must be one of {listed}, got {value!r}")
     return text
 
@@ -169,7 +168,7 @@ class Fields:
         """True or False."""
         self._keep(name, check_bool(self._err, name, getattr(self._owner, name)))
 
-    def choice(self, name: str, choices: Iterable[str]) -> None:
+    def choice(self, name: str, choices: Collection[str]) -> None:
         """One of the given texts."""
         self._keep(name, check_choice(self._err, name, getattr(self._owner, name), choices))
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllmserve._checks import Fields, check_known
+from dllmserve._checks import check_known
+from dllmserve.catalog import BACKENDS
 from dllmserve.errors import ConfigError
-from dllmserve.registry import ATTENTION_BACKENDS
+from dllmserve.knobs import check_knobs, knob
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "dummy")
@@ -70,29 +71,75 @@ class EngineConfig:
         ConfigError: (a ValueError) a wrong value or type.
     """
 
-    model: str = "tiny"
-    enforce_eager: bool = False
-    tensor_parallel_size: int = 1
-    max_model_len: int | None = None
-    trust_remote_code: bool = True
-    dtype: str = "auto"
-    device: str = "auto"
-    load_format: str = "auto"
-    attention: str = "auto"
-    kernels: str = "auto"
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int | None = None
-    max_refresh_tokens: int | None = None
-    max_logit_rows: int = 1024
-    max_history_rows: int = 512
-    phases: str = "auto"
-    steps_per_sync: int = 4
-    max_graphs: int = 64
-    page_size: int = 32
-    kv_pages: int | None = None
-    gpu_memory_utilization: float = 0.9
-    seed: int | None = None
-    threads: int | None = None
+    model: str = knob("tiny", "Local directory, hub id, or tiny.")
+    enforce_eager: bool = knob(False, "Never use CUDA graphs.")
+    tensor_parallel_size: int = knob(1, "Devices to spread the model over.", low=1)
+    max_model_len: int | None = knob(
+        None, "Longest prompt + answer in tokens (the model's own, if not given).", low=2
+    )
+    trust_remote_code: bool = knob(
+        True,
+        "Let a tokenizer that nothing else can load run its own code "
+        "(DLLMSERVE_TRUST_REMOTE_CODE=0 forbids it).",
+    )
+    dtype: str = knob(
+        "auto", "auto is float32 on a CPU, the checkpoint's dtype elsewhere.", choices=DTYPES
+    )
+    device: str = knob("auto", "auto, cpu, cuda or cuda:N.")
+    load_format: str = knob(
+        "auto", "dummy makes random weights from a bare config.json.", choices=LOAD_FORMATS
+    )
+    attention: str = knob(
+        "auto",
+        "Attention backend; auto is triton on CUDA, sdpa elsewhere.",
+        choices=lambda: ("auto", *BACKENDS),
+    )
+    kernels: str = knob(
+        "auto",
+        "Kernels of everything but attention; auto is triton on CUDA, torch elsewhere.",
+        choices=KERNELS,
+    )
+    max_num_seqs: int = knob(64, "Requests that run at once (guided ones count twice).", low=1)
+    max_num_batched_tokens: int | None = knob(
+        None, "Tokens in one forward pass (sized by the model, if not given).", low=2
+    )
+    max_refresh_tokens: int | None = knob(
+        None,
+        "Tokens of one forward pass that may refresh a cache (no limit, if not given).",
+        low=2,
+    )
+    max_logit_rows: int = knob(1024, "Rows of logits that may exist at once.", low=2)
+    max_history_rows: int = knob(
+        512,
+        "Positions whose last distribution is kept, for unmask=klass; with 0 neither klass nor "
+        "credit runs.",
+        low=0,
+    )
+    phases: str = knob(
+        "auto",
+        "Whether refreshes and reuse of different requests share a forward pass.",
+        choices=PHASES,
+    )
+    steps_per_sync: int = knob(
+        4, "Forward passes in flight before the host waits (on CUDA, fixed schedules).", low=1
+    )
+    max_graphs: int = knob(64, "CUDA graphs that are kept.", low=1)
+    page_size: int = knob(32, "Tokens per K,V page.", low=1)
+    kv_pages: int | None = knob(
+        None, "Pages of the K,V store (sized by memory, if not given).", low=0
+    )
+    gpu_memory_utilization: float = knob(
+        0.9, "Share of the device's memory to plan with.", low=0, low_open=True, high=1
+    )
+    seed: int | None = knob(
+        None, "Base of the seeds of requests without a seed.", low=0, high=2**63 - 1
+    )
+    threads: int | None = knob(
+        None,
+        "Threads of an engine on a CPU (the cores that the process may use, if not given).",
+        low=1,
+        high=MAX_THREADS,
+    )
 
     def __post_init__(self) -> None:
         err = ConfigError
@@ -100,32 +147,9 @@ class EngineConfig:
             raise err(f"model must be a path, a hub id or 'tiny', got {self.model!r}")
         if str(self.dtype).startswith("torch."):  # torch.bfloat16 itself
             object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
-        check = Fields(err, self)
-        check.flag("enforce_eager")
-        check.flag("trust_remote_code")
-        check.integer("tensor_parallel_size", 1)
-        check.choice("dtype", DTYPES)
-        check.choice("load_format", LOAD_FORMATS)
-        check.choice("attention", ("auto", *ATTENTION_BACKENDS))
-        check.choice("kernels", KERNELS)
-        check.choice("phases", PHASES)
         if not isinstance(self.device, str):
             raise err(f"device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
-        for name, low in (
-            ("max_num_seqs", 1),
-            ("max_logit_rows", 2),
-            ("page_size", 1),
-            ("steps_per_sync", 1),
-            ("max_graphs", 1),
-            ("max_history_rows", 0),
-        ):
-            check.integer(name, low)
-        for name in ("max_model_len", "max_num_batched_tokens", "max_refresh_tokens"):
-            check.integer(name, 2, optional=True)
-        check.integer("kv_pages", 0, optional=True)
-        check.integer("threads", 1, MAX_THREADS, optional=True)
-        check.integer("seed", 0, 2**63 - 1, optional=True)
-        check.number("gpu_memory_utilization", 0.0, 1.0, low_open=True)
+        check_knobs(err, self)
         self.check_threads(self.device)
 
     def check_threads(self, device: str) -> None:

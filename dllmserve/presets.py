@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: of SamplingParams, which imports this module
-_MAX_STEPS = 8192
+#: longest answer and largest step count that a request may ask for
+MAX_GEN_LENGTH = 8192
+MAX_STEPS = 8192
 #: what "exact" stands for besides its steps
 _EXACT: dict[str, Any] = {"unmask": "steps", "cache": "none", "block_length": 32}
 
@@ -42,8 +43,25 @@ def preset(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = dict(PRESETS[quality])
     if given.get("unmask", values["unmask"]) == "steps":
-        # one token a step; a block whose steps are not all needed skips the rest
-        length = given.get("gen_length", 128)
-        block = min(given.get("block_length", values["block_length"]) or length, length)
-        values["steps"] = min(-(-length // block) * block, _MAX_STEPS)
+        block = given.get("block_length", values["block_length"])
+        values["steps"] = steps_for(given.get("gen_length", 128), block)
     return values
+
+
+def steps_for(length: int, block: int | None, tokens: int = 1) -> int:
+    """Steps for an answer in which each writes so many tokens.
+
+    They are spread evenly over the blocks, however short the last one is; those that a block does
+    not need cost nothing.
+
+    Args:
+        length: of the answer, in tokens.
+        block: length of its blocks; None is one block.
+        tokens: that a step writes, at most.
+
+    Example:
+        >>> steps_for(48, 32), steps_for(64, None, 4)
+        (64, 16)
+    """
+    block = min(block or length, length)
+    return min(-(-length // block) * -(-block // tokens), MAX_STEPS)

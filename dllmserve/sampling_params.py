@@ -3,72 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from dataclasses import dataclass, fields
+from typing import Any
 
-from dllmserve._checks import Fields, check_float, check_int, check_known
+from dllmserve._checks import Fields, check_known
+from dllmserve._values import Kept, NotGiven, normal_bias, normal_stop, rank
+from dllmserve.catalog import CACHES, RULES
 from dllmserve.errors import InvalidParameterError
-from dllmserve.presets import PRESETS, preset
-from dllmserve.registry import CACHE_POLICIES, REVOKING_RULES, UNMASK_RULES
-
-#: Longest answer and largest step count a request may ask for.
-MAX_GEN_LENGTH = 8192
-MAX_STEPS = 8192
-MAX_STOP_STRINGS = 16
-#: Token ids that a request may bias; the largest bias, up or down, is that of OpenAI's API.
-MAX_LOGIT_BIAS = 1024
-LOGIT_BIAS_BOUND = 100.0
+from dllmserve.knobs import check_knobs, columns, knob
+from dllmserve.presets import MAX_GEN_LENGTH, MAX_STEPS, PRESETS, preset
 
 REMASKING = ("low_confidence", "random")
 CONFIDENCE = ("probability", "margin", "neg_entropy")
 SCHEDULES = ("uniform", "dream")
-#: "sparse" is chosen by a SparseConfig
-CACHES = tuple(name for name in CACHE_POLICIES if name != "sparse")
 #: forwards that unmask="klass" may look back
 MAX_KL_HISTORY = 64
-#: rules that read nothing but a probability
-_NEED_PROBABILITY = ("hierarchy", "credit", "klass", "wino")
-#: caches that take each of the refresh fields
-_TAKES: dict[str, tuple[str, ...]] = {
-    "refresh_delay": ("prefix", "dual", "delayed"),
-    "refresh_every": ("prefix", "dual", "rolling", "delayed", "drift"),
-    "refresh_window": ("prefix", "dual"),
-}
+#: parameters that change nothing where they are 0 or None, which a cache reads or does not
+_REFRESH = ("refresh_delay", "refresh_every", "refresh_window")
 
 
-class LogitBias(dict[int, float]):
-    """A dict that stays as it is, and so can be hashed with the parameters that hold it."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(frozenset(self.items()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LogitBias, (dict(self),)  # not filled item by item
-
-    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise TypeError("logit_bias cannot be changed: make new SamplingParams")
-
-    __setitem__ = __delitem__ = __ior__ = _refuse
-    clear = pop = popitem = setdefault = update = _refuse
-
-
-class NotGiven(int):
-    """A length that nobody gave: a default, or what the other name of it says.
-
-    Copies, pickles and ``dataclasses.replace`` keep the type. ``asdict`` gives a plain number.
-    """
-
-    def __deepcopy__(self, _: Any) -> int:
-        return int(self)
-
-
-class Kept(NotGiven):
-    """A length that somebody gave, and that ``dataclasses.replace`` hands on to a copy."""
-
-
-def _rank(length: int) -> int:
-    """Of a length's two names, which one counts: what is given now, then what was given before."""
-    return 1 if isinstance(length, Kept) else 0 if isinstance(length, NotGiven) else 2
+def cache_names() -> tuple[str, ...]:
+    """What ``cache`` may be; sparse attention is chosen by a SparseConfig instead."""
+    return tuple(name for name, info in CACHES.items() if info.named)
 
 
 #: max_tokens and gen_length, as documented
@@ -156,41 +112,155 @@ class SamplingParams:
         'none'
     """
 
-    temperature: float = 1.0
+    temperature: float = knob(
+        1.0, "0 takes the likeliest token; more is more varied.", low=0, column=True
+    )
     # not compared: gen_length is the length, under whatever name it was given
-    max_tokens: int = field(default=_DEFAULT_LENGTHS[0], compare=False)
-    ignore_eos: bool = False
-    gen_length: int = _DEFAULT_LENGTHS[1]
-    steps: int = 128
-    cfg_scale: float = 0.0
-    remasking: str = "low_confidence"
-    block_length: int | None = None
-    unmask: str = "steps"
-    threshold: float = 0.9
-    factor: float = 1.0
-    entropy_bound: float = 0.15
-    low_threshold: float = 0.4
-    kl_threshold: float = 0.01
-    kl_history: int = 2
-    threshold_back: float = 0.9
-    confidence: str = "probability"
-    schedule: str = "uniform"
-    eps: float = 1e-3
-    cache: str = "none"
-    refresh_delay: int = 0
-    refresh_every: int | None = None
-    refresh_window: int = 0
-    refresh_share: float = 0.25
-    suffix_window: int | None = None
-    early_end: bool = False
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-    stop: str | list[str] | tuple[str, ...] | None = None
-    logit_bias: Mapping[int, float] | None = None
-    quality: str | None = None
-    logits_eos_inf: bool = False
-    confidence_eos_eot_inf: bool = False
+    max_tokens: int = knob(
+        _DEFAULT_LENGTHS[0],
+        "Another name of gen_length.",
+        low=1,
+        high=MAX_GEN_LENGTH,
+        own_check=True,
+        compare=False,
+    )
+    ignore_eos: bool = knob(False, "Keep decoding after the end of the answer.")
+    gen_length: int = knob(
+        _DEFAULT_LENGTHS[1],
+        "Length of the answer in tokens, at most 8192.",
+        low=1,
+        high=MAX_GEN_LENGTH,
+        own_check=True,
+    )
+    steps: int = knob(
+        128,
+        "Denoising steps for the whole answer; fewer are faster (for unmask=steps).",
+        low=1,
+        high=MAX_STEPS,
+    )
+    # logits overflow far above what is useful
+    cfg_scale: float = knob(
+        0.0, "Classifier-free guidance; 0 is off.", low=0, most_asked=1000, column=True
+    )
+    remasking: str = knob(
+        "low_confidence", "Which proposals are kept (for unmask=steps).", choices=REMASKING
+    )
+    block_length: int | None = knob(
+        None,
+        "Tokens per block; blocks are filled from left to right.",
+        low=1,
+        high=MAX_GEN_LENGTH,
+    )
+    unmask: str = knob("steps", "Rule that chooses what is written in a step.", choices=RULES)
+    threshold: float = knob(
+        0.9,
+        "Least confidence, for unmask=threshold, threshold_strict, hierarchy, credit, klass, wino.",
+        column=True,
+        own_check=True,
+    )
+    factor: float = knob(1.0, "For unmask=factor and factor_strict.", low=0, column=True)
+    entropy_bound: float = knob(
+        0.15, "Entropy budget in nats, for unmask=entropy_bound.", low=0, column=True
+    )
+    low_threshold: float = knob(
+        0.4,
+        "Least confidence of the best position of a run, for unmask=hierarchy.",
+        low=0,
+        high=1,
+        column=True,
+    )
+    kl_threshold: float = knob(
+        0.01,
+        "Most that a distribution may move in a step, in nats, for unmask=klass.",
+        low=0,
+        column=True,
+    )
+    kl_history: int = knob(
+        2,
+        "Steps in which it must have moved so little, for unmask=klass.",
+        low=1,
+        high=MAX_KL_HISTORY,
+        column=True,
+    )
+    threshold_back: float = knob(
+        0.9,
+        "Tokens less likely than this, seen from the rest, are masked again by unmask=wino.",
+        low=0,
+        high=1,
+        column=True,
+    )
+    confidence: str = knob(
+        "probability",
+        "How sure the model is of a token: its probability, its lead over the second best, or "
+        "minus the entropy.",
+        choices=CONFIDENCE,
+    )
+    schedule: str = knob(
+        "uniform", "How unmask=steps spreads the tokens over the steps.", choices=SCHEDULES
+    )
+    eps: float = knob(1e-3, "Last time of the Dream schedule.", low=0, low_open=True, high=1)
+    cache: str = knob(
+        "none",
+        "K,V cache: none is exact, the others are faster and approximate.",
+        choices=cache_names,
+        own_check=True,
+    )
+    refresh_delay: int = knob(
+        0,
+        "Whole-canvas steps of a block after its first (cache=prefix, dual, delayed).",
+        low=0,
+        high=MAX_STEPS,
+    )
+    refresh_every: int | None = knob(
+        None,
+        "Refresh the cache after this many steps of a block, not only at its start.",
+        low=1,
+        high=MAX_STEPS,
+    )
+    refresh_window: int = knob(
+        0,
+        "Tokens around the block computed with it (cache=prefix, dual).",
+        low=0,
+        high=MAX_GEN_LENGTH,
+    )
+    refresh_share: float = knob(
+        0.25, "Share of the other tokens that a refresh of cache=drift computes.", low=0, high=1
+    )
+    suffix_window: int | None = knob(
+        None,
+        "Masks behind the block that are computed and seen; all, if not given.",
+        low=0,
+        high=MAX_GEN_LENGTH,
+    )
+    early_end: bool = knob(False, "Decode nothing behind the first end of the answer.")
+    top_p: float = knob(
+        1.0,
+        "Draw from the likeliest tokens that add up to this probability; 1 is off.",
+        low=0,
+        low_open=True,
+        high=1,
+        column=True,
+    )
+    top_k: int = knob(0, "Draw from the k likeliest tokens; 0 is off.", low=0)
+    seed: int | None = knob(None, "Make random draws repeatable.", low=0, high=2**63 - 1)
+    stop: str | list[str] | tuple[str, ...] | None = knob(
+        None, "End the answer before this text; several may be given.", own_check=True
+    )
+    logit_bias: Mapping[int, float] | None = knob(
+        None,
+        "Numbers from -100 (never) to 100 (always) that are added to the logits of token ids.",
+        own_check=True,
+    )
+    quality: str | None = knob(
+        None,
+        "Preset of the decoding options; those that are given too keep their values.",
+        choices=tuple(PRESETS),
+        own_check=True,
+    )
+    logits_eos_inf: bool = knob(False, "Never propose an id that ends the text (LLaDA).")
+    confidence_eos_eot_inf: bool = knob(
+        False, "Write proposals that end the text or the turn last (LLaDA)."
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
@@ -206,10 +276,9 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._settle_length()
         self._apply_quality()
-        self._check_numbers()
-        self._check_choices()
-        object.__setattr__(self, "stop", _normalise_stop(self.stop))
-        object.__setattr__(self, "logit_bias", _normalise_bias(self.logit_bias))
+        self._check_values()
+        object.__setattr__(self, "stop", normal_stop(self.stop))
+        object.__setattr__(self, "logit_bias", normal_bias(self.logit_bias))
         self._check_combinations()
 
     def __deepcopy__(self, _: Any) -> SamplingParams:
@@ -219,7 +288,12 @@ class SamplingParams:
     @property
     def length_name(self) -> str:
         """The name under which gen_length was given."""
-        return "max_tokens" if _rank(self.max_tokens) > _rank(self.gen_length) else "gen_length"
+        return "max_tokens" if rank(self.max_tokens) > rank(self.gen_length) else "gen_length"
+
+    @property
+    def _revokes(self) -> bool:
+        """Whether the rule may mask written positions again; one that is not known does not."""
+        return self.unmask in RULES and RULES[self.unmask].revokes
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -231,7 +305,7 @@ class SamplingParams:
     def _settle_length(self) -> None:
         """Make one length of its two names: the one that was given, or changed, sets the other."""
         check, pair = Fields(InvalidParameterError, self), ("max_tokens", "gen_length")
-        ranks = {name: _rank(getattr(self, name)) for name in pair}
+        ranks = {name: rank(getattr(self, name)) for name in pair}
         for name in (name for name in pair if ranks[name] == 2):
             check.integer(name, 1, MAX_GEN_LENGTH)
         # neither does a list of all fields mean anything by the two defaults
@@ -260,58 +334,31 @@ class SamplingParams:
         check.choice("quality", tuple(PRESETS))
         check.integer("block_length", 1, MAX_GEN_LENGTH, optional=True)
         given: frozenset[str] = self.__dict__["_given"]
-        if "max_tokens" in given and _rank(self.max_tokens):
+        if "max_tokens" in given and rank(self.max_tokens):
             given |= {"gen_length"}
         chosen = ("gen_length", "block_length", "unmask")
         named = {name: getattr(self, name) for name in chosen if name in given}
-        revokes = self.unmask in REVOKING_RULES
+        revokes = self._revokes
         for name, value in preset(self.quality, named).items():
             # what is given may rule a part of the preset out
             barred = name == "early_end" and (self.ignore_eos or revokes)
-            if name == "cache" and revokes and value not in ("none", "dual"):
+            if name == "cache" and revokes and not CACHES[value].whole:
                 value = "dual"
             if name not in given and not barred:
                 object.__setattr__(self, name, value)
 
-    def _check_numbers(self) -> None:
+    def _check_values(self) -> None:
         check = Fields(InvalidParameterError, self)
-        check.number("temperature", 0.0)
-        check.integer("block_length", 1, MAX_GEN_LENGTH, optional=True)
-        check.integer("steps", 1, MAX_STEPS)
-        check.number("cfg_scale", 0.0)
+        check_knobs(InvalidParameterError, self)
         within = (None, None) if self.confidence == "neg_entropy" else (0.0, 1.0)
         check.number("threshold", *within)
-        check.number("factor", 0.0)
-        check.number("entropy_bound", 0.0)
-        check.number("low_threshold", 0.0, 1.0)
-        check.number("kl_threshold", 0.0)
-        check.integer("kl_history", 1, MAX_KL_HISTORY)
-        check.number("threshold_back", 0.0, 1.0)
-        check.integer("refresh_delay", 0, MAX_STEPS)
-        check.integer("refresh_every", 1, MAX_STEPS, optional=True)
-        check.integer("refresh_window", 0, MAX_GEN_LENGTH)
-        check.number("refresh_share", 0.0, 1.0)
-        check.integer("suffix_window", 0, MAX_GEN_LENGTH, optional=True)
-        check.number("eps", 0.0, 1.0, low_open=True)
-        check.number("top_p", 0.0, 1.0, low_open=True)
-        check.integer("top_k", 0)
-        check.integer("seed", 0, 2**63 - 1, optional=True)
-
-    def _check_choices(self) -> None:
-        check = Fields(InvalidParameterError, self)
-        for name in ("ignore_eos", "early_end", "logits_eos_inf", "confidence_eos_eot_inf"):
-            check.flag(name)
-        check.choice("remasking", REMASKING)
-        check.choice("unmask", UNMASK_RULES)
-        check.choice("confidence", CONFIDENCE)
-        check.choice("schedule", SCHEDULES)
-        if self.cache == "sparse":
+        if self.cache in CACHES and not CACHES[self.cache].named:
             raise InvalidParameterError(
                 "cache='sparse' is chosen by passing a SparseConfig: "
                 "generate(prompts, params, sparse_configs=SparseConfig(...)), or on the command "
                 "line by --sparse"
             )
-        check.choice("cache", CACHES)
+        check.choice("cache", CACHES if self.cache in CACHES else cache_names())
 
     def _check_combinations(self) -> None:
         """Refuse what would have to be ignored silently."""
@@ -326,10 +373,11 @@ class SamplingParams:
                 "not read: leave one of them out"
             )
         self._check_confidence()
-        for name, caches in _TAKES.items():
-            if getattr(self, name) and self.cache not in caches:
+        for name in _REFRESH:
+            if getattr(self, name) and name not in CACHES[self.cache].takes:
+                caches = [repr(n) for n, info in CACHES.items() if name in info.takes]
                 raise InvalidParameterError(
-                    f"{name}={getattr(self, name)} needs cache={' or '.join(map(repr, caches))}, "
+                    f"{name}={getattr(self, name)} needs cache={' or '.join(caches)}, "
                     f"got cache={self.cache!r}"
                 )
         if self.early_end and self.ignore_eos:
@@ -337,23 +385,17 @@ class SamplingParams:
                 "early_end=True and ignore_eos=True exclude each other: one stops at an end id, "
                 "the other goes on behind it"
             )
-        if self.unmask in REVOKING_RULES:
+        if self._revokes:
             self._check_revoking()
 
     def _check_confidence(self) -> None:
         rule, kind = self.unmask, self.confidence
-        if rule in _NEED_PROBABILITY and kind != "probability":
-            raise InvalidParameterError(
-                f"unmask={rule!r} needs confidence='probability', got {kind!r}"
-            )
-        if kind != "neg_entropy":
-            return
-        if rule in ("factor", "factor_strict"):
-            raise InvalidParameterError(
-                f"unmask={rule!r} compares confidences with 1 - factor/(j+1), so it needs "
-                "confidence='probability' or 'margin', got 'neg_entropy'"
-            )
-        if rule in ("threshold", "threshold_strict") and self.threshold > 0:
+        allowed = RULES[rule].confidence
+        if kind not in allowed:
+            named = " or ".join(map(repr, allowed))
+            raise InvalidParameterError(f"unmask={rule!r} needs confidence={named}, got {kind!r}")
+        compares = rule in ("threshold", "threshold_strict")
+        if compares and kind == "neg_entropy" and self.threshold > 0:
             raise InvalidParameterError(
                 "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "
                 f"(for example -0.1), got {self.threshold:g}"
@@ -371,47 +413,12 @@ class SamplingParams:
                 f"early_end=True does not work with unmask={self.unmask!r}, which may take an end "
                 "id back"
             )
-        if self.cache not in ("none", "dual"):
+        if not CACHES[self.cache].whole:
+            caches = " or ".join(repr(name) for name, info in CACHES.items() if info.whole)
             raise InvalidParameterError(
-                f"unmask={self.unmask!r} works with cache='none' or 'dual', got {self.cache!r}"
+                f"unmask={self.unmask!r} works with cache={caches}, got {self.cache!r}"
             )
 
 
-def _normalise_stop(stop: Any) -> str | tuple[str, ...] | None:
-    if hasattr(stop, "tolist"):
-        stop = stop.tolist()  # numpy's array of texts, or its text
-    if stop is None:
-        return None
-    if not isinstance(stop, (str, list, tuple)):
-        raise InvalidParameterError(
-            f"stop must be a string or a list of strings, got {stop!r} ({type(stop).__name__})"
-        )
-    strings = [stop] if isinstance(stop, str) else list(stop)
-    if len(strings) > MAX_STOP_STRINGS:
-        raise InvalidParameterError(
-            f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(strings)}"
-        )
-    for item in strings:
-        if not isinstance(item, str) or not item:
-            raise InvalidParameterError(f"stop strings must be non-empty strings, got {item!r}")
-    return stop if isinstance(stop, str) else tuple(strings)
-
-
-def _normalise_bias(bias: Any) -> LogitBias | None:
-    err, bound = InvalidParameterError, LOGIT_BIAS_BOUND
-    if bias is None:
-        return None
-    if not isinstance(bias, Mapping):
-        raise err(
-            "logit_bias must be a mapping of token ids to numbers, "
-            f"got {bias!r} ({type(bias).__name__})"
-        )
-    if len(bias) > MAX_LOGIT_BIAS:
-        raise err(f"logit_bias takes at most {MAX_LOGIT_BIAS} token ids, got {len(bias)}")
-    found = {
-        check_int(err, "a token id of logit_bias", token, 0): float(
-            check_float(err, f"logit_bias[{token}]", value, -bound, bound)
-        )
-        for token, value in bias.items()
-    }
-    return LogitBias(sorted(found.items())) or None
+#: the numbers that rules read, in the order that they have on the device
+FLOATS = columns(SamplingParams)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from ast import literal_eval
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dllmserve import SamplingParams, SparseConfig, registry, sampling_params
+from dllmserve import SamplingParams, SparseConfig, catalog
 from dllmserve.config import EngineConfig
 from dllmserve.errors import DllmServeError
 
@@ -54,8 +53,8 @@ def blocks(page: Path) -> Iterator[tuple[str, int, str]]:
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One namespace per page; errors show the page and the line.
 
-    ``python file=PATH`` is the content of a new module, ``python registry=TABLE`` a line of
-    dllmserve/registry.py; both are in force for the rest of the page.
+    ``python file=PATH`` is the content of a new module, ``python catalog=TABLE`` a line of
+    dllmserve/catalog.py; both are in force for the rest of the page.
     """
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "page"}
@@ -69,11 +68,9 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
             module = ModuleType(value.removesuffix(".py").replace("/", "."))
             monkeypatch.setitem(sys.modules, module.__name__, module)
             exec(compile("\n" * (line - 1) + code, str(page), "exec"), module.__dict__)
-        elif language == "python" and what == "registry":
-            for name, place in literal_eval("{" + code + "}").items():
-                monkeypatch.setitem(getattr(registry, value), name, place)
-                if value == "CACHE_POLICIES":
-                    monkeypatch.setattr(sampling_params, "CACHES", (*sampling_params.CACHES, name))
+        elif language == "python" and what == "catalog":
+            for name, entry in eval("{" + code + "}", vars(catalog)).items():
+                monkeypatch.setitem(getattr(catalog, value).own, name, entry)
         else:
             assert info in ("", "python no-run", "bash", "json", "mermaid", "text"), info
 

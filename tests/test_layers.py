@@ -18,14 +18,15 @@ LAYERS = (
     (
         "errors",
         "foreign",
-        "registry",
+        "catalog",
         "_checks",
         "_environment",
         "_forks",
         "_needs",
+        "_values",
         "config",
         "cores",
-        "parameters",
+        "knobs",
         "messages",
         "presets",
         "sampling_params",
@@ -159,7 +160,7 @@ def test_decoding_knows_no_requests() -> None:
     """Rules and statistics are functions of tensors alone."""
     for path in sorted((PACKAGE / "decoding").glob("*.py")):
         own = {name for _, name in imports(path) if name.startswith("dllmserve.")}
-        own -= {"dllmserve.parameters"}  # the order of the numbers that they read
+        own -= {"dllmserve.sampling_params"}  # the order of the numbers that they read
         # which part of a row of logits they are given
         own -= {"dllmserve.parallel.group", "dllmserve.parallel.vocab"}
         assert all(name.startswith("dllmserve.decoding") for name in own), path

@@ -165,7 +165,7 @@ def whole(span: Span) -> bool:
 
 
 class AttentionBackend(Protocol):
-    """Attends the spans of a plan. Add a file and a line in registry.ATTENTION_BACKENDS."""
+    """Attends the spans of a plan. Add a file and a line in :mod:`dllmserve.catalog`."""
 
     #: True if a step may be captured in a CUDA graph and replayed with other spans, as long
     #: as none of them is whole or selects. Of such a step ``prepare`` and ``attend`` then use

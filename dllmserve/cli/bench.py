@@ -49,7 +49,7 @@ dllmserve bench latency --unmask threshold --json
 
 _DECODING = replace(
     SAMPLING,
-    help={**SAMPLING.help, "seed": "Seed of the prompts and of the requests."},
+    help={"seed": "Seed of the prompts and of the requests."},
     # end ids are always ignored, and random prompts have no text to stop at
     skipped=SAMPLING.skipped | {"ignore_eos", "stop"},
     shown={**SAMPLING.shown, "gen_length": str(DEFAULT_GEN_LENGTH), "seed": str(DEFAULT_SEED)},
@@ -57,7 +57,6 @@ _DECODING = replace(
 _ENGINE = replace(
     ENGINE,
     help={
-        **ENGINE.help,
         "max_model_len": "Longest prompt + answer in tokens (what the workload needs, if not "
         "given).",
     },

@@ -5,16 +5,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from dllmserve.cli import help_texts
 from dllmserve.config import EngineConfig
 from dllmserve.errors import InvalidParameterError
-from dllmserve.presets import PRESETS
-from dllmserve.sampling_params import MAX_STEPS, SamplingParams
+from dllmserve.knobs import knobs, types
+from dllmserve.presets import PRESETS, steps_for
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
 #: Greedy and, without a quality, one token a step: the most careful decoding.
@@ -42,23 +41,21 @@ class Group:
     Attributes:
         kind: the dataclass.
         panel: headline in the help text.
-        help: field name to help text.
+        help: field name to help text, where it is not the knob's.
         names: fields whose option has another name.
         skipped: fields without an option.
         shown: field name to the default that the help text shows, where it is not the
             dataclass's own.
         flags: boolean fields that take no "--no-" form.
-        panels: headline of fields that have one of their own.
     """
 
     kind: type[Any]
     panel: str
-    help: Mapping[str, str]
+    help: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     skipped: frozenset[str] = frozenset()
     shown: Mapping[str, str] = field(default_factory=dict)
     flags: frozenset[str] = frozenset()
-    panels: Mapping[str, str] = field(default_factory=dict)
 
     def option(self, name: str) -> str:
         """Python name of a field's option."""
@@ -66,20 +63,21 @@ class Group:
 
     def parameters(self) -> list[inspect.Parameter]:
         """One keyword parameter per field, as typer reads them."""
-        hints = get_type_hints(self.kind)
+        hints, known = types(self.kind), knobs(self.kind)
         found = []
         for item in fields(self.kind):
             if item.name in self.skipped:
                 continue
             option = self.option(item.name)
-            kind: Any = _plain_type(item.name, hints[item.name])
+            kind: Any = list[str] if item.name in _LISTS else hints[item.name][0]
+            panel = known[item.name].panel if item.name in known else ""
             declared = typer.Option(
-                self._declaration(item.name, hints[item.name]),
+                self._declaration(item.name, kind),
                 help=self._help(item.name, item.default),
                 # the real defaults stay with the dataclasses; _help() tells them
                 show_default=False,
                 metavar=_LISTS.get(item.name, _METAVARS.get(kind, "TEXT")),
-                rich_help_panel=self.panels.get(item.name, self.panel),
+                rich_help_panel=panel or self.panel,
             )
             annotation = Annotated[kind | None, declared]
             found.append(
@@ -98,17 +96,18 @@ class Group:
 
     def _help(self, name: str, default: Any) -> str:
         """Help text with the values to choose from and the default."""
-        text = self.help.get(name, "")
-        choices = help_texts.CHOICES.get(name)
+        knob = knobs(self.kind).get(name)
+        text = self.help.get(name, knob.help if knob else "")
+        choices = knob.values() if knob else ()
         shown = self.shown.get(name, _shown(default))
         parts = [text] if text else []
-        parts += [f"One of {', '.join(choices)}."] if choices and len(choices) > 1 else []
+        parts += [f"One of {', '.join(choices)}."] if len(choices) > 1 else []
         parts += [f"(default {shown})"] if shown else []
         return " ".join(parts)
 
-    def _declaration(self, name: str, hint: Any) -> str:
+    def _declaration(self, name: str, kind: Any) -> str:
         option = self.option(name).replace("_", "-")
-        if hint is bool and name not in self.flags:
+        if kind is bool and name not in self.flags:
             return f"--{option}/--no-{option}"
         return f"--{option}"
 
@@ -116,7 +115,6 @@ class Group:
 SAMPLING = Group(
     SamplingParams,
     "Decoding",
-    help_texts.SAMPLING,
     shown={
         "temperature": "0",
         "max_tokens": "",
@@ -126,11 +124,10 @@ SAMPLING = Group(
     },
     flags=frozenset({"ignore_eos"}),
 )
-SPARSE = Group(SparseConfig, "Sparse attention", help_texts.SPARSE, names={"enabled": "sparse"})
+SPARSE = Group(SparseConfig, "Sparse attention", names={"enabled": "sparse"})
 ENGINE = Group(
     EngineConfig,
     "Engine",
-    help_texts.ENGINE,
     # --seed is the request's
     names={"seed": "engine_seed"},
     # declared by the commands themselves, with a short form
@@ -188,12 +185,8 @@ def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     params = SamplingParams(**values | given)
     if options.get("steps") is not None or "quality" in given:
         return params
-    block = params.block_length or (sparse.default_block_len if sparse else params.gen_length)
-    # the steps are shared out evenly among the blocks, however short the last one is;
-    # those that it does not need cost nothing
-    blocks = -(-params.gen_length // block)
-    steps = min(blocks * min(block, params.gen_length), MAX_STEPS)
-    return replace(params, steps=steps)
+    block = params.block_length or (sparse.default_block_len if sparse else None)
+    return replace(params, steps=steps_for(params.gen_length, block))
 
 
 def sparse_config(options: Mapping[str, Any]) -> SparseConfig | None:
@@ -211,13 +204,6 @@ def _wants_sparse(options: Mapping[str, Any]) -> bool:
     """True for --sparse and for any sparse option without --no-sparse."""
     given = SPARSE.given(options)
     return bool(given) and bool(given.get("enabled", True))
-
-
-def _plain_type(name: str, hint: Any) -> Any:
-    """The type that the command line parses a field as."""
-    if name in _LISTS:
-        return list[str]
-    return next(t for t in get_args(hint) or (hint,) if t is not NoneType)
 
 
 def _logit_bias(pairs: list[str]) -> dict[int, float]:

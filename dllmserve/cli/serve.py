@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +32,6 @@ dllmserve serve ./LLaDA-8B-Instruct --dtype bfloat16 --api-key-file keys.txt --h
 SERVER = Group(
     ServerConfig,
     "Server",
-    {f.name: f.metadata["help"] for f in fields(ServerConfig)},
-    panels={f.name: f.metadata["panel"] for f in fields(ServerConfig)},
     flags=frozenset({"insecure_no_auth", "open_metrics", "log_prompts"}),
 )
 

@@ -9,12 +9,12 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.core.rows import written_last
 from dllmserve.core.scheduler import Limits
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
-from dllmserve.registry import CACHE_POLICIES, REVOKING_RULES, resolve
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -78,7 +78,7 @@ class Door:
             stream=stream,
             owner=owner,
         )
-        policy = resolve(CACHE_POLICIES, request.policy)()
+        policy = CACHES[request.policy].load()()
         if reasons := policy.unsupported(self.spec):
             raise InvalidParameterError(f"cache {request.policy!r}: {'; '.join(reasons)}")
         self.limits.check(request, policy.slots(request, self.spec))
@@ -114,7 +114,7 @@ class Door:
                 f"a SparseConfig and cache={params.cache!r} exclude each other: "
                 "use cache='none' with sparse attention, or no SparseConfig"
             )
-        if sparse is not None and params.unmask in REVOKING_RULES:
+        if sparse is not None and RULES[params.unmask].revokes:
             raise InvalidParameterError(
                 f"unmask={params.unmask!r} does not work with sparse attention, which keeps a part "
                 "of the canvas alone: leave the SparseConfig out"

@@ -6,8 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from dllmserve.catalog import RULES
 from dllmserve.core.schedule import block_lengths, block_quotas
-from dllmserve.registry import HISTORY_RULES, REVOKING_RULES
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -114,7 +114,7 @@ class Request:
     @property
     def revokes(self) -> bool:
         """True if the rule may mask written positions again."""
-        return self.params.unmask in REVOKING_RULES
+        return RULES[self.params.unmask].revokes
 
     @property
     def shadow_len(self) -> int:
@@ -124,7 +124,7 @@ class Request:
     @property
     def history_needed(self) -> int:
         """Distributions that the rule keeps: one for each position of a block, or none."""
-        return max(self.blocks) if self.params.unmask in HISTORY_RULES else 0
+        return max(self.blocks) if RULES[self.params.unmask].compares else 0
 
     @property
     def launched(self) -> bool:

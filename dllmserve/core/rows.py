@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
 
+from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
-from dllmserve.registry import UNMASK_RULES
-from dllmserve.sampling_params import CONFIDENCE, SamplingParams
+from dllmserve.sampling_params import CONFIDENCE, FLOATS, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
 #: A larger k filters nothing, but would not fit the table.
@@ -45,8 +45,8 @@ class Track(IntEnum):
     DRIFT = 2
 
 
-#: cache policies whose spans pick their queries on the device
-TRACKS = {"delayed": Track.WRITTEN, "drift": Track.DRIFT}
+#: by :attr:`dllmserve.catalog.CacheInfo.tracks`
+_TRACKS = {"": Track.NONE, "written": Track.WRITTEN, "drift": Track.DRIFT}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class RowInit:
         row: row number.
         prompt: prompt ids; on an unconditional row, all mask ids.
         gen_length: masked positions behind the prompt.
-        floats, ints: parameters in the order of FloatField and IntField.
+        floats, ints: parameters in the order of FLOATS and IntField.
         quotas: tokens to write in each forward of a fixed schedule, all blocks in a row.
         pages: K,V pages of the row.
         confidence: name of the confidence, for the host's choice of statistics.
@@ -100,11 +100,6 @@ class RowInit:
     last: tuple[int, ...] = ()
     track: Track = Track.NONE
     history: tuple[int, ...] = ()
-
-
-def rule_index(name: str) -> int:
-    """Number of an unmask rule, as the state table holds it."""
-    return list(UNMASK_RULES).index(name)
 
 
 def written_last(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
@@ -134,19 +129,8 @@ def _select(sparse: SparseConfig | None) -> RowSelect:
 
 def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
     """The rows of a newly admitted request: one, or two with guidance."""
-    params = request.params
-    floats = (
-        params.temperature,
-        params.top_p,
-        params.threshold,
-        params.factor,
-        params.entropy_bound,
-        params.cfg_scale,
-        params.low_threshold,
-        params.kl_threshold,
-        float(params.kl_history),
-        params.threshold_back,
-    )
+    params, track = request.params, _TRACKS[CACHES[request.policy].tracks]
+    floats = tuple(float(getattr(params, name)) for name in FLOATS)
     ints = (
         request.prompt_len,
         params.gen_length,
@@ -156,10 +140,10 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
         int(params.schedule == "dream"),
         int(params.remasking == "random"),
         int(params.ignore_eos),
-        rule_index(params.unmask),
+        RULES.index(params.unmask),
         int(params.early_end),
         int(request.revokes),
-        int(TRACKS.get(request.policy, Track.NONE)),
+        int(track),
     )
     quotas = tuple(k for block in request.quotas for k in block)
     rows = [(request.row, request.prompt_ids, request.pages, _bias(params, spec))]
@@ -181,7 +165,7 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
             select=_select(request.sparse),
             bias=own,
             last=written_last(params, spec),
-            track=TRACKS.get(request.policy, Track.NONE),
+            track=track,
             history=tuple(request.history),
         )
         for row, prompt, pages, own in rows

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from dllmserve.catalog import RULES
 from dllmserve.core.budget import NO_LIMIT, StepBudget
 from dllmserve.core.fair import FairQueue, within_share
 from dllmserve.core.model_spec import ModelSpec
@@ -19,7 +20,6 @@ from dllmserve.core.pages import PageAllocator
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
 from dllmserve.core.request import Request, Status
 from dllmserve.errors import CapacityError, EngineError
-from dllmserve.registry import KEEPING_RULES, STATEFUL_RULES
 
 #: How many younger requests may be admitted past the oldest waiting one.
 MAX_SKIPS = 16
@@ -122,7 +122,7 @@ class Limits:
     def _check_history(self, request: Request) -> None:
         """What a rule keeps of logits has to have room."""
         rule, needed = request.params.unmask, request.history_needed
-        if rule in KEEPING_RULES and not self.max_history_rows:
+        if RULES[rule].keeps and not self.max_history_rows:
             raise CapacityError(
                 f"unmask={rule!r} keeps something of the logits between forwards, and the engine "
                 "has reserved no memory for it (max_history_rows=0): make it with "
@@ -456,7 +456,7 @@ def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     span = entry.span
     filtered = params.top_k > 0 or params.top_p < 1
     shape = (span.q_len, span.ctx_len, span.write, span.q_start, span.keep, span.blk_off)
-    state = entry.rule if entry.rule in STATEFUL_RULES else ""
+    state = "" if RULES[entry.rule].plain else entry.rule
     kind = (entry.uncond is not None, entry.shadow is not None, state)
     needs = (params.temperature > 0, filtered, params.confidence_eos_eot_inf)
     return (*kind, *needs, shape, request.id)

@@ -18,9 +18,6 @@ class CreditRule:
     The tolerance is dInfer's: where no position passes, near ties of the best go together.
     """
 
-    needs: frozenset[str] = frozenset({"credit"})
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Lower the threshold to the best position, if none passes."""
         best = view.confidence.amax(dim=-1, keepdim=True)

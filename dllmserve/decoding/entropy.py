@@ -6,7 +6,6 @@ import torch
 from torch.nn import functional as F
 
 from dllmserve.decoding.rule import RuleView, Update, write_best
-from dllmserve.parameters import FloatField
 
 
 class EntropyBoundRule:
@@ -16,9 +15,6 @@ class EntropyBoundRule:
     ``H_1 + ... + H_{j-1} <= entropy_bound``.
     """
 
-    needs: frozenset[str] = frozenset({"entropy"})
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Cumulative sum over the sorted entropies."""
         if view.entropy is None:
@@ -27,5 +23,5 @@ class EntropyBoundRule:
         real = torch.isfinite(ranked)
         spent = torch.where(real, ranked, 0.0).cumsum(dim=-1)
         before = F.pad(spent[:, :-1], (1, 0))  # a difference would round
-        passing = (before <= view.parameter(FloatField.ENTROPY_BOUND)) & real
+        passing = (before <= view.parameter("entropy_bound")) & real
         return write_best(view, -view.entropy, passing.sum(dim=-1))

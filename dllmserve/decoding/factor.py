@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from dllmserve.decoding.rule import RuleView, Update, write_best
-from dllmserve.parameters import FloatField
 
 
 class FactorRule:
@@ -15,15 +14,12 @@ class FactorRule:
     the last candidate, that one is written too.
     """
 
-    needs: frozenset[str] = frozenset()
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Find the first failing rank of each row."""
         ranked = view.confidence.sort(dim=-1, descending=True).values  # [n, W]
         width = ranked.shape[-1]
         place = torch.arange(width, device=ranked.device)  # 0-based rank
-        least = 1.0 - view.parameter(FloatField.FACTOR) / (place + 2.0)
+        least = 1.0 - view.parameter("factor") / (place + 2.0)
         masks = view.eligible.sum(dim=-1)  # [n]
         fails = (ranked < least) & (place > 0) & (place < masks[:, None])
         # without a failure the upstream index stays at the last candidate

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from dllmserve.decoding.rule import RuleView, Update, write_best
-from dllmserve.parameters import FloatField
 
 
 class StrictFactorRule:
@@ -15,13 +14,10 @@ class StrictFactorRule:
     follows the code, where a failure at the last place is.
     """
 
-    needs: frozenset[str] = frozenset()
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Count the positions before the first failure."""
         ranked = view.confidence.sort(dim=-1, descending=True).values  # [n, W]
         place = torch.arange(ranked.shape[-1], device=ranked.device)  # 0-based rank
-        least = 1.0 - view.parameter(FloatField.FACTOR) / (place + 2.0)
+        least = 1.0 - view.parameter("factor") / (place + 2.0)
         passes = (ranked >= least) | (place == 0)
         return write_best(view, view.confidence, passes.cumprod(dim=-1).sum(dim=-1))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from dllmserve.decoding.rule import RuleView, Update
-from dllmserve.parameters import FloatField
 
 
 class HierarchyRule:
@@ -19,9 +18,6 @@ class HierarchyRule:
     if its confidence is above ``low_threshold``; of equal ones, the first. dInfer's variant that
     opens written positions again is not part of it.
     """
-
-    needs: frozenset[str] = frozenset()
-    start: tuple[float, float] | None = None
 
     def apply(self, view: RuleView) -> Update:
         """Find each run's best position."""
@@ -37,7 +33,7 @@ class HierarchyRule:
         first = torch.full_like(place[:, :1], width).repeat(1, width + 1)
         first = first.scatter_reduce(1, run, torch.where(ahead, place, width), "amin")
         leads = ahead & (place == first.gather(1, run))
-        write = leads & (confidence > view.parameter(FloatField.LOW_THRESHOLD))
+        write = leads & (confidence > view.parameter("low_threshold"))
         write |= confidence > view.threshold
         write |= eligible & (place == confidence.argmax(dim=-1, keepdim=True))
         return Update(tokens=view.tokens, write=write & eligible)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from dllmserve.decoding.rule import Memory, RuleView, Update
-from dllmserve.parameters import FloatField
 
 
 class KlassRule:
@@ -20,16 +19,13 @@ class KlassRule:
     schedule's number of positions; this rule writes one.
     """
 
-    needs: frozenset[str] = frozenset({"kl"})
-    start: tuple[float, float] | None = (0.0, 0.0)
-
     def apply(self, view: RuleView) -> Update:
         """Count calm forwards in the rule's memory."""
         if view.kl is None or view.memory is None:
             raise ValueError("the klass rule needs the kl statistic and a memory")
-        calm = view.kl < view.parameter(FloatField.KL_THRESHOLD)
+        calm = view.kl < view.parameter("kl_threshold")
         count = torch.where(calm, view.memory.cells + 1.0, 0.0)
-        settled = count >= view.parameter(FloatField.KL_HISTORY)
+        settled = count >= view.parameter("kl_history")
         write = settled & (view.confidence > view.threshold) & view.eligible
         place = torch.arange(write.shape[-1], device=write.device)
         best = view.eligible & (place == view.confidence.argmax(dim=-1, keepdim=True))

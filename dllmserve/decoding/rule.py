@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dllmserve.parameters import FloatField
+from dllmserve.sampling_params import FLOATS
 
 #: ``key [n, W] floating, count [n] int64, eligible [n, W] bool -> [n, W] bool``: see
 #: :func:`write_best`, of which it is a faster twin
@@ -30,7 +30,7 @@ class RuleView:
         confidence: [n, W] float64, -inf where not eligible.
         entropy: [n, W] float64 in nats, +inf where not eligible; None unless asked for.
         quota: [n] int64, tokens that a fixed schedule writes in this step.
-        floats: [n, len(FloatField)] float64, the requests' own parameters.
+        floats: [n, len(FLOATS)] float64, the requests' own parameters.
         pick: what :func:`write_best` picks positions with; None for torch operations.
         kl: [n, W] float64 in nats, divergence of the position's distribution from that of the
             block's last forward; +inf where there is none. None unless asked for.
@@ -51,14 +51,14 @@ class RuleView:
     back: Tensor | None = None
     memory: Memory | None = None
 
-    def parameter(self, field: FloatField) -> Tensor:
-        """[n, 1] float64, one parameter of every request."""
-        return self.floats[:, int(field)][:, None]
+    def parameter(self, name: str) -> Tensor:
+        """[n, 1] float64, a number of SamplingParams, of every request."""
+        return self.floats[:, FLOATS.index(name)][:, None]
 
     @property
     def threshold(self) -> Tensor:
         """[n, 1] float64."""
-        return self.parameter(FloatField.THRESHOLD)
+        return self.parameter("threshold")
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,11 @@ class Update:
 
 
 class UnmaskRule(Protocol):
-    """One decoding rule. Add a file with a class and a line in registry.UNMASK_RULES.
+    """One decoding rule. Add a file with a class and a line in :mod:`dllmserve.catalog`.
 
     Contract: write only eligible positions, and at least one of each row that has any;
-    no host synchronisation. A rule that masks positions again (registry.REVOKING_RULES) must
-    come to an end all the same.
+    no host synchronisation. A rule that masks positions again must come to an end all the same.
     """
-
-    #: statistics beyond token and probability that the rule reads: "entropy", "kl", "back"; and
-    #: what it has done to the logits before they are reduced: "credit"
-    needs: frozenset[str]
-    #: what its :class:`Memory` holds at the start of a block, a number for the row and one for
-    #: the cells; None without a memory
-    start: tuple[float, float] | None
 
     def apply(self, view: RuleView) -> Update:
         """Decide what is written in this step."""

@@ -8,9 +8,6 @@ from dllmserve.decoding.rule import RuleView, Update, write_best
 class StepsRule:
     """LLaDA's and Dream's rule; the quotas come from :mod:`dllmserve.core.schedule`."""
 
-    needs: frozenset[str] = frozenset()
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Write the ``quota`` best positions of each row."""
         return write_best(view, view.confidence, view.quota)

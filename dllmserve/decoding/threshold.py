@@ -8,9 +8,6 @@ from dllmserve.decoding.rule import RuleView, Update, write_best
 class ThresholdRule:
     """Write every position whose confidence is at least the threshold, and always the best."""
 
-    needs: frozenset[str] = frozenset()
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Count the positions that pass; they are the most confident ones."""
         passing = (view.confidence >= view.threshold) & view.eligible

@@ -11,9 +11,6 @@ class StrictThresholdRule:
     Fast-dLLM's threshold also takes a confidence that is equal to it.
     """
 
-    needs: frozenset[str] = frozenset()
-    start: tuple[float, float] | None = None
-
     def apply(self, view: RuleView) -> Update:
         """Count the positions that pass; they are the most confident ones."""
         passing = (view.confidence > view.threshold) & view.eligible

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 
 from dllmserve.decoding.rule import Memory, RuleView, Update, rank_of
-from dllmserve.parameters import FloatField
 
 
 class WinoRule:
@@ -19,10 +18,6 @@ class WinoRule:
     in the shadow is below threshold_back are masked again: all of them, but fewer than were
     accepted in the forward before, the least likely first. So masks do come to an end.
     """
-
-    needs: frozenset[str] = frozenset({"back"})
-    #: the number accepted in the forward before: at a block's start upstream's 30
-    start: tuple[float, float] | None = (30.0, 0.0)
 
     def apply(self, view: RuleView) -> Update:
         """Write, then doubt."""
@@ -35,7 +30,7 @@ class WinoRule:
         count = torch.minimum(passing, most).clamp(min=1)
         write = (rank_of(confidence) < count[:, None]) & eligible
         accepted = write.sum(dim=-1)
-        doubted = view.back < view.parameter(FloatField.THRESHOLD_BACK)  # +inf where unwritten
+        doubted = view.back < view.parameter("threshold_back")  # +inf where unwritten
         suspects = doubted.sum(dim=-1)
         before = view.memory.row.long()
         room = torch.where(suspects >= before, before - 1, suspects)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from dllmserve.catalog import BACKENDS
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import ConfigError
 from dllmserve.kernels import missing
-from dllmserve.registry import ATTENTION_BACKENDS, resolve
 
 
 def choose_attention(name: str, spec: ModelSpec, device: torch.device) -> str:
     """The attention backend; "auto" is the fastest that serves the model on the device."""
     if name == "auto":
         return "triton" if device.type == "cuda" and not missing(device) else "sdpa"
-    if reasons := resolve(ATTENTION_BACKENDS, name)(spec).unsupported(spec, device):
+    if reasons := BACKENDS[name].load()(spec).unsupported(spec, device):
         raise ConfigError(f"attention={name!r}: {'; '.join(reasons)}")
     return name
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from dllmserve.attention.backend import AttentionBackend, KVStore
+from dllmserve.catalog import BACKENDS
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import NO_LIMIT, MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
@@ -39,7 +40,6 @@ from dllmserve.models.loader import (
 )
 from dllmserve.parallel.group import Group, smallest
 from dllmserve.parallel.partition import Partition
-from dllmserve.registry import ATTENTION_BACKENDS, resolve
 from dllmserve.runtime.graphs import GraphPool
 from dllmserve.runtime.logits import LogitsHead, TorchReducer, TritonReducer
 from dllmserve.runtime.platform import is_out_of_memory, on_device, release_cached_memory
@@ -126,9 +126,7 @@ class RunnerParts:
             exact,
         )
         table = StateTable(limits.max_num_seqs, limits.max_model_len, plan.device)
-        backend: AttentionBackend = resolve(ATTENTION_BACKENDS, plan.attention)(
-            plan.partition.local
-        )
+        backend: AttentionBackend = BACKENDS[plan.attention].load()(plan.partition.local)
         states = make_states(
             limits.max_num_seqs + 1,
             limits.max_history_rows,

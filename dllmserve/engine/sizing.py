@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dllmserve._values import MAX_LOGIT_BIAS
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
+from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.states import state_bytes
-from dllmserve.sampling_params import MAX_GEN_LENGTH, MAX_LOGIT_BIAS
 
 
 @dataclass(frozen=True, kw_only=True)

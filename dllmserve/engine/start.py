@@ -8,8 +8,9 @@ from dataclasses import asdict, replace
 import torch
 
 from dllmserve._forks import inherited
+from dllmserve.catalog import CACHES, Made
 from dllmserve.config import EngineConfig
-from dllmserve.core.scheduler import Scheduler, SpanSource
+from dllmserve.core.scheduler import Scheduler
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan, build_runner, plan_engine
 from dllmserve.engine.threads import rank_threads, with_threads
@@ -20,7 +21,6 @@ from dllmserve.ranks import torchrun
 from dllmserve.ranks.lead import LeadRunner
 from dllmserve.ranks.signs import LOADED, STARTED
 from dllmserve.ranks.spawn import spawn_ranks
-from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.runtime.runner import StepRunner
 
 _log = logging.getLogger("dllmserve.engine")
@@ -100,7 +100,6 @@ def _lead(plan: EnginePlan, world: torchrun.World | None) -> tuple[LeadRunner, E
 def engine_of(runner: StepRunner, plan: EnginePlan) -> EngineCore:
     """The engine that steps with a runner."""
     options = plan.sizing.options
-    policies: dict[str, SpanSource] = {n: resolve(CACHE_POLICIES, n)() for n in CACHE_POLICIES}
-    scheduler = Scheduler(plan.spec, plan.limits, policies.__getitem__)
+    scheduler = Scheduler(plan.spec, plan.limits, Made(CACHES).__getitem__)
     depth = options.steps_per_sync if plan.device.type == "cuda" else 1
     return EngineCore(scheduler, runner, plan.tokenizer, options.seed, depth, plan.threads)

@@ -13,7 +13,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from dllmserve._checks import check_choice, check_int, check_known, user_path
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
 from dllmserve.evaluation.suites import SPARSE, SUITES, TOKENS_PER_STEP
-from dllmserve.sampling_params import MAX_STEPS, SamplingParams
+from dllmserve.presets import steps_for
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
 #: what a setting has unless it says otherwise, as on the rest of the command line
@@ -91,11 +92,8 @@ class Setting:
             )
         if "steps" in self.sampling or (preset and self.tokens_per_step is None):
             return params
-        block = params.block_length or (sparse.default_block_len if sparse else params.gen_length)
-        block = min(block, params.gen_length)
-        # the steps are shared out evenly among the blocks, however short the last one is
-        blocks, per_step = -(-params.gen_length // block), self.tokens_per_step or 1
-        steps = min(blocks * -(-block // per_step), MAX_STEPS)
+        block = params.block_length or (sparse.default_block_len if sparse else None)
+        steps = steps_for(params.gen_length, block, self.tokens_per_step or 1)
         return SamplingParams(**{**given, "steps": steps})
 
     def sparse_config(self) -> SparseConfig | None:

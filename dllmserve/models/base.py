@@ -47,7 +47,7 @@ class Target:
 
 
 class ModelDefinition(Protocol):
-    """One architecture. Add a file with one of these and a line in registry.MODELS."""
+    """One architecture. Add a file with one of these and a line in :mod:`dllmserve.catalog`."""
 
     def spec(self, config: Mapping[str, Any]) -> ModelSpec:
         """Read config.json. Raises UnsupportedModelError on options we do not run."""

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dllmserve._checks import user_path
+from dllmserve.catalog import MODELS
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import (
     ModelNotFoundError,
@@ -24,7 +25,6 @@ from dllmserve.models.files import read_object, weight_files
 from dllmserve.models.foreign import explain, explain_file, is_broken_link, quantization
 from dllmserve.parallel.group import SOLO, Group
 from dllmserve.parallel.partition import Partition
-from dllmserve.registry import MODELS, resolve
 
 #: Name of the model inside the package.
 EMBEDDED = "tiny"
@@ -146,7 +146,7 @@ def definition_for(config: dict[str, Any]) -> ModelDefinition:
         raise UnsupportedModelError(
             f"architecture {names[0]!r} is not supported; supported architectures: {supported}"
         )
-    definition: ModelDefinition = resolve(MODELS, names[0])
+    definition: ModelDefinition = MODELS[names[0]].load()
     return definition
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import msgspec
 
+from dllmserve._values import Kept, NotGiven
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.scheduler import Limits
 from dllmserve.outputs import CanvasStep, RequestOutput
-from dllmserve.sampling_params import Kept, NotGiven, SamplingParams
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
 #: a field of SamplingParams, SparseConfig or EngineConfig

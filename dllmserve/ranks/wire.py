@@ -10,14 +10,14 @@ from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 
+from dllmserve.catalog import RULES
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, RowSelect, Track
-from dllmserve.registry import UNMASK_RULES
 from dllmserve.sampling_params import CONFIDENCE
 
 _FIELDS = len(Span._fields)
 _NO_SPAN = (0,) * _FIELDS
-_RULES = tuple(UNMASK_RULES)
+_RULES = tuple(RULES)
 _RULE_NUMBERS = {name: number for number, name in enumerate(_RULES)}
 #: integers of an entry: its three spans, and what else there is to say
 _ENTRY = 3 * _FIELDS + 5

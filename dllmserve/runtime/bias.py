@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dllmserve._values import MAX_LOGIT_BIAS
 from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.shape import HEAD_FIELDS, SPAN_FIELDS, StepShape
 from dllmserve.runtime.step import span_fields
-from dllmserve.sampling_params import MAX_LOGIT_BIAS
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.core.rows import IntField, Track, rule_index
+from dllmserve.catalog import RULES
+from dllmserve.core.rows import IntField, Track
 from dllmserve.decoding.noise import position_uniforms, row_keys
 from dllmserve.decoding.rule import Memory, RuleView, UnmaskRule, Update
 from dllmserve.decoding.stats import RowParams, TokenStats
-from dllmserve.parameters import FloatField
 from dllmserve.runtime.graphs import StepOutputs
 from dllmserve.runtime.inputs import StepInputs
 from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import REWRITTEN, StateTable
-from dllmserve.sampling_params import CONFIDENCE
+from dllmserve.sampling_params import CONFIDENCE, FLOATS
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,10 @@ class StepDecision:
         # a block is entered with all of its positions masked, and with none in padding
         inside = inputs.block < table.max_len
         self.entering = (inputs.eligible == inside).all(dim=-1)  # [n] bool
-        self.cfg_scale = floats[:, FloatField.CFG_SCALE]
+        self.cfg_scale = floats[:, FLOATS.index("cfg_scale")]
         self.row_params = RowParams(
-            temperature=floats[:, FloatField.TEMPERATURE],
-            top_p=floats[:, FloatField.TOP_P],
+            temperature=floats[:, FLOATS.index("temperature")],
+            top_p=floats[:, FLOATS.index("top_p")],
             top_k=ints[:, IntField.TOP_K],
             tempered=ints[:, IntField.TEMPERED] > 0,
             keys=self._keys,
@@ -206,9 +206,9 @@ class StepDecision:
         row = table.memory_row[inputs.rows]
         cells = table.memory_cells[inputs.rows[:, None], inputs.block]
         for name in self._shape.rules:
-            start = getattr(self._rules[name], "start", None)
+            start = RULES[name].memory
             if start is not None:
-                mine = self.entering & (self._ints[:, IntField.RULE] == rule_index(name))
+                mine = self.entering & (self._ints[:, IntField.RULE] == RULES.index(name))
                 row = torch.where(mine, start[0], row)
                 cells = torch.where(mine[:, None], start[1], cells)
         return Memory(row, cells)
@@ -318,7 +318,7 @@ def apply_rules(
     rules: Mapping[str, UnmaskRule],
     names: tuple[str, ...],
     view: RuleView,
-    kind: Tensor,  # [n] int64, rule_index of each entry's rule
+    kind: Tensor,  # [n] int64, place of each entry's rule in RULES
 ) -> Update:
     """Each entry gets what its own rule says.
 
@@ -337,7 +337,7 @@ def apply_rules(
     revoking = any(update.remask is not None for update in updates)
     remask = torch.zeros_like(write) if revoking else None
     for name, own in zip(names, updates, strict=True):
-        mine = (kind == rule_index(name))[:, None]
+        mine = (kind == RULES.index(name))[:, None]
         tokens = torch.where(mine, own.tokens, tokens)
         write = torch.where(mine, own.write, write)
         if remask is not None and own.remask is not None:

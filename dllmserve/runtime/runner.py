@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore
+from dllmserve.catalog import RULES, Made
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepEntry, StepPlan
 from dllmserve.core.rows import IntField, RowInit, Track
 from dllmserve.core.scheduler import EntryReport
-from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.device import host_to_device
 from dllmserve.models.decoder import Decoder
-from dllmserve.registry import UNMASK_RULES, resolve
 from dllmserve.runtime.bias import BiasTable
 from dllmserve.runtime.drift import DriftMeter
 from dllmserve.runtime.graphs import GraphPool, StepOutputs
@@ -55,10 +54,7 @@ _TRACK_NEEDS = {
     Track.DRIFT: frozenset({"track", "drift"}),
 }
 
-
-def _has_memory(rule: UnmaskRule) -> bool:
-    """A rule without a memory need not say so."""
-    return getattr(rule, "start", None) is not None
+_MEMORY = frozenset({"memory"})
 
 
 class StepHandle:
@@ -209,14 +205,9 @@ class ModelRunner:
         self._decoder = decoder
         self._backend = backend
         self._head = head
-        rules = {n: resolve(UNMASK_RULES, n)() for n in UNMASK_RULES}
-        self._rule_needs: dict[str, frozenset[str]] = {
-            n: r.needs | ({"memory"} if _has_memory(r) else set()) for n, r in rules.items()
-        }
-        self._rule_names = tuple(rules)
         self._states = states or {}
-        self.keeping = tuple(n for n, needs in self._rule_needs.items() if needs & {*self._states})
-        self._ops = step_ops(kernels, table, rules, decoder.spec)
+        self.keeping = tuple(n for n, rule in RULES.items() if rule.needs & {*self._states})
+        self._ops = step_ops(kernels, table, Made(RULES), decoder.spec)
         rows = table.trash_row + 1
         spec, ends = decoder.spec, len(decoder.spec.eos_ids)
         self._bias = BiasTable(rows, spec.vocab_size, decoder.vocab, table.device, ends)
@@ -250,7 +241,7 @@ class ModelRunner:
         """Fill a row of the state table, its bias and its page table."""
         self.table.write_row(init)
         self._bias.write_row(init.row, init.bias, init.last)
-        for name in self._rule_needs[self._rule_names[init.ints[IntField.RULE]]] & {*self._states}:
+        for name in RULES.at(init.ints[IntField.RULE]).needs & {*self._states}:
             self._states[name].admit(init)
         if init.pages:
             pages = host_to_device(init.pages, self.table.device)
@@ -298,8 +289,9 @@ class ModelRunner:
 
     def _needs(self, entry: StepEntry) -> frozenset[str]:
         init = self.table.host[entry.span.row]
-        wanted = self._rule_needs[entry.rule] | _CONFIDENCE_NEEDS.get(init.confidence, frozenset())
-        return wanted | _TRACK_NEEDS[init.track]
+        rule = RULES[entry.rule]
+        wanted = rule.needs | _CONFIDENCE_NEEDS.get(init.confidence, frozenset())
+        return wanted | _TRACK_NEEDS[init.track] | (_MEMORY if rule.memory else frozenset())
 
     def _replay(self, graphs: GraphPool, plan: StepPlan, packing: Packing) -> StepOutputs:
         def rehearse() -> None:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dllmserve.core.rows import IntField, RowInit, Track
 from dllmserve.device import host_to_device
-from dllmserve.parameters import FloatField
+from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.platform import beside_steps, fetch
-from dllmserve.sampling_params import MAX_GEN_LENGTH
+from dllmserve.sampling_params import FLOATS
 
 #: ``stale`` of a position that was never computed, and of one that was written since: both are
 #: more than any drift, which is at most 2
@@ -23,7 +23,7 @@ class StateTable:
         tokens: [R + 1, T + 1] int64 canvas ids; undefined where masked.
         masked: [R + 1, T + 1] bool. The flag alone says what is masked, so a prompt may
             contain the mask id.
-        floats: [R + 1, len(FloatField)] float64.
+        floats: [R + 1, len(FLOATS)] float64, the numbers of SamplingParams that rules read.
         ints: [R + 1, len(IntField)] int64.
         quotas: [R + 1, Q] int64, tokens to write in each forward of a fixed schedule.
         forwards: [R + 1] int64, forwards done; index into quotas and noise counter.
@@ -41,7 +41,7 @@ class StateTable:
         self.trash_row = num_rows
         self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self.masked = torch.zeros(rows, width, dtype=torch.bool, device=device)
-        self.floats = torch.zeros(rows, len(FloatField), dtype=torch.float64, device=device)
+        self.floats = torch.zeros(rows, len(FLOATS), dtype=torch.float64, device=device)
         self.ints = torch.zeros(rows, len(IntField), dtype=torch.int64, device=device)
         quotas = min(max_len, MAX_GEN_LENGTH)
         self.quotas = torch.zeros(rows, quotas, dtype=torch.int64, device=device)

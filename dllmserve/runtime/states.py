@@ -15,8 +15,8 @@ from dllmserve.core.rows import RowInit
 from dllmserve.decoding.stats import log_sum, without
 from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard, best_of
+from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.decide import HeadCells
-from dllmserve.sampling_params import MAX_GEN_LENGTH
 
 
 class LogitState(Protocol):
@@ -168,7 +168,7 @@ class CreditTable:
 def make_states(
     rows: int, slots: int, max_len: int, vocab: VocabShard, mask_id: int, device: torch.device
 ) -> dict[str, LogitState]:
-    """All that rules may keep of logits, by the name that they have in ``UnmaskRule.needs``.
+    """All that rules may keep of logits, by the name that they have in ``RuleInfo.needs``.
 
     It is allocated once, so that no request's arrival can be what memory runs out at.
 

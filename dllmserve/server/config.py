@@ -4,34 +4,26 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
-from dllmserve._checks import check_bool, check_choice, check_float, check_int, check_known
+from dllmserve._checks import check_known
 from dllmserve.errors import ConfigError
+from dllmserve.knobs import check_knobs, knob
 from dllmserve.presets import PRESETS
 
 LOG_FORMATS = ("auto", "text", "json")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 ID_SCHEMES = ("auto", "sequential", "random")
 METRICS_COMPAT = ("none", "vllm")
-#: values to choose from, by field
-CHOICES = {
-    "log_format": LOG_FORMATS,
-    "log_level": LOG_LEVELS,
-    "default_quality": tuple(PRESETS),
-    "request_id_scheme": ID_SCHEMES,
-    "metrics_compat": METRICS_COMPAT,
-}
-
 #: scheme://host[:port]; some apps that are no web pages have a scheme of their own
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 _FILES = ("address_file", "ssl_certfile", "ssl_keyfile", "ssl_ca_certs", "api_key_file")
 
 
-def _option(default: Any, panel: str, help: str) -> Any:
-    return field(default=default, metadata={"panel": panel, "help": help})
+def _option(default: Any, panel: str, help: str, **traits: Any) -> Any:
+    return knob(default, help, panel=panel, **traits)
 
 
 _NET, _SAFE, _LOAD, _JOBS, _TEXT, _RUN = (
@@ -57,7 +49,7 @@ class ServerConfig:
     """
 
     host: str = _option("127.0.0.1", _NET, "Address to listen on.")
-    port: int = _option(8000, _NET, "Port to listen on; 0 takes a free one.")
+    port: int = _option(8000, _NET, "Port to listen on; 0 takes a free one.", low=0, high=65535)
     address_file: str | None = _option(
         None, _NET, "File that says where the server listens, while it does; for probes."
     )
@@ -68,19 +60,28 @@ class ServerConfig:
     )
     cors_origins: str = _option("", _NET, "Origins that browsers may call from, with commas.")
     max_connections: int = _option(
-        1024, _NET, "Connections with a request under way; more are answered with 503."
+        1024, _NET, "Connections with a request under way; more are answered with 503.", low=1
     )
     max_connections_per_address: int | None = _option(
         None,
         _NET,
         "Open connections of one address, or IPv6 network of 64 bits; more get a 429 (no limit, if "
         "not given; leave it so behind a proxy).",
+        low=1,
     )
-    header_timeout: float = _option(10.0, _NET, "Seconds that a client has to send its headers.")
-    body_timeout: float = _option(30.0, _NET, "Seconds that a client has to send its body.")
-    write_timeout: float = _option(30.0, _NET, "Seconds that a client may leave text unread.")
-    keep_alive_timeout: float = _option(5.0, _NET, "Seconds that an idle connection stays open.")
-    max_body_bytes: int = _option(2 << 20, _NET, "Bytes of a request body.")
+    header_timeout: float = _option(
+        10.0, _NET, "Seconds that a client has to send its headers.", low=0, low_open=True
+    )
+    body_timeout: float = _option(
+        30.0, _NET, "Seconds that a client has to send its body.", low=0, low_open=True
+    )
+    write_timeout: float = _option(
+        30.0, _NET, "Seconds that a client may leave text unread.", low=0, low_open=True
+    )
+    keep_alive_timeout: float = _option(
+        5.0, _NET, "Seconds that an idle connection stays open.", low=0, low_open=True
+    )
+    max_body_bytes: int = _option(2 << 20, _NET, "Bytes of a request body.", low=1)
 
     api_key_file: str | None = _option(
         None, _SAFE, "File of API keys, one a line; DLLMSERVE_API_KEYS holds more, with commas."
@@ -94,12 +95,14 @@ class ServerConfig:
         _SAFE,
         "Answers a minute that each key may ask for; prompts x n of a request count, polls do not "
         "(no limit, if not given).",
+        low=1,
     )
     max_parallel_per_key: int | None = _option(
         None,
         _SAFE,
         "Answers at once for each key, unfinished jobs included; prompts x n of a request count "
         "(no limit, if not given).",
+        low=1,
     )
 
     data_parallel_size: int = _option(
@@ -107,27 +110,42 @@ class ServerConfig:
         _LOAD,
         "Engine processes, each with a model of its own; on GPUs each takes "
         "tensor_parallel_size of them.",
+        low=1,
     )
     max_requests: int = _option(
         256,
         _LOAD,
         "Requests waiting and running; more get a 503. Of several keys, one may have three "
         "quarters.",
+        low=1,
     )
     max_outstanding_work: int | None = _option(
         None,
         _LOAD,
         "Steps x canvas tokens of all of them (if not given: what takes a minute at the "
         "measured speed). A key with nothing under way may bring one call of any size.",
+        low=1,
     )
     queue_timeout: float | None = _option(
-        None, _LOAD, "Seconds that a request may wait before it runs (no limit, if not given)."
+        None,
+        _LOAD,
+        "Seconds that a request may wait before it runs (no limit, if not given).",
+        low=0,
+        low_open=True,
     )
-    request_timeout: float = _option(600.0, _LOAD, "Seconds that a request may take in all.")
+    request_timeout: float = _option(
+        600.0, _LOAD, "Seconds that a request may take in all.", low=0, low_open=True
+    )
     watchdog_timeout: float = _option(
-        300.0, _LOAD, "Seconds without a sign of the engine after which it is started again."
+        300.0,
+        _LOAD,
+        "Seconds without a sign of the engine after which it is started again.",
+        low=0,
+        low_open=True,
     )
-    load_timeout: float = _option(1800.0, _LOAD, "Seconds that loading the model may take.")
+    load_timeout: float = _option(
+        1800.0, _LOAD, "Seconds that loading the model may take.", low=0, low_open=True
+    )
     restart: bool = _option(True, _LOAD, "Start a new engine when one dies.")
 
     job_store: str = _option(
@@ -137,11 +155,16 @@ class ServerConfig:
         "in the user's state directory).",
     )
     request_id_scheme: str = _option(
-        "auto", _JOBS, "Ids of jobs; auto is sequential on loopback without keys, else random."
+        "auto",
+        _JOBS,
+        "Ids of jobs; auto is sequential on loopback without keys, else random.",
+        choices=ID_SCHEMES,
     )
-    result_ttl: float = _option(600.0, _JOBS, "Seconds that a result is kept.")
-    max_results: int = _option(10_000, _JOBS, "Results that are kept.")
-    max_result_bytes: int = _option(64 << 20, _JOBS, "Bytes of all results that are kept.")
+    result_ttl: float = _option(
+        600.0, _JOBS, "Seconds that a result is kept.", low=0, low_open=True
+    )
+    max_results: int = _option(10_000, _JOBS, "Results that are kept.", low=1)
+    max_result_bytes: int = _option(64 << 20, _JOBS, "Bytes of all results that are kept.", low=1)
 
     served_model_name: str | None = _option(
         None, _TEXT, "Name of the model in the API (its own, if not given)."
@@ -151,47 +174,55 @@ class ServerConfig:
         _TEXT,
         "Answer length of the OpenAI endpoints where a request gives none (if not given: what "
         "fits, for chats that end by themselves, else 128).",
+        low=1,
     )
     default_block_length: int | None = _option(
         None,
         _TEXT,
         "Block length of the OpenAI endpoints where a request gives none (if not given: that of "
         "the quality, else 32).",
+        low=1,
     )
     default_quality: str = _option(
         "balanced",
         _TEXT,
         "Quality of the OpenAI endpoints where a request says nothing of decoding; exact is one "
         "token a step.",
+        choices=tuple(PRESETS),
     )
-    max_prompts: int = _option(128, _TEXT, "Answers that one request may ask for.")
-    max_n: int = _option(8, _TEXT, "Choices for one prompt.")
+    max_prompts: int = _option(128, _TEXT, "Answers that one request may ask for.", low=1)
+    max_n: int = _option(8, _TEXT, "Choices for one prompt.", low=1)
     sse_keep_alive: float = _option(
-        15.0, _TEXT, "Seconds of silence after which a stream gets a comment line."
+        15.0,
+        _TEXT,
+        "Seconds of silence after which a stream gets a comment line.",
+        low=0,
+        low_open=True,
     )
 
     shutdown_timeout: float = _option(
-        30.0, _RUN, "Seconds that requests under way get to finish after SIGTERM."
+        30.0, _RUN, "Seconds that requests under way get to finish after SIGTERM.", low=0
     )
-    log_format: str = _option("auto", _RUN, "auto is text in a terminal and json elsewhere.")
-    log_level: str = _option("info", _RUN, "Least severity that is logged.")
+    log_format: str = _option(
+        "auto", _RUN, "auto is text in a terminal and json elsewhere.", choices=LOG_FORMATS
+    )
+    log_level: str = _option("info", _RUN, "Least severity that is logged.", choices=LOG_LEVELS)
     log_prompts: bool = _option(False, _RUN, "Log the first 200 characters of prompts.")
     metrics_compat: str = _option(
-        "none", _RUN, "vllm also exports the gauges that its routers read, under its names."
+        "none",
+        _RUN,
+        "vllm also exports the gauges that its routers read, under its names.",
+        choices=METRICS_COMPAT,
     )
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        check_knobs(ConfigError, self)
         for name in ("host", "job_store", "cors_origins"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a string, got {getattr(self, name)!r}")
         for name in _FILES:
             if not isinstance(getattr(self, name), str | None):
                 raise ConfigError(f"{name} must be a file, got {getattr(self, name)!r}")
-        for name in ("insecure_no_auth", "open_metrics", "restart", "log_prompts"):
-            check_bool(ConfigError, name, getattr(self, name))
-        for name, choices in CHOICES.items():
-            check_choice(ConfigError, name, getattr(self, name), choices)
         if bool(self.ssl_certfile) != bool(self.ssl_keyfile):
             raise ConfigError("TLS needs both ssl_certfile and ssl_keyfile")
         self._check_origins()
@@ -207,46 +238,6 @@ class ServerConfig:
                     "cors_origins must be origins as browsers send them, such as "
                     f"https://app.example or http://localhost:3000, without a path; got {origin!r}"
                 )
-
-    def _check_numbers(self) -> None:
-        err = ConfigError
-        check_int(err, "port", self.port, 0, 65535)
-        for name in (
-            "max_connections",
-            "max_body_bytes",
-            "data_parallel_size",
-            "max_requests",
-            "max_results",
-            "max_result_bytes",
-            "max_prompts",
-            "max_n",
-        ):
-            check_int(err, name, getattr(self, name), 1)
-        for name in (
-            "max_connections_per_address",
-            "requests_per_minute",
-            "max_parallel_per_key",
-            "max_outstanding_work",
-            "default_max_tokens",
-            "default_block_length",
-        ):
-            if getattr(self, name) is not None:
-                check_int(err, name, getattr(self, name), 1)
-        for name in (
-            "header_timeout",
-            "body_timeout",
-            "write_timeout",
-            "keep_alive_timeout",
-            "request_timeout",
-            "watchdog_timeout",
-            "load_timeout",
-            "result_ttl",
-            "sse_keep_alive",
-        ):
-            check_float(err, name, getattr(self, name), 0.0, low_open=True)
-        if self.queue_timeout is not None:
-            check_float(err, "queue_timeout", self.queue_timeout, 0.0, low_open=True)
-        check_float(err, "shutdown_timeout", self.shutdown_timeout, 0.0)
 
     @classmethod
     def from_options(cls, owner: str, options: dict[str, Any]) -> ServerConfig:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from itertools import islice
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -22,28 +22,17 @@ from pydantic import (
     PlainValidator,
     WithJsonSchema,
     WrapValidator,
+    create_model,
     model_validator,
 )
 
+from dllmserve._values import LOGIT_BIAS_BOUND, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 from dllmserve.errors import InvalidParameterError
-from dllmserve.presets import PRESETS
-from dllmserve.registry import UNMASK_RULES
-from dllmserve.sampling_params import (
-    CACHES,
-    CONFIDENCE,
-    LOGIT_BIAS_BOUND,
-    MAX_GEN_LENGTH,
-    MAX_KL_HISTORY,
-    MAX_LOGIT_BIAS,
-    MAX_STEPS,
-    MAX_STOP_STRINGS,
-    REMASKING,
-    SCHEDULES,
-    SamplingParams,
-)
+from dllmserve.knobs import knobs, types
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.failures import ApiError
 from dllmserve.server.wrong import NO_CHARACTER
-from dllmserve.sparse.state import SCORES, SparseConfig
+from dllmserve.sparse.state import SparseConfig
 
 MAX_STOP_LENGTH = 256
 #: of a rule, a cache and the like
@@ -119,22 +108,31 @@ Biases = Annotated[
 ]
 
 
-def _count(low: int, high: int, text: str) -> Any:
-    return Field(default=None, ge=low, le=high, description=text)
+def _fields(kind: type[Any], parent: str = "") -> dict[str, tuple[Any, Any]]:
+    """Types and fields of a body for the knobs of a dataclass; None is "not given" for all of them.
 
-
-def _number(low: float | None, high: float | None, text: str) -> Any:
-    return Field(default=None, ge=low, le=high, allow_inf_nan=False, description=text)
-
-
-def _choice(values: tuple[str, ...], text: str) -> Any:
-    # no Literal: rules and caches may be added to the registry. Errors show the value
-    return Field(
-        default=None,
-        max_length=MAX_NAME,
-        description=text,
-        json_schema_extra={"enum": [*values, None]},
-    )
+    Args:
+        kind: the dataclass.
+        parent: the field that holds them, where they may also stand beside it.
+    """
+    found = {}
+    for name, it in knobs(kind).items():
+        plain, _ = types(kind)[name]
+        text = f"As {parent}.{name}; implies {parent}." if parent else it.help
+        bounds = {"gt" if it.low_open else "ge": it.low, "le": it.high}
+        if it.most_asked is not None:
+            bounds["le"] = it.most_asked
+        if plain is int and bounds["le"] is None:
+            bounds["le"] = LARGEST
+        extra: dict[str, Any] = {}
+        if plain is float:
+            extra = {"allow_inf_nan": False}
+        elif it.choices is not None:
+            # no Literal: rules and caches may be added to the catalogue. Errors show the value
+            extra = {"max_length": MAX_NAME, "json_schema_extra": {"enum": [*it.values(), None]}}
+        extra |= {bound: value for bound, value in bounds.items() if value is not None}
+        found[name] = (plain | None, Field(default=None, description=text, **extra))
+    return found
 
 
 def neutral(*values: Any) -> Any:
@@ -176,68 +174,31 @@ def example(**values: Any) -> ConfigDict:
     return ConfigDict(json_schema_extra={"examples": [values]})
 
 
-class SparseFields(Body):
+#: of SamplingParams; endpoints with other defaults have these in a form of their own
+_OWN = ("temperature", "max_tokens", "gen_length", "top_p", "seed", "stop", "logit_bias")
+_SAMPLING, _SPARSE = _fields(SamplingParams), _fields(SparseConfig)
+if TYPE_CHECKING:
+    _Decoding = Body
+    _Sparse = Body
+else:
+    _shared = {name: made for name, made in _SAMPLING.items() if name not in _OWN}
+    _flat = {
+        name: made for name, made in _fields(SparseConfig, "sparse").items() if name != "enabled"
+    }
+    _Decoding = create_model("_Decoding", __base__=Body, **_shared, **_flat)
+    _Sparse = create_model("_Sparse", __base__=Body, **_SPARSE)
+
+
+class SparseFields(_Sparse):
     """Fields of SparseConfig."""
 
-    enabled: bool | None = Field(default=None, description="False is as if it were not given.")
-    retention_ratio: float | None = _number(0, 1, "Share of the context that is kept.")
-    delay_step: int | None = _count(0, LARGEST, "Full forwards before the one that selects.")
-    default_block_len: int | None = _count(1, MAX_GEN_LENGTH, "Scoring window in tokens.")
-    head_select: bool | None = Field(default=None, description="Select for each K,V head.")
-    pool_kernel: int | None = _count(1, 1024, "Width of the max-pooling over scores.")
-    score: str | None = _choice(SCORES, "What tokens are scored by.")
-    min_keep: int | None = _count(0, LARGEST, "Tokens that are kept at least.")
 
-
-class DecodingFields(Body):
+class DecodingFields(_Decoding):
     """How an answer is decoded: fields of SamplingParams and SparseConfig."""
 
-    steps: int | None = _count(1, MAX_STEPS, "Denoising steps for the whole answer.")
-    block_length: int | None = _count(1, MAX_GEN_LENGTH, "Tokens per diffusion block.")
-    # far above what is useful; without a bound the logits overflow
-    cfg_scale: float | None = _number(0, 1000, "Classifier-free guidance; 0 is off.")
-    remasking: str | None = _choice(REMASKING, "Which proposals are kept.")
-    unmask: str | None = _choice(tuple(UNMASK_RULES), "Rule that chooses what is written.")
-    threshold: float | None = _number(
-        None, None, "For unmask=threshold, threshold_strict, hierarchy, credit, klass, wino."
-    )
-    factor: float | None = _number(0, None, "For unmask=factor and factor_strict.")
-    entropy_bound: float | None = _number(0, None, "For unmask=entropy_bound, in nats.")
-    low_threshold: float | None = _number(0, 1, "For unmask=hierarchy.")
-    kl_threshold: float | None = _number(0, None, "For unmask=klass, in nats.")
-    kl_history: int | None = _count(1, MAX_KL_HISTORY, "For unmask=klass, in forwards.")
-    threshold_back: float | None = _number(0, 1, "For unmask=wino.")
-    confidence: str | None = _choice(CONFIDENCE, "What proposals are ranked by.")
-    schedule: str | None = _choice(SCHEDULES, "How unmask=steps spreads the tokens.")
-    eps: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    cache: str | None = _choice(CACHES, "K,V cache: none is exact.")
-    refresh_delay: int | None = _count(0, MAX_STEPS, "Whole-canvas forwards after the first.")
-    refresh_every: int | None = _count(1, MAX_STEPS, "Refresh again after so many forwards.")
-    refresh_window: int | None = _count(0, MAX_GEN_LENGTH, "Tokens computed around the block.")
-    refresh_share: float | None = _number(0, 1, "For cache=drift: share that is recomputed.")
-    suffix_window: int | None = _count(0, MAX_GEN_LENGTH, "Masks behind the block that are seen.")
-    early_end: bool | None = Field(default=None, description="Decode nothing behind an end id.")
-    quality: str | None = _choice(
-        tuple(PRESETS), "Preset of the decoding fields; those that are given keep their values."
-    )
-    top_k: int | None = _count(0, LARGEST, "Draw from the k likeliest tokens; 0 is off.")
-    ignore_eos: bool | None = Field(default=None, description="Go on after an end id.")
-    logits_eos_inf: bool | None = Field(
-        default=None, description="Never propose an id that ends the text."
-    )
-    confidence_eos_eot_inf: bool | None = Field(
-        default=None, description="Write proposals that end the text or the turn last."
-    )
     sparse: bool | SparseFields | None = Field(
         default=None, description="Sparse attention: true, or its settings."
     )
-    retention_ratio: float | None = _number(0, 1, "As sparse.retention_ratio; implies sparse.")
-    delay_step: int | None = _count(0, LARGEST, "As sparse.delay_step; implies sparse.")
-    default_block_len: int | None = _count(1, MAX_GEN_LENGTH, "As sparse.default_block_len.")
-    head_select: bool | None = Field(default=None, description="As sparse.head_select.")
-    pool_kernel: int | None = _count(1, 1024, "As sparse.pool_kernel.")
-    score: str | None = _choice(SCORES, "As sparse.score.")
-    min_keep: int | None = _count(0, LARGEST, "As sparse.min_keep.")
     timeout: float | None = Field(
         default=None,
         gt=0,
@@ -279,19 +240,20 @@ class DecodingFields(Body):
 
     def decoding(self) -> dict[str, Any]:
         """The fields of SamplingParams that were given."""
-        names = set(DecodingFields.model_fields) - set(SparseFields.model_fields)
-        names -= {"sparse", "timeout"}
+        names = _SAMPLING.keys() - _OWN
         return {n: v for n in names if (v := getattr(self, n)) is not None}
 
 
 class NativeFields(DecodingFields):
     """All fields of SamplingParams, with its own defaults."""
 
-    temperature: float | None = _number(0, None, "0 takes the likeliest token.")
-    max_tokens: int | None = _count(1, MAX_GEN_LENGTH, "Another name of gen_length.")
-    gen_length: int | None = _count(1, MAX_GEN_LENGTH, "Length of the answer in tokens.")
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    seed: int | None = _count(0, MAX_SEED, "Makes the draws repeatable; taken modulo 2**63.")
+    temperature: float | None = _SAMPLING["temperature"][1]
+    max_tokens: int | None = _SAMPLING["max_tokens"][1]
+    gen_length: int | None = _SAMPLING["gen_length"][1]
+    top_p: float | None = _SAMPLING["top_p"][1]
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="Makes draws repeatable; taken modulo 2**63."
+    )
     stop: StopText | StopTexts | None = None
     logit_bias: Biases | None = None
 

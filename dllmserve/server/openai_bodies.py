@@ -11,14 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from dllmserve.core.schedule import block_lengths
 from dllmserve.core.scheduler import Limits
 from dllmserve.messages import template_messages
-from dllmserve.sampling_params import (
-    MAX_GEN_LENGTH,
-    MAX_STEPS,
-    SamplingParams,
-)
+from dllmserve.presets import MAX_GEN_LENGTH, steps_for
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.failures import ApiError
 from dllmserve.server.fields import (
@@ -163,11 +159,8 @@ class OpenAIFields(DecodingFields):
         if self.logit_bias:
             values["logit_bias"] = bias_ids(self.logit_bias)
         if "steps" not in values and "quality" not in values:
-            block = values.get("block_length") or (sparse.default_block_len if sparse else length)
-            # steps are spread evenly over the blocks; those that a block does not need cost
-            # nothing, so this is one token a step
-            steps = len(block_lengths(length, block)) * min(block, length)
-            values["steps"] = min(steps, MAX_STEPS)
+            block = values.get("block_length") or (sparse.default_block_len if sparse else None)
+            values["steps"] = steps_for(length, block)
 
         def choice(number: int) -> SamplingParams:
             seed = None if self.seed is None else (self.seed + number) % 2**63

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllmserve._checks import Fields, check_known
+from dllmserve._checks import check_known
 from dllmserve.errors import InvalidParameterError
+from dllmserve.knobs import check_knobs, knob
 
 #: how the tokens outside a block are scored
 SCORES = ("mean_query", "attention")
@@ -51,14 +52,24 @@ class SparseConfig:
         25
     """
 
-    enabled: bool = True
-    retention_ratio: float = 0.5
-    delay_step: int = 1
-    default_block_len: int = 32
-    head_select: bool = True
-    pool_kernel: int = 3
-    score: str = "mean_query"
-    min_keep: int = 0
+    enabled: bool = knob(True, "Attend to a selected part of the context.")
+    retention_ratio: float = knob(
+        0.5, "Share of the tokens outside the block that is kept.", low=0, high=1
+    )
+    delay_step: int = knob(1, "Full forwards of a block before the one that selects.", low=0)
+    default_block_len: int = knob(
+        32, "Scoring window, and the block length if block_length is not given.", low=1
+    )
+    head_select: bool = knob(True, "Select for each K,V head on its own, or one set for all.")
+    pool_kernel: int = knob(
+        3, "Width of the max-pooling over neighbouring scores; 1 is off.", low=1, most_asked=1024
+    )
+    score: str = knob(
+        "mean_query",
+        "Keep tokens by the block's mean query, or by the attention that they get.",
+        choices=SCORES,
+    )
+    min_keep: int = knob(0, "Tokens outside the block that are kept at least.", low=0)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
@@ -66,15 +77,7 @@ class SparseConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        check = Fields(InvalidParameterError, self)
-        check.flag("enabled")
-        check.number("retention_ratio", 0.0, 1.0)
-        check.integer("delay_step", 0)
-        check.integer("default_block_len", 1)
-        check.flag("head_select")
-        check.integer("pool_kernel", 1)
-        check.choice("score", SCORES)
-        check.integer("min_keep", 0)
+        check_knobs(InvalidParameterError, self)
 
     def keep(self, candidates: int) -> int:
         """Number of tokens kept out of ``candidates`` tokens outside the block."""

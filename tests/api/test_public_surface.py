@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 import pytest
 
 import dllmserve
-from dllmserve import LLM, AsyncLLM, SamplingParams, SparseConfig, errors, registry
+from dllmserve import LLM, AsyncLLM, SamplingParams, SparseConfig, catalog, errors
 
 DOCUMENTED = ("LLM", "AsyncLLM", "SamplingParams", "SparseConfig", "CanvasStep", "RequestOutput")
 
@@ -127,12 +127,14 @@ def test_every_public_name_is_documented() -> None:
 
 
 def test_registered_names_resolve() -> None:
-    tables = ("MODELS", "UNMASK_RULES", "CACHE_POLICIES", "ATTENTION_BACKENDS")
+    tables = ("MODELS", "RULES", "CACHES", "BACKENDS")
     for table in tables:
-        for name in getattr(registry, table):
-            assert registry.resolve(getattr(registry, table), name) is not None
+        for number, (name, entry) in enumerate(getattr(catalog, table).items()):
+            assert entry.load() is not None
+            assert getattr(catalog, table).index(name) == number
+            assert getattr(catalog, table).at(number) is entry
     with pytest.raises(KeyError):
-        registry.resolve(registry.MODELS, "absent")
+        catalog.MODELS["absent"]
 
 
 def test_every_module_imports_alone_and_is_documented() -> None:

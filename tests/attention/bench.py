@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dllmserve.attention.backend import AttentionBackend, KVStore, unpadded_step
+from dllmserve.catalog import BACKENDS
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
 from dllmserve.core.rows import RowSelect
-from dllmserve.registry import ATTENTION_BACKENDS, resolve
 from tests.attention.naive import Slots, attend, keep
 from tests.helpers import PLAIN
 
@@ -43,7 +43,7 @@ class Bench:
             num_layers=2,
             logit_shift=shift,
         )
-        self.backend: AttentionBackend = resolve(ATTENTION_BACKENDS, name)(self.spec)
+        self.backend: AttentionBackend = BACKENDS[name].load()(self.spec)
         if reasons := self.backend.unsupported(self.spec, device):
             pytest.skip("; ".join(reasons))
         self.rows: dict[int, Slots] = {}

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from dllmserve.catalog import BACKENDS
 from dllmserve.core.plan import Write
 from dllmserve.core.rows import RowSelect
-from dllmserve.registry import ATTENTION_BACKENDS
 from tests.attention.bench import HEADS, LENGTH, Bench, first_and_shadows, mixed_plans, span
 
 Setup = tuple[str, int, int]  # backend, logit_shift, page size
-SETUPS: list[Setup] = [(b, s, p) for b in ATTENTION_BACKENDS for s, p in ((0, 1), (1, 5), (0, 32))]
+SETUPS: list[Setup] = [(b, s, p) for b in BACKENDS for s, p in ((0, 1), (1, 5), (0, 32))]
 
 
 def share(cases: Iterable[tuple[Any, ...]], every: int) -> list[tuple[Any, ...]]:

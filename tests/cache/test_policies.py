@@ -7,16 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllmserve.cache.policy import CachePolicy
+from dllmserve.catalog import CACHES
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
 from dllmserve.core.request import Request
-from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 from tests.helpers import PLAIN, SHIFTED
 
 
 def policy(name: str) -> CachePolicy:
-    made: CachePolicy = resolve(CACHE_POLICIES, name)()
+    made: CachePolicy = CACHES[name].load()()
     return made
 
 
@@ -92,7 +92,7 @@ def test_the_sparse_policy_needs_a_config() -> None:
 
 
 @given(
-    st.sampled_from(sorted(CACHE_POLICIES)),
+    st.sampled_from(sorted(CACHES)),
     st.integers(1, 40),
     st.integers(1, 40),
     st.integers(1, 50),

@@ -12,7 +12,6 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from dllmserve.cli import help_texts
 from dllmserve.cli import serve as serve_command
 from dllmserve.cli.app import run
 from dllmserve.cli.options import (
@@ -31,6 +30,7 @@ from dllmserve.cli.options import (
 )
 from dllmserve.config import EngineConfig
 from dllmserve.errors import InvalidParameterError
+from dllmserve.knobs import knobs
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server import serve as server_module
 from dllmserve.server.config import ServerConfig
@@ -174,8 +174,8 @@ def test_every_field_is_an_option(group: Group) -> None:
     names = {f.name for f in fields(group.kind)}
     declared = {group.option(n) for n in names - group.skipped}
     assert declared <= set(parse())
-    assert set(group.help) == names - group.skipped
-    assert all(group.help.values())
+    assert knobs(group.kind).keys() == names
+    assert all(it.help for it in knobs(group.kind).values())
     assert group.skipped <= names and set(group.names) <= names and group.flags <= names
 
 
@@ -204,11 +204,6 @@ def test_option_arrives(field: str) -> None:
     else:
         made = sampling_params(options)
     assert getattr(made, name) == value
-
-
-def test_choices_name_fields() -> None:
-    kinds = (SamplingParams, SparseConfig, EngineConfig, ServerConfig)
-    assert set(help_texts.CHOICES) <= {f.name for kind in kinds for f in fields(kind)}
 
 
 def settings_of(monkeypatch: pytest.MonkeyPatch, *args: str) -> Settings:

@@ -7,8 +7,7 @@ import pytest
 
 from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import IntField, RowSelect, row_inits
-from dllmserve.parameters import FloatField
-from dllmserve.sampling_params import SamplingParams
+from dllmserve.sampling_params import FLOATS, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 from tests.helpers import PLAIN
 
@@ -53,7 +52,7 @@ def test_guidance_takes_a_second_row_whose_prompt_is_masked() -> None:
     assert (first.row, first.prompt, first.pages) == (4, [5, 6, 7], [1])
     assert (second.row, second.prompt, second.pages) == (2, [99] * 3, [9])
     assert first.floats == second.floats
-    assert first.floats[FloatField.CFG_SCALE] == 0.5
+    assert first.floats[FLOATS.index("cfg_scale")] == 0.5
     assert first.ints[IntField.SEED] == 9
     assert first.sampled
     assert first.filtered
@@ -64,5 +63,5 @@ def test_sparse_settings_reach_the_row() -> None:
         make(SamplingParams(gen_length=8), SparseConfig(pool_kernel=5, default_block_len=6)), PLAIN
     )
     assert init.select == RowSelect(pool_kernel=5, window=6)
-    assert len(init.floats) == len(FloatField)
+    assert len(init.floats) == len(FLOATS)
     assert len(init.ints) == len(IntField)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dllmserve.catalog import CACHES
 from dllmserve.core.request import Request, Status
 from dllmserve.core.scheduler import (
     HEAD_CHUNKS,
@@ -17,7 +18,6 @@ from dllmserve.core.scheduler import (
     Scheduler,
 )
 from dllmserve.errors import CapacityError, EngineError
-from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 from tests.helpers import PLAIN
@@ -33,7 +33,7 @@ LIMITS = {
 
 
 def scheduler(**changes: Any) -> Scheduler:
-    policies = {name: resolve(CACHE_POLICIES, name)() for name in CACHE_POLICIES}
+    policies = {name: CACHES[name].load()() for name in CACHES}
     return Scheduler(PLAIN, Limits(**{**LIMITS, **changes}), policies.__getitem__)
 
 
@@ -64,7 +64,7 @@ REQUESTS = st.lists(
         st.just(0),
         prompt=st.integers(1, 60),
         gen=st.integers(1, 20),
-        cache=st.sampled_from(sorted(CACHE_POLICIES)),
+        cache=st.sampled_from(sorted(CACHES)),
         cfg=st.sampled_from([0.0, 0.0, 1.0]),
         block=st.sampled_from([None, 3, 8]),
         unmask=st.sampled_from(["steps", "threshold"]),

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllmserve.catalog import RULES
 from dllmserve.decoding.rule import Memory, RuleView, UnmaskRule, rank_of
-from dllmserve.parameters import FloatField
-from dllmserve.registry import UNMASK_RULES, resolve
+from dllmserve.sampling_params import FLOATS
 from tests.oracles import rules
 
 #: few values, so that ties are common, beside any value at all
@@ -80,10 +80,10 @@ def view(rows: list[Row], parameters: list[Parameters]) -> RuleView:
             else:
                 back[i, j] = c
 
-    floats = torch.zeros(len(rows), len(FloatField), dtype=torch.float64)
+    floats = torch.zeros(len(rows), len(FLOATS), dtype=torch.float64)
     for i, chosen in enumerate(parameters):
-        for field in FloatField:
-            floats[i, field] = chosen.get(field.name.lower(), 0.0)
+        for column, name in enumerate(FLOATS):
+            floats[i, column] = chosen.get(name, 0.0)
     tokens = torch.arange(len(rows) * width).view(shape)
     return RuleView(
         eligible=eligible,
@@ -102,15 +102,15 @@ def view(rows: list[Row], parameters: list[Parameters]) -> RuleView:
 
 
 def rule(name: str) -> UnmaskRule:
-    made: UnmaskRule = resolve(UNMASK_RULES, name)()
+    made: UnmaskRule = RULES[name].load()()
     return made
 
 
 def test_every_rule_has_a_twin() -> None:
-    assert set(TWINS) == set(UNMASK_RULES)
-    for name in UNMASK_RULES:
-        assert rule(name).needs <= {"entropy", "kl", "back", "credit"}
-        assert (rule(name).start is not None) == bool(rule(name).needs & {"kl", "back"})
+    assert set(TWINS) == set(RULES)
+    for name in RULES:
+        assert RULES[name].needs <= {"entropy", "kl", "back", "credit"}
+        assert (RULES[name].memory is not None) == bool(RULES[name].needs & {"kl", "back"})
 
 
 @pytest.mark.parametrize("name", TWINS)

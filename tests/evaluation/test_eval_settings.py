@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from dllmserve.catalog import RULES
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError, UnknownOptionError
 from dllmserve.evaluation.settings import (
     SAMPLING_FIELDS,
@@ -22,8 +23,7 @@ from dllmserve.evaluation.settings import (
     suite,
 )
 from dllmserve.presets import PRESETS
-from dllmserve.registry import UNMASK_RULES
-from dllmserve.sampling_params import CACHES, SamplingParams
+from dllmserve.sampling_params import SamplingParams, cache_names
 
 
 def test_every_field_may_be_set() -> None:
@@ -191,9 +191,9 @@ def test_the_frontier() -> None:
     settings = {setting.name: setting for setting in suite("frontier")}
     assert next(iter(settings)) == "one token a step"
     assert settings["8 tokens a step"].params(64).steps == 8
-    assert {setting.params(64).unmask for setting in settings.values()} == set(UNMASK_RULES)
+    assert {setting.params(64).unmask for setting in settings.values()} == set(RULES)
     cached = {setting.name: setting for setting in suite("caches")}
-    assert {setting.params(64).cache for setting in cached.values()} == set(CACHES)
+    assert {setting.params(64).cache for setting in cached.values()} == set(cache_names())
     assert cached["sparse 0.5"].sparse == {"retention_ratio": 0.5}
     assert [setting.params(64).quality for setting in suite("quality")] == list(PRESETS)
     base = Setting("base", {"block_length": 16, "unmask": "threshold"})

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from dllmserve.attention.select import select_tokens
+from dllmserve.catalog import BACKENDS
 from dllmserve.decoding.noise import position_uniforms, row_keys, token_uniforms
-from dllmserve.registry import ATTENTION_BACKENDS
 from tests.attention.bench import HEADS, Bench, mixed_plans
 from tests.oracles.sparse_dllm import Eviction, select
 
-SETUPS = [(name, shift, page) for name in ATTENTION_BACKENDS for shift, page in ((0, 1), (1, 5))]
+SETUPS = [(name, shift, page) for name in BACKENDS for shift, page in ((0, 1), (1, 5))]
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dllmserve.catalog import RULES
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, StepEntry, StepPlan
-from dllmserve.core.rows import RowInit, RowSelect, rule_index
+from dllmserve.core.rows import RowInit, RowSelect
 from dllmserve.decoding.rule import RuleView, UnmaskRule, Update, write_best
 from dllmserve.decoding.stats import TokenStats
 from dllmserve.models.loader import find_model, read_config, read_spec
-from dllmserve.registry import STATEFUL_RULES, UNMASK_RULES, resolve
 from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.kernels.finish import pick_best
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, StepShape, empty_ints, lay_out
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 MASK, VOCABULARY = 7, 24
 NEEDS = {"margin": {"margin"}, "neg_entropy": {"entropy"}}
 #: rules whose steps the kernels take; the others keep something between forwards
-RULES = tuple(name for name in UNMASK_RULES if name not in STATEFUL_RULES)
+PLAIN = tuple(name for name, rule in RULES.items() if rule.plain)
 #: More padding than an engine ever has: whole entries, tokens and rows of it.
 MUCH = Padding(tokens=lambda n: n + 300, rows=lambda n: n + 150, other=lambda n: n + 3)
 
@@ -39,7 +39,6 @@ class Seen:
     """A rule that keeps what it was shown."""
 
     def __init__(self, rule: UnmaskRule, views: list[RuleView]) -> None:
-        self.needs, self.start = rule.needs, rule.start
         self._rule, self._views = rule, views
 
     def apply(self, view: RuleView) -> Update:
@@ -70,7 +69,7 @@ def init_of(dice: random.Random, row: int, rule: str, longest: int) -> RowInit:
     ints = (
         *(len(prompt), gen, dice.choice([0, 5]), dice.getrandbits(63)),
         *(CONFIDENCE.index(confidence), dice.randrange(2), dice.randrange(2)),
-        *(int(goes_on), rule_index(rule), int(not goes_on and dice.random() < 0.5), 0, 0),
+        *(int(goes_on), RULES.index(rule), int(not goes_on and dice.random() < 0.5), 0, 0),
     )
     return RowInit(
         row=row,
@@ -111,8 +110,7 @@ class Case:
 
         def needs(entry: StepEntry) -> frozenset[str]:
             wanted = NEEDS.get(table.host[entry.span.row].confidence, set())
-            rule: UnmaskRule = resolve(UNMASK_RULES, entry.rule)()
-            return rule.needs | frozenset(wanted)
+            return RULES[entry.rule].needs | frozenset(wanted)
 
         packing = lay_out(self.plan(), table.host, needs, table.trash_row, pad)
         return packing.shape, on_device(list(packing.ints), table.device)
@@ -129,7 +127,7 @@ def make_case(
     *,
     entries: int = 5,
     longest: int = 40,
-    rules: Sequence[str] = RULES,
+    rules: Sequence[str] = PLAIN,
     eos: Sequence[int] = (3, 5),
 ) -> Case:
     dice = random.Random(seed)
@@ -230,7 +228,7 @@ def check(case: Case, pad: Padding, *, steps: int = 2, nan: bool = False) -> Non
     ops = [
         kind(
             table,
-            {n: Seen(resolve(UNMASK_RULES, n)(), seen) for n in UNMASK_RULES},
+            {n: Seen(RULES[n].load()(), seen) for n in RULES},
             case.spec,
         )
         for kind, table, seen in zip((TritonStep, TorchStep), case.tables, views, strict=True)
@@ -268,7 +266,7 @@ def test_random_steps(seed: int, pad: Padding, device: torch.device) -> None:
     check(make_case(seed, device), pad)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", PLAIN)
 @pytest.mark.parametrize("pad", [EXACT, LADDER], ids=["exact", "ladder"])
 def test_one_rule(rule: str, pad: Padding, device: torch.device) -> None:
     """Until nothing is left of the blocks, or nearly."""
@@ -299,10 +297,9 @@ def test_blocks_and_answers_wider_than_a_tile(seed: int, device: torch.device) -
 
 
 _MORE_PARAMETERS = """
-import dataclasses, enum, torch
-import dllmserve.parameters as parameters
-names = [*parameters.FloatField.__members__, *"ABCDEFG"]
-parameters.FloatField = enum.IntEnum("FloatField", names, start=0)
+import dataclasses, torch
+from dllmserve import sampling_params
+sampling_params.FLOATS = (*sampling_params.FLOATS, *"ABCDEFG")
 from tests.kernels import test_step_kernels as steps
 made = steps.init_of
 def init_of(*given):
@@ -311,13 +308,13 @@ def init_of(*given):
 steps.init_of = init_of
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 case = steps.make_case(1, device, entries=2)
-assert case.tables[0].floats.shape[1] == len(names) == 17
+assert case.tables[0].floats.shape[1] == len(sampling_params.FLOATS) == 17
 steps.check(case, steps.EXACT, steps=1)
 """
 
 
 def test_more_parameters_than_now() -> None:
-    """The kernels follow FloatField, whatever its length."""
+    """The kernels follow FLOATS, whatever its length."""
     subprocess.run([sys.executable, "-c", _MORE_PARAMETERS], cwd=ROOT, check=True)
 
 
@@ -333,7 +330,7 @@ def test_a_packing_of_padding_alone_changes_nothing(device: torch.device) -> Non
     shape, _ = case.shape(LADDER)
     got, expected = case.tables
     packed = on_device(empty_ints(shape, got.trash_row), device)
-    rules = {name: resolve(UNMASK_RULES, name)() for name in UNMASK_RULES}
+    rules = {name: RULES[name].load()() for name in RULES}
     work = TritonStep(got, rules, case.spec).begin(packed, shape)
     same_tensors(work.tensors, TorchStep(expected, rules, case.spec).begin(packed, shape).tensors)
     assert not work.tensors.head_rows.any()
@@ -347,7 +344,7 @@ def test_rows_of_masks_that_are_gone_point_at_tokens(device: torch.device) -> No
     case = make_case(7, device, rules=["steps"])
     shape, packed = case.shape(LADDER)
     table = case.tables[0]
-    rules = {name: resolve(UNMASK_RULES, name)() for name in UNMASK_RULES}
+    rules = {name: RULES[name].load()() for name in RULES}
     ops = TritonStep(table, rules, case.spec)
     for _ in range(2):
         stats = make_stats(case, shape, packed, 1, False)

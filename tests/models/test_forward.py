@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from dllmserve.attention.backend import KVStore, unpadded_step
+from dllmserve.catalog import BACKENDS
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.layers.norm import rms_norm
 from dllmserve.layers.rotary import Rotary
 from dllmserve.models import loader
 from dllmserve.parallel.partition import Partition
-from dllmserve.registry import ATTENTION_BACKENDS, resolve
 from tests.conftest import SHAPES
 from tests.helpers import GOLDEN, MODELS, golden_raw
 from tests.oracles import models
@@ -32,7 +32,7 @@ def logits(folder: Path, sequences: list[list[int]]) -> list[Tensor]:
     )
     spans = [Span(i, 0, len(s), 0, 0, 0, 0, len(s), 0) for i, s in enumerate(sequences)]
     plan = StepPlan(tuple(StepEntry(s, None, 0, "steps") for s in spans))
-    context = resolve(ATTENTION_BACKENDS, "sdpa")(spec).prepare(unpadded_step(plan, kv))
+    context = BACKENDS["sdpa"].load()(spec).prepare(unpadded_step(plan, kv))
     ids = torch.tensor([token for s in sequences for token in s])
     positions = torch.tensor([p for s in sequences for p in range(len(s))])
     hidden = decoder(ids, positions, context)

@@ -5,6 +5,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllmserve.catalog import RULES
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, RowSelect, Track
 from dllmserve.ranks.wire import (
@@ -16,7 +17,6 @@ from dllmserve.ranks.wire import (
     encode_row,
     read,
 )
-from dllmserve.registry import UNMASK_RULES
 from dllmserve.sampling_params import CONFIDENCE
 
 NUMBERS = st.integers(0, 2**31 - 1)
@@ -34,7 +34,7 @@ ENTRIES = st.builds(
     span=SPANS,
     uncond=st.none() | SPANS,
     masks=NUMBERS,
-    rule=st.sampled_from(list(UNMASK_RULES)),
+    rule=st.sampled_from(list(RULES)),
     last=st.booleans(),
     shadow=st.none() | SPANS,
 )

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from dllmserve._values import MAX_LOGIT_BIAS
+from dllmserve.catalog import RULES
 from dllmserve.core.plan import Span, StepEntry, StepPlan
-from dllmserve.core.rows import RowInit, RowSelect, rule_index
+from dllmserve.core.rows import RowInit, RowSelect
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.bias import BiasTable, StepBias, head_entries
 from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, empty_ints, lay_out
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import span_fields
-from dllmserve.sampling_params import MAX_LOGIT_BIAS
 
 CPU = torch.device("cpu")
 VOCABULARY = 50
@@ -37,7 +38,7 @@ def table_and_plan(biases: dict[int, int]) -> tuple[StateTable, StepPlan]:
                 prompt=[1, 2],
                 gen_length=6,
                 floats=(0.0, 1.0, 0.9, 1.0, 0.1, 0.0, 0.4, 0.01, 2.0, 0.9),
-                ints=(2, 6, 0, 7, 0, 0, 0, 1, rule_index("steps"), 0, 0, 0),
+                ints=(2, 6, 0, 7, 0, 0, 0, 1, RULES.index("steps"), 0, 0, 0),
                 quotas=(1,),
                 pages=[],
                 confidence="probability",

@@ -15,13 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dllmserve import SamplingParams, SparseConfig
 from dllmserve.attention.backend import KVStore
 from dllmserve.attention.sdpa import SdpaBackend
+from dllmserve.catalog import CACHES
 from dllmserve.core.request import Request
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import EntryReport, Limits, Scheduler
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import find_model, read_config, read_spec
 from dllmserve.parallel.partition import Partition
-from dllmserve.registry import CACHE_POLICIES, resolve
 from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
@@ -100,7 +100,7 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
         num_pages=200,
         max_history_rows=64,
     )
-    policies = {name: resolve(CACHE_POLICIES, name)() for name in CACHE_POLICIES}
+    policies = {name: CACHES[name].load()() for name in CACHES}
     scheduler = Scheduler(spec, limits, policies.__getitem__)
     kv = KVStore.create(
         spec,

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllmserve.catalog import RULES
 from dllmserve.core.plan import Span, StepEntry, StepPlan
-from dllmserve.core.rows import IntField, RowInit, RowSelect, rule_index
+from dllmserve.core.rows import IntField, RowInit, RowSelect
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.parameters import FloatField
 from dllmserve.runtime.bias import StepBias
 from dllmserve.runtime.inputs import StepInputs, build_inputs, compact
 from dllmserve.runtime.logits import LogitsHead, TorchReducer
@@ -27,6 +27,7 @@ from dllmserve.runtime.shape import (
 )
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import span_fields
+from dllmserve.sampling_params import FLOATS
 
 CPU = torch.device("cpu")
 MASK = 99
@@ -38,7 +39,7 @@ def init(row: int, prompt: list[int], gen: int, quotas: tuple[int, ...] = ()) ->
         prompt=prompt,
         gen_length=gen,
         floats=(0.5, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.01, 2.0, 0.9),
-        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, rule_index("steps"), 0, 0, 0),
+        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, RULES.index("steps"), 0, 0, 0),
         quotas=quotas,
         pages=[],
         confidence="probability",
@@ -58,7 +59,7 @@ def test_rows_are_filled_and_reused() -> None:
     assert table.read_answer(1, 4) == [0, 1, 2, 3]
     assert table.read_masked(1) == [False] * 2 + [True] * 4
     assert int(table.ints[1, IntField.SEED]) == 2**63 - 1
-    assert float(table.floats[1, FloatField.CFG_SCALE]) == 0.4
+    assert float(table.floats[1, FLOATS.index("cfg_scale")]) == 0.4
     table.write_row(init(1, [8], 2))
     assert table.read_masked(1) == [True, True]
     assert int(table.masked[1].sum()) == 2

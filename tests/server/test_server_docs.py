@@ -23,11 +23,12 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.routing import BaseRoute
 
+from dllmserve.knobs import knobs
 from dllmserve.process.messages import Counters
 from dllmserve.process.supervisor import SupervisorOptions
 from dllmserve.server import ops
 from dllmserve.server.app import create_app, guarded
-from dllmserve.server.config import CHOICES, ServerConfig
+from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.places import ConnectionStats
 from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import load_settings
@@ -48,12 +49,13 @@ def option_tables() -> str:
     found: list[str] = []
     panel = ""
     for item in fields(ServerConfig):
-        if item.metadata["panel"] != panel:
-            panel = item.metadata["panel"]
+        knob = knobs(ServerConfig)[item.name]
+        if knob.panel != panel:
+            panel = knob.panel
             found += ["", f"**{panel}**", "", "| option | default | meaning |", "|---|---|---|"]
-        text = item.metadata["help"]
-        if item.name in CHOICES:
-            text += f" One of {', '.join(CHOICES[item.name])}."
+        text = knob.help
+        if knob.choices:
+            text += f" One of {', '.join(knob.values())}."
         name = item.name.replace("_", "-")
         option = f"`--{name}`, `--no-{name}`" if item.default is True else f"`--{name}`"
         default = "none" if item.default in (None, "") else f"`{shown(item.default)}`"

@@ -12,21 +12,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllmserve import sampling_params
 from dllmserve.core.rows import IntField
 from dllmserve.decoding.stats import RowParams
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_LEN, Q_START, ROW
 from dllmserve.kernels.stats import mix
-from dllmserve.parameters import FloatField
 from dllmserve.runtime.shape import HEAD_FIELDS, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.tensors import StepTensors
 
 #: Columns of the state table.
-FLOATS = tl.constexpr(len(FloatField))
+FLOATS = tl.constexpr(len(sampling_params.FLOATS))
 INTS = tl.constexpr(len(IntField))
-_TEMPERATURE = tl.constexpr(int(FloatField.TEMPERATURE))
-_TOP_P = tl.constexpr(int(FloatField.TOP_P))
-_CFG_SCALE = tl.constexpr(int(FloatField.CFG_SCALE))
+_TEMPERATURE = tl.constexpr(sampling_params.FLOATS.index("temperature"))
+_TOP_P = tl.constexpr(sampling_params.FLOATS.index("top_p"))
+_CFG_SCALE = tl.constexpr(sampling_params.FLOATS.index("cfg_scale"))
 _TOP_K = tl.constexpr(int(IntField.TOP_K))
 _SEED = tl.constexpr(int(IntField.SEED))
 _TEMPERED = tl.constexpr(int(IntField.TEMPERED))

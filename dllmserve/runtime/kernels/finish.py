@@ -18,7 +18,6 @@ from dllmserve.decoding.rule import RuleView, Update
 from dllmserve.decoding.stats import TokenStats
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_START, ROW
 from dllmserve.kernels.stats import uniform
-from dllmserve.parameters import FloatField
 from dllmserve.runtime.kernels.begin import FLOATS, INTS, block_tile, find_masked, head_rows_of
 from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import StateTable
@@ -32,7 +31,7 @@ _IGNORE_EOS = tl.constexpr(int(IntField.IGNORE_EOS))
 _RULE = tl.constexpr(int(IntField.RULE))
 _EARLY_END = tl.constexpr(int(IntField.EARLY_END))
 #: no fewer than the columns of floats; a power of two, as all tiles
-_FLOATS_TILE = tl.constexpr(triton.next_power_of_2(len(FloatField)))
+_FLOATS_TILE = tl.constexpr(triton.next_power_of_2(FLOATS.value))
 _MARGIN_KIND = tl.constexpr(CONFIDENCE.index("margin"))
 _NEG_ENTROPY_KIND = tl.constexpr(CONFIDENCE.index("neg_entropy"))
 _POSITION_SALT = tl.constexpr(0x5EED)  # of decoding.noise

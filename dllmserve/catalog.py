@@ -1,0 +1,308 @@
+"""Catalogue of everything that can be added: models, unmask rules, cache policies, backends.
+
+Each name leads to an entry: where the code is, and the traits that others need to know without
+loading it. Code is imported on first use, so this module imports nothing heavy, and parameters can
+be checked without torch.
+
+Other packages add to it by entry points, which name an entry in a module without torch::
+
+    [project.entry-points."dllmserve.rules"]
+    leftmost = "my_package:LEFTMOST"     # LEFTMOST = RuleInfo("my_package.leftmost:LeftmostRule")
+
+The groups are ``dllmserve.models``, ``dllmserve.rules``, ``dllmserve.caches`` and
+``dllmserve.backends``. They are read when a name is asked for that is not ours, or all are; in a
+server, by the API process and by the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from dllmserve.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Info:
+    """Where something of the catalogue is.
+
+    Attributes:
+        path: "module:attribute".
+    """
+
+    path: str
+
+    def load(self) -> Any:
+        """Import it."""
+        module, _, attribute = self.path.partition(":")
+        return getattr(import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class ModelInfo(Info):
+    """A model, under ``architectures[0]`` of its config.json.
+
+    The path leads to a :class:`dllmserve.models.base.ModelDefinition`.
+    """
+
+
+@dataclass(frozen=True)
+class BackendInfo(Info):
+    """An attention backend, a class like :class:`dllmserve.attention.backend.AttentionBackend`."""
+
+
+@dataclass(frozen=True)
+class RuleInfo(Info):
+    """An unmask rule, a class like :class:`dllmserve.decoding.rule.UnmaskRule`.
+
+    Attributes:
+        needs: what it reads beside token and confidence: "entropy"; "kl", the divergence from
+            the position's distribution in the block's last forward; "back", the probability of
+            written tokens, which a shadow of the block gives, so that the rule may mask them again;
+            "credit", which raises logits.
+        memory: what it keeps from forward to forward of a block: the numbers that a block begins
+            with, for the request and for each position; None without a memory.
+        confidence: what SamplingParams.confidence may be.
+    """
+
+    needs: frozenset[str] = frozenset()
+    memory: tuple[float, float] | None = None
+    confidence: tuple[str, ...] = ("probability", "margin", "neg_entropy")
+
+    @property
+    def revokes(self) -> bool:
+        """Written positions may be masked again, so a block is final when all of it is."""
+        return "back" in self.needs
+
+    @property
+    def compares(self) -> bool:
+        """Distributions of the block's last forward are kept."""
+        return "kl" in self.needs
+
+    @property
+    def keeps(self) -> bool:
+        """Something of the logits is kept, for which an engine reserves memory or not."""
+        return bool(self.needs & {"kl", "credit"})
+
+    @property
+    def plain(self) -> bool:
+        """Nothing is done to the logits, nor kept of them."""
+        return not self.needs & {"kl", "credit", "back"}
+
+
+@dataclass(frozen=True)
+class CacheInfo(Info):
+    """A cache policy, a class like :class:`dllmserve.cache.policy.CachePolicy`.
+
+    Attributes:
+        takes: the ``refresh_`` parameters that it reads.
+        tracks: what is kept to tell which K,V are out of date: "written", when a position's token
+            was, or "drift", how far its V moved; "" for nothing.
+        whole: the K,V of the whole canvas are at hand, so that rules may mask tokens again.
+        named: SamplingParams.cache may be it; "sparse" is chosen by a SparseConfig.
+    """
+
+    takes: tuple[str, ...] = ()
+    tracks: str = ""
+    whole: bool = False
+    named: bool = True
+
+
+_Kind = TypeVar("_Kind", bound=Info)
+
+
+class Catalog(Mapping[str, _Kind], Generic[_Kind]):
+    """Names and entries of one kind: ours, then those of other packages by name.
+
+    Args:
+        what: the kind, for people.
+        group: of the entry points.
+        kind: what an entry point has to lead to.
+        own: ours.
+
+    Raises:
+        KeyError: there is no such name.
+        ConfigError: an entry point leads to something else, cannot be imported, or has a name
+            that is taken.
+
+    Example:
+        >>> RULES["klass"].needs
+        frozenset({'kl'})
+    """
+
+    def __init__(self, what: str, group: str, kind: type[_Kind], own: dict[str, _Kind]) -> None:
+        self.own = own
+        self._what, self._group, self._kind = what, group, kind
+        self._added: dict[str, Any] | None = None
+        self._loaded: dict[str, _Kind] = {}
+
+    def __getitem__(self, name: str) -> _Kind:
+        """The entry of a name."""
+        if name in self.own:
+            return self.own[name]
+        if name not in self._loaded:
+            self._loaded[name] = self._load(self._points()[name])
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is such an entry; what is not ours is not loaded."""
+        return name in self.own or name in self._points()
+
+    def __iter__(self) -> Iterator[str]:
+        """All names, in an order that is the same in every process."""
+        yield from self.own
+        yield from self._points()
+
+    def __len__(self) -> int:
+        """Number of entries."""
+        return len(self.own) + len(self._points())
+
+    def index(self, name: str) -> int:
+        """Place of a name in the order of all, the same in every process."""
+        names = self.own if name in self.own else self
+        return list(names).index(name)
+
+    def at(self, index: int) -> _Kind:
+        """The entry at a place."""
+        names = self.own if index < len(self.own) else self
+        return self[list(names)[index]]
+
+    def _points(self) -> dict[str, Any]:
+        """The entry points, by name."""
+        if self._added is None:
+            # takes 30 ms, which nobody needs who uses ours alone
+            from importlib.metadata import entry_points
+
+            found: dict[str, Any] = {}
+            for point in sorted(entry_points(group=self._group), key=lambda p: p.name):
+                if point.name in self.own or point.name in found:
+                    raise ConfigError(
+                        f"{_whose(point)} adds the {self._what} {point.name!r}, and there is one "
+                        "of that name already: uninstall the package, or rename what it adds"
+                    )
+                found[point.name] = point
+            self._added = found
+        return self._added
+
+    def _load(self, point: Any) -> _Kind:
+        where = f"the {self._what} {point.name!r} of {_whose(point)}"
+        try:
+            found = point.load()
+        except Exception as error:  # a package of others may raise anything
+            raise ConfigError(f"{where} cannot be loaded ({point.value}): {error}") from error
+        if not isinstance(found, self._kind):
+            raise ConfigError(
+                f"{where} must be a dllmserve.catalog.{self._kind.__name__}, and {point.value} "
+                f"is {found!r}"
+            )
+        return found
+
+
+def _whose(point: Any) -> str:
+    return f"package {point.dist.name!r}" if point.dist is not None else "a package"
+
+
+class Made(dict[str, Any]):
+    """One object for each name, made when it is first asked for.
+
+    Example:
+        >>> type(Made(CACHES)["none"]).__name__
+        'NoCache'
+    """
+
+    def __init__(self, catalog: Catalog[Any]) -> None:
+        super().__init__()
+        self._catalog = catalog
+
+    def __missing__(self, name: str) -> Any:
+        """Make it."""
+        self[name] = made = self._catalog[name].load()()
+        return made
+
+
+MODELS = Catalog(
+    "model",
+    "dllmserve.models",
+    ModelInfo,
+    {
+        "LLaDAModelLM": ModelInfo("dllmserve.models.llada:LLADA"),
+        "DreamModel": ModelInfo("dllmserve.models.dream:DREAM"),
+    },
+)
+
+_PROBABILITY = ("probability",)
+RULES = Catalog(
+    "unmask rule",
+    "dllmserve.rules",
+    RuleInfo,
+    {
+        "steps": RuleInfo("dllmserve.decoding.steps:StepsRule"),
+        "threshold": RuleInfo("dllmserve.decoding.threshold:ThresholdRule"),
+        "factor": RuleInfo(
+            "dllmserve.decoding.factor:FactorRule", confidence=("probability", "margin")
+        ),
+        "entropy_bound": RuleInfo(
+            "dllmserve.decoding.entropy:EntropyBoundRule", needs=frozenset({"entropy"})
+        ),
+        "threshold_strict": RuleInfo("dllmserve.decoding.threshold_strict:StrictThresholdRule"),
+        "factor_strict": RuleInfo(
+            "dllmserve.decoding.factor_strict:StrictFactorRule",
+            confidence=("probability", "margin"),
+        ),
+        "hierarchy": RuleInfo(
+            "dllmserve.decoding.hierarchy:HierarchyRule", confidence=_PROBABILITY
+        ),
+        "credit": RuleInfo(
+            "dllmserve.decoding.credit:CreditRule",
+            needs=frozenset({"credit"}),
+            confidence=_PROBABILITY,
+        ),
+        "klass": RuleInfo(
+            "dllmserve.decoding.klass:KlassRule",
+            needs=frozenset({"kl"}),
+            memory=(0.0, 0.0),
+            confidence=_PROBABILITY,
+        ),
+        "wino": RuleInfo(
+            "dllmserve.decoding.wino:WinoRule",
+            needs=frozenset({"back"}),
+            # the number accepted in the forward before: at a block's start upstream's 30
+            memory=(30.0, 0.0),
+            confidence=_PROBABILITY,
+        ),
+    },
+)
+
+_REFRESHED = ("refresh_delay", "refresh_every", "refresh_window")
+CACHES = Catalog(
+    "cache policy",
+    "dllmserve.caches",
+    CacheInfo,
+    {
+        "none": CacheInfo("dllmserve.cache.none:NoCache", whole=True),
+        "prefix": CacheInfo("dllmserve.cache.dual:PrefixCache", _REFRESHED),
+        "dual": CacheInfo("dllmserve.cache.dual:DualCache", _REFRESHED, whole=True),
+        "rolling": CacheInfo("dllmserve.cache.rolling:RollingCache", ("refresh_every",)),
+        "delayed": CacheInfo(
+            "dllmserve.cache.delayed:DelayedCache",
+            ("refresh_delay", "refresh_every"),
+            tracks="written",
+        ),
+        "drift": CacheInfo(
+            "dllmserve.cache.drift:DriftCache", ("refresh_every", "refresh_share"), tracks="drift"
+        ),
+        "sparse": CacheInfo("dllmserve.cache.sparse:SparseCache", named=False),
+    },
+)
+
+BACKENDS = Catalog(
+    "attention backend",
+    "dllmserve.backends",
+    BackendInfo,
+    {
+        "sdpa": BackendInfo("dllmserve.attention.sdpa:SdpaBackend"),
+        "triton": BackendInfo("dllmserve.attention.triton:TritonBackend"),
+    },
+)
