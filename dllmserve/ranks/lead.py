@@ -13,7 +13,7 @@ from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
 from dllmserve.errors import RankError
 from dllmserve.ranks.ranks import Ranks
-from dllmserve.ranks.wire import Kind, encode_kind, encode_plan, encode_row
+from dllmserve.ranks.wire import encode_plan, encode_row
 from dllmserve.runtime.platform import on_device, record_event
 from dllmserve.runtime.runner import ModelRunner, StepHandle
 from dllmserve.runtime.state_table import StateTable
@@ -57,10 +57,6 @@ class LeadRunner:
             handle = self._runner.execute(plan)
         handle.await_event = self.ranks.await_event
         return handle
-
-    def announce(self, text: str) -> None:
-        """See :class:`StepRunner`. Raises RankError."""
-        self.ranks.send(encode_kind(Kind.RETURNED, text))
 
     def close(self) -> None:
         """End the other ranks, after the steps in flight."""

@@ -17,7 +17,7 @@ from dllmserve import LLM, SamplingParams
 from dllmserve.core.plan import StepPlan
 from dllmserve.errors import ConfigError, EngineError, RankError
 from dllmserve.ranks import ranks as watching
-from dllmserve.ranks import spawn, torchrun
+from dllmserve.ranks import spawn
 from dllmserve.ranks.ranks import Ranks
 from dllmserve.ranks.signs import STARTED
 from tests.process.left import nothing_left
@@ -282,60 +282,12 @@ def test_ctrl_c_leaves_the_engine_usable() -> None:
     assert gone(pid)
 
 
-TORCHRUN = """
-import json, os, sys
-from dllmserve import LLM, SamplingParams
-from dllmserve.errors import EngineError, PromptError
-out, rank = sys.argv[1], os.environ["RANK"]
-found = []
-llm = LLM("tiny", device="cpu", tensor_parallel_size=2)
-assert llm.tokenizer is not None and llm.tokenizer is llm.tokenizer  # loaded once
-params = SamplingParams(temperature=0.0, gen_length=8, steps=2)
-found.append(llm.generate(["Hello"], params, use_tqdm=False))
-try:
-    llm.generate([""], params, use_tqdm=False)
-except PromptError as error:
-    found.append(str(error))
-try:
-    found.append(len(list(llm.stream("Hello", params))))
-except EngineError as error:
-    found.append("rank 0" in str(error))
-with open(f"{out}/{rank}.json", "w") as file:
-    json.dump(found, file)
-"""
-
-
-def test_torchrun(tmp_path: Path) -> None:
-    """The program runs once for each rank; calls return the same everywhere."""
-    import json
-
-    program = tmp_path / "program.py"
-    program.write_text(TORCHRUN)
-    process = start(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(program), str(tmp_path)),
-    )
-    written, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, written
-    lead, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    alone = LLM("tiny", device="cpu")
-    assert lead[0] == other[0] == alone.generate(["Hello"], SHORT, use_tqdm=False)
-    assert lead[1] == other[1] and "empty" in lead[1]
-    assert lead[2] == len(list(alone.stream("Hello", SHORT))) and other[2] is True
-
-
-def test_what_torchrun_has_started_must_fit() -> None:
-    started = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
-    world = torchrun.world(started)
-    assert world == torchrun.World(1, 4, 4)
-    torchrun.check_world(world, 4)
-    with pytest.raises(ConfigError, match=r"4 processes .* --nproc-per-node 2"):
-        torchrun.check_world(world, 2)
-    spread = torchrun.world({**started, "LOCAL_WORLD_SIZE": "2"})
-    assert spread is not None
-    with pytest.raises(ConfigError, match="one host"):
-        torchrun.check_world(spread, 4)
-    assert torchrun.world({}) is None
-    assert torchrun.world({**started, "WORLD_SIZE": "1"}) is None
-    with pytest.raises(ConfigError, match="no number"):
-        torchrun.world({**started, "RANK": "first"})
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its processes would start all ranks; with one rank each has an engine of its own."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with nothing_left():
+        with pytest.raises(ConfigError, match=r"this is rank 1 of 2 .* without torchrun"):
+            two_ranks()
+        with LLM("tiny", device="cpu", max_model_len=256) as llm:
+            assert llm.generate(["one"], SHORT, use_tqdm=False)[0]["token_ids"]
