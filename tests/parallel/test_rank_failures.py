@@ -16,10 +16,8 @@ import torch
 from dllmserve import LLM, SamplingParams
 from dllmserve.core.plan import StepPlan
 from dllmserve.errors import ConfigError, EngineError, RankError
-from dllmserve.ranks import ranks as watching
-from dllmserve.ranks import spawn
-from dllmserve.ranks.ranks import Ranks
-from dllmserve.ranks.signs import STARTED
+from dllmserve.process import ranks, worker
+from dllmserve.process.ranks import Ranks
 from tests.process.left import nothing_left
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,7 +52,7 @@ def after_steps(llm: LLM, count: int, act: Callable[[], object]) -> None:
 def test_a_rank_that_dies_or_stops(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str
 ) -> None:
-    monkeypatch.setattr(watching, "STOPPED_S", 2.0)
+    monkeypatch.setattr(worker, "STOPPED_S", 2.0)
     with nothing_left():
         llm = two_ranks()
         (pid,) = ranks_of(llm).pids
@@ -71,10 +69,8 @@ def test_a_rank_that_dies_or_stops(
 
 def test_a_rank_that_is_stopped_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)"
-    monkeypatch.setattr(watching, "STOPPED_S", 0.5)
-    monkeypatch.setattr(
-        spawn.spawn_ranks, "__kwdefaults__", _with_command((sys.executable, "-c", code))
-    )
+    monkeypatch.setattr(worker, "STOPPED_S", 0.5)
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", code))
     with nothing_left(), pytest.raises(RankError, match=r"rank 1 has been stopped for") as error:
         two_ranks()
     assert error.value.stopped and error.value.killed
@@ -83,20 +79,26 @@ def test_a_rank_that_is_stopped_while_it_loads(monkeypatch: pytest.MonkeyPatch) 
 def test_a_rank_that_lets_no_python_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives no sign of life and is healthy; one that is silent for much longer is not."""
     code = (
-        "import ctypes, sys\nfrom dllmserve.engine import follower\n"
-        "follow = follower.ModelRunner.follow\n"
-        "def slow(self, plan): ctypes.PyDLL(None).sleep(3); follow(self, plan)\n"
-        "follower.ModelRunner.follow = slow\n"
-        "follower.main()"
+        "import ctypes, signal\nfrom dllmserve.engine import worker\n"
+        "from dllmserve.runtime.runner import ModelRunner\n"
+        "follow = ModelRunner.follow\n"
+        "def slow(self, plan):\n"
+        # the signal that asks for stacks would end the sleep
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n"
+        "    ctypes.PyDLL(None).sleep(3)\n"
+        "    follow(self, plan)\n"
+        "ModelRunner.follow = slow\n"
+        "worker.main()"
     )
-    command = (sys.executable, "-c", code)
-    monkeypatch.setattr(spawn.spawn_ranks, "__kwdefaults__", _with_command(command))
-    monkeypatch.setattr(watching, "STOPPED_S", 1.0)
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(worker, "STOPPED_S", 1.0)
     one = SamplingParams(temperature=0.0, gen_length=8, steps=1)
     with nothing_left(), two_ranks() as llm:
         assert llm.generate(["one"], one, use_tqdm=False)[0]["token_ids"]
-        monkeypatch.setattr(watching, "SILENCE_S", 1.0)
-        with pytest.raises(RankError, match=r"silent for \d+ s: it hangs"):
+        monkeypatch.setattr(worker, "STACKS_S", 0.1)
+        assert ranks_of(llm)._workers[0].silence_s == ranks.SILENCE_S
+        ranks_of(llm)._workers[0].silence_s = 1.0
+        with pytest.raises(RankError, match=r"rank 1 was silent for \d+ s: it hung"):
             llm.generate(["one"], one, use_tqdm=False)
 
 
@@ -112,7 +114,7 @@ def test_a_rank_that_dies_between_two_calls() -> None:
 
 
 def test_an_error_on_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "_HEAR_S", 0.2)
+    monkeypatch.setattr(ranks, "_HEAR_S", 0.2)
     with nothing_left():
         llm = two_ranks()
 
@@ -158,12 +160,12 @@ def test_threads_are_given_back() -> None:
 def test_a_rank_dies_while_the_others_meet_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has started, and does not come to the group."""
     code = (
-        "import os, sys, time\nfrom multiprocessing.connection import Connection\n"
-        "c = Connection(int(sys.argv[1])); c.send_bytes(b'rstarted'); time.sleep(1); "
+        "import os, sys, time\nfrom dllmserve.process.channel import Channel\n"
+        "from dllmserve.process.messages import Reached, encode\n"
+        "Channel.inherited(int(sys.argv[1])).send(encode(Reached('started'))); time.sleep(1); "
         "os.kill(os.getpid(), 9)"
     )
-    command = (sys.executable, "-c", code)
-    monkeypatch.setattr(spawn.spawn_ranks, "__kwdefaults__", _with_command(command))
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", code))
     with nothing_left(), pytest.raises(RankError, match="rank 1 died of SIGKILL"):
         two_ranks()
 
@@ -202,19 +204,15 @@ def test_two_engines_side_by_side() -> None:
 
 def test_a_rank_that_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; sys.exit('no such luck')"
-    monkeypatch.setattr(spawn, "COMMAND", (sys.executable, "-c", code))
-    monkeypatch.setattr(spawn.spawn_ranks, "__kwdefaults__", _with_command(spawn.COMMAND))
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", code))
     with nothing_left(), pytest.raises(RankError, match="rank 1 ended with code 1"):
         two_ranks()
 
 
-def _with_command(command: tuple[str, ...]) -> dict[str, object]:
-    return {**(spawn.spawn_ranks.__kwdefaults__ or {}), "command": command}
-
-
-def test_no_program_to_start() -> None:
+def test_no_program_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "COMMAND", ("/does/not/exist",))
     with nothing_left(), pytest.raises(RankError, match=r"could not be started: .*No such file"):
-        spawn.spawn_ranks(2, {}, threads=1, command=("/does/not/exist",)).wait_for(STARTED)
+        two_ranks()
 
 
 PROGRAM = """
