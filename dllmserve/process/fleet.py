@@ -16,12 +16,14 @@ from collections.abc import Coroutine
 from enum import IntEnum
 from typing import Any
 
+from msgspec.structs import replace
+
 from dllmserve._checks import check_int
 from dllmserve.errors import ConfigError, DllmServeError, EngineError
 from dllmserve.process.calls import Call
 from dllmserve.process.devices import shares
-from dllmserve.process.messages import Counters, EngineInfo, Value
-from dllmserve.process.supervisor import Berth, State, Supervisor, SupervisorOptions
+from dllmserve.process.messages import Counters, EngineInfo, Value, added
+from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from dllmserve.process.worker import STOP_S
 
 _log = logging.getLogger("dllmserve.engine")
@@ -66,11 +68,9 @@ class Fleet:
             Supervisor(
                 options,
                 how,
-                Berth(
-                    ids=ids,
-                    changed=self._engine_changed,
-                    log=_log.getChild(str(place)) if size > 1 else _log,
-                ),
+                ids=ids,
+                changed=self._engine_changed,
+                log=_log.getChild(str(place)) if size > 1 else _log,
             )
             for place in range(size)
         ]
@@ -101,17 +101,8 @@ class Fleet:
     @property
     def counters(self) -> Counters:
         """Of all engines together; the share of pages is the mean of those that run."""
-        each = [engine.counters for engine in self.engines]
-        return Counters(
-            waiting=sum(one.waiting for one in each),
-            running=sum(one.running for one in each),
-            pages_used=sum(one.pages_used for one in each) / max(self.serving, 1),
-            steps=sum(one.steps for one in each),
-            spans=sum(one.spans for one in each),
-            positions=sum(one.positions for one in each),
-            committed=sum(one.committed for one in each),
-            busy=sum(one.busy for one in each),
-        )
+        found = added(*(engine.counters for engine in self.engines))
+        return replace(found, pages_used=found.pages_used / max(self.serving, 1))
 
     @property
     def serving(self) -> int:

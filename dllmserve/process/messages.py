@@ -186,6 +186,11 @@ class Counters(msgspec.Struct, array_like=True, frozen=True):
     busy: float = 0.0
 
 
+def added(*parts: Counters) -> Counters:
+    """Counters added up, each with its like."""
+    return Counters(*map(sum, zip(*map(msgspec.structs.astuple, parts), strict=True)))
+
+
 class Report(msgspec.Struct, tag="report", array_like=True, frozen=True):
     """What an engine's step brought. Without requests, a sign of life."""
 
@@ -214,7 +219,6 @@ class Alive(msgspec.Struct, tag="alive", array_like=True, frozen=True):
 
 
 FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Alive
-
 
 
 def _number(value: Any) -> int:

@@ -15,9 +15,11 @@ import logging
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+from msgspec.structs import replace
 
 from dllmserve.core.line import Line
 from dllmserve.errors import (
@@ -40,6 +42,7 @@ from dllmserve.process.messages import (
     Report,
     Submit,
     Value,
+    added,
 )
 from dllmserve.process.worker import COMMAND, Cause, Death, kill_for_good
 
@@ -81,32 +84,15 @@ class SupervisorOptions:
     restart: bool = True
 
 
-def _nobody() -> None:
-    """Nobody wants to know."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Berth:
-    """What a supervisor shares with the others of its fleet; one by itself has its own.
-
-    Attributes:
-        ids: of requests; none is given out twice in a fleet, so that requests can move.
-        changed: called when requests may have to move from here, or can move to here.
-        log: what the engine says and what happens to it.
-    """
-
-    ids: Iterator[int] = field(default_factory=itertools.count)
-    changed: Callable[[], None] = _nobody
-    log: logging.Logger = _log
-
-
 class Supervisor:
     """Owns the engine process. Lives on one event loop.
 
     Args:
         options: fields of EngineConfig.
         how: see :class:`SupervisorOptions`.
-        berth: its place in a fleet.
+        ids: of requests; none is given out twice in a fleet, so that requests can move.
+        changed: called when requests may have to move from here, or can move to here.
+        log: what the engine says and what happens to it.
 
     Attributes:
         state: see :class:`State`.
@@ -118,15 +104,21 @@ class Supervisor:
     """
 
     def __init__(
-        self, options: dict[str, Any], how: SupervisorOptions, berth: Berth | None = None
+        self,
+        options: dict[str, Any],
+        how: SupervisorOptions,
+        *,
+        ids: Iterator[int] | None = None,
+        changed: Callable[[], None] = lambda: None,
+        log: logging.Logger = _log,
     ) -> None:
         self.state = State.STARTING
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.share = Share(options)
         self.work = 0
-        berth = berth or Berth()
-        self._ids, self._changed, self._log = berth.ids, berth.changed, berth.log
+        self._ids = itertools.count() if ids is None else ids
+        self._changed, self._log = changed, log
         self._how = how
         self._engine: EngineProcess | None = None
         #: while an engine is being loaded; the engine would keep all of a stopped event loop alive
@@ -143,17 +135,8 @@ class Supervisor:
     @property
     def counters(self) -> Counters:
         """As last reported; what is counted is summed over all engines."""
-        past, now = self._past, self._now
-        return Counters(
-            waiting=now.waiting + len(self._held) + len(self._suspects),
-            running=now.running,
-            pages_used=now.pages_used,
-            steps=past.steps + now.steps,
-            spans=past.spans + now.spans,
-            positions=past.positions + now.positions,
-            committed=past.committed + now.committed,
-            busy=past.busy + now.busy,
-        )
+        here = Counters(waiting=len(self._held) + len(self._suspects))
+        return added(self._past, self._now, here)
 
     @property
     def engine_pid(self) -> int | None:
@@ -453,7 +436,8 @@ class Supervisor:
         """Decide what becomes of every request; True if any was running."""
         self._log.error("%s", death.text)
         self.state, self._engine, self._alone = State.RESTARTING, None, None
-        self._past = self.counters
+        counted = added(self._past, self._now)
+        self._past = replace(counted, waiting=0, running=0, pages_used=0.0)
         self._now = Counters()
         lost = [call for call in self._calls.values() if call.in_engine]
         running = [call for call in lost if call.running]
