@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,7 +57,8 @@ def beat(channel: Channel) -> None:
 
 def leave_at_once() -> NoReturn:
     """End the process, even if it waits for a rank that is gone."""
-    sys.stdout.flush()
+    with suppress(OSError):  # nobody may read it any more
+        sys.stdout.flush()
     os._exit(0)
 
 

@@ -41,6 +41,8 @@ SILENCE_S = 120.0
 EXCHANGE_S = 600.0
 #: seconds that it may take to hear of a death, and of the one that was the reason for it
 _HEAR_S, _REASON_S = 3.0, 0.25
+#: seconds that the thread gets to see that all ranks have left
+_JOIN_S = 1.0
 
 
 class Ranks:
@@ -176,7 +178,7 @@ class Ranks:
             self._over = True
             self._news.notify_all()
         if self._thread is not threading.current_thread():
-            self._thread.join(STOP_S)
+            self._thread.join(_JOIN_S)
         for channel in self._channels:
             channel.close()
         if self._group is not None and clean:
@@ -202,7 +204,8 @@ class Ranks:
         try:
             loop.run_until_complete(self._start_and_follow())
         except Exception as error:
-            self._fail(RankError(f"the ranks could not be started: {first_line(error)}"))
+            what = "watched" if self._workers else "started"
+            self._fail(RankError(f"the ranks could not be {what}: {first_line(error)}"))
         finally:
             loop.close()
 
@@ -227,6 +230,8 @@ class Ranks:
         with self._news:
             self._workers = workers
             self._news.notify_all()
+        if self._leaving:  # told so meanwhile
+            self._end(0.0)
         await asyncio.gather(*map(self._follow, workers))
 
     async def _follow(self, worker: Worker) -> None:
