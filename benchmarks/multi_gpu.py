@@ -30,7 +30,7 @@ from dllmserve import LLM, SamplingParams, SparseConfig
 from dllmserve.async_llm import AsyncLLM
 from dllmserve.core.budget import size_text
 from dllmserve.parallel.group import TorchGroup
-from dllmserve.ranks.spawn import make_store, open_store
+from dllmserve.process.ranks import make_store, open_store
 
 PROMPT, ANSWER, BLOCK = 256, 128, 32
 Job = tuple[list[list[int]], SamplingParams, SparseConfig | None]

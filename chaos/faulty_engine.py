@@ -1,6 +1,6 @@
 """An engine process that fails when it runs certain prompts; a server of ours is given it.
 
-Started by chaos.faulty_server as ``python -m chaos.faulty_engine SOCKET OWNER``. A prompt that
+Started by chaos.faulty_server as ``python -m chaos.faulty_engine DESCRIPTOR OWNER``. A prompt that
 begins with the token POISON fails in the way that its second token stands for.
 """
 
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import time
 
 import torch
 
 from dllmserve.core.plan import StepPlan
-from dllmserve.process import child
+from dllmserve.engine import worker
 from dllmserve.process.channel import Channel
 from dllmserve.runtime.runner import ModelRunner, StepHandle
 
@@ -57,8 +58,8 @@ def poison_steps() -> None:
                 fail(FAULTS[prompt[1]])
         return execute(self, plan)
 
-    def remembered(self: Channel, path: str, owner: int) -> None:
-        connect(self, path, owner)
+    def remembered(self: Channel, connected: socket.socket) -> None:
+        connect(self, connected)
         _channels.append(self)
 
     ModelRunner.execute = faulty  # type: ignore[method-assign]
@@ -68,4 +69,4 @@ def poison_steps() -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     poison_steps()
-    sys.exit(child.main())
+    sys.exit(worker.main())

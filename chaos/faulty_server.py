@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from dllmserve.process import engine_process
+from dllmserve.process import worker
 
 
 def main() -> None:
     """Run the command line."""
     # before the supervisor is imported, which takes it over as a default
-    engine_process.COMMAND = (sys.executable, "-m", "chaos.faulty_engine")
+    worker.COMMAND = (sys.executable, "-m", "chaos.faulty_engine")
     from dllmserve.cli.main import main as run
 
     sys.exit(run())

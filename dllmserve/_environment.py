@@ -46,6 +46,23 @@ def forget_secrets() -> None:
         os.environ.pop(name, None)
 
 
+def refuse_torchrun(why: str) -> None:
+    """Raise if this process is one of several ranks that torchrun, or its like, has started.
+
+    Args:
+        why: what would start the same processes once for each of them.
+
+    Raises:
+        ConfigError: it is.
+    """
+    ranks = os.environ.get("WORLD_SIZE", "")
+    if "RANK" in os.environ and ranks.isdigit() and int(ranks) > 1:
+        raise ConfigError(
+            f"this is rank {os.environ['RANK']} of {ranks} (RANK and WORLD_SIZE are set): {why}; "
+            "start the program without torchrun"
+        )
+
+
 def remote_code_forbidden(environment: Mapping[str, str] | None = None) -> bool:
     """Whether the machine's owner forbids the code of checkpoints.
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from dllmserve._checks import check_known
+from dllmserve._environment import refuse_torchrun
 from dllmserve.config import EngineConfig
 from dllmserve.core.door import Door
 from dllmserve.core.request import Request
@@ -25,7 +26,6 @@ from dllmserve.errors import DllmServeError, EngineError, PromptError, Tokenizer
 from dllmserve.messages import template_messages
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
-from dllmserve.process.devices import refuse_torchrun
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.home import Home
 from dllmserve.process.messages import EngineInfo, changed_fields
@@ -92,7 +92,10 @@ class AsyncLLM:
         supervision: SupervisorOptions | None = None,
         **engine_options: Any,
     ) -> None:
-        refuse_torchrun()
+        refuse_torchrun(
+            "AsyncLLM and dllmserve serve start the processes of their engines themselves, with "
+            "tensor_parallel_size and data_parallel_size"
+        )
         own = ("data_parallel_size", "supervision")
         check_known("AsyncLLM", engine_options, [*own, *(f.name for f in fields(EngineConfig))])
         name = os.fspath(model) if isinstance(model, os.PathLike) else model

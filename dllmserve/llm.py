@@ -6,26 +6,24 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tqdm import asyncio as text_bars
 from tqdm.auto import tqdm
 
+from dllmserve._environment import refuse_torchrun
 from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore
-from dllmserve.engine.joined import JoinedRank, returned_text
-from dllmserve.engine.setup import EnginePlan, plan_engine
+from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.shared import SharedEngine
 from dllmserve.engine.start import build_engine
 from dllmserve.engine.tokenizer import Tokenizer
 from dllmserve.errors import (
     ConfigError,
-    DllmServeError,
-    EngineError,
     InvalidParameterError,
     InvalidRequestError,
     PromptError,
@@ -33,8 +31,7 @@ from dllmserve.errors import (
 )
 from dllmserve.messages import template_messages
 from dllmserve.models.loader import EMBEDDED
-from dllmserve.outputs import CanvasStep, RequestOutput
-from dllmserve.ranks import torchrun
+from dllmserve.outputs import CanvasStep
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
@@ -53,8 +50,7 @@ class LLM:
             ships with the package.
         enforce_eager: never use CUDA graphs.
         tensor_parallel_size: devices to spread the model over. The other ranks are processes
-            that end with :meth:`close`, or with this one. Under torchrun the program runs once
-            for each rank; generate() and chat() then return the same in all of them.
+            that end with :meth:`close`, or with this one.
         max_model_len: longest prompt + answer in tokens; None takes it from config.json.
         trust_remote_code: let a tokenizer that nothing else can load, having no tokenizer.json
             for one, run the code that the checkpoint ships for it. A warning names the file before.
@@ -64,7 +60,8 @@ class LLM:
 
     Raises:
         UnknownOptionError: (a TypeError) an unknown option, with the nearest name.
-        ConfigError: (a ValueError) a bad option value.
+        ConfigError: (a ValueError) a bad option value, or torchrun has started this process and
+            tensor_parallel_size is over 1.
         ModelError: the model cannot be found or loaded; see :mod:`dllmserve.errors`.
         OutOfMemoryError: it does not fit the device.
 
@@ -98,17 +95,8 @@ class LLM:
                 "dllmserve serve --data-parallel-size"
             )
         self.config = EngineConfig.from_options("LLM", {**named, **engine_options})
-        self._joined: JoinedRank | None = None
-        self._announces = False
-        world = torchrun.world() if self.config.tensor_parallel_size > 1 else None
-        if world is not None:
-            torchrun.check_world(world, self.config.tensor_parallel_size)
-            self._announces = world.rank == 0
-        if world is not None and world.rank > 0:
-            self._plan = plan_engine(self.config, world.rank)
-            self._tokenizer = self._plan.tokenizer
-            self._joined = JoinedRank(self.config, world)
-            return
+        if self.config.tensor_parallel_size > 1:
+            refuse_torchrun("LLM(tensor_parallel_size=N) starts the other ranks itself")
         core, self._plan = build_engine(self.config)
         self._tokenizer = core.tokenizer
         self._shared = SharedEngine(core)
@@ -125,40 +113,17 @@ class LLM:
         A step that runs is waited for. Afterwards every call raises an EngineError. May be called
         again, and from any thread. In a forked process it does nothing: the engine is the parent's.
         """
-        if self._joined is None:
-            self._shared.close()
+        self._shared.close()
 
     @property
     def _own(self) -> SharedEngine:
-        """The engine, if this process has one that can be used."""
-        if self._joined is not None:
-            raise EngineError(
-                "this rank follows rank 0: only generate() and chat() can be called on all ranks"
-            )
+        """The engine, if it can be used: not closed, nor in a forked process."""
         self._shared.check()
         return self._shared
 
     @property
     def _engine(self) -> EngineCore:
         return self._own.core
-
-    def _on_all_ranks(self, call: Callable[[], list[RequestOutput]]) -> list[dict[str, Any]]:
-        """Run a call on rank 0; its result is that of all ranks."""
-        if self._joined is not None:
-            return self._joined.returned()
-        self._shared.check()  # before tokenizers and torch, which may hang in a forked process
-        if not self._announces:
-            return [output.as_dict() for output in call()]
-        try:
-            answers = [output.as_dict() for output in call()]
-        except BaseException as error:
-            # whatever it is: the others wait to hear of it
-            told = error if isinstance(error, DllmServeError) else EngineError(repr(error))
-            with suppress(EngineError):  # there may be nobody any more
-                self._engine.announce(returned_text(told))
-            raise
-        self._engine.announce(returned_text(answers))
-        return answers
 
     @property
     def spec(self) -> ModelSpec:
@@ -210,17 +175,7 @@ class LLM:
                 before any of them runs.
             OutOfMemoryError: the device ran out of memory.
         """
-        return self._on_all_ranks(
-            lambda: self._generate(prompts, sampling_params, sparse_configs, use_tqdm)
-        )
-
-    def _generate(
-        self,
-        prompts: Prompts,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        sparse_configs: SparseConfig | Sequence[SparseConfig | None] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
+        self._shared.check()  # before tokenizers and torch, which may hang in a forked process
         if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
             raise PromptError(
                 "prompts must be a list of texts or of token-id lists, "
@@ -253,17 +208,7 @@ class LLM:
             TokenizerError: the checkpoint has no chat template.
             PromptError: a conversation is none.
         """
-        return self._on_all_ranks(
-            lambda: self._chat(messages, sampling_params, sparse_configs, use_tqdm)
-        )
-
-    def _chat(
-        self,
-        messages: Messages | Sequence[Messages],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        sparse_configs: SparseConfig | Sequence[SparseConfig | None] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
+        self._shared.check()
         conversations = _conversations(messages)
         count = len(conversations)
         params = _one_each("sampling_params", sampling_params, SamplingParams, count)
@@ -322,7 +267,7 @@ class LLM:
         params: list[Any],
         sparse: list[Any],
         use_tqdm: bool,
-    ) -> list[RequestOutput]:
+    ) -> list[dict[str, Any]]:
         """Check all requests, then run them to the end."""
         requests = self._requests(prompts, params, sparse)
         engine = self._own
@@ -342,7 +287,7 @@ class LLM:
                         )
                         bar.update(batch.tally.ended - bar.n)
                 bar.update(batch.tally.ended - bar.n)
-            return batch.outputs
+            return [output.as_dict() for output in batch.outputs]
         finally:
             # after an error or Ctrl-C nothing of this call stays behind
             engine.drop(batch)

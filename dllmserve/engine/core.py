@@ -155,10 +155,6 @@ class EngineCore:
         """Let go of what the engine holds beside memory; nothing can be run any more."""
         self._runner.close()
 
-    def announce(self, text: str) -> None:
-        """Tell other ranks what a call returned; nothing where there are none."""
-        self._runner.announce(text)
-
     @property
     def has_work(self) -> bool:
         """True while any request waits or runs."""

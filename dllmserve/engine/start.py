@@ -17,10 +17,6 @@ from dllmserve.engine.threads import rank_threads, with_threads
 from dllmserve.errors import DllmServeError, EngineError, RankError
 from dllmserve.models.loader import find_model, require_weights
 from dllmserve.parallel.group import SOLO
-from dllmserve.ranks import torchrun
-from dllmserve.ranks.lead import LeadRunner
-from dllmserve.ranks.signs import LOADED, STARTED
-from dllmserve.ranks.spawn import spawn_ranks
 from dllmserve.runtime.runner import StepRunner
 
 _log = logging.getLogger("dllmserve.engine")
@@ -38,16 +34,14 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
     if options.load_format != "dummy":
         require_weights(find_model(options.model))  # before its sizes are held against memory
     plan = plan_engine(options)
-    world = torchrun.world() if options.tensor_parallel_size > 1 else None
-    # torchrun has given each rank its own
-    plan = replace(plan, threads=rank_threads(options, plan.device, own=world is not None))
+    plan = replace(plan, threads=rank_threads(options, plan.device))
     with with_threads(plan.threads):
         if options.tensor_parallel_size == 1:
             alone = build_runner(plan, SOLO)
             runner: StepRunner = alone.runner
             plan = alone.plan
         else:
-            runner, plan = _lead(plan, world)
+            runner, plan = _lead(plan)
         return engine_of(runner, plan), plan
 
 
@@ -67,22 +61,22 @@ def _mind_the_parent(options: EngineConfig) -> None:
         torch.set_num_threads(1)  # with more, torch waits for ever for those of the parent
 
 
-def _lead(plan: EnginePlan, world: torchrun.World | None) -> tuple[LeadRunner, EnginePlan]:
-    """Rank 0's runner; the other ranks are started, or met if torchrun has started them."""
+def _lead(plan: EnginePlan) -> tuple[StepRunner, EnginePlan]:
+    """Start the other ranks; returns rank 0's runner."""
+    from dllmserve.process.lead import LeadRunner  # an engine on one device needs none of it
+    from dllmserve.process.ranks import Ranks
+
     options = plan.sizing.options
     size = options.tensor_parallel_size
-    if world is None:
-        # what was chosen here is what all have: they must do the same things in the same order
-        chosen = {"attention": plan.attention, "kernels": plan.kernels}
-        threads = plan.threads or max(torch.get_num_threads() // size, 1)
-        ranks = spawn_ranks(size, asdict(options) | chosen, threads=threads)
-    else:
-        ranks = torchrun.meet_ranks(world)
+    # what was chosen here is what all have: they must do the same things in the same order
+    chosen = {"attention": plan.attention, "kernels": plan.kernels}
+    threads = plan.threads or max(torch.get_num_threads() // size, 1)
+    ranks = Ranks(size, asdict(options) | chosen, threads=threads)
 
     try:
-        ranks.wait_for(STARTED)
+        ranks.wait_for("started")
         group = ranks.group(plan.device)
-        loaded = build_runner(plan, group, lambda: ranks.wait_for(LOADED))
+        loaded = build_runner(plan, group, lambda: ranks.wait_for("loaded"))
     except BaseException as error:
         # a rank that is gone may be the reason, and rank 0 may notice before it hears of it
         foreign = isinstance(error, RuntimeError) and not isinstance(error, DllmServeError)

@@ -1,1 +1,1 @@
-"""The engine in a process of its own: messages, the socket, the child, its supervisor."""
+"""Workers, which are child processes: engines, their ranks, and whoever starts and watches them."""

@@ -14,34 +14,13 @@ from enum import Enum
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.home import Home
 from dllmserve.process.messages import Submit
+from dllmserve.process.worker import Cause
 
 #: answer positions in canvases that wait for a slow reader; beyond that older ones are lost
 MAX_WAITING_CELLS = 1 << 18
 #: kills from outside, such as those for want of memory, that a request which ran with others
 #: before is given when it runs alone
 MAX_KILLS_ALONE = 3
-
-
-class Cause(Enum):
-    """Why an engine process ended."""
-
-    STOPPED = "stopped"
-    KILLED = "killed"
-    CRASHED = "crashed"
-    HUNG = "hung"
-
-
-@dataclass(frozen=True)
-class Death:
-    """The end of an engine process.
-
-    Attributes:
-        cause: KILLED is a signal that only comes from outside (SIGKILL, SIGTERM).
-        text: for the log and for errors.
-    """
-
-    cause: Cause
-    text: str
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -34,21 +33,6 @@ class Share:
 
     options: dict[str, Any]
     environment: dict[str, str] = field(default_factory=dict)
-
-
-def refuse_torchrun() -> None:
-    """Raise if this process is one of several ranks that torchrun, or its like, has started.
-
-    Raises:
-        ConfigError: each of them would be a server, with all engines of its own.
-    """
-    ranks = os.environ.get("WORLD_SIZE", "")
-    if "RANK" in os.environ and ranks.isdigit() and int(ranks) > 1:
-        raise ConfigError(
-            f"this is rank {os.environ['RANK']} of {ranks} (RANK and WORLD_SIZE are set): AsyncLLM "
-            "and dllmserve serve start the processes of their engines themselves, so start them "
-            "without torchrun, with tensor_parallel_size and data_parallel_size"
-        )
 
 
 async def shares(options: dict[str, Any], engines: int, timeout_s: float) -> list[Share]:

@@ -10,18 +10,21 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import subprocess
 import time
 from collections.abc import Coroutine
 from enum import IntEnum
 from typing import Any
 
+from msgspec.structs import replace
+
 from dllmserve._checks import check_int
 from dllmserve.errors import ConfigError, DllmServeError, EngineError
 from dllmserve.process.calls import Call
 from dllmserve.process.devices import shares
-from dllmserve.process.engine_process import STOP_S, runs
-from dllmserve.process.messages import Counters, EngineInfo, Value
-from dllmserve.process.supervisor import Berth, State, Supervisor, SupervisorOptions
+from dllmserve.process.messages import Counters, EngineInfo, Value, added
+from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
+from dllmserve.process.worker import STOP_S
 
 _log = logging.getLogger("dllmserve.engine")
 
@@ -65,11 +68,9 @@ class Fleet:
             Supervisor(
                 options,
                 how,
-                Berth(
-                    ids=ids,
-                    changed=self._engine_changed,
-                    log=_log.getChild(str(place)) if size > 1 else _log,
-                ),
+                ids=ids,
+                changed=self._engine_changed,
+                log=_log.getChild(str(place)) if size > 1 else _log,
             )
             for place in range(size)
         ]
@@ -100,17 +101,8 @@ class Fleet:
     @property
     def counters(self) -> Counters:
         """Of all engines together; the share of pages is the mean of those that run."""
-        each = [engine.counters for engine in self.engines]
-        return Counters(
-            waiting=sum(one.waiting for one in each),
-            running=sum(one.running for one in each),
-            pages_used=sum(one.pages_used for one in each) / max(self.serving, 1),
-            steps=sum(one.steps for one in each),
-            spans=sum(one.spans for one in each),
-            positions=sum(one.positions for one in each),
-            committed=sum(one.committed for one in each),
-            busy=sum(one.busy for one in each),
-        )
+        found = added(*(engine.counters for engine in self.engines))
+        return replace(found, pages_used=found.pages_used / max(self.serving, 1))
 
     @property
     def serving(self) -> int:
@@ -171,18 +163,22 @@ class Fleet:
         self._closed = True  # nothing moves from one that is closed to one that is not yet
         await _all(*(engine.close() for engine in self.engines))
 
-    def kill_at_once(self) -> None:
-        """End all engines, also where their event loop does not run any more."""
+    def kill_at_once(self) -> list[subprocess.Popen[bytes]]:
+        """End all engines, also where their event loop does not run any more.
+
+        Returns:
+            Their processes, which may take a moment to end.
+        """
         self._closed = True
-        for engine in self.engines:
-            engine.kill_at_once(EngineError("the engine has been closed"))
+        error = EngineError("the engine has been closed")
+        killed = [engine.kill_at_once(error) for engine in self.engines]
+        return [process for process in killed if process is not None]
 
     async def kill(self) -> None:
         """The same, from any event loop; returns when the processes are gone."""
-        pids = self.engine_pids
-        self.kill_at_once()
+        killed = self.kill_at_once()
         until = time.monotonic() + STOP_S
-        while any(runs(pid) for pid in pids) and time.monotonic() < until:
+        while any(process.poll() is None for process in killed) and time.monotonic() < until:
             await asyncio.sleep(0.01)
 
     async def _close_those_that_run(self) -> None:

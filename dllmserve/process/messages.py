@@ -1,4 +1,4 @@
-"""What the engine process and its owner say to each other: typed structs, as msgpack.
+"""What workers and their owner say to each other: typed structs, as msgpack.
 
 Nothing that crosses the socket is ever executed or unpickled: a message that does not fit
 its type is an error.
@@ -7,12 +7,14 @@ its type is an error.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from dllmserve._values import Kept, NotGiven
 from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import StepPlan
+from dllmserve.core.rows import RowInit
 from dllmserve.core.scheduler import Limits
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.sampling_params import SamplingParams
@@ -23,9 +25,36 @@ Value = bool | int | float | str | list[str] | dict[int, float] | None
 
 
 class Configure(msgspec.Struct, tag="configure", array_like=True, frozen=True):
-    """First message to the engine: the fields of its EngineConfig."""
+    """First message to an engine: the fields of its EngineConfig."""
 
     options: dict[str, Value]
+
+
+class Join(msgspec.Struct, tag="join", array_like=True, frozen=True):
+    """First message to a rank of an engine.
+
+    Attributes:
+        options: the fields of its EngineConfig.
+        rank, size: this rank, of so many.
+        port: of the store where the ranks find each other.
+    """
+
+    options: dict[str, Value]
+    rank: int
+    size: int
+    port: int
+
+
+class Admit(msgspec.Struct, tag="admit", array_like=True, frozen=True):
+    """Fill a row of a rank's state table."""
+
+    row: RowInit
+
+
+class Execute(msgspec.Struct, tag="execute", array_like=True, frozen=True):
+    """Run a step on a rank."""
+
+    plan: StepPlan
 
 
 class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
@@ -57,10 +86,10 @@ class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):
 
 
 class Stop(msgspec.Struct, tag="stop", array_like=True, frozen=True):
-    """Leave at once."""
+    """Leave at once; a rank does after the steps before it."""
 
 
-ToEngine = Configure | Submit | Abort | Stop
+ToWorker = Configure | Join | Submit | Abort | Admit | Execute | Stop
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -158,8 +187,13 @@ class Counters(msgspec.Struct, array_like=True, frozen=True):
     busy: float = 0.0
 
 
+def added(*parts: Counters) -> Counters:
+    """Counters added up, each with its like."""
+    return Counters(*map(sum, zip(*map(msgspec.structs.astuple, parts), strict=True)))
+
+
 class Report(msgspec.Struct, tag="report", array_like=True, frozen=True):
-    """What a step brought. Without requests, a sign of life."""
+    """What an engine's step brought. Without requests, a sign of life."""
 
     counters: Counters
     committed: list[Committed] = []
@@ -169,32 +203,50 @@ class Report(msgspec.Struct, tag="report", array_like=True, frozen=True):
 
 
 class Crashed(msgspec.Struct, tag="crashed", array_like=True, frozen=True):
-    """Last words of an engine whose step raised; ``killed``: something from outside was why."""
+    """Last words of a worker that raised; ``killed``: something from outside was why."""
 
     message: str
     killed: bool = False
 
 
-FromEngine = Ready | NotLoaded | Admitted | Report | Crashed
+class Reached(msgspec.Struct, tag="reached", array_like=True, frozen=True):
+    """A rank has come so far: torch is there ("started"), or its weights are ("loaded")."""
 
-_encoder = msgspec.msgpack.Encoder()
-_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+    stage: Literal["started", "loaded"]
 
 
-def encode(message: ToEngine | FromEngine) -> bytes:
+class Alive(msgspec.Struct, tag="alive", array_like=True, frozen=True):
+    """A rank's sign of life."""
+
+
+FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Alive
+
+
+def _number(value: Any) -> int:
+    """A number of a kind of its own, such as Kept, as a plain one; anything else is an error."""
+    if isinstance(value, int):
+        return int(value)
+    raise NotImplementedError(f"{type(value).__name__} is not for messages")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_number)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
     """A message as msgpack."""
     return _encoder.encode(message)
 
 
-def decode_to_engine(data: bytes) -> ToEngine:
-    """A message to the engine. Raises msgspec.ValidationError if it is none."""
-    return _to_engine.decode(data)
+def decode_to_worker(data: bytes) -> ToWorker:
+    """A message to a worker. Raises msgspec.ValidationError if it is none."""
+    return _to_worker.decode(data)
 
 
-def decode_from_engine(data: bytes) -> FromEngine:
-    """A message of the engine. Raises msgspec.ValidationError if it is none."""
-    return _from_engine.decode(data)
+def decode_from_worker(data: bytes) -> FromWorker:
+    """A message of a worker. Raises msgspec.ValidationError if it is none."""
+    return _from_worker.decode(data)
 
 
 def changed_fields(values: SamplingParams | SparseConfig) -> dict[str, Value]:

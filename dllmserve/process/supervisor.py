@@ -12,11 +12,14 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
+
+from msgspec.structs import replace
 
 from dllmserve.core.line import Line
 from dllmserve.errors import (
@@ -27,24 +30,21 @@ from dllmserve.errors import (
     RequestAbortedError,
     error_named,
 )
-from dllmserve.process.calls import Call, Cause, Death, Delta, Fate
+from dllmserve.process.calls import Call, Delta, Fate
 from dllmserve.process.devices import Share
-from dllmserve.process.engine_process import (
-    COMMAND,
-    EngineProcess,
-    EngineStoppedError,
-    kill,
-)
+from dllmserve.process.engine_process import EngineProcess, EngineStoppedError
 from dllmserve.process.messages import (
     Abort,
     Admitted,
     Counters,
     EngineInfo,
-    FromEngine,
+    FromWorker,
     Report,
     Submit,
     Value,
+    added,
 )
+from dllmserve.process.worker import COMMAND, Cause, Death, kill_for_good
 
 _log = logging.getLogger("dllmserve.engine")
 
@@ -71,7 +71,8 @@ class SupervisorOptions:
     """How an engine process is started and watched.
 
     Attributes:
-        command: program that runs the engine; the socket and the owner's id are appended.
+        command: program that runs the engine; the descriptor of its socket and the owner's id are
+            appended.
         watchdog_s: silence, in seconds, after which an engine is killed.
         load_timeout_s: for starting it and loading the model.
         restart: start a new engine when one dies; if not, its requests fail.
@@ -83,32 +84,15 @@ class SupervisorOptions:
     restart: bool = True
 
 
-def _nobody() -> None:
-    """Nobody wants to know."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Berth:
-    """What a supervisor shares with the others of its fleet; one by itself has its own.
-
-    Attributes:
-        ids: of requests; none is given out twice in a fleet, so that requests can move.
-        changed: called when requests may have to move from here, or can move to here.
-        log: what the engine says and what happens to it.
-    """
-
-    ids: Iterator[int] = field(default_factory=itertools.count)
-    changed: Callable[[], None] = _nobody
-    log: logging.Logger = _log
-
-
 class Supervisor:
     """Owns the engine process. Lives on one event loop.
 
     Args:
         options: fields of EngineConfig.
         how: see :class:`SupervisorOptions`.
-        berth: its place in a fleet.
+        ids: of requests; none is given out twice in a fleet, so that requests can move.
+        changed: called when requests may have to move from here, or can move to here.
+        log: what the engine says and what happens to it.
 
     Attributes:
         state: see :class:`State`.
@@ -120,20 +104,25 @@ class Supervisor:
     """
 
     def __init__(
-        self, options: dict[str, Any], how: SupervisorOptions, berth: Berth | None = None
+        self,
+        options: dict[str, Any],
+        how: SupervisorOptions,
+        *,
+        ids: Iterator[int] | None = None,
+        changed: Callable[[], None] = lambda: None,
+        log: logging.Logger = _log,
     ) -> None:
         self.state = State.STARTING
         self.info: EngineInfo | None = None
         self.restarts = 0
         self.share = Share(options)
         self.work = 0
-        berth = berth or Berth()
-        self._ids, self._changed, self._log = berth.ids, berth.changed, berth.log
+        self._ids = itertools.count() if ids is None else ids
+        self._changed, self._log = changed, log
         self._how = how
         self._engine: EngineProcess | None = None
-        #: process id while an engine is being loaded; a handle of asyncio would keep all of a
-        #: stopped event loop alive
-        self._loading: int | None = None
+        #: while an engine is being loaded; the engine would keep all of a stopped event loop alive
+        self._loading: subprocess.Popen[bytes] | None = None
         self._calls: dict[int, Call] = {}
         self._held: Line[Call] = Line()
         self._suspects: Line[Call] = Line()
@@ -146,22 +135,14 @@ class Supervisor:
     @property
     def counters(self) -> Counters:
         """As last reported; what is counted is summed over all engines."""
-        past, now = self._past, self._now
-        return Counters(
-            waiting=now.waiting + len(self._held) + len(self._suspects),
-            running=now.running,
-            pages_used=now.pages_used,
-            steps=past.steps + now.steps,
-            spans=past.spans + now.spans,
-            positions=past.positions + now.positions,
-            committed=past.committed + now.committed,
-            busy=past.busy + now.busy,
-        )
+        here = Counters(waiting=len(self._held) + len(self._suspects))
+        return added(self._past, self._now, here)
 
     @property
     def engine_pid(self) -> int | None:
         """Process id of the engine, also while it is being loaded."""
-        return self._loading if self._engine is None else self._engine.pid
+        process = self._loading if self._engine is None else self._engine
+        return None if process is None else process.pid
 
     @property
     def requests(self) -> int:
@@ -212,16 +193,20 @@ class Supervisor:
                 await self._task
         self._fail_all(EngineError("the engine has been closed"))
 
-    def kill_at_once(self, error: DllmServeError) -> None:
-        """End the engine, also where its event loop does not run any more."""
+    def kill_at_once(self, error: DllmServeError) -> subprocess.Popen[bytes] | None:
+        """End the engine, also where its event loop does not run any more.
+
+        Returns:
+            Its process, which may take a moment to end; None if there is none.
+        """
         self.state = State.CLOSED
-        if self._engine is not None:
-            self._engine.kill()
-        elif self._loading is not None:
-            kill(self._loading)
+        process = self._loading if self._engine is None else self._engine.process
+        if process is not None:
+            kill_for_good(process)
         for call in list(self._calls.values()):
             with contextlib.suppress(RuntimeError):  # whoever waited did so in a closed loop
                 self._end(call, error)
+        return process
 
     async def failed(self) -> DllmServeError:
         """Wait until the supervisor gives up; returns why. Never returns otherwise."""
@@ -337,7 +322,7 @@ class Supervisor:
         call.in_engine = True
         engine.send(call.submit)
 
-    def _handle(self, message: FromEngine) -> None:
+    def _handle(self, message: FromWorker) -> None:
         """Take in what the engine says."""
         if isinstance(message, Admitted):
             for name in message.ids:
@@ -375,16 +360,10 @@ class Supervisor:
 
     async def _launch(self) -> EngineProcess:
         self._refuse_closed()
-        how = self._how
+        engine = EngineProcess(self.share, self._how.command, self._log)
+        self._loading = engine.process
         try:
-            engine = await EngineProcess.start(
-                self.share.options,
-                timeout_s=how.load_timeout_s,
-                command=how.command,
-                environment=self.share.environment,
-                log=self._log,
-                begun=self._begun,
-            )
+            await engine.load(self._how.load_timeout_s)
         except DllmServeError:
             self._refuse_closed()  # which it died of
             raise
@@ -399,11 +378,6 @@ class Supervisor:
         self._changed()
         return engine
 
-    def _begun(self, pid: int) -> None:
-        self._loading = pid
-        if self.state is State.CLOSED:  # before its id was known
-            kill(pid)
-
     def _refuse_closed(self) -> None:
         if self.state is State.CLOSED:
             raise EngineError("the engine has been closed")
@@ -415,7 +389,7 @@ class Supervisor:
         except asyncio.CancelledError:
             if self.state is not State.CLOSED:  # the event loop ends, and the engine with it
                 self.kill_at_once(EngineError("the engine's event loop has ended"))
-                await (self._engine or engine).gone()
+                await (self._engine or engine).ended()
             raise
         except Exception:
             if self.state is State.CLOSED:  # in a loop that was closed around its tasks
@@ -462,7 +436,8 @@ class Supervisor:
         """Decide what becomes of every request; True if any was running."""
         self._log.error("%s", death.text)
         self.state, self._engine, self._alone = State.RESTARTING, None, None
-        self._past = self.counters
+        counted = added(self._past, self._now)
+        self._past = replace(counted, waiting=0, running=0, pages_used=0.0)
         self._now = Counters()
         lost = [call for call in self._calls.values() if call.in_engine]
         running = [call for call in lost if call.running]

@@ -157,10 +157,6 @@ class StepRunner(Protocol):
         """Run one step."""
         ...
 
-    def announce(self, text: str) -> None:
-        """Tell other ranks what a call returned."""
-        ...
-
     def close(self) -> None:
         """Let go of what the runner holds beside memory."""
         ...
@@ -224,9 +220,6 @@ class ModelRunner:
     def table(self) -> StateTable:
         """State rows."""
         return self._table
-
-    def announce(self, text: str) -> None:
-        """There is nobody to tell."""
 
     def close(self) -> None:
         """Nothing but memory is held."""

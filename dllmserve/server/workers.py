@@ -15,7 +15,7 @@ from pathlib import Path
 from starlette.types import Receive
 
 from dllmserve.errors import ConfigError
-from dllmserve.ranks.daemon import process_fields
+from dllmserve.process.daemon import process_fields
 
 _REASON = (
     "dllmserve runs in one server process: another worker would load the model once more and "

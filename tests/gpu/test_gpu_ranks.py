@@ -8,7 +8,7 @@ import torch
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.parallel.group import TorchGroup
-from dllmserve.ranks.spawn import make_store
+from dllmserve.process.ranks import make_store
 from tests import helpers
 from tests.checkpoints import write_random
 from tests.gpu.test_gpu_engine import expected

@@ -16,10 +16,8 @@ import torch
 from dllmserve import LLM, SamplingParams
 from dllmserve.core.plan import StepPlan
 from dllmserve.errors import ConfigError, EngineError, RankError
-from dllmserve.ranks import ranks as watching
-from dllmserve.ranks import spawn, torchrun
-from dllmserve.ranks.ranks import Ranks
-from dllmserve.ranks.signs import STARTED
+from dllmserve.process import ranks, worker
+from dllmserve.process.ranks import Ranks
 from tests.process.left import nothing_left
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,7 +52,7 @@ def after_steps(llm: LLM, count: int, act: Callable[[], object]) -> None:
 def test_a_rank_that_dies_or_stops(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals, said: str
 ) -> None:
-    monkeypatch.setattr(watching, "STOPPED_S", 2.0)
+    monkeypatch.setattr(worker, "STOPPED_S", 2.0)
     with nothing_left():
         llm = two_ranks()
         (pid,) = ranks_of(llm).pids
@@ -71,10 +69,8 @@ def test_a_rank_that_dies_or_stops(
 
 def test_a_rank_that_is_stopped_while_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)"
-    monkeypatch.setattr(watching, "STOPPED_S", 0.5)
-    monkeypatch.setattr(
-        spawn.spawn_ranks, "__kwdefaults__", _with_command((sys.executable, "-c", code))
-    )
+    monkeypatch.setattr(worker, "STOPPED_S", 0.5)
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", code))
     with nothing_left(), pytest.raises(RankError, match=r"rank 1 has been stopped for") as error:
         two_ranks()
     assert error.value.stopped and error.value.killed
@@ -83,20 +79,26 @@ def test_a_rank_that_is_stopped_while_it_loads(monkeypatch: pytest.MonkeyPatch) 
 def test_a_rank_that_lets_no_python_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives no sign of life and is healthy; one that is silent for much longer is not."""
     code = (
-        "import ctypes, sys\nfrom dllmserve.engine import follower\n"
-        "follow = follower.ModelRunner.follow\n"
-        "def slow(self, plan): ctypes.PyDLL(None).sleep(3); follow(self, plan)\n"
-        "follower.ModelRunner.follow = slow\n"
-        "follower.main()"
+        "import ctypes, signal\nfrom dllmserve.engine import worker\n"
+        "from dllmserve.runtime.runner import ModelRunner\n"
+        "follow = ModelRunner.follow\n"
+        "def slow(self, plan):\n"
+        # the signal that asks for stacks would end the sleep
+        "    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])\n"
+        "    ctypes.PyDLL(None).sleep(3)\n"
+        "    follow(self, plan)\n"
+        "ModelRunner.follow = slow\n"
+        "worker.main()"
     )
-    command = (sys.executable, "-c", code)
-    monkeypatch.setattr(spawn.spawn_ranks, "__kwdefaults__", _with_command(command))
-    monkeypatch.setattr(watching, "STOPPED_S", 1.0)
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(worker, "STOPPED_S", 1.0)
     one = SamplingParams(temperature=0.0, gen_length=8, steps=1)
     with nothing_left(), two_ranks() as llm:
         assert llm.generate(["one"], one, use_tqdm=False)[0]["token_ids"]
-        monkeypatch.setattr(watching, "SILENCE_S", 1.0)
-        with pytest.raises(RankError, match=r"silent for \d+ s: it hangs"):
+        monkeypatch.setattr(worker, "STACKS_S", 0.1)
+        assert ranks_of(llm)._workers[0].silence_s == ranks.SILENCE_S
+        ranks_of(llm)._workers[0].silence_s = 1.0
+        with pytest.raises(RankError, match=r"rank 1 was silent for \d+ s: it hung"):
             llm.generate(["one"], one, use_tqdm=False)
 
 
@@ -112,7 +114,7 @@ def test_a_rank_that_dies_between_two_calls() -> None:
 
 
 def test_an_error_on_rank_0_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watching, "_HEAR_S", 0.2)
+    monkeypatch.setattr(ranks, "_HEAR_S", 0.2)
     with nothing_left():
         llm = two_ranks()
 
@@ -158,12 +160,12 @@ def test_threads_are_given_back() -> None:
 def test_a_rank_dies_while_the_others_meet_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has started, and does not come to the group."""
     code = (
-        "import os, sys, time\nfrom multiprocessing.connection import Connection\n"
-        "c = Connection(int(sys.argv[1])); c.send_bytes(b'rstarted'); time.sleep(1); "
+        "import os, sys, time\nfrom dllmserve.process.channel import Channel\n"
+        "from dllmserve.process.messages import Reached, encode\n"
+        "Channel.inherited(int(sys.argv[1])).send(encode(Reached('started'))); time.sleep(1); "
         "os.kill(os.getpid(), 9)"
     )
-    command = (sys.executable, "-c", code)
-    monkeypatch.setattr(spawn.spawn_ranks, "__kwdefaults__", _with_command(command))
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", code))
     with nothing_left(), pytest.raises(RankError, match="rank 1 died of SIGKILL"):
         two_ranks()
 
@@ -202,19 +204,15 @@ def test_two_engines_side_by_side() -> None:
 
 def test_a_rank_that_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import sys; sys.exit('no such luck')"
-    monkeypatch.setattr(spawn, "COMMAND", (sys.executable, "-c", code))
-    monkeypatch.setattr(spawn.spawn_ranks, "__kwdefaults__", _with_command(spawn.COMMAND))
+    monkeypatch.setattr(ranks, "COMMAND", (sys.executable, "-c", code))
     with nothing_left(), pytest.raises(RankError, match="rank 1 ended with code 1"):
         two_ranks()
 
 
-def _with_command(command: tuple[str, ...]) -> dict[str, object]:
-    return {**(spawn.spawn_ranks.__kwdefaults__ or {}), "command": command}
-
-
-def test_no_program_to_start() -> None:
+def test_no_program_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "COMMAND", ("/does/not/exist",))
     with nothing_left(), pytest.raises(RankError, match=r"could not be started: .*No such file"):
-        spawn.spawn_ranks(2, {}, threads=1, command=("/does/not/exist",)).wait_for(STARTED)
+        two_ranks()
 
 
 PROGRAM = """
@@ -282,60 +280,12 @@ def test_ctrl_c_leaves_the_engine_usable() -> None:
     assert gone(pid)
 
 
-TORCHRUN = """
-import json, os, sys
-from dllmserve import LLM, SamplingParams
-from dllmserve.errors import EngineError, PromptError
-out, rank = sys.argv[1], os.environ["RANK"]
-found = []
-llm = LLM("tiny", device="cpu", tensor_parallel_size=2)
-assert llm.tokenizer is not None and llm.tokenizer is llm.tokenizer  # loaded once
-params = SamplingParams(temperature=0.0, gen_length=8, steps=2)
-found.append(llm.generate(["Hello"], params, use_tqdm=False))
-try:
-    llm.generate([""], params, use_tqdm=False)
-except PromptError as error:
-    found.append(str(error))
-try:
-    found.append(len(list(llm.stream("Hello", params))))
-except EngineError as error:
-    found.append("rank 0" in str(error))
-with open(f"{out}/{rank}.json", "w") as file:
-    json.dump(found, file)
-"""
-
-
-def test_torchrun(tmp_path: Path) -> None:
-    """The program runs once for each rank; calls return the same everywhere."""
-    import json
-
-    program = tmp_path / "program.py"
-    program.write_text(TORCHRUN)
-    process = start(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *(str(program), str(tmp_path)),
-    )
-    written, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, written
-    lead, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    alone = LLM("tiny", device="cpu")
-    assert lead[0] == other[0] == alone.generate(["Hello"], SHORT, use_tqdm=False)
-    assert lead[1] == other[1] and "empty" in lead[1]
-    assert lead[2] == len(list(alone.stream("Hello", SHORT))) and other[2] is True
-
-
-def test_what_torchrun_has_started_must_fit() -> None:
-    started = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
-    world = torchrun.world(started)
-    assert world == torchrun.World(1, 4, 4)
-    torchrun.check_world(world, 4)
-    with pytest.raises(ConfigError, match=r"4 processes .* --nproc-per-node 2"):
-        torchrun.check_world(world, 2)
-    spread = torchrun.world({**started, "LOCAL_WORLD_SIZE": "2"})
-    assert spread is not None
-    with pytest.raises(ConfigError, match="one host"):
-        torchrun.check_world(spread, 4)
-    assert torchrun.world({}) is None
-    assert torchrun.world({**started, "WORLD_SIZE": "1"}) is None
-    with pytest.raises(ConfigError, match="no number"):
-        torchrun.world({**started, "RANK": "first"})
+def test_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its processes would start all ranks; with one rank each has an engine of its own."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with nothing_left():
+        with pytest.raises(ConfigError, match=r"this is rank 1 of 2 .* without torchrun"):
+            two_ranks()
+        with LLM("tiny", device="cpu", max_model_len=256) as llm:
+            assert llm.generate(["one"], SHORT, use_tqdm=False)[0]["token_ids"]

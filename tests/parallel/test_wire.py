@@ -8,15 +8,7 @@ from hypothesis import strategies as st
 from dllmserve.catalog import RULES
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, RowSelect, Track
-from dllmserve.ranks.wire import (
-    Kind,
-    decode_plan,
-    decode_row,
-    encode_kind,
-    encode_plan,
-    encode_row,
-    read,
-)
+from dllmserve.process.messages import Admit, Execute, decode_to_worker, encode
 from dllmserve.sampling_params import CONFIDENCE
 
 NUMBERS = st.integers(0, 2**31 - 1)
@@ -61,20 +53,22 @@ ROWS = st.builds(
 @given(some(ENTRIES))
 def test_plans(entries: list[StepEntry]) -> None:
     plan = StepPlan(tuple(entries))
-    kind, numbers, _ = read(encode_plan(plan))
-    assert kind is Kind.PLAN
-    assert decode_plan(numbers) == plan
-    assert all(type(e.last) is bool for e in decode_plan(numbers).entries)
+    found = decode_to_worker(encode(Execute(plan)))
+    assert isinstance(found, Execute) and found.plan == plan
+    assert all(type(e.last) is bool and type(e.span) is Span for e in found.plan.entries)
 
 
 @given(ROWS)
 def test_rows(row: RowInit) -> None:
-    kind, numbers, _ = read(encode_row(row))
-    assert kind is Kind.ROW
-    assert decode_row(numbers) == row
+    found = decode_to_worker(encode(Admit(row)))
+    assert isinstance(found, Admit) and found.row == row
+    assert type(found.row.track) is Track and found.row.prompt == row.prompt
 
 
-@given(st.text().filter(lambda text: text.isprintable()))
-def test_texts(text: str) -> None:
-    assert read(encode_kind(Kind.RETURNED, text)) == (Kind.RETURNED, [], text)
-    assert read(encode_kind(Kind.STOP))[0] is Kind.STOP
+def test_every_bit_of_a_number_arrives() -> None:
+    """Whole floats stay floats, and -0.0 is not 0.0."""
+    floats = (1.0, -0.0, 5e-324, float("inf"), 0.1)
+    row = RowInit(0, [1], 2, floats, (2**63 - 1,), (), [], "margin", True, False, RowSelect())
+    found = decode_to_worker(encode(Admit(row)))
+    assert isinstance(found, Admit)
+    assert [x.hex() for x in found.row.floats] == [x.hex() for x in floats]

@@ -120,9 +120,6 @@ class ThreadedRunner:
         self._tell(plan)
         return self.runners[0].execute(plan)
 
-    def announce(self, text: str) -> None:
-        raise AssertionError("nobody listens")
-
     def close(self) -> None:
         self._tell(None)
 

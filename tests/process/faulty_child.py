@@ -13,7 +13,7 @@ import time
 import torch
 
 from dllmserve.core.plan import StepPlan
-from dllmserve.process import child
+from dllmserve.engine import worker
 from dllmserve.runtime.runner import ModelRunner, StepHandle
 
 POISON = 7
@@ -40,4 +40,4 @@ def break_steps(how: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     break_steps(sys.argv.pop(1))
-    sys.exit(child.main())
+    sys.exit(worker.main())

@@ -1,6 +1,6 @@
 """An engine process without a model: it answers every prompt with the prompt's first ids.
 
-    light_child.py HOW DIRECTORY SOCKET OWNER
+    light_child.py HOW DIRECTORY DESCRIPTOR OWNER
 
 HOW is a fault, or "none". A prompt that begins with POISON brings it about.
 """
@@ -25,13 +25,13 @@ from dllmserve.process.messages import (
     Counters,
     EngineInfo,
     Finished,
-    FromEngine,
+    FromWorker,
     NotLoaded,
     Ready,
     Report,
     Stop,
     Submit,
-    decode_to_engine,
+    decode_to_worker,
     encode,
 )
 
@@ -67,13 +67,13 @@ class LightEngine:
         self.how, self.channel = how, channel
         self.steps = 0
 
-    def send(self, message: FromEngine) -> None:
+    def send(self, message: FromWorker) -> None:
         self.channel.send(encode(message))
 
     def run(self, directory: str) -> None:
         while True:
             for data in self.channel.receive(0.1):
-                message = decode_to_engine(data)
+                message = decode_to_worker(data)
                 if isinstance(message, Configure):
                     self.load(directory)
                 elif isinstance(message, Submit):
@@ -136,12 +136,12 @@ def first_of(directory: str) -> bool:
 
 
 def main() -> None:
-    how, directory, path, owner = sys.argv[1:]
+    how, directory, descriptor, owner = sys.argv[1:]
     assert os.getppid() == int(owner)
     if how == "stops-always" or (how == "stops-starting" and first_of(directory)):
         os.kill(os.getpid(), signal.SIGSTOP)
     try:
-        LightEngine(how, Channel(path)).run(directory)
+        LightEngine(how, Channel.inherited(int(descriptor))).run(directory)
     except ChannelClosed:
         return
 

@@ -4,7 +4,7 @@ import math
 
 from dllmserve.errors import DllmServeError, EngineStartError
 from dllmserve.outputs import RequestOutput
-from dllmserve.process.calls import Call, Cause, Death
+from dllmserve.process.calls import Call
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.messages import (
     Abort,
@@ -14,9 +14,10 @@ from dllmserve.process.messages import (
     Finished,
     Report,
     Submit,
-    ToEngine,
+    ToWorker,
 )
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
+from dllmserve.process.worker import Cause, Death
 
 OUTPUT = RequestOutput("", [1], "length", 1, 1, 1)
 
@@ -28,9 +29,9 @@ class PlayedEngine:
 
     def __init__(self) -> None:
         self.last_message = math.inf
-        self.sent: list[ToEngine] = []
+        self.sent: list[ToWorker] = []
 
-    def send(self, message: ToEngine) -> None:
+    def send(self, message: ToWorker) -> None:
         self.sent.append(message)
 
     async def stop(self) -> None:

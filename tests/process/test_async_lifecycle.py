@@ -15,6 +15,7 @@ import pytest
 
 from dllmserve import AsyncLLM
 from dllmserve.errors import ConfigError, EngineError, EngineStartError, RequestAbortedError
+from dllmserve.process import fleet
 from dllmserve.process.home import Home
 from dllmserve.process.supervisor import State, SupervisorOptions
 from tests.process.forks import forked
@@ -270,16 +271,16 @@ def test_closing_before_the_engine_is_known(
     tmp_path: Path, born: Born, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop stopped before it had made the process."""
-    real, llm = asyncio.create_subprocess_exec, made(tmp_path, "slow-load")
+    real, llm = fleet.shares, made(tmp_path, "slow-load")
     loop = asyncio.new_event_loop()
     reached = asyncio.Event()
 
-    async def late(*command: Any, **how: Any) -> Any:
+    async def late(*given: Any) -> Any:
         reached.set()
         await asyncio.sleep(0.05)
-        return await real(*command, **how)
+        return await real(*given)
 
-    monkeypatch.setattr(asyncio, "create_subprocess_exec", late)
+    monkeypatch.setattr(fleet, "shares", late)
     starting = loop.create_task(llm.start())
     loop.run_until_complete(reached.wait())
     in_new_loop(llm.close())

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dllmserve.errors import EngineError
-from dllmserve.process.calls import Call, Cause
+from dllmserve.process.calls import Call
 from dllmserve.process.fleet import _Standing, _standing
 from dllmserve.process.supervisor import State
+from dllmserve.process.worker import Cause
 from tests.process.played import PlayedFleet
 
 SIZE = 3

@@ -13,10 +13,10 @@ from dllmserve.errors import (
     EngineStartError,
     RequestAbortedError,
 )
-from dllmserve.process.calls import Cause
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.messages import Counters, Report
 from dllmserve.process.supervisor import State, SupervisorOptions
+from dllmserve.process.worker import Cause
 from tests.process.played import OUTPUT, PlayedFleet
 
 

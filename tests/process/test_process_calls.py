@@ -7,7 +7,7 @@ import pytest
 
 from dllmserve.errors import EngineDiedError, EngineError, RequestAbortedError
 from dllmserve.outputs import RequestOutput
-from dllmserve.process.calls import MAX_KILLS_ALONE, Call, Cause, Death, Delta, Fate, Started
+from dllmserve.process.calls import MAX_KILLS_ALONE, Call, Delta, Fate, Started
 from dllmserve.process.messages import (
     Abort,
     Admitted,
@@ -17,9 +17,10 @@ from dllmserve.process.messages import (
     Finished,
     Report,
     Submit,
-    ToEngine,
+    ToWorker,
 )
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
+from dllmserve.process.worker import Cause, Death
 
 OUTPUT = RequestOutput("", [1], "length", 1, 1, 1)
 CRASH = Death(Cause.CRASHED, "it crashed")
@@ -33,9 +34,9 @@ class FakeEngine:
     last_message = 0.0
 
     def __init__(self) -> None:
-        self.sent: list[ToEngine] = []
+        self.sent: list[ToWorker] = []
 
-    def send(self, message: ToEngine) -> None:
+    def send(self, message: ToWorker) -> None:
         self.sent.append(message)
 
     @property

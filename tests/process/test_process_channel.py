@@ -1,36 +1,29 @@
 """The socket between an engine and its owner."""
 
 import asyncio
-import os
 import socket
-from pathlib import Path
 
 import pytest
 
-from dllmserve.process.channel import Channel, Listener
+from dllmserve.process.channel import Channel, Connection
 
 
 def test_last_words_of_an_engine_that_leaves_with_unread_messages() -> None:
     """The system resets such a connection; what the engine said before still counts."""
 
     async def main() -> None:
-        listener = Listener()
-        await listener.start()
-        try:
-            engine = await asyncio.to_thread(Channel, listener.path)
-            connection = await listener.accept(os.getpid())
-            connection.send(b"never read")
-            await asyncio.sleep(0)
-            arrived = engine._socket.recv(1, socket.MSG_PEEK)
-            assert arrived
-            engine.send(b"one")
-            engine.send(b"two")
-            engine.close()
-            await asyncio.sleep(0.05)  # the reset is noticed before anybody asks
-            assert [await connection.receive() for _ in range(4)] == [b"one", b"two", None, None]
-            connection.close()
-        finally:
-            listener.close()
+        mine, other = socket.socketpair()
+        engine, connection = Channel(other), await Connection.open(mine)
+        connection.send(b"never read")
+        await asyncio.sleep(0)
+        arrived = engine._socket.recv(1, socket.MSG_PEEK)
+        assert arrived
+        engine.send(b"one")
+        engine.send(b"two")
+        engine.close()
+        await asyncio.sleep(0.05)  # the reset is noticed before anybody asks
+        assert [await connection.receive() for _ in range(4)] == [b"one", b"two", None, None]
+        connection.close()
 
     asyncio.run(asyncio.wait_for(main(), 20))
 
@@ -53,12 +46,11 @@ class Flood:
 
 
 @pytest.mark.parametrize("size", [1000, 3 << 20])
-def test_a_flood_is_taken_in_parts(tmp_path: Path, size: int) -> None:
+def test_a_flood_is_taken_in_parts(size: int) -> None:
     """However fast messages come, steps go on in between; a larger message still arrives."""
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(tmp_path / "s"))
-        listening.listen()
-        engine = Channel(str(tmp_path / "s"))
+    mine, other = socket.socketpair()
+    with other:
+        engine = Channel(mine)
         engine.close()
     flood = Flood(b"m" * size)
     engine._socket = engine._poll = flood  # type: ignore[assignment]

@@ -1,26 +1,34 @@
-"""The engine process: one thread that takes messages, steps the engine and reports.
+"""The worker: a process that is an engine, or another rank of one, as its first message says.
 
-    python -m dllmserve.process.child SOCKET
+    python -m dllmserve.engine.worker DESCRIPTOR OWNER
 
 It lives as long as its owner: it ends when the socket closes, and on Linux the kernel
 kills it when the owner dies, even in the middle of a step.
+
+An engine has one thread that takes messages, steps and reports. Its reports are its signs of life,
+so that a step that never ends is noticed. A rank waits for others in the middle of its steps, so a
+thread gives its signs; rank 0's engine notices a step that never ends.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 from dllmserve.config import EngineConfig
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore, StepEvents
+from dllmserve.engine.follower import follow, load_rank
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.start import build_engine
 from dllmserve.errors import DllmServeError, RankError
 from dllmserve.process.channel import Channel, ChannelClosed
+from dllmserve.process.daemon import HEARTBEAT_S, beat, leave_at_once, prepare_process
 from dllmserve.process.messages import (
     Abort,
     Admitted,
@@ -32,22 +40,21 @@ from dllmserve.process.messages import (
     EngineInfo,
     Failed,
     Finished,
-    FromEngine,
+    FromWorker,
+    Join,
     NotLoaded,
     Ready,
     Report,
     Stop,
     Submit,
-    decode_to_engine,
+    ToWorker,
+    decode_to_worker,
     encode,
 )
-from dllmserve.ranks.daemon import prepare_process
 from dllmserve.runtime.platform import first_line
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 
-#: longest silence of a healthy engine, in seconds, but for a step that takes longer
-HEARTBEAT_S = 0.5
 #: exit codes
 STOPPED, NOT_LOADED, CRASHED = 0, 65, 70
 
@@ -76,7 +83,7 @@ class EngineLoop:
         while True:
             idle = not self._engine.has_work and not self._early
             for data in self._channel.receive(HEARTBEAT_S if idle else 0.0):
-                message = decode_to_engine(data)
+                message = decode_to_worker(data)
                 if isinstance(message, Stop):
                     return
                 self._take(message)
@@ -88,7 +95,7 @@ class EngineLoop:
                 self._committed += events.committed
             self._report(events)
 
-    def _take(self, message: Submit | Abort | Configure) -> None:
+    def _take(self, message: ToWorker) -> None:
         if isinstance(message, Submit):
             self._submit(message)
         elif isinstance(message, Abort):
@@ -168,13 +175,12 @@ class EngineLoop:
     def _tell_admitted(self, requests: list[Request]) -> None:
         self._send(Admitted([self._names[r] for r in requests]))
 
-    def _send(self, message: FromEngine) -> None:
+    def _send(self, message: FromWorker) -> None:
         self._channel.send(encode(message))
 
 
-def serve(channel: Channel) -> int:
-    """Load the engine that the owner asks for, serve it, and return the exit code."""
-    options = _configuration(channel)
+def serve(options: dict[str, Any], channel: Channel) -> int:
+    """Load an engine, serve it, and return the exit code."""
     try:
         engine, plan = build_engine(EngineConfig.from_options("LLM", options))
     except DllmServeError as error:
@@ -183,16 +189,10 @@ def serve(channel: Channel) -> int:
         return NOT_LOADED
     channel.send(encode(Ready(engine_info(plan))))
     try:
-        EngineLoop(engine, channel).run()
-    except ChannelClosed:
-        return STOPPED
-    except RankError as error:
-        channel.send(encode(Crashed(str(error), killed=error.killed)))
+        with last_words(channel):
+            EngineLoop(engine, channel).run()
+    except RankError:
         return CRASHED
-    except Exception as error:
-        # its rows and pages cannot be trusted any more: a new process starts clean
-        channel.send(encode(Crashed(f"{type(error).__name__}: {first_line(error)}")))
-        raise
     finally:
         engine.close()
     return STOPPED
@@ -210,23 +210,51 @@ def engine_info(plan: EnginePlan) -> EngineInfo:
     )
 
 
-def _configuration(channel: Channel) -> dict[str, Any]:
-    while True:
-        for data in channel.receive(HEARTBEAT_S):
-            message = decode_to_engine(data)
-            if isinstance(message, Configure):
-                return dict(message.options)
+@contextmanager
+def last_words(channel: Channel) -> Iterator[None]:
+    """Tell the owner what went wrong; rows and pages cannot be trusted any more after it."""
+    try:
+        yield
+    except ChannelClosed:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {first_line(error)}"
+        killed = False
+        if isinstance(error, RankError):
+            text, killed = str(error), error.killed
+        channel.send(encode(Crashed(text, killed)))
+        raise
+
+
+def be_rank(join: Join, channel: Channel) -> NoReturn:
+    """Load a rank and follow rank 0 until it says stop, or is gone."""
+    beat(channel)
+    with suppress(ChannelClosed), last_words(channel):
+        follow(load_rank(join, channel), channel)
+    leave_at_once()
+
+
+def first_message(channel: Channel) -> ToWorker:
+    """What this worker is to be. Nothing that may be sent before it is ready needs an answer."""
+    while not (found := channel.receive(None)):
+        continue  # a part of it
+    return decode_to_worker(found[0])
 
 
 def main() -> int:
-    """Entry point: the socket's path and the owner's process id are the arguments."""
-    path, owner = sys.argv[1:3]
-    prepare_process(int(owner))
+    """Entry point: the socket's descriptor and the owner's process id are the arguments."""
+    descriptor, owner = map(int, sys.argv[1:3])
+    prepare_process(owner)
+    channel = Channel.inherited(descriptor)
     try:
-        channel = Channel(path, int(owner))
-        return serve(channel)
+        message = first_message(channel)
+        if isinstance(message, Join):
+            be_rank(message, channel)
+        if isinstance(message, Configure):
+            return serve(dict(message.options), channel)
     except ChannelClosed:
         return STOPPED
+    raise TypeError(f"{type(message).__name__} says not what this worker is to be")
 
 
 if __name__ == "__main__":

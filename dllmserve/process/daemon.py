@@ -1,4 +1,4 @@
-"""What makes a process somebody's: it ends when its owner does."""
+"""What makes a process somebody's: it ends when its owner does, and shows that it lives."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import faulthandler
 import os
 import signal
 import sys
-import time
+import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
+
+from dllmserve.process.channel import Channel, ChannelClosed
+from dllmserve.process.messages import Alive, encode
 
 _PR_SET_PDEATHSIG = 1
-#: seconds for which a process of ours may be stopped, by SIGSTOP for instance, before it is ended
-STOPPED_S = 10.0
+#: longest silence of a healthy worker, in seconds, but for a step of an engine that takes longer
+HEARTBEAT_S = 0.5
 
 
 def prepare_process(owner: int) -> None:
@@ -32,6 +37,31 @@ def prepare_process(owner: int) -> None:
         raise SystemExit(0)
 
 
+def beat(channel: Channel) -> None:
+    """Give a sign of life every half second, from a thread, until this process ends.
+
+    For a worker that waits for others in the middle of its work. Where the kernel does not kill it
+    with its owner, this ends it.
+    """
+
+    def run() -> None:
+        never = threading.Event()
+        try:
+            while not never.wait(HEARTBEAT_S):
+                channel.send(encode(Alive()))
+        except ChannelClosed:
+            leave_at_once()
+
+    threading.Thread(target=run, name="dllmserve-heartbeat", daemon=True).start()
+
+
+def leave_at_once() -> NoReturn:
+    """End the process, even if it waits for a rank that is gone."""
+    with suppress(OSError):  # nobody may read it any more
+        sys.stdout.flush()
+    os._exit(0)
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a signal has stopped a process; False where the system does not tell.
 
@@ -46,28 +76,6 @@ def is_stopped(pid: int) -> bool:
         return os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:
         return False
-
-
-class StopClock:
-    """For how long a process has been stopped.
-
-    Args:
-        pid: its id.
-        pause_s: a longer pause between two looks means that this process did not run itself; it
-            is not counted.
-    """
-
-    def __init__(self, pid: int, pause_s: float) -> None:
-        self._pid, self._pause_s = pid, pause_s
-        self._looked = self._ran = time.monotonic()
-
-    def seconds(self) -> float:
-        """Look at the process; seconds since it was last seen not to be stopped."""
-        now = time.monotonic()
-        if now - self._looked > self._pause_s or not is_stopped(self._pid):
-            self._ran = now
-        self._looked = now
-        return now - self._ran
 
 
 def process_fields(directory: Path) -> list[str]:

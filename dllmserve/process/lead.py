@@ -12,8 +12,8 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
 from dllmserve.errors import RankError
-from dllmserve.ranks.ranks import Ranks
-from dllmserve.ranks.wire import Kind, encode_kind, encode_plan, encode_row
+from dllmserve.process.messages import Admit, Execute, ToWorker
+from dllmserve.process.ranks import Ranks
 from dllmserve.runtime.platform import on_device, record_event
 from dllmserve.runtime.runner import ModelRunner, StepHandle
 from dllmserve.runtime.state_table import StateTable
@@ -48,19 +48,15 @@ class LeadRunner:
 
     def admit(self, init: RowInit) -> None:
         """See :meth:`ModelRunner.admit`. Raises RankError."""
-        with self._together(encode_row(init)):
+        with self._together(Admit(init)):
             self._runner.admit(init)
 
     def execute(self, plan: StepPlan) -> StepHandle:
         """See :meth:`ModelRunner.execute`. Raises RankError."""
-        with self._together(encode_plan(plan)):
+        with self._together(Execute(plan)):
             handle = self._runner.execute(plan)
         handle.await_event = self.ranks.await_event
         return handle
-
-    def announce(self, text: str) -> None:
-        """See :class:`StepRunner`. Raises RankError."""
-        self.ranks.send(encode_kind(Kind.RETURNED, text))
 
     def close(self) -> None:
         """End the other ranks, after the steps in flight."""
@@ -75,7 +71,7 @@ class LeadRunner:
         self.ranks.stop()
 
     @contextmanager
-    def _together(self, message: bytes) -> Iterator[None]:
+    def _together(self, message: ToWorker) -> Iterator[None]:
         with _uninterrupted():
             self.ranks.send(message)
             try:

@@ -1,1 +1,0 @@
-"""The ranks of one engine as processes: plans go out, signs of life come back."""
