@@ -10,10 +10,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-#: architectures[0] of config.json -> model definition (dllmserve.models.base.ModelDefinition)
+#: architectures[0] of config.json -> its class (a dllmserve.models.decoder.Decoder)
 MODELS: dict[str, str] = {
-    "LLaDAModelLM": "dllmserve.models.llada:LLADA",
-    "DreamModel": "dllmserve.models.dream:DREAM",
+    "LLaDAModelLM": "dllmserve.models.llada:Llada",
+    "DreamModel": "dllmserve.models.dream:Dream",
 }
 
 #: SamplingParams.unmask -> rule class (dllmserve.decoding.rule.UnmaskRule)
