@@ -44,7 +44,7 @@ class Info:
 class ModelInfo(Info):
     """A model, under ``architectures[0]`` of its config.json.
 
-    The path leads to a :class:`dllmserve.models.base.ModelDefinition`.
+    The path leads to its class, a :class:`dllmserve.models.decoder.Decoder`.
     """
 
 
@@ -227,8 +227,8 @@ MODELS = Catalog(
     "dllmserve.models",
     ModelInfo,
     {
-        "LLaDAModelLM": ModelInfo("dllmserve.models.llada:LLADA"),
-        "DreamModel": ModelInfo("dllmserve.models.dream:DREAM"),
+        "LLaDAModelLM": ModelInfo("dllmserve.models.llada:Llada"),
+        "DreamModel": ModelInfo("dllmserve.models.dream:Dream"),
     },
 )
 

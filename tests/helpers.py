@@ -30,7 +30,7 @@ def need_interpreter() -> None:
 
 #: specs for tests that need no weights
 PLAIN = ModelSpec(
-    architecture="test",
+    architecture="LLaDAModelLM",
     vocab_size=50,
     embedding_size=50,
     hidden_size=8,

@@ -25,7 +25,7 @@ from dllmserve.catalog import BackendInfo, CacheInfo, ModelInfo, RuleInfo
 
 LEFTMOST = RuleInfo("dllmserve_extra.leftmost:LeftmostRule")
 PERIODIC = CacheInfo("dllmserve_extra.periodic:PeriodicCache")
-MODEL = ModelInfo("dllmserve_extra.model:MODEL")
+MODEL = ModelInfo("dllmserve_extra.model:Extra")
 UNFUSED = BackendInfo("dllmserve_extra.unfused:UnfusedBackend")
 """,
     "leftmost.py": """
@@ -50,15 +50,10 @@ class PeriodicCache(DualCache):
         return super().span(request, spec, row)
 """,
     "model.py": """
-from dllmserve.models.dream import DREAM
+from dllmserve.models.dream import Dream
 
-class _Model:
+class Extra(Dream):
     name = "ExtraModelLM"
-
-    def __getattr__(self, name):
-        return getattr(DREAM, name)
-
-MODEL = _Model()
 """,
     "unfused.py": """
 from dllmserve.attention.sdpa import SdpaBackend

@@ -13,7 +13,7 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, StepPlan, Write
 from dllmserve.core.rows import RowSelect
 from dllmserve.device import host_to_device
-from dllmserve.models.base import AttentionContext
+from dllmserve.layers.modules import AttentionContext
 from dllmserve.parallel.group import SOLO, Group
 
 

@@ -18,7 +18,7 @@ from dllmserve.attention.select import Selection, build_selection, row_numbers
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, Write
 from dllmserve.core.rows import RowSelect
-from dllmserve.models.base import AttentionContext
+from dllmserve.layers.modules import AttentionContext
 
 
 @dataclass
@@ -67,7 +67,7 @@ class _SdpaContext:
         self._first = first
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See :class:`dllmserve.models.base.AttentionContext`."""
+        """See :class:`dllmserve.layers.modules.AttentionContext`."""
         k_cache, v_cache = self._kv.k[layer], self._kv.v[layer]
         if self._first is not None:
             self._first.store(self._kv, layer, k, v)

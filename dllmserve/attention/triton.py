@@ -18,7 +18,7 @@ from dllmserve.attention.select import Selection, build_selection, row_numbers
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span
 from dllmserve.kernels import missing
-from dllmserve.models.base import AttentionContext
+from dllmserve.layers.modules import AttentionContext
 
 #: Longer K,V tiles do not fit into a multiprocessor's memory.
 MAX_HEAD_DIM = 256
@@ -78,7 +78,7 @@ class _TritonContext:
         )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See :class:`dllmserve.models.base.AttentionContext`."""
+        """See :class:`dllmserve.layers.modules.AttentionContext`."""
         step, kv = self._step, self._step.kv
         if self._first is not None:
             self._first.store(kv, layer, k, v)

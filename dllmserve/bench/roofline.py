@@ -19,6 +19,8 @@ from dllmserve.core.budget import GIB
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, StepPlan, Write
 from dllmserve.engine.memory import device_memory
+from dllmserve.models.loader import outline
+from dllmserve.parallel.partition import Partition
 
 #: bytes of the copied buffer: far more than any cache holds
 _COPY_BYTES = {"cuda": 2 * GIB, "cpu": GIB // 8}
@@ -63,9 +65,12 @@ class ModelCost:
     @classmethod
     def of(cls, spec: ModelSpec, weight_bytes: int) -> ModelCost:
         """Costs of a model whose weights take ``weight_bytes`` bytes each."""
+        model = outline(Partition(spec))
+        tables = (model.embedding.weight, model.head.weight)
+        matrices = [w.data for w in model.weights if w.data.dim() == 2]
         return cls(
-            layer_weights=spec.num_layers * spec.layer_matrices(),
-            head_weights=spec.embedding_size * spec.hidden_size,
+            layer_weights=sum(w.numel() for w in matrices if all(w is not t for t in tables)),
+            head_weights=model.head.weight.numel(),
             # scores and weighted sum, 2 each
             attention_flop=4 * spec.num_heads * spec.head_dim * spec.num_layers,
             weight_bytes=weight_bytes,

@@ -18,6 +18,7 @@ class ModelSpec:
         eos_ids: every id that ends an answer.
         turn_end_ids: those of them that end a turn and no text, as chat templates write them
             after what the assistant said (``<|eot_id|>``, ``<|im_end|>``).
+        weights: numbers in all weights, counted on the model's modules when config.json is read.
     """
 
     architecture: str
@@ -35,13 +36,11 @@ class ModelSpec:
     mask_id: int
     eos_ids: tuple[int, ...]
     turn_end_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
-    bos_id: int | None = None
     logit_shift: int = 0
     qkv_bias: bool = False
     tied_head: bool = False
-    default_block_length: int | None = None
     dtype: str = "bfloat16"
+    weights: int = 0
 
     @property
     def text_end_ids(self) -> tuple[int, ...]:
@@ -52,19 +51,6 @@ class ModelSpec:
         """Numbers (not bytes) of K and V that one token takes, all layers together."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
-    def layer_matrices(self) -> int:
-        """Weights of one layer's matrices: q, k, v, output, gate, up, down."""
-        q = self.num_heads * self.head_dim
-        kv = self.num_kv_heads * self.head_dim
-        return self.hidden_size * (2 * q + 2 * kv + 3 * self.mlp_size)
-
     def parameters(self) -> int:
         """Number of weights."""
-        head = 0 if self.tied_head else self.embedding_size * self.hidden_size
-        q = self.num_heads * self.head_dim
-        kv = self.num_kv_heads * self.head_dim
-        layer = self.layer_matrices() + 2 * self.hidden_size
-        if self.qkv_bias:
-            layer += q + 2 * kv
-        embed = self.embedding_size * self.hidden_size
-        return embed + head + self.num_layers * layer + self.hidden_size
+        return self.weights

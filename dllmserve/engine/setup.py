@@ -32,6 +32,7 @@ from dllmserve.errors import ConfigError, DllmServeError, OutOfMemoryError
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
     check_files,
+    count_weights,
     find_model,
     load_decoder,
     random_decoder,
@@ -60,7 +61,6 @@ class EnginePlan:
 
     Attributes:
         directory: of the checkpoint.
-        config: its config.json.
         partition: the model and this rank's part of it.
         limits, memory: derived from it and from the options; memory is a rank's.
         dtype, device: of weights, activations and K,V.
@@ -73,7 +73,6 @@ class EnginePlan:
     """
 
     directory: Path
-    config: dict[str, Any]
     partition: Partition
     limits: Limits
     memory: MemoryBudget
@@ -119,7 +118,7 @@ class RunnerParts:
         triton = plan.kernels == "triton"
         exact = decoder.ops.linear if triton and plan.dtype == torch.float32 else None
         head = LogitsHead(
-            decoder.head_weight,
+            decoder.head.weight,
             limits.max_logit_rows,
             plan.spec.mask_id,
             (TritonReducer if triton else TorchReducer)(decoder.vocab),
@@ -164,10 +163,8 @@ class RunnerParts:
         )
 
 
-def _read_model(
-    options: EngineConfig,
-) -> tuple[Path, dict[str, Any], ModelSpec, Tokenizer | None]:
-    """Directory, config.json, spec with its end ids, and tokenizer of a checkpoint."""
+def _read_model(options: EngineConfig) -> tuple[Path, ModelSpec, Tokenizer | None]:
+    """Directory, spec with its end ids, and tokenizer of a checkpoint."""
     directory = find_model(options.model)
     config = read_config(directory)
     spec = read_spec(config)
@@ -175,7 +172,7 @@ def _read_model(
         check_files(directory, config)
     # before gigabytes of weights; every rank needs the end ids that it tells of
     tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
-    return directory, config, with_ends(spec, tokenizer), tokenizer
+    return directory, with_ends(spec, tokenizer), tokenizer
 
 
 def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
@@ -186,7 +183,7 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
         ConfigError: an option that does not fit the model or the machine.
         OutOfMemoryError: weights and one step do not fit the device.
     """
-    directory, config, spec, tokenizer = _read_model(options)
+    directory, spec, tokenizer = _read_model(options)
     ranks = options.tensor_parallel_size
     device = choose_device(options.device, rank, ranks)
     options.check_threads(str(device))
@@ -204,7 +201,7 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
         tokens = min(max(2 * max_len, _MIN_STEP_TOKENS), _MAX_STEP_TOKENS)
     sizing = Sizing(
         options=options,
-        spec=partition.local,
+        spec=replace(partition.local, weights=count_weights(partition)),
         dtype=dtype,
         tokens=tokens,
         max_len=max_len,
@@ -225,7 +222,6 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
     )
     return EnginePlan(
         directory,
-        config,
         partition,
         limits,
         memory,
@@ -284,7 +280,7 @@ def _build_runner(plan: EnginePlan, group: Group, ready: Callable[[], None]) -> 
     if plan.sizing.options.load_format == "dummy":
         decoder = random_decoder(plan.partition, **sizes)
     else:
-        decoder = load_decoder(plan.directory, plan.config, plan.partition, **sizes)
+        decoder = load_decoder(plan.directory, plan.partition, **sizes)
     ready()
     parts = RunnerParts.create(plan, decoder)
     if plan.device.type == "cuda":

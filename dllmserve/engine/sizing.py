@@ -20,7 +20,7 @@ class Sizing:
 
     Attributes:
         options: as asked for.
-        spec: the model, or a rank's part of it.
+        spec: the model, or a rank's part of it, with its weights counted.
         dtype: of weights, activations and K,V.
         tokens: query tokens of the largest step.
         max_len: longest canvas.
@@ -42,7 +42,7 @@ class Sizing:
             total=0,
             free=0,
             utilization=self.options.gpu_memory_utilization,
-            weights=self.spec.parameters() * size,
+            weights=self.spec.weights * size,
             activations=self.tokens * self._widest * size,
             logits=self._logits(),
             tables=self._tables(),

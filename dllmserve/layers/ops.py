@@ -1,29 +1,99 @@
-"""LayerOps: what a decoder layer computes besides attention, in torch or in Triton."""
+"""LayerOps: what a decoder layer computes besides attention, in torch, and in Triton."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.layers.activation import silu
-from dllmserve.layers.norm import rms_norm
-from dllmserve.layers.rotary import Rotary
-
 #: what ``at`` gives and ``rotate`` takes; its content is the implementation's own
 Angles = tuple[Tensor, ...]
 
 
-class LayerOps(Protocol):
-    """The operations of a decoder layer, apart from attention.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / rms(x) * weight``, normalised in float32 and cast back before the weight.
 
-    Arguments may be overwritten where a method says so; what it returns counts.
+    The order of the cast is LLaDA's and Qwen2's, so bf16 results round alike.
+
+    Args:
+        x: [N, d] activations.
+        weight: [d].
+    """
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return wide.to(x.dtype) * weight
+
+
+def silu(x: Tensor) -> Tensor:
+    """``x / (1 + exp(-x))``; in float32 an element's bits do not depend on its place.
+
+    torch's own SiLU rounds differently on a CPU in the elements that are left over when a row
+    is cut into vectors, so numbers would depend on which part of the MLP a rank has. Its
+    ``exp`` rounds alike everywhere, and addition and division are exactly defined.
+
+    Args:
+        x: any shape and floating dtype; it is not changed.
+
+    Returns:
+        A new tensor of the same shape and dtype.
+
+    Example:
+        ``silu(x)[3:5]`` equals ``silu(x[3:5])``, bit for bit.
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.silu(x)
+    below = x.neg().exp_().add_(1.0)
+    return torch.div(x, below, out=below)
+
+
+class Rotary:
+    """Rotary position embedding, half-split layout: the first half rotates with the second.
+
+    It has cos and sin tables in float32 for positions ``0 .. max_len - 1``.
+
+    Example:
+        >>> rotary = Rotary(head_dim=64, theta=1e4, max_len=128, device=torch.device("cpu"))
+        >>> q = torch.zeros(3, 2, 64)
+        >>> cos, sin = rotary.at(torch.tensor([0, 1, 2]))
+        >>> rotary.rotate(q, cos, sin).shape
+        torch.Size([3, 2, 64])
     """
 
-    #: "torch" or "triton"
-    name: str
+    def __init__(self, head_dim: int, theta: float, max_len: int, device: torch.device) -> None:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        inv_freq = 1.0 / (theta**exponents)  # [D/2]
+        angles = torch.outer(torch.arange(max_len, dtype=torch.float32, device=device), inv_freq)
+        self.tables = angles.cos(), angles.sin()  # [max_len, D/2] float32 each
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of the tables for ``positions`` [N] int64: two tensors [N, 1, D/2]."""
+        cos, sin = self.tables
+        return cos[positions][:, None, :], sin[positions][:, None, :]
+
+    @staticmethod
+    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate ``x`` [N, H, D] in float32 and cast back to its dtype."""
+        half = x.shape[-1] // 2
+        first, second = x[..., :half].float(), x[..., half:].float()
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return turned.to(x.dtype)
+
+
+class LayerOps:
+    """The operations of a decoder layer, apart from attention: plain torch, on any device.
+
+    Arguments may be overwritten where a method says so; what it returns counts. Products are the
+    library's: the last bits of a row may depend on how many rows are in the call. The rest does
+    not depend on them in float32.
+
+    Example:
+        ``ops = LayerOps(Rotary(64, 1e4, 128, device))``
+    """
+
+    def __init__(self, rotary: Rotary) -> None:
+        self._rotary = rotary
 
     def add_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
@@ -32,70 +102,32 @@ class LayerOps(Protocol):
 
         Without a residual h is x.
         """
-        ...
+        h = x if residual is None else residual + x
+        return rms_norm(h, weight, eps), h
 
     def at(self, positions: Tensor) -> Angles:
         """Once per forward: what ``rotate`` needs of positions [N] int64."""
-        ...
+        return self._rotary.at(positions)  # cos and sin, [N, 1, D/2] each
 
     def rotate(self, heads: Tensor, count: int, angles: Angles) -> Tensor:
         """The first ``count`` of heads [N, H, D] rotated: [N, count, D].
 
         ``heads`` may be rotated in place.
         """
-        ...
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """``silu(gate) * up`` of [N, 2m] -> [N, m]. The argument may be overwritten."""
-        ...
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ weight.T + bias``: [N, d] -> [N, out]."""
-        ...
-
-
-class TorchOps:
-    """Plain torch operations, on any device; see :class:`LayerOps`.
-
-    Products are the library's: the last bits of a row may depend on how many rows are in the call.
-    The rest does not depend on them in float32.
-
-    Example:
-        ``ops = TorchOps(Rotary(64, 1e4, 128, device))``
-    """
-
-    name = "torch"
-
-    def __init__(self, rotary: Rotary) -> None:
-        self._rotary = rotary
-
-    def add_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`LayerOps`."""
-        h = x if residual is None else residual + x
-        return rms_norm(h, weight, eps), h
-
-    def at(self, positions: Tensor) -> Angles:
-        """Rows of the tables: cos and sin, [N, 1, D/2] each."""
-        return self._rotary.at(positions)
-
-    def rotate(self, heads: Tensor, count: int, angles: Angles) -> Tensor:
-        """See :class:`LayerOps`."""
         cos, sin = angles
         return self._rotary.rotate(heads[:, :count], cos, sin)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See :class:`LayerOps`."""
+        """``silu(gate) * up`` of [N, 2m] -> [N, m]. The argument may be overwritten."""
         gate, up = gate_up.chunk(2, dim=-1)
         return silu(gate).mul_(up)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See :class:`LayerOps`."""
+        """``x @ weight.T + bias``: [N, d] -> [N, out]."""
         return F.linear(x, weight, bias)
 
 
-class TritonOps:
+class TritonOps(LayerOps):
     """Triton kernels, on CUDA or under Triton's interpreter; see :class:`LayerOps`.
 
     In float32 a row's result does not depend, bit for bit, on the other rows of the call:
@@ -105,8 +137,6 @@ class TritonOps:
         ``ops = TritonOps(Rotary(64, 1e4, 128, device))``
     """
 
-    name = "triton"
-
     def __init__(self, rotary: Rotary) -> None:
         # loads triton, so only where kernels are used
         from dllmserve.kernels.activation import silu_mul
@@ -114,6 +144,7 @@ class TritonOps:
         from dllmserve.kernels.norm import add_rms_norm
         from dllmserve.kernels.rotary import rotate_
 
+        super().__init__(rotary)
         self._tables = rotary.tables
         self._add_norm = add_rms_norm
         self._silu_mul = silu_mul
@@ -145,13 +176,3 @@ class TritonOps:
         if x.dtype == torch.float32:
             return self._linear(x, weight, bias)
         return F.linear(x, weight, bias)
-
-
-def choose_ops(name: str, rotary: Rotary) -> LayerOps:
-    """The operations by name.
-
-    Args:
-        name: "torch" or "triton".
-        rotary: tables on the device.
-    """
-    return TritonOps(rotary) if name == "triton" else TorchOps(rotary)

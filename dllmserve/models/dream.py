@@ -12,36 +12,32 @@ from typing import Any
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import UnsupportedModelError
-from dllmserve.models.base import Target, eos_ids, need, refuse, rope_theta
-from dllmserve.models.decoder import layer_targets, table_target
-from dllmserve.parallel.partition import Partition
-
-_STEMS = {
-    "attn_norm": "input_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "out": "self_attn.o_proj",
-    "mlp_norm": "post_attention_layernorm",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
-
-_ONLY = {"hidden_act": "silu"}
+from dllmserve.layers.modules import Attention, Embedding, Head, Mlp, RMSNorm
+from dllmserve.layers.weight import Build
+from dllmserve.models.config import eos_ids, need, refuse, rope_theta
+from dllmserve.models.decoder import Block, Decoder
 
 
-class _Dream:
-    """See :class:`dllmserve.models.base.ModelDefinition`."""
+class Dream(Decoder):
+    """DreamModel of modeling_dream.py, with the names of its weights (Qwen2's)."""
 
     name = "DreamModel"
 
-    def spec(self, config: Mapping[str, Any]) -> ModelSpec:
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        at = build.inside("model")
+        self.embedding = Embedding(at, "embed_tokens")
+        self.blocks = [_block(at.inside(f"layers.{i}"), i) for i in range(self.spec.num_layers)]
+        self.norm = RMSNorm(at, "norm")
+        self.head = Head(build, "lm_head", self.embedding)
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Read a Dream config.json."""
-        refuse(config, self.name, _ONLY)
+        refuse(config, cls.name, {"hidden_act": "silu"})
         _refuse_window(config)
-        width = int(need(config, "hidden_size", self.name))
-        heads = int(need(config, "num_attention_heads", self.name))
+        width = int(need(config, "hidden_size", cls.name))
+        heads = int(need(config, "num_attention_heads", cls.name))
         kv = int(config.get("num_key_value_heads") or heads)
         if heads % kv:
             raise UnsupportedModelError(
@@ -52,45 +48,38 @@ class _Dream:
             raise UnsupportedModelError(
                 f"hidden_size={width} is not a multiple of num_attention_heads={heads}"
             )
-        vocab = int(need(config, "vocab_size", self.name))
+        vocab = int(need(config, "vocab_size", cls.name))
         return ModelSpec(
-            architecture=self.name,
+            architecture=cls.name,
             vocab_size=vocab,
             embedding_size=vocab,
             hidden_size=width,
-            num_layers=int(need(config, "num_hidden_layers", self.name)),
+            num_layers=int(need(config, "num_hidden_layers", cls.name)),
             num_heads=heads,
             num_kv_heads=kv,
             head_dim=int(head_dim or width // heads),
-            mlp_size=int(need(config, "intermediate_size", self.name)),
-            max_model_len=int(need(config, "max_position_embeddings", self.name)),
+            mlp_size=int(need(config, "intermediate_size", cls.name)),
+            max_model_len=int(need(config, "max_position_embeddings", cls.name)),
             rope_theta=rope_theta(config),
             norm_eps=float(config.get("rms_norm_eps") or 1e-6),
-            mask_id=int(need(config, "mask_token_id", self.name)),
+            mask_id=int(need(config, "mask_token_id", cls.name)),
             eos_ids=eos_ids(config),
-            pad_id=config.get("pad_token_id"),
-            bos_id=config.get("bos_token_id"),
             logit_shift=1,
             qkv_bias=True,
             tied_head=bool(config.get("tie_word_embeddings", False)),
             dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
         )
 
-    def targets(self, partition: Partition) -> dict[str, Target]:
-        """Tensor names of modeling_dream.py (Qwen2's)."""
-        spec = partition.spec
-        targets = {"model.embed_tokens.weight": table_target(partition, "embed")}
-        for i in range(spec.num_layers):
-            stems = {k: f"model.layers.{i}.{v}" for k, v in _STEMS.items()}
-            targets.update(layer_targets(partition, i, stems))
-        targets["model.norm.weight"] = Target("norm", 0, (spec.hidden_size,))
-        if not spec.tied_head:
-            targets["lm_head.weight"] = table_target(partition, "head")
-        return targets
 
-    def ignored(self, name: str, spec: ModelSpec) -> bool:
-        """Rotary tables, and a second copy of a tied head."""
-        return "rotary_emb" in name or (spec.tied_head and name == "lm_head.weight")
+def _block(at: Build, layer: int) -> Block:
+    """DreamDecoderLayer."""
+    attention, mlp = at.inside("self_attn"), at.inside("mlp")
+    return Block(
+        RMSNorm(at, "input_layernorm"),
+        Attention(attention, layer, q="q_proj", k="k_proj", v="v_proj", out="o_proj"),
+        RMSNorm(at, "post_attention_layernorm"),
+        Mlp(mlp, gate="gate_proj", up="up_proj", down="down_proj"),
+    )
 
 
 def _refuse_window(config: Mapping[str, Any]) -> None:
@@ -106,6 +95,3 @@ def _refuse_window(config: Mapping[str, Any]) -> None:
         raise UnsupportedModelError(
             f"DreamModel with use_sliding_window and sliding_window={window} is not supported"
         )
-
-
-DREAM = _Dream()

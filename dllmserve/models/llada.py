@@ -11,21 +11,10 @@ from typing import Any
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import UnsupportedModelError
-from dllmserve.models.base import Target, eos_ids, need, refuse, rope_theta
-from dllmserve.models.decoder import layer_targets, table_target
-from dllmserve.parallel.partition import Partition
-
-_STEMS = {
-    "attn_norm": "attn_norm",
-    "q": "q_proj",
-    "k": "k_proj",
-    "v": "v_proj",
-    "out": "attn_out",
-    "mlp_norm": "ff_norm",
-    "gate": "ff_proj",
-    "up": "up_proj",
-    "down": "ff_out",
-}
+from dllmserve.layers.modules import Attention, Embedding, Head, Mlp, RMSNorm
+from dllmserve.layers.weight import Build
+from dllmserve.models.config import eos_ids, need, refuse, rope_theta
+from dllmserve.models.decoder import Block, Decoder
 
 _ONLY = {
     "activation_type": "silu",
@@ -45,58 +34,57 @@ _ONLY = {
 }
 
 
-class _Llada:
-    """See :class:`dllmserve.models.base.ModelDefinition`."""
+class Llada(Decoder):
+    """LLaDAModel of modeling_llada.py, with the names of its weights."""
 
     name = "LLaDAModelLM"
 
-    def spec(self, config: Mapping[str, Any]) -> ModelSpec:
+    def __init__(self, build: Build) -> None:
+        super().__init__(build)
+        at = build.inside("model.transformer")
+        self.embedding = Embedding(at, "wte")
+        self.blocks = [_block(at.inside(f"blocks.{i}"), i) for i in range(self.spec.num_layers)]
+        self.norm = RMSNorm(at, "ln_f")
+        self.head = Head(at, "ff_out", self.embedding)
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Read a LLaDA config.json."""
-        refuse(config, self.name, _ONLY)
-        width = int(need(config, "d_model", self.name))
-        heads = int(need(config, "n_heads", self.name))
+        refuse(config, cls.name, _ONLY)
+        width = int(need(config, "d_model", cls.name))
+        heads = int(need(config, "n_heads", cls.name))
         if width % heads:
             raise UnsupportedModelError(f"d_model={width} is not a multiple of n_heads={heads}")
-        vocab = int(need(config, "vocab_size", self.name))
+        vocab = int(need(config, "vocab_size", cls.name))
         return ModelSpec(
-            architecture=self.name,
+            architecture=cls.name,
             vocab_size=vocab,
             embedding_size=int(config.get("embedding_size") or vocab),
             hidden_size=width,
-            num_layers=int(need(config, "n_layers", self.name)),
+            num_layers=int(need(config, "n_layers", cls.name)),
             num_heads=heads,
             num_kv_heads=_kv_heads(config, heads),
             head_dim=width // heads,
             mlp_size=_mlp_size(config, width),
-            max_model_len=int(need(config, "max_sequence_length", self.name)),
+            max_model_len=int(need(config, "max_sequence_length", cls.name)),
             rope_theta=rope_theta(config),
             norm_eps=float(config.get("rms_norm_eps") or 1e-5),
-            mask_id=int(need(config, "mask_token_id", self.name)),
+            mask_id=int(need(config, "mask_token_id", cls.name)),
             eos_ids=eos_ids(config),
-            pad_id=config.get("pad_token_id"),
-            bos_id=config.get("bos_token_id"),
             qkv_bias=bool(config.get("include_qkv_bias", False)),
             tied_head=bool(config.get("weight_tying", False)),
             dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
         )
 
-    def targets(self, partition: Partition) -> dict[str, Target]:
-        """Tensor names of modeling_llada.py."""
-        spec = partition.spec
-        targets = {"model.transformer.wte.weight": table_target(partition, "embed")}
-        for i in range(spec.num_layers):
-            stems = {k: f"model.transformer.blocks.{i}.{v}" for k, v in _STEMS.items()}
-            targets.update(layer_targets(partition, i, stems))
-        targets["model.transformer.ln_f.weight"] = Target("norm", 0, (spec.hidden_size,))
-        if not spec.tied_head:
-            targets["model.transformer.ff_out.weight"] = table_target(partition, "head")
-        return targets
 
-    def ignored(self, name: str, spec: ModelSpec) -> bool:
-        """Rotary tables, and a second copy of a tied head."""
-        return "rotary_emb" in name or (
-            spec.tied_head and name == "model.transformer.ff_out.weight"
-        )
+def _block(at: Build, layer: int) -> Block:
+    """LLaDALlamaBlock."""
+    return Block(
+        RMSNorm(at, "attn_norm"),
+        Attention(at, layer, q="q_proj", k="k_proj", v="v_proj", out="attn_out"),
+        RMSNorm(at, "ff_norm"),
+        Mlp(at, gate="ff_proj", up="up_proj", down="ff_out"),
+    )
 
 
 def _kv_heads(config: Mapping[str, Any], heads: int) -> int:
@@ -113,6 +101,3 @@ def _mlp_size(config: Mapping[str, Any], width: int) -> int:
     if config.get("mlp_hidden_size") is not None:
         return int(config["mlp_hidden_size"])
     return int(config.get("mlp_ratio") or 4) * width
-
-
-LLADA = _Llada()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from dllmserve.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from dllmserve.models.base import ModelDefinition, Target
-from dllmserve.models.decoder import Decoder, take, whole_shapes
+from dllmserve.layers.ops import LayerOps, Rotary, TritonOps
+from dllmserve.layers.weight import Build, Weight
+from dllmserve.models.decoder import Decoder
 from dllmserve.models.files import read_object, weight_files
 from dllmserve.models.foreign import explain, explain_file, is_broken_link, quantization
 from dllmserve.parallel.group import SOLO, Group
@@ -33,12 +35,17 @@ ASSETS = Path(__file__).parent.parent / "assets"
 SHAPES_ONLY = ("llada-8b", "dream-7b")
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+#: what can be wrong with the tensors of a checkpoint, and how many names of each are shown
+_PROBLEMS = ("missing", "unexpected", "misshapen", "unusable")
 _SHOWN = 6
+#: far more than any model has; each is composed before its weights are counted
+_MOST_LAYERS = 10_000
 #: dtypes of weights, as safetensors calls them
 _DTYPES = ("F32", "BF16", "F16")
 #: fields of a ModelSpec that no model can do without
 _POSITIVE = (
     "vocab_size",
+    "embedding_size",
     "hidden_size",
     "num_layers",
     "num_heads",
@@ -131,8 +138,8 @@ def check_files(directory: Path, config: dict[str, Any]) -> None:
             )
 
 
-def definition_for(config: dict[str, Any]) -> ModelDefinition:
-    """The model definition for ``architectures[0]``.
+def architecture_of(config: dict[str, Any]) -> type[Decoder]:
+    """The class for ``architectures[0]``.
 
     The class name decides, not model_type: two architectures share "llada".
     """
@@ -146,15 +153,15 @@ def definition_for(config: dict[str, Any]) -> ModelDefinition:
         raise UnsupportedModelError(
             f"architecture {names[0]!r} is not supported; supported architectures: {supported}"
         )
-    definition: ModelDefinition = MODELS[names[0]].load()
-    return definition
+    architecture: type[Decoder] = MODELS[names[0]].load()
+    return architecture
 
 
 def read_spec(config: dict[str, Any]) -> ModelSpec:
     """The ModelSpec of a config.json, checked for values no engine could use."""
-    definition = definition_for(config)
+    architecture = architecture_of(config)
     try:
-        spec = definition.spec(config)
+        spec = architecture.read(config)
     except UnsupportedModelError:
         raise
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -162,8 +169,11 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
             f"config.json has a value of a wrong type or size: {error}"
         ) from error
     for name in _POSITIVE:
-        if not 0 < getattr(spec, name) < math.inf:
-            raise UnsupportedModelError(f"config.json: {name} is {getattr(spec, name)}")
+        value, most = getattr(spec, name), _MOST_LAYERS if name == "num_layers" else sys.maxsize
+        if not 0 < value <= most:
+            raise UnsupportedModelError(
+                f"config.json: {name} is {value}; it must be over 0 and at most {most}"
+            )
     if spec.head_dim % 2:
         raise UnsupportedModelError(f"head_dim={spec.head_dim} is odd, so it cannot be rotated")
     if spec.embedding_size < spec.vocab_size:
@@ -174,12 +184,26 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         raise UnsupportedModelError(
             f"mask_token_id={spec.mask_id} is outside the {spec.embedding_size} embeddings"
         )
-    return spec
+    try:
+        return replace(spec, weights=count_weights(Partition(spec)))
+    except (RuntimeError, OverflowError) as error:
+        raise UnsupportedModelError(
+            f"config.json has sizes that no memory could hold: {error}"
+        ) from error
 
 
-def load_decoder(
-    directory: Path,
-    config: dict[str, Any],
+def outline(partition: Partition) -> Decoder:
+    """A rank's decoder without memory: its weights have shapes, and nothing can be computed."""
+    ops = LayerOps(Rotary(2, 1.0, 0, torch.device("cpu")))
+    return _compose(Build(partition, torch.bfloat16, torch.device("meta"), ops))
+
+
+def count_weights(partition: Partition) -> int:
+    """Numbers in all weights of a rank."""
+    return sum(weight.data.numel() for weight in outline(partition).weights)
+
+
+def empty_decoder(
     partition: Partition,
     *,
     dtype: torch.dtype,
@@ -188,73 +212,95 @@ def load_decoder(
     kernels: str = "torch",
     group: Group = SOLO,
 ) -> Decoder:
+    """A rank's decoder, with weights that are not initialised.
+
+    Args:
+        partition: the model's dimensions, and the rank's share of them.
+        dtype, device: of the weights.
+        max_len: positions that the rotary tables cover.
+        kernels: "torch" or "triton", see :mod:`dllmserve.layers.ops`.
+        group: the ranks that share the model.
+    """
+    spec = partition.spec
+    rotary = Rotary(spec.head_dim, spec.rope_theta, max_len, device)
+    ops = TritonOps(rotary) if kernels == "triton" else LayerOps(rotary)
+    return _compose(Build(partition, dtype, device, ops, group))
+
+
+def _compose(build: Build) -> Decoder:
+    decoder: Decoder = MODELS[build.spec.architecture].load()(build)
+    return decoder
+
+
+def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decoder:
     """Build a rank's decoder and fill it from the directory's safetensors.
 
     Only what the rank holds is read.
+
+    Args:
+        directory: of the checkpoint.
+        partition: the model's dimensions, and the rank's share of them.
+        options: as for :func:`empty_decoder`.
 
     Raises:
         WeightsError: names every missing, unexpected or misshapen tensor, or the file
             that could not be read.
     """
-    definition = definition_for(config)
-    targets = definition.targets(partition)
     files = _weight_files(directory)
-    decoder = Decoder(partition, dtype, device, max_len, kernels, group)
+    decoder = empty_decoder(partition, **options)
+    places = {p.name: (p, rows) for weight in decoder.weights for p, rows in weight.places()}
+    problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEMS}
     seen: set[str] = set()
-    wrong: list[str] = []
-    unusable: list[str] = []
-    unexpected: list[str] = []
     for name, tensor in _tensors(files):
-        target = targets.get(name)
-        if target is None:
-            if not definition.ignored(name, partition.spec):
-                unexpected.append(name)
+        if name not in places:
+            if not any(part in name for part in decoder.ignored):
+                problems["unexpected"].append(name)
             continue
+        part, rows = places[name]
         shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
-        if shape != target.shape:
-            wrong.append(f"{name} is {shape}, expected {target.shape}")
-            continue
-        if kind not in _DTYPES:
-            # quantized weights come with scales that nothing here would apply
-            unusable.append(f"{name} is {kind}, expected F32, BF16 or F16")
-            continue
         if name in seen:
-            unusable.append(f"{name} is in more than one file")
-            continue
-        _fill(decoder, target, _read(name, tensor, target.index))
+            problems["unusable"].append(f"{name} is in more than one file")
+        elif shape != part.shape:
+            problems["misshapen"].append(f"{name} is {shape}, expected {part.shape}")
+        elif kind not in _DTYPES:
+            # quantized weights come with scales that nothing here would apply
+            problems["unusable"].append(f"{name} is {kind}, expected F32, BF16 or F16")
+        else:
+            rows.copy_(_read(name, tensor, part.cut))
         seen.add(name)
-    named = {w.split(" ", 1)[0] for w in (*wrong, *unusable)}
-    missing = [n for n in targets if n not in seen and n not in named]
-    _report(directory, missing=missing, unexpected=unexpected, misshapen=wrong, unusable=unusable)
+    problems["missing"] = [name for name in places if name not in seen]
+    _report(directory, problems)
     return decoder
 
 
-def random_decoder(
-    partition: Partition,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_len: int,
-    kernels: str = "torch",
-    group: Group = SOLO,
-) -> Decoder:
+def random_decoder(partition: Partition, **options: Any) -> Decoder:
     """A decoder with seeded random weights, for benchmarks (load_format="dummy").
 
     A rank's are its part of the whole model's, so they do not depend on the number of ranks.
+
+    Args:
+        partition, options: as for :func:`load_decoder`.
     """
-    decoder = Decoder(partition, dtype, device, max_len, kernels, group)
-    generator = torch.Generator(device=device).manual_seed(0)
-    whole = whole_shapes(partition.spec)
-    for name, parameter in decoder.named_parameters():
-        if name.endswith("norm"):
-            parameter.data.fill_(1.0)
-        elif partition.size == 1:
-            parameter.data.normal_(0.0, 0.02, generator=generator)
+    decoder = empty_decoder(partition, **options)
+    generator = torch.Generator(device=decoder.head.weight.device).manual_seed(0)
+    for weight in decoder.weights:
+        if weight.ones:
+            weight.data.fill_(1.0)
         else:
-            full = torch.empty(whole[name], dtype=dtype, device=device)
-            full.normal_(0.0, 0.02, generator=generator)
-            parameter.data.copy_(take(partition, name, full))
+            _randomize(weight, generator)
     return decoder
+
+
+def _randomize(weight: Weight, generator: torch.Generator) -> None:
+    counts = [part.shape[0] for part in weight.parts]
+    shape = (sum(counts), *weight.parts[0].shape[1:])
+    # in place where a rank has all of it: an embedding's copy takes a gigabyte
+    complete = weight.data.shape == shape
+    whole = weight.data if complete else weight.data.new_empty(shape)
+    whole.normal_(0.0, 0.02, generator=generator)
+    if not complete:
+        for (part, rows), drawn in zip(weight.places(), torch.split(whole, counts), strict=True):
+            rows.copy_(drawn[part.cut])
 
 
 def require_weights(directory: Path) -> None:
@@ -297,12 +343,7 @@ def _read(name: str, tensor: Any, index: tuple[slice, ...]) -> Tensor:
     return part
 
 
-def _fill(decoder: Decoder, target: Target, tensor: Tensor) -> None:
-    end = target.start + len(tensor)
-    decoder.weight(target.parameter).data[target.start : end].copy_(tensor)
-
-
-def _report(directory: Path, **problems: list[str]) -> None:
+def _report(directory: Path, problems: dict[str, list[str]]) -> None:
     """Raise WeightsError with every kind of problem that has names."""
     parts = []
     for label, names in problems.items():

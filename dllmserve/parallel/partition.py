@@ -12,15 +12,12 @@ vocabulary. What follows attention and the MLP's activation is cut in one of two
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import ConfigError
 from dllmserve.parallel.vocab import first_id, splits_of
-
-#: rows and columns of a whole parameter
-Cut = tuple[slice, slice]
-_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -32,9 +29,6 @@ class Partition:
         rank, size: this rank, of so many.
         exact: cut by rows, see above.
 
-    Attributes:
-        local: dimensions of the share: heads, K,V heads, MLP and embedding rows.
-
     Raises:
         ConfigError: the model cannot be shared by so many.
     """
@@ -43,7 +37,6 @@ class Partition:
     rank: int = 0
     size: int = 1
     exact: bool = True
-    local: ModelSpec = field(init=False)
 
     def __post_init__(self) -> None:
         spec, size = self.spec, self.size
@@ -55,48 +48,29 @@ class Partition:
                 f"{splits_of(spec.embedding_size)} parts of the vocabulary; what works: "
                 f"{', '.join(map(str, sizes(spec)))}"
             )
-        start, stop = self._vocab
-        object.__setattr__(
-            self,
-            "local",
-            replace(
-                spec,
-                num_heads=spec.num_heads // size,
-                num_kv_heads=spec.num_kv_heads // size,
-                mlp_size=spec.mlp_size // size,
-                embedding_size=stop - start,
-            ),
+
+    @cached_property
+    def local(self) -> ModelSpec:
+        """Dimensions of the share: heads, K,V heads, MLP, embedding rows; weights not counted."""
+        return replace(
+            self.spec,
+            num_heads=self.spec.num_heads // self.size,
+            num_kv_heads=self.spec.num_kv_heads // self.size,
+            mlp_size=self.spec.mlp_size // self.size,
+            embedding_size=self.vocab.stop - self.vocab.start,
+            weights=0,
         )
 
     @property
-    def _vocab(self) -> tuple[int, int]:
+    def vocab(self) -> slice:
+        """This rank's rows of the embedding and of the LM head."""
         size = self.spec.embedding_size
-        return first_id(size, self.rank, self.size), first_id(size, self.rank + 1, self.size)
+        return slice(first_id(size, self.rank, self.size), first_id(size, self.rank + 1, self.size))
 
-    def cuts(self, kind: str) -> list[Cut]:
-        """The parts of a whole parameter that this rank holds, to be put below each other.
-
-        Args:
-            kind: "embed", "head", "qkv", "qkv_bias", "out", "gate_up", "down", or a norm.
-        """
-        spec = self.spec
-        q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        if kind in ("embed", "head"):
-            return [(slice(*self._vocab), _ALL)]
-        if kind in ("qkv", "qkv_bias"):
-            return [(self._part(start, n), _ALL) for start, n in ((0, q), (q, kv), (q + kv, kv))]
-        if kind == "gate_up":
-            return [(self._part(start, spec.mlp_size), _ALL) for start in (0, spec.mlp_size)]
-        if kind in ("out", "down"):
-            if self.exact:
-                return [(self._part(0, spec.hidden_size), _ALL)]
-            return [(_ALL, self._part(0, q if kind == "out" else spec.mlp_size))]
-        return [(_ALL, _ALL)]
-
-    def _part(self, start: int, length: int) -> slice:
-        """This rank's part of ``length`` rows or columns from ``start`` on."""
+    def share(self, length: int) -> slice:
+        """This rank's part of so many heads, rows or columns."""
         share = length // self.size
-        return slice(start + self.rank * share, start + (self.rank + 1) * share)
+        return slice(self.rank * share, (self.rank + 1) * share)
 
 
 def divides(spec: ModelSpec, size: int) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from dllmserve.attention.backend import AttentionStep, token_slots
 from dllmserve.core.plan import Write
 from dllmserve.core.rows import IntField, Track
-from dllmserve.models.base import AttentionContext
+from dllmserve.layers.modules import AttentionContext
 from dllmserve.parallel.group import join
 from dllmserve.runtime.state_table import NEVER_COMPUTED, StateTable
 
@@ -50,7 +50,7 @@ class DriftMeter:
         self._drift = torch.zeros(len(rows), device=rows.device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See :class:`dllmserve.models.base.AttentionContext`."""
+        """See :class:`dllmserve.layers.modules.AttentionContext`."""
         if layer == self._layer:
             for low in range(0, len(v), _CHUNK):
                 self._measure(v, slice(low, low + _CHUNK))

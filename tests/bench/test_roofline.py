@@ -15,6 +15,8 @@ from dllmserve.bench.roofline import (
     measure_ceilings,
 )
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from dllmserve.models.loader import count_weights
+from dllmserve.parallel.partition import Partition
 from tests.helpers import PLAIN
 
 SPEC = replace(
@@ -50,7 +52,7 @@ def test_costs_of_the_model() -> None:
     assert (LAYERS, HEAD) == (1152, 256)
     assert ModelCost(LAYERS, HEAD, 4 * 2 * 4 * 2, 2) == COST
     norms = 8 * (2 * 2 + 1)
-    assert SPEC.parameters() == LAYERS + 2 * HEAD + norms
+    assert count_weights(Partition(SPEC)) == LAYERS + 2 * HEAD + norms
 
 
 @pytest.mark.parametrize(

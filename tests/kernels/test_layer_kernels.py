@@ -8,10 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.kernels import missing
-from dllmserve.layers.norm import rms_norm
-from dllmserve.layers.ops import LayerOps, choose_ops
-from dllmserve.layers.rotary import Rotary
+from dllmserve.layers.ops import LayerOps, Rotary, TritonOps, rms_norm
 from dllmserve.models.decoder import Decoder
+from dllmserve.models.loader import empty_decoder
 from dllmserve.parallel.partition import Partition
 from tests.helpers import PLAIN
 
@@ -149,13 +148,12 @@ def test_no_rows() -> None:
 
 def both_ops(dim: int = 6) -> tuple[LayerOps, LayerOps]:
     rotary = Rotary(dim, 1e4, 64, DEVICE)
-    return choose_ops("torch", rotary), choose_ops("triton", rotary)
+    return LayerOps(rotary), TritonOps(rotary)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ops_agree(dtype: torch.dtype) -> None:
     plain, fused = both_ops()
-    assert (plain.name, fused.name) == ("torch", "triton")
     x, h = random(5, 24, dtype=dtype), random(5, 24, dtype=dtype, seed=1)
     weight = random(24, dtype=dtype, seed=2)
     for got, expected in zip(
@@ -198,12 +196,14 @@ def decoders(bias: bool, dtype: torch.dtype) -> tuple[Decoder, Decoder]:
         qkv_bias=bias,
     )
     whole = Partition(spec)
-    plain, fused = (Decoder(whole, dtype, DEVICE, 64, kernels=k) for k in ("torch", "triton"))
-    for i, ((_, one), (_, other)) in enumerate(
-        zip(plain.named_parameters(), fused.named_parameters(), strict=True)
-    ):
-        one.data.copy_(random(*one.shape, seed=i) * (0.2 if one.dim() == 2 else 1.0))
-        other.data.copy_(one)
+    plain, fused = (
+        empty_decoder(whole, dtype=dtype, device=DEVICE, max_len=64, kernels=k)
+        for k in ("torch", "triton")
+    )
+    for i, (one, other) in enumerate(zip(plain.weights, fused.weights, strict=True)):
+        scale = 0.2 if one.data.dim() == 2 else 1.0
+        one.data.copy_(random(*one.data.shape, seed=i) * scale)
+        other.data.copy_(one.data)
     return plain, fused
 
 
@@ -213,10 +213,10 @@ def test_decoder(bias: bool) -> None:
     ids = torch.arange(40, device=DEVICE) % 50
     positions = torch.arange(40, device=DEVICE) * 7 % 64
     with torch.inference_mode():
-        embedding = fused.weight("embed").clone()
+        embedding = fused.embedding.weight.clone()
         expected = plain(ids, positions, OwnHeads())
         got = fused(ids, positions, OwnHeads())
         torch.testing.assert_close(got, expected, atol=2e-4, rtol=2e-4)
-        assert torch.equal(fused.weight("embed"), embedding)  # the residual was its copy
+        assert torch.equal(fused.embedding.weight, embedding)  # the residual was its copy
         for rows in (slice(0, 1), slice(0, 23), slice(17, 20), slice(39, 40)):
             same_bits(fused(ids[rows], positions[rows], OwnHeads()), got, rows)

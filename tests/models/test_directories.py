@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from dllmserve import LLM, SamplingParams
 from dllmserve.cli.main import main
 from dllmserve.errors import DllmServeError, ModelNotFoundError, WeightsError
-from dllmserve.models.base import rope_theta
+from dllmserve.models.config import rope_theta
 from tests.checkpoints import Config, Shape, Tensors, byte_tokenizer, config, random_tensors, write
 from tests.helpers import answer
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from dllmserve.attention.backend import KVStore, unpadded_step
 from dllmserve.catalog import BACKENDS
 from dllmserve.core.plan import Span, StepEntry, StepPlan
-from dllmserve.layers.norm import rms_norm
-from dllmserve.layers.rotary import Rotary
+from dllmserve.layers.ops import Rotary, rms_norm
 from dllmserve.models import loader
 from dllmserve.parallel.partition import Partition
 from tests.conftest import SHAPES
@@ -22,10 +21,9 @@ CPU = torch.device("cpu")
 
 def logits(folder: Path, sequences: list[list[int]]) -> list[Tensor]:
     """Raw logits of whole sequences, packed into one forward."""
-    config = loader.read_config(folder)
-    spec = loader.read_spec(config)
+    spec = loader.read_spec(loader.read_config(folder))
     decoder = loader.load_decoder(
-        folder, config, Partition(spec), dtype=torch.float32, device=CPU, max_len=spec.max_model_len
+        folder, Partition(spec), dtype=torch.float32, device=CPU, max_len=spec.max_model_len
     )
     kv = KVStore.create(
         spec, num_pages=0, page_size=1, num_rows=8, pages_per_row=1, dtype=torch.float32, device=CPU
@@ -36,7 +34,7 @@ def logits(folder: Path, sequences: list[list[int]]) -> list[Tensor]:
     ids = torch.tensor([token for s in sequences for token in s])
     positions = torch.tensor([p for s in sequences for p in range(len(s))])
     hidden = decoder(ids, positions, context)
-    return list((hidden @ decoder.head_weight.T).split([len(s) for s in sequences]))
+    return list((hidden @ decoder.head.weight.T).split([len(s) for s in sequences]))
 
 
 @pytest.mark.parametrize("name", MODELS)

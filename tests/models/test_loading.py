@@ -143,6 +143,11 @@ def test_missing_fields_are_named(tmp_path: Path, shape: Shape) -> None:
         (LLADA, {"embedding_size": 60}, ["embedding_size=60 is under vocab_size=61"]),
         (LLADA, {"mask_token_id": 61}, ["mask_token_id=61 is outside the 61 embeddings"]),
         (LLADA, {"n_layers": 0}, ["num_layers is 0"]),
+        (LLADA, {"n_layers": 10**6}, ["num_layers is 1000000", "at most 10000"]),
+        (LLADA, {"vocab_size": 10**18, "embedding_size": 10**18}, ["no memory could hold"]),
+        (LLADA, {"vocab_size": 10**30}, ["vocab_size is 1000000000000000000000000000000"]),
+        (LLADA, {"d_model": 2**60}, ["no memory could hold"]),
+        (DREAM, {"head_dim": 2**62}, ["no memory could hold"]),
         (LLADA, {"vocab_size": -3, "embedding_size": 61}, ["vocab_size is -3"]),
         (LLADA, {"d_model": "wide"}, ["wide"]),
         (LLADA, {"mask_token_id": [3]}, ["config.json"]),
@@ -306,13 +311,12 @@ def test_parameters_are_counted_as_loaded(checkpoints: dict[str, Path]) -> None:
         plan = plan_engine(EngineConfig(model=str(folder), device="cpu"))
         decoder = loader.load_decoder(
             folder,
-            plan.config,
             plan.partition,
             dtype=torch.float32,
             device=torch.device("cpu"),
             max_len=8,
         )
-        assert sum(p.numel() for p in decoder.parameters()) == spec.parameters()
+        assert sum(weight.data.numel() for weight in decoder.weights) == spec.parameters()
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.decoding.stats import log_sum
-from dllmserve.layers.activation import silu
-from dllmserve.layers.norm import rms_norm
+from dllmserve.layers.ops import rms_norm, silu
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.decide import HeadCells
 from dllmserve.runtime.states import CreditTable, KlHistory, LogitState

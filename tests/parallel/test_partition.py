@@ -1,5 +1,6 @@
 """Who holds what: parts of weights and vocabularies, and which numbers of ranks work."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,16 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.engine.setup import plan_engine
 from dllmserve.errors import ConfigError
+from dllmserve.layers.weight import Part
 from dllmserve.models import loader
-from dllmserve.models.decoder import parameter_shapes, take, whole_shapes
-from dllmserve.models.loader import ASSETS, load_decoder, random_decoder
+from dllmserve.models.decoder import Decoder
+from dllmserve.models.loader import (
+    ASSETS,
+    count_weights,
+    load_decoder,
+    outline,
+    random_decoder,
+)
 from dllmserve.parallel.partition import Partition, sizes
 from dllmserve.parallel.vocab import VocabShard, first_id, split_width, splits_of
 from tests.helpers import PLAIN
@@ -47,32 +55,39 @@ def test_ids_are_located() -> None:
         assert int(columns.min()) >= 0 and int(columns.max()) < shard.stop - shard.start
 
 
+def parts_of(partition: Partition) -> dict[str, Part]:
+    """Every tensor of the checkpoint, and what a rank holds of it."""
+    return {part.name: part for part, _ in places(outline(partition))}
+
+
+def places(decoder: Decoder) -> Iterator[tuple[Part, torch.Tensor]]:
+    for weight in decoder.weights:
+        yield from weight.places()
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_parts_make_the_whole(size: int, exact: bool) -> None:
-    """Put together along the dimension that was cut, they are the parameter again."""
-    parts = [Partition(SPEC, rank, size, exact) for rank in range(size)]
-    for name, shape in whole_shapes(SPEC).items():
-        whole = torch.randn(shape)
-        taken = [take(part, name, whole) for part in parts]
-        for part, tensor in zip(parts, taken, strict=True):
-            assert tuple(tensor.shape) == parameter_shapes(part)[name]
-        if name.endswith("norm"):
+    """Put together along the dimension that was cut, they are the tensor again."""
+    ranks = [Partition(SPEC, rank, size, exact) for rank in range(size)]
+    held = [parts_of(rank) for rank in ranks]
+    for rank, parts in zip(ranks, held, strict=True):
+        for part, rows in places(outline(rank)):
+            assert rows.shape == part.held == parts[part.name].held
+    for name, part in parts_of(Partition(SPEC)).items():
+        whole = torch.randn(part.shape)
+        taken = [whole[parts[name].cut] for parts in held]
+        if "norm" in name or "ln_f" in name:
             assert all(torch.equal(tensor, whole) for tensor in taken)
-        elif name.endswith(("qkv", "gate_up")):
-            # each rank has some rows of each matrix that they are made of
-            assert sorted(map(tuple, torch.cat(taken).tolist())) == sorted(
-                map(tuple, whole.tolist())
-            )
         else:
-            cut = 1 if not exact and name.endswith(("out", "down")) else 0
-            assert torch.equal(torch.cat(taken, dim=cut), whole)
+            joined = name.endswith(("attn_out.weight", "blocks.0.ff_out.weight"))
+            assert torch.equal(torch.cat(taken, dim=1 if joined and not exact else 0), whole)
 
 
 def test_a_share_of_the_weights_is_a_share_of_the_memory() -> None:
     spec = loader.read_spec(loader.read_config(ASSETS / "llada-8b"))
     for size in (2, 4, 8):
-        held = [Partition(spec, rank, size).local.parameters() for rank in range(size)]
+        held = [count_weights(Partition(spec, rank, size)) for rank in range(size)]
         norms = (2 * spec.num_layers + 1) * spec.hidden_size
         assert sum(held) == spec.parameters() + (size - 1) * norms
         assert max(held) < 1.02 * spec.parameters() / size
@@ -101,8 +116,7 @@ def test_the_door_says_which_sizes_work() -> None:
 def test_a_rank_reads_its_own_part_alone(monkeypatch: pytest.MonkeyPatch, exact: bool) -> None:
     """Numbers read from the files: a share of all matrices, and the norms."""
     folder = ASSETS / "tiny"
-    config = loader.read_config(folder)
-    spec = loader.read_spec(config)
+    spec = loader.read_spec(loader.read_config(folder))
     read: list[int] = []
     original = loader._read
 
@@ -112,30 +126,32 @@ def test_a_rank_reads_its_own_part_alone(monkeypatch: pytest.MonkeyPatch, exact:
         return tensor
 
     monkeypatch.setattr(loader, "_read", counting)
-    whole = load_decoder(
-        folder, config, Partition(spec), dtype=torch.float32, device=CPU, max_len=8
-    )
+    options = {"dtype": torch.float32, "device": CPU, "max_len": 8}
+    whole = load_decoder(folder, Partition(spec), **options)
     everything = sum(read)
     assert everything == spec.parameters()
     for group in thread_groups(2):
         read.clear()
         part = Partition(spec, group.rank, 2, exact)
-        mine = load_decoder(
-            folder, config, part, dtype=torch.float32, device=CPU, max_len=8, group=group
-        )
+        mine = load_decoder(folder, part, **options, group=group)
         assert everything / 2 <= sum(read) <= everything / 2 + 20 * spec.hidden_size
-        for name, parameter in mine.named_parameters():
-            assert torch.equal(parameter, take(part, name, whole.weight(name))), name
+        same_parts(mine, whole)
 
 
-def test_random_weights_do_not_depend_on_the_ranks() -> None:
-    given_ = {"dtype": torch.float32, "device": CPU, "max_len": 8}
-    whole = random_decoder(Partition(SPEC), **given_)  # type: ignore[arg-type]
+@pytest.mark.parametrize("exact", [True, False])
+def test_random_weights_do_not_depend_on_the_ranks(exact: bool) -> None:
+    spec = replace(SPEC, qkv_bias=True)
+    options = {"dtype": torch.float32, "device": CPU, "max_len": 8}
     group = ThreadGroup(1, 3, [], None)  # type: ignore[arg-type]
-    part = Partition(SPEC, 1, 3)
-    mine = random_decoder(part, **given_, group=group)  # type: ignore[arg-type]
-    for name, parameter in mine.named_parameters():
-        assert torch.equal(parameter, take(part, name, whole.weight(name))), name
+    mine = random_decoder(Partition(spec, 1, 3, exact), **options, group=group)
+    same_parts(mine, random_decoder(Partition(spec), **options))
+
+
+def same_parts(mine: Decoder, whole: Decoder) -> None:
+    """A rank's decoder holds its parts of the whole one's tensors."""
+    all_of = {part.name: rows for part, rows in places(whole)}
+    for part, rows in places(mine):
+        assert torch.equal(rows, all_of[part.name][part.cut]), part.name
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from dllmserve.catalog import CACHES
 from dllmserve.core.request import Request
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import EntryReport, Limits, Scheduler
-from dllmserve.models.decoder import Decoder
-from dllmserve.models.loader import find_model, read_config, read_spec
+from dllmserve.models.loader import empty_decoder, find_model, read_config, read_spec
 from dllmserve.parallel.partition import Partition
 from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.runner import ModelRunner
@@ -112,8 +111,8 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
         device=META,
     )
     table = StateTable(limits.max_num_seqs, LENGTH, META)
-    decoder = Decoder(Partition(spec), torch.bfloat16, META, LENGTH, kernels="torch")
-    head = LogitsHead(decoder.head_weight, limits.max_logit_rows, spec.mask_id)
+    decoder = empty_decoder(Partition(spec), dtype=torch.bfloat16, device=META, max_len=LENGTH)
+    head = LogitsHead(decoder.head.weight, limits.max_logit_rows, spec.mask_id)
     states = make_states(
         limits.max_num_seqs + 1,
         limits.max_history_rows,

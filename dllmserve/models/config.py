@@ -1,65 +1,14 @@
-"""ModelDefinition: what a supported architecture has to say about itself."""
+"""Reading config.json: fields that must be there, options that are refused, ids, angles."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor
-
-from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import UnsupportedModelError
-from dllmserve.parallel.partition import Cut, Partition
 
 #: kinds of rope_scaling that change nothing if their factor is 1
 _NEUTRAL_AT_ONE = ("linear", "dynamic", "yarn", "llama3")
-
-
-class AttentionContext(Protocol):
-    """What a model's forward needs from the step: attention with its cache."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Q [N, Hq, D], k and v [N, Hkv, D] (rotated) -> [N, Hq, D]."""
-        ...
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a checkpoint tensor, or a rank's part of it, goes: some rows of a parameter.
-
-    Attributes:
-        parameter: name in the decoder.
-        start: first row (dimension 0).
-        shape: shape that the checkpoint tensor must have.
-        cut: rows and columns of it that are wanted.
-    """
-
-    parameter: str
-    start: int
-    shape: tuple[int, ...]
-    cut: Cut = (slice(None), slice(None))
-
-    @property
-    def index(self) -> tuple[slice, ...]:
-        """What is wanted of a checkpoint tensor."""
-        return self.cut[: len(self.shape)]
-
-
-class ModelDefinition(Protocol):
-    """One architecture. Add a file with one of these and a line in :mod:`dllmserve.catalog`."""
-
-    def spec(self, config: Mapping[str, Any]) -> ModelSpec:
-        """Read config.json. Raises UnsupportedModelError on options we do not run."""
-        ...
-
-    def targets(self, partition: Partition) -> dict[str, Target]:
-        """Every tensor that the checkpoint must hold, and where a rank's part of it goes."""
-        ...
-
-    def ignored(self, name: str, spec: ModelSpec) -> bool:
-        """True for tensors that a checkpoint may hold and that nothing needs."""
-        ...
 
 
 def need(config: Mapping[str, Any], name: str, architecture: str) -> Any:
