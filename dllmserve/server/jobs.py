@@ -303,7 +303,7 @@ class Jobs:
         """Whether this server's end, and not the job, is the reason: the next one runs it."""
         if isinstance(error, RequestAbortedError):
             return True
-        over = self._service.llm.supervisor.state in (State.FAILED, State.CLOSED)
+        over = self._service.llm.fleet.state in (State.FAILED, State.CLOSED)
         if not (over and isinstance(error, EngineError)):
             return False
         # what ran when an engine died that is not started again may be what killed it

@@ -10,7 +10,6 @@ import pytest
 
 from dllmserve.errors import EngineDiedError, EngineStartError, JobStoreError
 from dllmserve.process.supervisor import State
-from dllmserve.server.app import lifespan
 from dllmserve.server.store import JobRecord, SqliteStore
 from tests.server.stand_in import Reply, Server, make_server, run, serving, until
 
@@ -208,7 +207,7 @@ def test_a_job_of_an_earlier_server_has_the_time_that_it_has_left(
             return run_it(*args, **more)
 
         second.service.run = noted  # type: ignore[method-assign]
-        async with lifespan(app):
+        async with app.router.lifespan_context(app):
             assert (await result(second, 0)).json()["status"] == "finished"
         assert given == [pytest.approx(left)]
 
@@ -258,7 +257,7 @@ def test_while_the_model_is_being_loaded(byte_checkpoint: Path, store: str) -> N
         server.engine.loaded.clear()
 
         async def live() -> None:
-            async with lifespan(app):
+            async with app.router.lifespan_context(app):
                 await stop.wait()
 
         stop = asyncio.Event()
