@@ -8,7 +8,6 @@ bring neither our limits on slow connections nor draining with an open port.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 import os
 import sys
@@ -22,25 +21,31 @@ from fastapi.middleware import Middleware
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from dllmserve import __version__
 from dllmserve._checks import user_path
-from dllmserve.errors import ConfigError, DllmServeError, EngineError
+from dllmserve.errors import ConfigError, EngineError
 from dllmserve.server import failures, native, openai, ops
+from dllmserve.server.hosts import (
+    LocalOnly,
+    PlainStart,
+    listening_port,
+    refuse_several_workers,
+    say_why,
+)
 from dllmserve.server.http.auth import AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.logs import configure_logging
 from dllmserve.server.http.places import Judge, Standing
 from dllmserve.server.http.request_id import RequestLog
-from dllmserve.server.http.respond import Headers, send_error
+from dllmserve.server.http.respond import Headers
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings, with_port
 from dllmserve.server.sse import ClientGone
 from dllmserve.server.store import JobStore, MemoryStore, SqliteStore, StoreLimits
 from dllmserve.server.turnstile import Turnstile
-from dllmserve.server.workers import listening_port, refuse_several_workers
 
 _log = logging.getLogger("dllmserve.server")
 
@@ -48,10 +53,6 @@ __all__ = ["app", "create_app"]
 
 #: of all endpoints
 ROUTERS = (native.router, openai.router, ops.router)
-_NO_KEYS = (
-    "This server has no API keys and answers its own machine only; its operator has to set "
-    "DLLMSERVE_API_KEYS, or DLLMSERVE_INSECURE_NO_AUTH=true to let everybody in."
-)
 
 
 def create_app(settings: Settings, began: float | None = None) -> FastAPI:
@@ -164,13 +165,13 @@ def _guards(service: Service) -> list[Middleware]:
     """What a request passes before it comes to a route, from the outside in."""
     settings, server = service.settings, service.settings.server
     open_paths = _open_paths(settings)
-    guards = [Middleware(_PlainStart)]
+    guards = [Middleware(PlainStart)]
     if server.origins:
         # around all that answer, so that a page can read their refusals; preflights end here
         guards.append(_cors(server.origins))
     guards.append(Middleware(RequestLog, metrics_hook=service.metrics.http, quiet=ops.PROBED))
     if settings.keys is None and not server.insecure_no_auth:
-        guards.append(Middleware(_LocalOnly))
+        guards.append(Middleware(LocalOnly))
     auth = Middleware(
         AuthGuard,
         keys=settings.keys,
@@ -271,41 +272,6 @@ def _describe(app: FastAPI, settings: Settings) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-class _PlainStart:
-    """ASGI middleware: tells the host in a sentence why the application cannot start."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on, but the traceback that the framework would send."""
-        if scope["type"] != "lifespan":
-            await self.app(scope, receive, send)
-            return
-        failed = False
-
-        async def tell(message: Message) -> None:
-            nonlocal failed
-            failed = message["type"] == "lifespan.startup.failed"
-            if not failed:
-                await send(message)
-
-        try:
-            await self.app(scope, receive, tell)
-        except Exception as error:
-            if failed:
-                await _cannot_start(send, error)
-            raise
-
-
-async def _cannot_start(send: Send, error: Exception) -> None:
-    """Say why; a bug has its traceback in the log."""
-    if not isinstance(error, DllmServeError):
-        _log.exception("dllmserve cannot start")
-    text = f"dllmserve cannot start: {error}"
-    await send({"type": "lifespan.startup.failed", "message": text})
-
-
 class _FromEnvironment:
     """The application for ``uvicorn dllmserve.server.app:app``, made when the host starts."""
 
@@ -319,7 +285,7 @@ class _FromEnvironment:
             try:
                 self._app = _from_environment(receive)
             except Exception as error:
-                await _cannot_start(send, error)
+                await say_why(send, error)
                 raise
         if self._app is None:
             raise EngineError("the application was never started: do not give --lifespan off")
@@ -334,34 +300,6 @@ def _from_environment(receive: Receive) -> FastAPI:
         settings = with_port(settings, port)
     start_logging(settings)
     return create_app(settings)
-
-
-class _LocalOnly:
-    """ASGI middleware: 401 for what comes in on an address that other machines can reach.
-
-    ``dllmserve serve`` has no such address without keys; other hosts listen where they like.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request, or pass it on."""
-        if scope["type"] == "http" and not _is_local(scope):
-            await send_error(scope, send, 401, _NO_KEYS, code="missing_api_key", receive=receive)
-        else:
-            await self.app(scope, receive, send)
-
-
-def _is_local(scope: Scope) -> bool:
-    """Whether a connection came in on an address that only this machine can reach."""
-    host, port = scope.get("server") or ("", 0)
-    if port is None:  # a UNIX socket
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 app = _FromEnvironment()

@@ -285,7 +285,7 @@ class Jobs:
             left = min(record.deadline - self._store.clock(), record.deadline - record.created)
             if left <= 0:
                 raise DeadlineError("the job's time was over before it could be run")
-            live.run = self._service.run(request, place, timeout_s=left)
+            live.run = Run(self._service, request, place, timeout_s=left)
             output = await live.run.output()
             result = _finished(output, live.run.queue_time)
         except DllmServeError as error:

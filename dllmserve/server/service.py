@@ -50,7 +50,8 @@ class Run:
         request: the checked request.
         place: its place among those under way.
         stream, watch: what the engine is to report.
-        timeout_s: seconds from now in which it has to end.
+        timeout_s: seconds from now in which it has to end, at most the server's request_timeout,
+            which is meant by None.
         queue_s: seconds from now in which it has to start, or None.
 
     Attributes:
@@ -64,16 +65,17 @@ class Run:
         request: Request,
         place: Place,
         *,
-        stream: bool,
-        watch: bool,
-        timeout_s: float,
-        queue_s: float | None,
+        stream: bool = False,
+        watch: bool = False,
+        timeout_s: float | None = None,
+        queue_s: float | None = None,
     ) -> None:
         self.request = request
         self._service, self._place = service, place
         self._began = time.monotonic()
-        now = asyncio.get_running_loop().time()
-        self._until, self._timeout_s = now + timeout_s, timeout_s
+        now, limit = asyncio.get_running_loop().time(), service.settings.server.request_timeout
+        self._timeout_s = limit if timeout_s is None else min(limit, timeout_s)
+        self._until = now + self._timeout_s
         self._start_until = None if queue_s is None else now + queue_s
         self._queue_s = queue_s
         self._last_text: float | None = None
@@ -348,7 +350,7 @@ class Service:
         runs: list[Run] = []
         try:
             for request, place in zip(requests, places, strict=True):
-                runs.append(self.run(request, place, **how))
+                runs.append(Run(self, request, place, **how))
         except BaseException:
             close_all(runs)
             for place in places:
@@ -381,23 +383,6 @@ class Service:
         counters = fleet.counters
         # each counts its own seconds: together they are as fast as one, times their number
         return counters.busy / max(fleet.serving, 1), counters.spans
-
-    def run(
-        self,
-        request: Request,
-        place: Place,
-        *,
-        stream: bool = False,
-        watch: bool = False,
-        timeout_s: float | None = None,
-        queue_s: float | None = None,
-    ) -> Run:
-        """Start a request that has a place. For the seconds see :class:`Run`."""
-        limit = self.settings.server.request_timeout
-        seconds = limit if timeout_s is None else min(limit, timeout_s)
-        return Run(
-            self, request, place, stream=stream, watch=watch, timeout_s=seconds, queue_s=queue_s
-        )
 
     async def prompt_ids(
         self, prompt: str | Sequence[int], name: str = "prompt", owner: str = ""

@@ -22,7 +22,7 @@ from uvicorn.lifespan.on import LifespanOn
 
 from dllmserve.errors import ConfigError, EngineError, ModelNotFoundError
 from dllmserve.server import app as app_module
-from dllmserve.server import workers
+from dllmserve.server import hosts
 
 KEY = "0123456789abcdef"
 
@@ -279,10 +279,10 @@ def test_workers_of_uvicorn(
     config = uvicorn_config(monkeypatch, **options)
     if refused:
         with pytest.raises(ConfigError, match="one server process"):
-            workers.refuse_several_workers(told(config))
+            hosts.refuse_several_workers(told(config))
         assert killed == [(os.getppid(), signal.SIGTERM)]
     else:
-        workers.refuse_several_workers(told(config))
+        hosts.refuse_several_workers(told(config))
         assert killed == []
 
 
@@ -303,15 +303,15 @@ def test_workers_of_gunicorn(count: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert multiprocessing.parent_process() is None  # it forks
     if count > 1:
         with pytest.raises(ConfigError, match="one server process"):
-            workers.refuse_several_workers(told(config))
+            hosts.refuse_several_workers(told(config))
     else:
-        workers.refuse_several_workers(told(config))
+        hosts.refuse_several_workers(told(config))
 
 
 def test_a_host_that_nobody_knows() -> None:
     async def receive() -> Message:
         raise AssertionError
 
-    workers.refuse_several_workers(receive)
-    workers.refuse_several_workers(told(object()))
-    assert workers.listening_port(receive) is None
+    hosts.refuse_several_workers(receive)
+    hosts.refuse_several_workers(told(object()))
+    assert hosts.listening_port(receive) is None

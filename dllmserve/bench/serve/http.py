@@ -1,7 +1,7 @@
 """The HTTP client of load tests: aiohttp, told to send each request once, as it is.
 
 A client must cost less than the server that it measures. aiohttp takes 0.1 ms of CPU for a short
-request, with 1 to 128 in flight, and 5 us for an event; httpx takes 0.5 to 17 ms and 15 us
+request, with 1 to 128 in flight, and 5 us for an event; httpx takes 0.5 to 6 ms for a request
 (benchmarks/LOG.md).
 """
 
