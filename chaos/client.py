@@ -32,7 +32,7 @@ class Answer:
     """A complete answer."""
 
     status: int
-    headers: Mapping[bytes, bytes]
+    headers: Mapping[str, str]
     body: bytes
     seconds: float
 
@@ -52,7 +52,7 @@ class Answer:
     @property
     def retry_after(self) -> float | None:
         """Seconds of the header, if there is one."""
-        value = self.headers.get(b"retry-after")
+        value = self.headers.get("retry-after")
         return None if value is None else float(value)
 
 

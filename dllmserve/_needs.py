@@ -20,7 +20,7 @@ def install(extra: str) -> str:
 
     Example:
         >>> install("bench")
-        "pip install 'matplotlib>=3.8' 'httptools>=0.6.4'"
+        "pip install 'matplotlib>=3.8' 'aiohttp>=3.11'"
     """
     try:
         lines = requires("dllmserve") or []

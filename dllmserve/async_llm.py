@@ -100,7 +100,7 @@ class AsyncLLM:
         check_known("AsyncLLM", engine_options, [*own, *(f.name for f in fields(EngineConfig))])
         name = os.fspath(model) if isinstance(model, os.PathLike) else model
         self.config = EngineConfig.from_options("AsyncLLM", {"model": name, **engine_options})
-        self.supervisor = Fleet(
+        self.fleet = Fleet(
             asdict(self.config), supervision or SupervisorOptions(), data_parallel_size
         )
         self.tokenizer: Tokenizer | None = None
@@ -140,7 +140,7 @@ class AsyncLLM:
         if self._home is not None or self._over:
             raise EngineError(self._over or "start() has been called already: use what it started")
         self._home = Home()
-        self._finalizer = weakref.finalize(self, _forgotten, self.supervisor, self._home)
+        self._finalizer = weakref.finalize(self, _forgotten, self.fleet, self._home)
         self._starting = asyncio.create_task(self._start())
         try:
             return await self._starting
@@ -154,7 +154,7 @@ class AsyncLLM:
             raise
 
     async def _start(self) -> EngineInfo:
-        info = await self.supervisor.start()
+        info = await self.fleet.start()
         try:
             self.tokenizer = await asyncio.to_thread(
                 load_tokenizer,
@@ -164,7 +164,7 @@ class AsyncLLM:
             if self.tokenizer is not None:
                 await asyncio.to_thread(self.tokenizer.warm_up)
         except BaseException:
-            await self.supervisor.close()
+            await self.fleet.close()
             raise
         self._door = Door(info.spec, info.limits, self.tokenizer is not None)
         return info
@@ -181,11 +181,11 @@ class AsyncLLM:
             return
         self._over = self._over or "the engine has been closed: make a new AsyncLLM"
         if home is None:
-            await self.supervisor.close()
+            await self.fleet.close()
         elif home.here:
             await self._close()
         elif not (home.loop.is_running() and await self._closed_there(home.loop)):
-            await self.supervisor.kill()
+            await self.fleet.kill()
 
     async def _close(self) -> None:
         """Close it in its own loop, even if the caller loses patience."""
@@ -197,7 +197,7 @@ class AsyncLLM:
         if self._starting is not None and not self._starting.done():
             self._starting.cancel()
             await asyncio.wait([self._starting])
-        await self.supervisor.close()
+        await self.fleet.close()
 
     async def _closed_there(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Close it from another loop; False if its own does not do it."""
@@ -241,7 +241,7 @@ class AsyncLLM:
         Raises:
             EngineError: :meth:`start` is not through.
         """
-        found = self.supervisor.info
+        found = self.fleet.info
         if self._door is None or found is None:
             raise EngineError(self._over or _NOT_STARTED)
         return found
@@ -399,7 +399,7 @@ class AsyncLLM:
         """
         self._ready()
         sparse = None if request.sparse is None else changed_fields(request.sparse)
-        call = self.supervisor.submit(
+        call = self.fleet.submit(
             request.prompt_ids,
             changed_fields(request.params),
             sparse,
@@ -421,9 +421,9 @@ class AsyncLLM:
             error: what whoever waits for it gets; a RequestAbortedError by default.
         """
         if call.home is None or call.home.here:
-            self.supervisor.abort(call, error)
+            self.fleet.abort(call, error)
         elif not call.home.forked:
-            call.home.call(partial(self.supervisor.abort, call, error))
+            call.home.call(partial(self.fleet.abort, call, error))
 
     async def deltas(
         self, call: Call, take: Callable[[], Awaitable[Event]] | None = None

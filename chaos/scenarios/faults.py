@@ -32,7 +32,7 @@ async def _poison_completion(client: Client, prompt: list[int]) -> str | None:
     body = {"prompt": prompt, "max_tokens": 64, "temperature": 0.0}
     answer = await client.post("/v1/completions", body)
     # the official client would send it again, were it not told not to
-    again = answer.headers.get(b"x-should-retry") != b"false"
+    again = answer.headers.get("x-should-retry") != "false"
     if prompt[1] == FAULTS.index("out of memory"):
         return (
             None if answer.status == 503 and answer.code == "out_of_memory" else _is(answer.status)

@@ -32,8 +32,9 @@ class Block:
 class Decoder(ABC):
     """Embedding, blocks and final norm; the LM head is a weight, applied elsewhere.
 
-    An architecture is a subclass in a file of its own, and a line in :mod:`dllmserve.catalog`. It reads
-    config.json in ``read``, and makes its modules in ``__init__``, in the order of the forward.
+    An architecture is a subclass in a file of its own, and a line in :mod:`dllmserve.catalog`. It
+    reads config.json in ``read``, and makes its modules in ``__init__``, in the order of the
+    forward.
 
     Args:
         build: what modules are made with.

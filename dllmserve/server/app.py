@@ -1,65 +1,81 @@
-"""The ASGI application.
+"""The ASGI application: routes, guards and lifespan.
 
-``dllmserve serve`` is the way to run it. ``uvicorn dllmserve.server.app:app`` works, too, with
-``MODEL_PATH`` and the ``DLLMSERVE_*`` variables; uvicorn then brings neither our limits on
-slow connections nor draining with an open port.
+``dllmserve serve`` is the way to run it. Any other ASGI host can run what :func:`create_app` gives,
+or ``dllmserve.server.app:app`` with ``MODEL_PATH`` and the ``DLLMSERVE_*`` variables. Other hosts
+bring neither our limits on slow connections nor draining with an open port.
 """
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware import Middleware
 from fastapi.middleware.cors import CORSMiddleware
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from dllmserve import __version__
 from dllmserve._checks import user_path
-from dllmserve.errors import ConfigError, DllmServeError, EngineError
+from dllmserve.errors import ConfigError, EngineError
 from dllmserve.server import failures, native, openai, ops
+from dllmserve.server.hosts import (
+    LocalOnly,
+    PlainStart,
+    listening_port,
+    refuse_several_workers,
+    say_why,
+)
 from dllmserve.server.http.auth import AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.logs import configure_logging
 from dllmserve.server.http.places import Judge, Standing
 from dllmserve.server.http.request_id import RequestLog
-from dllmserve.server.http.respond import Headers, send_error
+from dllmserve.server.http.respond import Headers
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings, with_port
 from dllmserve.server.sse import ClientGone
 from dllmserve.server.store import JobStore, MemoryStore, SqliteStore, StoreLimits
 from dllmserve.server.turnstile import Turnstile
-from dllmserve.server.workers import listening_port, refuse_several_workers
 
 _log = logging.getLogger("dllmserve.server")
 
 __all__ = ["app", "create_app"]
 
-_NO_KEYS = (
-    "This server has no API keys and answers its own machine only; its operator has to set "
-    "DLLMSERVE_API_KEYS, or DLLMSERVE_INSECURE_NO_AUTH=true to let everybody in."
-)
+#: of all endpoints
+ROUTERS = (native.router, openai.router, ops.router)
 
 
 def create_app(settings: Settings, began: float | None = None) -> FastAPI:
-    """The application, with its routes and without the guards around it.
+    """The application, for any ASGI host.
 
-    ``app.state.service`` and ``app.state.jobs`` are what it serves; whoever runs it starts
-    and stops them, see :func:`lifespan`.
+    Its lifespan opens the job store and loads the model before the first request, and drains and
+    stops after the last. ``app.state.service`` and ``app.state.jobs`` are what it serves.
 
     Args:
         settings: all options.
         began: monotonic seconds at which the server began; None for when it opens its store.
+
+    Example:
+        >>> from dllmserve.server.settings import load_settings
+        >>> app = create_app(load_settings({"model": "tiny", "job_store": "memory"}, {}))
+        >>> async def main():
+        ...     async with app.router.lifespan_context(app):
+        ...         return app.state.service.status
+        >>> asyncio.run(main())  # doctest: +SKIP
+        'ok'
     """
+    service = Service(settings)
+    store, durable = _store(settings, began)
     made = FastAPI(
         title="dllmserve",
         version=__version__,
@@ -70,18 +86,50 @@ def create_app(settings: Settings, began: float | None = None) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        lifespan=_lifespan,
+        middleware=_guards(service),
     )
-    service = Service(settings)
-    store, durable = _store(settings, began)
     made.state.service = service
     made.state.jobs = Jobs(service, store, sequential=settings.sequential_ids, durable=durable)
-    for router in (native.router, openai.router, ops.router):
+    for router in ROUTERS:
         made.include_router(router)
     ops.add_documentation(made)
     failures.install(made)
     made.add_exception_handler(ClientGone, _nobody)
     _describe(made, settings)
     return made
+
+
+@asynccontextmanager
+async def running(app: FastAPI) -> AsyncIterator[asyncio.Task[None]]:
+    """The open job store, and the task that loads the model; both are ended at the end."""
+    service: Service = app.state.service
+    jobs: Jobs = app.state.jobs
+
+    async def load() -> None:
+        await service.start()
+        await jobs.resume()
+
+    await jobs.open()
+    loading = asyncio.create_task(load())
+    try:
+        yield loading
+    finally:
+        service.close_door()
+        loading.cancel()
+        await asyncio.wait({loading})
+        await jobs.close()
+        await service.stop()
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Start everything before the first request, drain and stop after the last."""
+    service: Service = app.state.service
+    async with running(app) as loading:
+        await loading
+        yield
+        await service.drain(service.settings.server.shutdown_timeout)
 
 
 def _open_paths(settings: Settings) -> frozenset[str]:
@@ -114,60 +162,45 @@ def _most_calls(settings: Settings) -> int | None:
 EXPOSED = "X-Request-Id Retry-After X-Should-Retry Location Allow WWW-Authenticate".split()
 
 
-def guarded(app: FastAPI, *, local_only: bool = False) -> ASGIApp:
-    """The application behind its guards: CORS, log, keys, body limits.
-
-    Args:
-        app: from :func:`create_app`, with all of its routes.
-        local_only: answer connections from this machine only.
-    """
-    service: Service = app.state.service
+def _guards(service: Service) -> list[Middleware]:
+    """What a request passes before it comes to a route, from the outside in."""
     settings, server = service.settings, service.settings.server
-    inner: ASGIApp = Turnstile(app, service)
-    inner = BodyGuard(
-        inner,
-        max_bytes=server.max_body_bytes,
-        timeout_s=server.body_timeout,
-        bodiless=_open_paths(settings),
-    )
-    inner = AuthGuard(
-        inner,
+    open_paths = _open_paths(settings)
+    guards = [Middleware(PlainStart)]
+    if server.origins:
+        # around all that answer, so that a page can read their refusals; preflights end here
+        guards.append(_cors(server.origins))
+    guards.append(Middleware(RequestLog, metrics_hook=service.metrics.http, quiet=ops.PROBED))
+    if settings.keys is None and not server.insecure_no_auth:
+        guards.append(Middleware(LocalOnly))
+    auth = Middleware(
+        AuthGuard,
         keys=settings.keys,
-        open_paths=_open_paths(settings),
+        open_paths=open_paths,
         rate=service.rate,
         max_calls_per_key=_most_calls(settings),
+        unmetered_gets=native.POLLED,
     )
-    if local_only:
-        inner = _LocalOnly(inner)
-    inner = RequestLog(inner, metrics_hook=service.metrics.http, quiet=ops.PROBED)
-    if not server.origins:
-        return inner
-    # outermost, so that a page can read the refusals of all guards; preflights end here
-    return CORSMiddleware(
-        inner,
-        allow_origins=server.origins,
+    body = Middleware(
+        BodyGuard,
+        max_bytes=server.max_body_bytes,
+        timeout_s=server.body_timeout,
+        bodiless=open_paths,
+    )
+    return [*guards, auth, body, Middleware(Turnstile, service)]
+
+
+def _cors(origins: Sequence[str]) -> Middleware:
+    """Lets pages of these origins ask, and read what they are told."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
         allow_methods=["GET", "HEAD", "POST", "DELETE"],
         allow_headers=["*"],  # clients name their own; what is in them is judged with the request
         allow_private_network=True,
         expose_headers=EXPOSED,
         max_age=7200,  # no browser remembers for longer
     )
-
-
-@asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Start everything before the first request, drain and stop after the last."""
-    service: Service = app.state.service
-    jobs: Jobs = app.state.jobs
-    await jobs.open()
-    try:
-        await service.start()
-        await jobs.resume()
-        yield
-        await service.drain(service.settings.server.shutdown_timeout)
-    finally:
-        await jobs.close()
-        await service.stop()
 
 
 def start_logging(settings: Settings) -> None:
@@ -241,70 +274,33 @@ def _describe(app: FastAPI, settings: Settings) -> None:
 
 
 class _FromEnvironment:
-    """The application for ``uvicorn dllmserve.server.app:app``, made when the server starts."""
+    """The application for ``uvicorn dllmserve.server.app:app``, made when the host starts."""
 
     def __init__(self) -> None:
-        self._inner: ASGIApp | None = None
+        self._app: FastAPI | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Start and stop with the lifespan, and serve in between."""
+        """Make the application with the lifespan, and pass everything on to it."""
         if scope["type"] == "lifespan":
-            await self._live(receive, send)
-        elif self._inner is None:
-            raise EngineError("the application was never started: do not give --lifespan off")
-        else:
-            await self._inner(scope, receive, send)
-
-    async def _live(self, receive: Receive, send: Send) -> None:
-        await receive()
-        configure_logging("text")
-        async with AsyncExitStack() as stack:
+            configure_logging("text")
             try:
-                refuse_several_workers()
-                settings = load_settings({}, os.environ)
-                if port := listening_port(receive):
-                    settings = with_port(settings, port)
-                start_logging(settings)
-                made = create_app(settings)
-                await stack.enter_async_context(lifespan(made))
+                self._app = _from_environment(receive)
             except Exception as error:
-                # raised, it would be taken for an application that knows no lifespan
-                if not isinstance(error, DllmServeError):
-                    _log.exception("dllmserve cannot start")
-                text = f"dllmserve cannot start: {error}"
-                await send({"type": "lifespan.startup.failed", "message": text})
-                return
-            # here we are not asked before a port is opened
-            local_only = settings.keys is None and not settings.server.insecure_no_auth
-            self._inner = guarded(made, local_only=local_only)
-            await send({"type": "lifespan.startup.complete"})
-            await receive()
-        await send({"type": "lifespan.shutdown.complete"})
+                await say_why(send, error)
+                raise
+        if self._app is None:
+            raise EngineError("the application was never started: do not give --lifespan off")
+        await self._app(scope, receive, send)
 
 
-class _LocalOnly:
-    """ASGI middleware: 401 for what comes in on an address that other machines can reach."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Refuse a request, or pass it on."""
-        if scope["type"] == "http" and not _is_local(scope):
-            await send_error(scope, send, 401, _NO_KEYS, code="missing_api_key", receive=receive)
-        else:
-            await self.app(scope, receive, send)
-
-
-def _is_local(scope: Scope) -> bool:
-    """Whether a connection came in on an address that only this machine can reach."""
-    host, port = scope.get("server") or ("", 0)
-    if port is None:  # a UNIX socket
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def _from_environment(receive: Receive) -> FastAPI:
+    """An application with the options of the environment; ``receive`` is of its lifespan."""
+    refuse_several_workers(receive)
+    settings = load_settings({}, os.environ)
+    if port := listening_port(receive):
+        settings = with_port(settings, port)
+    start_logging(settings)
+    return create_app(settings)
 
 
 app = _FromEnvironment()

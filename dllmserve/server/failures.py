@@ -33,7 +33,6 @@ from dllmserve.sparse.state import SparseConfig
 _log = logging.getLogger("dllmserve.server")
 
 _DECODING = {f.name for kind in (SamplingParams, SparseConfig) for f in fields(kind)} - {"enabled"}
-_PARAMS = _DECODING | {"enabled", "prompt", "prompts", "messages"}
 #: in place of texts that are for the log
 _GENERAL: tuple[tuple[type[DllmServeError], str], ...] = (
     (
@@ -84,7 +83,6 @@ def as_api_error(error: Exception) -> ApiError:
     if not isinstance(error, DllmServeError):
         return ApiError(500, explained(error), code="server_error")
     message, status, headers = explained(error), error.http_status, {}
-    param = None
     if isinstance(error, TokenizerError):
         status = 400  # text for a checkpoint without tokenizer or template
     elif isinstance(error, OverloadedError):
@@ -94,11 +92,7 @@ def as_api_error(error: Exception) -> ApiError:
         headers["x-should-retry"] = "false"
     if status == 503:
         headers.setdefault("Retry-After", "1")
-    if status == 400:
-        # messages begin with the field that is wrong: "prompt[3] is", "top_k=-1 must be"
-        first = re.split(r"[ =\[]", message, maxsplit=1)[0]
-        param = first if first in _PARAMS else None
-    return ApiError(status, message, code=error.code, param=param, headers=headers)
+    return ApiError(status, message, code=error.code, headers=headers)
 
 
 def explained(error: Exception) -> str:
@@ -140,11 +134,14 @@ def error_response(path: str, error: ApiError) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Give an app the handlers."""
+    """Give an app the handlers. RequestLog answers what none of them takes."""
 
     async def known(request: Request, error: Exception) -> Response:
         log_failure(error)
-        return error_response(request.scope["path"], as_api_error(error))
+        answer = as_api_error(error)
+        if answer.status == 400 and answer.param is None:
+            answer.param = _named(request, answer.message)
+        return error_response(request.scope["path"], answer)
 
     async def invalid(request: Request, error: Exception) -> Response:
         details: list[Any] = []
@@ -168,11 +165,6 @@ def install(app: FastAPI) -> None:
             request.scope["path"], ApiError(status, text, code=code, headers=headers)
         )
 
-    async def unknown(request: Request, error: Exception) -> Response:
-        # the log of requests has the traceback
-        return error_response(request.scope["path"], as_api_error(error))
-
-    app.add_exception_handler(Exception, unknown)
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(DllmServeError, known)
     app.add_exception_handler(RequestValidationError, invalid)
@@ -187,6 +179,17 @@ def _methods(request: Request) -> list[str]:
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
         if any(r.matches({**request.scope, "method": method})[0] is Match.FULL for r in routes)
     ]
+
+
+def _named(request: Request, message: str) -> str | None:
+    """The field that a message is about, if it is one of a body or of SamplingParams.
+
+    Messages begin with the field that is wrong: "prompt[3] is", "top_k=-1 must be".
+    """
+    first = re.split(r"[ =\[]", message, maxsplit=1)[0]
+    schema, components = _schema_of(request, "body")
+    schema = components.get(schema.get("$ref", "").rpartition("/")[2], schema)
+    return first if first in _DECODING or first in schema.get("properties", ()) else None
 
 
 def _invalid(request: Request, details: Sequence[Mapping[str, Any]]) -> ApiError:

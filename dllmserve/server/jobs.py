@@ -285,7 +285,7 @@ class Jobs:
             left = min(record.deadline - self._store.clock(), record.deadline - record.created)
             if left <= 0:
                 raise DeadlineError("the job's time was over before it could be run")
-            live.run = self._service.run(request, place, timeout_s=left)
+            live.run = Run(self._service, request, place, timeout_s=left)
             output = await live.run.output()
             result = _finished(output, live.run.queue_time)
         except DllmServeError as error:
@@ -303,7 +303,7 @@ class Jobs:
         """Whether this server's end, and not the job, is the reason: the next one runs it."""
         if isinstance(error, RequestAbortedError):
             return True
-        over = self._service.llm.supervisor.state in (State.FAILED, State.CLOSED)
+        over = self._service.llm.fleet.state in (State.FAILED, State.CLOSED)
         if not (over and isinstance(error, EngineError)):
             return False
         # what ran when an engine died that is not started again may be what killed it

@@ -35,6 +35,9 @@ from dllmserve.server.store import MAX_JOB_ID, Gone, Stored
 
 router = APIRouter(tags=["native"], route_class=JsonRoute)
 
+#: paths that clients ask again and again for a result; GET there, and below, is not metered
+POLLED = ("/v1/result",)
+
 #: most prompts that any server takes at once; --max-prompts is at most this
 MAX_PROMPTS = 1024
 _PLAIN_ID = re.compile(r"0|[1-9][0-9]{0,15}")

@@ -180,7 +180,7 @@ async def model(model: str, service: ServiceOf) -> dict[str, Any]:
 
 
 def _card(service: Service) -> dict[str, Any]:
-    info = service.llm.supervisor.info
+    info = service.llm.fleet.info
     return {
         "id": service.model_name,
         "object": "model",

@@ -15,8 +15,6 @@ from dllmserve.server.failures import ApiError
 
 router = APIRouter(tags=["operation"])
 
-#: paths that need no key
-OPEN_PATHS = frozenset({"/health", "/v1/health", "/ready", "/live"})
 _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 
 
@@ -53,8 +51,10 @@ async def live(service: ServiceOf) -> Response:
 
 
 _PROBES = {"/v1/health": health, "/health": health, "/ready": ready, "/live": live}
+#: paths that need no key
+OPEN_PATHS = frozenset(_PROBES)
 #: asked every few seconds, by machines
-PROBED = frozenset({*_PROBES, "/metrics"})
+PROBED = OPEN_PATHS | {"/metrics"}
 
 for _path, _handler in _PROBES.items():
     router.add_api_route(_path, _handler, response_model=Health, responses=_UNWELL)

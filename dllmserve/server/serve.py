@@ -16,7 +16,7 @@ import uvicorn
 
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, DllmServeError
-from dllmserve.server.app import create_app, guarded, judge, start_logging
+from dllmserve.server.app import create_app, judge, running, start_logging
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.listener import AT_ONCE, BACKLOG, GuardedServer
 from dllmserve.server.http.places import ConnectionLimits, Connections
@@ -72,58 +72,48 @@ class _Running:
         server = replace(settings.server, max_connections=self._limits.max_connections)
         settings = replace(settings, server=server)
         self._settings, self._bound = settings, bound
-        app = create_app(settings, began)
-        self._service: Service = app.state.service
-        self._jobs: Jobs = app.state.jobs
-        self._server = self._make_server(guarded(app))
+        self._app = create_app(settings, began)
+        self._service: Service = self._app.state.service
+        self._jobs: Jobs = self._app.state.jobs
+        self._server = self._make_server()
         self._signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signals.put_nowait, number)
-        await self._jobs.open()
-        self._announce()
-        serving = asyncio.create_task(self._server.serve(sockets=[self._bound]))
-        try:
-            return await self._until_the_end()
-        finally:
-            self._service.close_door()
-            await self._jobs.close()
-            self._server.should_exit = True
-            await asyncio.wait({serving}, timeout=2 * _FLUSH_S)
-            serving.cancel()
-            with suppress(asyncio.CancelledError):
-                await serving
-            await self._service.stop()
+        async with running(self._app) as loading:
+            self._announce()
+            serving = asyncio.create_task(self._server.serve(sockets=[self._bound]))
+            try:
+                return await self._until_the_end(loading)
+            finally:
+                self._service.close_door()
+                await self._jobs.close()  # while who waits for a job can still be answered
+                self._server.should_exit = True
+                await asyncio.wait({serving}, timeout=2 * _FLUSH_S)
+                serving.cancel()
+                with suppress(asyncio.CancelledError):
+                    await serving
 
-    async def _until_the_end(self) -> int:
-        """Load, serve, drain."""
-        stopping = asyncio.create_task(self._signals.get())
-        loading = asyncio.create_task(self._load())
-        try:
-            await asyncio.wait({stopping, loading}, return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                loading.result()
-                dying = asyncio.create_task(self._service.watch())
-                try:
-                    await asyncio.wait({stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    dying.cancel()
-                if not stopping.done():
-                    _log.critical("the server ends: %s", dying.result())
-                    return 1
-            await self._drain(stopping.result())
-            return 0
-        finally:
-            for task in (stopping, loading):
-                task.cancel()
-                with suppress(asyncio.CancelledError, DllmServeError):
-                    await task
+    async def _until_the_end(self, loading: asyncio.Task[None]) -> int:
+        """Serve until a signal, and drain; or until the engines are gone."""
 
-    async def _load(self) -> None:
-        await self._service.start()
-        await self._jobs.resume()
+        async def gone() -> DllmServeError:
+            await loading
+            return await self._service.watch()
+
+        stopping, dying = asyncio.create_task(self._signals.get()), asyncio.create_task(gone())
+        try:
+            await asyncio.wait({stopping, dying}, return_when=asyncio.FIRST_COMPLETED)
+            if stopping.done():
+                await self._drain(stopping.result())
+                return 0
+            _log.critical("the server ends: %s", dying.result())
+            return 1
+        finally:
+            stopping.cancel()
+            dying.cancel()
 
     async def _drain(self, number: signal.Signals) -> None:
         """Finish what is under way; a second signal cuts that short."""
@@ -159,13 +149,13 @@ class _Running:
             server.default_quality,
         )
 
-    def _make_server(self, app: object) -> GuardedServer:
+    def _make_server(self) -> GuardedServer:
         server = self._settings.server
         config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
+            self._app,
             http="httptools",
             ws="none",
-            lifespan="off",
+            lifespan="off",  # it would load the model before the port is open
             log_config=None,
             access_log=False,
             server_header=False,

@@ -50,7 +50,8 @@ class Run:
         request: the checked request.
         place: its place among those under way.
         stream, watch: what the engine is to report.
-        timeout_s: seconds from now in which it has to end.
+        timeout_s: seconds from now in which it has to end, at most the server's request_timeout,
+            which is meant by None.
         queue_s: seconds from now in which it has to start, or None.
 
     Attributes:
@@ -64,16 +65,17 @@ class Run:
         request: Request,
         place: Place,
         *,
-        stream: bool,
-        watch: bool,
-        timeout_s: float,
-        queue_s: float | None,
+        stream: bool = False,
+        watch: bool = False,
+        timeout_s: float | None = None,
+        queue_s: float | None = None,
     ) -> None:
         self.request = request
         self._service, self._place = service, place
         self._began = time.monotonic()
-        now = asyncio.get_running_loop().time()
-        self._until, self._timeout_s = now + timeout_s, timeout_s
+        now, limit = asyncio.get_running_loop().time(), service.settings.server.request_timeout
+        self._timeout_s = limit if timeout_s is None else min(limit, timeout_s)
+        self._until = now + self._timeout_s
         self._start_until = None if queue_s is None else now + queue_s
         self._queue_s = queue_s
         self._last_text: float | None = None
@@ -247,14 +249,14 @@ class Service:
         began = time.monotonic()
         info = await self.llm.start()
         self._started = True
-        self.admission.at_once = info.limits.max_num_seqs * len(self.llm.supervisor.engines)
+        self.admission.at_once = info.limits.max_num_seqs * len(self.llm.fleet.engines)
         if not self._draining:
             self.admission.closed_because = None
         self._log_ready(info, time.monotonic() - began)
 
     def _log_ready(self, info: EngineInfo, seconds: float) -> None:
         """One line; of several engines, one more for each."""
-        engines = self.llm.supervisor.engines
+        engines = self.llm.fleet.engines
         several = len(engines) > 1
         _log.info(
             "%s is ready after %.1f s: %s, %s, max_model_len %d%s",
@@ -296,7 +298,7 @@ class Service:
 
     async def watch(self) -> DllmServeError:
         """Wait until all engines are gone for good; returns why."""
-        self.failure = await self.llm.supervisor.failed()
+        self.failure = await self.llm.fleet.failed()
         return self.failure
 
     @property
@@ -304,7 +306,7 @@ class Service:
         """Why no requests are answered now, in a word; "ok" if they are."""
         if self._draining:
             return "draining"
-        state = self.llm.supervisor.state
+        state = self.llm.fleet.state
         if self.failure is not None or state is State.FAILED:
             return "failed"
         if not self._started:
@@ -312,7 +314,7 @@ class Service:
         if state is not State.READY:
             return "restarting"
         patience = min(_PATIENCE_S, self.settings.server.watchdog_timeout)
-        return "stalled" if self.llm.supervisor.silence > patience else "ok"
+        return "stalled" if self.llm.fleet.silence > patience else "ok"
 
     @property
     def lost(self) -> bool:
@@ -323,7 +325,7 @@ class Service:
         limit = self.settings.server.watchdog_timeout + _PATIENCE_S
         return self.status == "failed" or all(
             engine.state is State.FAILED or engine.silence > limit
-            for engine in self.llm.supervisor.engines
+            for engine in self.llm.fleet.engines
         )
 
     def admit(
@@ -348,7 +350,7 @@ class Service:
         runs: list[Run] = []
         try:
             for request, place in zip(requests, places, strict=True):
-                runs.append(self.run(request, place, **how))
+                runs.append(Run(self, request, place, **how))
         except BaseException:
             close_all(runs)
             for place in places:
@@ -377,27 +379,10 @@ class Service:
 
     def _progress(self) -> tuple[float, int]:
         """Seconds in which the engines had work, and forward passes of all requests."""
-        fleet = self.llm.supervisor
+        fleet = self.llm.fleet
         counters = fleet.counters
         # each counts its own seconds: together they are as fast as one, times their number
         return counters.busy / max(fleet.serving, 1), counters.spans
-
-    def run(
-        self,
-        request: Request,
-        place: Place,
-        *,
-        stream: bool = False,
-        watch: bool = False,
-        timeout_s: float | None = None,
-        queue_s: float | None = None,
-    ) -> Run:
-        """Start a request that has a place. For the seconds see :class:`Run`."""
-        limit = self.settings.server.request_timeout
-        seconds = limit if timeout_s is None else min(limit, timeout_s)
-        return Run(
-            self, request, place, stream=stream, watch=watch, timeout_s=seconds, queue_s=queue_s
-        )
 
     async def prompt_ids(
         self, prompt: str | Sequence[int], name: str = "prompt", owner: str = ""
@@ -453,7 +438,7 @@ class Service:
         running = sum(run.call.running for run in self.runs)
         stats = self.store_stats
         return Gauges(
-            engine=self.llm.supervisor.counters,
+            engine=self.llm.fleet.counters,
             engines=[
                 EngineGauges(
                     up=engine.state is State.READY,
@@ -461,7 +446,7 @@ class Service:
                     work=engine.work,
                     restarts=engine.restarts,
                 )
-                for engine in self.llm.supervisor.engines
+                for engine in self.llm.fleet.engines
             ],
             waiting=len(self.runs) - running,
             running=running,
@@ -469,7 +454,7 @@ class Service:
             results=stats.results,
             result_bytes=stats.bytes,
             evicted={str(reason): count for reason, count in stats.evicted.items()},
-            restarts=self.llm.supervisor.restarts,
+            restarts=self.llm.fleet.restarts,
             ready=self.status == "ok",
             connections=self.connections,
         )

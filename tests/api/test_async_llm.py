@@ -94,14 +94,14 @@ async def errors(llm: AsyncLLM) -> None:
 
 async def dropped(llm: AsyncLLM) -> None:
     """However a caller goes, its request goes too."""
-    supervisor = llm.supervisor
+    fleet = llm.fleet
     long = SamplingParams(temperature=0.0, gen_length=200, steps=200, block_length=4)
 
     def idle() -> bool:
-        return supervisor.counters.running == supervisor.counters.waiting == 0
+        return fleet.counters.running == fleet.counters.waiting == 0
 
     tasks = [asyncio.create_task(llm.generate([n + 1], long)) for n in range(20)]
-    await until(lambda: supervisor.counters.running > 0)
+    await until(lambda: fleet.counters.running > 0)
     for task in tasks:
         task.cancel()
     assert all(
@@ -109,7 +109,7 @@ async def dropped(llm: AsyncLLM) -> None:
         for e in await asyncio.gather(*tasks, return_exceptions=True)
     )
     await until(idle)
-    assert supervisor.counters.pages_used == 0 and not supervisor.requests
+    assert fleet.counters.pages_used == 0 and not fleet.requests
 
     for stream in (llm.stream_text("Hello", long), llm.stream("Hello", long)):
         await anext(stream)
@@ -141,14 +141,14 @@ def test_everything_is_as_with_llm(
             # without a seed each call draws its own
             drawn = [await llm.generate("Hello", SamplingParams(gen_length=16)) for _ in range(2)]
             assert drawn[0]["token_ids"] != drawn[1]["token_ids"]
-            assert llm.supervisor.restarts == 0
+            assert llm.fleet.restarts == 0
             late = asyncio.create_task(llm.generate("x", SamplingParams(gen_length=200, steps=200)))
-            await until(lambda: llm.supervisor.requests == 1)
+            await until(lambda: llm.fleet.requests == 1)
         with pytest.raises(EngineError, match="closed"):
             await late
         with pytest.raises(EngineError, match="closed"):
             await llm.generate("Hello", GREEDY)
-        assert llm.supervisor.state is State.CLOSED
+        assert llm.fleet.state is State.CLOSED
 
     with nothing_left():
         asyncio.run(main())

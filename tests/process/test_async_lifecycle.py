@@ -105,7 +105,7 @@ def test_another_loop(tmp_path: Path, born: Born, engines: int) -> None:
         return request, llm.submit(request)
 
     request, call = in_new_loop(first())
-    assert not born() and llm.supervisor.state is State.CLOSED
+    assert not born() and llm.fleet.state is State.CLOSED
 
     async def submit() -> None:
         llm.submit(request)
@@ -257,12 +257,12 @@ def test_closing_when_the_loop_stopped_while_it_started(
     loop = asyncio.new_event_loop()
     starting = loop.create_task(llm.start())
     loop.run_until_complete(asyncio.wait_for(loading(tmp_path, engines), PATIENCE_S))
-    assert {p.pid for p in born()} == {*llm.supervisor.engine_pids}
+    assert {p.pid for p in born()} == {*llm.fleet.engine_pids}
     in_new_loop(llm.close())
     assert not born()
     with pytest.raises(EngineError, match="has been closed"):
         loop.run_until_complete(asyncio.wait_for(starting, PATIENCE_S))
-    assert not born() and llm.supervisor.engine_pids == []
+    assert not born() and llm.fleet.engine_pids == []
     del starting, llm
     abandon(loop)
 

@@ -31,7 +31,7 @@ def test_two_engines_answer_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         llm = AsyncLLM("tiny", device="cpu", max_model_len=256, data_parallel_size=2)
         async with asyncio.timeout(200), llm:
-            fleet = llm.supervisor
+            fleet = llm.fleet
             assert llm.info.limits.max_num_seqs == sync.plan.limits.max_num_seqs
             assert await asyncio.gather(*(llm.generate(p, DRAWN) for p in PROMPTS)) == expected
             assert all(engine.counters.steps for engine in fleet.engines)

@@ -33,13 +33,13 @@ def test_ids_without_text_are_not_given_out(byte_checkpoint: Path) -> None:
 
             reading = asyncio.create_task(read())
             async with asyncio.timeout(60):
-                while llm.supervisor.counters.committed < 8:
+                while llm.fleet.counters.committed < 8:
                     await asyncio.sleep(0.001)
                 assert not reading.done()
-                (pid,) = llm.supervisor.engine_pids
+                (pid,) = llm.fleet.engine_pids
                 os.kill(pid, signal.SIGKILL)
                 await reading
-            assert llm.supervisor.restarts == 1 and call.reruns == 1
+            assert llm.fleet.restarts == 1 and call.reruns == 1
             alone = await llm.generate("a", params)
             assert "".join(pieces) == alone["text"]
             assert sum(counts) == alone["usage"]["completion_tokens"]

@@ -21,7 +21,7 @@ def test_the_engine_s_threads_sleep(given: str | None, monkeypatch: pytest.Monke
         llm = AsyncLLM("tiny", device="cpu", threads=1)
         await llm.start()
         try:
-            (pid,) = llm.supervisor.engine_pids
+            (pid,) = llm.fleet.engine_pids
             return psutil.Process(pid).environ()["OMP_WAIT_POLICY"]
         finally:
             await llm.close()

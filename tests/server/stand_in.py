@@ -25,7 +25,7 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta
 from dllmserve.process.messages import Counters, EngineInfo, Submit
 from dllmserve.process.supervisor import State
-from dllmserve.server.app import create_app, guarded, lifespan
+from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.keys import ApiKeys
 from dllmserve.server.jobs import Jobs
@@ -252,15 +252,15 @@ def make_server(
     config = ServerConfig(**options)
     app = create_app(Settings(config, EngineConfig(model=str(directory)), keys))
     service: Service = app.state.service
-    service.llm.supervisor = engine = StandIn(directory)  # type: ignore[assignment]
-    return app, Server(guarded(app), service, app.state.jobs, engine)
+    service.llm.fleet = engine = StandIn(directory)  # type: ignore[assignment]
+    return app, Server(app, service, app.state.jobs, engine)
 
 
 @asynccontextmanager
 async def serving(directory: Path, **options: Any) -> AsyncIterator[Server]:
     """A started server; at the end nothing of it may be under way."""
     app, server = make_server(directory, **options)
-    async with lifespan(app):
+    async with app.router.lifespan_context(app):
         yield server
     await until(server.idle)
 

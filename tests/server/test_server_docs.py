@@ -27,7 +27,7 @@ from dllmserve.knobs import knobs
 from dllmserve.process.messages import Counters
 from dllmserve.process.supervisor import SupervisorOptions
 from dllmserve.server import ops
-from dllmserve.server.app import create_app, guarded
+from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.places import ConnectionStats
 from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
@@ -158,7 +158,7 @@ def test_the_key_protects_what_the_page_says() -> None:
     app = create_app(load_settings({"job_store": "memory"}, {"DLLMSERVE_API_KEYS": KEY}))
     assert set(all_routes(app.routes)) == set(documented)
     assert {path for (_, path), needed in documented.items() if not needed} == ops.OPEN_PATHS
-    served = guarded(app)
+    served = app
 
     async def ask() -> None:
         transport = httpx.ASGITransport(served)
@@ -178,7 +178,7 @@ def test_the_page_of_the_api_asks_no_other_host() -> None:
     app = create_app(load_settings({"job_store": "memory"}, {}))
 
     async def read() -> list[str]:
-        transport = httpx.ASGITransport(guarded(app))
+        transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
             html = (await client.get("/docs")).text
             assets = re.findall(r'(?:src|href)="([^"]+)"', html)

@@ -16,7 +16,7 @@ from dllmserve.process import supervisor as supervision
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.messages import Counters
 from dllmserve.process.supervisor import State
-from dllmserve.server.app import create_app, guarded, lifespan
+from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings
@@ -31,16 +31,16 @@ def made(directory: Path, size: int) -> tuple[Any, Server, Fleet]:
     app = create_app(Settings(config, EngineConfig(model=str(directory), device="cpu")))
     service: Service = app.state.service
     fleet = Fleet({"device": "cpu"}, light("none", directory), size)
-    assert len(service.llm.supervisor.engines) == size
-    service.llm.supervisor = fleet
-    return app, Server(guarded(app), service, app.state.jobs, fleet), fleet  # type: ignore[arg-type]
+    assert len(service.llm.fleet.engines) == size
+    service.llm.fleet = fleet
+    return app, Server(app, service, app.state.jobs, fleet), fleet  # type: ignore[arg-type]
 
 
 @asynccontextmanager
 async def serving(directory: Path, size: int) -> AsyncIterator[tuple[Server, Fleet]]:
     app, server, fleet = made(directory, size)
     with nothing_left():
-        async with lifespan(app):
+        async with app.router.lifespan_context(app):
             yield server, fleet
     await until(server.idle)
 
@@ -175,7 +175,7 @@ def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings({}, {}).server.data_parallel_size == 1
     given = {"DLLMSERVE_DATA_PARALLEL_SIZE": "3", "DLLMSERVE_JOB_STORE": "memory"}
     settings = load_settings({}, given)
-    assert len(create_app(settings).state.service.llm.supervisor.engines) == 3
+    assert len(create_app(settings).state.service.llm.fleet.engines) == 3
     for value in ("0", "-1"):
         with pytest.raises(ConfigError, match="data_parallel_size must be an integer >= 1"):
             load_settings({}, {"DLLMSERVE_DATA_PARALLEL_SIZE": value})

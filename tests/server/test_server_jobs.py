@@ -10,7 +10,8 @@ import pytest
 
 from dllmserve.errors import EngineDiedError, EngineStartError, JobStoreError
 from dllmserve.process.supervisor import State
-from dllmserve.server.app import lifespan
+from dllmserve.server import jobs
+from dllmserve.server.service import Run
 from dllmserve.server.store import JobRecord, SqliteStore
 from tests.server.stand_in import Reply, Server, make_server, run, serving, until
 
@@ -186,7 +187,11 @@ def test_accepted_jobs_of_earlier_servers(byte_checkpoint: Path, store: str) -> 
 
 @pytest.mark.parametrize(("used", "left"), [(2.0, 4.0), (0.0, 6.0), (-100.0, 6.0)])
 def test_a_job_of_an_earlier_server_has_the_time_that_it_has_left(
-    byte_checkpoint: Path, store: str, used: float, left: float
+    byte_checkpoint: Path,
+    store: str,
+    used: float,
+    left: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By the store's clock, whatever that says never more than its own time."""
     given: list[float] = []
@@ -201,14 +206,13 @@ def test_a_job_of_an_earlier_server_has_the_time_that_it_has_left(
         app, second = make_server(byte_checkpoint, store=store)
         now = good.created + used
         second.jobs._store.clock = lambda: now  # type: ignore[method-assign]
-        run_it = second.service.run
 
-        def noted(*args: Any, **more: Any) -> Any:
+        def noted(*args: Any, **more: Any) -> Run:
             given.append(more["timeout_s"])
-            return run_it(*args, **more)
+            return Run(*args, **more)
 
-        second.service.run = noted  # type: ignore[method-assign]
-        async with lifespan(app):
+        monkeypatch.setattr(jobs, "Run", noted)
+        async with app.router.lifespan_context(app):
             assert (await result(second, 0)).json()["status"] == "finished"
         assert given == [pytest.approx(left)]
 
@@ -258,7 +262,7 @@ def test_while_the_model_is_being_loaded(byte_checkpoint: Path, store: str) -> N
         server.engine.loaded.clear()
 
         async def live() -> None:
-            async with lifespan(app):
+            async with app.router.lifespan_context(app):
                 await stop.wait()
 
         stop = asyncio.Event()

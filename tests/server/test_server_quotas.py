@@ -11,7 +11,7 @@ from dllmserve.core.request import Request
 from dllmserve.errors import CapacityError, OverloadedError, QuotaError
 from dllmserve.process.messages import Counters
 from dllmserve.server.admission import Admission
-from dllmserve.server.app import _most_calls, lifespan
+from dllmserve.server.app import _most_calls
 from dllmserve.server.http.keys import ApiKeys
 from tests.server.stand_in import (
     KEYS,
@@ -307,7 +307,7 @@ def test_resumed_jobs_are_their_owners(byte_checkpoint: Path, tmp_path: Path) ->
             assert (await batch(first, 12, "ann")).status == 200
         app, second = make_server(byte_checkpoint, max_requests=16, **options)
         second.engine.hold = True
-        async with lifespan(app):
+        async with app.router.lifespan_context(app):
             await until(lambda: len(second.engine.calls) == 12)
             assert (await batch(second, 1, "ann")).error["code"] == "share_exceeded"
             assert (await batch(second, 1, "bob")).status == 200

@@ -31,7 +31,7 @@ class Running:
         self.server = _Running(with_port(settings, self.port), self.bound, None)
         self.service, self.jobs = self.server._service, self.server._jobs
         self.engine = StandIn(directory)
-        self.service.llm.supervisor = self.engine  # type: ignore[assignment]
+        self.service.llm.fleet = self.engine  # type: ignore[assignment]
         self.end = asyncio.create_task(self.server.run())
 
     def signal(self, number: signal.Signals = signal.SIGTERM) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.config import EngineConfig
-from dllmserve.server.app import create_app, guarded, lifespan
+from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.settings import Settings
 from dllmserve.server.store import SqliteStore
@@ -29,8 +29,8 @@ async def whole(directory: Path, store: Path) -> AsyncIterator[Server]:
     config = ServerConfig(job_store=str(store), shutdown_timeout=0.0)
     app = create_app(Settings(config, EngineConfig(model=str(directory), device="cpu")))
     service = app.state.service
-    async with lifespan(app):
-        yield Server(guarded(app), service, app.state.jobs, service.llm.supervisor)
+    async with app.router.lifespan_context(app):
+        yield Server(app, service, app.state.jobs, service.llm.fleet)
 
 
 async def same_answers(server: Server, llm: LLM) -> None:

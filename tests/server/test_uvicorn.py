@@ -11,17 +11,18 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from starlette.types import Message, Scope
+from starlette.types import Message, Receive, Scope
 from uvicorn.lifespan.on import LifespanOn
 
 from dllmserve.errors import ConfigError, EngineError, ModelNotFoundError
 from dllmserve.server import app as app_module
-from dllmserve.server import workers
+from dllmserve.server import hosts
 
 KEY = "0123456789abcdef"
 
@@ -72,7 +73,7 @@ class Started:
             yield
             self.ended.append(True)
 
-        monkeypatch.setattr(app_module, "lifespan", lifespan)
+        monkeypatch.setattr(app_module, "_lifespan", lifespan)
         monkeypatch.setattr(app_module, "configure_logging", lambda *_: None)
 
     async def send(self, message: Message) -> None:
@@ -158,8 +159,9 @@ def failed_start(
     async def receive() -> Message:
         return {"type": "lifespan.startup"}
 
-    monkeypatch.setattr(app_module, "lifespan", lifespan)
-    asyncio.run(started.app({"type": "lifespan"}, receive, started.send))
+    monkeypatch.setattr(app_module, "_lifespan", lifespan)
+    with pytest.raises((type(error), ConfigError)):
+        asyncio.run(started.app({"type": "lifespan"}, receive, started.send))
     return started.sent
 
 
@@ -205,7 +207,6 @@ def test_the_job_file_is_named_after_the_port_that_is_listened_on(
     """Two servers on one machine do not want the same file."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("SERVER_SOFTWARE", raising=False)
-    monkeypatch.setattr(workers, "_command", lambda pid: [])
     started = Started(monkeypatch, DLLMSERVE_JOB_STORE="auto", **environ)
     files: list[str] = []
 
@@ -216,7 +217,7 @@ def test_the_job_file_is_named_after_the_port_that_is_listened_on(
         await app.state.jobs.close()
         yield
 
-    monkeypatch.setattr(app_module, "lifespan", lifespan)
+    monkeypatch.setattr(app_module, "_lifespan", lifespan)
 
     async def main() -> None:
         on = LifespanOn(uvicorn.Config(started.app, log_config=None, **options))
@@ -236,96 +237,81 @@ def test_without_a_lifespan_nothing_is_served() -> None:
         asyncio.run(app_module._FromEnvironment()({"type": "http"}, never, never))
 
 
-def fake_processes(root: Path, parent: str, children: list[str]) -> Path:
-    """A /proc with our parent and its children, by their command lines."""
-    own = os.getppid()
-    numbers = [own, *(own + 1000 + n for n in range(len(children)))]
-    for number, command in zip(numbers, [parent, *children], strict=True):
-        above = 1 if number == own else own
-        (root / str(number)).mkdir()
-        (root / str(number) / "stat").write_text(f"{number} (a) b) S {above} 1 1")
-        (root / str(number) / "cmdline").write_bytes(command.replace(" ", "\0").encode())
-    (root / str(own + 1)).mkdir()  # one that is gone
-    (root / "self").mkdir()
-    return root
+def told(config: object) -> Receive:
+    """The lifespan's ``receive`` of a host with these options."""
+
+    class Lifespan:
+        def __init__(self) -> None:
+            self.config = config
+
+        async def receive(self) -> Message:
+            raise AssertionError
+
+    return Lifespan().receive
 
 
-SPAWNED = "python -c code --multiprocessing-fork"
+def uvicorn_config(monkeypatch: pytest.MonkeyPatch, **options: Any) -> uvicorn.Config:
+    """uvicorn's options, those of the environment among them."""
+    concurrency = options.pop("WEB_CONCURRENCY", None)
+    monkeypatch.delenv("WEB_CONCURRENCY", raising=False)
+    if concurrency is not None:
+        monkeypatch.setenv("WEB_CONCURRENCY", concurrency)
+    return uvicorn.Config("x:y", log_config=None, **options)
 
 
 @pytest.mark.parametrize(
-    ("parent", "children", "environ", "refused"),
+    ("options", "refused"),
     [
-        ("uvicorn app --reload", [SPAWNED], {}, False),
-        ("uvicorn app --reload", [SPAWNED], {"WEB_CONCURRENCY": "4"}, False),
-        ("uvicorn app --workers 1", [SPAWNED, "python -c tracker"], {}, False),
-        ("uvicorn app --workers 2", [SPAWNED, SPAWNED], {}, True),
-        ("uvicorn app --workers 2", [SPAWNED], {}, True),  # the other one was refused before
-        ("uvicorn app", [SPAWNED], {"WEB_CONCURRENCY": "2"}, True),
-        ("uvicorn app", [SPAWNED], {"UVICORN_WORKERS": "2"}, True),
-        ("python run.py", [SPAWNED, SPAWNED], {}, True),  # uvicorn.run(..., workers=2)
+        ({}, False),
+        ({"workers": 1}, False),
+        ({"workers": 2}, True),
+        ({"WEB_CONCURRENCY": "2"}, True),
+        ({"workers": 1, "WEB_CONCURRENCY": "4"}, False),
+        ({"reload": True, "workers": 4}, False),  # there is one all the same
     ],
 )
 def test_workers_of_uvicorn(
-    parent: str,
-    children: list[str],
-    environ: dict[str, str],
-    refused: bool,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("WEB_CONCURRENCY", "UVICORN_WORKERS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
     killed: list[tuple[int, int]] = []
-    monkeypatch.setattr(workers, "_PROC", fake_processes(tmp_path, parent, children))
     monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
     monkeypatch.setattr(os, "kill", lambda *args: killed.append(args))
+    config = uvicorn_config(monkeypatch, **options)
     if refused:
         with pytest.raises(ConfigError, match="one server process"):
-            workers.refuse_several_workers()
+            hosts.refuse_several_workers(told(config))
         assert killed == [(os.getppid(), signal.SIGTERM)]
     else:
-        workers.refuse_several_workers()
+        hosts.refuse_several_workers(told(config))
         assert killed == []
 
 
-@pytest.mark.parametrize(
-    ("command", "environ", "refused"),
-    [
-        ("gunicorn -w 4 app", {}, True),
-        ("gunicorn -w4 app", {}, True),
-        ("gunicorn --workers 4 app", {}, True),
-        ("gunicorn app --workers=4", {}, True),
-        ("gunicorn app -w", {}, False),
-        ("gunicorn -w 1 app", {"WEB_CONCURRENCY": "4"}, False),
-        ("gunicorn app", {"WEB_CONCURRENCY": "4"}, True),
-        ("gunicorn app", {"GUNICORN_CMD_ARGS": "--workers '2'"}, True),
-        ("gunicorn app -k worker", {}, False),
-    ],
-)
-def test_workers_of_gunicorn(
-    command: str, environ: dict[str, str], refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("WEB_CONCURRENCY", "GUNICORN_CMD_ARGS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"SERVER_SOFTWARE": "gunicorn/27", **environ}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(workers, "_command", lambda pid: command.split())
-    if refused:
+@pytest.mark.parametrize("count", [1, 4])
+def test_workers_of_gunicorn(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its worker runs uvicorn, and is known there by the method that it is called back by."""
+
+    class Worker:
+        cfg = SimpleNamespace(workers=count)
+
+        async def callback_notify(self) -> None:
+            raise AssertionError
+
+    # what gunicorn counts, whatever uvicorn would make of the environment
+    config = uvicorn_config(
+        monkeypatch, callback_notify=Worker().callback_notify, WEB_CONCURRENCY="3"
+    )
+    assert multiprocessing.parent_process() is None  # it forks
+    if count > 1:
         with pytest.raises(ConfigError, match="one server process"):
-            workers.refuse_several_workers()
+            hosts.refuse_several_workers(told(config))
     else:
-        workers.refuse_several_workers()
-    # the same words mean nothing under another server
-    monkeypatch.delenv("SERVER_SOFTWARE")
-    workers.refuse_several_workers()
+        hosts.refuse_several_workers(told(config))
 
 
-def test_one_process_may_say_what_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """WEB_CONCURRENCY alone does not make workers."""
-    monkeypatch.setenv("WEB_CONCURRENCY", "4")
-    monkeypatch.delenv("SERVER_SOFTWARE", raising=False)
-    assert multiprocessing.parent_process() is None
-    workers.refuse_several_workers()
+def test_a_host_that_nobody_knows() -> None:
+    async def receive() -> Message:
+        raise AssertionError
+
+    hosts.refuse_several_workers(receive)
+    hosts.refuse_several_workers(told(object()))
+    assert hosts.listening_port(receive) is None

@@ -157,7 +157,7 @@ class _Stream:
             if event == b"[DONE]":
                 self.done_at = now
                 # most servers end the answer right after it; nobody has to wait for the others
-                self._loop.call_later(_LINGER, self.reply.end)
+                self.reply.end_in(_LINGER)
             elif event:
                 self._take(event, now)
 
@@ -206,7 +206,7 @@ def _check_status(reply: Reply, submitted: bool = False) -> None:
         return
     rejected = reply.status in REJECTIONS and not submitted
     kind = REJECTED if rejected else f"http {reply.status}"
-    raise RequestFailed(kind, error_message(reply), reply.status, b"retry-after" in reply.headers)
+    raise RequestFailed(kind, error_message(reply), reply.status, "retry-after" in reply.headers)
 
 
 def json_object(reply: Reply) -> dict[str, Any]:
@@ -265,7 +265,7 @@ def _note_usage(outcome: Outcome, usage: Any, reply: Reply) -> None:
     outcome.forward_passes = _count(known.get("forward_passes"))
     outcome.queue_seconds = _seconds(known.get("queue_time"))
     if outcome.queue_seconds is None:
-        outcome.queue_seconds = _seconds(reply.header(b"x-queue-time"))
+        outcome.queue_seconds = _seconds(reply.headers.get("x-queue-time"))
 
 
 def _count(value: Any) -> int | None:

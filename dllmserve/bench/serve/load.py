@@ -225,7 +225,6 @@ async def _hello(client: HttpClient, options: ServeOptions) -> Measured:
     reply = Reply()
     try:
         async with asyncio.timeout(_HELLO_SECONDS):
-            await client.open()
             await client.exchange("GET", "/v1/models", b"", reply)
     except TimeoutError as error:
         raise ConfigError(
@@ -252,7 +251,7 @@ async def _hello(client: HttpClient, options: ServeOptions) -> Measured:
                 f"no --model was given and {options.url}/v1/models names none "
                 f"(HTTP {reply.status}: {said})"
             )
-    return Measured(model, reply.header(b"server"))
+    return Measured(model, reply.headers.get("server"))
 
 
 def _first_model(reply: Reply) -> str | None:

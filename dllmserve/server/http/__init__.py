@@ -5,8 +5,8 @@ From the outside in::
     listener.Listener             accepts connections, before TLS
     places.Connections            who has a place among them, and who gives way
     connection.GuardedProtocol    one for each connection, below ASGI
-    request_id.RequestLog         request id, the log line, the 500 of a handler that raised
     (CORS, where it is configured)
+    request_id.RequestLog         request id, the log line, the 500 of a handler that raised
     auth.AuthGuard                API keys, owners, rate limits
     body.BodyGuard                size, time and type of the body
     the app

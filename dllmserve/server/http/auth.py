@@ -53,7 +53,7 @@ class AuthGuard:
         open_paths: frozenset[str],
         rate: RateLimit | None = None,
         max_calls_per_key: int | None = None,
-        unmetered_gets: tuple[str, ...] = ("/v1/result",),
+        unmetered_gets: tuple[str, ...] = (),
     ) -> None:
         if max_calls_per_key is not None:
             check_int(ConfigError, "max_calls_per_key", max_calls_per_key, 1)

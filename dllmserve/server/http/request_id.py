@@ -105,7 +105,8 @@ class RequestLog:
         if exchange.gone or exchange.complete:
             return
         if exchange.status is None:
-            await exchange.fail(500, "Internal server error; the log has it by its X-Request-Id.")
+            text = "The server failed; its log has the reason, by the X-Request-Id."
+            await exchange.fail(500, text, "server_error")
         else:
             await exchange.cut()
 
@@ -164,9 +165,9 @@ class _Exchange:
             self.complete = True
         await self._send(message)
 
-    async def fail(self, status: int, text: str) -> None:
+    async def fail(self, status: int, text: str, code: str | None = None) -> None:
         """Answer in place of the handler."""
-        await send_error(self.scope, self.send, status, text, headers=[CLOSE])
+        await send_error(self.scope, self.send, status, text, code=code, headers=[CLOSE])
 
     async def cut(self) -> None:
         """End a response that cannot be completed, visibly."""

@@ -195,22 +195,22 @@ def test_bad_values(
     assert message in err and "geheim" not in err
 
 
-def test_missing_httptools(
+def test_missing_aiohttp(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "httptools", None)
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
     for name in [name for name in sys.modules if name.startswith("dllmserve.bench.serve.")]:
         monkeypatch.delitem(sys.modules, name)
     assert main(["bench", "serve"]) == 1
     out, err = capfd.readouterr()
     assert out == "" and err.count("\n") == 1
-    assert "extra 'bench'" in err and "'httptools>=" in err
+    assert "extra 'bench'" in err and "'aiohttp>=" in err
 
 
 def test_help_is_light() -> None:
     code = (
         "import sys; from dllmserve.cli.main import main; main(['bench', 'serve', '--help']); "
-        "sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'httptools')))"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'matplotlib', 'aiohttp')))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -84,12 +83,12 @@ def test_request_and_answer() -> None:
 
     async def main(client: HttpClient) -> None:
         reply = await ask(client, b"{}")
-        assert (reply.status, bytes(reply.body), reply.header(b"x-queue-time")) == (
+        assert (reply.status, bytes(reply.body), reply.headers.get("x-queue-time")) == (
             200,
             b"hi",
             "0.5",
         )
-        assert reply.sent_at is not None and reply.complete and reply.header(b"none") is None
+        assert reply.sent_at is not None and reply.complete and "none" not in reply.headers
         await ask(client)
 
     talk(server, main)
@@ -97,9 +96,11 @@ def test_request_and_answer() -> None:
     head, _, body = server.requests[0].partition(b"\r\n\r\n")
     lines = head.split(b"\r\n")
     assert lines[0] == b"POST /team/v1/x HTTP/1.1" and body == b"{}"
-    assert {b"x-a: b", b"content-type: application/json", b"content-length: 2"} <= set(lines)
+    assert {b"x-a: b", b"content-type: application/json", b"content-length: 2"} <= {
+        line.lower() for line in lines
+    }
     assert [line for line in lines if line.lower().startswith(b"host: 127.0.0.1:")]
-    assert b"content-type" not in server.requests[1]
+    assert b"content-type" not in server.requests[1].lower()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_request_and_answer() -> None:
 def test_framing(answer: bytes) -> None:
     async def main(client: HttpClient) -> None:
         reply = await ask(client)
-        assert (reply.status, bytes(reply.body)) == (200, b"hi") and b"a" not in reply.headers
+        assert (reply.status, bytes(reply.body)) == (200, b"hi") and "a" not in reply.headers
 
     talk(Scripted([answer]), main)
 
@@ -151,7 +152,7 @@ def test_old_connections_are_not_used_again(monkeypatch: pytest.MonkeyPatch) -> 
         (None, "connection lost", None),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhi", "connection lost", 200),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhi", "connection lost", 200),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "bad answer", 200),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", "bad answer", None),
         (b"SSH-2.0-OpenSSH_9.6 and what else there is\r\n", "bad answer", None),
     ],
 )
@@ -165,6 +166,19 @@ def test_lost(answer: bytes | None, kind: str, status: int | None) -> None:
 
     talk(server, main)
     assert len(server.requests) == 2  # the lost one was not sent again
+
+
+def test_a_lost_get_is_not_sent_again() -> None:
+    server = Scripted([OK, None], [OK])
+
+    async def main(client: HttpClient) -> None:
+        await ask(client)
+        with pytest.raises(RequestFailed) as caught:  # on a connection that was kept
+            await client.exchange("GET", "/v1/x", b"x", Reply())
+        assert caught.value.kind == "connection lost"
+
+    talk(server, main)
+    assert len(server.requests) == 2
 
 
 def test_only_what_is_asked_for_is_read() -> None:
@@ -197,13 +211,14 @@ def test_no_connection() -> None:
     async def main() -> None:
         client = HttpClient(Address.parse("http://localhost:1"), {})
         with pytest.raises(RequestFailed) as caught:
-            await client.open()
+            await ask(client)
         assert (caught.value.kind, caught.value.message) == ("no connection", "Connection refused")
         unknown = HttpClient(Address.parse("http://no-such-host.invalid"), {})
         with pytest.raises(RequestFailed) as caught:
-            await unknown.open()
+            await ask(unknown)
         assert caught.value.kind == "no connection" and caught.value.message
         await client.close()
+        await unknown.close()
 
     asyncio.run(main())
 
@@ -218,7 +233,6 @@ def test_tls_to_a_server_without() -> None:
         listener = await asyncio.start_server(plain, "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
         client = HttpClient(Address.parse(f"https://127.0.0.1:{port}"), {})
-        assert client._tls is not None and client._tls.verify_mode is ssl.CERT_REQUIRED
         found = await failure(client)
         assert found.kind == "no connection" and "SSL" in found.message.upper()
         await client.close()
