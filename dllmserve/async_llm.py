@@ -28,9 +28,9 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.home import Home
-from dllmserve.process.messages import EngineInfo, changed_fields
+from dllmserve.process.messages import EngineInfo
 from dllmserve.process.supervisor import State, SupervisorOptions
-from dllmserve.sampling_params import SamplingParams
+from dllmserve.sampling_params import SamplingParams, with_sparse
 from dllmserve.sparse.state import SparseConfig
 
 #: seconds that another event loop gets to close the engines, before they are killed
@@ -370,11 +370,11 @@ class AsyncLLM:
             InvalidRequestError, CapacityError: it could never run on this engine.
         """
         door = self._ready()
-        params = sampling_params or SamplingParams()
+        params = with_sparse(sampling_params or SamplingParams(), sparse_config)
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        return door.request(0, prompt_ids, params, sparse_config, name=name)
+        return door.request(0, prompt_ids, params, name=name)
 
     def submit(
         self,
@@ -398,11 +398,9 @@ class AsyncLLM:
             EngineError: the engine is gone for good, was not started, or not in this event loop.
         """
         self._ready()
-        sparse = None if request.sparse is None else changed_fields(request.sparse)
         call = self.fleet.submit(
             request.prompt_ids,
-            changed_fields(request.params),
-            sparse,
+            request.params,
             stream=stream,
             watch=watch,
             work=work_of(request) if work is None else work,
@@ -434,8 +432,7 @@ class AsyncLLM:
             call: the request.
             take: gives the call's next event; ``call.next`` by default.
         """
-        stop = call.submit.params.get("stop")
-        strings = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+        strings = call.submit.params.stop_strings
         text = CommittedText(self._text_tokenizer(), strings)
         count = given = reruns = 0
         while True:

@@ -32,7 +32,7 @@ from dllmserve.errors import (
 from dllmserve.messages import template_messages
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep
-from dllmserve.sampling_params import SamplingParams
+from dllmserve.sampling_params import SamplingParams, with_sparse
 from dllmserve.sparse.state import SparseConfig
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
@@ -182,10 +182,9 @@ class LLM:
                 f"got {type(prompts).__name__}"
             )
         count = len(prompts)
-        params = _one_each("sampling_params", sampling_params, SamplingParams, count)
-        sparse = _one_each("sparse_configs", sparse_configs, SparseConfig, count, optional=True)
+        params = _params(sampling_params, sparse_configs, count)
         ids = [self._prompt_ids(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
-        return self._run(ids, params, sparse, use_tqdm)
+        return self._run(ids, params, use_tqdm)
 
     def chat(
         self,
@@ -211,10 +210,9 @@ class LLM:
         self._shared.check()
         conversations = _conversations(messages)
         count = len(conversations)
-        params = _one_each("sampling_params", sampling_params, SamplingParams, count)
-        sparse = _one_each("sparse_configs", sparse_configs, SparseConfig, count, optional=True)
+        params = _params(sampling_params, sparse_configs, count)
         ids = [self.chat_ids(c) for c in conversations]
-        return self._run(ids, params, sparse, use_tqdm)
+        return self._run(ids, params, use_tqdm)
 
     def stream(
         self,
@@ -229,10 +227,9 @@ class LLM:
         the last one.
         """
         engine = self._own  # a forked process hears of it before anything else is done
-        params = _one_each("sampling_params", sampling_params, SamplingParams, 1)
-        sparse = _one_each("sparse_config", sparse_config, SparseConfig, 1, optional=True)
+        params = _params(sampling_params, sparse_config, 1, "sparse_config")
         ids = [self._prompt_ids(prompt, "prompt")]
-        return _canvases(engine, self._requests(ids, params, sparse, watch=True))
+        return _canvases(engine, self._requests(ids, params, watch=True))
 
     def chat_ids(self, messages: Messages) -> list[int]:
         """Prompt ids of a conversation, rendered with the chat template.
@@ -264,12 +261,11 @@ class LLM:
     def _run(
         self,
         prompts: list[list[int]],
-        params: list[Any],
-        sparse: list[Any],
+        params: list[SamplingParams],
         use_tqdm: bool,
     ) -> list[dict[str, Any]]:
         """Check all requests, then run them to the end."""
-        requests = self._requests(prompts, params, sparse)
+        requests = self._requests(prompts, params)
         engine = self._own
         batch = engine.submit(requests)
         shown = use_tqdm and bool(requests)
@@ -295,8 +291,7 @@ class LLM:
     def _requests(
         self,
         prompts: list[list[int]],
-        params: list[Any],
-        sparse: list[Any],
+        params: list[SamplingParams],
         *,
         watch: bool = False,
     ) -> list[Request]:
@@ -306,7 +301,6 @@ class LLM:
             core.make_request(
                 ids,
                 params[i],
-                sparse[i],
                 watch=watch,
                 name="prompt" if watch else f"prompts[{i}]",
             )
@@ -335,6 +329,17 @@ def _progress_bar(total: int, shown: bool) -> Any:
         mininterval=_FILE_S if in_file else _SCREEN_S,
         miniters=0,  # forwards and tokens move while no request ends
     )
+
+
+def _params(
+    sampling: Any, sparse: Any, count: int, name: str = "sparse_configs"
+) -> list[SamplingParams]:
+    """Parameters of each prompt, with the SparseConfig that was given beside them."""
+    params = _one_each("sampling_params", sampling, SamplingParams, count)
+    configs = _one_each(name, sparse, SparseConfig, count, optional=True)
+    # mostly all are one and the same
+    made = {(id(p), id(s)): with_sparse(p, s) for p, s in zip(params, configs, strict=True)}
+    return [made[id(p), id(s)] for p, s in zip(params, configs, strict=True)]
 
 
 def _one_each(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dllmserve._checks import Fields, check_known
@@ -12,6 +12,7 @@ from dllmserve.catalog import CACHES, RULES
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import check_knobs, columns, knob
 from dllmserve.presets import MAX_GEN_LENGTH, MAX_STEPS, PRESETS, preset
+from dllmserve.sparse.state import SparseConfig
 
 REMASKING = ("low_confidence", "random")
 CONFIDENCE = ("probability", "margin", "neg_entropy")
@@ -85,6 +86,8 @@ class SamplingParams:
             of them. A long gen_length then costs no more than a short one.
         early_end: once an end id is written, decode nothing behind it, and compute no block
             behind its own.
+        sparse: sparse attention instead of a cache, a :class:`dllmserve.SparseConfig`; the
+            sparse_configs of ``generate()`` set it. One that is not enabled becomes None.
         quality: "exact", "balanced" or "fast": values for the fields that are not given,
             chosen from measurements (see docs/decoding.md). None changes nothing. To
             ``dataclasses.replace`` all fields are given: make new SamplingParams to change it.
@@ -243,7 +246,7 @@ class SamplingParams:
     )
     top_k: int = knob(0, "Draw from the k likeliest tokens; 0 is off.", low=0)
     seed: int | None = knob(None, "Make random draws repeatable.", low=0, high=2**63 - 1)
-    stop: str | list[str] | tuple[str, ...] | None = knob(
+    stop: str | Sequence[str] | None = knob(
         None, "End the answer before this text; several may be given.", own_check=True
     )
     logit_bias: Mapping[int, float] | None = knob(
@@ -257,6 +260,7 @@ class SamplingParams:
         choices=tuple(PRESETS),
         own_check=True,
     )
+    sparse: SparseConfig | None = knob(None, "Sparse attention instead of a cache.", own_check=True)
     logits_eos_inf: bool = knob(False, "Never propose an id that ends the text (LLaDA).")
     confidence_eos_eot_inf: bool = knob(
         False, "Write proposals that end the text or the turn last (LLaDA)."
@@ -274,8 +278,11 @@ class SamplingParams:
         return made
 
     def __post_init__(self) -> None:
-        self._settle_length()
-        self._apply_quality()
+        if "_given" in self.__dict__:
+            self._settle_length()
+            self._apply_quality()
+        else:  # out of a message or a store: another process has done so
+            object.__setattr__(self, "max_tokens", NotGiven(self.gen_length))
         self._check_values()
         object.__setattr__(self, "stop", normal_stop(self.stop))
         object.__setattr__(self, "logit_bias", normal_bias(self.logit_bias))
@@ -294,6 +301,18 @@ class SamplingParams:
     def _revokes(self) -> bool:
         """Whether the rule may mask written positions again; one that is not known does not."""
         return self.unmask in RULES and RULES[self.unmask].revokes
+
+    @property
+    def policy(self) -> str:
+        """Name of the cache policy, "sparse" included."""
+        return "sparse" if self.sparse is not None else self.cache
+
+    @property
+    def blocks_of(self) -> int:
+        """Diffusion block length in tokens; the last block may be shorter."""
+        if self.block_length is not None:
+            return self.block_length
+        return self.sparse.default_block_len if self.sparse is not None else self.gen_length
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -358,6 +377,12 @@ class SamplingParams:
                 "generate(prompts, params, sparse_configs=SparseConfig(...)), or on the command "
                 "line by --sparse"
             )
+        if self.sparse is not None and not isinstance(self.sparse, SparseConfig):
+            raise InvalidParameterError(
+                f"sparse must be a SparseConfig, got {self.sparse!r} ({type(self.sparse).__name__})"
+            )
+        if self.sparse is not None and not self.sparse.enabled:
+            object.__setattr__(self, "sparse", None)
         check.choice("cache", CACHES if self.cache in CACHES else cache_names())
 
     def _check_combinations(self) -> None:
@@ -371,6 +396,16 @@ class SamplingParams:
             raise InvalidParameterError(
                 "confidence_eos_eot_inf=True changes confidences, which remasking='random' does "
                 "not read: leave one of them out"
+            )
+        if self.sparse is not None and self.cache != "none":
+            raise InvalidParameterError(
+                f"a SparseConfig and cache={self.cache!r} exclude each other: "
+                "use cache='none' with sparse attention, or no SparseConfig"
+            )
+        if self.sparse is not None and self._revokes:
+            raise InvalidParameterError(
+                f"unmask={self.unmask!r} does not work with sparse attention, which keeps a part "
+                "of the canvas alone: leave the SparseConfig out"
             )
         self._check_confidence()
         for name in _REFRESH:
@@ -418,6 +453,22 @@ class SamplingParams:
             raise InvalidParameterError(
                 f"unmask={self.unmask!r} works with cache={caches}, got {self.cache!r}"
             )
+
+
+def with_sparse(params: SamplingParams, sparse: SparseConfig | None) -> SamplingParams:
+    """Parameters with a SparseConfig that was given beside them.
+
+    Raises:
+        InvalidParameterError: they have another one, or do not work with one.
+    """
+    if sparse is None or sparse == params.sparse:
+        return params
+    if params.sparse is not None:
+        raise InvalidParameterError(
+            "a SparseConfig in the SamplingParams and another one beside them contradict each "
+            "other: give one of them"
+        )
+    return replace(params, sparse=sparse)
 
 
 #: the numbers that rules read, in the order that they have on the device

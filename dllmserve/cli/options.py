@@ -115,6 +115,8 @@ class Group:
 SAMPLING = Group(
     SamplingParams,
     "Decoding",
+    # has options of its own
+    skipped=frozenset({"sparse"}),
     shown={
         "temperature": "0",
         "max_tokens": "",

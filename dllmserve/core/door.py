@@ -9,14 +9,13 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dllmserve.catalog import CACHES, RULES
+from dllmserve.catalog import CACHES
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.core.rows import written_last
 from dllmserve.core.scheduler import Limits
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,6 @@ class Door:
         id: int,
         prompt_ids: Sequence[int],
         params: SamplingParams,
-        sparse: SparseConfig | None,
         *,
         seed: int = 0,
         watch: bool = False,
@@ -51,14 +49,12 @@ class Door:
         Args:
             id, seed, watch, stream, owner: the request's.
             prompt_ids: token ids; integers of any kind.
-            params, sparse: how it is decoded.
+            params: how it is decoded.
             name: of the prompt, in errors.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
-        if sparse is not None and not sparse.enabled:
-            sparse = None
         if not prompt_ids:
             raise PromptError(f"{name} is empty: give at least one token")
         if len(prompt_ids) >= self.limits.max_model_len:
@@ -66,14 +62,12 @@ class Door:
             self._check_length(len(prompt_ids), params, name)
         ids = _checked_prompt(prompt_ids, self.spec, name)
         self._check_length(len(ids), params, name)
-        self._check(params, sparse)
+        self._check(params)
         request = Request(
             id=id,
             prompt_ids=ids,
             params=params,
-            sparse=sparse,
             seed=seed,
-            policy="sparse" if sparse is not None else params.cache,
             watch=watch,
             stream=stream,
             owner=owner,
@@ -108,17 +102,7 @@ class Door:
                 "and this one has none: leave it out"
             )
 
-    def _check(self, params: SamplingParams, sparse: SparseConfig | None) -> None:
-        if sparse is not None and params.cache != "none":
-            raise InvalidParameterError(
-                f"a SparseConfig and cache={params.cache!r} exclude each other: "
-                "use cache='none' with sparse attention, or no SparseConfig"
-            )
-        if sparse is not None and RULES[params.unmask].revokes:
-            raise InvalidParameterError(
-                f"unmask={params.unmask!r} does not work with sparse attention, which keeps a part "
-                "of the canvas alone: leave the SparseConfig out"
-            )
+    def _check(self, params: SamplingParams) -> None:
         self._check_ends(params)
         if params.stop_strings and not self.has_tokenizer:
             raise InvalidParameterError("stop needs a tokenizer, and this checkpoint has none")

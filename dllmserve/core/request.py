@@ -66,9 +66,7 @@ class Request:
     id: int
     prompt_ids: list[int]
     params: SamplingParams
-    sparse: SparseConfig | None
     seed: int
-    policy: str
     watch: bool = False
     stream: bool = False
     owner: str = ""
@@ -99,11 +97,17 @@ class Request:
     @property
     def block_length(self) -> int:
         """Diffusion block length in tokens; the last block may be shorter."""
-        if self.params.block_length is not None:
-            return self.params.block_length
-        if self.sparse is not None:
-            return self.sparse.default_block_len
-        return self.params.gen_length
+        return self.params.blocks_of
+
+    @property
+    def sparse(self) -> SparseConfig | None:
+        """Settings of sparse attention."""
+        return self.params.sparse
+
+    @property
+    def policy(self) -> str:
+        """Name of the cache policy."""
+        return self.params.policy
 
     @property
     def predictable(self) -> bool:

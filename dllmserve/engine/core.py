@@ -28,7 +28,6 @@ from dllmserve.runtime.platform import (
 )
 from dllmserve.runtime.runner import StepHandle, StepRunner
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,6 @@ class EngineCore:
         self,
         prompt_ids: list[int],
         params: SamplingParams,
-        sparse: SparseConfig | None,
         *,
         watch: bool = False,
         stream: bool = False,
@@ -131,7 +129,6 @@ class EngineCore:
             next(self._ids),
             prompt_ids,
             params,
-            sparse,
             seed=seed,
             watch=watch,
             stream=stream,

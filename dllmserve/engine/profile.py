@@ -144,7 +144,7 @@ def _reuse_step(runner: ModelRunner, limits: Limits, rows: int) -> StepPlan:
 def _admit(runner: ModelRunner, row: int, prompt: list[int], params: SamplingParams) -> None:
     """Fill a row as the engine would."""
     sparse = SparseConfig(default_block_len=1)
-    request = Request(row, prompt, params, sparse, seed=row, policy="sparse")
+    request = Request(row, prompt, replace(params, sparse=sparse), seed=row)
     request.row, request.pages = row, [1]
     for init in row_inits(request, runner.spec):
         runner.admit(init)

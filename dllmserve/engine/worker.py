@@ -52,8 +52,6 @@ from dllmserve.process.messages import (
     encode,
 )
 from dllmserve.runtime.platform import first_line
-from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: exit codes
 STOPPED, NOT_LOADED, CRASHED = 0, 65, 70
@@ -106,13 +104,10 @@ class EngineLoop:
                     self._forget(request)
 
     def _submit(self, message: Submit) -> None:
-        params: dict[str, Any] = dict(message.params)
-        sparse: dict[str, Any] | None = message.sparse
         try:
             request = self._engine.make_request(
                 message.prompt_ids,
-                SamplingParams(**params),
-                None if sparse is None else SparseConfig(**sparse),
+                message.params,
                 watch=message.watch,
                 stream=message.stream,
                 owner=message.owner,

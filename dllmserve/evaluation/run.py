@@ -11,6 +11,7 @@ from dllmserve.errors import ConfigError, DllmServeError, TokenizerError
 from dllmserve.evaluation.figures import Measured, Outcome, SettingResult, summarise
 from dllmserve.evaluation.items import Item
 from dllmserve.evaluation.settings import Setting, check_names, named
+from dllmserve.sampling_params import with_sparse
 
 if TYPE_CHECKING:  # loads torch
     from dllmserve.llm import LLM
@@ -49,12 +50,11 @@ class Evaluation:
         llm = self._llm
         door = Door(llm.spec, llm.plan.limits, has_tokenizer=llm.tokenizer is not None)
         for setting in settings:
-            sparse = setting.sparse_config()
             for place in self._longest():
                 item = self._items[place]
-                params = setting.params(item.gen_length)
                 try:
-                    door.request(0, self._ids[place], params, sparse, name=f"item {item.id!r}")
+                    params = with_sparse(setting.params(item.gen_length), setting.sparse_config())
+                    door.request(0, self._ids[place], params, name=f"item {item.id!r}")
                 except DllmServeError as error:
                     raise named(error, setting.name) from error
 

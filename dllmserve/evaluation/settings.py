@@ -23,7 +23,7 @@ DEFAULT_BLOCK_LENGTH = 32
 DEFAULT_TEMPERATURE = 0.0
 
 #: fields of SamplingParams that a setting may have
-SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))
+SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != SPARSE)
 #: names of the answer's length among them
 LENGTHS = frozenset({"gen_length", "max_tokens"})
 SPARSE_FIELDS = tuple(f.name for f in fields(SparseConfig) if f.name != "enabled")
@@ -358,8 +358,8 @@ def _kinds(hint: Any) -> set[Any]:
 
 #: types that a field takes, by its name
 _KINDS: dict[str, set[Any]] = {
-    TOKENS_PER_STEP: {int},
-    SPARSE: {bool},
     **{name: _kinds(hint) for name, hint in get_type_hints(SparseConfig).items()},
     **{name: _kinds(hint) for name, hint in get_type_hints(SamplingParams).items()},
+    TOKENS_PER_STEP: {int},
+    SPARSE: {bool},
 }

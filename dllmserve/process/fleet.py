@@ -22,9 +22,10 @@ from dllmserve._checks import check_int
 from dllmserve.errors import ConfigError, DllmServeError, EngineError
 from dllmserve.process.calls import Call
 from dllmserve.process.devices import shares
-from dllmserve.process.messages import Counters, EngineInfo, Value, added
+from dllmserve.process.messages import Counters, EngineInfo, added
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from dllmserve.process.worker import STOP_S
+from dllmserve.sampling_params import SamplingParams
 
 _log = logging.getLogger("dllmserve.engine")
 
@@ -194,8 +195,7 @@ class Fleet:
     def submit(
         self,
         prompt_ids: list[int],
-        params: dict[str, Value],
-        sparse: dict[str, Value] | None,
+        params: SamplingParams,
         *,
         stream: bool = False,
         watch: bool = False,
@@ -205,7 +205,7 @@ class Fleet:
         """Queue a checked request at the engine with the least outstanding work.
 
         Args:
-            prompt_ids, params, sparse, stream, watch, owner: see
+            prompt_ids, params, stream, watch, owner: see
                 :class:`dllmserve.process.messages.Submit`.
             work: what it costs at most, see :func:`dllmserve.core.work.work_of`.
 
@@ -213,9 +213,7 @@ class Fleet:
             EngineError: all engines are gone for good.
         """
         engine = self._best()  # if it is gone, so are all, and it says why
-        return engine.submit(
-            prompt_ids, params, sparse, stream=stream, watch=watch, work=work, owner=owner
-        )
+        return engine.submit(prompt_ids, params, stream=stream, watch=watch, work=work, owner=owner)
 
     def abort(self, call: Call, error: DllmServeError | None = None) -> None:
         """Drop a request; its rows and pages are free after the current forward pass.

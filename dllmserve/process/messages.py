@@ -6,19 +6,16 @@ its type is an error.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any, Literal
 
 import msgspec
 
-from dllmserve._values import Kept, NotGiven
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
 from dllmserve.core.scheduler import Limits
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: a field of SamplingParams, SparseConfig or EngineConfig
 Value = bool | int | float | str | list[str] | dict[int, float] | None
@@ -63,8 +60,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     Attributes:
         id: the owner's, not used by another request that is under way.
         prompt_ids: token ids.
-        params: fields of its SamplingParams that are not defaults.
-        sparse: fields of its SparseConfig, or None.
+        params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
         owner: whose it is, as :class:`dllmserve.core.request.Request` says.
@@ -72,8 +68,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
 
     id: int
     prompt_ids: list[int]
-    params: dict[str, Value]
-    sparse: dict[str, Value] | None = None
+    params: SamplingParams
     stream: bool = False
     watch: bool = False
     owner: str = ""
@@ -222,14 +217,14 @@ class Alive(msgspec.Struct, tag="alive", array_like=True, frozen=True):
 FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Alive
 
 
-def _number(value: Any) -> int:
+def plain(value: Any) -> int:
     """A number of a kind of its own, such as Kept, as a plain one; anything else is an error."""
     if isinstance(value, int):
         return int(value)
     raise NotImplementedError(f"{type(value).__name__} is not for messages")
 
 
-_encoder = msgspec.msgpack.Encoder(enc_hook=_number)
+_encoder = msgspec.msgpack.Encoder(enc_hook=plain)
 _to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
@@ -247,32 +242,3 @@ def decode_to_worker(data: bytes) -> ToWorker:
 def decode_from_worker(data: bytes) -> FromWorker:
     """A message of a worker. Raises msgspec.ValidationError if it is none."""
     return _from_worker.decode(data)
-
-
-def changed_fields(values: SamplingParams | SparseConfig) -> dict[str, Value]:
-    """The fields that differ from their defaults, as they go into a message.
-
-    With a quality all of them: the preset must not fill those that were given. max_tokens, the
-    other name of gen_length, goes along only if it was given.
-    """
-    found: dict[str, Value] = {}
-    every = getattr(values, "quality", None) is not None
-    for item in fields(values):
-        value: Any = getattr(values, item.name)
-        if item.name == "max_tokens":
-            wanted = isinstance(value, Kept)
-        else:
-            wanted = every or value != item.default
-        if wanted:
-            found[item.name] = _plain(value)
-    return found
-
-
-def _plain(value: Any) -> Value:
-    if isinstance(value, tuple):
-        return list(value)
-    if isinstance(value, NotGiven):
-        return int(value)
-    if isinstance(value, bool | int | float | str) or value is None:
-        return value
-    return dict(value)  # logit_bias

@@ -41,10 +41,10 @@ from dllmserve.process.messages import (
     FromWorker,
     Report,
     Submit,
-    Value,
     added,
 )
 from dllmserve.process.worker import COMMAND, Cause, Death, kill_for_good
+from dllmserve.sampling_params import SamplingParams
 
 _log = logging.getLogger("dllmserve.engine")
 
@@ -220,8 +220,7 @@ class Supervisor:
     def submit(
         self,
         prompt_ids: list[int],
-        params: dict[str, Value],
-        sparse: dict[str, Value] | None,
+        params: SamplingParams,
         *,
         stream: bool = False,
         watch: bool = False,
@@ -231,7 +230,7 @@ class Supervisor:
         """Queue a checked request.
 
         Args:
-            prompt_ids, params, sparse, stream, watch, owner: see :class:`Submit`.
+            prompt_ids, params, stream, watch, owner: see :class:`Submit`.
             work: what it costs at most.
 
         Raises:
@@ -239,7 +238,7 @@ class Supervisor:
         """
         if self.state in (State.FAILED, State.CLOSED):
             raise self._failure or EngineError("the engine has been closed")
-        submit = Submit(next(self._ids), prompt_ids, params, sparse, stream, watch, owner)
+        submit = Submit(next(self._ids), prompt_ids, params, stream, watch, owner)
         call = Call(submit, work)
         self.adopt(call)
         return call

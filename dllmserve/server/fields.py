@@ -175,7 +175,7 @@ def example(**values: Any) -> ConfigDict:
 
 
 #: of SamplingParams; endpoints with other defaults have these in a form of their own
-_OWN = ("temperature", "max_tokens", "gen_length", "top_p", "seed", "stop", "logit_bias")
+_OWN = ("temperature", "max_tokens", "gen_length", "top_p", "seed", "stop", "logit_bias", "sparse")
 _SAMPLING, _SPARSE = _fields(SamplingParams), _fields(SparseConfig)
 if TYPE_CHECKING:
     _Decoding = Body

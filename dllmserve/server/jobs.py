@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from dllmserve._checks import check_known
 from dllmserve.core.request import Request
 from dllmserve.errors import (
     DeadlineError,
@@ -27,8 +28,9 @@ from dllmserve.errors import (
     OverloadedError,
     RequestAbortedError,
 )
+from dllmserve.knobs import knobs
 from dllmserve.outputs import RequestOutput
-from dllmserve.process.messages import Value, changed_fields
+from dllmserve.process.messages import plain
 from dllmserve.process.supervisor import State
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.admission import Place
@@ -58,8 +60,9 @@ class StoredRequest(msgspec.Struct, array_like=True, frozen=True):
     """What it takes to run a job again."""
 
     prompt_ids: list[int]
-    params: dict[str, Value]
-    sparse: dict[str, Value] | None
+    params: dict[str, Any]
+    #: where older versions kept it
+    sparse: dict[str, Any] | None = None
 
 
 class Details(msgspec.Struct, frozen=True):
@@ -270,13 +273,13 @@ class Jobs:
 
     def _unpack(self, record: JobRecord) -> Request:
         stored = msgspec.msgpack.decode(record.request, type=StoredRequest)
-        params: dict[str, Any] = dict(stored.params)
-        sparse: dict[str, Any] | None = stored.sparse
-        return self._service.llm.check(
-            stored.prompt_ids,
-            SamplingParams(**params),
-            None if sparse is None else SparseConfig(**sparse),
-        )
+        nested = stored.params.get("sparse")
+        for kind, values in ((SamplingParams, stored.params), (SparseConfig, nested or {})):
+            # msgspec would leave out what a newer version has written
+            check_known(kind.__name__, values, knobs(kind))
+        params = msgspec.convert(stored.params, SamplingParams)
+        older = None if stored.sparse is None else SparseConfig(**stored.sparse)
+        return self._service.llm.check(stored.prompt_ids, params, older)
 
     async def _run(self, record: JobRecord, request: Request, place: Place, live: _Live) -> None:
         """Run a job to its end and store what came of it."""
@@ -347,9 +350,8 @@ def details_of(result: JobResult) -> Details | None:
 
 
 def _pack(request: Request) -> bytes:
-    sparse = None if request.sparse is None else changed_fields(request.sparse)
-    stored = StoredRequest(request.prompt_ids, changed_fields(request.params), sparse)
-    return msgspec.msgpack.encode(stored)
+    # as StoredRequest, whose params are made when it is read
+    return msgspec.msgpack.encode((request.prompt_ids, request.params), enc_hook=plain)
 
 
 def _finished(output: RequestOutput, queue_time: float | None) -> JobResult:

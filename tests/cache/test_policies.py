@@ -22,8 +22,11 @@ def policy(name: str) -> CachePolicy:
 
 def request(name: str, prompt: int, gen: int, block: int, **sparse: object) -> Request:
     config = SparseConfig(**sparse) if name == "sparse" else None
-    params = SamplingParams(gen_length=gen, steps=gen, block_length=block)
-    return Request(0, [1] * prompt, params, config, seed=0, policy=name)
+    cache = "none" if config else name
+    params = SamplingParams(
+        gen_length=gen, steps=gen, block_length=block, cache=cache, sparse=config
+    )
+    return Request(0, [1] * prompt, params, seed=0)
 
 
 def span_at(name: str, one: Request, block: int, step: int, shifted: bool = False) -> Span:

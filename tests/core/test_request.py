@@ -7,13 +7,13 @@ import pytest
 
 from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import IntField, RowSelect, row_inits
-from dllmserve.sampling_params import FLOATS, SamplingParams
+from dllmserve.sampling_params import FLOATS, SamplingParams, with_sparse
 from dllmserve.sparse.state import SparseConfig
 from tests.helpers import PLAIN
 
 
 def make(params: SamplingParams, sparse: SparseConfig | None = None) -> Request:
-    return Request(3, [5, 6, 7], params, sparse, seed=9, policy="none")
+    return Request(3, [5, 6, 7], with_sparse(params, sparse), seed=9)
 
 
 @pytest.mark.parametrize(

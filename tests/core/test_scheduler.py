@@ -54,8 +54,9 @@ def request(
         cfg_scale=cfg,
         unmask=unmask,
         cache="none" if sparse else cache,
+        sparse=sparse,
     )
-    return Request(number, [1] * prompt, params, sparse, seed=0, policy=cache)
+    return Request(number, [1] * prompt, params, seed=0)
 
 
 REQUESTS = st.lists(

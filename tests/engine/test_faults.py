@@ -92,7 +92,7 @@ def test_out_of_memory_at_admission(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(engine._runner, "admit", tight)
     assert helpers.answer(llm, [1, 2], GREEDY) == expected
     assert len(tries) == 1
-    other = engine.make_request([1, 2], GREEDY, None)
+    other = engine.make_request([1, 2], GREEDY)
     engine.add(other)
     with pytest.raises(OutOfMemoryError, match=r"at admission .*Tried to allocate 1 GiB"):
         helpers.answer(llm, list(range(1, 20)), GREEDY)
@@ -143,7 +143,7 @@ def test_a_split_step_keeps_what_watchers_see(llm: LLM, monkeypatch: pytest.Monk
     alone = [step.token_ids for step in llm.stream([1, 2, 3], GREEDY)]
     monkeypatch.setattr(llm._engine._runner, "execute", tight)
     stream = llm.stream([1, 2, 3], GREEDY)
-    other = llm._engine.make_request([4, 5], GREEDY, None)
+    other = llm._engine.make_request([4, 5], GREEDY)
     llm._engine.add(other)
     assert [step.token_ids for step in stream] == alone
     while llm._engine.has_work:

@@ -92,7 +92,7 @@ def test_out_of_memory_splits_the_step(deep: LLM, monkeypatch: pytest.MonkeyPatc
     assert [o["token_ids"] for o in outputs] == expected
     assert max(sizes) > 50
     long = helpers.random_prompt(9, 80)
-    others = [deep._engine.make_request(p, GREEDY, None) for p in prompts[:3]]
+    others = [deep._engine.make_request(p, GREEDY) for p in prompts[:3]]
     for other in others:
         deep._engine.add(other)
     with pytest.raises(OutOfMemoryError, match=r"a step of 92 tokens .*reduce max_model_len"):

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, SamplingParams, SparseConfig
+from dllmserve.sampling_params import with_sparse
 from tests.conftest import Engines
 from tests.helpers import answer, check_idle, random_prompt
 from tests.ordered import use_ordered_products
@@ -84,7 +85,7 @@ def test_arrival_in_the_middle(engines: Engines, checkpoints: dict[str, Path]) -
     ids: list[int] = []
     answers: dict[int, list[int]] = {}
     for prompt, params, sparse in batch:
-        request = engine.make_request(prompt, params, sparse)
+        request = engine.make_request(prompt, with_sparse(params, sparse))
         ids.append(request.id)
         engine.add(request)
         answers |= {r.id: o.token_ids for r, o in engine.step().finished}

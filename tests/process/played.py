@@ -18,6 +18,7 @@ from dllmserve.process.messages import (
 )
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from dllmserve.process.worker import Cause, Death
+from dllmserve.sampling_params import SamplingParams
 
 OUTPUT = RequestOutput("", [1], "length", 1, 1, 1)
 
@@ -86,7 +87,7 @@ class PlayedFleet:
         assert (supervisor.silence > 0) == bool(seconds)
 
     def ask(self, work: int = 1, *, admit: bool = True) -> Call:
-        call = self.fleet.submit([1], {}, None, work=work)
+        call = self.fleet.submit([1], SamplingParams(), work=work)
         if admit and call.in_engine:
             self.admit(call)
         return call

@@ -16,6 +16,7 @@ from dllmserve.process import supervisor as supervision
 from dllmserve.process.calls import Call
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.supervisor import State, SupervisorOptions
+from dllmserve.sampling_params import SamplingParams
 from tests.process.left import children, nothing_left
 from tests.process.light_child import POISON
 
@@ -44,7 +45,7 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def ask(fleet: Fleet, *prompt: int) -> Call:
-    return fleet.submit([*prompt], {}, None, work=10)
+    return fleet.submit([*prompt], SamplingParams(), work=10)
 
 
 def place_of(fleet: Fleet, call: Call) -> int:

@@ -23,8 +23,8 @@ from dllmserve.errors import (
     RequestAbortedError,
 )
 from dllmserve.process.calls import MAX_KILLS_ALONE, Call, Delta
-from dllmserve.process.messages import changed_fields
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
+from dllmserve.sampling_params import with_sparse
 from tests.process.faulty_child import POISON
 from tests.process.left import nothing_left
 
@@ -64,8 +64,7 @@ def ask(
     sparse: SparseConfig | None = None,
     **how: Any,
 ) -> Call:
-    plain = None if sparse is None else changed_fields(sparse)
-    return supervisor.submit(prompt, changed_fields(params), plain, **how)
+    return supervisor.submit(prompt, with_sparse(params, sparse), **how)
 
 
 async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -213,11 +212,12 @@ def test_the_engine_dies_with_its_owner(byte_checkpoint: Path) -> None:
     script = (
         "import asyncio, sys\n"
         "from dllmserve.process.supervisor import *\n"
+        "from dllmserve import SamplingParams as P\n"
         "async def main():\n"
         f"    how = SupervisorOptions(command=(sys.executable, {str(CHILD)!r}, 'hang'))\n"
         f"    s = Supervisor({options(byte_checkpoint)!r}, how)\n"
         "    await s.start()\n"
-        f"    s.submit([{POISON}], {{}}, None)\n"
+        f"    s.submit([{POISON}], P())\n"
         "    print(s.engine_pid, flush=True)\n"
         "    await asyncio.sleep(600)\n"
         "asyncio.run(main())\n"

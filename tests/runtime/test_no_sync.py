@@ -25,6 +25,7 @@ from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.states import make_states
+from dllmserve.sampling_params import with_sparse
 
 META = torch.device("meta")
 LENGTH = 256
@@ -79,10 +80,8 @@ def _requests() -> list[Request]:
         Request(
             id=i,
             prompt_ids=[5] * (10 + i),
-            params=params,
-            sparse=sparse,
+            params=with_sparse(params, sparse),
             seed=i,
-            policy="sparse" if sparse else params.cache,
         )
         for i, (params, sparse) in enumerate(given)
     ]

@@ -25,6 +25,7 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta
 from dllmserve.process.messages import Counters, EngineInfo, Submit
 from dllmserve.process.supervisor import State
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.keys import ApiKeys
@@ -123,8 +124,7 @@ class StandIn:
     def submit(
         self,
         prompt_ids: list[int],
-        params: dict[str, Any],
-        sparse: dict[str, Any] | None,
+        params: SamplingParams,
         *,
         stream: bool = False,
         watch: bool = False,
@@ -133,7 +133,7 @@ class StandIn:
     ) -> Call:
         if self.state in (State.FAILED, State.CLOSED):
             raise self.failure or EngineError("the engine has been closed")
-        submit = Submit(len(self.calls), prompt_ids, params, sparse, stream, watch, owner)
+        submit = Submit(len(self.calls), prompt_ids, params, stream, watch, owner)
         call = Call(submit, work)
         self.calls.append(call)
         if not self.hold:
@@ -178,11 +178,9 @@ class StandIn:
     def output(self, call: Call, ids: list[int] | None = None) -> RequestOutput:
         """What becomes of a call."""
         submit = call.submit
-        length = submit.params.get("gen_length", 128)
-        assert isinstance(length, int)
+        length = int(submit.params.gen_length)
         found = echo_ids(submit.prompt_ids, length) if ids is None else ids
-        stop = submit.params.get("stop")
-        stops = [stop] if isinstance(stop, str) else stop if isinstance(stop, list) else []
+        stops = submit.params.stop_strings
         text, used, stopped = AnswerText(self._text).read(found, stops)
         return RequestOutput(
             text=text,

@@ -16,6 +16,7 @@ from dllmserve.process import supervisor as supervision
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.messages import Counters
 from dllmserve.process.supervisor import State
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.service import Service
@@ -105,7 +106,7 @@ def test_gauges_of_each_engine(byte_checkpoint: Path) -> None:
                 'dllmserve:engine_restarts_total{model_name="byte-llada"} 0.0',
             ):
                 assert line in page, line
-            call = fleet.submit([1], {}, None, work=70)
+            call = fleet.submit([1], SamplingParams(), work=70)
             assert server.metric("engine_outstanding_work", engine="0") == 70
             await call.output()
             assert server.metric("engine_outstanding_work", engine="0") == 0

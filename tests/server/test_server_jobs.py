@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from dllmserve import SamplingParams, SparseConfig
 from dllmserve.errors import EngineDiedError, EngineStartError, JobStoreError
 from dllmserve.process.supervisor import State
 from dllmserve.server import jobs
@@ -60,7 +61,6 @@ def test_a_restarted_server_finishes_what_was_accepted(byte_checkpoint: Path, st
             for old, new in zip(before, after, strict=True):
                 # the drawn seed included, so that it is the same answer
                 assert (old.prompt_ids, old.params) == (new.prompt_ids, new.params)
-                assert old.sparse == new.sparse
             assert (await result(second, 0)).json()["text"] == "done"
             assert (await result(second, 1)).status == 410
             assert await submitted(second) == 4
@@ -150,6 +150,9 @@ async def filled(store: str, *records: JobRecord) -> None:
     await kept.close()
 
 
+EARLIER = [[65, 66], {"gen_length": 4, "seed": 5}, {"delay_step": 2}]
+
+
 def test_accepted_jobs_of_earlier_servers(byte_checkpoint: Path, store: str) -> None:
     async def main() -> None:
         async with serving(byte_checkpoint, store=store) as server:
@@ -171,9 +174,16 @@ def test_accepted_jobs_of_earlier_servers(byte_checkpoint: Path, store: str) -> 
             JobRecord(10, "", "byte-llada", now - 60, now + 60, good.request),
             JobRecord(11, "", "another", now, now + 600, good.request),
             JobRecord(12, "", "byte-llada", now - 60, now - 1, good.request),
+            # as versions before this one wrote it: what was given, and sparse beside it
+            JobRecord(13, "", "byte-llada", now, now + 600, packed(EARLIER)),
             *(JobRecord(20 + n, "", "byte-llada", now, now + 600, w) for n, w in enumerate(wrong)),
         )
         async with serving(byte_checkpoint, store=store) as server:
+            assert (await result(server, 13)).json()["status"] == "finished"
+            (again,) = [c.submit for c in server.engine.calls if c.submit.prompt_ids == [65, 66]]
+            assert again.params == SamplingParams(
+                gen_length=4, seed=5, sparse=SparseConfig(delay_step=2)
+            )
             parts = {11: "'another'", 12: "the job's time was over", 20: "cannot be read any more"}
             for id, part in {**parts, **dict.fromkeys(range(21, 26), "")}.items():
                 answer = (await result(server, id)).json()

@@ -12,7 +12,6 @@ import pytest
 from dllmserve import SamplingParams, SparseConfig, __version__
 from dllmserve.core.door import Door
 from dllmserve.errors import EngineError, OutOfMemoryError
-from dllmserve.process.messages import changed_fields
 from tests.server.stand_in import LIMITS, MAX_LEN, SPEC, Server, run, serving, until
 
 COMPLETE = "/v1/completions"
@@ -75,11 +74,9 @@ def test_bodies_become_parameters(byte_checkpoint: Path) -> None:
                 answer = await server.post(path, {**frame, "seed": 5, **given})
                 assert answer.status == 200, (given, answer.body)
                 submit = server.engine.calls[-1].submit
-                seed = submit.params.pop("seed")
+                seed = submit.params.seed
                 assert seed == 5 or given.get("seed", 0) is None
-                assert SamplingParams(**submit.params) == params, given
-                expected = None if sparse is None else changed_fields(sparse)
-                assert submit.sparse == expected, given
+                assert submit.params == replace(params, seed=seed, sparse=sparse), given
 
     run(main())
 
@@ -151,7 +148,7 @@ def test_the_answer_of_a_chat(byte_checkpoint: Path) -> None:
             ]
             # the ids up to the stop string's end: <|user|> H i
             assert answer["usage"]["completion_tokens"] == 3
-            assert server.engine.calls[0].submit.params["gen_length"] == 4
+            assert server.engine.calls[0].submit.params.gen_length == 4
 
     run(main())
 
@@ -163,7 +160,7 @@ def test_several_choices_have_seeds_of_their_own(byte_checkpoint: Path) -> None:
             async def seeds(**given: Any) -> list[Any]:
                 before = len(server.engine.calls)
                 await server.post(COMPLETE, {"prompt": "a", "max_tokens": 1, **given})
-                return [c.submit.params["seed"] for c in server.engine.calls[before:]]
+                return [c.submit.params.seed for c in server.engine.calls[before:]]
 
             assert await seeds(n=3, seed=7) == [7, 8, 9]
             assert await seeds(n=2, seed=2**63 - 1) == [2**63 - 1, 0]
@@ -191,9 +188,9 @@ def test_lengths_that_fit_what_is_left(byte_checkpoint: Path) -> None:
         async with serving(byte_checkpoint, default_max_tokens=100, default_block_length=8) as s:
             await s.post(COMPLETE, {"prompt": "a"})
             params = s.engine.calls[-1].submit.params
-            assert (params["gen_length"], params["block_length"]) == (100, 8)
+            assert (params.gen_length, params.block_length) == (100, 8)
             await s.post(COMPLETE, {"prompt": "a" * (MAX_LEN - 9)})
-            assert s.engine.calls[-1].submit.params["gen_length"] == 9
+            assert s.engine.calls[-1].submit.params.gen_length == 9
             for prompt in ("a" * MAX_LEN, "a" * 16 * MAX_LEN, "a" * (16 * MAX_LEN + 1), [A] * 9999):
                 answer = await s.post(COMPLETE, {"prompt": prompt})
                 assert answer.status == 400
@@ -216,7 +213,10 @@ QUALITIES: list[tuple[dict[str, Any], SamplingParams]] = [
     ({"quality": "exact"}, SamplingParams(quality="exact", gen_length=40)),
     ({"ignore_eos": True}, SamplingParams(quality="balanced", gen_length=40, ignore_eos=True)),
     ({"unmask": "factor"}, plain(gen_length=40, unmask="factor", steps=64)),
-    ({"sparse": True}, plain(gen_length=40, steps=64, block_length=None)),
+    (
+        {"sparse": True},
+        plain(gen_length=40, steps=64, block_length=None, sparse=SparseConfig()),
+    ),
 ]
 
 
@@ -226,7 +226,7 @@ def test_qualities(byte_checkpoint: Path) -> None:
             for given, params in QUALITIES:
                 answer = await server.post(COMPLETE, {"prompt": "AB", "max_tokens": 40, **given})
                 assert answer.status == 200, (given, answer.body)
-                sent = SamplingParams(**{**server.engine.calls[-1].submit.params, "seed": None})
+                sent = replace(server.engine.calls[-1].submit.params, seed=None)
                 assert sent == params, given
             answer = await server.post(COMPLETE, {"prompt": "AB", "quality": "best"})
             assert (answer.status, answer.error["param"]) == (400, "quality")
@@ -234,7 +234,7 @@ def test_qualities(byte_checkpoint: Path) -> None:
             assert answer.status == 200
             # the native endpoints have the defaults of SamplingParams
             await server.post("/v1/generate", {"prompt": "AB", "seed": 1})
-            assert server.engine.calls[-1].submit.params == {"seed": 1}
+            assert server.engine.calls[-1].submit.params == SamplingParams(seed=1)
 
     run(main())
 
@@ -274,7 +274,7 @@ def test_how_long_a_chat_may_be(
         async with serving(byte_checkpoint, **options) as server:
             answer = await server.post(CHAT, {"messages": HI, **given})
             assert answer.status == 200, answer
-            sent = SamplingParams(**server.engine.calls[-1].submit.params)
+            sent = server.engine.calls[-1].submit.params
             assert sent.gen_length == length
 
     run(main())
@@ -302,7 +302,7 @@ def test_what_fits_also_fits_the_engine(byte_checkpoint: Path) -> None:
                 llm._door = Door(SPEC, limits, True)
                 answer = await server.post(CHAT, {"messages": HI, **given})
                 assert answer.status == 200, (sizes, answer)
-                assert server.engine.calls[-1].submit.params["gen_length"] == length
+                assert server.engine.calls[-1].submit.params.gen_length == length
 
     run(main())
 
@@ -312,7 +312,7 @@ def test_the_operators_block_length_is_for_all(byte_checkpoint: Path) -> None:
         async with serving(byte_checkpoint, default_block_length=8) as server:
             for given, length in (({}, 8), ({"block_length": 4}, 4), ({"steps": 16}, 8)):
                 await server.post(CHAT, {"messages": HI, **given})
-                sent = SamplingParams(**server.engine.calls[-1].submit.params)
+                sent = server.engine.calls[-1].submit.params
                 assert sent.block_length == length, given
 
     run(main())

@@ -32,7 +32,7 @@ ASK = {"prompt": "ab", "gen_length": 4, "steps": 4}
 
 def request(length: int = 10, prompt: int = 10, **given: Any) -> Request:
     params = SamplingParams(gen_length=length, steps=length, **given)
-    return Door(SPEC, LIMITS, True).request(0, [1] * prompt, params, None)
+    return Door(SPEC, LIMITS, True).request(0, [1] * prompt, params)
 
 
 def taken(admission: Admission, owner: str, most: int = 10_000) -> int:

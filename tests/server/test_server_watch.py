@@ -10,6 +10,7 @@ from dllmserve.errors import EngineDiedError
 from dllmserve.process import calls
 from dllmserve.process.calls import Call, Started
 from dllmserve.process.messages import Submit
+from dllmserve.sampling_params import SamplingParams
 from tests.server.stand_in import canvas, run, serving, until
 
 BODY = {"prompt": "ab", "gen_length": 4, "seed": 1}
@@ -152,7 +153,7 @@ def test_a_slow_watcher_costs_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(calls, "MAX_WAITING_CELLS", 32)
 
     async def main() -> None:
-        call = Call(Submit(0, [1], {}, watch=True))
+        call = Call(Submit(0, [1], SamplingParams(), watch=True))
         call.start()
         for done in range(1, 101):
             call.put(canvas(list(range(8)), done))
