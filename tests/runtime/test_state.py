@@ -38,7 +38,7 @@ def init(row: int, prompt: list[int], gen: int, quotas: tuple[int, ...] = ()) ->
         row=row,
         prompt=prompt,
         gen_length=gen,
-        floats=(0.5, 0.9, 0.8, 0.7, 0.6, 0.4, 0.3, 0.01, 2.0, 0.9),
+        floats=tuple(0.4 if name == "cfg_scale" else 0.5 for name in FLOATS),
         ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, RULES.index("steps"), 0, 0, 0),
         quotas=quotas,
         pages=[],
