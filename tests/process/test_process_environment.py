@@ -16,6 +16,7 @@ from dllmserve._environment import (
     remote_code_forbidden,
 )
 from dllmserve.errors import ConfigError
+from dllmserve.process import worker
 
 PACKAGE = Path(__file__).parents[2] / "dllmserve"
 #: what starts a process, by the end of its name
@@ -99,3 +100,11 @@ def test_the_switch_for_code_of_checkpoints() -> None:
     for wrong in ("", "2", "never"):
         with pytest.raises(ConfigError, match=f"{name} must be true or false, got '{wrong}'"):
             remote_code_forbidden({name: wrong})
+
+
+def test_workers_find_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a source tree; where it is installed, nothing comes before the standard library."""
+    monkeypatch.setenv("PYTHONPATH", "/given")
+    assert worker._source() == {"PYTHONPATH": f"{PACKAGE.parent}{os.pathsep}/given"}
+    monkeypatch.setattr(worker, "__file__", "/lib/site-packages/dllmserve/process/worker.py")
+    assert worker._source() == {}
