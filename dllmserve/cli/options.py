@@ -89,9 +89,10 @@ class Group:
 
     def given(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Fields that the user set, by field name."""
-        values = {f.name: options.get(self.option(f.name)) for f in fields(self.kind)}
+        names = [f.name for f in fields(self.kind) if f.name not in self.skipped]
+        values = {name: options.get(self.option(name)) for name in names}
         # an absent flag is False and an absent list is empty in some typer versions
-        unset = {name for name in self.flags if values[name] is False}
+        unset = {name for name in self.flags if values.get(name) is False}
         return {n: v for n, v in values.items() if v is not None and v != [] and n not in unset}
 
     def _help(self, name: str, default: Any) -> str:

@@ -145,7 +145,7 @@ def test_streams_of_a_revoking_rule_never_take_anything_back(tmp_path: Path, cac
     engine = llm._engine
     revoked = 0
     for seed in range(4):
-        request = engine.make_request(random_prompt(seed, 7), params, None, stream=True, watch=True)
+        request = engine.make_request(random_prompt(seed, 7), params, stream=True, watch=True)
         engine.add(request)
         streamed: list[int] = []
         answer: list[int] = []
