@@ -308,7 +308,7 @@ class SamplingParams:
         return "sparse" if self.sparse is not None else self.cache
 
     @property
-    def blocks_of(self) -> int:
+    def resolved_block_length(self) -> int:
         """Diffusion block length in tokens; the last block may be shorter."""
         if self.block_length is not None:
             return self.block_length

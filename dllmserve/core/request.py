@@ -97,7 +97,7 @@ class Request:
     @property
     def block_length(self) -> int:
         """Diffusion block length in tokens; the last block may be shorter."""
-        return self.params.blocks_of
+        return self.params.resolved_block_length
 
     @property
     def sparse(self) -> SparseConfig | None:

@@ -259,7 +259,7 @@ class NativeFields(DecodingFields):
 
     def sampling_params(self) -> SamplingParams:
         """The parameters. Raises InvalidParameterError for a combination that is refused."""
-        values = self.decoding()
+        values = {**self.decoding(), "sparse": self.sparse_config()}
         for name in ("temperature", "max_tokens", "gen_length", "top_p", "stop"):
             if (value := getattr(self, name)) is not None:
                 values[name] = value

@@ -134,12 +134,12 @@ async def _submit(
         )
     let_go_of_body(http)
     note_prompts(http, service, prompts)
-    params, sparse = body.sampling_params(), body.sparse_config()
+    params = body.sampling_params()
     requests = []
     for place, prompt in enumerate(prompts):
         name = "prompt" if len(prompts) == 1 else f"prompts[{place}]"
         ids = await service.prompt_ids(prompt, name, owner)
-        requests.append(service.llm.check(ids, params, sparse, name=name))
+        requests.append(service.llm.check(ids, params, name=name))
     found = await jobs.submit(requests, owner, body.timeout)
     note(http, jobs=len(found), prompt_tokens=sum(r.prompt_len for r in requests))
     return found
@@ -245,7 +245,7 @@ async def stream(
     let_go_of_body(http)
     note_prompts(http, service, [body.prompt])
     ids = await service.prompt_ids(body.prompt, owner=owner)
-    request = service.llm.check(ids, body.sampling_params(), body.sparse_config())
+    request = service.llm.check(ids, body.sampling_params())
     (run,) = service.admit([request], owner, watch=True, timeout_s=body.timeout)
     keep_alive = service.settings.server.sse_keep_alive
     return EventStream(_canvases(run, http, service), keep_alive, run.close)

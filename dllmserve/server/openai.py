@@ -136,13 +136,13 @@ async def _answer(
 def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) -> list[Request]:
     """Checked requests: every choice of every prompt."""
     config, llm = service.settings.server, service.llm
-    sparse, choices = body.sparse_config(), body.choices(config)
+    choices = body.choices(config)
     requests = []
     for place, ids in enumerate(prompts):
         name = "messages" if isinstance(body, ChatRequest) else "prompt"
         name = name if len(prompts) == 1 else f"{name}[{place}]"
         choice = body.sampling_params(len(ids), llm.info.limits, config)
-        requests += [llm.check(ids, choice(i), sparse, name=name) for i in range(choices)]
+        requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
     return requests
 
 

@@ -164,7 +164,7 @@ class OpenAIFields(DecodingFields):
 
         def choice(number: int) -> SamplingParams:
             seed = None if self.seed is None else (self.seed + number) % 2**63
-            return SamplingParams(**values, seed=seed)
+            return SamplingParams(**values, sparse=sparse, seed=seed)
 
         return choice
 
