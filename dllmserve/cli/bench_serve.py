@@ -166,7 +166,7 @@ def serve(
     """
     with short_errors():
         image = picture(plot)
-        given = _OPTIONS[0].given(options)
+        given = {n: v for group in _OPTIONS for n, v in group.given(options).items()}
         if stream is None:
             stream = given.get("endpoint") != "native"
         if rate or "trace" not in given:
