@@ -91,11 +91,11 @@ def check_knobs(err: ErrorType, owner: Any) -> None:
         owner: the object, in its ``__post_init__``.
     """
     check, kind = Fields(err, owner), type(owner)
-    if kind not in _TYPES:
-        _TYPES[kind] = types(kind)
-    for name, it in knobs(kind).items():
-        plain, optional = _TYPES[kind][name]
-        if it.own_check or (optional and getattr(owner, name) is None):
+    if kind not in _CHECKED:
+        hints = types(kind)
+        _CHECKED[kind] = [(n, *hints[n], it) for n, it in knobs(kind).items() if not it.own_check]
+    for name, plain, optional, it in _CHECKED[kind]:
+        if optional and getattr(owner, name) is None:
             continue
         if plain is bool:
             check.flag(name)
@@ -108,5 +108,5 @@ def check_knobs(err: ErrorType, owner: Any) -> None:
             check.choice(name, it.values())
 
 
-#: :func:`types` of the classes that have been checked, as reading them takes long
-_TYPES: dict[type[Any], Mapping[str, tuple[type[Any], bool]]] = {}
+#: by class, what is checked of it: name, :func:`types`, knob. To find it takes longer than to check
+_CHECKED: dict[type[Any], list[tuple[str, type[Any], bool, Knob]]] = {}

@@ -337,9 +337,11 @@ def _params(
     """Parameters of each prompt, with the SparseConfig that was given beside them."""
     params = _one_each("sampling_params", sampling, SamplingParams, count)
     configs = _one_each(name, sparse, SparseConfig, count, optional=True)
-    # mostly all are one and the same
-    made = {(id(p), id(s)): with_sparse(p, s) for p, s in zip(params, configs, strict=True)}
-    return [made[id(p), id(s)] for p, s in zip(params, configs, strict=True)]
+    pairs = list(zip(params, configs, strict=True))
+    # mostly all are one and the same, and are checked once
+    different = {(id(p), id(s)): (p, s) for p, s in pairs}
+    made = {key: with_sparse(*pair) for key, pair in different.items()}
+    return [made[id(p), id(s)] for p, s in pairs]
 
 
 def _one_each(

@@ -17,8 +17,8 @@ from dllmserve.core.scheduler import Limits
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.sampling_params import SamplingParams
 
-#: a field of SamplingParams, SparseConfig or EngineConfig
-Value = bool | int | float | str | list[str] | dict[int, float] | None
+#: a field of EngineConfig
+Value = bool | int | float | str | None
 
 
 class Configure(msgspec.Struct, tag="configure", array_like=True, frozen=True):

@@ -175,9 +175,6 @@ class ModelRunner:
         kernels: "torch" or "triton": what reads and writes the state rows.
         states: what rules keep of logits, by name; without a rule's the engine takes none of
             its requests.
-
-    Attributes:
-        keeping: rules that have a state.
     """
 
     recovers = True
@@ -202,7 +199,6 @@ class ModelRunner:
         self._backend = backend
         self._head = head
         self._states = states or {}
-        self.keeping = tuple(n for n, rule in RULES.items() if rule.needs & {*self._states})
         self._ops = step_ops(kernels, table, Made(RULES), decoder.spec)
         rows = table.trash_row + 1
         spec, ends = decoder.spec, len(decoder.spec.eos_ids)
@@ -210,6 +206,11 @@ class ModelRunner:
         # padding at most doubles the number of spans
         capacity = (4 * table.trash_row + 64) * (SPAN_FIELDS + HEAD_FIELDS)
         self._packed = torch.zeros(capacity, dtype=torch.int32, device=table.device)
+
+    @property
+    def keeping(self) -> tuple[str, ...]:
+        """Rules that have a state."""
+        return tuple(n for n, rule in RULES.items() if rule.needs & {*self._states})
 
     @property
     def spec(self) -> ModelSpec:
