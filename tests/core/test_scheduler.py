@@ -8,19 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllmserve.catalog import CACHES
+from dllmserve.core.limits import Limits
+from dllmserve.core.plan import EntryReport
 from dllmserve.core.request import Request, Status
-from dllmserve.core.scheduler import (
-    HEAD_CHUNKS,
-    MAX_LOOKED_PAST,
-    MAX_SKIPS,
-    EntryReport,
-    Limits,
-    Scheduler,
-)
+from dllmserve.core.scheduler import HEAD_CHUNKS, MAX_LOOKED_PAST, MAX_SKIPS, Scheduler
 from dllmserve.errors import CapacityError, EngineError
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
-from tests.helpers import PLAIN
+from tests.helpers import PLAIN, prompt_request
 
 LIMITS = {
     "max_model_len": 128,
@@ -56,7 +51,7 @@ def request(
         cache="none" if sparse else cache,
         sparse=sparse,
     )
-    return Request(number, [1] * prompt, params, seed=0)
+    return prompt_request(number, [1] * prompt, params)
 
 
 REQUESTS = st.lists(
@@ -134,7 +129,7 @@ def add_all(under_test: Scheduler, requests: Sequence[Request]) -> list[Request]
 def fits(under_test: Scheduler, r: Request) -> bool:
     limits = under_test.limits
     rows = 2 if r.params.cfg_scale else 1
-    pages = under_test.pages_needed(r) * rows
+    pages = under_test.storage.most_pages(r) * rows
     tokens = r.canvas_len * rows
     return (
         tokens <= limits.max_num_batched_tokens
@@ -178,7 +173,7 @@ def test_everything_ends_and_nothing_starves(
     assert all(r.status is Status.FINISHED for r in accepted)
     assert all(r.finish_reason == "length" for r in accepted)
     assert device.longest_wait <= rows  # at worst, one running request a step
-    assert under_test.allocator.num_free == pages
+    assert under_test.storage.pages.num_free == pages
     for r in accepted:
         younger = device.order[: device.order.index(r.id)]
         # once it has been skipped MAX_SKIPS times, nobody passes it any more
@@ -208,7 +203,7 @@ def test_abort_in_every_state(requests: list[Request], victims: list[int]) -> No
         under_test.abort(r)  # a second time changes nothing
     assert not under_test.has_work
     under_test.check_integrity()
-    assert under_test.allocator.num_free == LIMITS["num_pages"]
+    assert under_test.storage.pages.num_free == LIMITS["num_pages"]
 
 
 def test_first_come_first_served() -> None:
@@ -246,13 +241,13 @@ def test_a_long_queue_costs_no_more_than_a_short_one() -> None:
     add_all(under_test, [request(0, 20, 8, "dual") for _ in range(500)])
     under_test.schedule()
     looked_at: list[int] = []
-    fits_ = under_test._fits
+    fits_ = under_test.storage.fits
 
     def counted(r: Request) -> bool:
         looked_at.append(r.id)
         return fits_(r)
 
-    under_test._fits = counted  # type: ignore[method-assign]
+    under_test.storage.fits = counted  # type: ignore[method-assign]
     under_test.schedule()
     assert looked_at == list(range(1, 1 + MAX_LOOKED_PAST))
     assert [r.id for r in under_test.waiting] == list(range(1, 500))
@@ -342,8 +337,8 @@ def test_check_integrity_sees_leaks(damage: str) -> None:
     under_test.add(request(0, cache="dual"))
     under_test.schedule()
     if damage == "row":
-        under_test._free_rows.pop()
+        under_test.storage.rows.pop()
     else:
-        under_test.allocator._used.pop()
+        under_test.storage.pages._holders.popitem()
     with pytest.raises(ValueError, match=r"rows|pages"):
         under_test.check_integrity()
