@@ -98,14 +98,17 @@ class Scheduler:
         )
         # whoever was left out of the last steps comes first: nobody starves
         order = sorted(self.running, key=lambda r: (r.last_step, r.id))
-        ready = self.waiting.ration(
-            [(r, self._fitted(r, limits.max_num_batched_tokens)) for r in order if not r.launched],
-            limits.cheap_tokens,
-        )
-        phase = self._phase([entry for _, entry in ready])
+        ready = [
+            (r, self._fitted(r, limits.max_num_batched_tokens)) for r in order if not r.launched
+        ]
+        rationed = self.waiting.ration(ready, limits.cheap_tokens)
         picked: dict[Request, StepEntry] = {}
-        for request, entry in ready:
+        phase = self._phase([entry for _, entry in rationed])
+        for request, entry in rationed:
             if phase is None or entry.span.refresh is phase:
+                self._pick(request, entry, budget, picked)
+        if not picked:  # all of those wait for pages that others hold
+            for request, entry in ready:
                 self._pick(request, entry, budget, picked)
         self.waiting.settle(picked.items())
         self._step += 1

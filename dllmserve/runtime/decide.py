@@ -51,7 +51,7 @@ class _Answer:
         left: [n] int64, masks left in the block.
         first_end: [n] int64, place of the first end id that is written; A without one.
         changed: [n, A] bool, what the step wrote, or filled because it lies behind an end id.
-        touched: [n, A] bool, that and the rest of the block.
+        touched: [n, A] bool, that and the rest of the block, but for given tokens.
     """
 
     columns: Tensor
@@ -224,7 +224,8 @@ class StepDecision:
         masked = (table.masked[rows, columns] & inside) & ~written
         if update.remask is not None:
             masked |= self._laid_over(torch.zeros_like(inside), update.remask)
-        first = self._first_end(tokens, inside & ~masked & table.open[rows, columns])
+        open_ = table.open[rows, columns] & inside
+        first = self._first_end(tokens, open_ & ~masked)
         asked = self._ints[:, IntField.EARLY_END, None] > 0
         fill = masked & (place > first[:, None]) & asked
         end = tokens.gather(1, first[:, None].clamp(max=longest - 1))
@@ -238,7 +239,7 @@ class StepDecision:
             left=(masked & of_block).sum(dim=-1),
             first_end=first,
             changed=written | fill,
-            touched=of_block | fill,
+            touched=(of_block & open_) | fill,
         )
 
     def _laid_over(self, whole: Tensor, block: Tensor, where: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dllmserve.catalog import RULES
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, StepEntry, StepPlan
+from dllmserve.core.plan import Part, Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, RowSelect
 from dllmserve.decoding.rule import RuleView, UnmaskRule, Update, write_best
 from dllmserve.decoding.stats import TokenStats
@@ -74,7 +74,7 @@ def init_of(dice: random.Random, row: int, rule: str, longest: int) -> RowInit:
     return RowInit(
         row=row,
         ids=prompt,
-        holes=((len(prompt), len(prompt) + gen),),
+        holes=holes_of(dice, len(prompt), len(prompt) + gen),
         floats=floats,
         ints=ints,
         quotas=tuple(dice.randrange(1, 5) for _ in range(9)),
@@ -83,6 +83,14 @@ def init_of(dice: random.Random, row: int, rule: str, longest: int) -> RowInit:
         filtered=dice.random() < 0.3,
         select=RowSelect(),
     )
+
+
+def holes_of(dice: random.Random, start: int, end: int) -> tuple[tuple[int, int], ...]:
+    """The answer, in some cases with a given token in its middle."""
+    if end - start < 3 or dice.random() < 0.6:
+        return ((start, end),)
+    given = dice.randrange(start + 1, end - 1)
+    return (start, given), (given + 1, end)
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,8 @@ def make_case(
         low = dice.choice([0, start - shift])
         high = dice.choice([stop, len(init.ids) + init.length])
         span = Span(init.row, low, high - low, 0, 0, 0, start - low, stop - start)
+        if dice.random() < 0.2:  # it only stores
+            span = span._replace(blk_off=0, blk_len=0, head=Part.NONE)
         other = None
         committed = torch.rand(stop - start, generator=numbers) < dice.choice([0.0, 0.5, 0.9])
         committed[dice.randrange(stop - start)] = False

@@ -182,6 +182,7 @@ def _write_block(
     packed: tl.tensor,
     tokens: tl.tensor,
     masked: tl.tensor,
+    open_flags: tl.tensor,
     new: tl.tensor,  # pointers to the entry's [W]
     write: tl.tensor,
     entry: tl.tensor,
@@ -190,7 +191,7 @@ def _write_block(
     width: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Write an entry's block to its row, and all of it to the twin's; masks left."""
+    """Write an entry's block to its row, and what is not given to the twin's; masks left."""
     row, start, length = _block(packed, entry)
     guided = spans - entries
     twin = entry >= entries - guided
@@ -209,8 +210,9 @@ def _write_block(
         tl.store(tokens + place, token, mask=chosen)
         tl.store(masked + place, hidden, mask=chosen)
         place = other * width + start + column
-        tl.store(tokens + place, token, mask=column < shared)
-        tl.store(masked + place, hidden, mask=column < shared)
+        own = tl.load(open_flags + place, mask=column < shared, other=0) != 0
+        tl.store(tokens + place, token, mask=own)
+        tl.store(masked + place, hidden, mask=own)
     return left
 
 
@@ -359,7 +361,9 @@ def _commit(
     row = tl.load(packed + entry * FIELDS + ROW).to(tl.int64)
     new += entry.to(tl.int64) * columns
     write += entry.to(tl.int64) * columns
-    left = _write_block(packed, tokens, masked, new, write, entry, spans, entries, width, BLOCK)
+    left = _write_block(
+        packed, tokens, masked, open_flags, new, write, entry, spans, entries, width, BLOCK
+    )
     ints += row * INTS
     frontier, end, token = _frontier(
         packed, tokens, masked, open_flags, ints, new, write, eos, ends, entry, width, BLOCK
