@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from dllmserve._checks import check_known
-from dllmserve._environment import refuse_torchrun
+from dllmserve._system import refuse_torchrun
+from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
 from dllmserve.core.door import Door
 from dllmserve.core.request import Request
@@ -31,7 +32,6 @@ from dllmserve.process.home import Home
 from dllmserve.process.messages import EngineInfo
 from dllmserve.process.supervisor import State, SupervisorOptions
 from dllmserve.sampling_params import SamplingParams, with_sparse
-from dllmserve.sparse.state import SparseConfig
 
 #: seconds that another event loop gets to close the engines, before they are killed
 _CLOSE_S = 15.0

@@ -35,8 +35,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dllmserve.foreign import advice
-
 
 class DllmServeError(Exception):
     """Base class of all errors raised on purpose by dllmserve."""
@@ -226,6 +224,8 @@ def unknown_option(owner: str, name: str, known: Iterable[str]) -> UnknownOption
         >>> str(unknown_option("LLM", "max_len", ["max_model_len", "dtype"]))
         "LLM got an unknown option 'max_len'; did you mean 'max_model_len'?"
     """
+    from dllmserve.foreign import advice  # a large table, which nobody needs who makes no mistake
+
     names = sorted(known)
     hint = advice(name, names) or f"known options: {', '.join(names)}"
     return UnknownOptionError(f"{owner} got an unknown option {name!r}; {hint}")

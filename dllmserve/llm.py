@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import asyncio as text_bars
 from tqdm.auto import tqdm
 
-from dllmserve._environment import refuse_torchrun
+from dllmserve._system import refuse_torchrun
+from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
@@ -33,7 +34,6 @@ from dllmserve.messages import template_messages
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep
 from dllmserve.sampling_params import SamplingParams, with_sparse
-from dllmserve.sparse.state import SparseConfig
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]

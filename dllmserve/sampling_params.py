@@ -6,13 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from dllmserve._checks import Fields, check_known
-from dllmserve._values import Kept, NotGiven, normal_bias, normal_stop, rank
+from dllmserve._checks import check_choice, check_float, check_known
+from dllmserve._values import (
+    MAX_GEN_LENGTH,
+    MAX_STEPS,
+    Kept,
+    NotGiven,
+    SparseConfig,
+    normal_bias,
+    normal_stop,
+    rank,
+)
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import check_knobs, columns, knob
-from dllmserve.presets import MAX_GEN_LENGTH, MAX_STEPS, PRESETS, preset
-from dllmserve.sparse.state import SparseConfig
 
 REMASKING = ("low_confidence", "random")
 CONFIDENCE = ("probability", "margin", "neg_entropy")
@@ -26,6 +33,12 @@ _REFRESH = ("refresh_delay", "refresh_every", "refresh_window")
 def cache_names() -> tuple[str, ...]:
     """What ``cache`` may be; sparse attention is chosen by a SparseConfig instead."""
     return tuple(name for name, info in CACHES.items() if info.named)
+
+
+def _qualities() -> tuple[str, ...]:
+    from dllmserve.presets import PRESETS  # which nobody needs who names no quality
+
+    return tuple(PRESETS)
 
 
 #: max_tokens and gen_length, as documented
@@ -257,7 +270,7 @@ class SamplingParams:
     quality: str | None = knob(
         None,
         "Preset of the decoding options; those that are given too keep their values.",
-        choices=tuple(PRESETS),
+        choices=_qualities,
         own_check=True,
     )
     sparse: SparseConfig | None = knob(None, "Sparse attention instead of a cache.", own_check=True)
@@ -323,10 +336,10 @@ class SamplingParams:
 
     def _settle_length(self) -> None:
         """Make one length of its two names: the one that was given, or changed, sets the other."""
-        check, pair = Fields(InvalidParameterError, self), ("max_tokens", "gen_length")
+        pair = ("max_tokens", "gen_length")
         ranks = {name: rank(getattr(self, name)) for name in pair}
         for name in (name for name in pair if ranks[name] == 2):
-            check.integer(name, 1, MAX_GEN_LENGTH)
+            check_knobs(InvalidParameterError, self, name)
         # neither does a list of all fields mean anything by the two defaults
         every = len(self.__dict__["_given"]) == len(fields(self))
         filler = self.__dict__["_filler"] or (every and self.gen_length == _DEFAULT_LENGTHS[1])
@@ -349,9 +362,9 @@ class SamplingParams:
         """Fill the fields that were not given from the preset."""
         if self.quality is None:
             return
-        check = Fields(InvalidParameterError, self)
-        check.choice("quality", tuple(PRESETS))
-        check.integer("block_length", 1, MAX_GEN_LENGTH, optional=True)
+        from dllmserve.presets import preset
+
+        check_knobs(InvalidParameterError, self, "quality", "block_length")
         given: frozenset[str] = self.__dict__["_given"]
         if "max_tokens" in given and rank(self.max_tokens):
             given |= {"gen_length"}
@@ -367,10 +380,10 @@ class SamplingParams:
                 object.__setattr__(self, name, value)
 
     def _check_values(self) -> None:
-        check = Fields(InvalidParameterError, self)
         check_knobs(InvalidParameterError, self)
         within = (None, None) if self.confidence == "neg_entropy" else (0.0, 1.0)
-        check.number("threshold", *within)
+        threshold = check_float(InvalidParameterError, "threshold", self.threshold, *within)
+        object.__setattr__(self, "threshold", threshold)
         if self.cache in CACHES and not CACHES[self.cache].named:
             raise InvalidParameterError(
                 "cache='sparse' is chosen by passing a SparseConfig: "
@@ -383,7 +396,9 @@ class SamplingParams:
             )
         if self.sparse is not None and not self.sparse.enabled:
             object.__setattr__(self, "sparse", None)
-        check.choice("cache", CACHES if self.cache in CACHES else cache_names())
+        known = CACHES if self.cache in CACHES else cache_names()
+        cache = check_choice(InvalidParameterError, "cache", self.cache, known)
+        object.__setattr__(self, "cache", cache)
 
     def _check_combinations(self) -> None:
         """Refuse what would have to be ignored silently."""

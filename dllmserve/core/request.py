@@ -6,10 +6,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from dllmserve._values import SparseConfig
 from dllmserve.catalog import RULES
 from dllmserve.core.schedule import block_lengths, block_quotas
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 
 class Status(Enum):

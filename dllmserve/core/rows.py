@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from math import inf
 
+from dllmserve._values import SparseConfig
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.sampling_params import CONFIDENCE, FLOATS, SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: A larger k filters nothing, but would not fit the table.
 _MAX_TOP_K = 2**31 - 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dllmserve._environment import CODE_VARIABLE, remote_code_forbidden
+from dllmserve.config import CODE_VARIABLE, remote_code_forbidden
 from dllmserve.engine.codec import Codec, FastCodec, PythonCodec
 from dllmserve.engine.own_code import load_by_own_code
 from dllmserve.engine.token_files import TokenFiles

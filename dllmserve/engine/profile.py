@@ -9,16 +9,15 @@ from dataclasses import replace
 
 import torch
 
+from dllmserve._values import MAX_GEN_LENGTH, SparseConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
 from dllmserve.core.request import Request
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Limits
 from dllmserve.engine.memory import device_memory
-from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.runner import MAX_GRAPH_TOKENS, ModelRunner
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: All rows of the measurement share one page: what they read does not matter.
 PROFILE_PAGES = 1

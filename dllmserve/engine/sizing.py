@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dllmserve._values import MAX_LOGIT_BIAS
+from dllmserve._values import MAX_GEN_LENGTH, MAX_LOGIT_BIAS
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.states import state_bytes
 
 

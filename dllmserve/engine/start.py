@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import torch
 
-from dllmserve._forks import inherited
+from dllmserve._system import inherited
 from dllmserve.catalog import CACHES, Made
 from dllmserve.config import EngineConfig
 from dllmserve.core.scheduler import Scheduler

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
-from dllmserve._forks import inherited
+from dllmserve._system import inherited
 from dllmserve.config import EngineConfig
 from dllmserve.cores import (
     allowed_cpus,

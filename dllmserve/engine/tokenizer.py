@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllmserve._environment import remote_code_forbidden
+from dllmserve.config import remote_code_forbidden
 from dllmserve.engine.codec import Codec, FastCodec, valid_text
 from dllmserve.engine.controls import Controls
 from dllmserve.engine.token_files import DEFAULT, TokenFiles, read_token_files

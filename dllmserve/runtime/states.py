@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.core.rows import RowInit
 from dllmserve.decoding.stats import log_sum, without
 from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard, best_of
-from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.decide import HeadCells
 
 
