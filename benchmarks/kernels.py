@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.decoding.stats import RowParams, row_stats
-from dllmserve.layers.ops import LayerOps, Rotary, TritonOps
+from dllmserve.layers.ops import LayerOps, Rotary
+from dllmserve.layers.triton import TritonOps
 
 WIDTH, MLP, HEADS, HEAD_DIM, VOCAB, MASK_ID = 4096, 12288, 32, 128, 126464, 126336
 ROWS = (32, 512, 2048, 8192)

@@ -52,6 +52,11 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def is_broken_link(path: Path) -> bool:
+    """Whether it is a link to something that is not there."""
+    return path.is_symlink() and not path.exists()
+
+
 def true_or_false(err: ErrorType, name: str, text: str) -> bool:
     """The value of a switch that is written out, as in an environment variable."""
     if text.lower() in _TRUE + _FALSE:

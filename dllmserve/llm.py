@@ -30,7 +30,6 @@ from dllmserve.errors import (
     PromptError,
     TokenizerError,
 )
-from dllmserve.messages import template_messages
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep
 from dllmserve.sampling_params import SamplingParams, with_sparse
@@ -181,8 +180,7 @@ class LLM:
                 "prompts must be a list of texts or of token-id lists, "
                 f"got {type(prompts).__name__}"
             )
-        count = len(prompts)
-        params = _params(sampling_params, sparse_configs, count)
+        params = _params(sampling_params, sparse_configs, len(prompts))
         ids = [self._prompt_ids(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
         return self._run(ids, params, use_tqdm)
 
@@ -207,11 +205,12 @@ class LLM:
             TokenizerError: the checkpoint has no chat template.
             PromptError: a conversation is none.
         """
+        from dllmserve.messages import conversations
+
         self._shared.check()
-        conversations = _conversations(messages)
-        count = len(conversations)
-        params = _params(sampling_params, sparse_configs, count)
-        ids = [self.chat_ids(c) for c in conversations]
+        read = conversations(messages)
+        params = _params(sampling_params, sparse_configs, len(read))
+        ids = [self._chat_ids(conversation) for conversation in read]
         return self._run(ids, params, use_tqdm)
 
     def stream(
@@ -238,10 +237,15 @@ class LLM:
             TokenizerError: no tokenizer or chat template, or it refuses the messages.
             PromptError: this is no conversation, see :mod:`dllmserve.messages`.
         """
-        tokenizer = self._engine.tokenizer
-        if tokenizer is None:
+        from dllmserve.messages import template_messages
+
+        self._shared.check()
+        return self._chat_ids(template_messages(messages))
+
+    def _chat_ids(self, conversation: list[dict[str, Any]]) -> list[int]:
+        if self._tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer, so chat() cannot be used")
-        return tokenizer.encode_chat(template_messages(messages))
+        return self._tokenizer.encode_chat(conversation)
 
     def _prompt_ids(self, prompt: Any, name: str) -> list[int]:
         if isinstance(prompt, str):
@@ -363,14 +367,3 @@ def _one_each(
                 f"{name}[{place}] must be a {kind.__name__}, got {type(item).__name__}"
             )
     return list(given)
-
-
-def _conversations(messages: Any) -> list[Messages]:
-    """One conversation or several, checked, as chat templates read them."""
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise PromptError(f"messages must be a list of messages, got {type(messages).__name__}")
-    if not messages:
-        return []
-    if isinstance(messages[0], Mapping):
-        return [template_messages(messages)]
-    return [template_messages(m, f"conversation {place}") for place, m in enumerate(messages)]

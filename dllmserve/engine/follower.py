@@ -7,7 +7,7 @@ import torch
 from dllmserve.config import EngineConfig
 from dllmserve.engine.setup import build_runner, plan_engine
 from dllmserve.engine.threads import rank_threads
-from dllmserve.parallel.group import TorchGroup
+from dllmserve.parallel.torch_group import TorchGroup
 from dllmserve.process.channel import Channel
 from dllmserve.process.messages import Admit, Execute, Join, Reached, Stop, decode_to_worker, encode
 from dllmserve.process.ranks import EXCHANGE_S, open_store

@@ -93,7 +93,8 @@ class JoinedLinear(Linear):
 def _table(build: Build, name: str) -> Tensor:
     """A weight with a row for each of this rank's ids: [v, d]."""
     shape = (build.spec.embedding_size, build.spec.hidden_size)
-    return build.weight(Part(f"{name}.weight", shape, (build.partition.vocab, _ALL)))
+    mine = slice(build.vocab.start, build.vocab.stop)
+    return build.weight(Part(f"{name}.weight", shape, (mine, _ALL)))
 
 
 class Embedding:

@@ -1,4 +1,4 @@
-"""LayerOps: what a decoder layer computes besides attention, in torch, and in Triton."""
+"""LayerOps: what a decoder layer computes besides attention."""
 
 from __future__ import annotations
 
@@ -124,55 +124,4 @@ class LayerOps:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: [N, d] -> [N, out]."""
-        return F.linear(x, weight, bias)
-
-
-class TritonOps(LayerOps):
-    """Triton kernels, on CUDA or under Triton's interpreter; see :class:`LayerOps`.
-
-    In float32 a row's result does not depend, bit for bit, on the other rows of the call:
-    ``linear`` is a kernel with a fixed order of summation. In other dtypes it is torch's.
-
-    Example:
-        ``ops = TritonOps(Rotary(64, 1e4, 128, device))``
-    """
-
-    def __init__(self, rotary: Rotary) -> None:
-        # loads triton, so only where kernels are used
-        from dllmserve.kernels.activation import silu_mul
-        from dllmserve.kernels.linear import invariant_linear
-        from dllmserve.kernels.norm import add_rms_norm
-        from dllmserve.kernels.rotary import rotate_
-
-        super().__init__(rotary)
-        self._tables = rotary.tables
-        self._add_norm = add_rms_norm
-        self._silu_mul = silu_mul
-        self._linear = invariant_linear
-        self._rotate = rotate_
-
-    def add_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`LayerOps`; the sum is written into ``residual``."""
-        return self._add_norm(x, residual, weight, eps)
-
-    def at(self, positions: Tensor) -> Angles:
-        """The positions: the kernel reads the tables itself."""
-        return (positions,)
-
-    def rotate(self, heads: Tensor, count: int, angles: Angles) -> Tensor:
-        """See :class:`LayerOps`; in place."""
-        cos, sin = self._tables
-        self._rotate(heads, cos, sin, angles[0], count)
-        return heads[:, :count]
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See :class:`LayerOps`."""
-        return self._silu_mul(gate_up)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See :class:`LayerOps`."""
-        if x.dtype == torch.float32:
-            return self._linear(x, weight, bias)
         return F.linear(x, weight, bias)

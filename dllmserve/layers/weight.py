@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.layers.ops import LayerOps
-from dllmserve.parallel.group import SOLO, Group
+from dllmserve.parallel.group import Group
 from dllmserve.parallel.partition import Partition
 from dllmserve.parallel.vocab import VocabShard
 
@@ -67,10 +67,9 @@ class Build:
     """What the modules of a rank's model are made with.
 
     Attributes:
-        partition: the model's dimensions, and the rank's share of them.
+        partition: the model's dimensions, the ranks, and this rank's share.
         dtype, device: of the weights.
         ops: the operations that the modules are made of.
-        group: the ranks that share the model.
         prefix: what the names of weights in the checkpoint begin with.
         weights: of the modules made so far.
         ignored: parts of names of tensors that a checkpoint may hold and that nothing needs.
@@ -80,7 +79,6 @@ class Build:
     dtype: torch.dtype
     device: torch.device
     ops: LayerOps
-    group: Group = SOLO
     prefix: str = ""
     weights: list[Weight] = field(default_factory=list)
     ignored: list[str] = field(default_factory=lambda: ["rotary_emb"])
@@ -91,9 +89,14 @@ class Build:
         return self.partition.spec
 
     @property
+    def group(self) -> Group:
+        """The ranks that share the model."""
+        return self.partition.group
+
+    @property
     def vocab(self) -> VocabShard:
         """This rank's ids."""
-        return VocabShard(self.spec.embedding_size, self.group)
+        return self.partition.vocab
 
     def inside(self, name: str) -> Build:
         """For the modules of a module of that name in the checkpoint."""

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dllmserve._checks import is_broken_link
 from dllmserve.errors import DllmServeError, WeightsError
-from dllmserve.models.foreign import explain, is_broken_link
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -123,9 +123,13 @@ def weight_files(directory: Path) -> list[Path]:
             raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
         if pointer:
             raise WeightsError(lfs_advice(path))
-    if not files and (reason := explain(directory)) is not None:
+    if files:
+        return files
+    from dllmserve.models.foreign import explain
+
+    if (reason := explain(directory)) is not None:
         raise WeightsError(f"{directory} {reason}")
-    return files
+    return []
 
 
 def _chosen(directory: Path) -> list[Path]:
@@ -175,6 +179,8 @@ def _require(directory: Path, names: list[str], which: str) -> None:
 
 
 def _reasons(directory: Path, absent: list[str]) -> Iterator[str]:
+    from dllmserve.models.foreign import explain
+
     if any(is_broken_link(directory / name) for name in absent):
         yield "they are links to files that are not there (a hub cache copied without its blobs?)"
     if (reason := explain(directory, unfinished_only=True)) is not None:

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.kernels import missing
-from dllmserve.layers.ops import LayerOps, Rotary, TritonOps, rms_norm
+from dllmserve.layers.ops import LayerOps, Rotary, rms_norm
+from dllmserve.layers.triton import TritonOps
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import empty_decoder
 from dllmserve.parallel.partition import Partition
