@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dllmserve.config import CODE_VARIABLE, remote_code_forbidden
-from dllmserve.engine.codec import Codec, FastCodec, PythonCodec
+from dllmserve.engine.codec import Codec, FastCodec
 from dllmserve.engine.own_code import load_by_own_code
 from dllmserve.engine.token_files import TokenFiles
 from dllmserve.errors import TokenizerError
 from dllmserve.models.files import NotText, has_mark, read_bytes, read_object
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 #: files of text that a tokenizer is made of
 _TEXTS = ("*.json", "*.txt", "*.jinja", "*.tiktoken")
@@ -106,3 +110,50 @@ def _readable(directory: Path) -> Iterator[Path]:
             yield copy
     except NotText as error:
         raise TokenizerError(str(error)) from error
+
+
+class PythonCodec:
+    """A tokenizer of transformers that is Python code, a checkpoint's own perhaps.
+
+    Nobody says of such code that threads can share it.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary: dict[str, int] = dict(tokenizer.get_vocab())
+        # a model may propose ids that only pad its LM head; Python tokenizers fail on them
+        self._known = frozenset(self._vocabulary.values())
+        self._lock = threading.Lock()
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """See Codec."""
+        with self._lock:
+            return list(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def encode_literally(self, text: str) -> list[int]:
+        """See Codec."""
+        with self._lock:
+            return list(
+                self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            )
+
+    def decode(self, ids: list[int]) -> str:
+        """See Codec."""
+        known = [i for i in ids if i in self._known]
+        with self._lock:
+            return str(self._tokenizer.decode(known, skip_special_tokens=True))
+
+    def added_tokens(self) -> Mapping[int, AddedToken]:
+        """See Codec."""
+        from tokenizers import AddedToken
+
+        found = dict(self._tokenizer.added_tokens_decoder)
+        for text in self._tokenizer.all_special_tokens:  # some classes keep theirs to themselves
+            place = self._vocabulary.get(text)
+            if place is not None and place not in found:
+                found[place] = AddedToken(text, special=True)
+        return found
+
+    def token_id(self, text: str) -> int | None:
+        """See Codec."""
+        return self._vocabulary.get(text)

@@ -23,10 +23,9 @@ from dllmserve.engine.choices import (
     choose_dtype,
     choose_kernels,
 )
-from dllmserve.engine.ends import with_ends
 from dllmserve.engine.memory import checked_plan, plan_memory
 from dllmserve.engine.sizing import Sizing
-from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
+from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, with_ends
 from dllmserve.errors import ConfigError, DllmServeError, OutOfMemoryError
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (

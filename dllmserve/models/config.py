@@ -33,7 +33,7 @@ def refuse(config: Mapping[str, Any], architecture: str, allowed: Mapping[str, A
 def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """eos_token_id as a tuple (it may be one id, a list or absent).
 
-    Those of the tokenizer and its chat template come later: see :mod:`dllmserve.engine.ends`.
+    Those of the tokenizer and its chat template come later: see :mod:`dllmserve.engine.tokenizer`.
     """
     value = config.get("eos_token_id")
     ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -21,7 +21,8 @@ from tokenizers import (
 )
 
 from dllmserve.engine import tokenizer as ours
-from dllmserve.engine.codec import FastCodec, PythonCodec
+from dllmserve.engine.codec import FastCodec
+from dllmserve.engine.other_tokenizers import PythonCodec
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import PromptError
 from tests.engine.templates import THINKING

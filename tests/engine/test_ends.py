@@ -14,9 +14,8 @@ import pytest
 from dllmserve import LLM, AsyncLLM, SamplingParams
 from dllmserve.config import EngineConfig
 from dllmserve.engine.codec import FastCodec
-from dllmserve.engine.ends import with_ends
 from dllmserve.engine.setup import plan_engine
-from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.engine.tokenizer import Tokenizer, with_ends
 from dllmserve.models.loader import read_spec
 from tests.checkpoints import Shape, byte_tokenizer, config, write_random
 from tests.engine.templates import BRACKETS, CHATML, GENERATION, HEADERS, OPEN_ENDED, THINKING
