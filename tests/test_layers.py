@@ -22,6 +22,7 @@ LAYERS = (
         "_checks",
         "_environment",
         "_needs",
+        "_plugins",
         "_system",
         "_values",
         "config",

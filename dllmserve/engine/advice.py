@@ -9,13 +9,8 @@ from typing import Any
 import torch
 
 from dllmserve.core.budget import MemoryBudget, size_text
-from dllmserve.engine.sizing import Sizing
+from dllmserve.engine.sizing import OOM_ADVICE, Sizing
 
-OOM_ADVICE = (
-    "reduce max_model_len, use sparse attention, enable tensor parallelism "
-    "(tensor_parallel_size), or lower max_num_seqs, max_num_batched_tokens, max_logit_rows or "
-    "max_history_rows"
-)
 #: Fewer rows would run the LM head in chunks too small to be worth the launch.
 _LEAST_LOGIT_ROWS = 16
 #: percent; the library itself needs the rest

@@ -15,7 +15,7 @@ from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
 from dllmserve.core.request import Request
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Limits
-from dllmserve.engine.memory import device_memory
+from dllmserve.engine.machine import device_memory
 from dllmserve.runtime.runner import MAX_GRAPH_TOKENS, ModelRunner
 from dllmserve.sampling_params import SamplingParams
 

@@ -16,15 +16,15 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.budget import NO_LIMIT, MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.scheduler import Limits
-from dllmserve.engine.advice import OOM_ADVICE
-from dllmserve.engine.choices import (
+from dllmserve.engine.machine import (
+    checked_plan,
     choose_attention,
     choose_device,
     choose_dtype,
     choose_kernels,
+    plan_memory,
 )
-from dllmserve.engine.memory import checked_plan, plan_memory
-from dllmserve.engine.sizing import Sizing
+from dllmserve.engine.sizing import OOM_ADVICE, Sizing
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, with_ends
 from dllmserve.errors import ConfigError, DllmServeError, OutOfMemoryError
 from dllmserve.models.decoder import Decoder

@@ -12,6 +12,13 @@ from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.runtime.states import state_bytes
 
+#: in general; :mod:`dllmserve.engine.advice` says which of these, and to what
+OOM_ADVICE = (
+    "reduce max_model_len, use sparse attention, enable tensor parallelism "
+    "(tensor_parallel_size), or lower max_num_seqs, max_num_batched_tokens, max_logit_rows or "
+    "max_history_rows"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizing:

@@ -23,7 +23,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore, StepEvents
-from dllmserve.engine.follower import follow, load_rank
+from dllmserve.engine.ranks import follow, load_rank
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.start import build_engine
 from dllmserve.errors import DllmServeError, RankError
