@@ -98,6 +98,7 @@ class EngineConfig:
         "auto",
         "Attention backend; auto is triton on CUDA, sdpa elsewhere.",
         choices=lambda: ("auto", *BACKENDS),
+        own_check=True,
     )
     kernels: str = knob(
         "auto",
@@ -155,6 +156,8 @@ class EngineConfig:
         if not isinstance(self.device, str):
             raise err(f"device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
         check_knobs(err, self)
+        if self.attention not in ("auto", *BACKENDS.own):  # others are looked for only if need be
+            check_knobs(err, self, "attention")
         self.check_threads(self.device)
 
     def check_threads(self, device: str) -> None:

@@ -285,9 +285,9 @@ class LLM:
                         bar.set_postfix_str(
                             f"{engine.steps - steps} forwards, {speed:.0f} tokens/s", refresh=False
                         )
-                        bar.update(batch.tally.ended - bar.n)
-                bar.update(batch.tally.ended - bar.n)
-            return [output.as_dict() for output in batch.outputs]
+                        bar.update(batch.ended - bar.n)
+                bar.update(batch.ended - bar.n)
+            return [ticket.output.as_dict() for ticket in batch.tickets if ticket.output]
         finally:
             # after an error or Ctrl-C nothing of this call stays behind
             engine.drop(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from dllmserve.errors import PromptError
 
@@ -29,32 +29,10 @@ def valid_text(text: str) -> str:
     return text
 
 
-class Codec(Protocol):
-    """What a tokenizer has to do; every method may be called by many threads at once."""
+class Codec:
+    """A tokenizer of the tokenizers library; every method may be called by many threads at once.
 
-    def encode(self, text: str, special: bool) -> list[int]:
-        """Ids of a text; ``special`` adds what the tokenizer puts around a plain prompt."""
-        ...
-
-    def encode_literally(self, text: str) -> list[int]:
-        """Ids of a text in which no added token is looked for."""
-        ...
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids, without special tokens."""
-        ...
-
-    def added_tokens(self) -> Mapping[int, AddedToken]:
-        """The tokens that are found in a text before anything else is done with it, by id."""
-        ...
-
-    def token_id(self, text: str) -> int | None:
-        """The id of a token, or None."""
-        ...
-
-
-class FastCodec:
-    """The tokenizers library. Nothing here changes the tokenizer, so threads can share it.
+    Nothing here changes the tokenizer, so threads can share it. A subclass is another kind.
 
     Args:
         fast: the tokenizer; padding and truncation are switched off.
@@ -71,11 +49,11 @@ class FastCodec:
         self._fast = fast
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """See Codec."""
+        """Ids of a text; ``special`` adds what the tokenizer puts around a plain prompt."""
         return list(self._fast.encode(text, add_special_tokens=special).ids)
 
     def encode_literally(self, text: str) -> list[int]:
-        """See Codec."""
+        """Ids of a text in which no added token is looked for."""
         fast = self._fast
         if fast.normalizer is not None:
             text = fast.normalizer.normalize_str(text)
@@ -85,16 +63,16 @@ class FastCodec:
         return [token.id for word in words for token in fast.model.tokenize(word)]
 
     def decode(self, ids: list[int]) -> str:
-        """See Codec."""
+        """Text of ids, without special tokens."""
         return str(self._fast.decode(ids, skip_special_tokens=True))
 
     def added_tokens(self) -> Mapping[int, AddedToken]:
-        """See Codec."""
+        """The tokens that are found in a text before anything else is done with it, by id."""
         found: Mapping[int, AddedToken] = self._fast.get_added_tokens_decoder()
         return found
 
     def token_id(self, text: str) -> int | None:
-        """See Codec."""
+        """The id of a token, or None."""
         found: int | None = self._fast.token_to_id(text)
         return found
 

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from dllmserve.config import CODE_VARIABLE, remote_code_forbidden
-from dllmserve.engine.codec import Codec, FastCodec
+from dllmserve.engine.codec import Codec
 from dllmserve.engine.own_code import load_by_own_code
 from dllmserve.engine.token_files import TokenFiles
 from dllmserve.errors import TokenizerError
@@ -43,7 +43,7 @@ def load_other(directory: Path, files: TokenFiles, trust: bool) -> tuple[Codec, 
     names = {k: v for k, v in dict(tokenizer.special_tokens_map).items() if isinstance(v, str)}
     if getattr(tokenizer, "is_fast", False):
         # transformers sets options of the tokenizer with every call, which threads may not
-        return FastCodec(tokenizer.backend_tokenizer), names
+        return Codec(tokenizer.backend_tokenizer), names
     return PythonCodec(tokenizer), names
 
 
@@ -112,7 +112,7 @@ def _readable(directory: Path) -> Iterator[Path]:
         raise TokenizerError(str(error)) from error
 
 
-class PythonCodec:
+class PythonCodec(Codec):
     """A tokenizer of transformers that is Python code, a checkpoint's own perhaps.
 
     Nobody says of such code that threads can share it.

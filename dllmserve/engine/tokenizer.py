@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dllmserve.config import remote_code_forbidden
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.engine.codec import Codec, Controls, FastCodec, valid_text
+from dllmserve.engine.codec import Codec, Controls, valid_text
 from dllmserve.engine.token_files import DEFAULT, TokenFiles, read_token_files
 from dllmserve.errors import TokenizerError
 from dllmserve.models.files import NotText, read_bytes
@@ -243,11 +243,11 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Token
     return Tokenizer(codec, files.templates, names)
 
 
-def _fast_codec(path: Path, files: TokenFiles) -> FastCodec:
+def _fast_codec(path: Path, files: TokenFiles) -> Codec:
     from tokenizers import Tokenizer as Fast
 
     try:
-        return FastCodec(Fast.from_buffer(read_bytes(path)), files.added)
+        return Codec(Fast.from_buffer(read_bytes(path)), files.added)
     except NotText as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # the library raises bare Exception

@@ -10,7 +10,7 @@ from dllmserve.kernels.activation import silu_mul
 from dllmserve.kernels.linear import invariant_linear
 from dllmserve.kernels.norm import add_rms_norm
 from dllmserve.kernels.rotary import rotate_
-from dllmserve.layers.ops import Angles, LayerOps, Rotary
+from dllmserve.layers.ops import Angles, LayerOps
 
 
 class TritonOps(LayerOps):
@@ -20,12 +20,8 @@ class TritonOps(LayerOps):
     ``linear`` is a kernel with a fixed order of summation. In other dtypes it is torch's.
 
     Example:
-        ``ops = TritonOps(Rotary(64, 1e4, 128, device))``
+        ``ops = TritonOps(64, 1e4, 128, device)``
     """
-
-    def __init__(self, rotary: Rotary) -> None:
-        super().__init__(rotary)
-        self._tables = rotary.tables
 
     def add_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
@@ -39,7 +35,7 @@ class TritonOps(LayerOps):
 
     def rotate(self, heads: Tensor, count: int, angles: Angles) -> Tensor:
         """See :class:`LayerOps`; in place."""
-        cos, sin = self._tables
+        cos, sin = self.tables
         rotate_(heads, cos, sin, angles[0], count)
         return heads[:, :count]
 

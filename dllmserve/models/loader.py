@@ -20,7 +20,7 @@ from dllmserve.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from dllmserve.layers.ops import LayerOps, Rotary
+from dllmserve.layers.ops import LayerOps
 from dllmserve.layers.weight import Build
 from dllmserve.models.config import quantization
 from dllmserve.models.decoder import Decoder
@@ -146,18 +146,14 @@ def architecture_of(config: dict[str, Any]) -> type[Decoder]:
 
     The class name decides, not model_type: two architectures share "llada".
     """
-    names = config.get("architectures") or []
-    supported = ", ".join(sorted(MODELS))
-    if not isinstance(names, list) or not names:
-        raise UnsupportedModelError(
-            f"config.json has no 'architectures'; supported architectures: {supported}"
-        )
-    if not isinstance(names[0], str) or names[0] not in MODELS:
-        raise UnsupportedModelError(
-            f"architecture {names[0]!r} is not supported; supported architectures: {supported}"
-        )
-    architecture: type[Decoder] = MODELS[names[0]].load()
-    return architecture
+    names = config.get("architectures")
+    if isinstance(names, list) and names and isinstance(names[0], str) and names[0] in MODELS:
+        architecture: type[Decoder] = MODELS[names[0]].load()
+        return architecture
+    what = "config.json has no 'architectures'"
+    if isinstance(names, list) and names:
+        what = f"architecture {names[0]!r} is not supported"
+    raise UnsupportedModelError(f"{what}; supported architectures: {', '.join(sorted(MODELS))}")
 
 
 def read_spec(config: dict[str, Any]) -> ModelSpec:
@@ -197,7 +193,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
 
 def outline(partition: Partition) -> Decoder:
     """A rank's decoder without memory: its weights have shapes, and nothing can be computed."""
-    ops = LayerOps(Rotary(2, 1.0, 0, torch.device("cpu")))
+    ops = LayerOps(2, 1.0, 0, torch.device("cpu"))
     return _compose(Build(partition, torch.bfloat16, torch.device("meta"), ops))
 
 
@@ -223,12 +219,12 @@ def empty_decoder(
         kernels: "torch" or "triton", see :mod:`dllmserve.layers.ops`.
     """
     spec = partition.spec
-    rotary = Rotary(spec.head_dim, spec.rope_theta, max_len, device)
-    ops = LayerOps(rotary)
+    kind = LayerOps
     if kernels == "triton":
         from dllmserve.layers.triton import TritonOps
 
-        ops = TritonOps(rotary)
+        kind = TritonOps
+    ops = kind(spec.head_dim, spec.rope_theta, max_len, device)
     return _compose(Build(partition, dtype, device, ops))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from dllmserve import LLM, AsyncLLM, SamplingParams
 from dllmserve.config import EngineConfig
-from dllmserve.engine.codec import FastCodec
+from dllmserve.engine.codec import Codec
 from dllmserve.engine.setup import plan_engine
 from dllmserve.engine.tokenizer import Tokenizer, with_ends
 from dllmserve.models.loader import read_spec
@@ -32,7 +32,7 @@ def tokenizer(template: str | None, special: bool = True, **names: str) -> Token
     codec = byte_level()
     codec.add_special_tokens([*TOKENS]) if special else codec.add_tokens([*TOKENS])
     names = {"bos_token": "<s>"} | names
-    return Tokenizer(FastCodec(codec), {} if template is None else {"default": template}, names)
+    return Tokenizer(Codec(codec), {} if template is None else {"default": template}, names)
 
 
 PARTS = (
