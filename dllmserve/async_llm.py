@@ -22,8 +22,8 @@ from dllmserve.core.door import Door
 from dllmserve.core.request import Request
 from dllmserve.core.work import work_of
 from dllmserve.engine.text import CommittedText
-from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
-from dllmserve.errors import DllmServeError, EngineError, PromptError, TokenizerError
+from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
+from dllmserve.errors import DllmServeError, EngineError, TokenizerError
 from dllmserve.messages import template_messages
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
@@ -325,17 +325,10 @@ class AsyncLLM:
             PromptError: neither text nor ids, or no valid Unicode text.
         """
         self._ready()
-        if isinstance(prompt, str):
-            tokenizer = self._text_tokenizer()
-            if len(prompt) <= _SHORT_TEXT:
-                return tokenizer.encode(prompt)
-            return await asyncio.to_thread(tokenizer.encode, prompt)
-        if hasattr(prompt, "tolist"):  # a numpy array or a tensor
-            prompt = prompt.tolist()
-        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
-            kind = type(prompt).__name__
-            raise PromptError(f"the prompt must be a text or a list of token ids, got {kind}")
-        return [*prompt]
+        given = self.tokenizer, prompt, "the prompt"
+        if isinstance(prompt, str) and len(prompt) > _SHORT_TEXT:
+            return await asyncio.to_thread(prompt_ids, *given)
+        return prompt_ids(*given)
 
     async def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False

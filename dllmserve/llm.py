@@ -22,7 +22,7 @@ from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.shared import SharedEngine
 from dllmserve.engine.start import build_engine
-from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.engine.tokenizer import Tokenizer, prompt_ids
 from dllmserve.errors import (
     ConfigError,
     InvalidParameterError,
@@ -115,14 +115,10 @@ class LLM:
         self._shared.close()
 
     @property
-    def _own(self) -> SharedEngine:
+    def _engine(self) -> EngineCore:
         """The engine, if it can be used: not closed, nor in a forked process."""
         self._shared.check()
-        return self._shared
-
-    @property
-    def _engine(self) -> EngineCore:
-        return self._own.core
+        return self._shared.core
 
     @property
     def spec(self) -> ModelSpec:
@@ -147,7 +143,8 @@ class LLM:
         close() the engine, but not generate with it, and an error in it ends the requests of the
         step.
         """
-        return self._own.observed(callback)
+        self._shared.check()
+        return self._shared.observed(callback)
 
     def generate(
         self,
@@ -181,7 +178,7 @@ class LLM:
                 f"got {type(prompts).__name__}"
             )
         params = _params(sampling_params, sparse_configs, len(prompts))
-        ids = [self._prompt_ids(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
+        ids = [prompt_ids(self._tokenizer, p, f"prompts[{i}]") for i, p in enumerate(prompts)]
         return self._run(ids, params, use_tqdm)
 
     def chat(
@@ -225,10 +222,11 @@ class LLM:
         request. A reader that pauses while other threads generate may miss events, never
         the last one.
         """
-        engine = self._own  # a forked process hears of it before anything else is done
-        params = _params(sampling_params, sparse_config, 1, "sparse_config")
-        ids = [self._prompt_ids(prompt, "prompt")]
-        return _canvases(engine, self._requests(ids, params, watch=True))
+        self._shared.check()  # a forked process hears of it before anything else is done
+        (params,) = _params(sampling_params, sparse_config, 1, "sparse_config")
+        ids = prompt_ids(self._tokenizer, prompt, "prompt")
+        request = self._engine.make_request(ids, params, watch=True)
+        return _canvases(self._shared, request)
 
     def chat_ids(self, messages: Messages) -> list[int]:
         """Prompt ids of a conversation, rendered with the chat template.
@@ -247,21 +245,6 @@ class LLM:
             raise TokenizerError("the checkpoint has no tokenizer, so chat() cannot be used")
         return self._tokenizer.encode_chat(conversation)
 
-    def _prompt_ids(self, prompt: Any, name: str) -> list[int]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise TokenizerError(
-                    f"{name} is a text, but the checkpoint has no tokenizer: give token ids"
-                )
-            return self._tokenizer.encode(prompt)
-        if hasattr(prompt, "tolist"):  # a numpy array or a tensor
-            prompt = prompt.tolist()
-        if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
-            return list(prompt)
-        raise PromptError(
-            f"{name} must be a text or a list of token ids, got {type(prompt).__name__}"
-        )
-
     def _run(
         self,
         prompts: list[list[int]],
@@ -269,13 +252,15 @@ class LLM:
         use_tqdm: bool,
     ) -> list[dict[str, Any]]:
         """Check all requests, then run them to the end."""
-        requests = self._requests(prompts, params)
-        engine = self._own
-        batch = engine.submit(requests)
-        shown = use_tqdm and bool(requests)
+        core, engine = self._engine, self._shared
+        pairs = zip(prompts, params, strict=True)
+        batch = engine.submit(
+            [core.make_request(*p, name=f"prompts[{i}]") for i, p in enumerate(pairs)]
+        )
+        shown = use_tqdm and bool(prompts)
         began, steps, committed = time.monotonic(), engine.steps, engine.committed
         try:
-            with _progress_bar(len(requests), shown) as bar:
+            with _progress_bar(len(prompts), shown) as bar:
                 for ticket in batch.tickets:
                     while engine.advance(ticket):
                         if not shown:
@@ -292,29 +277,10 @@ class LLM:
             # after an error or Ctrl-C nothing of this call stays behind
             engine.drop(batch)
 
-    def _requests(
-        self,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-        *,
-        watch: bool = False,
-    ) -> list[Request]:
-        """Checked requests, not queued."""
-        core = self._engine
-        return [
-            core.make_request(
-                ids,
-                params[i],
-                watch=watch,
-                name="prompt" if watch else f"prompts[{i}]",
-            )
-            for i, ids in enumerate(prompts)
-        ]
 
-
-def _canvases(engine: SharedEngine, requests: list[Request]) -> Iterator[CanvasStep]:
-    """Run one request from the moment somebody looks, and give what is seen of it."""
-    batch = engine.submit(requests)
+def _canvases(engine: SharedEngine, request: Request) -> Iterator[CanvasStep]:
+    """Run a request from the moment somebody looks, and give what is seen of it."""
+    batch = engine.submit([request])
     (ticket,) = batch.tickets
     try:
         while (canvas := engine.canvas(ticket)) is not None:

@@ -19,7 +19,7 @@ from dllmserve.config import remote_code_forbidden
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.engine.codec import Codec, Controls, valid_text
 from dllmserve.engine.token_files import DEFAULT, TokenFiles, read_token_files
-from dllmserve.errors import TokenizerError
+from dllmserve.errors import PromptError, TokenizerError
 from dllmserve.models.files import NotText, read_bytes
 
 if TYPE_CHECKING:
@@ -320,3 +320,28 @@ def _first(text: str, stops: Sequence[str]) -> int | None:
     """Index of the earliest stop string in the text, or None."""
     found = [place for place in (text.find(s) for s in stops) if place >= 0]
     return min(found) if found else None
+
+
+def prompt_ids(tokenizer: Tokenizer | None, prompt: Any, name: str) -> list[int]:
+    """Token ids of a prompt: a text, or ids in any kind of sequence, array or tensor.
+
+    Args:
+        tokenizer: the checkpoint's, or None.
+        prompt: as somebody gave it.
+        name: what errors call it.
+
+    Raises:
+        TokenizerError: a text, but the checkpoint has no tokenizer.
+        PromptError: neither text nor ids, or no valid Unicode text.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise TokenizerError(
+                f"{name} is a text, but the checkpoint has no tokenizer: give token ids"
+            )
+        return tokenizer.encode(prompt)
+    if hasattr(prompt, "tolist"):  # a numpy array or a tensor
+        prompt = prompt.tolist()
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+        return list(prompt)
+    raise PromptError(f"{name} must be a text or a list of token ids, got {type(prompt).__name__}")
