@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -83,9 +84,5 @@ def _ways(sizing: Sizing, memory: MemoryBudget, fits: Callable[[Sizing], bool]) 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
     """The largest number in ``low .. high - 1`` that fits, if a smaller one always fits better."""
-    if low >= high or not fits(low):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    too_large = bisect_left(range(low, high), True, key=lambda number: not fits(number))
+    return low + too_large - 1 if too_large else None

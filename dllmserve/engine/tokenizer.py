@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -295,25 +296,16 @@ class AnswerText:
         """
         if self._tokenizer is None:
             return "", len(ids), False
-        text = self._tokenizer.decode(ids)
+        decode = self._tokenizer.decode
+        text = decode(ids)
         cut = _first(text, stops)
         if cut is None:
             return text, len(ids), False
-        used = self._completing(ids, stops)
-        return text[:cut], used, True
 
-    def _completing(self, ids: list[int], stops: Sequence[str]) -> int:
-        """Fewest leading ids whose text holds a stop string."""
-        if self._tokenizer is None:
-            return len(ids)
-        low, high = 1, len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            if _first(self._tokenizer.decode(ids[:middle]), stops) is None:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        def complete(count: int) -> bool:
+            return _first(decode(ids[:count]), stops) is not None
+
+        return text[:cut], 1 + bisect_left(range(1, len(ids)), True, key=complete), True
 
 
 def _first(text: str, stops: Sequence[str]) -> int | None:

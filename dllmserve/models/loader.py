@@ -20,8 +20,8 @@ from dllmserve.errors import (
     UnsupportedModelError,
     WeightsError,
 )
+from dllmserve.layers.modules import Build
 from dllmserve.layers.ops import LayerOps
-from dllmserve.layers.weight import Build
 from dllmserve.models.config import quantization
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.files import read_object, weight_files

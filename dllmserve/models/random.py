@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dllmserve.layers.weight import Weight
+from dllmserve.layers.modules import Weight
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import empty_decoder
 from dllmserve.parallel.partition import Partition

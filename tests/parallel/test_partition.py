@@ -14,7 +14,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.engine.setup import plan_engine
 from dllmserve.errors import ConfigError
-from dllmserve.layers.weight import Part
+from dllmserve.layers.modules import Part
 from dllmserve.models import loader
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
