@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -299,7 +299,8 @@ class SamplingParams:
         self._check_values()
         object.__setattr__(self, "stop", normal_stop(self.stop))
         object.__setattr__(self, "logit_bias", normal_bias(self.logit_bias))
-        self._check_combinations()
+        if (why := next(self._refusals(), None)) is not None:
+            raise InvalidParameterError(why)
 
     def __deepcopy__(self, _: Any) -> SamplingParams:
         """Itself: nothing in it can be changed."""
@@ -400,74 +401,60 @@ class SamplingParams:
         cache = check_choice(InvalidParameterError, "cache", self.cache, known)
         object.__setattr__(self, "cache", cache)
 
-    def _check_combinations(self) -> None:
-        """Refuse what would have to be ignored silently."""
+    def _refusals(self) -> Iterator[str]:
+        """What would have to be ignored silently: why it is refused."""
+        rule, sparse, takes = self.unmask, self.sparse, CACHES[self.cache].takes
         for name, value in (("remasking", "random"), ("schedule", "dream")):
-            if getattr(self, name) == value and self.unmask != "steps":
-                raise InvalidParameterError(
-                    f"{name}={value!r} works with unmask='steps' only, got unmask={self.unmask!r}"
-                )
+            if getattr(self, name) == value and rule != "steps":
+                yield f"{name}={value!r} works with unmask='steps' only, got unmask={rule!r}"
         if self.confidence_eos_eot_inf and self.remasking == "random":
-            raise InvalidParameterError(
+            yield (
                 "confidence_eos_eot_inf=True changes confidences, which remasking='random' does "
                 "not read: leave one of them out"
             )
-        if self.sparse is not None and self.cache != "none":
-            raise InvalidParameterError(
+        if sparse is not None and self.cache != "none":
+            yield (
                 f"a SparseConfig and cache={self.cache!r} exclude each other: "
                 "use cache='none' with sparse attention, or no SparseConfig"
             )
-        if self.sparse is not None and self._revokes:
-            raise InvalidParameterError(
-                f"unmask={self.unmask!r} does not work with sparse attention, which keeps a part "
-                "of the canvas alone: leave the SparseConfig out"
+        if sparse is not None and self._revokes:
+            yield (
+                f"unmask={rule!r} does not work with sparse attention, which keeps a part of the "
+                "canvas alone: leave the SparseConfig out"
             )
-        self._check_confidence()
+        if self.confidence not in RULES[rule].confidence:
+            named = " or ".join(map(repr, RULES[rule].confidence))
+            yield f"unmask={rule!r} needs confidence={named}, got {self.confidence!r}"
+        compares = rule in ("threshold", "threshold_strict")
+        if compares and self.confidence == "neg_entropy" and self.threshold > 0:
+            yield (
+                "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "
+                f"(for example -0.1), got {self.threshold:g}"
+            )
         for name in _REFRESH:
-            if getattr(self, name) and name not in CACHES[self.cache].takes:
-                caches = [repr(n) for n, info in CACHES.items() if name in info.takes]
-                raise InvalidParameterError(
-                    f"{name}={getattr(self, name)} needs cache={' or '.join(caches)}, "
-                    f"got cache={self.cache!r}"
-                )
+            if getattr(self, name) and name not in takes:
+                caches = " or ".join(repr(n) for n, info in CACHES.items() if name in info.takes)
+                yield f"{name}={getattr(self, name)} needs cache={caches}, got cache={self.cache!r}"
         if self.early_end and self.ignore_eos:
-            raise InvalidParameterError(
+            yield (
                 "early_end=True and ignore_eos=True exclude each other: one stops at an end id, "
                 "the other goes on behind it"
             )
         if self._revokes:
-            self._check_revoking()
+            yield from self._refusals_of_revoking()
 
-    def _check_confidence(self) -> None:
-        rule, kind = self.unmask, self.confidence
-        allowed = RULES[rule].confidence
-        if kind not in allowed:
-            named = " or ".join(map(repr, allowed))
-            raise InvalidParameterError(f"unmask={rule!r} needs confidence={named}, got {kind!r}")
-        compares = rule in ("threshold", "threshold_strict")
-        if compares and kind == "neg_entropy" and self.threshold > 0:
-            raise InvalidParameterError(
-                "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "
-                f"(for example -0.1), got {self.threshold:g}"
-            )
-
-    def _check_revoking(self) -> None:
+    def _refusals_of_revoking(self) -> Iterator[str]:
         """A rule that masks positions again needs the K,V of the whole canvas at hand."""
+        rule = self.unmask
         if self.cfg_scale > 0:
-            raise InvalidParameterError(
-                f"unmask={self.unmask!r} works without guidance only, got "
-                f"cfg_scale={self.cfg_scale:g}"
-            )
+            yield f"unmask={rule!r} works without guidance only, got cfg_scale={self.cfg_scale:g}"
         if self.early_end:
-            raise InvalidParameterError(
-                f"early_end=True does not work with unmask={self.unmask!r}, which may take an end "
-                "id back"
+            yield (
+                f"early_end=True does not work with unmask={rule!r}, which may take an end id back"
             )
         if not CACHES[self.cache].whole:
             caches = " or ".join(repr(name) for name, info in CACHES.items() if info.whole)
-            raise InvalidParameterError(
-                f"unmask={self.unmask!r} works with cache={caches}, got {self.cache!r}"
-            )
+            yield f"unmask={rule!r} works with cache={caches}, got {self.cache!r}"
 
 
 def with_sparse(params: SamplingParams, sparse: SparseConfig | None) -> SamplingParams:
