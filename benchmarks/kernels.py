@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.decoding.stats import RowParams, row_stats
-from dllmserve.layers.ops import LayerOps, Rotary, TritonOps
+from dllmserve.layers.ops import LayerOps
+from dllmserve.layers.triton import TritonOps
 
 WIDTH, MLP, HEADS, HEAD_DIM, VOCAB, MASK_ID = 4096, 12288, 32, 128, 126464, 126336
 ROWS = (32, 512, 2048, 8192)
@@ -69,8 +70,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def layer_cases(rows: int) -> Iterator[Case]:
     """add_rms_norm, rotate and silu_mul on bf16 activations."""
     device = torch.device("cuda")
-    rotary = Rotary(HEAD_DIM, 5e5, 4096, device)
-    plain, fused = LayerOps(rotary), TritonOps(rotary)
+    plain, fused = (kind(HEAD_DIM, 5e5, 4096, device) for kind in (LayerOps, TritonOps))
     x, h, weight = random(rows, WIDTH), random(rows, WIDTH), random(WIDTH)
     add_norm = torch.compile(plain.add_norm, dynamic=False)
     yield Case(

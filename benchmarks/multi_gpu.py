@@ -29,7 +29,7 @@ import torch
 from dllmserve import LLM, SamplingParams, SparseConfig
 from dllmserve.async_llm import AsyncLLM
 from dllmserve.core.budget import size_text
-from dllmserve.parallel.group import TorchGroup
+from dllmserve.parallel.torch_group import TorchGroup
 from dllmserve.process.ranks import make_store, open_store
 
 PROMPT, ANSWER, BLOCK = 256, 128, 32

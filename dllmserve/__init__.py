@@ -13,16 +13,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dllmserve import _forks as _forks  # notes from now on what forked processes inherit
-from dllmserve._needs import refuse_windows
+from dllmserve._system import refuse_windows  # which notes from now on what forks inherit
 from dllmserve.cores import passive_waiting
 
 if TYPE_CHECKING:
+    from dllmserve._values import SparseConfig
     from dllmserve.async_llm import AsyncLLM
     from dllmserve.llm import LLM
     from dllmserve.outputs import CanvasStep, RequestOutput
     from dllmserve.sampling_params import SamplingParams
-    from dllmserve.sparse.state import SparseConfig
 
 __version__ = "0.1.0"
 
@@ -43,7 +42,7 @@ _LAZY = {
     "CanvasStep": "dllmserve.outputs",
     "RequestOutput": "dllmserve.outputs",
     "SamplingParams": "dllmserve.sampling_params",
-    "SparseConfig": "dllmserve.sparse.state",
+    "SparseConfig": "dllmserve._values",
 }
 
 

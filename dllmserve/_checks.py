@@ -52,6 +52,11 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def is_broken_link(path: Path) -> bool:
+    """Whether it is a link to something that is not there."""
+    return path.is_symlink() and not path.exists()
+
+
 def true_or_false(err: ErrorType, name: str, text: str) -> bool:
     """The value of a switch that is written out, as in an environment variable."""
     if text.lower() in _TRUE + _FALSE:
@@ -136,41 +141,3 @@ def check_choice(err: ErrorType, name: str, value: Any, choices: Collection[str]
         listed = ", ".join(repr(c) for c in choices)
         raise err(f"{name} must be one of {listed}, got {value!r}")
     return text
-
-
-class Fields:
-    """Checks the fields of a frozen dataclass and leaves their plain values in them.
-
-    Args:
-        err: what a wrong value raises.
-        owner: the object, in its ``__post_init__``.
-    """
-
-    def __init__(self, err: ErrorType, owner: Any) -> None:
-        self._err, self._owner = err, owner
-
-    def integer(
-        self, name: str, low: int, high: int | None = None, *, optional: bool = False
-    ) -> None:
-        """An integer in ``[low, high]``; or None, if that is ``optional``."""
-        value = getattr(self._owner, name)
-        if value is not None or not optional:
-            self._keep(name, check_int(self._err, name, value, low, high))
-
-    def number(
-        self, name: str, low: float | None, high: float | None = None, *, low_open: bool = False
-    ) -> None:
-        """A finite number within the bounds."""
-        value = getattr(self._owner, name)
-        self._keep(name, check_float(self._err, name, value, low, high, low_open=low_open))
-
-    def flag(self, name: str) -> None:
-        """True or False."""
-        self._keep(name, check_bool(self._err, name, getattr(self._owner, name)))
-
-    def choice(self, name: str, choices: Collection[str]) -> None:
-        """One of the given texts."""
-        self._keep(name, check_choice(self._err, name, getattr(self._owner, name), choices))
-
-    def _keep(self, name: str, value: Any) -> None:
-        object.__setattr__(self._owner, name, value)

@@ -1,4 +1,4 @@
-"""Our own variables in the environment: secrets that stay here, and a switch for the machine."""
+"""Our own variables in the environment: secrets, which stay here."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ import os
 import sys
 from collections.abc import Mapping
 
-from dllmserve._checks import true_or_false
-from dllmserve.errors import ConfigError
-
 KEYS_VARIABLE = "DLLMSERVE_API_KEYS"
 #: API keys of a server, and the one of a client
 SECRETS = (KEYS_VARIABLE, "DLLMSERVE_API_KEY")
-#: false forbids the code of checkpoints on a machine, whatever a caller says; true changes nothing
-#: for Python, and is the option of that name for ``dllmserve serve``
-CODE_VARIABLE = "DLLMSERVE_TRUST_REMOTE_CODE"
 
 
 def child_environment(*changes: Mapping[str, str]) -> dict[str, str]:
@@ -44,30 +38,3 @@ def forget_secrets() -> None:
             if value:
                 ctypes.memset(value, 0, len(ctypes.string_at(value)))
         os.environ.pop(name, None)
-
-
-def refuse_torchrun(why: str) -> None:
-    """Raise if this process is one of several ranks that torchrun, or its like, has started.
-
-    Args:
-        why: what would start the same processes once for each of them.
-
-    Raises:
-        ConfigError: it is.
-    """
-    ranks = os.environ.get("WORLD_SIZE", "")
-    if "RANK" in os.environ and ranks.isdigit() and int(ranks) > 1:
-        raise ConfigError(
-            f"this is rank {os.environ['RANK']} of {ranks} (RANK and WORLD_SIZE are set): {why}; "
-            "start the program without torchrun"
-        )
-
-
-def remote_code_forbidden(environment: Mapping[str, str] | None = None) -> bool:
-    """Whether the machine's owner forbids the code of checkpoints.
-
-    Raises:
-        ConfigError: the variable is neither true nor false.
-    """
-    text = (os.environ if environment is None else environment).get(CODE_VARIABLE)
-    return text is not None and not true_or_false(ConfigError, CODE_VARIABLE, text)

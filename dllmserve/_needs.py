@@ -7,9 +7,7 @@ import re
 import sys
 from importlib.metadata import PackageNotFoundError, requires
 
-from dllmserve.errors import ConfigError
-
-SYSTEMS = "Linux or macOS (on Windows: in WSL or a container)"
+from dllmserve._system import SYSTEMS
 
 
 def install(extra: str) -> str:
@@ -32,15 +30,6 @@ def install(extra: str) -> str:
         if re.search(rf"""\bextra == ['"]{extra}['"]""", marker)
     ]
     return " ".join(["pip install", *(packages or [f"-e '.[{extra}]'"])])
-
-
-def refuse_windows() -> None:
-    """Raise ConfigError on the system where no engine runs.
-
-    Engines and their ranks are processes that are ended by signals which Windows does not have.
-    """
-    if sys.platform == "win32":
-        raise ConfigError(f"dllmserve runs on {SYSTEMS}")
 
 
 def missing(what: str, module: str, extra: str) -> str:

@@ -1,13 +1,18 @@
-"""Values of SamplingParams that are more than a number or a text: stop strings, biases, lengths."""
+"""Values of SamplingParams that are more than a number or a text: biases, sparse attention, ..."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from dllmserve._checks import check_float, check_int
+from dllmserve._checks import check_float, check_int, check_known
 from dllmserve.errors import InvalidParameterError
+from dllmserve.knobs import check_knobs, knob
 
+#: longest answer and largest step count that a request may ask for
+MAX_GEN_LENGTH = 8192
+MAX_STEPS = 8192
 MAX_STOP_STRINGS = 16
 #: Token ids that a request may bias; the largest bias, up or down, is that of OpenAI's API.
 MAX_LOGIT_BIAS = 1024
@@ -87,3 +92,77 @@ def normal_bias(bias: Any) -> LogitBias | None:
         for token, value in bias.items()
     }
     return LogitBias(sorted(found.items())) or None
+
+
+#: how the tokens outside a block are scored
+SCORES = ("mean_query", "attention")
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """Sparse attention of one request.
+
+    Source: Sparse-dLLM (OpenMOSS) for the eviction rule, dLLM-Serve (arXiv 2512.17077)
+    for the selection per K,V head.
+
+    For each block of the answer, the first ``delay_step`` forwards run over the whole
+    canvas; the next one does too and then keeps, in every layer, the
+    ``int(candidates * retention_ratio)`` tokens outside the block that the block's mean
+    query likes best; all later forwards of the block compute the block alone against the
+    kept tokens.
+
+    Attributes:
+        enabled: False behaves as if no SparseConfig had been given.
+        retention_ratio: share of the tokens outside the block that is kept, 0 to 1.
+        delay_step: forwards over the whole canvas before the one that selects.
+        default_block_len: the window, from the block's start, whose queries score the
+            context and whose tokens never compete; a longer block widens it. Also the
+            block length when SamplingParams.block_length is None.
+        head_select: True selects per K,V head (dLLM-Serve), False one set for all heads
+            (Sparse-dLLM).
+        pool_kernel: width of the max-pooling over neighbouring scores; 1 is no pooling.
+        score: "mean_query" scores a token by the mean of the block's queries times its key
+            (Sparse-dLLM, dLLM-Serve); "attention" by the largest attention weight that any of
+            the block's queries gives it, so that what one position alone needs stays.
+        min_keep: tokens that are kept at least, as far as there are so many: in short contexts
+            every token counts, and leaving some out saves nothing.
+
+    Raises:
+        InvalidParameterError: (a ValueError) a field has a wrong type or value.
+        UnknownOptionError: (a TypeError) an unknown keyword.
+
+    Example:
+        >>> SparseConfig(retention_ratio=0.25).keep(100)
+        25
+    """
+
+    enabled: bool = knob(True, "Attend to a selected part of the context.")
+    retention_ratio: float = knob(
+        0.5, "Share of the tokens outside the block that is kept.", low=0, high=1
+    )
+    delay_step: int = knob(1, "Full forwards of a block before the one that selects.", low=0)
+    default_block_len: int = knob(
+        32, "Scoring window, and the block length if block_length is not given.", low=1
+    )
+    head_select: bool = knob(True, "Select for each K,V head on its own, or one set for all.")
+    pool_kernel: int = knob(
+        3, "Width of the max-pooling over neighbouring scores; 1 is off.", low=1, most_asked=1024
+    )
+    score: str = knob(
+        "mean_query",
+        "Keep tokens by the block's mean query, or by the attention that they get.",
+        choices=SCORES,
+    )
+    min_keep: int = knob(0, "Tokens outside the block that are kept at least.", low=0)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SparseConfig:
+        """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
+        check_known(cls.__name__, kwargs, [f.name for f in fields(cls)])
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_knobs(InvalidParameterError, self)
+
+    def keep(self, candidates: int) -> int:
+        """Number of tokens kept out of ``candidates`` tokens outside the block."""
+        return min(max(int(candidates * self.retention_ratio), self.min_keep), candidates)

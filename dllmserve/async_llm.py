@@ -15,14 +15,15 @@ from types import TracebackType
 from typing import Any
 
 from dllmserve._checks import check_known
-from dllmserve._environment import refuse_torchrun
+from dllmserve._system import refuse_torchrun
+from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
 from dllmserve.core.door import Door
 from dllmserve.core.request import Request
 from dllmserve.core.work import work_of
 from dllmserve.engine.text import CommittedText
-from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
-from dllmserve.errors import DllmServeError, EngineError, PromptError, TokenizerError
+from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
+from dllmserve.errors import DllmServeError, EngineError, TokenizerError
 from dllmserve.messages import template_messages
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
@@ -31,7 +32,6 @@ from dllmserve.process.home import Home
 from dllmserve.process.messages import EngineInfo
 from dllmserve.process.supervisor import State, SupervisorOptions
 from dllmserve.sampling_params import SamplingParams, with_sparse
-from dllmserve.sparse.state import SparseConfig
 
 #: seconds that another event loop gets to close the engines, before they are killed
 _CLOSE_S = 15.0
@@ -325,17 +325,10 @@ class AsyncLLM:
             PromptError: neither text nor ids, or no valid Unicode text.
         """
         self._ready()
-        if isinstance(prompt, str):
-            tokenizer = self._text_tokenizer()
-            if len(prompt) <= _SHORT_TEXT:
-                return tokenizer.encode(prompt)
-            return await asyncio.to_thread(tokenizer.encode, prompt)
-        if hasattr(prompt, "tolist"):  # a numpy array or a tensor
-            prompt = prompt.tolist()
-        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
-            kind = type(prompt).__name__
-            raise PromptError(f"the prompt must be a text or a list of token ids, got {kind}")
-        return [*prompt]
+        given = self.tokenizer, prompt, "the prompt"
+        if isinstance(prompt, str) and len(prompt) > _SHORT_TEXT:
+            return await asyncio.to_thread(prompt_ids, *given)
+        return prompt_ids(*given)
 
     async def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False

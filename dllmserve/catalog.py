@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
-from dllmserve.errors import ConfigError
-
 
 @dataclass(frozen=True)
 class Info:
@@ -161,7 +159,10 @@ class Catalog(Mapping[str, _Kind], Generic[_Kind]):
         if name in self.own:
             return self.own[name]
         if name not in self._loaded:
-            self._loaded[name] = self._load(self._points()[name])
+            point = self._points()[name]
+            from dllmserve._plugins import load
+
+            self._loaded[name] = load(self._what, point, self._kind)
         return self._loaded[name]
 
     def __contains__(self, name: object) -> bool:
@@ -191,35 +192,10 @@ class Catalog(Mapping[str, _Kind], Generic[_Kind]):
         """The entry points, by name."""
         if self._added is None:
             # takes 30 ms, which nobody needs who uses ours alone
-            from importlib.metadata import entry_points
+            from dllmserve._plugins import added
 
-            found: dict[str, Any] = {}
-            for point in sorted(entry_points(group=self._group), key=lambda p: p.name):
-                if point.name in self.own or point.name in found:
-                    raise ConfigError(
-                        f"{_whose(point)} adds the {self._what} {point.name!r}, and there is one "
-                        "of that name already: uninstall the package, or rename what it adds"
-                    )
-                found[point.name] = point
-            self._added = found
+            self._added = added(self._what, self._group, self.own)
         return self._added
-
-    def _load(self, point: Any) -> _Kind:
-        where = f"the {self._what} {point.name!r} of {_whose(point)}"
-        try:
-            found = point.load()
-        except Exception as error:  # a package of others may raise anything
-            raise ConfigError(f"{where} cannot be loaded ({point.value}): {error}") from error
-        if not isinstance(found, self._kind):
-            raise ConfigError(
-                f"{where} must be a dllmserve.catalog.{self._kind.__name__}, and {point.value} "
-                f"is {found!r}"
-            )
-        return found
-
-
-def _whose(point: Any) -> str:
-    return f"package {point.dist.name!r}" if point.dist is not None else "a package"
 
 
 class Made(dict[str, Any]):

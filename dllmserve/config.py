@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllmserve._checks import check_known
+from dllmserve._checks import check_known, true_or_false
 from dllmserve.catalog import BACKENDS
 from dllmserve.errors import ConfigError
 from dllmserve.knobs import check_knobs, knob
@@ -15,6 +17,9 @@ LOAD_FORMATS = ("auto", "dummy")
 KERNELS = ("auto", "torch", "triton")
 MAX_THREADS = 1024
 PHASES = ("auto", "mixed", "separate")
+#: false forbids the code of checkpoints on a machine, whatever a caller says; true changes nothing
+#: for Python, and is the option of that name for ``dllmserve serve``
+CODE_VARIABLE = "DLLMSERVE_TRUST_REMOTE_CODE"
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class EngineConfig:
         "auto",
         "Attention backend; auto is triton on CUDA, sdpa elsewhere.",
         choices=lambda: ("auto", *BACKENDS),
+        own_check=True,
     )
     kernels: str = knob(
         "auto",
@@ -150,6 +156,8 @@ class EngineConfig:
         if not isinstance(self.device, str):
             raise err(f"device must be 'auto', 'cpu' or 'cuda', got {self.device!r}")
         check_knobs(err, self)
+        if self.attention not in ("auto", *BACKENDS.own):  # others are looked for only if need be
+            check_knobs(err, self, "attention")
         self.check_threads(self.device)
 
     def check_threads(self, device: str) -> None:
@@ -169,3 +177,13 @@ class EngineConfig:
         """Build a config from keywords; an unknown one is a TypeError with a suggestion."""
         check_known(owner, options, [f.name for f in fields(cls)])
         return cls(**options)
+
+
+def remote_code_forbidden(environment: Mapping[str, str] | None = None) -> bool:
+    """Whether the machine's owner forbids the code of checkpoints.
+
+    Raises:
+        ConfigError: the variable is neither true nor false.
+    """
+    text = (os.environ if environment is None else environment).get(CODE_VARIABLE)
+    return text is not None and not true_or_false(ConfigError, CODE_VARIABLE, text)

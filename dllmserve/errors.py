@@ -35,8 +35,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dllmserve.foreign import advice
-
 
 class DllmServeError(Exception):
     """Base class of all errors raised on purpose by dllmserve."""
@@ -44,152 +42,107 @@ class DllmServeError(Exception):
     code: str = "error"
     http_status: int = 500
 
+    def __init_subclass__(cls, *, code: str = "", http_status: int = 0) -> None:
+        super().__init_subclass__()
+        cls.code, cls.http_status = code or cls.code, http_status or cls.http_status
 
-class InvalidRequestError(DllmServeError, ValueError):
+
+class InvalidRequestError(DllmServeError, ValueError, code="invalid_request", http_status=400):
     """A request that no engine could run."""
 
-    code = "invalid_request"
-    http_status = 400
 
-
-class InvalidParameterError(InvalidRequestError):
+class InvalidParameterError(InvalidRequestError, code="invalid_parameter"):
     """A field of SamplingParams or SparseConfig has a wrong value or type."""
 
-    code = "invalid_parameter"
 
-
-class PromptError(InvalidRequestError):
+class PromptError(InvalidRequestError, code="invalid_prompt"):
     """The prompt is empty, of the wrong type, or has ids outside the vocabulary."""
 
-    code = "invalid_prompt"
 
-
-class ContextLengthError(InvalidRequestError):
+class ContextLengthError(InvalidRequestError, code="context_length_exceeded"):
     """Prompt plus gen_length is longer than max_model_len."""
 
-    code = "context_length_exceeded"
 
-
-class CapacityError(DllmServeError, ValueError):
+class CapacityError(DllmServeError, ValueError, code="capacity_exceeded", http_status=400):
     """A valid request that this engine, as configured, can never hold."""
 
-    code = "capacity_exceeded"
-    http_status = 400
 
-
-class UnknownOptionError(DllmServeError, TypeError):
+class UnknownOptionError(DllmServeError, TypeError, code="unknown_option", http_status=400):
     """A keyword argument that nothing reads."""
 
-    code = "unknown_option"
-    http_status = 400
 
-
-class ConfigError(DllmServeError, ValueError):
+class ConfigError(DllmServeError, ValueError, code="invalid_config"):
     """An engine option has a wrong value or type."""
 
-    code = "invalid_config"
 
-
-class ModelError(DllmServeError):
+class ModelError(DllmServeError, code="model_error"):
     """The model cannot be loaded."""
 
-    code = "model_error"
 
-
-class ModelNotFoundError(ModelError, FileNotFoundError):
+class ModelNotFoundError(ModelError, FileNotFoundError, code="model_not_found", http_status=404):
     """There is no model under that name or path."""
 
-    code = "model_not_found"
-    http_status = 404
 
-
-class UnsupportedModelError(ModelError, ValueError):
+class UnsupportedModelError(ModelError, ValueError, code="unsupported_model"):
     """The checkpoint's architecture or one of its options is not supported."""
 
-    code = "unsupported_model"
 
-
-class WeightsError(ModelError, ValueError):
+class WeightsError(ModelError, ValueError, code="invalid_weights"):
     """The checkpoint's tensors do not match its config.json."""
 
-    code = "invalid_weights"
 
-
-class TokenizerError(ModelError, ValueError):
+class TokenizerError(ModelError, ValueError, code="tokenizer_error"):
     """Text was given (or asked for) but the checkpoint has no usable tokenizer."""
 
-    code = "tokenizer_error"
 
-
-class OutOfMemoryError(DllmServeError, MemoryError):
+class OutOfMemoryError(DllmServeError, MemoryError, code="out_of_memory", http_status=503):
     """The device ran out of memory. The message says what to change."""
 
-    code = "out_of_memory"
-    http_status = 503
 
-
-class OverloadedError(DllmServeError, RuntimeError):
+class OverloadedError(DllmServeError, RuntimeError, code="overloaded", http_status=503):
     """The server takes no more work now; ``retry_after`` says in how many seconds it may."""
-
-    code = "overloaded"
-    http_status = 503
 
     def __init__(self, message: str, retry_after: int = 1) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-class QuotaError(OverloadedError):
+class QuotaError(OverloadedError, code="share_exceeded", http_status=429):
     """A caller has as much of the server as one may have; ``retry_after`` says when to try again.
 
     Others are still served. ``code`` says which limit it is: "share_exceeded" (room is left for
     others), "too_many_parallel_requests" or "rate_limit_exceeded".
     """
 
-    code = "share_exceeded"
-    http_status = 429
-
     def __init__(self, message: str, retry_after: int = 1, *, code: str = "share_exceeded") -> None:
         super().__init__(message, retry_after)
         self.code = code
 
 
-class DeadlineError(DllmServeError, TimeoutError):
+class DeadlineError(DllmServeError, TimeoutError, code="deadline_exceeded", http_status=504):
     """The request was not finished, or not even started, in the time it had."""
 
-    code = "deadline_exceeded"
-    http_status = 504
 
-
-class JobStoreError(DllmServeError, RuntimeError):
+class JobStoreError(DllmServeError, RuntimeError, code="job_store_error", http_status=503):
     """The store of jobs and results failed, by a full disk for instance; it may recover."""
 
-    code = "job_store_error"
-    http_status = 503
 
-
-class EngineError(DllmServeError, RuntimeError):
+class EngineError(DllmServeError, RuntimeError, code="engine_error"):
     """The engine itself failed; the request may be fine."""
 
-    code = "engine_error"
 
-
-class EngineStartError(EngineError):
+class EngineStartError(EngineError, code="engine_start_failed"):
     """The engine process could not be started, or did not get ready."""
 
-    code = "engine_start_failed"
 
-
-class EngineDiedError(EngineError):
+class EngineDiedError(EngineError, code="engine_died"):
     """The engine process died or hung while it ran the request, which was not run again.
 
     Either a part of the answer had been given out, or the engine died once more with it.
     """
 
-    code = "engine_died"
 
-
-class RankError(EngineError):
+class RankError(EngineError, code="rank_failed"):
     """A rank of an engine on several devices is gone; the engine is over.
 
     Attributes:
@@ -197,18 +150,13 @@ class RankError(EngineError):
         stopped: a signal had stopped it.
     """
 
-    code = "rank_failed"
-
     def __init__(self, message: str, killed: bool = False, stopped: bool = False) -> None:
         super().__init__(message)
         self.killed, self.stopped = killed, stopped
 
 
-class RequestAbortedError(EngineError):
+class RequestAbortedError(EngineError, code="request_aborted", http_status=503):
     """The request was dropped before it was finished."""
-
-    code = "request_aborted"
-    http_status = 503
 
 
 def error_named(name: str, message: str) -> DllmServeError:
@@ -226,6 +174,8 @@ def unknown_option(owner: str, name: str, known: Iterable[str]) -> UnknownOption
         >>> str(unknown_option("LLM", "max_len", ["max_model_len", "dtype"]))
         "LLM got an unknown option 'max_len'; did you mean 'max_model_len'?"
     """
+    from dllmserve.foreign import advice  # a large table, which nobody needs who makes no mistake
+
     names = sorted(known)
     hint = advice(name, names) or f"known options: {', '.join(names)}"
     return UnknownOptionError(f"{owner} got an unknown option {name!r}; {hint}")

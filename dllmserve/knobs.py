@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from dllmserve._checks import ErrorType, Fields
+from dllmserve._checks import ErrorType, check_bool, check_choice, check_float, check_int
 
 #: what a text may be: a fixed list, or one that other packages may add to
 Choices = Collection[str] | Callable[[], Collection[str]]
@@ -83,30 +83,35 @@ def types(kind: type[Any]) -> Mapping[str, tuple[type[Any], bool]]:
     return found
 
 
-def check_knobs(err: ErrorType, owner: Any) -> None:
-    """Check all fields of a dataclass that have no check of their own; plain values stay in them.
+def check_knobs(err: ErrorType, owner: Any, *names: str) -> None:
+    """Check fields of a dataclass; plain values stay in them.
 
     Args:
         err: what a wrong value raises.
         owner: the object, in its ``__post_init__``.
+        names: of the fields; by default all that have no check of their own.
     """
-    check, kind = Fields(err, owner), type(owner)
+    kind = type(owner)
     if kind not in _CHECKED:
         hints = types(kind)
-        _CHECKED[kind] = [(n, *hints[n], it) for n, it in knobs(kind).items() if not it.own_check]
-    for name, plain, optional, it in _CHECKED[kind]:
-        if optional and getattr(owner, name) is None:
+        _CHECKED[kind] = {n: (*hints[n], it) for n, it in knobs(kind).items()}
+    found = _CHECKED[kind]
+    for name in names or found:
+        plain, optional, it = found[name]
+        value = getattr(owner, name)
+        if (it.own_check and not names) or (optional and value is None):
             continue
         if plain is bool:
-            check.flag(name)
+            value = check_bool(err, name, value)
         elif plain is int:
             high = None if it.high is None else int(it.high)
-            check.integer(name, int(it.low or 0), high)
+            value = check_int(err, name, value, int(it.low or 0), high)
         elif plain is float:
-            check.number(name, it.low, it.high, low_open=it.low_open)
+            value = check_float(err, name, value, it.low, it.high, low_open=it.low_open)
         elif it.choices is not None:
-            check.choice(name, it.values())
+            value = check_choice(err, name, value, it.values())
+        object.__setattr__(owner, name, value)
 
 
-#: by class, what is checked of it: name, :func:`types`, knob. To find it takes longer than to check
-_CHECKED: dict[type[Any], list[tuple[str, type[Any], bool, Knob]]] = {}
+#: by class and name, what is checked: :func:`types`, knob. To find it takes longer than to check
+_CHECKED: dict[type[Any], dict[str, tuple[type[Any], bool, Knob]]] = {}

@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import asyncio as text_bars
 from tqdm.auto import tqdm
 
-from dllmserve._environment import refuse_torchrun
+from dllmserve._system import refuse_torchrun
+from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
@@ -21,7 +22,7 @@ from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.shared import SharedEngine
 from dllmserve.engine.start import build_engine
-from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.engine.tokenizer import Tokenizer, prompt_ids
 from dllmserve.errors import (
     ConfigError,
     InvalidParameterError,
@@ -29,11 +30,9 @@ from dllmserve.errors import (
     PromptError,
     TokenizerError,
 )
-from dllmserve.messages import template_messages
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep
 from dllmserve.sampling_params import SamplingParams, with_sparse
-from dllmserve.sparse.state import SparseConfig
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]
@@ -116,14 +115,10 @@ class LLM:
         self._shared.close()
 
     @property
-    def _own(self) -> SharedEngine:
+    def _engine(self) -> EngineCore:
         """The engine, if it can be used: not closed, nor in a forked process."""
         self._shared.check()
-        return self._shared
-
-    @property
-    def _engine(self) -> EngineCore:
-        return self._own.core
+        return self._shared.core
 
     @property
     def spec(self) -> ModelSpec:
@@ -148,7 +143,8 @@ class LLM:
         close() the engine, but not generate with it, and an error in it ends the requests of the
         step.
         """
-        return self._own.observed(callback)
+        self._shared.check()
+        return self._shared.observed(callback)
 
     def generate(
         self,
@@ -181,9 +177,8 @@ class LLM:
                 "prompts must be a list of texts or of token-id lists, "
                 f"got {type(prompts).__name__}"
             )
-        count = len(prompts)
-        params = _params(sampling_params, sparse_configs, count)
-        ids = [self._prompt_ids(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
+        params = _params(sampling_params, sparse_configs, len(prompts))
+        ids = [prompt_ids(self._tokenizer, p, f"prompts[{i}]") for i, p in enumerate(prompts)]
         return self._run(ids, params, use_tqdm)
 
     def chat(
@@ -207,11 +202,12 @@ class LLM:
             TokenizerError: the checkpoint has no chat template.
             PromptError: a conversation is none.
         """
+        from dllmserve.messages import conversations
+
         self._shared.check()
-        conversations = _conversations(messages)
-        count = len(conversations)
-        params = _params(sampling_params, sparse_configs, count)
-        ids = [self.chat_ids(c) for c in conversations]
+        read = conversations(messages)
+        params = _params(sampling_params, sparse_configs, len(read))
+        ids = [self._chat_ids(conversation) for conversation in read]
         return self._run(ids, params, use_tqdm)
 
     def stream(
@@ -226,10 +222,11 @@ class LLM:
         request. A reader that pauses while other threads generate may miss events, never
         the last one.
         """
-        engine = self._own  # a forked process hears of it before anything else is done
-        params = _params(sampling_params, sparse_config, 1, "sparse_config")
-        ids = [self._prompt_ids(prompt, "prompt")]
-        return _canvases(engine, self._requests(ids, params, watch=True))
+        self._shared.check()  # a forked process hears of it before anything else is done
+        (params,) = _params(sampling_params, sparse_config, 1, "sparse_config")
+        ids = prompt_ids(self._tokenizer, prompt, "prompt")
+        request = self._engine.make_request(ids, params, watch=True)
+        return _canvases(self._shared, request)
 
     def chat_ids(self, messages: Messages) -> list[int]:
         """Prompt ids of a conversation, rendered with the chat template.
@@ -238,25 +235,15 @@ class LLM:
             TokenizerError: no tokenizer or chat template, or it refuses the messages.
             PromptError: this is no conversation, see :mod:`dllmserve.messages`.
         """
-        tokenizer = self._engine.tokenizer
-        if tokenizer is None:
-            raise TokenizerError("the checkpoint has no tokenizer, so chat() cannot be used")
-        return tokenizer.encode_chat(template_messages(messages))
+        from dllmserve.messages import template_messages
 
-    def _prompt_ids(self, prompt: Any, name: str) -> list[int]:
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise TokenizerError(
-                    f"{name} is a text, but the checkpoint has no tokenizer: give token ids"
-                )
-            return self._tokenizer.encode(prompt)
-        if hasattr(prompt, "tolist"):  # a numpy array or a tensor
-            prompt = prompt.tolist()
-        if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
-            return list(prompt)
-        raise PromptError(
-            f"{name} must be a text or a list of token ids, got {type(prompt).__name__}"
-        )
+        self._shared.check()
+        return self._chat_ids(template_messages(messages))
+
+    def _chat_ids(self, conversation: list[dict[str, Any]]) -> list[int]:
+        if self._tokenizer is None:
+            raise TokenizerError("the checkpoint has no tokenizer, so chat() cannot be used")
+        return self._tokenizer.encode_chat(conversation)
 
     def _run(
         self,
@@ -265,13 +252,15 @@ class LLM:
         use_tqdm: bool,
     ) -> list[dict[str, Any]]:
         """Check all requests, then run them to the end."""
-        requests = self._requests(prompts, params)
-        engine = self._own
-        batch = engine.submit(requests)
-        shown = use_tqdm and bool(requests)
+        core, engine = self._engine, self._shared
+        pairs = zip(prompts, params, strict=True)
+        batch = engine.submit(
+            [core.make_request(*p, name=f"prompts[{i}]") for i, p in enumerate(pairs)]
+        )
+        shown = use_tqdm and bool(prompts)
         began, steps, committed = time.monotonic(), engine.steps, engine.committed
         try:
-            with _progress_bar(len(requests), shown) as bar:
+            with _progress_bar(len(prompts), shown) as bar:
                 for ticket in batch.tickets:
                     while engine.advance(ticket):
                         if not shown:
@@ -281,36 +270,17 @@ class LLM:
                         bar.set_postfix_str(
                             f"{engine.steps - steps} forwards, {speed:.0f} tokens/s", refresh=False
                         )
-                        bar.update(batch.tally.ended - bar.n)
-                bar.update(batch.tally.ended - bar.n)
-            return [output.as_dict() for output in batch.outputs]
+                        bar.update(batch.ended - bar.n)
+                bar.update(batch.ended - bar.n)
+            return [ticket.output.as_dict() for ticket in batch.tickets if ticket.output]
         finally:
             # after an error or Ctrl-C nothing of this call stays behind
             engine.drop(batch)
 
-    def _requests(
-        self,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-        *,
-        watch: bool = False,
-    ) -> list[Request]:
-        """Checked requests, not queued."""
-        core = self._engine
-        return [
-            core.make_request(
-                ids,
-                params[i],
-                watch=watch,
-                name="prompt" if watch else f"prompts[{i}]",
-            )
-            for i, ids in enumerate(prompts)
-        ]
 
-
-def _canvases(engine: SharedEngine, requests: list[Request]) -> Iterator[CanvasStep]:
-    """Run one request from the moment somebody looks, and give what is seen of it."""
-    batch = engine.submit(requests)
+def _canvases(engine: SharedEngine, request: Request) -> Iterator[CanvasStep]:
+    """Run a request from the moment somebody looks, and give what is seen of it."""
+    batch = engine.submit([request])
     (ticket,) = batch.tickets
     try:
         while (canvas := engine.canvas(ticket)) is not None:
@@ -363,14 +333,3 @@ def _one_each(
                 f"{name}[{place}] must be a {kind.__name__}, got {type(item).__name__}"
             )
     return list(given)
-
-
-def _conversations(messages: Any) -> list[Messages]:
-    """One conversation or several, checked, as chat templates read them."""
-    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
-        raise PromptError(f"messages must be a list of messages, got {type(messages).__name__}")
-    if not messages:
-        return []
-    if isinstance(messages[0], Mapping):
-        return [template_messages(messages)]
-    return [template_messages(m, f"conversation {place}") for place, m in enumerate(messages)]

@@ -45,6 +45,21 @@ def template_messages(messages: Any, name: str = "messages") -> list[dict[str, A
     return [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
 
 
+def conversations(messages: Any) -> list[list[dict[str, Any]]]:
+    """One conversation or a list of them, as chat templates read them.
+
+    Raises:
+        PromptError: one of them is none.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)):
+        raise PromptError(f"messages must be a list of messages, got {type(messages).__name__}")
+    if not messages:
+        return []
+    if isinstance(messages[0], Mapping):
+        return [template_messages(messages)]
+    return [template_messages(m, f"conversation {place}") for place, m in enumerate(messages)]
+
+
 def _message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise PromptError(

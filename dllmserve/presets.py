@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: longest answer and largest step count that a request may ask for
-MAX_GEN_LENGTH = 8192
-MAX_STEPS = 8192
+from dllmserve._values import MAX_STEPS
+
 #: what "exact" stands for besides its steps
 _EXACT: dict[str, Any] = {"unmask": "steps", "cache": "none", "block_length": 32}
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from dllmserve._checks import Fields, check_known
-from dllmserve._values import Kept, NotGiven, normal_bias, normal_stop, rank
+from dllmserve._checks import check_choice, check_float, check_known
+from dllmserve._values import (
+    MAX_GEN_LENGTH,
+    MAX_STEPS,
+    Kept,
+    NotGiven,
+    SparseConfig,
+    normal_bias,
+    normal_stop,
+    rank,
+)
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import check_knobs, columns, knob
-from dllmserve.presets import MAX_GEN_LENGTH, MAX_STEPS, PRESETS, preset
-from dllmserve.sparse.state import SparseConfig
 
 REMASKING = ("low_confidence", "random")
 CONFIDENCE = ("probability", "margin", "neg_entropy")
@@ -26,6 +33,12 @@ _REFRESH = ("refresh_delay", "refresh_every", "refresh_window")
 def cache_names() -> tuple[str, ...]:
     """What ``cache`` may be; sparse attention is chosen by a SparseConfig instead."""
     return tuple(name for name, info in CACHES.items() if info.named)
+
+
+def _qualities() -> tuple[str, ...]:
+    from dllmserve.presets import PRESETS  # which nobody needs who names no quality
+
+    return tuple(PRESETS)
 
 
 #: max_tokens and gen_length, as documented
@@ -257,7 +270,7 @@ class SamplingParams:
     quality: str | None = knob(
         None,
         "Preset of the decoding options; those that are given too keep their values.",
-        choices=tuple(PRESETS),
+        choices=_qualities,
         own_check=True,
     )
     sparse: SparseConfig | None = knob(None, "Sparse attention instead of a cache.", own_check=True)
@@ -286,7 +299,8 @@ class SamplingParams:
         self._check_values()
         object.__setattr__(self, "stop", normal_stop(self.stop))
         object.__setattr__(self, "logit_bias", normal_bias(self.logit_bias))
-        self._check_combinations()
+        if (why := next(self._refusals(), None)) is not None:
+            raise InvalidParameterError(why)
 
     def __deepcopy__(self, _: Any) -> SamplingParams:
         """Itself: nothing in it can be changed."""
@@ -323,10 +337,10 @@ class SamplingParams:
 
     def _settle_length(self) -> None:
         """Make one length of its two names: the one that was given, or changed, sets the other."""
-        check, pair = Fields(InvalidParameterError, self), ("max_tokens", "gen_length")
+        pair = ("max_tokens", "gen_length")
         ranks = {name: rank(getattr(self, name)) for name in pair}
         for name in (name for name in pair if ranks[name] == 2):
-            check.integer(name, 1, MAX_GEN_LENGTH)
+            check_knobs(InvalidParameterError, self, name)
         # neither does a list of all fields mean anything by the two defaults
         every = len(self.__dict__["_given"]) == len(fields(self))
         filler = self.__dict__["_filler"] or (every and self.gen_length == _DEFAULT_LENGTHS[1])
@@ -349,9 +363,9 @@ class SamplingParams:
         """Fill the fields that were not given from the preset."""
         if self.quality is None:
             return
-        check = Fields(InvalidParameterError, self)
-        check.choice("quality", tuple(PRESETS))
-        check.integer("block_length", 1, MAX_GEN_LENGTH, optional=True)
+        from dllmserve.presets import preset
+
+        check_knobs(InvalidParameterError, self, "quality", "block_length")
         given: frozenset[str] = self.__dict__["_given"]
         if "max_tokens" in given and rank(self.max_tokens):
             given |= {"gen_length"}
@@ -367,10 +381,10 @@ class SamplingParams:
                 object.__setattr__(self, name, value)
 
     def _check_values(self) -> None:
-        check = Fields(InvalidParameterError, self)
         check_knobs(InvalidParameterError, self)
         within = (None, None) if self.confidence == "neg_entropy" else (0.0, 1.0)
-        check.number("threshold", *within)
+        threshold = check_float(InvalidParameterError, "threshold", self.threshold, *within)
+        object.__setattr__(self, "threshold", threshold)
         if self.cache in CACHES and not CACHES[self.cache].named:
             raise InvalidParameterError(
                 "cache='sparse' is chosen by passing a SparseConfig: "
@@ -383,76 +397,64 @@ class SamplingParams:
             )
         if self.sparse is not None and not self.sparse.enabled:
             object.__setattr__(self, "sparse", None)
-        check.choice("cache", CACHES if self.cache in CACHES else cache_names())
+        known = CACHES if self.cache in CACHES else cache_names()
+        cache = check_choice(InvalidParameterError, "cache", self.cache, known)
+        object.__setattr__(self, "cache", cache)
 
-    def _check_combinations(self) -> None:
-        """Refuse what would have to be ignored silently."""
+    def _refusals(self) -> Iterator[str]:
+        """What would have to be ignored silently: why it is refused."""
+        rule, sparse, takes = self.unmask, self.sparse, CACHES[self.cache].takes
         for name, value in (("remasking", "random"), ("schedule", "dream")):
-            if getattr(self, name) == value and self.unmask != "steps":
-                raise InvalidParameterError(
-                    f"{name}={value!r} works with unmask='steps' only, got unmask={self.unmask!r}"
-                )
+            if getattr(self, name) == value and rule != "steps":
+                yield f"{name}={value!r} works with unmask='steps' only, got unmask={rule!r}"
         if self.confidence_eos_eot_inf and self.remasking == "random":
-            raise InvalidParameterError(
+            yield (
                 "confidence_eos_eot_inf=True changes confidences, which remasking='random' does "
                 "not read: leave one of them out"
             )
-        if self.sparse is not None and self.cache != "none":
-            raise InvalidParameterError(
+        if sparse is not None and self.cache != "none":
+            yield (
                 f"a SparseConfig and cache={self.cache!r} exclude each other: "
                 "use cache='none' with sparse attention, or no SparseConfig"
             )
-        if self.sparse is not None and self._revokes:
-            raise InvalidParameterError(
-                f"unmask={self.unmask!r} does not work with sparse attention, which keeps a part "
-                "of the canvas alone: leave the SparseConfig out"
+        if sparse is not None and self._revokes:
+            yield (
+                f"unmask={rule!r} does not work with sparse attention, which keeps a part of the "
+                "canvas alone: leave the SparseConfig out"
             )
-        self._check_confidence()
+        if self.confidence not in RULES[rule].confidence:
+            named = " or ".join(map(repr, RULES[rule].confidence))
+            yield f"unmask={rule!r} needs confidence={named}, got {self.confidence!r}"
+        compares = rule in ("threshold", "threshold_strict")
+        if compares and self.confidence == "neg_entropy" and self.threshold > 0:
+            yield (
+                "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "
+                f"(for example -0.1), got {self.threshold:g}"
+            )
         for name in _REFRESH:
-            if getattr(self, name) and name not in CACHES[self.cache].takes:
-                caches = [repr(n) for n, info in CACHES.items() if name in info.takes]
-                raise InvalidParameterError(
-                    f"{name}={getattr(self, name)} needs cache={' or '.join(caches)}, "
-                    f"got cache={self.cache!r}"
-                )
+            if getattr(self, name) and name not in takes:
+                caches = " or ".join(repr(n) for n, info in CACHES.items() if name in info.takes)
+                yield f"{name}={getattr(self, name)} needs cache={caches}, got cache={self.cache!r}"
         if self.early_end and self.ignore_eos:
-            raise InvalidParameterError(
+            yield (
                 "early_end=True and ignore_eos=True exclude each other: one stops at an end id, "
                 "the other goes on behind it"
             )
         if self._revokes:
-            self._check_revoking()
+            yield from self._refusals_of_revoking()
 
-    def _check_confidence(self) -> None:
-        rule, kind = self.unmask, self.confidence
-        allowed = RULES[rule].confidence
-        if kind not in allowed:
-            named = " or ".join(map(repr, allowed))
-            raise InvalidParameterError(f"unmask={rule!r} needs confidence={named}, got {kind!r}")
-        compares = rule in ("threshold", "threshold_strict")
-        if compares and kind == "neg_entropy" and self.threshold > 0:
-            raise InvalidParameterError(
-                "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "
-                f"(for example -0.1), got {self.threshold:g}"
-            )
-
-    def _check_revoking(self) -> None:
+    def _refusals_of_revoking(self) -> Iterator[str]:
         """A rule that masks positions again needs the K,V of the whole canvas at hand."""
+        rule = self.unmask
         if self.cfg_scale > 0:
-            raise InvalidParameterError(
-                f"unmask={self.unmask!r} works without guidance only, got "
-                f"cfg_scale={self.cfg_scale:g}"
-            )
+            yield f"unmask={rule!r} works without guidance only, got cfg_scale={self.cfg_scale:g}"
         if self.early_end:
-            raise InvalidParameterError(
-                f"early_end=True does not work with unmask={self.unmask!r}, which may take an end "
-                "id back"
+            yield (
+                f"early_end=True does not work with unmask={rule!r}, which may take an end id back"
             )
         if not CACHES[self.cache].whole:
             caches = " or ".join(repr(name) for name, info in CACHES.items() if info.whole)
-            raise InvalidParameterError(
-                f"unmask={self.unmask!r} works with cache={caches}, got {self.cache!r}"
-            )
+            yield f"unmask={rule!r} works with cache={caches}, got {self.cache!r}"
 
 
 def with_sparse(params: SamplingParams, sparse: SparseConfig | None) -> SamplingParams:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import dllmserve
-from dllmserve import _needs
+from dllmserve import _needs, _system
 from dllmserve._needs import install, missing
 from dllmserve.cli.main import main
 from dllmserve.errors import ConfigError
@@ -62,7 +62,7 @@ def test_a_package_that_is_missing() -> None:
 
 
 def test_windows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_needs, "sys", SimpleNamespace(platform="win32"))
+    monkeypatch.setattr(_system, "sys", SimpleNamespace(platform="win32"))
     with pytest.raises(ConfigError, match="runs on Linux or macOS"):
         _ = dllmserve.LLM
     assert main(["generate", "Hello"]) == 1

@@ -18,7 +18,7 @@ import torch
 from dllmserve.core.budget import GIB
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, StepPlan, Store
-from dllmserve.engine.memory import device_memory
+from dllmserve.engine.machine import device_memory
 from dllmserve.models.loader import outline
 from dllmserve.parallel.partition import Partition
 

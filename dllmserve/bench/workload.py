@@ -6,10 +6,10 @@ import random
 from dataclasses import dataclass
 
 from dllmserve._checks import check_int
+from dllmserve._values import SparseConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import ConfigError, ContextLengthError
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: a derived max_model_len is rounded up to this, so that small changes keep the engine's sizes
 LENGTH_STEP = 256

@@ -6,11 +6,11 @@ Source: Sparse-dLLM's delayed eviction; per-head selection from dLLM-Serve
 
 from __future__ import annotations
 
+from dllmserve._values import SparseConfig
 from dllmserve.cache.policy import shifted_start, whole_canvas
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, Store
 from dllmserve.core.request import Request
-from dllmserve.sparse.state import SparseConfig
 
 
 class SparseCache:

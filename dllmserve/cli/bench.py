@@ -208,8 +208,8 @@ class _Job:
             from dllmserve.bench.report import Report
             from dllmserve.bench.roofline import measure_ceilings
             from dllmserve.bench.run import Bench
+            from dllmserve.engine.machine import rank_threads, with_threads
             from dllmserve.engine.setup import plan_engine
-            from dllmserve.engine.threads import rank_threads, with_threads
             from dllmserve.llm import LLM
 
             config = self._fitting()

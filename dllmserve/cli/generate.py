@@ -34,9 +34,9 @@ from dllmserve.errors import TokenizerError
 from dllmserve.outputs import RequestOutput
 
 if TYPE_CHECKING:  # loads torch
+    from dllmserve._values import SparseConfig
     from dllmserve.llm import LLM
     from dllmserve.sampling_params import SamplingParams
-    from dllmserve.sparse.state import SparseConfig
 
 #: how prompts are decoded if nothing else is asked for
 DEFAULT_QUALITY = "balanced"

@@ -13,7 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 from rich.text import Text
 
-from dllmserve._needs import refuse_windows
+from dllmserve._system import refuse_windows
 from dllmserve.cli.exit_codes import INTERRUPTED
 
 _STDERR = 2

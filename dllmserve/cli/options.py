@@ -9,12 +9,12 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import knobs, types
 from dllmserve.presets import PRESETS, steps_for
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: Greedy and, without a quality, one token a step: the most careful decoding.
 DEFAULT_GEN_LENGTH = 64

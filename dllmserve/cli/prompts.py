@@ -9,9 +9,9 @@ from dataclasses import fields
 from typing import TextIO
 
 from dllmserve._checks import user_path
+from dllmserve._values import SparseConfig
 from dllmserve.errors import PromptError
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: What the embedded model was made for.
 DEMO_PROMPTS = (

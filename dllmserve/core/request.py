@@ -6,11 +6,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 
+from dllmserve._values import SparseConfig
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.canvas import Canvas, Range
 from dllmserve.core.schedule import block_quotas
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 
 class Status(Enum):

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
 
+from dllmserve._values import SparseConfig
 from dllmserve.catalog import CACHES, EDITS, RULES
 from dllmserve.core.canvas import Range
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.sampling_params import CONFIDENCE, FLOATS, SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: A larger k filters nothing, but would not fit the table.
 _MAX_TOP_K = 2**31 - 1

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dllmserve.decoding.noise import token_uniforms
-from dllmserve.decoding.transforms import filter_logits
 from dllmserve.parallel.group import join
 from dllmserve.parallel.vocab import VocabShard, best_of
 
@@ -133,6 +132,8 @@ def row_stats(
         top = shard.group.all_gather(z.amax(dim=-1)).amax(dim=0)[:, None].double()
         allowed = ((z.double() - top) / scale[:, None]).float()
         if filtered:
+            from dllmserve.decoding.transforms import filter_logits
+
             kept = filter_logits(allowed, params.top_p, params.top_k)
             allowed = _keep_runner_up(kept, allowed, mask_id)
         base = torch.where(params.tempered[:, None], allowed, z)

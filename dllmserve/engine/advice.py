@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,13 +10,8 @@ from typing import Any
 import torch
 
 from dllmserve.core.budget import MemoryBudget, size_text
-from dllmserve.engine.sizing import Sizing
+from dllmserve.engine.sizing import OOM_ADVICE, Sizing
 
-OOM_ADVICE = (
-    "reduce max_model_len, use sparse attention, enable tensor parallelism "
-    "(tensor_parallel_size), or lower max_num_seqs, max_num_batched_tokens, max_logit_rows or "
-    "max_history_rows"
-)
 #: Fewer rows would run the LM head in chunks too small to be worth the launch.
 _LEAST_LOGIT_ROWS = 16
 #: percent; the library itself needs the rest
@@ -88,9 +84,5 @@ def _ways(sizing: Sizing, memory: MemoryBudget, fits: Callable[[Sizing], bool]) 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
     """The largest number in ``low .. high - 1`` that fits, if a smaller one always fits better."""
-    if low >= high or not fits(low):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    too_large = bisect_left(range(low, high), True, key=lambda number: not fits(number))
+    return low + too_large - 1 if too_large else None

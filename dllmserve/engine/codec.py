@@ -1,16 +1,19 @@
-"""Codecs: text to ids and back with the tokenizers library, or with a tokenizer in Python."""
+"""Codecs: text to ids and back with the tokenizers library; which tokens control what is read."""
 
 from __future__ import annotations
 
-import threading
+import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from dllmserve.errors import PromptError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Fast
+
+#: roles of messages, as templates know them
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def valid_text(text: str) -> str:
@@ -26,32 +29,10 @@ def valid_text(text: str) -> str:
     return text
 
 
-class Codec(Protocol):
-    """What a tokenizer has to do; every method may be called by many threads at once."""
+class Codec:
+    """A tokenizer of the tokenizers library; every method may be called by many threads at once.
 
-    def encode(self, text: str, special: bool) -> list[int]:
-        """Ids of a text; ``special`` adds what the tokenizer puts around a plain prompt."""
-        ...
-
-    def encode_literally(self, text: str) -> list[int]:
-        """Ids of a text in which no added token is looked for."""
-        ...
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids, without special tokens."""
-        ...
-
-    def added_tokens(self) -> Mapping[int, AddedToken]:
-        """The tokens that are found in a text before anything else is done with it, by id."""
-        ...
-
-    def token_id(self, text: str) -> int | None:
-        """The id of a token, or None."""
-        ...
-
-
-class FastCodec:
-    """The tokenizers library. Nothing here changes the tokenizer, so threads can share it.
+    Nothing here changes the tokenizer, so threads can share it. A subclass is another kind.
 
     Args:
         fast: the tokenizer; padding and truncation are switched off.
@@ -68,11 +49,11 @@ class FastCodec:
         self._fast = fast
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """See Codec."""
+        """Ids of a text; ``special`` adds what the tokenizer puts around a plain prompt."""
         return list(self._fast.encode(text, add_special_tokens=special).ids)
 
     def encode_literally(self, text: str) -> list[int]:
-        """See Codec."""
+        """Ids of a text in which no added token is looked for."""
         fast = self._fast
         if fast.normalizer is not None:
             text = fast.normalizer.normalize_str(text)
@@ -82,62 +63,58 @@ class FastCodec:
         return [token.id for word in words for token in fast.model.tokenize(word)]
 
     def decode(self, ids: list[int]) -> str:
-        """See Codec."""
+        """Text of ids, without special tokens."""
         return str(self._fast.decode(ids, skip_special_tokens=True))
 
     def added_tokens(self) -> Mapping[int, AddedToken]:
-        """See Codec."""
+        """The tokens that are found in a text before anything else is done with it, by id."""
         found: Mapping[int, AddedToken] = self._fast.get_added_tokens_decoder()
         return found
 
     def token_id(self, text: str) -> int | None:
-        """See Codec."""
+        """The id of a token, or None."""
         found: int | None = self._fast.token_to_id(text)
         return found
 
 
-class PythonCodec:
-    """A tokenizer of transformers that is Python code, a checkpoint's own perhaps.
+class Controls:
+    """The control tokens of a tokenizer: its added tokens, whatever list names them.
 
-    Nobody says of such code that threads can share it.
+    Left out are added tokens that are ordinary text: blanks, and words and single characters that
+    are neither special nor written by a chat template.
+
+    Args:
+        codec: the tokenizer.
+        templates: the sources of its chat templates.
+
+    Attributes:
+        tokens: id and token, by the token's text.
+        pattern: finds one in a text.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._vocabulary: dict[str, int] = dict(tokenizer.get_vocab())
-        # a model may propose ids that only pad its LM head; Python tokenizers fail on them
-        self._known = frozenset(self._vocabulary.values())
-        self._lock = threading.Lock()
+    def __init__(self, codec: Codec, templates: Iterable[str]) -> None:
+        source = "\0".join((*templates, *ROLES)).casefold()
+        self.tokens = {
+            token.content: (id, token)
+            for id, token in codec.added_tokens().items()
+            if _is_control(token, source)
+        }
+        # the longest first, so that a token that contains another one is taken whole
+        longest = sorted(self.tokens, key=len, reverse=True)
+        self.pattern = re.compile("|".join(map(re.escape, longest)) or "(?!)")
 
-    def encode(self, text: str, special: bool) -> list[int]:
-        """See Codec."""
-        with self._lock:
-            return list(self._tokenizer.encode(text, add_special_tokens=special))
+    def first(self, text: str) -> int | None:
+        """Id of the first control token in a text, or None."""
+        found = self.pattern.search(text)
+        return None if found is None else self.tokens[found[0]][0]
 
-    def encode_literally(self, text: str) -> list[int]:
-        """See Codec."""
-        with self._lock:
-            return list(
-                self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-            )
 
-    def decode(self, ids: list[int]) -> str:
-        """See Codec."""
-        known = [i for i in ids if i in self._known]
-        with self._lock:
-            return str(self._tokenizer.decode(known, skip_special_tokens=True))
-
-    def added_tokens(self) -> Mapping[int, AddedToken]:
-        """See Codec."""
-        from tokenizers import AddedToken
-
-        found = dict(self._tokenizer.added_tokens_decoder)
-        for text in self._tokenizer.all_special_tokens:  # some classes keep theirs to themselves
-            place = self._vocabulary.get(text)
-            if place is not None and place not in found:
-                found[place] = AddedToken(text, special=True)
-        return found
-
-    def token_id(self, text: str) -> int | None:
-        """See Codec."""
-        return self._vocabulary.get(text)
+def _is_control(token: AddedToken, templates: str) -> bool:
+    text = token.content
+    if not text or text.isspace():
+        return False
+    if token.special:
+        return True
+    if len(text) == 1:
+        return not text.isalnum() and text in templates
+    return not text.isalnum() or text.casefold() in templates

@@ -14,10 +14,9 @@ from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
-from dllmserve.engine.advice import OOM_ADVICE
-from dllmserve.engine.text import AnswerText
-from dllmserve.engine.threads import with_threads
-from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.engine.machine import with_threads
+from dllmserve.engine.sizing import OOM_ADVICE
+from dllmserve.engine.tokenizer import AnswerText, Tokenizer
 from dllmserve.errors import OutOfMemoryError
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.runtime.platform import (

@@ -10,15 +10,22 @@ it does not know keep the marks, so they are safe.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
-from dllmserve.errors import TokenizerError
+from jinja2 import Environment, Template, nodes
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
 
-#: roles of messages, as templates know them
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+from dllmserve.engine.codec import ROLES, Codec, Controls, valid_text
+from dllmserve.engine.template import ChatTemplate
+from dllmserve.errors import PromptError, TokenizerError
 
+#: characters that a vocabulary may lack; normalizers drop some of them
+_RARE = "\U0010fffd\U0001f642\u65e5\u2603\u0e5b"
 _MARKS = range(0xD800, 0xE000)
 _ANY_MARK = re.compile("[\ud800-\udfff]")
 
@@ -232,3 +239,165 @@ for _name in ("strip", "lstrip", "rstrip"):
     setattr(MarkedText, _name, _stripped(_name))
 for _name in ("lower", "upper", "title", "capitalize", "swapcase", "casefold"):
     setattr(MarkedText, _name, _recased(_name))
+
+
+class _Joins(NodeTransformer):
+    """``a ~ b`` becomes ``[a, b] | join``, which is the same, and a filter."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
+        self.generic_visit(node)
+        items = nodes.List(node.nodes).set_lineno(node.lineno)
+        joined = nodes.Filter(items, "join", [], [], None, None)
+        joined.set_lineno(node.lineno)
+        return joined
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Whatever puts texts together gives a MarkedText if there are marks in the result."""
+
+    wrap: Callable[[Any], Any]
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return self.wrap(super().call(context, obj, *args, **kwargs))
+
+
+class MarkedTemplate(ChatTemplate):
+    """A chat template whose users' texts are marked; what it renders holds marks.
+
+    Args:
+        source, variables: as for :class:`ChatTemplate`.
+        marks: for the texts.
+
+    Raises:
+        TokenizerError: the template has errors.
+        PromptError: of ``render``: a text is no valid Unicode.
+    """
+
+    sandbox = _Sandbox
+
+    def __init__(self, source: str, variables: Mapping[str, str], marks: Marks) -> None:
+        self._marks = marks
+        super().__init__(source, variables)
+
+    def environment(self) -> Environment:
+        """See :class:`ChatTemplate`."""
+        marks, made = self._marks, super().environment()
+
+        def wrap(value: Any) -> Any:
+            return marks.wrap(value) if type(value) is str else value
+
+        def concat(parts: Iterable[str]) -> str:
+            return marks.wrap("".join(parts))
+
+        def wrapped(call: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(call)  # keeps what jinja2 says of its arguments
+            def result(*args: Any, **kwargs: Any) -> Any:
+                return wrap(call(*args, **kwargs))
+
+            return result
+
+        made.wrap = wrap  # type: ignore[attr-defined]
+        made.concat = concat  # type: ignore[method-assign]
+        made.filters = {name: wrapped(call) for name, call in made.filters.items()}
+        return made
+
+    def compiled(self, environment: Environment, source: str) -> Template:
+        """See :class:`ChatTemplate`."""
+        return environment.from_string(_Joins().visit(environment.parse(source)))
+
+    def json(self, value: Any, **options: Any) -> str:
+        """See :class:`ChatTemplate`."""
+        text = super().json(unmarked(value), **options)
+        return self._marks.mark(text) if _has_marks(value) else text
+
+    def text(self, text: str) -> str:
+        """See :class:`ChatTemplate`."""
+        return self._marks.mark(valid_text(text))
+
+    def role(self, role: str) -> str:
+        """See :class:`ChatTemplate`."""
+        return self._marks.mark_name(valid_text(role))
+
+    def plain(self, text: str) -> str:
+        """See :class:`ChatTemplate`."""
+        return self._marks.plain(text)
+
+
+def _has_marks(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(_has_marks(item) for pair in value.items() for item in pair)
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_marks, value))
+    return isinstance(value, MarkedText)
+
+
+class LiteralPrompts:
+    """Prompts in which only the template writes control tokens.
+
+    Args:
+        codec: the tokenizer.
+        controls: its control tokens.
+
+    Attributes:
+        marks: for the texts of users while a template is rendered.
+    """
+
+    def __init__(self, codec: Codec, controls: Controls) -> None:
+        self._codec, self._tokens, self._pattern = codec, controls.tokens, controls.pattern
+        # characters that the vocabulary lacks may all become one of them, such as <unk>
+        unknown = [id for character in _RARE for id in codec.encode_literally(character)]
+        self._ids = frozenset(id for id, _ in self._tokens.values()).difference(unknown)
+        self._whole_words = any(token.single_word for _, token in self._tokens.values())
+        self.marks = Marks(self._tokens)
+
+    def encode(self, marked: str) -> list[int]:
+        """Ids of a rendered prompt, in which control tokens that hold marks are ordinary text.
+
+        Raises:
+            PromptError: a character that the tokenizer can read as a control token only.
+        """
+        text = self.marks.plain(marked)
+        written = list(self._pattern.finditer(marked))
+        places = [match.span() for match in written]
+        # a token that must stand alone could be hidden by a letter beside it
+        if not self._whole_words and places == [m.span() for m in self._pattern.finditer(text)]:
+            ids = self._codec.encode(text, False)
+            # the tokenizer may read a control token into other characters
+            if self._among(ids) == self._among([self._tokens[m[0]][0] for m in written]):
+                return ids
+        return list(self._pieces(text, written))
+
+    def _pieces(self, text: str, written: list[re.Match[str]]) -> Iterator[int]:
+        """The template's control tokens, and what is in between by itself."""
+        place, strips = 0, False
+        for match in written:
+            id, token = self._tokens[match[0]]
+            between = text[place : match.start()]
+            between = between.lstrip() if strips else between
+            yield from self._ordinary(between.rstrip() if token.lstrip else between)
+            yield id
+            place, strips = match.end(), token.rstrip
+        rest = text[place:]
+        yield from self._ordinary(rest.lstrip() if strips else rest)
+
+    def _ordinary(self, text: str) -> list[int]:
+        """Ids of a text that is to hold no control token."""
+        if not text:
+            return []
+        ids = self._codec.encode(text, False)
+        return self._literal(text) if self._among(ids) else ids
+
+    def _literal(self, text: str) -> list[int]:
+        ids = self._codec.encode_literally(text)
+        if not self._among(ids):
+            return ids
+        if len(text) == 1:
+            raise PromptError(
+                f"the messages hold {text!r}, which this tokenizer can read as a special token only"
+            )
+        # the vocabulary itself holds the token: halves of a text do not hold it whole
+        middle = len(text) // 2
+        return self._literal(text[:middle]) + self._literal(text[middle:])
+
+    def _among(self, ids: list[int]) -> list[int]:
+        return [id for id in ids if id in self._ids]

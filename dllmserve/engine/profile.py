@@ -9,17 +9,16 @@ from dataclasses import replace
 
 import torch
 
+from dllmserve._values import MAX_GEN_LENGTH, SparseConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.canvas import answer_canvas
 from dllmserve.core.limits import Limits
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Store
 from dllmserve.core.request import Request
 from dllmserve.core.rows import row_inits
-from dllmserve.engine.memory import device_memory
-from dllmserve.presets import MAX_GEN_LENGTH
+from dllmserve.engine.machine import device_memory
 from dllmserve.runtime.runner import MAX_GRAPH_TOKENS, ModelRunner
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: The rows of the measurement have no pages, so they use the trash page: what they read does not
 #: matter.

@@ -16,18 +16,16 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.budget import NO_LIMIT, MemoryBudget
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.engine.advice import OOM_ADVICE
-from dllmserve.engine.choices import (
+from dllmserve.engine.machine import (
+    checked_plan,
     choose_attention,
     choose_device,
     choose_dtype,
     choose_kernels,
+    plan_memory,
 )
-from dllmserve.engine.ends import with_ends
-from dllmserve.engine.memory import checked_plan, plan_memory
-from dllmserve.engine.profile import PROFILE_PAGES, measure
-from dllmserve.engine.sizing import Sizing
-from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
+from dllmserve.engine.sizing import OOM_ADVICE, Sizing
+from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, with_ends
 from dllmserve.errors import ConfigError, DllmServeError, OutOfMemoryError
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
@@ -35,7 +33,6 @@ from dllmserve.models.loader import (
     count_weights,
     find_model,
     load_decoder,
-    random_decoder,
     read_config,
     read_spec,
 )
@@ -92,7 +89,7 @@ class EnginePlan:
     @property
     def devices(self) -> str:
         """Device, or devices of all ranks, for people."""
-        ranks, device = self.partition.size, self.device
+        ranks, device = self.partition.group.size, self.device
         if ranks == 1:
             return str(device)
         if device.index is None:
@@ -182,7 +179,7 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
     device = choose_device(options.device, rank, ranks)
     options.check_threads(str(device))
     dtype = choose_dtype(options.dtype, spec, device)
-    partition = Partition(spec, rank, ranks, exact=dtype == torch.float32)
+    partition = Partition(spec, Group(rank, ranks), exact=dtype == torch.float32)
     attention = choose_attention(options.attention, partition.local, device)
     kernels = choose_kernels(options.kernels, device)
     max_len = options.max_model_len or spec.max_model_len
@@ -269,12 +266,14 @@ def _build_runner(plan: EnginePlan, group: Group, ready: Callable[[], None]) -> 
         "device": plan.device,
         "max_len": plan.limits.max_model_len,
         "kernels": plan.kernels,
-        "group": group,
     }
+    partition = replace(plan.partition, group=group)  # which is connected now
     if plan.sizing.options.load_format == "dummy":
-        decoder = random_decoder(plan.partition, **sizes)
+        from dllmserve.models.random import random_decoder
+
+        decoder = random_decoder(partition, **sizes)
     else:
-        decoder = load_decoder(plan.directory, plan.partition, **sizes)
+        decoder = load_decoder(plan.directory, partition, **sizes)
     ready()
     parts = RunnerParts.create(plan, decoder)
     if plan.device.type == "cuda":
@@ -292,6 +291,8 @@ def measured_plan(plan: EnginePlan, parts: RunnerParts) -> EnginePlan:
     Raises:
         OutOfMemoryError: it does not fit; the message says which option to change.
     """
+    from dllmserve.engine.profile import PROFILE_PAGES, measure
+
     limits = plan.limits
     runner = parts.runner(PROFILE_PAGES)
     bare = measure(runner, limits, plan.memory, max_graphs=plan.sizing.options.max_graphs)

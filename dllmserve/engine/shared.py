@@ -12,9 +12,8 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from dllmserve._forks import refuse_fork
+from dllmserve._system import refuse_fork
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore
@@ -39,34 +38,22 @@ class Ticket:
         canvases: of a watched request, those that nobody has taken yet.
     """
 
-    def __init__(self, request: Request, tally: Tally) -> None:
+    def __init__(self, request: Request, batch: Batch) -> None:
         self.request = request
         self.output: RequestOutput | None = None
         self.error: BaseException | None = None
         self.canvases: deque[CanvasStep] = deque(maxlen=_KEPT_CANVASES)
-        self._tally = tally
-
-    @property
-    def ended(self) -> bool:
-        """Whether it has an output or an error."""
-        return self.output is not None or self.error is not None
+        self._batch = batch
 
     def end(self, result: RequestOutput | BaseException) -> None:
         """Set output or error; the first one counts."""
-        if self.ended:
+        if self.output is not None or self.error is not None:
             return
         if isinstance(result, RequestOutput):
             self.output = result
         else:
             self.error = result
-        self._tally.ended += 1
-
-
-@dataclass
-class Tally:
-    """How many requests of a call have ended."""
-
-    ended: int = 0
+        self._batch.ended += 1
 
 
 class Batch:
@@ -74,17 +61,12 @@ class Batch:
 
     Attributes:
         tickets: in the order of the requests.
-        tally: counts those that have ended.
+        ended: how many of them have ended.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self.tally = Tally()
-        self.tickets = [Ticket(request, self.tally) for request in requests]
-
-    @property
-    def outputs(self) -> list[RequestOutput]:
-        """What the requests have given; one for each when all have ended well."""
-        return [ticket.output for ticket in self.tickets if ticket.output is not None]
+        self.ended = 0
+        self.tickets = [Ticket(request, self) for request in requests]
 
 
 class SharedEngine:

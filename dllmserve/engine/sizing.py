@@ -6,11 +6,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.edits import EditSizes, edit_bytes
+
+#: in general; :mod:`dllmserve.engine.advice` says which of these, and to what
+OOM_ADVICE = (
+    "reduce max_model_len, use sparse attention, enable tensor parallelism "
+    "(tensor_parallel_size), or lower max_num_seqs, max_num_batched_tokens, max_logit_rows or "
+    "max_history_rows"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

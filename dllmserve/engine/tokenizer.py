@@ -1,4 +1,4 @@
-"""Tokenizer: text to ids and back, and chat templates.
+"""Tokenizer: text to ids and back, chat templates, and where answers end.
 
 tokenizer.json is read with the ``tokenizers`` library, which loads in milliseconds;
 anything else goes through transformers.
@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dllmserve._environment import remote_code_forbidden
-from dllmserve.engine.codec import Codec, FastCodec, valid_text
-from dllmserve.engine.controls import Controls
+from dllmserve.config import remote_code_forbidden
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.engine.codec import Codec, Controls, valid_text
 from dllmserve.engine.token_files import DEFAULT, TokenFiles, read_token_files
-from dllmserve.errors import TokenizerError
+from dllmserve.errors import PromptError, TokenizerError
 from dllmserve.models.files import NotText, read_bytes
 
 if TYPE_CHECKING:
+    from dllmserve.engine.marked import LiteralPrompts, MarkedTemplate
     from dllmserve.engine.template import ChatTemplate
 
 _log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class Tokenizer:
         self._templates = dict(templates)
         self._names = dict(names)
         self._compiled: dict[str, ChatTemplate] = {}
+        self._marked: dict[str, MarkedTemplate] = {}
 
     @property
     def chat_template(self) -> str | None:
@@ -104,8 +108,13 @@ class Tokenizer:
         if not literal_contents:
             # the template writes the special tokens itself
             return self.encode(self.render_chat(messages, tools=tools), special=False)
-        template = self._template(tools)
-        return self._controls.encode(template.render(messages, tools=tools, marked=True))
+        name = self._template_name(tools)
+        if name not in self._marked:
+            from dllmserve.engine.marked import MarkedTemplate
+
+            source, marks = self._templates[name], self._literal.marks
+            self._marked[name] = MarkedTemplate(source, self._names, marks)
+        return self._literal.encode(self._marked[name].render(messages, tools=tools))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
@@ -123,7 +132,12 @@ class Tokenizer:
         Raises:
             TokenizerError: no chat template, or the template refuses the messages.
         """
-        return self._template(tools).render(
+        name = self._template_name(tools)
+        if name not in self._compiled:  # to compile it takes much longer than to render it
+            from dllmserve.engine.template import ChatTemplate
+
+            self._compiled[name] = ChatTemplate(self._templates[name], self._names)
+        return self._compiled[name].render(
             messages, tools=tools, add_generation_prompt=add_generation_prompt
         )
 
@@ -172,15 +186,22 @@ class Tokenizer:
 
     def warm_up(self) -> None:
         """Import and compile what chats need, which a server must not do under load."""
-        with suppress(TokenizerError):
-            self.encode_chat([{"role": "user", "content": "<Hello>"}], literal_contents=True)
+        for literal in (False, True):
+            with suppress(TokenizerError):
+                self.encode_chat([{"role": "user", "content": "<Hello>"}], literal_contents=literal)
 
     @cached_property
     def _controls(self) -> Controls:
         return Controls(self._codec, self._templates.values())
 
-    def _template(self, tools: object = None) -> ChatTemplate:
-        """The chat template; to compile it takes much longer than to render it."""
+    @cached_property
+    def _literal(self) -> LiteralPrompts:
+        from dllmserve.engine.marked import LiteralPrompts
+
+        return LiteralPrompts(self._codec, self._controls)
+
+    def _template_name(self, tools: object = None) -> str:
+        """The name of the chat template."""
         name = _TOOL_USE if tools is not None and _TOOL_USE in self._templates else DEFAULT
         if name not in self._templates:
             others = ", ".join(sorted(self._templates))
@@ -188,13 +209,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"the checkpoint {has or 'has no chat template'}; use generate() instead"
             )
-        if name not in self._compiled:
-            from dllmserve.engine.template import ChatTemplate
-
-            self._compiled[name] = ChatTemplate(
-                self._templates[name], self._names, self._controls.marks
-            )
-        return self._compiled[name]
+        return name
 
 
 def _as_parts(text: str) -> list[dict[str, str]]:
@@ -229,12 +244,96 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Token
     return Tokenizer(codec, files.templates, names)
 
 
-def _fast_codec(path: Path, files: TokenFiles) -> FastCodec:
+def _fast_codec(path: Path, files: TokenFiles) -> Codec:
     from tokenizers import Tokenizer as Fast
 
     try:
-        return FastCodec(Fast.from_buffer(read_bytes(path)), files.added)
+        return Codec(Fast.from_buffer(read_bytes(path)), files.added)
     except NotText as error:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # the library raises bare Exception
         raise TokenizerError(f"{path} cannot be read: {error}") from error
+
+
+def with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
+    """The spec with every id that ends an answer.
+
+    These are the end ids of config.json and generation_config.json, the tokenizer's
+    eos_token, and the control token that the chat template writes behind an answer. That
+    last one ends a turn; it is in ``turn_end_ids`` as well unless nothing else ends a text.
+    Ids that no answer can hold are left out: the mask, and those without an embedding.
+    """
+    named = list(spec.eos_ids)
+    turn = None
+    if tokenizer is not None:
+        own, turn = tokenizer.end_id, tokenizer.turn_end()
+        named += [id for id in (own, turn) if id is not None]
+    ends = tuple(id for id in dict.fromkeys(named) if _possible(id, spec))
+    turns = (turn,) if turn in ends and len(ends) > 1 else ()
+    return replace(spec, eos_ids=ends, turn_end_ids=tuple(id for id in turns if id is not None))
+
+
+def _possible(id: int, spec: ModelSpec) -> bool:
+    if 0 <= id < spec.embedding_size and id != spec.mask_id:
+        return True
+    what = "the mask" if id == spec.mask_id else f"outside the {spec.embedding_size} embeddings"
+    _log.warning("end id %d is left out: it is %s", id, what)
+    return False
+
+
+class AnswerText:
+    """Decodes answers; without a tokenizer every text is empty."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+
+    def read(self, ids: list[int], stops: Sequence[str]) -> tuple[str, int, bool]:
+        """Decode an answer and cut it before the first stop string.
+
+        Returns:
+            The text, how many ids belong to it (up to the one that completes the stop
+            string), and whether a stop string was found.
+        """
+        if self._tokenizer is None:
+            return "", len(ids), False
+        decode = self._tokenizer.decode
+        text = decode(ids)
+        cut = _first(text, stops)
+        if cut is None:
+            return text, len(ids), False
+
+        def complete(count: int) -> bool:
+            return _first(decode(ids[:count]), stops) is not None
+
+        return text[:cut], 1 + bisect_left(range(1, len(ids)), True, key=complete), True
+
+
+def _first(text: str, stops: Sequence[str]) -> int | None:
+    """Index of the earliest stop string in the text, or None."""
+    found = [place for place in (text.find(s) for s in stops) if place >= 0]
+    return min(found) if found else None
+
+
+def prompt_ids(tokenizer: Tokenizer | None, prompt: Any, name: str) -> list[int]:
+    """Token ids of a prompt: a text, or ids in any kind of sequence, array or tensor.
+
+    Args:
+        tokenizer: the checkpoint's, or None.
+        prompt: as somebody gave it.
+        name: what errors call it.
+
+    Raises:
+        TokenizerError: a text, but the checkpoint has no tokenizer.
+        PromptError: neither text nor ids, or no valid Unicode text.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise TokenizerError(
+                f"{name} is a text, but the checkpoint has no tokenizer: give token ids"
+            )
+        return tokenizer.encode(prompt)
+    if hasattr(prompt, "tolist"):  # a numpy array or a tensor
+        prompt = prompt.tolist()
+    if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+        return list(prompt)
+    raise PromptError(f"{name} must be a text or a list of token ids, got {type(prompt).__name__}")

@@ -23,7 +23,6 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore, StepEvents
-from dllmserve.engine.follower import follow, load_rank
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.start import build_engine
 from dllmserve.errors import DllmServeError, RankError
@@ -223,6 +222,8 @@ def last_words(channel: Channel) -> Iterator[None]:
 
 def be_rank(join: Join, channel: Channel) -> NoReturn:
     """Load a rank and follow rank 0 until it says stop, or is gone."""
+    from dllmserve.engine.ranks import follow, load_rank  # an engine needs none of it
+
     beat(channel)
     with suppress(ChannelClosed), last_words(channel):
         follow(load_rank(join, channel), channel)

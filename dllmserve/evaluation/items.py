@@ -12,9 +12,9 @@ from typing import Any
 
 import dllmserve.assets
 from dllmserve._checks import check_choice, check_int, user_path
+from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.errors import ConfigError, DllmServeError
 from dllmserve.evaluation.judge import MATCHES, SCORER, check_answer, judge
-from dllmserve.presets import MAX_GEN_LENGTH
 
 HELD_OUT = Path(dllmserve.assets.__file__).parent / "tiny" / "heldout.jsonl.gz"
 #: of a line of a data file

@@ -11,11 +11,11 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dllmserve._checks import check_choice, check_int, check_known, user_path
+from dllmserve._values import SparseConfig
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
 from dllmserve.evaluation.suites import SPARSE, SUITES, TOKENS_PER_STEP
 from dllmserve.presets import steps_for
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: what a setting has unless it says otherwise, as on the rest of the command line
 DEFAULT_GEN_LENGTH = 64

@@ -1,4 +1,4 @@
-"""LayerOps: what a decoder layer computes besides attention, in torch, and in Triton."""
+"""LayerOps: what a decoder layer computes besides attention."""
 
 from __future__ import annotations
 
@@ -48,16 +48,20 @@ def silu(x: Tensor) -> Tensor:
     return torch.div(x, below, out=below)
 
 
-class Rotary:
-    """Rotary position embedding, half-split layout: the first half rotates with the second.
+class LayerOps:
+    """The operations of a decoder layer, apart from attention: plain torch, on any device.
 
-    It has cos and sin tables in float32 for positions ``0 .. max_len - 1``.
+    Arguments may be overwritten where a method says so; what it returns counts. Products are the
+    library's: the last bits of a row may depend on how many rows are in the call. The rest does
+    not depend on them in float32.
+
+    Rotary position embedding has the half-split layout: the first half of a head rotates with the
+    second. Its cos and sin tables are float32, for positions ``0 .. max_len - 1``.
 
     Example:
-        >>> rotary = Rotary(head_dim=64, theta=1e4, max_len=128, device=torch.device("cpu"))
-        >>> q = torch.zeros(3, 2, 64)
-        >>> cos, sin = rotary.at(torch.tensor([0, 1, 2]))
-        >>> rotary.rotate(q, cos, sin).shape
+        >>> ops = LayerOps(head_dim=64, theta=1e4, max_len=128, device=torch.device("cpu"))
+        >>> angles = ops.at(torch.tensor([0, 1, 2]))
+        >>> ops.rotate(torch.zeros(3, 5, 64), 2, angles).shape
         torch.Size([3, 2, 64])
     """
 
@@ -66,34 +70,6 @@ class Rotary:
         inv_freq = 1.0 / (theta**exponents)  # [D/2]
         angles = torch.outer(torch.arange(max_len, dtype=torch.float32, device=device), inv_freq)
         self.tables = angles.cos(), angles.sin()  # [max_len, D/2] float32 each
-
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows of the tables for ``positions`` [N] int64: two tensors [N, 1, D/2]."""
-        cos, sin = self.tables
-        return cos[positions][:, None, :], sin[positions][:, None, :]
-
-    @staticmethod
-    def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate ``x`` [N, H, D] in float32 and cast back to its dtype."""
-        half = x.shape[-1] // 2
-        first, second = x[..., :half].float(), x[..., half:].float()
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.to(x.dtype)
-
-
-class LayerOps:
-    """The operations of a decoder layer, apart from attention: plain torch, on any device.
-
-    Arguments may be overwritten where a method says so; what it returns counts. Products are the
-    library's: the last bits of a row may depend on how many rows are in the call. The rest does
-    not depend on them in float32.
-
-    Example:
-        ``ops = LayerOps(Rotary(64, 1e4, 128, device))``
-    """
-
-    def __init__(self, rotary: Rotary) -> None:
-        self._rotary = rotary
 
     def add_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
@@ -107,15 +83,18 @@ class LayerOps:
 
     def at(self, positions: Tensor) -> Angles:
         """Once per forward: what ``rotate`` needs of positions [N] int64."""
-        return self._rotary.at(positions)  # cos and sin, [N, 1, D/2] each
+        cos, sin = self.tables
+        return cos[positions][:, None, :], sin[positions][:, None, :]  # [N, 1, D/2] each
 
     def rotate(self, heads: Tensor, count: int, angles: Angles) -> Tensor:
-        """The first ``count`` of heads [N, H, D] rotated: [N, count, D].
+        """The first ``count`` of heads [N, H, D] rotated, in float32: [N, count, D].
 
         ``heads`` may be rotated in place.
         """
         cos, sin = angles
-        return self._rotary.rotate(heads[:, :count], cos, sin)
+        first, second = heads[:, :count].float().chunk(2, dim=-1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        return turned.to(heads.dtype)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """``silu(gate) * up`` of [N, 2m] -> [N, m]. The argument may be overwritten."""
@@ -124,55 +103,4 @@ class LayerOps:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: [N, d] -> [N, out]."""
-        return F.linear(x, weight, bias)
-
-
-class TritonOps(LayerOps):
-    """Triton kernels, on CUDA or under Triton's interpreter; see :class:`LayerOps`.
-
-    In float32 a row's result does not depend, bit for bit, on the other rows of the call:
-    ``linear`` is a kernel with a fixed order of summation. In other dtypes it is torch's.
-
-    Example:
-        ``ops = TritonOps(Rotary(64, 1e4, 128, device))``
-    """
-
-    def __init__(self, rotary: Rotary) -> None:
-        # loads triton, so only where kernels are used
-        from dllmserve.kernels.activation import silu_mul
-        from dllmserve.kernels.linear import invariant_linear
-        from dllmserve.kernels.norm import add_rms_norm
-        from dllmserve.kernels.rotary import rotate_
-
-        super().__init__(rotary)
-        self._tables = rotary.tables
-        self._add_norm = add_rms_norm
-        self._silu_mul = silu_mul
-        self._linear = invariant_linear
-        self._rotate = rotate_
-
-    def add_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """See :class:`LayerOps`; the sum is written into ``residual``."""
-        return self._add_norm(x, residual, weight, eps)
-
-    def at(self, positions: Tensor) -> Angles:
-        """The positions: the kernel reads the tables itself."""
-        return (positions,)
-
-    def rotate(self, heads: Tensor, count: int, angles: Angles) -> Tensor:
-        """See :class:`LayerOps`; in place."""
-        cos, sin = self._tables
-        self._rotate(heads, cos, sin, angles[0], count)
-        return heads[:, :count]
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See :class:`LayerOps`."""
-        return self._silu_mul(gate_up)
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """See :class:`LayerOps`."""
-        if x.dtype == torch.float32:
-            return self._linear(x, weight, bias)
         return F.linear(x, weight, bias)

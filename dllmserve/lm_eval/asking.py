@@ -8,13 +8,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dllmserve._checks import check_known
-from dllmserve._values import MAX_STOP_STRINGS
+from dllmserve._values import MAX_STOP_STRINGS, SparseConfig
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, InvalidParameterError
 from dllmserve.evaluation.settings import SAMPLING_FIELDS, SPARSE_FIELDS, Setting, make_setting
 from dllmserve.evaluation.suites import SPARSE, TOKENS_PER_STEP
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: lm-eval's own default for tasks that do not say how long an answer is
 DEFAULT_GEN_LENGTH = 256

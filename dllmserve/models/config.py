@@ -1,8 +1,8 @@
-"""Reading config.json: fields that must be there, options that are refused, ids, angles."""
+"""Reading config.json: fields that must be there, options that are refused, ids, angles, ..."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dllmserve.errors import UnsupportedModelError
@@ -33,7 +33,7 @@ def refuse(config: Mapping[str, Any], architecture: str, allowed: Mapping[str, A
 def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     """eos_token_id as a tuple (it may be one id, a list or absent).
 
-    Those of the tokenizer and its chat template come later: see :mod:`dllmserve.engine.ends`.
+    Those of the tokenizer and its chat template come later: see :mod:`dllmserve.engine.tokenizer`.
     """
     value = config.get("eos_token_id")
     ids = [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
@@ -77,3 +77,25 @@ def _check_rope(field: str, given: Mapping[str, Any], config: Mapping[str, Any])
             f"{field} with rope_type={kind!r} is not supported (only 'default', or a factor of 1 "
             f"that changes nothing), got {dict(given)!r}"
         )
+
+
+def quantization(config: Mapping[str, Any]) -> str | None:
+    """The name of the quantization that config.json speaks of, or None."""
+    for field in ("quantization_config", "quantization", "compression_config"):
+        given = config.get(field)
+        if not isinstance(given, dict) or not given:
+            continue
+        bits = next(_bits(given), None)
+        # transformers writes quant_method; MLX has no more than bits and group_size
+        name = given.get("quant_method") or ("MLX" if field == "quantization" else "unknown method")
+        return f"{name}, {bits} bits" if bits is not None else str(name)
+    return None
+
+
+def _bits(settings: dict[str, Any]) -> Iterator[int]:
+    if isinstance(settings.get("bits"), int):
+        yield settings["bits"]
+    if settings.get("load_in_4bit"):
+        yield 4
+    if settings.get("load_in_8bit"):
+        yield 8

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.layers.modules import Attention, AttentionContext, Embedding, Head, RMSNorm
-from dllmserve.layers.weight import Build
+from dllmserve.layers.modules import Attention, AttentionContext, Build, Embedding, Head, RMSNorm
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Any
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import UnsupportedModelError
-from dllmserve.layers.modules import Attention, Embedding, Head, Mlp, RMSNorm
-from dllmserve.layers.weight import Build
+from dllmserve.layers.modules import Attention, Build, Embedding, Head, Mlp, RMSNorm
 from dllmserve.models.config import eos_ids, need, refuse, rope_theta
 from dllmserve.models.decoder import Block, Decoder
 

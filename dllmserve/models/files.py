@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dllmserve._checks import is_broken_link
 from dllmserve.errors import DllmServeError, WeightsError
-from dllmserve.models.foreign import explain, is_broken_link
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -24,33 +24,26 @@ class NotText(ValueError):
 
 
 def has_mark(path: Path) -> bool:
-    """Whether a text begins with UTF-8's byte order mark.
+    """Whether a file begins with UTF-8's byte order mark.
 
     Raises:
         NotText: it is a git-lfs pointer, or cannot be read.
     """
     try:
         with path.open("rb") as file:
-            start = file.read(len(_LFS))
+            return _checked(path, file.read(len(_LFS))).startswith(_UTF8_MARK)
     except OSError as error:
         raise NotText(f"{path} cannot be read: {error.strerror or error}") from error
-    if start == _LFS:
-        raise NotText(lfs_advice(path))
-    return start.startswith(_UTF8_MARK)
 
 
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether git-lfs left its note of some 130 bytes where the file belongs."""
-    with path.open("rb") as file:
-        return file.read(len(_LFS)) == _LFS
-
-
-def lfs_advice(path: Path) -> str:
-    """What to say of a git-lfs pointer."""
-    return (
-        f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull' in {path.parent}, "
-        "or download the file again"
-    )
+def _checked(path: Path, data: bytes) -> bytes:
+    """The bytes that a file begins with, if they are not the note that git-lfs leaves."""
+    if data.startswith(_LFS):
+        raise NotText(
+            f"{path} is a git-lfs pointer, not the file itself: run 'git lfs pull' in "
+            f"{path.parent}, or download the file again"
+        )
+    return data
 
 
 def read_bytes(path: Path) -> bytes:
@@ -60,11 +53,9 @@ def read_bytes(path: Path) -> bytes:
         NotText: it is a git-lfs pointer or UTF-16, or cannot be read.
     """
     try:
-        data = path.read_bytes()
+        data = _checked(path, path.read_bytes())
     except OSError as error:
         raise NotText(f"{path} cannot be read: {error.strerror or error}") from error
-    if data.startswith(_LFS):
-        raise NotText(lfs_advice(path))
     if data.startswith(_UTF16_MARKS):
         raise NotText(f"{path} is not UTF-8 text: it begins with UTF-16's mark; save it as UTF-8")
     return data.removeprefix(_UTF8_MARK)
@@ -118,14 +109,16 @@ def weight_files(directory: Path) -> list[Path]:
     files = _chosen(directory)
     for path in files:
         try:
-            pointer = is_lfs_pointer(path)
-        except OSError as error:
-            raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from error
-        if pointer:
-            raise WeightsError(lfs_advice(path))
-    if not files and (reason := explain(directory)) is not None:
+            has_mark(path)  # or it is a pointer
+        except NotText as error:
+            raise WeightsError(str(error)) from error
+    if files:
+        return files
+    from dllmserve.models.foreign import explain
+
+    if (reason := explain(directory)) is not None:
         raise WeightsError(f"{directory} {reason}")
-    return files
+    return []
 
 
 def _chosen(directory: Path) -> list[Path]:
@@ -175,6 +168,8 @@ def _require(directory: Path, names: list[str], which: str) -> None:
 
 
 def _reasons(directory: Path, absent: list[str]) -> Iterator[str]:
+    from dllmserve.models.foreign import explain
+
     if any(is_broken_link(directory / name) for name in absent):
         yield "they are links to files that are not there (a hub cache copied without its blobs?)"
     if (reason := explain(directory, unfinished_only=True)) is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from dllmserve._checks import is_broken_link
 
 #: what downloads leave behind that were broken off
 _UNFINISHED = ("*.incomplete", "*.part", "*.crdownload", "*.aria2")
@@ -14,11 +16,6 @@ _UNFINISHED = ("*.incomplete", "*.part", "*.crdownload", "*.aria2")
 _HUB_DOWNLOADS = ".cache/huggingface/download"
 _CONVERT = "convert them to safetensors (transformers: model.save_pretrained(path))"
 _ORIGINAL = "use the original checkpoint, with safetensors weights in F32, BF16 or F16"
-
-
-def is_broken_link(path: Path) -> bool:
-    """Whether it is a link to something that is not there."""
-    return path.is_symlink() and not path.exists()
 
 
 def explain(directory: Path, *, unfinished_only: bool = False) -> str | None:
@@ -136,28 +133,6 @@ _KINDS: tuple[Callable[[Path], str | None], ...] = (
     _pickles,
     _other_frameworks,
 )
-
-
-def quantization(config: dict[str, Any]) -> str | None:
-    """The name of the quantization that config.json speaks of, or None."""
-    for field in ("quantization_config", "quantization", "compression_config"):
-        given = config.get(field)
-        if not isinstance(given, dict) or not given:
-            continue
-        bits = next(_bits(given), None)
-        # transformers writes quant_method; MLX has no more than bits and group_size
-        name = given.get("quant_method") or ("MLX" if field == "quantization" else "unknown method")
-        return f"{name}, {bits} bits" if bits is not None else str(name)
-    return None
-
-
-def _bits(settings: dict[str, Any]) -> Iterator[int]:
-    if isinstance(settings.get("bits"), int):
-        yield settings["bits"]
-    if settings.get("load_in_4bit"):
-        yield 4
-    if settings.get("load_in_8bit"):
-        yield 8
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dllmserve._checks import user_path
+from dllmserve._checks import is_broken_link, user_path
 from dllmserve.catalog import MODELS
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import (
@@ -20,12 +20,11 @@ from dllmserve.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from dllmserve.layers.ops import LayerOps, Rotary, TritonOps
-from dllmserve.layers.weight import Build, Weight
+from dllmserve.layers.modules import Build
+from dllmserve.layers.ops import LayerOps
+from dllmserve.models.config import quantization
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.files import read_object, weight_files
-from dllmserve.models.foreign import explain, explain_file, is_broken_link, quantization
-from dllmserve.parallel.group import SOLO, Group
 from dllmserve.parallel.partition import Partition
 
 #: Name of the model inside the package.
@@ -70,6 +69,8 @@ def find_model(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
+        from dllmserve.models.foreign import explain_file
+
         raise ModelNotFoundError(f"{model!r} {explain_file(path)}")
     if is_broken_link(path):
         raise ModelNotFoundError(f"{model!r} is a link to {path.readlink()}, which is not there")
@@ -105,6 +106,8 @@ def read_config(directory: Path) -> dict[str, Any]:
     """
     path = directory / "config.json"
     if not path.is_file():
+        from dllmserve.models.foreign import explain
+
         weights = any(p.is_file() for p in directory.glob("model*.safetensors"))
         reason = None if weights else explain(directory)
         raise ModelNotFoundError(
@@ -143,18 +146,14 @@ def architecture_of(config: dict[str, Any]) -> type[Decoder]:
 
     The class name decides, not model_type: two architectures share "llada".
     """
-    names = config.get("architectures") or []
-    supported = ", ".join(sorted(MODELS))
-    if not isinstance(names, list) or not names:
-        raise UnsupportedModelError(
-            f"config.json has no 'architectures'; supported architectures: {supported}"
-        )
-    if not isinstance(names[0], str) or names[0] not in MODELS:
-        raise UnsupportedModelError(
-            f"architecture {names[0]!r} is not supported; supported architectures: {supported}"
-        )
-    architecture: type[Decoder] = MODELS[names[0]].load()
-    return architecture
+    names = config.get("architectures")
+    if isinstance(names, list) and names and isinstance(names[0], str) and names[0] in MODELS:
+        architecture: type[Decoder] = MODELS[names[0]].load()
+        return architecture
+    what = "config.json has no 'architectures'"
+    if isinstance(names, list) and names:
+        what = f"architecture {names[0]!r} is not supported"
+    raise UnsupportedModelError(f"{what}; supported architectures: {', '.join(sorted(MODELS))}")
 
 
 def read_spec(config: dict[str, Any]) -> ModelSpec:
@@ -194,7 +193,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
 
 def outline(partition: Partition) -> Decoder:
     """A rank's decoder without memory: its weights have shapes, and nothing can be computed."""
-    ops = LayerOps(Rotary(2, 1.0, 0, torch.device("cpu")))
+    ops = LayerOps(2, 1.0, 0, torch.device("cpu"))
     return _compose(Build(partition, torch.bfloat16, torch.device("meta"), ops))
 
 
@@ -210,21 +209,23 @@ def empty_decoder(
     device: torch.device,
     max_len: int,
     kernels: str = "torch",
-    group: Group = SOLO,
 ) -> Decoder:
     """A rank's decoder, with weights that are not initialised.
 
     Args:
-        partition: the model's dimensions, and the rank's share of them.
+        partition: the model's dimensions, the ranks, and this rank's share.
         dtype, device: of the weights.
         max_len: positions that the rotary tables cover.
         kernels: "torch" or "triton", see :mod:`dllmserve.layers.ops`.
-        group: the ranks that share the model.
     """
     spec = partition.spec
-    rotary = Rotary(spec.head_dim, spec.rope_theta, max_len, device)
-    ops = TritonOps(rotary) if kernels == "triton" else LayerOps(rotary)
-    return _compose(Build(partition, dtype, device, ops, group))
+    kind = LayerOps
+    if kernels == "triton":
+        from dllmserve.layers.triton import TritonOps
+
+        kind = TritonOps
+    ops = kind(spec.head_dim, spec.rope_theta, max_len, device)
+    return _compose(Build(partition, dtype, device, ops))
 
 
 def _compose(build: Build) -> Decoder:
@@ -271,36 +272,6 @@ def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decod
     problems["missing"] = [name for name in places if name not in seen]
     _report(directory, problems)
     return decoder
-
-
-def random_decoder(partition: Partition, **options: Any) -> Decoder:
-    """A decoder with seeded random weights, for benchmarks (load_format="dummy").
-
-    A rank's are its part of the whole model's, so they do not depend on the number of ranks.
-
-    Args:
-        partition, options: as for :func:`load_decoder`.
-    """
-    decoder = empty_decoder(partition, **options)
-    generator = torch.Generator(device=decoder.head.weight.device).manual_seed(0)
-    for weight in decoder.weights:
-        if weight.ones:
-            weight.data.fill_(1.0)
-        else:
-            _randomize(weight, generator)
-    return decoder
-
-
-def _randomize(weight: Weight, generator: torch.Generator) -> None:
-    counts = [part.shape[0] for part in weight.parts]
-    shape = (sum(counts), *weight.parts[0].shape[1:])
-    # in place where a rank has all of it: an embedding's copy takes a gigabyte
-    complete = weight.data.shape == shape
-    whole = weight.data if complete else weight.data.new_empty(shape)
-    whole.normal_(0.0, 0.02, generator=generator)
-    if not complete:
-        for (part, rows), drawn in zip(weight.places(), torch.split(whole, counts), strict=True):
-            rows.copy_(drawn[part.cut])
 
 
 def require_weights(directory: Path) -> None:

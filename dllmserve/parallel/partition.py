@@ -17,7 +17,8 @@ from functools import cached_property
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import ConfigError
-from dllmserve.parallel.vocab import first_id, splits_of
+from dllmserve.parallel.group import SOLO, Group
+from dllmserve.parallel.vocab import VocabShard, splits_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Partition:
 
     Args:
         spec: the whole model.
-        rank, size: this rank, of so many.
+        group: this rank, of so many.
         exact: cut by rows, see above.
 
     Raises:
@@ -34,12 +35,11 @@ class Partition:
     """
 
     spec: ModelSpec
-    rank: int = 0
-    size: int = 1
+    group: Group = SOLO
     exact: bool = True
 
     def __post_init__(self) -> None:
-        spec, size = self.spec, self.size
+        spec, size = self.spec, self.group.size
         if not divides(spec, size):
             raise ConfigError(
                 f"tensor_parallel_size={size} does not fit the model: it has to divide "
@@ -54,23 +54,22 @@ class Partition:
         """Dimensions of the share: heads, K,V heads, MLP, embedding rows; weights not counted."""
         return replace(
             self.spec,
-            num_heads=self.spec.num_heads // self.size,
-            num_kv_heads=self.spec.num_kv_heads // self.size,
-            mlp_size=self.spec.mlp_size // self.size,
+            num_heads=self.spec.num_heads // self.group.size,
+            num_kv_heads=self.spec.num_kv_heads // self.group.size,
+            mlp_size=self.spec.mlp_size // self.group.size,
             embedding_size=self.vocab.stop - self.vocab.start,
             weights=0,
         )
 
     @property
-    def vocab(self) -> slice:
+    def vocab(self) -> VocabShard:
         """This rank's rows of the embedding and of the LM head."""
-        size = self.spec.embedding_size
-        return slice(first_id(size, self.rank, self.size), first_id(size, self.rank + 1, self.size))
+        return VocabShard(self.spec.embedding_size, self.group)
 
     def share(self, length: int) -> slice:
         """This rank's part of so many heads, rows or columns."""
-        share = length // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
+        share, rank = length // self.group.size, self.group.rank
+        return slice(rank * share, (rank + 1) * share)
 
 
 def divides(spec: ModelSpec, size: int) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 
-from dllmserve._forks import refuse_fork
+from dllmserve._system import refuse_fork
 from dllmserve.errors import EngineError
 
 

@@ -23,7 +23,7 @@ import torch
 
 from dllmserve.cores import THREAD_VARIABLES
 from dllmserve.errors import RankError
-from dllmserve.parallel.group import TorchGroup
+from dllmserve.parallel.torch_group import TorchGroup
 from dllmserve.process.channel import Channel, ChannelClosed
 from dllmserve.process.messages import Crashed, FromWorker, Join, Reached, Stop, ToWorker, encode
 from dllmserve.process.worker import COMMAND, STOP_S, Cause, Death, Worker

@@ -14,14 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dllmserve._values import MAX_LOGIT_BIAS
+from dllmserve._values import MAX_GEN_LENGTH, MAX_LOGIT_BIAS
 from dllmserve.catalog import EDITS
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.rows import RowInit
 from dllmserve.decoding.stats import log_sum, without
 from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard, best_of
-from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.decide import HeadCells
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.core.rows import IntField, RowInit, Track
 from dllmserve.device import host_to_device
-from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.runtime.platform import beside_steps, fetch
 from dllmserve.sampling_params import FLOATS
 

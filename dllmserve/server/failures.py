@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from dllmserve._values import SparseConfig
 from dllmserve.errors import (
     DeadlineError,
     DllmServeError,
@@ -28,7 +29,6 @@ from dllmserve.foreign import advice
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.http.respond import error_body, error_type, wants_detail
 from dllmserve.server.wrong import explain
-from dllmserve.sparse.state import SparseConfig
 
 _log = logging.getLogger("dllmserve.server")
 

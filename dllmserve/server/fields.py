@@ -26,13 +26,12 @@ from pydantic import (
     model_validator,
 )
 
-from dllmserve._values import LOGIT_BIAS_BOUND, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
+from dllmserve._values import LOGIT_BIAS_BOUND, MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SparseConfig
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import knobs, types
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.failures import ApiError
 from dllmserve.server.wrong import NO_CHARACTER
-from dllmserve.sparse.state import SparseConfig
 
 MAX_STOP_LENGTH = 256
 #: of a rule, a cache and the like

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import msgspec
 
 from dllmserve._checks import check_known
+from dllmserve._values import SparseConfig
 from dllmserve.core.request import Request
 from dllmserve.errors import (
     DeadlineError,
@@ -45,7 +46,6 @@ from dllmserve.server.store import (
     JobStore,
     Stored,
 )
-from dllmserve.sparse.state import SparseConfig
 
 _log = logging.getLogger("dllmserve.server")
 

@@ -11,9 +11,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
+from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.core.limits import Limits
 from dllmserve.messages import template_messages
-from dllmserve.presets import MAX_GEN_LENGTH, steps_for
+from dllmserve.presets import steps_for
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.failures import ApiError

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, SamplingParams
-from dllmserve.engine.codec import PythonCodec
+from dllmserve.engine.other_tokenizers import PythonCodec
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import PromptError, TokenizerError
 from tests.checkpoints import CHAT_TEMPLATE, byte_tokenizer

@@ -17,7 +17,7 @@ import torch
 import dllmserve.engine.shared as shared
 import dllmserve.llm as llm_module
 from dllmserve import LLM, SamplingParams
-from dllmserve._forks import inherited
+from dllmserve._system import inherited
 from dllmserve.core.plan import StepPlan
 from dllmserve.engine.start import build_engine
 from dllmserve.errors import EngineError

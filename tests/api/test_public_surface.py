@@ -54,6 +54,40 @@ def test_the_servers_process_loads_no_torch() -> None:
     assert run(code) == "set()"
 
 
+#: what a plain generation has no use for, and what does
+NOT_FOR_ALL = {
+    "other people's names for options": "foreign",
+    "presets of quality": "presets",
+    "other packages": "_plugins",
+    "secrets and children": "_environment",
+    "chats": "messages engine.marked",
+    "streams of text": "engine.text",
+    "other tokenizers": "engine.other_tokenizers",
+    "other checkpoints": "models.foreign models.llada",
+    "random weights": "models.random",
+    "several ranks": "parallel.torch_group engine.ranks process",
+    "GPUs": "engine.profile layers.triton kernels.activation",
+    "too little memory": "engine.advice",
+    "top-p and top-k": "decoding.transforms",
+}
+
+
+def test_a_plain_generation_loads_what_it_uses() -> None:
+    code = """if True:
+        import sys
+        from dllmserve import LLM, SamplingParams
+        params = SamplingParams(temperature=0.0, gen_length=8, steps=8)
+        LLM("tiny", device="cpu").generate(["The president"], params, use_tqdm=False)
+        print(*(name for name in sys.modules if name.startswith("dllmserve.")))
+    """
+    loaded = set(run(code).replace("dllmserve.", "").split())
+    assert "models.dream" in loaded
+    for what, names in NOT_FOR_ALL.items():
+        assert not loaded.intersection(names.split()), what
+        for name in names.split():
+            assert importlib.util.find_spec(f"dllmserve.{name}") is not None
+
+
 def test_documented_import_paths() -> None:
     from dllmserve.sparse.state import SparseConfig as documented
 

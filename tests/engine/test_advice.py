@@ -10,7 +10,7 @@ import torch
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.engine import memory
+from dllmserve.engine import machine
 from dllmserve.engine.advice import does_not_fit
 from dllmserve.engine.sizing import Sizing
 from dllmserve.errors import OutOfMemoryError
@@ -36,8 +36,8 @@ def sizing(tokens: int = 16384, max_len: int = 4096, **options: Any) -> Sizing:
 def plan(gib: float, **options: Any) -> MemoryBudget:
     """The memory plan on a device of some size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "device_memory", lambda _: (int(gib * GIB), int(gib * GIB)))
-        return memory.plan_memory(sizing(**options), CPU)[0]
+        patch.setattr(machine, "device_memory", lambda _: (int(gib * GIB), int(gib * GIB)))
+        return machine.plan_memory(sizing(**options), CPU)[0]
 
 
 def suggestions(message: str) -> list[dict[str, Any]]:

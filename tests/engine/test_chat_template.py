@@ -15,7 +15,7 @@ from dllmserve.errors import TokenizerError
 CHAT = [{"role": "user", "content": "Hi"}]
 
 
-def test_many_chats_compile_one_template(
+def test_many_chats_compile_a_template_once(
     byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = []
@@ -29,8 +29,10 @@ def test_many_chats_compile_one_template(
     tokenizer = load_tokenizer(byte_checkpoint)
     assert tokenizer is not None and not compiled
     tokenizer.warm_up()
+    assert len(compiled) == 2  # plain, and for texts that stay literal
     texts = {tokenizer.render_chat(CHAT) for _ in range(5)}
-    assert len(texts) == 1 and len(compiled) == 1
+    ids = {tuple(tokenizer.encode_chat(CHAT, literal_contents=True)) for _ in range(5)}
+    assert len(texts) == len(ids) == 1 and len(compiled) == 2
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{{ raise_exception('no') }}"])

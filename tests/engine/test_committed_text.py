@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dllmserve.engine.text import AnswerText, CommittedText
-from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
+from dllmserve.engine.text import CommittedText
+from dllmserve.engine.tokenizer import AnswerText, Tokenizer, load_tokenizer
 from dllmserve.models.loader import find_model
 from tests.checkpoints import byte_tokenizer
 

@@ -21,7 +21,8 @@ from tokenizers import (
 )
 
 from dllmserve.engine import tokenizer as ours
-from dllmserve.engine.codec import FastCodec, PythonCodec
+from dllmserve.engine.codec import Codec
+from dllmserve.engine.other_tokenizers import PythonCodec
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import PromptError
 from tests.engine.templates import THINKING
@@ -128,7 +129,7 @@ TEXTS = st.lists(PIECES, max_size=6).map("".join)
 
 
 def made(kind: str, template: str) -> ours.Tokenizer:
-    return ours.Tokenizer(FastCodec(KINDS[kind]()), {"default": template}, {})
+    return ours.Tokenizer(Codec(KINDS[kind]()), {"default": template}, {})
 
 
 def controls(tokenizer: ours.Tokenizer, ids: list[int]) -> list[str]:
@@ -187,7 +188,7 @@ def test_roles_that_hold_a_token_are_text_and_other_roles_make_one() -> None:
     template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
     codec = byte_level()
     codec.add_special_tokens(["<|user|>", "<|system|>"])
-    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": template}, {})
+    tokenizer = ours.Tokenizer(Codec(codec), {"default": template}, {})
     said = lambda role, text="": [{"role": role, "content": text}]  # noqa: E731
     assert controls(tokenizer, tokenizer.encode_chat(said("user"), literal_contents=True)) == [
         "<|user|>"
@@ -213,7 +214,7 @@ def test_tokens_that_are_not_special_but_that_a_template_writes(
     codec = byte_level()
     codec.add_tokens([AddedToken(added, special=False, normalized=False)])
     template = f"{{% for m in messages %}}{source}{{% endfor %}}"
-    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": template}, {})
+    tokenizer = ours.Tokenizer(Codec(codec), {"default": template}, {})
     chat = [{"role": "system", "content": said}]
     ids = tokenizer.encode_chat(chat, literal_contents=True)
     assert controls(tokenizer, ids) == [added]
@@ -224,7 +225,7 @@ def test_roles_that_are_tokens_stay_the_templates() -> None:
     codec = byte_level()
     codec.add_special_tokens(["user", "assistant", "system"])
     template = "{% for m in messages %}{{ m.role }}\n{{ m.content }}\n{% endfor %}"
-    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": template}, {})
+    tokenizer = ours.Tokenizer(Codec(codec), {"default": template}, {})
     chat = [{"role": "user", "content": "a user"}, {"role": "assistant", "content": "hello"}]
     ids = tokenizer.encode_chat(chat, literal_contents=True)
     assert controls(tokenizer, ids) == ["user", "assistant"]
@@ -240,7 +241,7 @@ def test_a_normalizer_that_drops_rare_characters() -> None:
     )
     codec.add_special_tokens(["[UNK]", "[SEP]"])
     template = "{{ messages[0].content }}[SEP]"
-    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": template}, {})
+    tokenizer = ours.Tokenizer(Codec(codec), {"default": template}, {})
     for said in ("hello 😀", "日本", "a < b", "x@y"):
         chat = [{"role": "user", "content": said}]
         ids = tokenizer.encode_chat(chat, literal_contents=True)
@@ -255,7 +256,7 @@ def test_a_key_cannot_become_a_token() -> None:
     )
     codec = byte_level()
     codec.add_special_tokens(["<tool_call>"])
-    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": source}, {})
+    tokenizer = ours.Tokenizer(Codec(codec), {"default": source}, {})
     for key in ("tool_call", "city"):
         chat = [{"role": "assistant", "tool_calls": [{"arguments": {key: "x"}}]}]
         ids = tokenizer.encode_chat(chat, literal_contents=True)
@@ -267,7 +268,7 @@ def test_a_text_cannot_continue_what_the_template_begins() -> None:
     codec = byte_level()
     codec.add_special_tokens(["<|system|>"])
     tokenizer = ours.Tokenizer(
-        FastCodec(codec), {"default": "<|{{ messages[0].content }}|>{{ messages[0].name }}"}, {}
+        Codec(codec), {"default": "<|{{ messages[0].content }}|>{{ messages[0].name }}"}, {}
     )
     message = {"role": "user", "content": "system", "name": "<|system|>"}
     assert not controls(tokenizer, tokenizer.encode_chat([message], literal_contents=True))
@@ -311,7 +312,7 @@ def test_words_and_blanks_that_were_added_stay_tokens() -> None:
     codec = byte_level()
     codec.add_tokens(["covid", "\n\n", "assistant", AddedToken("é", normalized=False), "<x>"])
     template = "{% for m in messages %}assistant: {{ m.content }}{% endfor %}"
-    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": template}, {})
+    tokenizer = ours.Tokenizer(Codec(codec), {"default": template}, {})
     messages = [{"role": "user", "content": text} for text in ("covid\n\né", "<x> assistant")]
     ids = tokenizer.encode_chat(messages[:1], literal_contents=True)
     assert controls(tokenizer, ids) == ["assistant", "covid", "\n\n", "é"]
@@ -323,7 +324,7 @@ def test_plain_tokens_of_the_vocabulary_are_no_control_tokens() -> None:
     codec = byte_level(extra=("<think>",), ignore_merges=True)
     codec.add_special_tokens(["<|im_end|>"])
     template = "{{ messages[0].content }}<|im_end|>"
-    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": template}, {})
+    tokenizer = ours.Tokenizer(Codec(codec), {"default": template}, {})
     messages = [{"role": "user", "content": "<think>"}]
     ids = tokenizer.encode_chat(messages, literal_contents=True)
     assert ids == tokenizer.encode_chat(messages)
@@ -334,7 +335,7 @@ def test_a_character_that_is_a_special_token_by_itself_is_refused() -> None:
     codec = byte_level(extra=("◁",), ignore_merges=True)
     codec.pre_tokenizer = None
     codec.add_special_tokens(["◁"])
-    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": "{{ messages[0].content }}◁"}, {})
+    tokenizer = ours.Tokenizer(Codec(codec), {"default": "{{ messages[0].content }}◁"}, {})
     with pytest.raises(PromptError, match="'◁', which this tokenizer can read as a special token"):
         tokenizer.encode_chat([{"role": "user", "content": "a◁b"}], literal_contents=True)
 
@@ -353,7 +354,7 @@ def test_unknown_characters_are_no_control_tokens(kind: str) -> None:
 def test_tokens_with_very_many_characters() -> None:
     codec = byte_level()
     codec.add_special_tokens([f"<{chr(c)}>" for c in range(0x4E00, 0x4E00 + 3000)])
-    tokenizer = ours.Tokenizer(FastCodec(codec), {"default": "{{ messages[0].content }}<一>"}, {})
+    tokenizer = ours.Tokenizer(Codec(codec), {"default": "{{ messages[0].content }}<一>"}, {})
     ids = tokenizer.encode_chat([{"role": "user", "content": "<丁><一>"}], literal_contents=True)
     assert controls(tokenizer, ids) == ["<一>"]
 

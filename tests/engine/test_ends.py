@@ -13,10 +13,9 @@ import pytest
 
 from dllmserve import LLM, AsyncLLM, SamplingParams
 from dllmserve.config import EngineConfig
-from dllmserve.engine.codec import FastCodec
-from dllmserve.engine.ends import with_ends
+from dllmserve.engine.codec import Codec
 from dllmserve.engine.setup import plan_engine
-from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.engine.tokenizer import Tokenizer, with_ends
 from dllmserve.models.loader import read_spec
 from tests.checkpoints import Shape, byte_tokenizer, config, write_random
 from tests.engine.templates import BRACKETS, CHATML, GENERATION, HEADERS, OPEN_ENDED, THINKING
@@ -33,7 +32,7 @@ def tokenizer(template: str | None, special: bool = True, **names: str) -> Token
     codec = byte_level()
     codec.add_special_tokens([*TOKENS]) if special else codec.add_tokens([*TOKENS])
     names = {"bos_token": "<s>"} | names
-    return Tokenizer(FastCodec(codec), {} if template is None else {"default": template}, names)
+    return Tokenizer(Codec(codec), {} if template is None else {"default": template}, names)
 
 
 PARTS = (

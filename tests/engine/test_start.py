@@ -13,7 +13,7 @@ from dllmserve.catalog import EDITS
 from dllmserve.config import EngineConfig
 from dllmserve.core.limits import Limits
 from dllmserve.core.rows import RowInit
-from dllmserve.engine import choices, setup
+from dllmserve.engine import machine, setup
 from dllmserve.engine.profile import worst_step
 from dllmserve.errors import CapacityError, ConfigError
 from dllmserve.runtime.runner import ModelRunner
@@ -25,20 +25,20 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 def test_kernels_and_attention_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str] = []
-    monkeypatch.setattr(choices, "missing", lambda _: reasons)
+    monkeypatch.setattr(machine, "missing", lambda _: reasons)
     assert (
-        choices.choose_kernels("auto", CUDA)
-        == choices.choose_attention("auto", PLAIN, CUDA)
+        machine.choose_kernels("auto", CUDA)
+        == machine.choose_attention("auto", PLAIN, CUDA)
         == "triton"
     )
-    assert choices.choose_kernels("auto", CPU) == "torch"
-    assert choices.choose_attention("auto", PLAIN, CPU) == "sdpa"
-    assert choices.choose_kernels("torch", CUDA) == "torch"
+    assert machine.choose_kernels("auto", CPU) == "torch"
+    assert machine.choose_attention("auto", PLAIN, CPU) == "sdpa"
+    assert machine.choose_kernels("torch", CUDA) == "torch"
     reasons.append("no triton here")
-    assert choices.choose_kernels("auto", CUDA) == "torch"
-    assert choices.choose_attention("auto", PLAIN, CUDA) == "sdpa"
+    assert machine.choose_kernels("auto", CUDA) == "torch"
+    assert machine.choose_attention("auto", PLAIN, CUDA) == "sdpa"
     with pytest.raises(ConfigError, match="kernels='triton': no triton here"):
-        choices.choose_kernels("triton", CUDA)
+        machine.choose_kernels("triton", CUDA)
 
 
 class Admitting:
@@ -130,7 +130,7 @@ def test_what_rules_keep_is_in_the_plan(
 def test_pages_leave_room_for_what_rules_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineConfig("llada-8b", device="cpu", dtype="bfloat16", max_model_len=2048)
     gib = 2**30
-    monkeypatch.setattr("dllmserve.engine.memory.device_memory", lambda _: (28 * gib, 28 * gib))
+    monkeypatch.setattr("dllmserve.engine.machine.device_memory", lambda _: (28 * gib, 28 * gib))
     plan, without = (setup.plan_engine(replace(config, max_history_rows=rows)) for rows in (512, 0))
     # 513 distributions of even and odd forwards, and the places of blocks; then credits
     assert plan.memory.history == 2 * 513 * 126464 * 4 + 65 * 512 * 8 + 2 * 65 * 2048 * 16 * 8
@@ -150,7 +150,7 @@ def test_pages_that_torch_gathers_are_paid_for_after_the_measurement_too(
     page, gather = plan.sizing.page_bytes, plan.sizing.gather_bytes
     gathered = plan.limits.num_pages * gather
     bare = replace(plan.memory, activations=plan.memory.activations - gathered, pages=0)
-    monkeypatch.setattr(setup, "measure", lambda *_, **__: bare)
+    monkeypatch.setattr("dllmserve.engine.profile.measure", lambda *_, **__: bare)
     parts: Any = SimpleNamespace(runner=lambda pages: None)
     measured = setup.measured_plan(plan, parts)
     assert gather > 0

@@ -15,8 +15,9 @@ import torch
 from dllmserve import LLM
 from dllmserve.bench.environment import device_text
 from dllmserve.config import EngineConfig
-from dllmserve.engine import setup, threads
-from dllmserve.engine.threads import choose_threads, rank_threads, with_threads
+from dllmserve.engine import machine as engine_machine
+from dllmserve.engine import setup
+from dllmserve.engine.machine import choose_threads, rank_threads, with_threads
 from dllmserve.errors import ConfigError, ModelError
 
 CPU = torch.device("cpu")
@@ -35,10 +36,10 @@ def sixteen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def machine(patch: pytest.MonkeyPatch, usable: int = 16, busy: bool = False) -> None:
-    patch.setattr(threads, "physical_cores", lambda: {str(n) for n in range(16)})
-    patch.setattr(threads, "allowed_cpus", lambda: set(range(32)))
-    patch.setattr(threads, "usable_cores", lambda: usable)
-    patch.setattr(threads, "waits_busily", lambda: busy)
+    patch.setattr(engine_machine, "physical_cores", lambda: {str(n) for n in range(16)})
+    patch.setattr(engine_machine, "allowed_cpus", lambda: set(range(32)))
+    patch.setattr(engine_machine, "usable_cores", lambda: usable)
+    patch.setattr(engine_machine, "waits_busily", lambda: busy)
 
 
 def chosen(**options: Any) -> int:
@@ -104,7 +105,7 @@ def test_an_engine_on_a_gpu_changes_nothing() -> None:
 @pytest.mark.parametrize("device", [CPU, torch.device("cuda")])
 def test_one_in_a_forked_process(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever asks; and more are not put back, because torch would wait for them."""
-    monkeypatch.setattr(threads.inherited, "threads", True)
+    monkeypatch.setattr(engine_machine.inherited, "threads", True)
     assert rank(device) == rank(device, own=True) == 1
     assert rank(threads=8) == rank(own=True, threads=8) == 1
     with with_threads(1):

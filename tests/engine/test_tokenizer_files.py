@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dllmserve._environment import CODE_VARIABLE, child_environment
+from dllmserve._environment import child_environment
+from dllmserve.config import CODE_VARIABLE
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import ConfigError, TokenizerError
 from dllmserve.process.supervisor import Supervisor, SupervisorOptions

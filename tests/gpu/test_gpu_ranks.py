@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dllmserve import LLM, SamplingParams
-from dllmserve.parallel.group import TorchGroup
+from dllmserve.parallel.torch_group import TorchGroup
 from dllmserve.process.ranks import make_store
 from tests import helpers
 from tests.checkpoints import write_random

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.kernels import missing
-from dllmserve.layers.ops import LayerOps, Rotary, TritonOps, rms_norm
+from dllmserve.layers.ops import LayerOps, rms_norm
+from dllmserve.layers.triton import TritonOps
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import empty_decoder
 from dllmserve.parallel.partition import Partition
@@ -65,14 +66,13 @@ def test_add_rms_norm(dtype: torch.dtype, width: int, add: bool) -> None:
 def test_rotate(dtype: torch.dtype, heads: int, count: int, dim: int) -> None:
     from dllmserve.kernels.rotary import rotate_
 
-    rotary = Rotary(dim, 100.0, 50, DEVICE)
+    ops = LayerOps(dim, 100.0, 50, DEVICE)
     positions = torch.tensor([0, 49, 7, 7], device=DEVICE)
     buffer = random(4, heads * dim + 5, dtype=dtype)  # a row is longer than its heads
     view = buffer[:, : heads * dim].view(4, heads, dim)
     before = buffer.clone()
-    cos, sin = rotary.at(torch.arange(50, device=DEVICE))
-    expected = rotary.rotate(view[:, :count].clone(), *rotary.at(positions))
-    rotate_(view, cos[:, 0], sin[:, 0], positions, count)
+    expected = ops.rotate(view.clone(), count, ops.at(positions))
+    rotate_(view, *ops.tables, positions, count)
     close(view[:, :count], expected)
     assert torch.equal(buffer[:, count * dim :], before[:, count * dim :])
 
@@ -147,8 +147,7 @@ def test_no_rows() -> None:
 
 
 def both_ops(dim: int = 6) -> tuple[LayerOps, LayerOps]:
-    rotary = Rotary(dim, 1e4, 64, DEVICE)
-    return LayerOps(rotary), TritonOps(rotary)
+    return LayerOps(dim, 1e4, 64, DEVICE), TritonOps(dim, 1e4, 64, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

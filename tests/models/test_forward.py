@@ -9,7 +9,7 @@ from torch import Tensor
 from dllmserve.attention.backend import KVStore, unpadded_step
 from dllmserve.catalog import BACKENDS
 from dllmserve.core.plan import Span, StepEntry, StepPlan
-from dllmserve.layers.ops import Rotary, rms_norm
+from dllmserve.layers.ops import LayerOps, rms_norm
 from dllmserve.models import loader
 from dllmserve.parallel.partition import Partition
 from tests.conftest import SHAPES
@@ -65,10 +65,10 @@ def test_norm(dtype: torch.dtype) -> None:
 
 
 def test_rotary_is_a_rotation_by_position() -> None:
-    rotary = Rotary(8, 100.0, 64, CPU)
+    ops = LayerOps(8, 100.0, 64, CPU)
     x = torch.randn(6, 2, 8, generator=torch.manual_seed(0))
     positions = torch.tensor([0, 1, 5, 20, 33, 63])
-    turned = rotary.rotate(x, *rotary.at(positions))
+    turned = ops.rotate(x, 2, ops.at(positions))
     torch.testing.assert_close(turned[0], x[0])
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     pairs = torch.complex(x[..., :4], x[..., 4:])

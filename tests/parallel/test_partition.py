@@ -14,7 +14,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.engine.setup import plan_engine
 from dllmserve.errors import ConfigError
-from dllmserve.layers.weight import Part
+from dllmserve.layers.modules import Part
 from dllmserve.models import loader
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
@@ -22,8 +22,9 @@ from dllmserve.models.loader import (
     count_weights,
     load_decoder,
     outline,
-    random_decoder,
 )
+from dllmserve.models.random import random_decoder
+from dllmserve.parallel.group import Group
 from dllmserve.parallel.partition import Partition, sizes
 from dllmserve.parallel.vocab import VocabShard, first_id, split_width, splits_of
 from tests.helpers import PLAIN
@@ -69,7 +70,7 @@ def places(decoder: Decoder) -> Iterator[tuple[Part, torch.Tensor]]:
 @pytest.mark.parametrize("size", [2, 3, 6])
 def test_parts_make_the_whole(size: int, exact: bool) -> None:
     """Put together along the dimension that was cut, they are the tensor again."""
-    ranks = [Partition(SPEC, rank, size, exact) for rank in range(size)]
+    ranks = [Partition(SPEC, Group(rank, size), exact) for rank in range(size)]
     held = [parts_of(rank) for rank in ranks]
     for rank, parts in zip(ranks, held, strict=True):
         for part, rows in places(outline(rank)):
@@ -87,7 +88,7 @@ def test_parts_make_the_whole(size: int, exact: bool) -> None:
 def test_a_share_of_the_weights_is_a_share_of_the_memory() -> None:
     spec = loader.read_spec(loader.read_config(ASSETS / "llada-8b"))
     for size in (2, 4, 8):
-        held = [count_weights(Partition(spec, rank, size)) for rank in range(size)]
+        held = [count_weights(Partition(spec, Group(rank, size))) for rank in range(size)]
         norms = (2 * spec.num_layers + 1) * spec.hidden_size
         assert sum(held) == spec.parameters() + (size - 1) * norms
         assert max(held) < 1.02 * spec.parameters() / size
@@ -102,7 +103,7 @@ def test_sizes_that_work() -> None:
     assert sizes(spec_of("dream-7b")) == [1, 2, 4]
     assert sizes(SPEC) == [1, 2, 3, 6]
     with pytest.raises(ConfigError) as error:
-        Partition(SPEC, 0, 4)
+        Partition(SPEC, Group(0, 4))
     for part in ("tensor_parallel_size=4", "6 heads", "MLP size 36", "what works: 1, 2, 3, 6"):
         assert part in str(error.value)
 
@@ -132,8 +133,8 @@ def test_a_rank_reads_its_own_part_alone(monkeypatch: pytest.MonkeyPatch, exact:
     assert everything == spec.parameters()
     for group in thread_groups(2):
         read.clear()
-        part = Partition(spec, group.rank, 2, exact)
-        mine = load_decoder(folder, part, **options, group=group)
+        part = Partition(spec, group, exact)
+        mine = load_decoder(folder, part, **options)
         assert everything / 2 <= sum(read) <= everything / 2 + 20 * spec.hidden_size
         same_parts(mine, whole)
 
@@ -143,7 +144,7 @@ def test_random_weights_do_not_depend_on_the_ranks(exact: bool) -> None:
     spec = replace(SPEC, qkv_bias=True)
     options = {"dtype": torch.float32, "device": CPU, "max_len": 8}
     group = ThreadGroup(1, 3, [], None)  # type: ignore[arg-type]
-    mine = random_decoder(Partition(spec, 1, 3, exact), **options, group=group)
+    mine = random_decoder(Partition(spec, group, exact), **options)
     same_parts(mine, random_decoder(Partition(spec), **options))
 
 

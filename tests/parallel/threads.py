@@ -20,6 +20,7 @@ from dllmserve.core.rows import RowInit
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.setup import EnginePlan, Loaded, build_runner, plan_engine
 from dllmserve.engine.start import engine_of
+from dllmserve.parallel.group import Group
 from dllmserve.runtime.platform import on_device
 from dllmserve.runtime.runner import ModelRunner, StepHandle
 from dllmserve.runtime.state_table import StateTable
@@ -27,7 +28,7 @@ from dllmserve.runtime.state_table import StateTable
 PATIENCE = 60.0
 
 
-class ThreadGroup:
+class ThreadGroup(Group):
     """A group whose ranks are threads.
 
     Attributes:
@@ -37,7 +38,7 @@ class ThreadGroup:
     captures = False
 
     def __init__(self, rank: int, size: int, slots: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size = rank, size
+        super().__init__(rank, size)
         self._slots, self._barrier = slots, barrier
         self.exchanged: list[tuple[str, tuple[int, ...], torch.dtype]] = []
 

@@ -13,8 +13,8 @@ from dllmserve._environment import (
     SECRETS,
     child_environment,
     forget_secrets,
-    remote_code_forbidden,
 )
+from dllmserve.config import CODE_VARIABLE, remote_code_forbidden
 from dllmserve.errors import ConfigError
 from dllmserve.process import worker
 
@@ -91,7 +91,7 @@ def test_nothing_to_forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_switch_for_code_of_checkpoints() -> None:
-    name = _environment.CODE_VARIABLE
+    name = CODE_VARIABLE
     assert [remote_code_forbidden({name: text}) for text in ("0", "False", "off", "no")] == [
         True
     ] * 4

@@ -18,8 +18,7 @@ from starlette.types import ASGIApp, Message
 
 from dllmserve.config import EngineConfig
 from dllmserve.core.limits import Limits
-from dllmserve.engine.text import AnswerText
-from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer
+from dllmserve.engine.tokenizer import AnswerText, Tokenizer, load_tokenizer
 from dllmserve.errors import DllmServeError, EngineError, RequestAbortedError
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta

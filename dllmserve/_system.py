@@ -1,4 +1,4 @@
-"""What a forked process cannot use of its parent's."""
+"""Where no engine runs: on Windows, in a forked process, or as one of the ranks of torchrun."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 import sys
 from dataclasses import dataclass
 
-from dllmserve.errors import EngineError
+from dllmserve.errors import ConfigError, EngineError
+
+SYSTEMS = "Linux or macOS (on Windows: in WSL or a container)"
 
 
 @dataclass
@@ -42,6 +44,32 @@ def refuse_fork(kind: str, pid: int) -> None:
             f"this {kind} was started in process {pid} and works only there; process {here} was "
             f"forked from it: make a new {kind} in this process, or start the process with "
             "multiprocessing's 'spawn' method and make it there"
+        )
+
+
+def refuse_windows() -> None:
+    """Raise ConfigError on the system where no engine runs.
+
+    Engines and their ranks are processes that are ended by signals which Windows does not have.
+    """
+    if sys.platform == "win32":
+        raise ConfigError(f"dllmserve runs on {SYSTEMS}")
+
+
+def refuse_torchrun(why: str) -> None:
+    """Raise if this process is one of several ranks that torchrun, or its like, has started.
+
+    Args:
+        why: what would start the same processes once for each of them.
+
+    Raises:
+        ConfigError: it is.
+    """
+    ranks = os.environ.get("WORLD_SIZE", "")
+    if "RANK" in os.environ and ranks.isdigit() and int(ranks) > 1:
+        raise ConfigError(
+            f"this is rank {os.environ['RANK']} of {ranks} (RANK and WORLD_SIZE are set): {why}; "
+            "start the program without torchrun"
         )
 
 

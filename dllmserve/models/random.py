@@ -1,0 +1,42 @@
+"""Models without a checkpoint's weights, for benchmarks (load_format="dummy")."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dllmserve.layers.modules import Weight
+from dllmserve.models.decoder import Decoder
+from dllmserve.models.loader import empty_decoder
+from dllmserve.parallel.partition import Partition
+
+
+def random_decoder(partition: Partition, **options: Any) -> Decoder:
+    """A decoder with seeded random weights.
+
+    A rank's are its part of the whole model's, so they do not depend on the number of ranks.
+
+    Args:
+        partition, options: as for :func:`empty_decoder`.
+    """
+    decoder = empty_decoder(partition, **options)
+    generator = torch.Generator(device=decoder.head.weight.device).manual_seed(0)
+    for weight in decoder.weights:
+        if weight.ones:
+            weight.data.fill_(1.0)
+        else:
+            _randomize(weight, generator)
+    return decoder
+
+
+def _randomize(weight: Weight, generator: torch.Generator) -> None:
+    counts = [part.shape[0] for part in weight.parts]
+    shape = (sum(counts), *weight.parts[0].shape[1:])
+    # in place where a rank has all of it: an embedding's copy takes a gigabyte
+    complete = weight.data.shape == shape
+    whole = weight.data if complete else weight.data.new_empty(shape)
+    whole.normal_(0.0, 0.02, generator=generator)
+    if not complete:
+        for (part, rows), drawn in zip(weight.places(), torch.split(whole, counts), strict=True):
+            rows.copy_(drawn[part.cut])
