@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dllmserve import SamplingParams
-from dllmserve.core.door import Door
 from dllmserve.core.request import Request
+from dllmserve.core.validator import RequestValidator
 from dllmserve.errors import CapacityError, OverloadedError, QuotaError
 from dllmserve.process.messages import Counters
 from dllmserve.server.admission import Admission
@@ -32,7 +32,7 @@ ASK = {"prompt": "ab", "gen_length": 4, "steps": 4}
 
 def request(length: int = 10, prompt: int = 10, **given: Any) -> Request:
     params = SamplingParams(gen_length=length, steps=length, **given)
-    return Door(SPEC, LIMITS, True).request(0, [1] * prompt, params)
+    return RequestValidator(SPEC, LIMITS, True).request(0, [1] * prompt, params)
 
 
 def taken(admission: Admission, owner: str, most: int = 10_000) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dllmserve import SamplingParams
-from dllmserve.core.door import Door
 from dllmserve.core.request import Request
+from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
 from dllmserve.errors import (
     CapacityError,
@@ -26,7 +26,7 @@ from tests.server.stand_in import LIMITS, SPEC, Server, run, serving, until
 
 def request(length: int = 10, prompt: int = 10, **given: Any) -> Request:
     params = SamplingParams(gen_length=length, steps=length, **given)
-    return Door(SPEC, LIMITS, True).request(0, [1] * prompt, params)
+    return RequestValidator(SPEC, LIMITS, True).request(0, [1] * prompt, params)
 
 
 def test_the_work_of_a_request() -> None:
@@ -34,10 +34,10 @@ def test_the_work_of_a_request() -> None:
     assert work_of(request(10, 10, cfg_scale=1.0)) == 10 * 20 * 2
     assert work_of(request(10, 10, unmask="threshold")) == 10 * 20
     two_a_step = SamplingParams(gen_length=10, steps=5)
-    assert work_of(Door(SPEC, LIMITS, True).request(0, [1] * 10, two_a_step)) == 5 * 20
+    assert work_of(RequestValidator(SPEC, LIMITS, True).request(0, [1] * 10, two_a_step)) == 5 * 20
     # steps beyond one token each cost nothing
     many = SamplingParams(gen_length=10, steps=500)
-    assert work_of(Door(SPEC, LIMITS, True).request(0, [1] * 10, many)) == 10 * 20
+    assert work_of(RequestValidator(SPEC, LIMITS, True).request(0, [1] * 10, many)) == 10 * 20
 
 
 def test_places_are_taken_all_or_none_and_given_back_once() -> None:
