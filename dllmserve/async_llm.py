@@ -28,7 +28,7 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.home import Home
-from dllmserve.process.messages import EngineInfo
+from dllmserve.process.messages import EngineInfo, Submit
 from dllmserve.process.supervisor import State, SupervisorOptions
 from dllmserve.sampling_params import SamplingParams, with_sparse
 from dllmserve.sparse.state import SparseConfig
@@ -398,14 +398,8 @@ class AsyncLLM:
             EngineError: the engine is gone for good, was not started, or not in this event loop.
         """
         self._ready()
-        call = self.fleet.submit(
-            request.prompt_ids,
-            request.params,
-            stream=stream,
-            watch=watch,
-            work=work_of(request) if work is None else work,
-            owner=owner,
-        )
+        message = Submit(request.prompt_ids, request.params, stream, watch, owner)
+        call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home
         return call
 

@@ -179,11 +179,11 @@ class Call:
 
     def _lose_canvas(self, newest: CanvasStep) -> bool:
         """Drop the oldest canvas but the newest one; False if there is no other."""
-        for place, event in enumerate(self._events):
+        for index, event in enumerate(self._events):
             if isinstance(event, CanvasStep):
                 if event is newest:
                     break
-                del self._events[place]
+                del self._events[index]
                 self._waiting_cells -= len(event.token_ids)
                 return True
         return False

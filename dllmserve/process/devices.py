@@ -95,7 +95,7 @@ def _shares_of_gpus(options: dict[str, Any], engines: int, gpus: int, first: int
             f"{engines * width} GPUs{behind}, and there are {gpus}: {way_out}"
         )
     return [
-        Share({**options, "device": f"cuda:{first + place * width}"}) for place in range(engines)
+        Share({**options, "device": f"cuda:{first + index * width}"}) for index in range(engines)
     ]
 
 

@@ -8,7 +8,6 @@ it stay, and run there by themselves.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import subprocess
 import time
@@ -22,10 +21,9 @@ from dllmserve._checks import check_int
 from dllmserve.errors import ConfigError, DllmServeError, EngineError
 from dllmserve.process.calls import Call
 from dllmserve.process.devices import shares
-from dllmserve.process.messages import Counters, EngineInfo, added
+from dllmserve.process.messages import Counters, EngineInfo, Submit, added
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from dllmserve.process.worker import STOP_S
-from dllmserve.sampling_params import SamplingParams
 
 _log = logging.getLogger("dllmserve.engine")
 
@@ -55,7 +53,7 @@ class Fleet:
         size: number of engines.
 
     Attributes:
-        engines: a supervisor for each.
+        supervisors: one for each engine.
 
     Raises:
         ConfigError: a wrong number.
@@ -64,16 +62,14 @@ class Fleet:
     def __init__(self, options: dict[str, Any], how: SupervisorOptions, size: int = 1) -> None:
         check_int(ConfigError, "data_parallel_size", size, 1)
         self._options, self._how = options, how
-        ids = itertools.count()
-        self.engines = [
+        self.supervisors = [
             Supervisor(
                 options,
                 how,
-                ids=ids,
                 changed=self._engine_changed,
-                log=_log.getChild(str(place)) if size > 1 else _log,
+                log=_log.getChild(str(index)) if size > 1 else _log,
             )
-            for place in range(size)
+            for index in range(size)
         ]
         self._next = 0
         self._started = self._closed = False
@@ -82,7 +78,7 @@ class Fleet:
     @property
     def state(self) -> State:
         """READY if any engine is; FAILED only if all are gone for good."""
-        states = {engine.state for engine in self.engines}
+        states = {s.state for s in self.supervisors}
         for state in (State.CLOSED, State.READY, State.RESTARTING, State.STARTING):
             if state in states:
                 return state
@@ -94,41 +90,41 @@ class Fleet:
 
         They differ in pages where their GPUs differ in free memory.
         """
-        known = [engine.info for engine in self.engines if engine.info is not None]
-        if len(known) < len(self.engines):
+        known = [s.info for s in self.supervisors if s.info is not None]
+        if len(known) < len(self.supervisors):
             return None
         return min(known, key=lambda info: info.limits.num_pages)
 
     @property
     def counters(self) -> Counters:
         """Of all engines together; the share of pages is the mean of those that run."""
-        found = added(*(engine.counters for engine in self.engines))
+        found = added(*(s.counters for s in self.supervisors))
         return replace(found, pages_used=found.pages_used / max(self.serving, 1))
 
     @property
     def serving(self) -> int:
         """Engines that are ready."""
-        return sum(engine.state is State.READY for engine in self.engines)
+        return sum(s.state is State.READY for s in self.supervisors)
 
     @property
     def requests(self) -> int:
         """Requests under way."""
-        return sum(engine.requests for engine in self.engines)
+        return sum(s.requests for s in self.supervisors)
 
     @property
     def restarts(self) -> int:
-        """Engines started after the first of each place."""
-        return sum(engine.restarts for engine in self.engines)
+        """Engines started after the first ones."""
+        return sum(s.restarts for s in self.supervisors)
 
     @property
     def engine_pids(self) -> list[int]:
         """Process ids of the engines, also of those that are being loaded."""
-        return [engine.engine_pid for engine in self.engines if engine.engine_pid is not None]
+        return [s.engine_pid for s in self.supervisors if s.engine_pid is not None]
 
     @property
     def silence(self) -> float:
         """Seconds since the last sign of life of any engine that is ready; 0 if none is."""
-        ready = (engine.silence for engine in self.engines if engine.state is State.READY)
+        ready = (s.silence for s in self.supervisors if s.state is State.READY)
         return min(ready, default=0.0)
 
     async def start(self) -> EngineInfo:
@@ -139,12 +135,12 @@ class Fleet:
             DllmServeError: model or options are wrong, or one of them did not start; the
                 others are ended then.
         """
-        shared = await shares(self._options, len(self.engines), self._how.load_timeout_s)
+        shared = await shares(self._options, len(self.supervisors), self._how.load_timeout_s)
         if self.state is State.CLOSED:
             raise EngineError("the engine has been closed")
-        for engine, share in zip(self.engines, shared, strict=True):
-            engine.share = share
-        starting = [asyncio.create_task(engine.start()) for engine in self.engines]
+        for supervisor, share in zip(self.supervisors, shared, strict=True):
+            supervisor.share = share
+        starting = [asyncio.create_task(s.start()) for s in self.supervisors]
         try:
             infos = await asyncio.gather(*starting)
         except BaseException:
@@ -162,7 +158,7 @@ class Fleet:
     async def close(self) -> None:
         """End all engines; what is still under way fails."""
         self._closed = True  # nothing moves from one that is closed to one that is not yet
-        await _all(*(engine.close() for engine in self.engines))
+        await _all(*(s.close() for s in self.supervisors))
 
     def kill_at_once(self) -> list[subprocess.Popen[bytes]]:
         """End all engines, also where their event loop does not run any more.
@@ -172,7 +168,7 @@ class Fleet:
         """
         self._closed = True
         error = EngineError("the engine has been closed")
-        killed = [engine.kill_at_once(error) for engine in self.engines]
+        killed = [s.kill_at_once(error) for s in self.supervisors]
         return [process for process in killed if process is not None]
 
     async def kill(self) -> None:
@@ -184,36 +180,26 @@ class Fleet:
 
     async def _close_those_that_run(self) -> None:
         """After a start that failed: an engine that did not start has left nothing behind."""
-        running = [engine for engine in self.engines if engine.state is not State.STARTING]
-        await _all(*(engine.close() for engine in running))
+        running = [s for s in self.supervisors if s.state is not State.STARTING]
+        await _all(*(s.close() for s in running))
 
     async def failed(self) -> DllmServeError:
         """Wait until all engines are given up; returns why. Never returns otherwise."""
-        reasons = await asyncio.gather(*(engine.failed() for engine in self.engines))
+        reasons = await asyncio.gather(*(s.failed() for s in self.supervisors))
         return reasons[0]
 
-    def submit(
-        self,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        *,
-        stream: bool = False,
-        watch: bool = False,
-        work: int = 0,
-        owner: str = "",
-    ) -> Call:
+    def submit(self, request: Submit, work: int = 0) -> Call:
         """Queue a checked request at the engine with the least outstanding work.
 
         Args:
-            prompt_ids, params, stream, watch, owner: see
-                :class:`dllmserve.process.messages.Submit`.
+            request: the message that runs it.
             work: what it costs at most, see :func:`dllmserve.core.work.work_of`.
 
         Raises:
             EngineError: all engines are gone for good.
         """
-        engine = self._best()  # if it is gone, so are all, and it says why
-        return engine.submit(prompt_ids, params, stream=stream, watch=watch, work=work, owner=owner)
+        # if the best one is gone, all are, and it raises the reason
+        return self._best().submit(request, work)
 
     def abort(self, call: Call, error: DllmServeError | None = None) -> None:
         """Drop a request; its rows and pages are free after the current forward pass.
@@ -222,9 +208,9 @@ class Fleet:
             call: the request.
             error: what whoever waits for it gets; a RequestAbortedError by default.
         """
-        for engine in self.engines:
-            if engine.holds(call):
-                engine.abort(call, error)
+        for supervisor in self.supervisors:
+            if supervisor.holds(call):
+                supervisor.abort(call, error)
                 self._engine_changed()  # it may have been the last suspect
                 return
 
@@ -233,22 +219,22 @@ class Fleet:
 
         Equal ones take turns, so that the first does not get all of a quiet time.
         """
-        size = len(self.engines)
+        size = len(self.supervisors)
 
-        def rank(place: int) -> tuple[int, int, int, int]:
-            engine = self.engines[place]
-            turn = (place - self._next) % size
-            return _standing(engine), engine.work, engine.requests, turn
+        def rank(index: int) -> tuple[int, int, int, int]:
+            supervisor = self.supervisors[index]
+            turn = (index - self._next) % size
+            return _standing(supervisor), supervisor.work, supervisor.requests, turn
 
-        place = min(range(size), key=rank)
-        self._next = (place + 1) % size
-        return self.engines[place]
+        index = min(range(size), key=rank)
+        self._next = (index + 1) % size
+        return self.supervisors[index]
 
     def _engine_changed(self) -> None:
         """Move what waits where it cannot run; say how many engines are left."""
-        if len(self.engines) == 1 or self._closed:
+        if len(self.supervisors) == 1 or self._closed:
             return
-        for source in self.engines:
+        for source in self.supervisors:
             if source.state is State.FAILED:
                 self._clear(source)
                 continue
@@ -258,8 +244,8 @@ class Fleet:
                 target.adopt(source.release()[0])
         serving = self.serving
         if self._started and serving != self._serving:
-            level = logging.INFO if serving == len(self.engines) else logging.WARNING
-            _log.log(level, "%d of %d engines serve", serving, len(self.engines))
+            level = logging.INFO if serving == len(self.supervisors) else logging.WARNING
+            _log.log(level, "%d of %d engines serve", serving, len(self.supervisors))
             self._serving = serving
 
     def _clear(self, gone: Supervisor) -> None:
@@ -275,19 +261,19 @@ class Fleet:
     def _refuge(self) -> Supervisor:
         """The engine where requests that have to run alone disturb the fewest others."""
         return min(
-            (engine for engine in self.engines if _standing(engine) is not _Standing.GONE),
-            key=lambda engine: (not engine.suspected, _standing(engine), engine.work),
+            (s for s in self.supervisors if _standing(s) is not _Standing.GONE),
+            key=lambda s: (not s.suspected, _standing(s), s.work),
         )
 
 
-def _standing(engine: Supervisor) -> _Standing:
-    if engine.state in (State.FAILED, State.CLOSED):
+def _standing(supervisor: Supervisor) -> _Standing:
+    if supervisor.state in (State.FAILED, State.CLOSED):
         return _Standing.GONE
-    if engine.state is not State.READY:
+    if supervisor.state is not State.READY:
         return _Standing.STARTING
-    if engine.silence > AVOIDED_AFTER_S:
+    if supervisor.silence > AVOIDED_AFTER_S:
         return _Standing.SILENT
-    return _Standing.OPEN if engine.open else _Standing.SUSPECTS
+    return _Standing.OPEN if supervisor.open else _Standing.SUSPECTS
 
 
 async def _all(*closing: Coroutine[Any, Any, None]) -> None:

@@ -6,6 +6,7 @@ its type is an error.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import msgspec
@@ -58,20 +59,21 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     """Run a request.
 
     Attributes:
-        id: the owner's, not used by another request that is under way.
         prompt_ids: token ids.
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
         owner: whose it is, as :class:`dllmserve.core.request.Request` says.
+        id: unique in the process that made the message, so that a request can move to another
+            engine.
     """
 
-    id: int
     prompt_ids: list[int]
     params: SamplingParams
     stream: bool = False
     watch: bool = False
     owner: str = ""
+    id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -44,7 +43,6 @@ from dllmserve.process.messages import (
     added,
 )
 from dllmserve.process.worker import COMMAND, Cause, Death, kill_for_good
-from dllmserve.sampling_params import SamplingParams
 
 _log = logging.getLogger("dllmserve.engine")
 
@@ -90,7 +88,6 @@ class Supervisor:
     Args:
         options: fields of EngineConfig.
         how: see :class:`SupervisorOptions`.
-        ids: of requests; none is given out twice in a fleet, so that requests can move.
         changed: called when requests may have to move from here, or can move to here.
         log: what the engine says and what happens to it.
 
@@ -108,7 +105,6 @@ class Supervisor:
         options: dict[str, Any],
         how: SupervisorOptions,
         *,
-        ids: Iterator[int] | None = None,
         changed: Callable[[], None] = lambda: None,
         log: logging.Logger = _log,
     ) -> None:
@@ -117,7 +113,6 @@ class Supervisor:
         self.restarts = 0
         self.share = Share(options)
         self.work = 0
-        self._ids = itertools.count() if ids is None else ids
         self._changed, self._log = changed, log
         self._how = how
         self._engine: EngineProcess | None = None
@@ -217,29 +212,19 @@ class Supervisor:
             await asyncio.Event().wait()
         return self._failure or EngineError("the engine has been closed")
 
-    def submit(
-        self,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        *,
-        stream: bool = False,
-        watch: bool = False,
-        work: int = 0,
-        owner: str = "",
-    ) -> Call:
+    def submit(self, request: Submit, work: int = 0) -> Call:
         """Queue a checked request.
 
         Args:
-            prompt_ids, params, stream, watch, owner: see :class:`Submit`.
-            work: what it costs at most.
+            request: the message that runs it.
+            work: what it costs at most, see :func:`dllmserve.core.work.work_of`.
 
         Raises:
             EngineError: the engine is gone for good.
         """
         if self.state in (State.FAILED, State.CLOSED):
             raise self._failure or EngineError("the engine has been closed")
-        submit = Submit(next(self._ids), prompt_ids, params, stream, watch, owner)
-        call = Call(submit, work)
+        call = Call(request, work)
         self.adopt(call)
         return call
 

@@ -249,27 +249,27 @@ class Service:
         began = time.monotonic()
         info = await self.llm.start()
         self._started = True
-        self.admission.at_once = info.limits.max_num_seqs * len(self.llm.fleet.engines)
+        self.admission.at_once = info.limits.max_num_seqs * len(self.llm.fleet.supervisors)
         if not self._draining:
             self.admission.closed_because = None
         self._log_ready(info, time.monotonic() - began)
 
     def _log_ready(self, info: EngineInfo, seconds: float) -> None:
         """One line; of several engines, one more for each."""
-        engines = self.llm.fleet.engines
-        several = len(engines) > 1
+        supervisors = self.llm.fleet.supervisors
+        several = len(supervisors) > 1
         _log.info(
             "%s is ready after %.1f s: %s, %s, max_model_len %d%s",
             self.model_name,
             seconds,
-            f"{len(engines)} engines" if several else info.device,
+            f"{len(supervisors)} engines" if several else info.device,
             info.dtype,
             info.limits.max_model_len,
             "" if several else f"; {info.memory}",
         )
-        for place, engine in enumerate(engines if several else ()):
-            if engine.info is not None:
-                _log.info("engine %d: %s; %s", place, engine.info.device, engine.info.memory)
+        for index, supervisor in enumerate(supervisors if several else ()):
+            if (own := supervisor.info) is not None:
+                _log.info("engine %d: %s; %s", index, own.device, own.memory)
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, wait for what is under way, then drop the rest."""
@@ -324,8 +324,8 @@ class Service:
         """
         limit = self.settings.server.watchdog_timeout + _PATIENCE_S
         return self.status == "failed" or all(
-            engine.state is State.FAILED or engine.silence > limit
-            for engine in self.llm.fleet.engines
+            supervisor.state is State.FAILED or supervisor.silence > limit
+            for supervisor in self.llm.fleet.supervisors
         )
 
     def admit(
@@ -441,12 +441,12 @@ class Service:
             engine=self.llm.fleet.counters,
             engines=[
                 EngineGauges(
-                    up=engine.state is State.READY,
-                    running=engine.running,
-                    work=engine.work,
-                    restarts=engine.restarts,
+                    up=supervisor.state is State.READY,
+                    running=supervisor.running,
+                    work=supervisor.work,
+                    restarts=supervisor.restarts,
                 )
-                for engine in self.llm.fleet.engines
+                for supervisor in self.llm.fleet.supervisors
             ],
             waiting=len(self.runs) - running,
             running=running,

@@ -62,7 +62,7 @@ class PlayedFleet:
             self.up(place)
 
     def __getitem__(self, place: int) -> Supervisor:
-        return self.fleet.engines[place]
+        return self.fleet.supervisors[place]
 
     def up(self, place: int) -> PlayedEngine:
         """An engine is ready."""
@@ -87,14 +87,14 @@ class PlayedFleet:
         assert (supervisor.silence > 0) == bool(seconds)
 
     def ask(self, work: int = 1, *, admit: bool = True) -> Call:
-        call = self.fleet.submit([1], SamplingParams(), work=work)
+        call = self.fleet.submit(Submit([1], SamplingParams()), work=work)
         if admit and call.in_engine:
             self.admit(call)
         return call
 
     def place_of(self, call: Call) -> int:
         """Where a request is; it is in one place exactly."""
-        (place,) = [i for i, engine in enumerate(self.fleet.engines) if engine.holds(call)]
+        (place,) = [i for i, engine in enumerate(self.fleet.supervisors) if engine.holds(call)]
         return place
 
     def admit(self, *calls: Call) -> None:
@@ -112,4 +112,4 @@ class PlayedFleet:
 
     @property
     def works(self) -> list[int]:
-        return [engine.work for engine in self.fleet.engines]
+        return [engine.work for engine in self.fleet.supervisors]

@@ -35,7 +35,7 @@ class Fleets(RuleBasedStateMachine):
 
     @rule(work=st.integers(0, 3))
     def ask(self, work: int) -> None:
-        engines = self.bench.fleet.engines
+        engines = self.bench.fleet.supervisors
         before = {i: (_standing(e), e.work, e.requests) for i, e in enumerate(engines)}
         if self.bench.fleet.state is State.FAILED:
             with pytest.raises(EngineError):
@@ -81,7 +81,7 @@ class Fleets(RuleBasedStateMachine):
 
     @invariant()
     def the_books_are_right(self) -> None:
-        engines = self.bench.fleet.engines
+        engines = self.bench.fleet.supervisors
         held = [[c for c in self.calls if engine.holds(c)] for engine in engines]
         assert sorted(c.id for calls in held for c in calls) == [c.id for c in self.open]
         for engine, calls in zip(engines, held, strict=True):
@@ -92,13 +92,13 @@ class Fleets(RuleBasedStateMachine):
 
     @invariant()
     def suspects_run_alone(self) -> None:
-        for engine in self.bench.fleet.engines:
+        for engine in self.bench.fleet.supervisors:
             inside = [c for c in self.open if c.in_engine and engine.holds(c)]
             assert len(inside) < 2 or not any(c._suspected for c in inside)
 
     @invariant()
     def nothing_waits_where_others_would_run_it(self) -> None:
-        engines = self.bench.fleet.engines
+        engines = self.bench.fleet.supervisors
         if any(_standing(engine) is _Standing.OPEN for engine in engines):
             assert not any(engine.stuck() for engine in engines)
 

@@ -34,18 +34,18 @@ def test_two_engines_answer_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
             fleet = llm.fleet
             assert llm.info.limits.max_num_seqs == sync.plan.limits.max_num_seqs
             assert await asyncio.gather(*(llm.generate(p, DRAWN) for p in PROMPTS)) == expected
-            assert all(engine.counters.steps for engine in fleet.engines)
+            assert all(engine.counters.steps for engine in fleet.supervisors)
             pieces = [delta.text async for delta in llm.stream_text(PROMPTS[0], DRAWN)]
             assert "".join(pieces) == expected[0]["text"]
 
             asked = [asyncio.create_task(llm.generate(p, LONG)) for p in PROMPTS]
-            await until(lambda: all(engine.running for engine in fleet.engines))
-            pid = fleet.engines[1].engine_pid
+            await until(lambda: all(engine.running for engine in fleet.supervisors))
+            pid = fleet.supervisors[1].engine_pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
             assert await asyncio.gather(*asked) == long
             await until(lambda: fleet.restarts == 1 and fleet.serving == 2)
-            assert fleet.requests == 0 and [e.work for e in fleet.engines] == [0, 0]
+            assert fleet.requests == 0 and [e.work for e in fleet.supervisors] == [0, 0]
 
     with nothing_left():
         asyncio.run(main())

@@ -23,6 +23,7 @@ from dllmserve.process import supervisor as supervision
 from dllmserve.process import worker
 from dllmserve.process.channel import MAX_MESSAGE, Channel, ChannelClosed, Connection
 from dllmserve.process.daemon import is_stopped
+from dllmserve.process.messages import Submit
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from dllmserve.sampling_params import SamplingParams
 from tests.process.left import children, nothing_left
@@ -48,7 +49,7 @@ async def supervised(how: str, directory: Path, **given: Any) -> AsyncIterator[S
 
 
 async def answer(supervisor: Supervisor, *prompt: int) -> list[int]:
-    return (await supervisor.submit([*prompt], SamplingParams()).output()).token_ids
+    return (await supervisor.submit(Submit([*prompt], SamplingParams())).output()).token_ids
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_that_go_wrong_are_replaced(tmp_path: Path, how: str) -> None:
     async def main() -> None:
         async with supervised(how, tmp_path) as supervisor:
-            good = supervisor.submit([1, 2], SamplingParams())
+            good = supervisor.submit(Submit([1, 2], SamplingParams()))
             with pytest.raises(EngineDiedError) as caught:
                 await answer(supervisor, POISON)
             part = "no message" if how == "garbage" else "ended with code 0"
@@ -175,7 +176,7 @@ def test_no_room_for_a_new_engine(
     async def main() -> None:
         async with supervised("kill", tmp_path) as supervisor:
             monkeypatch.setattr(subprocess, "Popen", start)
-            call = supervisor.submit([POISON], SamplingParams())
+            call = supervisor.submit(Submit([POISON], SamplingParams()))
             with pytest.raises(EngineDiedError):
                 await call.output()
             assert await answer(supervisor, 3) == [3]
@@ -188,13 +189,13 @@ def test_giving_up_says_why_and_fails_everybody(tmp_path: Path) -> None:
     async def main() -> None:
         async with supervised("dies-at-once", tmp_path) as supervisor:
             giving_up = asyncio.create_task(supervisor.failed())
-            running = supervisor.submit([POISON], SamplingParams())
+            running = supervisor.submit(Submit([POISON], SamplingParams()))
             with pytest.raises(EngineStartError, match=r"5 times in a row: .* code 3"):
                 await running.output()
             assert supervisor.state is State.FAILED
             error = await giving_up
             with pytest.raises(EngineStartError) as caught:
-                supervisor.submit([1], SamplingParams())
+                supervisor.submit(Submit([1], SamplingParams()))
             assert caught.value is error
 
     asyncio.run(main())
@@ -261,12 +262,12 @@ def test_closing_while_an_engine_is_replaced(tmp_path: Path) -> None:
             os.kill(supervisor.engine_pid, signal.SIGKILL)
             while supervisor.state is State.READY:
                 await asyncio.sleep(0.001)
-            held = supervisor.submit([1], SamplingParams())
+            held = supervisor.submit(Submit([1], SamplingParams()))
             await supervisor.close()
             with pytest.raises(EngineError, match="closed"):
                 await held.output()
             with pytest.raises(EngineError, match="closed"):
-                supervisor.submit([1], SamplingParams())
+                supervisor.submit(Submit([1], SamplingParams()))
             await supervisor.close()  # again
 
     asyncio.run(main())
