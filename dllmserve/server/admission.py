@@ -23,8 +23,8 @@ _MOST_RETRY_S = 30
 
 
 @dataclass
-class Place:
-    """A request's place among those under way; give it back once.
+class AdmissionSlot:
+    """A request's slot among those under way; give it back once.
 
     Attributes:
         owner: whose it is.
@@ -62,7 +62,7 @@ class Admission:
     What a request may cost is known when it comes, but for answers that end by themselves: their
     length is an upper bound that few come near, so they count as what such answers took so far.
 
-    Where there are several owners, one may have at most three times what is free, of places and
+    Where there are several owners, one may have at most three times what is free, of slots and
     of work: the first takes three quarters, and there is always room for the next. Of work each
     of n owners may have 1 / (n + 1) of it in any case.
 
@@ -102,8 +102,8 @@ class Admission:
         self._speed = 0.0
         self._progress = progress
 
-    def take(self, requests: Sequence[Request], owner: str = "") -> list[Place]:
-        """Take a place for each request, or none at all.
+    def take(self, requests: Sequence[Request], owner: str = "") -> list[AdmissionSlot]:
+        """Take a slot for each request, or none at all.
 
         Raises:
             CapacityError: there are more requests than ever have room.
@@ -114,11 +114,11 @@ class Admission:
             raise OverloadedError(self.closed_because, retry_after=self.retry_after())
         self.check_ever(len(requests))
         self.check_room(len(requests), owner)
-        places = [self._place(request, owner) for request in requests]
-        self._check_work(places, owner)
-        for place in places:
-            self._enter(place)
-        return places
+        slots = [self._slot_for(request, owner) for request in requests]
+        self._check_work(slots, owner)
+        for slot in slots:
+            self._enter(slot)
+        return slots
 
     def check_ever(self, count: int) -> None:
         """Raise CapacityError if so many requests at once never have room."""
@@ -164,19 +164,19 @@ class Admission:
         )
 
     def _room(self, free: int, held: int) -> int:
-        """How many of so many free places an owner may take who holds so many."""
+        """How many of so many free slots an owner may take who holds so many."""
         if not self._several:
             return free
-        # held + more <= TIMES_FREE * (free - more); one place may always be had, if there is one
+        # held + more <= TIMES_FREE * (free - more); one slot may always be had, if there is one
         return min(free, max((TIMES_FREE * free - held) // (TIMES_FREE + 1), 1 - held))
 
-    def _check_work(self, places: Sequence[Place], owner: str) -> None:
-        """Raise OverloadedError if the places would be too much work."""
-        held, work = self._account(owner), sum(place.work for place in places)
+    def _check_work(self, slots: Sequence[AdmissionSlot], owner: str) -> None:
+        """Raise OverloadedError if the slots would be too much work."""
+        held, work = self._account(owner), sum(slot.work for slot in slots)
         self.measure(*self._progress())
         limit = self._max_work
         # what runs at once is no queue: the speed learned from single requests says nothing of it
-        if limit is None and self._speed and self.requests + len(places) > self.at_once:
+        if limit is None and self._speed and self.requests + len(slots) > self.at_once:
             limit = int(self._speed * WORK_SECONDS)
         # who has nothing under way may run anything: what could never run is refused elsewhere
         if limit is None or not held.requests:
@@ -197,11 +197,11 @@ class Admission:
                 self.retry_after(owner),
             )
 
-    def take_anyway(self, request: Request, owner: str = "") -> Place:
-        """A place for a request that was accepted before this process began."""
-        place = self._place(request, owner)
-        self._enter(place)
-        return place
+    def take_anyway(self, request: Request, owner: str = "") -> AdmissionSlot:
+        """A slot for a request that was accepted before this process began."""
+        slot = self._slot_for(request, owner)
+        self._enter(slot)
+        return slot
 
     @property
     def _active(self) -> int:
@@ -218,44 +218,46 @@ class Admission:
     def _account(self, owner: str) -> Account:
         return self._accounts.setdefault(owner, Account())
 
-    def _place(self, request: Request, owner: str) -> Place:
-        """A place for a request, with what it may cost."""
+    def _slot_for(self, request: Request, owner: str) -> AdmissionSlot:
+        """A slot for a request, with what it may cost."""
         params = request.params
         if not params.early_end:
-            return Place(owner, work_of(request), forwards_of(request))
+            return AdmissionSlot(owner, work_of(request), forwards_of(request))
         expected = self._account(owner)
         forwards = min(forwards_of(request), math.ceil(expected.forwards))
         canvas = request.canvas_len
         if params.suffix_window is not None:
             seen = request.prompt_len + math.ceil(expected.tokens) + params.suffix_window
             canvas = min(canvas, seen)
-        return Place(owner, forwards * canvas * request.rows_needed, forwards, open_ended=True)
+        return AdmissionSlot(
+            owner, forwards * canvas * request.rows_needed, forwards, open_ended=True
+        )
 
-    def _enter(self, place: Place, sign: int = 1) -> None:
-        account = self._account(place.owner)
+    def _enter(self, slot: AdmissionSlot, sign: int = 1) -> None:
+        account = self._account(slot.owner)
         account.requests += sign
-        account.work += sign * place.work
+        account.work += sign * slot.work
         self.requests += sign
-        self.work += sign * place.work
-        self._forwards += sign * place.forwards
+        self.work += sign * slot.work
+        self._forwards += sign * slot.forwards
 
-    def give_back(self, place: Place, forwards: int | None = None, tokens: int = 0) -> None:
-        """Free a place.
+    def give_back(self, slot: AdmissionSlot, forwards: int | None = None, tokens: int = 0) -> None:
+        """Free a slot.
 
         Args:
-            place: from :meth:`take`.
+            slot: from :meth:`take`.
             forwards: forward passes that the request took; None if it was dropped.
             tokens: of its answer.
         """
-        if not place.taken:
+        if not slot.taken:
             return
-        place.taken = False
-        self._enter(place, -1)
+        slot.taken = False
+        self._enter(slot, -1)
         if forwards is not None:
-            self._done += place.work
+            self._done += slot.work
             self._done_forwards += forwards
-            if place.open_ended:
-                account = self._account(place.owner)
+            if slot.open_ended:
+                account = self._account(slot.owner)
                 account.forwards += (forwards - account.forwards) * _LEARN
                 account.tokens += (tokens - account.tokens) * _LEARN
 

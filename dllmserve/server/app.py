@@ -37,9 +37,9 @@ from dllmserve.server.hosts import (
 from dllmserve.server.http.auth import AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.logs import configure_logging
-from dllmserve.server.http.places import Judge, Standing
 from dllmserve.server.http.request_id import RequestLog
 from dllmserve.server.http.respond import Headers
+from dllmserve.server.http.slots import Classify, Sender
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings, with_port
@@ -115,7 +115,7 @@ async def running(app: FastAPI) -> AsyncIterator[asyncio.Task[None]]:
     try:
         yield loading
     finally:
-        service.close_door()
+        service.refuse_new()
         loading.cancel()
         await asyncio.wait({loading})
         await jobs.close()
@@ -137,11 +137,11 @@ def _open_paths(settings: Settings) -> frozenset[str]:
     return ops.OPEN_PATHS | ({"/metrics"} if settings.server.open_metrics else frozenset())
 
 
-def judge(settings: Settings) -> Judge:
+def classifier(settings: Settings) -> Classify:
     """Tells probes, holders of keys and strangers apart, for their connections."""
     open_paths, keys = _open_paths(settings), settings.keys
 
-    def standing(path: str, headers: Headers) -> Standing:
+    def classify(path: str, headers: Headers) -> Sender:
         if path in open_paths:
             return "probe"
         if keys is None:
@@ -149,7 +149,7 @@ def judge(settings: Settings) -> Judge:
         secrets = presented(headers)
         return "key" if len(secrets) == 1 and keys.match(secrets.pop()) else "stranger"
 
-    return standing
+    return classify
 
 
 def _most_calls(settings: Settings) -> int | None:

@@ -33,7 +33,7 @@ from dllmserve.outputs import RequestOutput
 from dllmserve.process.messages import plain
 from dllmserve.process.supervisor import State
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.server.admission import Place
+from dllmserve.server.admission import AdmissionSlot
 from dllmserve.server.failures import explained
 from dllmserve.server.service import Run, Service
 from dllmserve.server.store import (
@@ -80,14 +80,14 @@ class _Live:
 
     Attributes:
         owner: whose it is.
-        place: among what is under way; None until it has one.
+        slot: among what is under way; None until it has one.
         done: it has a result, is deleted, or is left to the next server.
         task: runs it; None while the model is being loaded.
         run: its request, once the engine has it.
     """
 
-    def __init__(self, owner: str, place: Place | None = None) -> None:
-        self.owner, self.place = owner, place
+    def __init__(self, owner: str, slot: AdmissionSlot | None = None) -> None:
+        self.owner, self.slot = owner, slot
         self.done = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.run: Run | None = None
@@ -143,7 +143,7 @@ class Jobs:
             JobStoreError: they cannot be stored.
         """
         service = self._service
-        places = service.take_places(requests, owner)
+        slots = service.take_slots(requests, owner)
         try:
             limit = service.settings.server.request_timeout
             seconds = limit if timeout_s is None else min(limit, timeout_s)
@@ -153,15 +153,15 @@ class Jobs:
             if self._stopping and not self._durable:
                 raise OverloadedError("the server is shutting down")
         except BaseException:
-            for place in places:
-                service.admission.give_back(place)
+            for slot in slots:
+                service.admission.give_back(slot)
             raise
-        for record, request, place in zip(records, requests, places, strict=True):
+        for record, request, slot in zip(records, requests, slots, strict=True):
             if self._stopping:  # the next server runs it
-                service.admission.give_back(place)
+                service.admission.give_back(slot)
                 continue
-            live = self._live[record.id] = _Live(owner, place)
-            self._start(record.id, live, self._run(record, request, place, live))
+            live = self._live[record.id] = _Live(owner, slot)
+            self._start(record.id, live, self._run(record, request, slot, live))
         return [record.id for record in records]
 
     async def find(self, id: int, owner: str, wait_s: float) -> Stored | Gone | None:
@@ -224,8 +224,8 @@ class Jobs:
         """However it ended: nothing of it stays, and whoever waits for it looks."""
         if self._live.get(id) is live:
             del self._live[id]
-        if live.place is not None:
-            self._service.admission.give_back(live.place)
+        if live.slot is not None:
+            self._service.admission.give_back(live.slot)
         live.done.set()
 
     async def _insert(
@@ -268,8 +268,8 @@ class Jobs:
             _log.error("job %d of an earlier run cannot be run again: %s", record.id, error)
             await self._finish(record.id, _failed("the job's request cannot be read any more"))
             return
-        live.place = service.admission.take_anyway(request, record.owner)
-        await self._run(record, request, live.place, live)
+        live.slot = service.admission.take_anyway(request, record.owner)
+        await self._run(record, request, live.slot, live)
 
     def _unpack(self, record: JobRecord) -> Request:
         stored = msgspec.msgpack.decode(record.request, type=StoredRequest)
@@ -281,14 +281,16 @@ class Jobs:
         older = None if stored.sparse is None else SparseConfig(**stored.sparse)
         return self._service.llm.check(stored.prompt_ids, params, older)
 
-    async def _run(self, record: JobRecord, request: Request, place: Place, live: _Live) -> None:
+    async def _run(
+        self, record: JobRecord, request: Request, slot: AdmissionSlot, live: _Live
+    ) -> None:
         """Run a job to its end and store what came of it."""
         try:
             # by the store's clock: the time that no server ran is not the job's
             left = min(record.deadline - self._store.clock(), record.deadline - record.created)
             if left <= 0:
                 raise DeadlineError("the job's time was over before it could be run")
-            live.run = Run(self._service, request, place, timeout_s=left)
+            live.run = Run(self._service, request, slot, timeout_s=left)
             output = await live.run.output()
             result = _finished(output, live.run.queue_time)
         except DllmServeError as error:
@@ -299,7 +301,7 @@ class Jobs:
             _log.exception("a job failed")
             result = _failed(explained(error))
         finally:
-            self._service.admission.give_back(place)
+            self._service.admission.give_back(slot)
         await self._finish(record.id, result)
 
     def _is_left(self, error: DllmServeError, live: _Live) -> bool:

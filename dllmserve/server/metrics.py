@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dllmserve.process.messages import Counters
-from dllmserve.server.http.places import DROPS, ConnectionStats
+from dllmserve.server.http.slots import DROPS, ConnectionStats
 
 PREFIX = "dllmserve:"
 #: edges in seconds, as vLLM has them

@@ -16,12 +16,12 @@ import uvicorn
 
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, DllmServeError
-from dllmserve.server.app import create_app, judge, running, start_logging
+from dllmserve.server.app import classifier, create_app, running, start_logging
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.listener import AT_ONCE, BACKLOG, GuardedServer
-from dllmserve.server.http.places import ConnectionLimits, Connections
 from dllmserve.server.http.refusal import RefusalHeaders, no_headers
 from dllmserve.server.http.respond import Headers
+from dllmserve.server.http.slots import ConnectionLimits, Connections
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.private import remove_file, replace_file
 from dllmserve.server.service import Service
@@ -88,7 +88,7 @@ class _Running:
             try:
                 return await self._until_the_end(loading)
             finally:
-                self._service.close_door()
+                self._service.refuse_new()
                 await self._jobs.close()  # while who waits for a job can still be answered
                 self._server.should_exit = True
                 await asyncio.wait({serving}, timeout=2 * _FLUSH_S)
@@ -174,7 +174,7 @@ class _Running:
         connections = Connections(
             self._limits,
             self._service.connections,
-            judge=judge(self._settings),
+            classify=classifier(self._settings),
             refusal_headers=_refusal_headers(server),
         )
         return GuardedServer(config, connections, self._at_once)

@@ -24,9 +24,9 @@ from dllmserve.outputs import RequestOutput
 from dllmserve.process.calls import Call, Event, Started
 from dllmserve.process.messages import EngineInfo
 from dllmserve.process.supervisor import State, SupervisorOptions
-from dllmserve.server.admission import Admission, Place
-from dllmserve.server.http.places import ConnectionStats
+from dllmserve.server.admission import Admission, AdmissionSlot
 from dllmserve.server.http.rate import RateLimit
+from dllmserve.server.http.slots import ConnectionStats
 from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import Settings
 from dllmserve.server.store import StoreStats
@@ -48,7 +48,7 @@ class Run:
     Args:
         service: the owner.
         request: the checked request.
-        place: its place among those under way.
+        slot: its slot among those under way.
         stream, watch: what the engine is to report.
         timeout_s: seconds from now in which it has to end, at most the server's request_timeout,
             which is meant by None.
@@ -63,7 +63,7 @@ class Run:
         self,
         service: Service,
         request: Request,
-        place: Place,
+        slot: AdmissionSlot,
         *,
         stream: bool = False,
         watch: bool = False,
@@ -71,7 +71,7 @@ class Run:
         queue_s: float | None = None,
     ) -> None:
         self.request = request
-        self._service, self._place = service, place
+        self._service, self._slot = service, slot
         self._began = time.monotonic()
         now, limit = asyncio.get_running_loop().time(), service.settings.server.request_timeout
         self._timeout_s = limit if timeout_s is None else min(limit, timeout_s)
@@ -90,11 +90,11 @@ class Run:
                 request,
                 stream=stream,
                 watch=watch,
-                work=place.work,
-                owner=service.admission.engine_name(place.owner),
+                work=slot.work,
+                owner=service.admission.engine_name(slot.owner),
             )
         except BaseException:
-            service.admission.give_back(place)
+            service.admission.give_back(slot)
             raise
         service.runs.add(self)
         service.metrics.accepted(request.prompt_len, request.params.gen_length)
@@ -140,7 +140,7 @@ class Run:
             if until < self._until:
                 raise OverloadedError(
                     f"the request waited for queue_timeout={self._queue_s:g} s and was not started",
-                    retry_after=self._service.admission.retry_after(self._place.owner),
+                    retry_after=self._service.admission.retry_after(self._slot.owner),
                 ) from error
             raise DeadlineError(
                 f"the request did not finish in {self._timeout_s:g} s; ask for less, or for "
@@ -159,7 +159,7 @@ class Run:
         return event
 
     def close(self) -> None:
-        """Drop the request if it has not ended, and give its place back."""
+        """Drop the request if it has not ended, and give its slot back."""
         if self not in self._service.runs:
             return
         self._service.runs.discard(self)
@@ -167,7 +167,7 @@ class Run:
             self._counted = True
             self._service.metrics.aborted(self.reason or "disconnect")
         self._service.llm.abort(self.call)
-        self._service.admission.give_back(self._place, self._forwards, self._tokens)
+        self._service.admission.give_back(self._slot, self._forwards, self._tokens)
 
     def drop(self, reason: str, text: str) -> None:
         """End the request from outside; whoever waits for it gets a RequestAbortedError."""
@@ -273,7 +273,7 @@ class Service:
 
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new, wait for what is under way, then drop the rest."""
-        self.close_door()
+        self.refuse_new()
         await self._until_idle(timeout_s)
         if self.runs:
             _log.warning("%d requests are dropped: shutdown_timeout is over", len(self.runs))
@@ -287,7 +287,7 @@ class Service:
         while self.admission.requests and time.monotonic() < until and self.failure is None:
             await asyncio.sleep(0.02)
 
-    def close_door(self) -> None:
+    def refuse_new(self) -> None:
         """Take nothing new from here on; readiness says so."""
         self._draining = True
         self.admission.closed_because = _DRAINING
@@ -344,30 +344,30 @@ class Service:
             OverloadedError: there is no room.
             CapacityError: there never is for so many.
         """
-        places = self.take_places(requests, owner)
+        slots = self.take_slots(requests, owner)
         how: dict[str, Any] = {"stream": stream, "watch": watch, "timeout_s": timeout_s}
         how["queue_s"] = self.settings.server.queue_timeout
         runs: list[Run] = []
         try:
-            for request, place in zip(requests, places, strict=True):
-                runs.append(Run(self, request, place, **how))
+            for request, slot in zip(requests, slots, strict=True):
+                runs.append(Run(self, request, slot, **how))
         except BaseException:
             close_all(runs)
-            for place in places:
-                self.admission.give_back(place)
+            for slot in slots:
+                self.admission.give_back(slot)
             raise
         return runs
 
-    def take_places(self, requests: Sequence[Request], owner: str = "") -> list[Place]:
+    def take_slots(self, requests: Sequence[Request], owner: str = "") -> list[AdmissionSlot]:
         """Places for all of the requests, or for none. Raises what :meth:`admit` raises."""
         try:
             self.rate.check(owner, len(requests))
-            places = self.admission.take(requests, owner)
+            slots = self.admission.take(requests, owner)
         except OverloadedError as error:
             self._count_refusal(error)
             raise
         self.rate.take(owner, len(requests) - 1)
-        return places
+        return slots
 
     def _count_refusal(self, error: OverloadedError) -> None:
         """Count a refusal in the metrics, by its reason."""

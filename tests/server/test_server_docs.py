@@ -29,7 +29,7 @@ from dllmserve.process.supervisor import SupervisorOptions
 from dllmserve.server import ops
 from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
-from dllmserve.server.http.places import ConnectionStats
+from dllmserve.server.http.slots import ConnectionStats
 from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import load_settings
 from dllmserve.server.store.base import DROP_REASONS

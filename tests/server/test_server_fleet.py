@@ -164,9 +164,9 @@ def test_the_speed_is_that_of_all_engines(byte_checkpoint: Path) -> None:
         for engine in fleet.supervisors:
             engine.state, engine._now = State.READY, Counters(busy=30.0, spans=100)
         server.service.admission.closed_because = None
-        server.service.take_places([])
+        server.service.take_slots([])
         fleet.supervisors[0].state = State.FAILED
-        server.service.take_places([])
+        server.service.take_slots([])
         assert heard == [(30.0, 200), (60.0, 200)]
 
     run(main())

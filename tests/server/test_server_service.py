@@ -196,7 +196,7 @@ def test_a_refusal_says_full_while_the_engine_restarts(byte_checkpoint: Path) ->
             with pytest.raises(OverloadedError):
                 server.service.admit([request()])
             assert server.metric("admission_rejections_total", reason="full") == 1
-            server.service.close_door()
+            server.service.refuse_new()
             with pytest.raises(OverloadedError):
                 server.service.admit([request()])
             assert server.metric("admission_rejections_total", reason="draining") == 1
@@ -353,7 +353,7 @@ def test_probes_in_every_state(byte_checkpoint: Path) -> None:
             engine.silence, engine.state = 0.0, State.RESTARTING
             assert await statuses(server) == same(503, "restarting", 200)
             engine.state = State.READY
-            server.service.close_door()
+            server.service.refuse_new()
             assert await statuses(server) == same(503, "draining", 200)
 
         async with serving(byte_checkpoint, watchdog_timeout=2.0) as server:

@@ -4,7 +4,7 @@ uvicorn bounds an idle keep-alive connection and nothing else: one that sends ha
 never reads its answer is kept for ever. The invariant here is that an open connection has
 a request being answered, whose body :class:`~dllmserve.server.http.body.BodyGuard` times, or
 a timer that ends it. Which connections there may be is the subject of
-:mod:`~dllmserve.server.http.places`.
+:mod:`~dllmserve.server.http.slots`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from uvicorn.server import ServerState
 
 from dllmserve.server.http.head import check_head, path_of
 from dllmserve.server.http.http10 import speak_http_1_0
-from dllmserve.server.http.places import Connections, Place
 from dllmserve.server.http.refusal import Refused
 from dllmserve.server.http.respond import ABORT, ANSWERED, LINGER_S
+from dllmserve.server.http.slots import Connections, ConnectionSlot
 
 #: requests that may wait on one connection for the answers before theirs
 MAX_PIPELINED = 16
@@ -78,7 +78,7 @@ class GuardedProtocol(HttpToolsProtocol):
     Args:
         config, server_state, app_state: of uvicorn.
         connections: of the server.
-        place: this connection's among them.
+        slot: this connection's among them.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class GuardedProtocol(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         connections: Connections,
-        place: Place,
+        slot: ConnectionSlot,
     ) -> None:
         super().__init__(config, server_state, app_state, asyncio.get_running_loop())
         self._connections = connections
-        self._place = place
+        self._slot = slot
         self._limits = connections.limits
         self._stats = connections.stats
         self._part: _Part = "idle"
@@ -120,14 +120,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self.flow = _Flow(transport, self._crowded)
         if hasattr(transport, "max_size"):  # else each read of 256 KiB
             transport.max_size = _READ_BYTES
-        self._place.drop = self.abort
-        if self._place.gone:  # dropped while its handshake ended
+        self._slot.drop = self.abort
+        if self._slot.gone:  # dropped while its handshake ended
             self.abort()
-        self._head_timer = self.loop.call_at(self._place.deadline, self._on_head_timeout)
+        self._head_timer = self.loop.call_at(self._slot.deadline, self._on_head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop every timer and tell every unanswered request that its client is gone."""
-        self._connections.leave(self._place)
+        self._connections.leave(self._slot)
         for timer in (self._head_timer, self._write_timer, self._linger_timer):
             if timer is not None:
                 timer.cancel()
@@ -142,7 +142,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self.pipeline.clear()
         self._held.clear()
         self.cycle = self.scope = None  # type: ignore[assignment]
-        self._place.drop = _nothing
+        self._slot.drop = _nothing
 
     def abort(self) -> None:
         """Drop the connection at once, with whatever is unsent. May be called at any time."""
@@ -277,7 +277,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._ignore_upgrade(version)
             return
-        if not self._connections.begin(self._place, path_of(self.url), self.headers):
+        if not self._connections.begin(self._slot, path_of(self.url), self.headers):
             most = self._limits.max_connections
             text = f"The server is answering its limit of {most} connections; try again later."
             raise Refused(503, "too_many_connections", text)
@@ -300,7 +300,7 @@ class GuardedProtocol(HttpToolsProtocol):
             go(cycle, app)
             return True
 
-        if self._place.busy:
+        if self._slot.busy:
             go(cycle, app)
         else:
             self._connections.take_turn(start)
@@ -419,7 +419,7 @@ class GuardedProtocol(HttpToolsProtocol):
             # whatever of the body the application did not want
             self._open_cycles.popleft().body.clear()
         if not self._open_cycles:
-            self._connections.rest(self._place)
+            self._connections.rest(self._slot)
         if self.transport.is_closing():
             self._watch_close()
         elif self._refusal is not None and not self._open_cycles:
@@ -433,7 +433,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Nothing but the rest of a body is waited for, so that the connection may give way."""
         self._end_turn()
         if len(self._open_cycles) <= 1:
-            self._connections.rest(self._place)
+            self._connections.rest(self._slot)
 
     def send_400_response(self, msg: str) -> None:
         """Answer a malformed request; kept for uvicorn, which calls it by this name."""
@@ -476,7 +476,7 @@ class GuardedProtocol(HttpToolsProtocol):
         only this side is closed, and what still comes is thrown away for a moment.
         """
         self._stop_keep_alive()
-        self._connections.rest(self._place)
+        self._connections.rest(self._slot)
         more = self._connections.refusal_headers(self.headers or ())
         self.transport.write(refusal.answer([*self.server_state.default_headers, *more]))
         if self.transport.can_write_eof():

@@ -2,7 +2,7 @@
 
 asyncio's own servers make a protocol when the TLS handshake is over, wait for that for 60 seconds
 and count nothing before; and when there are no open files left, they write a line for each
-attempt, as fast as they can. Here a connection has a place, and its clock runs, from the moment
+attempt, as fast as they can. Here a connection has a slot, and its clock runs, from the moment
 that it is accepted, with TLS or without.
 """
 
@@ -23,9 +23,9 @@ import uvicorn
 
 from dllmserve.server.http.connection import GuardedProtocol
 from dllmserve.server.http.logs import Seldom
-from dllmserve.server.http.places import Connections, Place, group
 from dllmserve.server.http.refusal import Refused
 from dllmserve.server.http.respond import LINGER_S
+from dllmserve.server.http.slots import Connections, ConnectionSlot, group
 
 #: connections that are accepted in one go, before those that are there have their turn
 AT_ONCE = 16
@@ -47,7 +47,7 @@ class Listener:
 
     Args:
         sock: bound, listening, not blocking. Whoever opened it closes it.
-        connections: gives places, and says who may come in.
+        connections: gives slots, and says who may come in.
         make: the protocol of a connection.
         context: for TLS.
         at_once: connections accepted in one go.
@@ -57,7 +57,7 @@ class Listener:
         self,
         sock: socket.socket,
         connections: Connections,
-        make: Callable[[Place], asyncio.Protocol],
+        make: Callable[[ConnectionSlot], asyncio.Protocol],
         *,
         context: ssl.SSLContext | None = None,
         at_once: int = AT_ONCE,
@@ -133,8 +133,8 @@ class Listener:
             self._crowds("too many connections of one address")
             self._turn_away(sock)
             return
-        place = self._connections.enter(who, lambda: _shut(sock))
-        if place is None:
+        slot = self._connections.enter(who, lambda: _shut(sock))
+        if slot is None:
             self._full("all connections have requests under way; more are closed")
             sock.close()
             return
@@ -144,29 +144,29 @@ class Listener:
             with contextlib.suppress(OSError):  # the client has left already
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._starting.add(sock)
-        task = self._loop.create_task(self._start(sock, place))
+        task = self._loop.create_task(self._start(sock, slot))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _start(self, sock: socket.socket, place: Place) -> None:
+    async def _start(self, sock: socket.socket, slot: ConnectionSlot) -> None:
         """The handshake, if there is to be one, and then the protocol."""
         seconds: dict[str, float] = {}
         if self._context is not None:
-            left = max(place.deadline - self._loop.time(), 0.001)
+            left = max(slot.deadline - self._loop.time(), 0.001)
             seconds = {"ssl_handshake_timeout": left, "ssl_shutdown_timeout": LINGER_S}
         try:
             await self._loop.connect_accepted_socket(
-                lambda: self._make(place), sock, ssl=self._context, **seconds
+                lambda: self._make(slot), sock, ssl=self._context, **seconds
             )
         except OSError as error:  # ssl.SSLError among them
-            if not place.gone:
+            if not slot.gone:
                 self._connections.stats.dropped["handshake"] += 1
                 self._handshakes("a TLS handshake failed", reason=_reason(error))
-            self._connections.leave(place)
+            self._connections.leave(slot)
             # it holds the frames whose variables hold it, and those 256 KiB of a TLS connection
             error.__traceback__ = None
         except BaseException:
-            self._connections.leave(place)
+            self._connections.leave(slot)
             raise
         finally:
             self._starting.discard(sock)
@@ -221,9 +221,9 @@ class GuardedServer(uvicorn.Server):
             self.servers.append(listener)  # type: ignore[arg-type]
         self.started = True
 
-    def _protocol(self, place: Place) -> GuardedProtocol:
+    def _protocol(self, slot: ConnectionSlot) -> GuardedProtocol:
         state = self.lifespan.state
-        return GuardedProtocol(self.config, self.server_state, state, self._connections, place)
+        return GuardedProtocol(self.config, self.server_state, state, self._connections, slot)
 
 
 def _crowded(connections: Connections) -> bytes:

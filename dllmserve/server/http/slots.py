@@ -1,4 +1,4 @@
-"""Who has a place among a server's connections, and who gives way when there are too many."""
+"""Who has a slot among a server's connections, and who gives way when there are too many."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _FEWEST, _MOST = 8, 64
 #: what a request's head says of its sender: a "probe" asks for what needs no key, a "stranger" has
 #: none and gets a 401, so both are answered at once; a holder of a "key"; a "client" where
 #: nobody needs one
-Standing = Literal["probe", "stranger", "client", "key"]
+Sender = Literal["probe", "stranger", "client", "key"]
 #: from the path and the headers of a request to its sender's standing
-Judge = Callable[[str, Headers], Standing]
+Classify = Callable[[str, Headers], Sender]
 #: why a connection was closed without an answer
 DROPS = ("idle", "files", "full", "handshake", "slow_reader")
 
@@ -99,7 +99,7 @@ class ConnectionStats:
 
 
 @dataclass(eq=False, slots=True)
-class Place:
+class ConnectionSlot:
     """One connection, from the moment that it is accepted to its end.
 
     Attributes:
@@ -124,26 +124,26 @@ class _Group:
 
     def __init__(self) -> None:
         # since when they are idle, oldest first
-        self.fresh: dict[Place, float] = {}  # no answer yet
-        self.used: dict[Place, float] = {}
+        self.fresh: dict[ConnectionSlot, float] = {}  # no answer yet
+        self.used: dict[ConnectionSlot, float] = {}
 
     def __len__(self) -> int:
         return len(self.fresh) + len(self.used)
 
-    def of(self, place: Place) -> dict[Place, float]:
-        return self.used if place.used else self.fresh
+    def of(self, slot: ConnectionSlot) -> dict[ConnectionSlot, float]:
+        return self.used if slot.used else self.fresh
 
-    def next(self, now: float) -> tuple[Place, float]:
+    def next(self, now: float) -> tuple[ConnectionSlot, float]:
         """Who gives way, and how long it is to be left alone yet."""
         if len(self.fresh) > len(self.used):
-            place, since = next(iter(self.fresh.items()))
+            slot, since = next(iter(self.fresh.items()))
             left = since + GRACE_S - now
             if left <= 0 or not self.used:
-                return place, left
+                return slot, left
         return next(iter(self.used)), 0.0
 
 
-def _clients(path: str, headers: Headers) -> Standing:
+def _clients(path: str, headers: Headers) -> Sender:
     """Nobody needs a key."""
     del path, headers
     return "client"
@@ -155,7 +155,7 @@ class Connections:
     A connection is busy while a request of a client is under way, and idle otherwise: in the
     handshake, in a head, between requests, when it only waits to be closed, and while a probe or a
     stranger is answered, which takes no time if the answer is read. Busy ones are never dropped.
-    When all ``max_connections + reserve`` places are taken, a new connection gets the place of an
+    When all ``max_connections + reserve`` slots are taken, a new connection gets the slot of an
     idle one of the address that has most of them. Of those that have had an answer and those that
     have not, whichever are more, the one that is idle for longest goes; those without have
     :data:`GRACE_S` for their first request, as long as there are others.
@@ -166,14 +166,14 @@ class Connections:
     Args:
         limits: for all of them.
         stats: counted into; by default new ones.
-        judge: says who sent a request; by default everybody is a client.
+        classify: says who sent a request; by default everybody is a client.
         refusal_headers: what the answer to a refused request has besides its own headers.
         clock: seconds, the event loop's.
 
     Example:
         >>> connections = Connections(ConnectionLimits(max_connections=1, reserve=0))
-        >>> place = connections.enter("10.0.0.1", drop=lambda: print("dropped"))
-        >>> connections.begin(place, "/", ()), connections.stats.busy
+        >>> slot = connections.enter("10.0.0.1", drop=lambda: print("dropped"))
+        >>> connections.begin(slot, "/", ()), connections.stats.busy
         (True, 1)
         >>> connections.enter("10.0.0.2", drop=lambda: None) is None
         True
@@ -184,17 +184,17 @@ class Connections:
         limits: ConnectionLimits,
         stats: ConnectionStats | None = None,
         *,
-        judge: Judge = _clients,
+        classify: Classify = _clients,
         refusal_headers: RefusalHeaders = no_headers,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
         self.stats = stats if stats is not None else ConnectionStats()
         self.refusal_headers = refusal_headers
-        self._judge = judge
+        self._classify = classify
         self._clock = clock
         self._most = limits.max_connections + limits.reserve
-        self._may_be_busy: dict[Standing, int] = {
+        self._may_be_busy: dict[Sender, int] = {
             "client": limits.max_connections,
             "key": limits.max_connections + limits.reserve // 2,
         }
@@ -221,45 +221,45 @@ class Connections:
         most = self.limits.max_per_address
         return most is not None and group is not None and self._held[group] >= most
 
-    def enter(self, group: str | None, drop: Callable[[], None]) -> Place | None:
-        """Give a new connection a place, if need be that of an idle one; None if all are busy."""
+    def enter(self, group: str | None, drop: Callable[[], None]) -> ConnectionSlot | None:
+        """Give a new connection a slot, if need be that of an idle one; None if all are busy."""
         if self.stats.open >= self._most:
             if not self._idle:
                 self.stats.dropped["full"] += 1
                 return None
             self._paced_to = max(self._paced_to, self._clock()) + PACE_S
             self._drop_one("idle")
-        place = Place(group, self._clock() + self.limits.header_timeout_s, drop)
+        slot = ConnectionSlot(group, self._clock() + self.limits.header_timeout_s, drop)
         self.stats.open += 1
         self._held[group] += 1
-        self._set_idle(place)
-        return place
+        self._set_idle(slot)
+        return slot
 
-    def begin(self, place: Place, path: str, headers: Headers) -> bool:
+    def begin(self, slot: ConnectionSlot, path: str, headers: Headers) -> bool:
         """Whether a request may be answered; if it is a client's, the connection is busy."""
-        if place.busy or place.gone:
-            return not place.gone
-        most = self._may_be_busy.get(self._judge(path, headers))
+        if slot.busy or slot.gone:
+            return not slot.gone
+        most = self._may_be_busy.get(self._classify(path, headers))
         if most is None:
             return True
         if self.stats.busy >= most:
             return False
-        self._unset_idle(place)
-        place.busy = True
+        self._unset_idle(slot)
+        slot.busy = True
         self.stats.busy += 1
         return True
 
-    def rest(self, place: Place) -> None:
+    def rest(self, slot: ConnectionSlot) -> None:
         """All requests of the connection have been answered."""
-        if place.gone:
+        if slot.gone:
             return
-        if place.busy:
-            place.busy = False
+        if slot.busy:
+            slot.busy = False
             self.stats.busy -= 1
         else:
-            self._unset_idle(place)
-        place.used = True
-        self._set_idle(place)
+            self._unset_idle(slot)
+        slot.used = True
+        self._set_idle(slot)
 
     def take_turn(self, start: Callable[[], bool]) -> None:
         """Start to answer a probe or a stranger, now or when others have been answered.
@@ -279,19 +279,19 @@ class Connections:
         while self._waiting and self._turns < SIDE_BY_SIDE:
             self._turns += self._waiting.popleft()()
 
-    def leave(self, place: Place) -> None:
+    def leave(self, slot: ConnectionSlot) -> None:
         """The connection has ended. May be said more than once."""
-        if place.gone:
+        if slot.gone:
             return
-        if place.busy:
+        if slot.busy:
             self.stats.busy -= 1
         else:
-            self._unset_idle(place)
-        place.busy, place.gone = False, True
+            self._unset_idle(slot)
+        slot.busy, slot.gone = False, True
         self.stats.open -= 1
-        self._held[place.group] -= 1
-        if not self._held[place.group]:
-            del self._held[place.group]
+        self._held[slot.group] -= 1
+        if not self._held[slot.group]:
+            del self._held[slot.group]
 
     def give_files(self) -> int:
         """Drop a half of the idle connections, so that there are open files again; how many."""
@@ -302,22 +302,22 @@ class Connections:
         return count
 
     def _drop_one(self, reason: str) -> None:
-        place, _ = self._next()
+        slot, _ = self._next()
         self.stats.dropped[reason] += 1
-        self.leave(place)
-        place.drop()
+        self.leave(slot)
+        slot.drop()
 
-    def _next(self) -> tuple[Place, float]:
+    def _next(self) -> tuple[ConnectionSlot, float]:
         return max(self._idle.values(), key=len).next(self._clock())
 
-    def _set_idle(self, place: Place) -> None:
-        self._idle.setdefault(place.group, _Group()).of(place)[place] = self._clock()
+    def _set_idle(self, slot: ConnectionSlot) -> None:
+        self._idle.setdefault(slot.group, _Group()).of(slot)[slot] = self._clock()
 
-    def _unset_idle(self, place: Place) -> None:
-        group = self._idle[place.group]
-        del group.of(place)[place]
+    def _unset_idle(self, slot: ConnectionSlot) -> None:
+        group = self._idle[slot.group]
+        del group.of(slot)[slot]
         if not group:
-            del self._idle[place.group]
+            del self._idle[slot.group]
 
 
 def group(family: int, address: Any) -> str | None:
