@@ -96,7 +96,7 @@ def change(root: Path, where: Mapping[str, str], code: str) -> None:
 
     ``python file=PATH`` is a new file; ``python catalog=TABLE`` goes to the end of a table of
     dllmserve/catalog.py; ``python edit=PATH before=LINE`` goes before the one line that begins so,
-    and ``python edit=PATH instead=LINE`` replaces it.
+    and ``python edit=PATH instead=LINE`` replaces it. Blank lines around that line stay.
     """
     if "file" in where:
         path = root / where["file"]
@@ -118,8 +118,10 @@ def change(root: Path, where: Mapping[str, str], code: str) -> None:
         begin = where.get("before") or where["instead"]
         (index,) = [i for i, line in enumerate(lines) if line.strip().startswith(begin)]
         old = lines[index]
-        new = indent(code, old[: len(old) - len(old.lstrip())]).split("\n")
-        lines[index : index + 1] = [*new, old] if "before" in where else new
+        new = indent(code, old[: len(old) - len(old.lstrip())]).splitlines()
+        if "before" in where:
+            new += [old] if lines[index - 1] else ["", old]
+        lines[index : index + 1] = new
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
