@@ -27,7 +27,7 @@ _NO_KEYS = (
 _REASON = (
     "dllmserve runs in one server process: another worker would load the model once more and "
     "not know the jobs of the first. Use one worker here; to grow, give --data-parallel-size, or "
-    "run several servers behind a gateway (docs/serving.md)"
+    "run several servers behind a gateway (docs/server_deployment.md)"
 )
 
 

@@ -31,7 +31,7 @@ _log = logging.getLogger("dllmserve.server")
 
 #: seconds that answered connections get to be flushed and closed
 _FLUSH_S = 5
-#: places kept for probes and for requests with a key, at least; else an eighth of the others
+#: slots kept for probes and for requests with a key, at least; else an eighth of the others
 _RESERVE = 32
 #: goes whose connections may be open after they were told to close
 _GOES = 4

@@ -181,7 +181,7 @@ async def batch(server: Server, count: int, key: str) -> Reply:
     return await server.post("/v1/generate_batch", body, **secret(key))
 
 
-def test_a_flood_of_one_key_leaves_places_for_others(byte_checkpoint: Path) -> None:
+def test_a_flood_of_one_key_leaves_slots_for_others(byte_checkpoint: Path) -> None:
     """Jobs count until they have ended, not until they are accepted."""
 
     async def main() -> None:

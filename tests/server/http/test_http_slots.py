@@ -182,7 +182,7 @@ def test_a_new_connection_gets_in_and_has_its_moment_whatever_others_do(seed: in
 
 
 @pytest.mark.parametrize(("reserve", "keys"), [(0, 0), (1, 0), (2, 1), (8, 4), (9, 4)])
-def test_places_are_kept_for_keys_and_probes(reserve: int, keys: int) -> None:
+def test_slots_are_kept_for_keys_and_probes(reserve: int, keys: int) -> None:
     full = named(max_connections=3, reserve=reserve)
     begun: dict[str, int] = {}
     for turn, sender in enumerate(("client", "probe", "key", "client", "stranger", "key")):
