@@ -58,7 +58,7 @@ class Gauges:
 
     Attributes:
         engine: the engines' counters together.
-        engines: each of them; its place is the label ``engine``.
+        engines: each of them; its index is the label ``engine``.
         waiting, running: requests.
         work: outstanding work, steps x canvas tokens.
         results, result_bytes: stored results.
@@ -293,14 +293,14 @@ class _Current(Collector):
             ),
         ):
             gauge = GaugeMetricFamily(PREFIX + name, text, labels=labels)
-            for place, value in enumerate(values):
-                gauge.add_metric([self._model, str(place)], value)
+            for index, value in enumerate(values):
+                gauge.add_metric([self._model, str(index)], value)
             yield gauge
         replaced = CounterMetricFamily(
             PREFIX + "engine_replaced", "Engines started in an engine's place.", labels=labels
         )
-        for place, engine in enumerate(engines):
-            replaced.add_metric([self._model, str(place)], engine.restarts)
+        for index, engine in enumerate(engines):
+            replaced.add_metric([self._model, str(index)], engine.restarts)
         yield replaced
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -136,8 +136,8 @@ async def _submit(
     note_prompts(http, service, prompts)
     params = body.sampling_params()
     requests = []
-    for place, prompt in enumerate(prompts):
-        name = "prompt" if len(prompts) == 1 else f"prompts[{place}]"
+    for index, prompt in enumerate(prompts):
+        name = "prompt" if len(prompts) == 1 else f"prompts[{index}]"
         ids = await service.prompt_ids(prompt, name, owner)
         requests.append(service.llm.check(ids, params, name=name))
     found = await jobs.submit(requests, owner, body.timeout)
@@ -286,19 +286,19 @@ def _changes(
 ) -> dict[str, Any]:
     """The positions of the answer that a step has changed; ``text`` decodes one token."""
     changed = []
-    for place, token in enumerate(now.token_ids):
-        cell = (token, now.committed[place], now.confidence[place])
+    for position, token in enumerate(now.token_ids):
+        cell = (token, now.committed[position], now.confidence[position])
         if before is not None and cell == (
-            before.token_ids[place],
-            before.committed[place],
-            before.confidence[place],
+            before.token_ids[position],
+            before.committed[position],
+            before.confidence[position],
         ):
             continue
         if before is None and token is None:
             continue
         changed.append(
             {
-                "position": place,
+                "position": position,
                 "token_id": token,
                 "text": "" if token is None else text(token),
                 "committed": cell[1],

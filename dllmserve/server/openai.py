@@ -138,9 +138,9 @@ def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) ->
     config, llm = service.settings.server, service.llm
     choices = body.choices(config)
     requests = []
-    for place, ids in enumerate(prompts):
+    for index, ids in enumerate(prompts):
         name = "messages" if isinstance(body, ChatRequest) else "prompt"
-        name = name if len(prompts) == 1 else f"{name}[{place}]"
+        name = name if len(prompts) == 1 else f"{name}[{index}]"
         choice = body.sampling_params(len(ids), llm.info.limits, config)
         requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
     return requests

@@ -1,8 +1,8 @@
 """What is wrong with a request, in our words: from what the validator found and the API's schema.
 
 The validator's texts name its own classes, and for a field that takes this or that they list what
-each of the two would have wanted. So only the place, the kind of error and the value are taken
-from it; what the place takes is read from the schema that /openapi.json shows.
+each of the two would have wanted. So only the location, the kind of error and the value are taken
+from it; what the location takes is read from the schema that /openapi.json shows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Finding:
         note: our own validators' text.
         path: keys and indices that lead to it.
         takes: the schemas of what may be there, alternatives.
-        unions: places on the way that take one of several things, each with the one that this
+        unions: locations on the way that take one of several things, each with the one that this
             error is about.
     """
 
@@ -70,20 +70,20 @@ def explain(
 
 
 def _settle(found: Sequence[_Finding], level: int = 0) -> list[_Finding]:
-    """Of the errors of a place that takes one of several things, those of the one that was meant.
+    """Of the errors of a location that takes one of several things, those of the meant one.
 
     Of lists only the first wrong element is an error, so it is the one that was right for longest.
-    If none has errors inside, or two equally late ones, the error names the place itself.
+    If none has errors inside, or two equally late ones, the error names the location itself.
     """
     told: list[_Finding] = []
     groups: dict[tuple[str | int, ...], list[_Finding]] = {}
     for finding in found:
         if level < len(finding.unions):
             depth = finding.unions[level][0]
-            place = tuple(finding.path[:depth])
-            if place not in groups:
-                told.append(finding)  # holds the group's place
-            groups.setdefault(place, []).append(finding)
+            location = tuple(finding.path[:depth])
+            if location not in groups:
+                told.append(finding)  # holds the group's location
+            groups.setdefault(location, []).append(finding)
         else:
             told.append(finding)
     settled: list[_Finding] = []
@@ -123,11 +123,11 @@ class _Reader:
 
     def __init__(self, components: Schema, hint: Callable[[str], str]) -> None:
         self._components, self._hint = components, hint
-        # by place, and by what was chosen on the way to it
+        # by location, and by what was chosen on the way to it
         self._chosen: dict[tuple[object, ...], list[str]] = {}
 
     def finding(self, detail: Mapping[str, Any], schema: Schema) -> _Finding:
-        """An error of pydantic with its place in the schema."""
+        """An error of pydantic with its location in the schema."""
         error = (detail.get("ctx") or {}).get("error")
         made = _Finding(
             kind=str(detail.get("type")),
@@ -160,14 +160,14 @@ class _Reader:
         return takes[0] if takes else {}
 
     def _choose(self, made: _Finding, name: str) -> None:
-        """Go into one of several things that a place takes."""
+        """Go into one of several things that a location takes."""
         tagged = [s for s in made.takes if s.get("x-tag") == name]
         if tagged:
             made.takes = tagged
             return
         # each of them has failed, so the errors name all of them, in the order of the schema
-        place = (*made.path, *(other for _, other, _ in made.unions))
-        names = self._chosen.setdefault(place, [])
+        location = (*made.path, *(other for _, other, _ in made.unions))
+        names = self._chosen.setdefault(location, [])
         if name not in names:
             names.append(name)
         made.unions.append((len(made.path), name, made.takes))
@@ -227,7 +227,7 @@ class _Reader:
         return f"{name} must be {takes}, got {_value(finding.value)}"
 
     def takes(self, schemas: Sequence[Schema], inside: bool = False) -> str:
-        """What a place takes, in words."""
+        """What a location takes, in words."""
         if schemas and all("x-tag" in schema for schema in schemas):
             return "an object"
         texts = list(dict.fromkeys(self._kind(schema, inside) for schema in schemas))
@@ -305,7 +305,7 @@ _SENTENCES: dict[str, Callable[[str, _Finding, str], str]] = {
 
 
 def _name(path: Sequence[str | int]) -> str:
-    """A place in words: ``messages.0.content``."""
+    """A location in words: ``messages.0.content``."""
     return ".".join(shown(step, 100) for step in path) or "The body"
 
 

@@ -49,12 +49,12 @@ def ask(fleet: Fleet, *prompt: int) -> Call:
     return fleet.submit(Submit([*prompt], SamplingParams()), work=10)
 
 
-def place_of(fleet: Fleet, call: Call) -> int:
+def index_of(fleet: Fleet, call: Call) -> int:
     return [engine.holds(call) for engine in fleet.supervisors].index(True)
 
 
-def kill(fleet: Fleet, place: int) -> None:
-    pid = fleet.supervisors[place].engine_pid
+def kill(fleet: Fleet, index: int) -> None:
+    pid = fleet.supervisors[index].engine_pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
 
@@ -95,9 +95,9 @@ def test_a_killed_engine_hands_over_what_it_had(
         async with fleet_of(2, "waits", tmp_path) as fleet:
             running = ask(fleet, POISON)
             await until(lambda: running.running)
-            assert place_of(fleet, running) == 0
+            assert index_of(fleet, running) == 0
             kill(fleet, 0)
-            await until(lambda: place_of(fleet, running) == 1 and running.running)
+            await until(lambda: index_of(fleet, running) == 1 and running.running)
             assert running.reruns == 1 and fleet.state is State.READY
             assert fleet.serving == 1 and fleet.supervisors[0].state is State.RESTARTING
             for n in (1, 2, 3):
@@ -138,14 +138,14 @@ def test_a_request_that_crashes_its_engine_disturbs_no_other(
             # words, and with them which request it had admitted
             good = [ask(fleet, n) for n in (1, 2, 3)]
             bad = ask(fleet, POISON)
-            place = place_of(fleet, bad)
+            index = index_of(fleet, bad)
             with pytest.raises(EngineDiedError):
                 await bad.output()
             for n, call in enumerate(good):
                 assert (await call.output()).token_ids == [n + 1]
             assert (
-                fleet.supervisors[place].restarts >= 1
-                and fleet.supervisors[1 - place].restarts == 0
+                fleet.supervisors[index].restarts >= 1
+                and fleet.supervisors[1 - index].restarts == 0
             )
 
     asyncio.run(main())

@@ -226,7 +226,7 @@ class Server:
         return 0.0
 
     def idle(self) -> bool:
-        """Nothing is under way, and every place was given back."""
+        """Nothing is under way, and every slot was given back."""
         admission = self.service.admission
         return not (self.service.runs or admission.requests or admission.work)
 

@@ -52,8 +52,8 @@ async def statuses(server: Server) -> dict[str, tuple[int, str]]:
     return {path: (reply.status, reply.json()["status"]) for path, reply in replies.items()}
 
 
-def kill(fleet: Fleet, place: int) -> None:
-    pid = fleet.supervisors[place].engine_pid
+def kill(fleet: Fleet, index: int) -> None:
+    pid = fleet.supervisors[index].engine_pid
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
 

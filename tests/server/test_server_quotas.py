@@ -1,4 +1,4 @@
-"""Quotas have owners: what one key asks for leaves places, work and results for the others."""
+"""Quotas have owners: what one key asks for leaves slots, work and results for the others."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def request(length: int = 10, prompt: int = 10, **given: Any) -> Request:
 
 
 def taken(admission: Admission, owner: str, most: int = 10_000) -> int:
-    """Take places one by one until the owner is refused; how many there were."""
+    """Take slots one by one until the owner is refused; how many there were."""
     for count in range(most):
         try:
             admission.take([request()], owner)

@@ -1,4 +1,4 @@
-"""Admission, runs and draining: places are given back and counted, whatever happens."""
+"""Admission, runs and draining: slots are given back and counted, whatever happens."""
 
 import asyncio
 from pathlib import Path
