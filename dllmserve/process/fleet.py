@@ -1,8 +1,8 @@
 """Fleet: several engines with the same model, as if they were one.
 
-A request goes to the engine with the least outstanding work. When that engine dies, or is
-given up, requests that only waited for it move to another one; those that may be what killed
-it stay, and run there by themselves.
+A request goes to the engine with the least outstanding work. When that engine dies or is given
+up, its waiting requests move to another engine. The requests that may have killed it (the
+suspects) stay, and run there one at a time.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dllmserve.process.worker import STOP_S
 
 _log = logging.getLogger("dllmserve.engine")
 
-#: seconds of silence after which new requests avoid an engine; it reports every half second
-#: unless a step takes longer
+#: seconds of silence after which new requests avoid an engine; its heartbeats come every half
+#: second, unless a step takes longer
 AVOIDED_AFTER_S = 10.0
 
 
@@ -36,16 +36,16 @@ class _Standing(IntEnum):
     """How soon an engine would run a request, best first."""
 
     OPEN = 0
-    #: suspects run alone there, one by one
+    #: suspects run there, one at a time
     SUSPECTS = 1
-    #: it comes back, or the watchdog ends it, and the request moves on
+    #: either it comes back, or the watchdog ends it and the request moves to another engine
     SILENT = 2
     STARTING = 3
     GONE = 4
 
 
 class Fleet:
-    """Owns the supervisors of all engines of one model. Lives on one event loop.
+    """Owns the supervisors of all engines of one model. Used on one event loop.
 
     Args:
         options: fields of EngineConfig, the same for all.
@@ -86,9 +86,9 @@ class Fleet:
 
     @property
     def info(self) -> EngineInfo | None:
-        """The engine with the least room, so that what fits it fits all; None before all are ready.
+        """The engine with the fewest K,V pages: a request that fits it fits every engine.
 
-        They differ in pages where their GPUs differ in free memory.
+        None before all are ready. Engines differ in pages where their GPUs differ in free memory.
         """
         known = [s.info for s in self.supervisors if s.info is not None]
         if len(known) < len(self.supervisors):
@@ -123,7 +123,7 @@ class Fleet:
 
     @property
     def silence(self) -> float:
-        """Seconds since the last sign of life of any engine that is ready; 0 if none is."""
+        """Seconds since the last heartbeat of any engine that is ready; 0 if none is ready."""
         ready = (s.silence for s in self.supervisors if s.state is State.READY)
         return min(ready, default=0.0)
 
@@ -145,7 +145,7 @@ class Fleet:
             infos = await asyncio.gather(*starting)
         except BaseException:
             for task in starting:
-                # a second cancellation would not let it wait for the end of its process
+                # a second cancellation would interrupt the wait for the end of its process
                 if not task.cancelling():
                     task.cancel()
             await asyncio.gather(*starting, return_exceptions=True)
@@ -157,11 +157,11 @@ class Fleet:
 
     async def close(self) -> None:
         """End all engines; what is still under way fails."""
-        self._closed = True  # nothing moves from one that is closed to one that is not yet
+        self._closed = True  # so that no request moves from a closed engine to an open one
         await _all(*(s.close() for s in self.supervisors))
 
     def kill_at_once(self) -> list[subprocess.Popen[bytes]]:
-        """End all engines, also where their event loop does not run any more.
+        """Kill all engines, even when their event loop does not run any more.
 
         Returns:
             Their processes, which may take a moment to end.
@@ -172,14 +172,14 @@ class Fleet:
         return [process for process in killed if process is not None]
 
     async def kill(self) -> None:
-        """The same, from any event loop; returns when the processes are gone."""
+        """Kill all engines, from any event loop; returns when the processes have ended."""
         killed = self.kill_at_once()
         until = time.monotonic() + STOP_S
         while any(process.poll() is None for process in killed) and time.monotonic() < until:
             await asyncio.sleep(0.01)
 
     async def _close_those_that_run(self) -> None:
-        """After a start that failed: an engine that did not start has left nothing behind."""
+        """Close the engines that did start, after a start that failed."""
         running = [s for s in self.supervisors if s.state is not State.STARTING]
         await _all(*(s.close() for s in running))
 
@@ -211,13 +211,13 @@ class Fleet:
         for supervisor in self.supervisors:
             if supervisor.holds(call):
                 supervisor.abort(call, error)
-                self._engine_changed()  # it may have been the last suspect
+                self._engine_changed()  # the request may have been the last suspect
                 return
 
     def _best(self) -> Supervisor:
         """The engine for the next request.
 
-        Equal ones take turns, so that the first does not get all of a quiet time.
+        Equal engines take turns, so that the first does not get every request of a quiet time.
         """
         size = len(self.supervisors)
 
@@ -231,15 +231,15 @@ class Fleet:
         return self.supervisors[index]
 
     def _engine_changed(self) -> None:
-        """Move what waits where it cannot run; say how many engines are left."""
+        """Move requests away from engines that cannot run them; log how many engines serve."""
         if len(self.supervisors) == 1 or self._closed:
             return
         for source in self.supervisors:
             if source.state is State.FAILED:
                 self._clear(source)
                 continue
-            # what waits for a new engine moves only to where it runs at once: anywhere else it
-            # would wait as well
+            # a waiting request moves only to an engine that runs it at once: at any other engine
+            # it would wait as well
             while source.stuck() and _standing(target := self._best()) is _Standing.OPEN:
                 target.adopt(source.release()[0])
         serving = self.serving
@@ -250,11 +250,11 @@ class Fleet:
 
     def _clear(self, gone: Supervisor) -> None:
         """Move everything from an engine that was given up, unless all were."""
-        # without restarts, suspects would end one engine after the other
+        # without restarts, suspects would kill one engine after the other
         suspects = self._how.restart
         while gone.stuck(suspects=suspects) and self.state is not State.FAILED:
             call, alone = gone.release(suspects=suspects)
-            # suspects stay together: where one is, nothing else runs
+            # suspects stay together, because nothing else runs beside a suspect
             target = self._best() if not alone else self._refuge()
             target.adopt(call, alone=alone)
 

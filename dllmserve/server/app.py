@@ -27,6 +27,7 @@ from dllmserve import __version__
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, EngineError
 from dllmserve.server import failures, native, openai, ops
+from dllmserve.server.admission_guard import AdmissionGuard
 from dllmserve.server.hosts import (
     LocalOnly,
     PlainStart,
@@ -45,7 +46,6 @@ from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings, with_port
 from dllmserve.server.sse import ClientGone
 from dllmserve.server.store import JobStore, MemoryStore, SqliteStore, StoreLimits
-from dllmserve.server.turnstile import Turnstile
 
 _log = logging.getLogger("dllmserve.server")
 
@@ -187,7 +187,7 @@ def _guards(service: Service) -> list[Middleware]:
         timeout_s=server.body_timeout,
         bodiless=open_paths,
     )
-    return [*guards, auth, body, Middleware(Turnstile, service)]
+    return [*guards, auth, body, Middleware(AdmissionGuard, service)]
 
 
 def _cors(origins: Sequence[str]) -> Middleware:

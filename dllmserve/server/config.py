@@ -139,7 +139,7 @@ class ServerConfig:
     watchdog_timeout: float = _option(
         300.0,
         _LOAD,
-        "Seconds without a sign of the engine after which it is started again.",
+        "Seconds without a heartbeat of the engine after which it is started again.",
         low=0,
         low_open=True,
     )

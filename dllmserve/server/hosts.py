@@ -1,4 +1,4 @@
-"""What the application needs under ASGI hosts that are not ours.
+"""For the application under other ASGI hosts than ``dllmserve serve``.
 
 They listen where they like, show what a start raised as a traceback, and may be told to run several
 workers. These cannot serve one model: each would load its own, with its own jobs.

@@ -1,7 +1,7 @@
-"""Jobs: requests of POST /v1/generate, which are answered when somebody asks.
+"""Jobs: requests of POST /v1/generate, whose answers clients ask for later.
 
-A job is in the store before it is acknowledged, and stays there until its retention ends;
-what the store still holds as unfinished when a server starts is run.
+A job is in the store before it is acknowledged, and stays there until its retention ends. A server
+that starts runs the jobs that its store holds as unfinished.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class StoredRequest(msgspec.Struct, array_like=True, frozen=True):
 
     prompt_ids: list[int]
     params: dict[str, Any]
-    #: where older versions kept it
+    #: the SparseConfig, where older versions stored it
     sparse: dict[str, Any] | None = None
 
 
@@ -79,9 +79,9 @@ class _Live:
     """A job that is not finished.
 
     Attributes:
-        owner: whose it is.
-        slot: among what is under way; None until it has one.
-        done: it has a result, is deleted, or is left to the next server.
+        owner: the owner of the job.
+        slot: its admission slot; None until it has one.
+        done: set when it has a result, is deleted, or is left to the next server.
         task: runs it; None while the model is being loaded.
         run: its request, once the engine has it.
     """
@@ -122,13 +122,13 @@ class Jobs:
         self._expiring = asyncio.create_task(self._expire())
 
     async def resume(self) -> None:
-        """Run what an earlier server had accepted and not finished."""
+        """Run the jobs that an earlier server had accepted and not finished."""
         records, self._unfinished = self._unfinished, []
         if records:
             _log.info("%d accepted jobs of an earlier run are finished now", len(records))
         for record in records:
             live = self._live.get(record.id)
-            if live is not None:  # not deleted meanwhile
+            if live is not None:  # it was not deleted meanwhile
                 self._start(record.id, live, self._resume(record, live))
 
     async def submit(
@@ -176,17 +176,17 @@ class Jobs:
             if found.record.owner != owner:
                 return None
             if found.result is not None:
-                with suppress(JobStoreError):  # a hint, which a full disk may lose
+                with suppress(JobStoreError):  # the mark is a hint, which a full disk may lose
                     await self._store.mark_read(id)
             return found
         return found if found is not None and found.owner == owner else None
 
     async def delete(self, id: int, owner: str) -> Gone | bool:
-        """Drop a job of this owner: True if it was there; why it was gone; False."""
+        """Drop a job of this owner: True if it was there, else why it is gone, or False."""
         found = await self.find(id, owner, 0)
         if not isinstance(found, Stored):
             return found if found is not None else False
-        if not await self._store.delete(id):  # somebody else was faster
+        if not await self._store.delete(id):  # it was dropped meanwhile
             gone = await self._store.find(id)
             return gone if isinstance(gone, Gone) else False
         self._note_stats()
@@ -221,7 +221,7 @@ class Jobs:
             live.task.cancel()
 
     def _ended(self, id: int, live: _Live) -> None:
-        """However it ended: nothing of it stays, and whoever waits for it looks."""
+        """Forget a job that has ended, free its slot, and wake those who wait for it."""
         if self._live.get(id) is live:
             del self._live[id]
         if live.slot is not None:
@@ -245,12 +245,12 @@ class Jobs:
             try:
                 await self._store.insert(records)
             except JobIdTaken:
-                continue  # after a switch of schemes a counted id may be taken
+                continue  # a sequential id may be taken if earlier ids were random
             return records
         raise JobStoreError("no free job ids were found: try again")
 
     async def _resume(self, record: JobRecord, live: _Live) -> None:
-        """Run a job of an earlier process; it may wait, but it is never refused."""
+        """Run a job that an earlier process had accepted. It may wait; it is never refused."""
         service = self._service
         if record.model != service.model_name:
             text = (
@@ -275,7 +275,7 @@ class Jobs:
         stored = msgspec.msgpack.decode(record.request, type=StoredRequest)
         nested = stored.params.get("sparse")
         for kind, values in ((SamplingParams, stored.params), (SparseConfig, nested or {})):
-            # msgspec would leave out what a newer version has written
+            # msgspec would ignore fields that a newer version has written
             check_known(kind.__name__, values, knobs(kind))
         params = msgspec.convert(stored.params, SamplingParams)
         older = None if stored.sparse is None else SparseConfig(**stored.sparse)
@@ -286,7 +286,7 @@ class Jobs:
     ) -> None:
         """Run a job to its end and store what came of it."""
         try:
-            # by the store's clock: the time that no server ran is not the job's
+            # by the store's clock: time in which no server ran does not count
             left = min(record.deadline - self._store.clock(), record.deadline - record.created)
             if left <= 0:
                 raise DeadlineError("the job's time was over before it could be run")
@@ -305,18 +305,18 @@ class Jobs:
         await self._finish(record.id, result)
 
     def _is_left(self, error: DllmServeError, live: _Live) -> bool:
-        """Whether this server's end, and not the job, is the reason: the next one runs it."""
+        """Whether a job failed because the server ends, so that the next server runs it."""
         if isinstance(error, RequestAbortedError):
             return True
         over = self._service.llm.fleet.state in (State.FAILED, State.CLOSED)
         if not (over and isinstance(error, EngineError)):
             return False
-        # what ran when an engine died that is not started again may be what killed it
+        # a job that ran when the engine died for good may be what killed it
         began = live.run is not None and live.run.call.started is not None
         return not (began and isinstance(error, EngineDiedError))
 
     async def _finish(self, id: int, result: JobResult) -> None:
-        """Store a result, as often as it takes: the disk may be full for a while."""
+        """Store a result, and try again until that works: the disk may be full for a while."""
         pause = _FIRST_RETRY_S
         while True:
             try:

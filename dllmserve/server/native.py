@@ -21,7 +21,7 @@ from dllmserve.server.common import (
     ServiceOf,
     errors,
     events,
-    let_go_of_body,
+    free_body,
     note,
     note_prompts,
     note_runs,
@@ -132,7 +132,7 @@ async def _submit(
         raise ApiError(
             400, f"prompts has {len(prompts)} entries, over max_prompts={limit}", param="prompts"
         )
-    let_go_of_body(http)
+    free_body(http)
     note_prompts(http, service, prompts)
     params = body.sampling_params()
     requests = []
@@ -242,7 +242,7 @@ async def stream(
     body: GenerateRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
 ) -> Response:
     """Watch the answer being filled in: provisional and committed positions, step by step."""
-    let_go_of_body(http)
+    free_body(http)
     note_prompts(http, service, [body.prompt])
     ids = await service.prompt_ids(body.prompt, owner=owner)
     request = service.llm.check(ids, body.sampling_params())

@@ -16,7 +16,7 @@ from dllmserve.server.common import (
     ServiceOf,
     errors,
     events,
-    let_go_of_body,
+    free_body,
     note_prompts,
     note_runs,
 )
@@ -60,7 +60,7 @@ async def completions(
 ) -> Response:
     """Complete prompts."""
     _check_model(body.model, service)
-    let_go_of_body(http)
+    free_body(http)
     prompts = body.prompts()
     note_prompts(http, service, prompts)
     _check_count(len(prompts) * body.choices(service.settings.server), "prompt", service)
@@ -84,7 +84,7 @@ async def chat(
 ) -> Response:
     """Answer a conversation."""
     _check_model(body.model, service)
-    let_go_of_body(http)
+    free_body(http)
     messages = body.conversation()
     note_prompts(http, service, messages)
     _check_count(body.choices(service.settings.server), "n", service)

@@ -35,10 +35,10 @@ _log = logging.getLogger("dllmserve.server")
 
 _LOADING = "the model is being loaded: try again later"
 _DRAINING = "the server is shutting down"
-#: silence of the engine, in seconds, that counts as a stall; it reports every half second
-#: unless a step takes longer
+#: seconds without a heartbeat after which the engine counts as stalled; heartbeats come every half
+#: second, unless a step takes longer
 _PATIENCE_S = 30.0
-#: seconds in which those who wait hear that their requests were dropped
+#: seconds in which waiting clients are told that their requests were dropped
 _TELL_S = 1.0
 
 
@@ -48,14 +48,14 @@ class Run:
     Args:
         service: the owner.
         request: the checked request.
-        slot: its slot among those under way.
+        slot: its admission slot.
         stream, watch: what the engine is to report.
-        timeout_s: seconds from now in which it has to end, at most the server's request_timeout,
-            which is meant by None.
+        timeout_s: seconds from now in which it has to end, at most the server's request_timeout;
+            None is that timeout.
         queue_s: seconds from now in which it has to start, or None.
 
     Attributes:
-        reason: why it was dropped, for the metrics; None for a client that has gone.
+        reason: why it was dropped, for the metrics; None if its client has gone.
         queue_time: seconds until it was started.
     """
 
@@ -163,7 +163,7 @@ class Run:
         if self not in self._service.runs:
             return
         self._service.runs.discard(self)
-        if not self._counted:  # also one that nobody was there any more to hear the end of
+        if not self._counted:  # also one that ended after its client had gone
             self._counted = True
             self._service.metrics.aborted(self.reason or "disconnect")
         self._service.llm.abort(self.call)
@@ -205,7 +205,7 @@ class Service:
     Attributes:
         llm: the engines.
         admission: what is under way.
-        rate: what each owner asked for of late.
+        rate: the rate limit of each owner.
         metrics: for Prometheus.
         runs: requests under way.
         connections: of the HTTP server.
@@ -272,7 +272,7 @@ class Service:
                 _log.info("engine %d: %s; %s", index, own.device, own.memory)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new, wait for what is under way, then drop the rest."""
+        """Refuse new requests, wait for those under way, then drop the rest."""
         self.refuse_new()
         await self._until_idle(timeout_s)
         if self.runs:
@@ -282,13 +282,13 @@ class Service:
         await self._until_idle(_TELL_S)
 
     async def _until_idle(self, timeout_s: float) -> None:
-        """Wait until nothing is under way, jobs that are being accepted included."""
+        """Wait until nothing is under way, including jobs that are being accepted."""
         until = time.monotonic() + timeout_s
         while self.admission.requests and time.monotonic() < until and self.failure is None:
             await asyncio.sleep(0.02)
 
     def refuse_new(self) -> None:
-        """Take nothing new from here on; readiness says so."""
+        """Refuse new requests from now on; the readiness probe reports it."""
         self._draining = True
         self.admission.closed_because = _DRAINING
 
@@ -303,7 +303,7 @@ class Service:
 
     @property
     def status(self) -> str:
-        """Why no requests are answered now, in a word; "ok" if they are."""
+        """One word that says why requests are not answered now; "ok" if they are."""
         if self._draining:
             return "draining"
         state = self.llm.fleet.state
@@ -318,9 +318,9 @@ class Service:
 
     @property
     def lost(self) -> bool:
-        """Whether only a restart of the server helps: not even the watchdogs have.
+        """Whether only a restart of the server helps, because the watchdogs have not helped.
 
-        While one engine answers, or is being started again, the server gets along by itself.
+        It is False while one engine answers or is being started again.
         """
         limit = self.settings.server.watchdog_timeout + _PATIENCE_S
         return self.status == "failed" or all(
@@ -381,17 +381,17 @@ class Service:
         """Seconds in which the engines had work, and forward passes of all requests."""
         fleet = self.llm.fleet
         counters = fleet.counters
-        # each counts its own seconds: together they are as fast as one, times their number
+        # the counters add the seconds of all engines, which run at the same time
         return counters.busy / max(fleet.serving, 1), counters.spans
 
     async def prompt_ids(
         self, prompt: str | Sequence[int], name: str = "prompt", owner: str = ""
     ) -> list[int]:
-        """Token ids of a prompt; a text that cannot fit is refused before it is tokenised."""
+        """Token ids of a prompt. A text that cannot fit is refused before it is tokenised."""
         self.require_engine(owner)
         if isinstance(prompt, str):
             self._check_length(len(prompt), name)
-            await asyncio.sleep(0)  # others get their turn between the prompts of a batch
+            await asyncio.sleep(0)  # other tasks run between the prompts of a batch
         return await self.llm.prompt_ids(prompt)
 
     async def chat_ids(self, messages: Sequence[Mapping[str, Any]], owner: str = "") -> list[int]:
@@ -414,7 +414,7 @@ class Service:
         try:
             if self.admission.closed_because is not None:
                 raise OverloadedError(self.admission.closed_because, self.admission.retry_after())
-            # a refusal must cost little, or a crowd that is refused starves everybody else
+            # a refusal must cost little, or refusing many clients takes the time of all others
             self.admission.check_room(1, owner)
         except OverloadedError as error:
             self._count_refusal(error)
@@ -461,7 +461,7 @@ class Service:
 
 
 def close_all(runs: Sequence[Run]) -> None:
-    """Close all runs, whatever has become of them."""
+    """Close all runs, whether they have ended or not."""
     for run in runs:
         run.close()
 

@@ -1,8 +1,8 @@
-"""What is wrong with a request, in our words: from what the validator found and the API's schema.
+"""Messages for wrong requests, from pydantic's errors and the API's schema.
 
-The validator's texts name its own classes, and for a field that takes this or that they list what
-each of the two would have wanted. So only the location, the kind of error and the value are taken
-from it; what the location takes is read from the schema that /openapi.json shows.
+pydantic's own texts name its classes, and for a field with alternatives they list what each of the
+alternatives would have wanted. So only the location, the kind of error and the value come from
+pydantic. What the location takes is read from the schema that /openapi.json shows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from dllmserve.server.http.escape import shown
 
-#: errors that are named
+#: most errors that a message names
 _MAX_TOLD = 5
 _MAX_VALUE = 60
 
-#: what is wrong with a text that has one
+#: what is wrong with a text that has a lone surrogate
 NO_CHARACTER = "holds a lone surrogate, which is no character"
 
 Schema = Mapping[str, Any]
@@ -28,13 +28,13 @@ class _Finding:
     """One error.
 
     Attributes:
-        kind: the validator's name for it.
-        value: what was given.
-        note: our own validators' text.
-        path: keys and indices that lead to it.
-        takes: the schemas of what may be there, alternatives.
-        unions: locations on the way that take one of several things, each with the one that this
-            error is about.
+        kind: pydantic's name for it.
+        value: the value that was given.
+        note: the text of one of our own validators, if that found it.
+        path: keys and indices that lead to its location.
+        takes: the alternative schemas of the location.
+        unions: locations on the path that have several alternatives, each with the alternative
+            that this error is about.
     """
 
     kind: str
@@ -55,9 +55,9 @@ def explain(
 
     Args:
         details: errors of pydantic for the body, a query or a path.
-        schema: of what they are errors of: an object with all parameters.
+        schema: the schema of the object with all parameters.
         components: named schemas that it refers to.
-        hint: what to say of an unknown parameter besides, or "".
+        hint: returns advice for the name of an unknown parameter, or "".
     """
     reader = _Reader(components, hint)
     found = [reader.finding(detail, schema) for detail in details]
@@ -70,10 +70,11 @@ def explain(
 
 
 def _settle(found: Sequence[_Finding], level: int = 0) -> list[_Finding]:
-    """Of the errors of a location that takes one of several things, those of the meant one.
+    """Choose, at each location with alternatives, the errors of the alternative that was meant.
 
-    Of lists only the first wrong element is an error, so it is the one that was right for longest.
-    If none has errors inside, or two equally late ones, the error names the location itself.
+    A list reports its first wrong element only. So the alternative whose first error comes latest
+    is the one that was meant. If no alternative has an error inside, or two have equally late ones,
+    the error names the location itself.
     """
     told: list[_Finding] = []
     groups: dict[tuple[str | int, ...], list[_Finding]] = {}
@@ -160,12 +161,12 @@ class _Reader:
         return takes[0] if takes else {}
 
     def _choose(self, made: _Finding, name: str) -> None:
-        """Go into one of several things that a location takes."""
+        """Go into one of the alternatives of a location."""
         tagged = [s for s in made.takes if s.get("x-tag") == name]
         if tagged:
             made.takes = tagged
             return
-        # each of them has failed, so the errors name all of them, in the order of the schema
+        # every alternative has failed, so the errors name all of them in the order of the schema
         location = (*made.path, *(other for _, other, _ in made.unions))
         names = self._chosen.setdefault(location, [])
         if name not in names:
@@ -208,7 +209,7 @@ class _Reader:
             if step in schema.get("properties", ()):
                 yield schema["properties"][step]
             elif len(takes) == 1 and "properties" not in schema:
-                # the name of an alternative is no key
+                # with several alternatives a step may be the name of one, rather than a key
                 if isinstance(patterns, Mapping):
                     yield from patterns.values()
                 elif isinstance(values, Mapping):
@@ -294,7 +295,7 @@ def _tag(name: str, finding: _Finding, takes: str) -> str:
     return f"{name}.role must be one of {tags}, got {_value(value['role'])}"
 
 
-#: errors that say something else than that a value is wrong
+#: kinds of errors that have a sentence of their own
 _SENTENCES: dict[str, Callable[[str, _Finding, str], str]] = {
     "missing": _missing,
     "value_error": _noted,

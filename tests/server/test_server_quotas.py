@@ -319,7 +319,7 @@ def test_resumed_jobs_are_their_owners(byte_checkpoint: Path, tmp_path: Path) ->
     run(main())
 
 
-def test_the_turnstile_says_when_to_come_back(byte_checkpoint: Path) -> None:
+def test_the_admission_guard_says_when_to_come_back(byte_checkpoint: Path) -> None:
     """Also where it refuses before anything is looked at."""
 
     async def main() -> None:

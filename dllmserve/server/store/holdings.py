@@ -1,4 +1,4 @@
-"""Holdings: how much of a store each owner takes, so that a limit is enforced where most is."""
+"""Holdings: how much of a store each owner takes, so that the owner with most is limited first."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ class Holdings(Generic[Owner]):
         return self._totals[what]
 
     def most(self, what: What) -> list[Owner]:
-        """The owners who hold most, nearly always one; the time it takes grows with their number.
+        """The owners who hold most: nearly always one, and none if nobody holds anything.
 
-        Nobody if nobody holds anything.
+        The time it takes grows with the number of owners.
         """
         held = self._held[what]
         most = max(held.values(), default=0)
         return [owner for owner, count in held.items() if count == most]
 
     def copy(self) -> Holdings[Owner]:
-        """A copy that changes by itself."""
+        """An independent copy."""
         made: Holdings[Owner] = Holdings()
         made._held = {what: dict(held) for what, held in self._held.items()}
         made._totals = dict(self._totals)

@@ -26,10 +26,10 @@ from dllmserve.server.store.holdings import Holdings
 
 @dataclass
 class _Shelf:
-    """What one owner holds: ids, with their place in the order in which they go.
+    """What one owner holds: ids, with their number in the order in which they are dropped.
 
-    OrderedDict, as taking the first item of a dict gets slower with every item that was removed
-    before it.
+    They are OrderedDicts, because taking the first item of a dict gets slower with every item that
+    was removed before it.
     """
 
     unread: OrderedDict[int, int] = field(default_factory=OrderedDict)
@@ -37,13 +37,13 @@ class _Shelf:
     tombstones: OrderedDict[int, int] = field(default_factory=OrderedDict)
 
     def victim(self) -> tuple[bool, int, int]:
-        """The result that goes first: whether nobody has read it, its place, its id."""
+        """The result to drop first: whether it is unread, its number in the order, its id."""
         unread = not self.read
         id, place = next(iter((self.unread if unread else self.read).items()))
         return unread, place, id
 
     def oldest(self) -> tuple[int, int]:
-        """The oldest tombstone: its place, its id."""
+        """The oldest tombstone: its number in the order, its id."""
         id, place = next(iter(self.tombstones.items()))
         return place, id
 
@@ -62,7 +62,7 @@ class MemoryStore:
         self._waiting: OrderedDict[int, JobRecord] = OrderedDict()
         self._results: dict[int, Stored] = {}
         self._tombstones: dict[int, Gone] = {}
-        #: one for each owner there ever was: as many as there are keys
+        #: one for each owner that has sent a job, so at most one for each key
         self._shelves: defaultdict[str, _Shelf] = defaultdict(_Shelf)
         self._held: Holdings[str] = Holdings()
         self._next_id = self._last_place = 0

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dllmserve.server.http.auth import ApiKeys, AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.listener import Listener
-from dllmserve.server.http.logs import Seldom
+from dllmserve.server.http.logs import OncePerSecond
 from dllmserve.server.http.respond import LINGER_S
 from dllmserve.server.http.slots import SIDE_BY_SIDE, ConnectionLimits, Connections, Sender
 from tests.server.http.live import (
@@ -443,7 +443,7 @@ def test_seldom_counts_what_it_does_not_say() -> None:
     log = logging.getLogger("dllmserve.test_seldom")
     records: list[logging.LogRecord] = []
     log.addFilter(lambda record: records.append(record) or False)  # type: ignore[func-returns-value]
-    seldom = Seldom(log, logging.WARNING, lambda: now[0])
+    seldom = OncePerSecond(log, logging.WARNING, lambda: now[0])
     for tenth in range(25):
         now[0] = tenth / 10
         seldom("again", number=tenth)
