@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import cache
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
@@ -178,13 +179,8 @@ async def result(
     if found.error is not None:
         answer["error"] = _characters(found.error)
     if details == "true" and (more := details_of(found)) is not None:
-        answer["finish_reason"] = more.finish_reason
-        answer["usage"] = {
-            "prompt_tokens": more.prompt_tokens,
-            "completion_tokens": more.completion_tokens,
-            "forward_passes": more.forward_passes,
-            "queue_time": more.queue_time,
-        }
+        usage = msgspec.structs.asdict(more)
+        answer |= {"finish_reason": usage.pop("finish_reason"), "usage": usage}
     return JSONResponse(answer)
 
 
