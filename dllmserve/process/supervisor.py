@@ -310,24 +310,23 @@ class Supervisor:
     def _handle(self, message: FromWorker) -> None:
         """Handle a message of the engine."""
         if isinstance(message, Admitted):
-            for name in message.ids:
-                if name in self._calls:
-                    self._calls[name].start()
+            for id in message.ids:
+                if call := self._calls.get(id):
+                    call.start()
         elif isinstance(message, Report):
             self._now = message.counters
             for part in message.committed:
-                if part.id in self._calls:
-                    self._calls[part.id].put(Delta(part.token_ids))
+                if call := self._calls.get(part.id):
+                    call.put(Delta(part.token_ids))
             for canvas in message.canvases:
-                if canvas.id in self._calls:
-                    self._calls[canvas.id].put(canvas.step)
+                if call := self._calls.get(canvas.id):
+                    call.put(canvas.step)
             for finished in message.finished:
-                if finished.id in self._calls:
-                    self._end(self._calls[finished.id], finished.output)
+                if call := self._calls.get(finished.id):
+                    self._end(call, finished.output)
             for failed in message.failed:
-                if failed.id in self._calls:
-                    error = error_named(failed.error, failed.message)
-                    self._end(self._calls[failed.id], error)
+                if call := self._calls.get(failed.id):
+                    self._end(call, error_named(failed.error, failed.message))
         self._changed()
 
     def _end(self, call: Call, result: Any) -> None:

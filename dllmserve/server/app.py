@@ -45,7 +45,7 @@ from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings, with_port
 from dllmserve.server.sse import ClientGone
-from dllmserve.server.store import JobStore, MemoryStore, SqliteStore, StoreLimits
+from dllmserve.server.store import JobStore, SqliteStore, StoreLimits
 
 _log = logging.getLogger("dllmserve.server")
 
@@ -223,7 +223,7 @@ def _store(settings: Settings, began: float | None) -> tuple[JobStore, bool]:
         max_bytes=server.max_result_bytes,
     )
     if server.job_store == "memory":
-        return MemoryStore(limits), False
+        return SqliteStore(None, limits), False
     if server.job_store != "auto":
         return SqliteStore(user_path(server.job_store), limits, began=began), True
     path = _state_directory() / "dllmserve" / f"jobs-{server.port}.sqlite3"

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from dllmserve._checks import check_float, check_int
 from dllmserve.errors import ConfigError, JobStoreError
@@ -136,7 +136,7 @@ class StoreLimits:
         check_int(ConfigError, "max_bytes", self.max_bytes, 1)
         check_int(ConfigError, "max_tombstones", self.max_tombstones, 0)
 
-    def exceeded(self, held: Holdings[Any]) -> Literal["results", "bytes"] | None:
+    def exceeded(self, held: Holdings) -> Literal["results", "bytes"] | None:
         """The first limit that is exceeded, or None."""
         if held.total("results") > self.max_results:
             return "results"
@@ -168,7 +168,7 @@ class JobStore(Protocol):
 
     Example::
 
-        store = MemoryStore(StoreLimits(ttl_s=60))
+        store = SqliteStore(None, StoreLimits(ttl_s=60))
         await store.open()
         (job,) = await store.reserve_ids(1)
         await store.insert([JobRecord(job, "", "tiny", now, now + 600, b"...")])

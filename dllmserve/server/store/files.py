@@ -188,6 +188,20 @@ class JobFile:
         return db
 
 
+class MemoryFile:
+    """The same database in memory, which ends when it is closed."""
+
+    path = Path(":memory:")
+
+    def __init__(self) -> None:
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        _make(self.db)
+
+    def close(self) -> None:
+        """Free the database."""
+        self.db.close()
+
+
 def _keep_log(db: sqlite3.Connection, keep: bool) -> None:
     """Set whether the write-ahead log stays when the database is closed (from Python 3.12 on)."""
     if sys.version_info >= (3, 12):

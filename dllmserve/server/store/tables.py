@@ -25,7 +25,7 @@ from dllmserve.server.store.base import (
     check_new,
     encode,
 )
-from dllmserve.server.store.files import JobFile
+from dllmserve.server.store.files import JobFile, MemoryFile
 from dllmserve.server.store.holdings import Holdings
 from dllmserve.server.store.lease import Lease
 from dllmserve.server.store.rows import JOB, READ, UNFINISHED, UNREAD, read_gone, read_job
@@ -58,7 +58,7 @@ _Row = tuple[int, bytes, int, int]
 class _Counts:
     """Running totals, so that rows need not be counted; a rollback restores them as well."""
 
-    held: Holdings[bytes] = field(default_factory=Holdings)
+    held: Holdings = field(default_factory=Holdings)
     unfinished: int = 0
     place: int = 0
     evicted: dict[DropReason, int] = field(default_factory=lambda: dict.fromkeys(DROP_REASONS, 0))
@@ -83,7 +83,7 @@ class Tables:
 
     def __init__(
         self,
-        file: JobFile,
+        file: JobFile | MemoryFile,
         limits: StoreLimits,
         monotonic: Callable[[], float] = time.monotonic,
         began: float | None = None,
