@@ -28,7 +28,7 @@ from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.start import build_engine
 from dllmserve.errors import DllmServeError, RankError
 from dllmserve.process.channel import Channel, ChannelClosed
-from dllmserve.process.daemon import HEARTBEAT_S, exit_now, prepare_process, start_heartbeat
+from dllmserve.process.child import HEARTBEAT_S, exit_now, prepare_process, start_heartbeat
 from dllmserve.process.messages import (
     Abort,
     Admitted,

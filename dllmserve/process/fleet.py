@@ -255,10 +255,10 @@ class Fleet:
         while gone.stuck(suspects=suspects) and self.state is not State.FAILED:
             call, alone = gone.release(suspects=suspects)
             # suspects stay together, because nothing else runs beside a suspect
-            target = self._best() if not alone else self._refuge()
+            target = self._best() if not alone else self._least_disturbed()
             target.adopt(call, alone=alone)
 
-    def _refuge(self) -> Supervisor:
+    def _least_disturbed(self) -> Supervisor:
         """The engine where requests that have to run alone disturb the fewest others."""
         return min(
             (s for s in self.supervisors if _standing(s) is not _Standing.GONE),

@@ -243,8 +243,8 @@ class Ranks:
                 with self._news:
                     self._reached[message.stage] += 1
                     self._news.notify_all()
-            elif isinstance(message, Crashed) and worker.verdict is not None:
-                loop.call_later(_REASON_S, self._lose, worker.verdict)
+            elif isinstance(message, Crashed) and worker.noted is not None:
+                loop.call_later(_REASON_S, self._lose, worker.noted)
 
         death = await worker.run(hear, SILENCE_S)
         if death.cause is Cause.CRASHED:

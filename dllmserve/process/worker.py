@@ -23,7 +23,7 @@ import msgspec
 from dllmserve._environment import child_environment
 from dllmserve.cores import wait_variables
 from dllmserve.process.channel import Connection
-from dllmserve.process.daemon import is_stopped
+from dllmserve.process.child import is_stopped
 from dllmserve.process.messages import (
     Crashed,
     FromWorker,
@@ -91,7 +91,7 @@ class Worker:
         socket: this process's end.
         last_message: monotonic seconds of its last message, which counts as a heartbeat.
         silence_s: longest silence in seconds; infinite until :meth:`run` sets it.
-        verdict: why it dies, once that is known; it may be known before its end.
+        noted: why it dies, once that is known; it may be known before its end.
 
     Raises:
         OSError: too many processes or open files.
@@ -108,7 +108,7 @@ class Worker:
     ) -> None:
         self.name = name
         self.silence_s = math.inf
-        self.verdict: Death | None = None
+        self.noted: Death | None = None
         self._log = log
         self.socket, other = socket.socketpair()
         try:
@@ -156,12 +156,12 @@ class Worker:
         try:
             message = decode_from_worker(data)
         except msgspec.MsgspecError as error:
-            self._condemn(Cause.CRASHED, f"sent what is no message: {error}")
+            self._note_death(Cause.CRASHED, f"sent what is no message: {error}")
             self.kill()
             return None
         if isinstance(message, Crashed):
             cause = Cause.KILLED if message.killed else Cause.CRASHED
-            self._condemn(cause, f"failed: {message.message}")
+            self._note_death(cause, f"failed: {message.message}")
         return message
 
     async def run(self, handle: Callable[[FromWorker], None], silence_s: float) -> Death:
@@ -221,23 +221,23 @@ class Worker:
     async def death(self) -> Death:
         """Why the process died. Called once it has closed its socket, or was killed."""
         if not await self.ended(STOP_S):
-            self._condemn(Cause.HUNG, "closed its socket and did not leave")
+            self._note_death(Cause.HUNG, "closed its socket and did not leave")
             await self.end()
         code = self.process.returncode
         if code < 0:
             cause = Cause.KILLED if -code in _FROM_OUTSIDE else Cause.CRASHED
-            self._condemn(cause, f"died of {signal.Signals(-code).name}")
-        return self._condemn(Cause.CRASHED if code else Cause.STOPPED, f"ended with code {code}")
+            self._note_death(cause, f"died of {signal.Signals(-code).name}")
+        return self._note_death(Cause.CRASHED if code else Cause.STOPPED, f"ended with code {code}")
 
     async def relayed(self) -> None:
         """Wait until all that it wrote is logged, a second at most: children may hold its pipe."""
         if self._relay is not None:
             await asyncio.wait({self._relay}, timeout=STACKS_S)
 
-    def _condemn(self, cause: Cause, how: str, *, frozen: bool = False) -> Death:
+    def _note_death(self, cause: Cause, how: str, *, frozen: bool = False) -> Death:
         """Note why it dies; the first reason counts."""
-        self.verdict = self.verdict or Death(cause, f"{self.name} {how}", frozen)
-        return self.verdict
+        self.noted = self.noted or Death(cause, f"{self.name} {how}", frozen)
+        return self.noted
 
     async def _watch(self) -> None:
         """Kill the worker when a signal has stopped it, or when it is silent, for too long."""
@@ -250,13 +250,14 @@ class Worker:
             ran = ran if is_stopped(self.pid) else now
             if now - ran > STOPPED_S:
                 how = f"has been stopped for {now - ran:.0f} s, and was killed"
-                self._log.error("%s", self._condemn(Cause.KILLED, how, frozen=True).text)
+                self._log.error("%s", self._note_death(Cause.KILLED, how, frozen=True).text)
                 return self.kill()
             silent = now - self.last_message
             if silent > self.silence_s:
                 break
             await asyncio.sleep(_TICK_S)
-        death = self._condemn(Cause.HUNG, f"was silent for {silent:.0f} s: it hung and was killed")
+        how = f"was silent for {silent:.0f} s: it hung and was killed"
+        death = self._note_death(Cause.HUNG, how)
         self._log.error("%s; its stacks follow", death.text)
         self.process.send_signal(signal.SIGUSR1)
         await asyncio.sleep(STACKS_S)

@@ -26,8 +26,8 @@ from dllmserve.errors import (
 )
 from dllmserve.foreign import advice
 from dllmserve.sampling_params import SamplingParams
+from dllmserve.server.error_texts import explain
 from dllmserve.server.http.respond import error_body, error_type, wants_detail
-from dllmserve.server.wrong import explain
 from dllmserve.sparse.state import SparseConfig
 
 _log = logging.getLogger("dllmserve.server")

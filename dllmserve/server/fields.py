@@ -30,8 +30,8 @@ from dllmserve._values import LOGIT_BIAS_BOUND, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import knobs, types
 from dllmserve.sampling_params import SamplingParams
+from dllmserve.server.error_texts import NO_CHARACTER
 from dllmserve.server.failures import ApiError
-from dllmserve.server.wrong import NO_CHARACTER
 from dllmserve.sparse.state import SparseConfig
 
 MAX_STOP_LENGTH = 256
@@ -79,7 +79,7 @@ StopTexts = Annotated[Listed[StopText], Field(max_length=MAX_STOP_STRINGS)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
 TokenIds = Annotated[
     Listed[TokenId],
-    # for error messages, see wrong.py
+    # for error messages, see error_texts.py
     Field(min_length=1, json_schema_extra={"x-takes": "a list of token ids that is not empty"}),
 ]
 Prompt = Annotated[str, Field(min_length=1), AfterValidator(_unicode)] | TokenIds

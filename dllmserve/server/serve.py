@@ -23,7 +23,7 @@ from dllmserve.server.http.refusal import RefusalHeaders, no_headers
 from dllmserve.server.http.respond import Headers
 from dllmserve.server.http.slots import ConnectionLimits, Connections
 from dllmserve.server.jobs import Jobs
-from dllmserve.server.private import remove_file, replace_file
+from dllmserve.server.private_files import remove_file, replace_file
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, with_port
 

@@ -1,10 +1,7 @@
 """Several engine processes: they start together, die apart, and leave nothing behind."""
 
 import asyncio
-import os
-import signal
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +13,11 @@ from dllmserve.process import supervisor as supervision
 from dllmserve.process.calls import Call
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.messages import Submit
-from dllmserve.process.supervisor import State, SupervisorOptions
+from dllmserve.process.supervisor import State
 from dllmserve.sampling_params import SamplingParams
+from tests.process.helpers import kill, light, until
 from tests.process.left import children, nothing_left
 from tests.process.light_child import POISON
-
-CHILD = Path(__file__).parent / "light_child.py"
-
-
-def light(how: str, directory: Path, **given: Any) -> SupervisorOptions:
-    command = (sys.executable, str(CHILD), how, str(directory))
-    return SupervisorOptions(command=command, **{"load_timeout_s": 60.0, **given})
 
 
 @asynccontextmanager
@@ -40,23 +31,12 @@ async def fleet_of(size: int, how: str, directory: Path, **given: Any) -> AsyncI
             await fleet.close()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
 def ask(fleet: Fleet, *prompt: int) -> Call:
     return fleet.submit(Submit([*prompt], SamplingParams()), work=10)
 
 
 def index_of(fleet: Fleet, call: Call) -> int:
     return [engine.holds(call) for engine in fleet.supervisors].index(True)
-
-
-def kill(fleet: Fleet, index: int) -> None:
-    pid = fleet.supervisors[index].engine_pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)

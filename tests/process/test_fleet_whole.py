@@ -3,22 +3,17 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 
 import pytest
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.async_llm import AsyncLLM
+from tests.process.helpers import until
 from tests.process.left import nothing_left
 
 LONG = SamplingParams(temperature=0.0, gen_length=48, steps=48, block_length=16, ignore_eos=True)
 DRAWN = SamplingParams(gen_length=16, steps=8, seed=3)
 PROMPTS = [f"The {word}" for word in ("president", "people", "law", "house")]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
 
 
 def test_two_engines_answer_as_one(monkeypatch: pytest.MonkeyPatch) -> None:

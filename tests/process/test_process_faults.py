@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -22,19 +21,13 @@ from dllmserve.errors import EngineDiedError, EngineError, EngineStartError, Tok
 from dllmserve.process import supervisor as supervision
 from dllmserve.process import worker
 from dllmserve.process.channel import MAX_MESSAGE, Channel, ChannelClosed, Connection
-from dllmserve.process.daemon import is_stopped
+from dllmserve.process.child import is_stopped
 from dllmserve.process.messages import Submit
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from dllmserve.sampling_params import SamplingParams
+from tests.process.helpers import light
 from tests.process.left import children, nothing_left
 from tests.process.light_child import POISON
-
-CHILD = Path(__file__).parent / "light_child.py"
-
-
-def light(how: str, directory: Path, **given: Any) -> SupervisorOptions:
-    command = (sys.executable, str(CHILD), how, str(directory))
-    return SupervisorOptions(command=command, **{"load_timeout_s": 60.0, **given})
 
 
 @asynccontextmanager
@@ -103,7 +96,7 @@ def test_an_engine_that_is_stopped_before_its_first_step(
     """At any moment, and also where there is no /proc to look at."""
     monkeypatch.setattr(worker, "STOPPED_S", 0.5)
     if not proc:
-        monkeypatch.setattr("dllmserve.process.daemon.process_fields", lambda directory: [])
+        monkeypatch.setattr("dllmserve.process.child.process_fields", lambda directory: [])
 
     async def main() -> None:
         async with supervised(f"stops-{when}", tmp_path) as supervisor:
@@ -155,7 +148,7 @@ def test_who_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
                 time.sleep(0.01)
             assert is_stopped(process.pid) is stopped
             with monkeypatch.context() as patch:  # where there is no /proc
-                patch.setattr("dllmserve.process.daemon.process_fields", lambda directory: [])
+                patch.setattr("dllmserve.process.child.process_fields", lambda directory: [])
                 assert is_stopped(process.pid) is stopped
                 assert not is_stopped(1)  # no child of this process
         process.kill()

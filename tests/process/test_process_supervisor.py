@@ -27,6 +27,7 @@ from dllmserve.process.messages import Submit
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from dllmserve.sampling_params import with_sparse
 from tests.process.faulty_child import POISON
+from tests.process.helpers import until
 from tests.process.left import nothing_left
 
 CHILD = Path(__file__).parent / "faulty_child.py"
@@ -66,12 +67,6 @@ def ask(
     **how: Any,
 ) -> Call:
     return supervisor.submit(Submit(prompt, with_sparse(params, sparse), **how))
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
 
 
 def test_answers_equal_those_of_llm(byte_checkpoint: Path, engines: Any) -> None:

@@ -1,8 +1,6 @@
 """A server with several engines: what it says of them while one is missing."""
 
 import logging
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,8 +19,8 @@ from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings
+from tests.process.helpers import kill, light
 from tests.process.left import nothing_left
-from tests.process.test_fleet_faults import light
 from tests.server.stand_in import Server, run, until
 
 
@@ -50,12 +48,6 @@ async def statuses(server: Server) -> dict[str, tuple[int, str]]:
     paths = ("/health", "/ready", "/live")
     replies = {path: await server.get(path) for path in paths}
     return {path: (reply.status, reply.json()["status"]) for path, reply in replies.items()}
-
-
-def kill(fleet: Fleet, index: int) -> None:
-    pid = fleet.supervisors[index].engine_pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
 
 
 def test_one_engine_of_two_is_enough(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, JobStoreError
-from dllmserve.server.private import Folder, SharedDirectoryError, restrict
+from dllmserve.server.private_files import Folder, SharedDirectoryError, restrict
 from dllmserve.server.store.lease import MAKE_ALIVE
 from dllmserve.server.store.rows import check_rows
 
@@ -78,8 +78,8 @@ class JobFile:
     """An open, locked database with the schema above.
 
     All of its files belong to this user alone, in a directory that nobody else can change; see
-    :mod:`dllmserve.server.private`. The lock is on a ``.lock`` file beside the database, and that
-    file stays. The lock belongs to the process, so it is gone when the process ends, in whatever
+    :mod:`dllmserve.server.private_files`. The lock is on a ``.lock`` file beside the database, and
+    it stays. The lock belongs to the process, so it is gone when the process ends, in whatever
     way. The connection belongs to the thread that made this object.
 
     Args:
