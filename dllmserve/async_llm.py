@@ -18,8 +18,8 @@ from dllmserve._checks import check_known
 from dllmserve._system import refuse_torchrun
 from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
-from dllmserve.core.door import Door
 from dllmserve.core.request import Request
+from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
 from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
@@ -29,7 +29,7 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta, Event
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.home import Home
-from dllmserve.process.messages import EngineInfo
+from dllmserve.process.messages import EngineInfo, Submit
 from dllmserve.process.supervisor import State, SupervisorOptions
 from dllmserve.sampling_params import SamplingParams, with_sparse
 
@@ -104,7 +104,7 @@ class AsyncLLM:
             asdict(self.config), supervision or SupervisorOptions(), data_parallel_size
         )
         self.tokenizer: Tokenizer | None = None
-        self._door: Door | None = None
+        self._validator: RequestValidator | None = None
         #: where start() was called; it is called once
         self._home: Home | None = None
         self._starting: asyncio.Task[EngineInfo] | None = None
@@ -166,7 +166,7 @@ class AsyncLLM:
         except BaseException:
             await self.fleet.close()
             raise
-        self._door = Door(info.spec, info.limits, self.tokenizer is not None)
+        self._validator = RequestValidator(info.spec, info.limits, self.tokenizer is not None)
         return info
 
     async def close(self) -> None:
@@ -217,8 +217,8 @@ class AsyncLLM:
             return False  # its loop ends, and cancels all that runs there
         return True
 
-    def _ready(self) -> Door:
-        """The door, if calls can be served here.
+    def _ready(self) -> RequestValidator:
+        """The validator, if calls can be served here.
 
         Raises:
             EngineError: not started, closed, or started in another event loop or process.
@@ -230,9 +230,9 @@ class AsyncLLM:
         if self._home is None:
             raise EngineError(_NOT_STARTED)
         self._home.check()
-        if self._door is None:
+        if self._validator is None:
             raise EngineError("the engine is still being started: wait for await start() to return")
-        return self._door
+        return self._validator
 
     @property
     def info(self) -> EngineInfo:
@@ -242,7 +242,7 @@ class AsyncLLM:
             EngineError: :meth:`start` is not through.
         """
         found = self.fleet.info
-        if self._door is None or found is None:
+        if self._validator is None or found is None:
             raise EngineError(self._over or _NOT_STARTED)
         return found
 
@@ -362,12 +362,12 @@ class AsyncLLM:
         Raises:
             InvalidRequestError, CapacityError: it could never run on this engine.
         """
-        door = self._ready()
+        validator = self._ready()
         params = with_sparse(sampling_params or SamplingParams(), sparse_config)
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        return door.request(0, prompt_ids, params, name=name)
+        return validator.request(0, prompt_ids, params, name=name)
 
     def submit(
         self,
@@ -391,14 +391,8 @@ class AsyncLLM:
             EngineError: the engine is gone for good, was not started, or not in this event loop.
         """
         self._ready()
-        call = self.fleet.submit(
-            request.prompt_ids,
-            request.params,
-            stream=stream,
-            watch=watch,
-            work=work_of(request) if work is None else work,
-            owner=owner,
-        )
+        message = Submit(request.prompt_ids, request.params, stream, watch, owner)
+        call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home
         return call
 

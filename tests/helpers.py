@@ -145,5 +145,5 @@ def with_turn_ends(
     engine = llm._engine
     ids = engine.spec.eos_ids if eos_ids is None else eos_ids
     engine.spec = replace(engine.spec, turn_end_ids=turn_ids, eos_ids=ids)
-    engine._door = replace(engine._door, spec=engine.spec)
+    engine._validator = replace(engine._validator, spec=engine.spec)
     return llm

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
-from types import ModuleType
+from textwrap import indent
 from typing import Any
 
 import pytest
 
-from dllmserve import SamplingParams, SparseConfig, catalog
+from dllmserve import SamplingParams, SparseConfig
 from dllmserve.config import EngineConfig
 from dllmserve.errors import DllmServeError
 
@@ -51,28 +54,75 @@ def blocks(page: Path) -> Iterator[tuple[str, int, str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One namespace per page; errors show the page and the line.
+    """One namespace per page; errors show the line of the page.
 
-    ``python file=PATH`` is the content of a new module, ``python catalog=TABLE`` a line of
-    dllmserve/catalog.py; both are in force for the rest of the page.
+    Blocks that change the package, see :func:`change`, change a copy of it. All of them are made
+    before the rest of such a page runs, with the copy, in a process of its own.
     """
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "page"}
+    script: list[str] = []
+    changes: list[tuple[Mapping[str, str], str]] = []
     for info, line, code in blocks(page):
-        language, _, rest = info.partition(" ")
-        what, _, value = rest.partition("=")
+        language, *given = shlex.split(info) or [""]
         if info == "python":
             # blank lines in front give tracebacks the page's own line numbers
-            exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
-        elif language == "python" and what == "file":
-            module = ModuleType(value.removesuffix(".py").replace("/", "."))
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-            exec(compile("\n" * (line - 1) + code, str(page), "exec"), module.__dict__)
-        elif language == "python" and what == "catalog":
-            for name, entry in eval("{" + code + "}", vars(catalog)).items():
-                monkeypatch.setitem(getattr(catalog, value).own, name, entry)
+            script += [""] * (line - 1 - len(script)) + code.splitlines()
+        elif language == "python" and given != ["no-run"]:
+            changes.append((dict(word.split("=", 1) for word in given), code))
         else:
             assert info in ("", "python no-run", "bash", "json", "mermaid", "text"), info
+    if not changes:
+        monkeypatch.chdir(tmp_path)
+        exec(compile("\n".join(script), str(page), "exec"), {"__name__": "page"})
+        return
+    shutil.copytree(ROOT / "dllmserve", tmp_path / "dllmserve")
+    for where, code in changes:
+        change(tmp_path, where, code)
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / page.name).write_text("\n".join(script), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, page.name],
+        cwd=work,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def change(root: Path, where: Mapping[str, str], code: str) -> None:
+    """Do to a copy of the package what a block says.
+
+    ``python file=PATH`` is a new file; ``python catalog=TABLE`` goes to the end of a table of
+    dllmserve/catalog.py; ``python edit=PATH before=LINE`` goes before the one line that begins so,
+    and ``python edit=PATH instead=LINE`` replaces it. Blank lines around that line stay.
+    """
+    if "file" in where:
+        path = root / where["file"]
+        assert not path.exists(), path
+        path.write_text(code + "\n", encoding="utf-8")
+    elif "catalog" in where:
+        path = root / "dllmserve" / "catalog.py"
+        head, table, rest = path.read_text(encoding="utf-8").partition(
+            f"\n{where['catalog']} = Catalog("
+        )
+        entries, end, tail = rest.partition("\n    },\n)")
+        assert table and end, where
+        path.write_text(
+            f"{head}{table}{entries}\n{indent(code, ' ' * 8)}{end}{tail}", encoding="utf-8"
+        )
+    else:
+        path = root / where["edit"]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        begin = where.get("before") or where["instead"]
+        (index,) = [i for i, line in enumerate(lines) if line.strip().startswith(begin)]
+        old = lines[index]
+        new = indent(code, old[: len(old) - len(old.lstrip())]).splitlines()
+        if "before" in where:
+            new += [old] if lines[index - 1] else ["", old]
+        lines[index : index + 1] = new
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)

@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from dllmserve.core.door import Door
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
+from dllmserve.core.validator import RequestValidator
 from dllmserve.engine.machine import with_threads
 from dllmserve.engine.sizing import OOM_ADVICE
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer
@@ -98,7 +98,7 @@ class EngineCore:
         self.spec: ModelSpec = runner.spec
         self.tokenizer = tokenizer
         self._runner = runner
-        self._door = Door(self.spec, scheduler.limits, tokenizer is not None)
+        self._validator = RequestValidator(self.spec, scheduler.limits, tokenizer is not None)
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._text = AnswerText(tokenizer)
@@ -124,7 +124,7 @@ class EngineCore:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        return self._door.request(
+        return self._validator.request(
             next(self._ids),
             prompt_ids,
             params,

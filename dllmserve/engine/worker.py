@@ -5,9 +5,9 @@
 It lives as long as its owner: it ends when the socket closes, and on Linux the kernel
 kills it when the owner dies, even in the middle of a step.
 
-An engine has one thread that takes messages, steps and reports. Its reports are its signs of life,
+An engine has one thread that takes messages, steps and reports. Its reports are its heartbeats,
 so that a step that never ends is noticed. A rank waits for others in the middle of its steps, so a
-thread gives its signs; rank 0's engine notices a step that never ends.
+thread sends its heartbeats; rank 0's engine notices a step that never ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.start import build_engine
 from dllmserve.errors import DllmServeError, RankError
 from dllmserve.process.channel import Channel, ChannelClosed
-from dllmserve.process.daemon import HEARTBEAT_S, beat, leave_at_once, prepare_process
+from dllmserve.process.child import HEARTBEAT_S, exit_now, prepare_process, start_heartbeat
 from dllmserve.process.messages import (
     Abort,
     Admitted,
@@ -224,10 +224,10 @@ def be_rank(join: Join, channel: Channel) -> NoReturn:
     """Load a rank and follow rank 0 until it says stop, or is gone."""
     from dllmserve.engine.ranks import follow, load_rank  # an engine needs none of it
 
-    beat(channel)
+    start_heartbeat(channel)
     with suppress(ChannelClosed), last_words(channel):
         follow(load_rank(join, channel), channel)
-    leave_at_once()
+    exit_now()
 
 
 def first_message(channel: Channel) -> ToWorker:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dllmserve.core.door import Door
+from dllmserve.core.validator import RequestValidator
 from dllmserve.errors import ConfigError, DllmServeError, TokenizerError
 from dllmserve.evaluation.figures import Measured, Outcome, SettingResult, summarise
 from dllmserve.evaluation.items import Item
@@ -48,13 +48,15 @@ class Evaluation:
         """
         check_names(settings)
         llm = self._llm
-        door = Door(llm.spec, llm.plan.limits, has_tokenizer=llm.tokenizer is not None)
+        validator = RequestValidator(
+            llm.spec, llm.plan.limits, has_tokenizer=llm.tokenizer is not None
+        )
         for setting in settings:
             for place in self._longest():
                 item = self._items[place]
                 try:
                     params = with_sparse(setting.params(item.gen_length), setting.sparse_config())
-                    door.request(0, self._ids[place], params, name=f"item {item.id!r}")
+                    validator.request(0, self._ids[place], params, name=f"item {item.id!r}")
                 except DllmServeError as error:
                     raise named(error, setting.name) from error
 

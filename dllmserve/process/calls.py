@@ -1,6 +1,6 @@
-"""Call: one request on its way through an engine process, and what becomes of it.
+"""Call: one request in an engine process, from its submission to its output or error.
 
-What to do with a request whose engine died is decided here, by :meth:`Call.judge`.
+:meth:`Call.judge` decides what happens to a request whose engine died.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dllmserve.process.home import Home
 from dllmserve.process.messages import Submit
 from dllmserve.process.worker import Cause
 
-#: answer positions in canvases that wait for a slow reader; beyond that older ones are lost
+#: answer positions in canvases that wait for a slow reader; above it the oldest canvas is dropped
 MAX_WAITING_CELLS = 1 << 18
-#: kills from outside, such as those for want of memory, that a request which ran with others
-#: before is given when it runs alone
+#: a request that ran with others when its engine was killed from outside (for want of memory, for
+#: example) may be killed so often when it runs alone
 MAX_KILLS_ALONE = 3
 
 
@@ -106,7 +106,7 @@ class Call:
         return event
 
     def hold_back(self) -> None:
-        """Nothing of what was taken so far has been given out, so it may still be run again."""
+        """Note that the reader has kept all events to itself, so the request may run again."""
         self._given_out = False
 
     async def output(self) -> RequestOutput:
@@ -124,7 +124,7 @@ class Call:
             self._put(Started(self.started))
 
     def put(self, event: Delta | CanvasStep) -> None:
-        """Something came of a step. A reader that pauses for long may miss older canvases."""
+        """Add an event of a step. A reader that pauses for long may miss older canvases."""
         self._put(event)
         if isinstance(event, CanvasStep):
             self._waiting_cells += len(event.token_ids)
@@ -132,7 +132,7 @@ class Call:
                 continue
 
     def end(self, result: RequestOutput | BaseException) -> None:
-        """An output or an error."""
+        """End the call with an output or an error."""
         self.in_engine = self.running = False
         self.ended = True
         self.finished = isinstance(result, RequestOutput)
@@ -141,12 +141,16 @@ class Call:
     def judge(self, cause: Cause, alone: bool) -> Fate:
         """Decide what happens after the engine died with the call in it.
 
-        A request that had not begun to run has nothing to do with it. One that ran may be
-        the reason: after a crash or a hang it runs again by itself, so that the guilty one
-        is found and the others are not; after a kill from outside only when it happens
-        again. It fails when the engine has died with it twice, the last time alone. Kills
-        from outside say less: two are enough if it was alone each time, MAX_KILLS_ALONE
-        alone if others were there before.
+        A request fails if something of its answer was given out. A request that was waiting
+        cannot be the reason, so it runs again. A request that was running may be the reason:
+
+        - After a crash or a hang it runs again alone, so that only the guilty request fails.
+        - After a kill from outside it runs again with others the first time, and alone after
+          the second.
+        - It fails after a crash or a hang in which it was alone, if an engine had died with it
+          before.
+        - It fails after two kills from outside, if it was alone both times; otherwise after
+          MAX_KILLS_ALONE kills while it was alone.
 
         Args:
             cause: why the engine ended.
@@ -178,18 +182,18 @@ class Call:
         self._arrived.set()
 
     def _lose_canvas(self, newest: CanvasStep) -> bool:
-        """Drop the oldest canvas but the newest one; False if there is no other."""
-        for place, event in enumerate(self._events):
+        """Drop the oldest canvas. Returns False if only the newest one is left."""
+        for index, event in enumerate(self._events):
             if isinstance(event, CanvasStep):
                 if event is newest:
                     break
-                del self._events[place]
+                del self._events[index]
                 self._waiting_cells -= len(event.token_ids)
                 return True
         return False
 
     def _forget_events(self) -> None:
-        """Drop what nobody has taken: the next run gives it again."""
+        """Drop the events that nobody has taken: the next run produces them again."""
         kept = [event for event in self._events if isinstance(event, Started)]
         self._events = deque(kept)
         self._waiting_cells = 0

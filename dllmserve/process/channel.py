@@ -13,11 +13,11 @@ import struct
 import threading
 
 _LENGTH = struct.Struct(">I")
-#: a message is never larger; a longer one means that the two sides are out of step
+#: bytes of the largest message; a larger length means that the two sides are out of step
 MAX_MESSAGE = 1 << 28
 _CHUNK = 1 << 18
-#: bytes after which the engine turns to its step, whatever else waits in the socket: some sixty
-#: prompts of 4,096 tokens, which take 30 ms to decode and to check
+#: bytes that one receive() reads at most, so that the engine's next step does not wait for long:
+#: some sixty prompts of 4,096 tokens, which take 30 ms to decode and to check
 _ENOUGH = 1 << 20
 
 
@@ -26,12 +26,12 @@ class ChannelClosed(ConnectionError):
 
 
 class Channel:
-    """One end that blocks: sends from any thread, receives with a timeout in one.
+    """One blocking end of the socket. Any thread may send; one thread receives, with a timeout.
 
     Args:
         connected: the end.
-        patience_s: seconds after which a send that the other side does not read has failed; None
-            waits as long as it takes.
+        patience_s: seconds after which a send fails if the other side does not read; None waits
+            without a limit.
     """
 
     def __init__(self, connected: socket.socket, patience_s: float | None = None) -> None:
@@ -44,12 +44,12 @@ class Channel:
 
     @classmethod
     def inherited(cls, descriptor: int) -> Channel:
-        """The end that a worker was started with. Its own child processes do not get it."""
+        """The end that a worker inherited. The worker's own child processes do not inherit it."""
         os.set_inheritable(descriptor, False)
         return cls(socket.socket(fileno=descriptor))
 
     def send(self, data: bytes) -> None:
-        """Send a message. Raises ChannelClosed if the other side is gone, or reads no more."""
+        """Send a message. Raises ChannelClosed if the other side is gone or does not read."""
         try:
             with self._sending:
                 self._socket.sendall(_LENGTH.pack(len(data)) + data)
@@ -57,9 +57,10 @@ class Channel:
             raise ChannelClosed(f"the other process is gone: {error}") from error
 
     def receive(self, timeout_s: float | None) -> list[bytes]:
-        """Messages that are there; waits up to ``timeout_s`` for the first, with None for ever.
+        """Return the messages that have arrived.
 
-        What is more than a megabyte is left for the next call.
+        Waits up to ``timeout_s`` seconds for the first, or without a limit for None. Reads about
+        a megabyte at most; the next call returns the rest.
 
         Raises:
             ChannelClosed: the other side is gone.
@@ -97,7 +98,7 @@ class Channel:
 
 
 class Connection:
-    """One end on an event loop. Made by :meth:`open`."""
+    """One end of the socket on an event loop. :meth:`open` makes it."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -106,13 +107,13 @@ class Connection:
     async def open(cls, connected: socket.socket) -> Connection:
         """Take over an end; it is closed with the connection."""
         loop = asyncio.get_running_loop()
-        reader = _LastWords(loop=loop)
+        reader = _KeepingReader(loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
         transport, _ = await loop.create_unix_connection(lambda: protocol, sock=connected)
         return cls(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     def send(self, data: bytes) -> None:
-        """Send a message, sooner or later; a dead worker is noticed by :meth:`receive`."""
+        """Queue a message for sending. :meth:`receive` notices a dead worker."""
         self._writer.write(_LENGTH.pack(len(data)) + data)
 
     async def receive(self) -> bytes | None:
@@ -130,13 +131,13 @@ class Connection:
         self._writer.close()
 
 
-class _LastWords(asyncio.StreamReader):
-    """Gives all that has arrived, also when the other side has left without reading its own.
+class _KeepingReader(asyncio.StreamReader):
+    """Returns everything that has arrived before it reports the end of the connection.
 
-    The system calls that a reset, and asyncio would forget what had come before it: that a
-    request was admitted, for example, which a dead engine may have died of.
+    A worker that dies with unread messages resets the connection. asyncio would then drop what
+    the worker had sent before: that it admitted a request, for example, which may have killed it.
     """
 
     def set_exception(self, exc: BaseException) -> None:
-        """The end, instead of an error."""
+        """Treat an error as the end of the stream."""
         self.feed_eof()

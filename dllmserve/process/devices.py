@@ -16,7 +16,7 @@ from dllmserve.cores import threads_given, usable_cores
 from dllmserve.errors import ConfigError, EngineStartError
 
 _CUDA = re.compile(r"cuda(?::(\d+))?")
-#: another process counts: this one has no torch, and no state of CUDA, and shall have none
+#: runs in another process, because this one must load neither torch nor CUDA
 _COUNT = (
     "import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, flush=True)"
 )
@@ -57,7 +57,7 @@ async def shares(options: dict[str, Any], engines: int, timeout_s: float) -> lis
         return _shares_of_cores(options, engines)
     named = _CUDA.fullmatch(device)
     if named is None and device != "auto":
-        return [Share(options)] * engines  # every engine says what is wrong with it
+        return [Share(options)] * engines  # each engine reports the wrong device
     gpus = await count_gpus(timeout_s)
     if named is None and not gpus:
         return _shares_of_cores(options, engines)
@@ -69,8 +69,8 @@ def _shares_of_cores(options: dict[str, Any], engines: int) -> list[Share]:
     planned = options.get("gpu_memory_utilization", EngineConfig.gpu_memory_utilization)
     divided = {**options, "device": "cpu", "gpu_memory_utilization": planned / engines}
     environment: dict[str, str] = {}
-    # each would start a thread for every core otherwise, and they would wait for each other;
-    # an engine divides its part among its ranks by itself
+    # otherwise each engine would start a thread for every core, and the threads would wait for
+    # each other; an engine divides its part among its ranks
     if options.get("threads") is not None:
         divided["threads"] = max(int(options["threads"]) // engines, 1)
     elif not threads_given():
@@ -95,7 +95,7 @@ def _shares_of_gpus(options: dict[str, Any], engines: int, gpus: int, first: int
             f"{engines * width} GPUs{behind}, and there are {gpus}: {way_out}"
         )
     return [
-        Share({**options, "device": f"cuda:{first + place * width}"}) for place in range(engines)
+        Share({**options, "device": f"cuda:{first + index * width}"}) for index in range(engines)
     ]
 
 
@@ -108,7 +108,7 @@ async def count_gpus(timeout_s: float) -> int:
     """CUDA devices that an engine of ours would see.
 
     Raises:
-        EngineStartError: torch does not say, or not in time.
+        EngineStartError: the process that counts them failed, or took too long.
     """
     try:
         process = await asyncio.create_subprocess_exec(
@@ -128,7 +128,7 @@ async def count_gpus(timeout_s: float) -> int:
     except TimeoutError as error:
         raise EngineStartError(f"the GPUs could not be counted in {timeout_s:g} s") from error
     finally:
-        with suppress(ProcessLookupError):  # it has left, unless somebody lost patience
+        with suppress(ProcessLookupError):  # it has ended, unless the time ran out
             process.kill()
         await process.wait()
     words = said.split()

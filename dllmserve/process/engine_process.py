@@ -22,13 +22,13 @@ class EngineProcess(Worker):
     Args:
         share: what the engine is started with.
         command: see :class:`Worker`.
-        log: where goes what it writes, and what happens to it.
+        log: gets what the process writes, and what happens to the process.
 
     Attributes:
         info: the loaded engine.
 
     Raises:
-        EngineStartError: the system has no room for it.
+        EngineStartError: the system cannot start another process.
     """
 
     info: EngineInfo
@@ -78,6 +78,6 @@ class EngineProcess(Worker):
                 self.info = message.info
                 return
         death = await self.death()
-        await self.relayed()  # it may be the reason
+        await self.relayed()  # what it wrote may be the reason
         kind = EngineStoppedError if death.frozen else EngineStartError
         raise kind(f"{death.text} while it started")

@@ -1,4 +1,4 @@
-"""LeadRunner: rank 0's runner. What it does, all ranks do."""
+"""LeadRunner: rank 0's runner, which has all other ranks do what it does."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dllmserve.runtime.state_table import StateTable
 
 
 class LeadRunner:
-    """A runner that tells the other ranks what it is about to do.
+    """A runner that sends each operation to the other ranks before it runs it.
 
-    Whatever goes wrong in the middle of it leaves the ranks out of step, so the engine is over
-    then, and every later call raises the same RankError.
+    An error in the middle of an operation leaves the ranks out of step. The engine ends then, and
+    every later call raises the same RankError.
 
     Args:
         runner: this rank's.
         ranks: the others.
     """
 
-    #: a step that ran out of memory cannot be run again: other ranks may have finished it
+    #: a step that ran out of memory cannot run again, because other ranks may have finished it
     recovers = False
 
     def __init__(self, runner: ModelRunner, ranks: Ranks) -> None:
@@ -66,7 +66,7 @@ class LeadRunner:
             if event is not None:
                 self.ranks.await_event(event)
         if self._runner.graphs is not None:
-            # a group cannot end before the graphs that hold its exchanges
+            # CUDA graphs hold exchanges of the group, so they have to go before it
             self._runner.graphs.clear()
         self.ranks.stop()
 
@@ -85,10 +85,10 @@ class LeadRunner:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits: in the middle of an exchange it would leave the others behind."""
+    """Delay Ctrl-C: in the middle of an exchange it would leave the ranks out of step."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield  # Python interrupts the main thread alone, and other handlers are not its own
+        yield  # Ctrl-C interrupts the main thread only, and only Python's handler is replaced
         return
     caught: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: caught.append((number, frame)))

@@ -1,4 +1,4 @@
-"""What workers and their owner say to each other: typed structs, as msgpack.
+"""Messages between workers and their owner: typed structs, encoded as msgpack.
 
 Nothing that crosses the socket is ever executed or unpickled: a message that does not fit
 its type is an error.
@@ -6,6 +6,7 @@ its type is an error.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Literal
 
 import msgspec
@@ -58,20 +59,21 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     """Run a request.
 
     Attributes:
-        id: the owner's, not used by another request that is under way.
         prompt_ids: token ids.
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
         owner: whose it is, as :class:`dllmserve.core.request.Request` says.
+        id: unique in the process that made the message, so that a request can move to another
+            engine.
     """
 
-    id: int
     prompt_ids: list[int]
     params: SamplingParams
     stream: bool = False
     watch: bool = False
     owner: str = ""
+    id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):
@@ -81,7 +83,7 @@ class Abort(msgspec.Struct, tag="abort", array_like=True, frozen=True):
 
 
 class Stop(msgspec.Struct, tag="stop", array_like=True, frozen=True):
-    """Leave at once; a rank does after the steps before it."""
+    """End at once. A rank first runs the steps that were sent before this message."""
 
 
 ToWorker = Configure | Join | Submit | Abort | Admit | Execute | Stop
@@ -160,7 +162,7 @@ class Failed(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Counters(msgspec.Struct, array_like=True, frozen=True):
-    """How the engine stands; all but the gauges count from its start.
+    """The engine's state in numbers. All but the gauges count from the engine's start.
 
     Attributes:
         waiting, running: requests (gauges).
@@ -188,7 +190,7 @@ def added(*parts: Counters) -> Counters:
 
 
 class Report(msgspec.Struct, tag="report", array_like=True, frozen=True):
-    """What an engine's step brought. Without requests, a sign of life."""
+    """What an engine's step has produced. Without requests it is a heartbeat."""
 
     counters: Counters
     committed: list[Committed] = []
@@ -198,27 +200,27 @@ class Report(msgspec.Struct, tag="report", array_like=True, frozen=True):
 
 
 class Crashed(msgspec.Struct, tag="crashed", array_like=True, frozen=True):
-    """Last words of a worker that raised; ``killed``: something from outside was why."""
+    """The last message of a worker that raised; ``killed``: the reason came from outside."""
 
     message: str
     killed: bool = False
 
 
 class Reached(msgspec.Struct, tag="reached", array_like=True, frozen=True):
-    """A rank has come so far: torch is there ("started"), or its weights are ("loaded")."""
+    """A rank has reached a stage: it has imported torch ("started") or its weights ("loaded")."""
 
     stage: Literal["started", "loaded"]
 
 
-class Alive(msgspec.Struct, tag="alive", array_like=True, frozen=True):
-    """A rank's sign of life."""
+class Heartbeat(msgspec.Struct, tag="heartbeat", array_like=True, frozen=True):
+    """A rank is alive. An engine's heartbeats are its :class:`Report` messages."""
 
 
-FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Alive
+FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Heartbeat
 
 
 def plain(value: Any) -> int:
-    """A number of a kind of its own, such as Kept, as a plain one; anything else is an error."""
+    """A subclass of int, such as Kept, as a plain int; anything else is an error."""
     if isinstance(value, int):
         return int(value)
     raise NotImplementedError(f"{type(value).__name__} is not for messages")
@@ -235,10 +237,10 @@ def encode(message: ToWorker | FromWorker) -> bytes:
 
 
 def decode_to_worker(data: bytes) -> ToWorker:
-    """A message to a worker. Raises msgspec.ValidationError if it is none."""
+    """A message to a worker. Raises msgspec.ValidationError if the bytes are no message."""
     return _to_worker.decode(data)
 
 
 def decode_from_worker(data: bytes) -> FromWorker:
-    """A message of a worker. Raises msgspec.ValidationError if it is none."""
+    """A message of a worker. Raises msgspec.ValidationError if the bytes are no message."""
     return _from_worker.decode(data)

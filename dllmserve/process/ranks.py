@@ -1,8 +1,8 @@
 """Ranks: the other ranks of an engine, as rank 0 sees them.
 
-Each is a worker. A thread starts and watches them on an event loop of its own. When one ends,
-fails, is stopped or silent for too long, it ends all of them and lets rank 0 go if that waits for
-them; whatever rank 0 does next raises a RankError.
+Each rank is a worker. A thread starts and watches them on an event loop of its own. When a rank
+ends, fails, or is stopped or silent for too long, the thread ends all ranks and wakes rank 0 if it
+waits for them. Whatever rank 0 does next raises a RankError.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("dllmserve.ranks")
 
-#: seconds of silence after which a rank that is not stopped counts as dead: there are moments in
-#: which C code lets no thread of it run
+#: seconds of silence after which a rank that is not stopped counts as dead; it is long because C
+#: code may keep the heartbeat's thread from running
 SILENCE_S = 120.0
-#: seconds after which an exchange between ranks, or a step, that does not end has failed
+#: seconds after which an exchange between ranks, or a step, counts as failed
 EXCHANGE_S = 600.0
-#: seconds that it may take to hear of a death, and of the one that was the reason for it
+#: seconds to wait for the news of a rank's death, and of another death that caused it
 _HEAR_S, _REASON_S = 3.0, 0.25
-#: seconds that the thread gets to see that all ranks have left
+#: seconds that the watching thread gets to notice that all ranks have ended
 _JOIN_S = 1.0
 
 
@@ -54,7 +54,7 @@ class Ranks:
         threads: of a rank, for torch on a CPU.
 
     Attributes:
-        failure: why the engine can not go on; None while it can.
+        failure: why the engine cannot go on; None while it can.
 
     Raises:
         RankError: they could not be started.
@@ -71,7 +71,7 @@ class Ranks:
         self._reached: Counter[str] = Counter()
         self._news = threading.Condition()
         self._sending = threading.Lock()
-        # told to leave; and seen to have left
+        # whether the ranks were told to end; whether all have ended
         self._leaving = self._over = False
         self._thread = threading.Thread(target=self._watch, name="dllmserve-ranks", daemon=True)
         self._thread.start()
@@ -100,7 +100,7 @@ class Ranks:
         """Connect the group that exchanges tensors; all ranks must have started.
 
         Raises:
-            RankError: a rank is gone. The thread that still waits for it then is left behind.
+            RankError: a rank is gone. The thread that connects stays behind then.
         """
         made: list[TorchGroup | Exception] = []
 
@@ -140,9 +140,9 @@ class Ranks:
             raise self.explain(error) from error
 
     def explain(self, error: BaseException) -> RankError:
-        """What an error in the middle of a step means: a rank is gone, or rank 0 has failed.
+        """The RankError for an error in the middle of a step: a rank is gone, or rank 0 failed.
 
-        Either way the ranks are out of step, so all of them end.
+        Either way the ranks are out of step, so all of them are ended.
         """
         with self._news:
             self._news.wait_for(lambda: self.failure is not None, timeout=_HEAR_S)
@@ -150,11 +150,11 @@ class Ranks:
         return self.failure or RankError("the engine is being closed")
 
     def give_up(self, error: BaseException) -> None:
-        """Rank 0 has left a step in its middle: the engine is over."""
+        """End the engine, because rank 0 left a step in its middle."""
         self._fail(RankError(f"rank 0 failed: {type(error).__name__}: {first_line(error)}"))
 
     def await_event(self, event: torch.cuda.Event) -> None:
-        """Wait for the device, but not for ever on a rank that is gone. Raises RankError."""
+        """Wait for the device. Raises RankError if a rank is gone, or after EXCHANGE_S seconds."""
         began = time.monotonic()
         while not event.query():  # type: ignore[no-untyped-call]
             if self.failure is not None:
@@ -165,7 +165,7 @@ class Ranks:
         self.check()
 
     def stop(self) -> None:
-        """End the ranks; those that do not leave are killed. Safe to call again."""
+        """Ask the ranks to end, and kill those that do not. Safe to call again."""
         if self._over:
             return
         self._leaving = True
@@ -182,10 +182,10 @@ class Ranks:
         for channel in self._channels:
             channel.close()
         if self._group is not None and clean:
-            self._group.abort()  # the other ranks have left, so there is nothing to finish
+            self._group.abort()  # the other ranks have ended, so there is nothing to finish
 
     def _end(self, patience_s: float) -> None:
-        """See to it that all processes have ended."""
+        """Wait for all processes to end, and kill those that take longer than ``patience_s``."""
         until = time.monotonic() + patience_s
         for worker in self._workers:
             try:
@@ -197,8 +197,8 @@ class Ranks:
     def _watch(self) -> None:
         """Start the ranks, then listen to them until all have ended.
 
-        In this thread alone: a process that is tied to its parent is tied to the thread that made
-        it. The loop is of one kind, whatever kind the program has chosen for its own.
+        One thread does both, because Linux kills a child when the thread that started it ends.
+        The loop is always a SelectorEventLoop, whatever kind the program has chosen for its own.
         """
         loop = asyncio.SelectorEventLoop()
         try:
@@ -216,9 +216,9 @@ class Ranks:
             for rank in range(1, self.size):
                 worker = Worker(f"rank {rank}", COMMAND, environment=environment, log=_log)
                 workers.append(worker)
-                # an end of its own, which blocks: rank 0 sends from the thread that steps
+                # a blocking channel of its own, because rank 0 sends from the thread that steps
                 self._channels.append(Channel(worker.socket.dup(), EXCHANGE_S))
-                with suppress(ChannelClosed):  # it is dead, as is soon seen
+                with suppress(ChannelClosed):  # it is dead; _follow() will notice
                     self._channels[-1].send(
                         encode(Join(self._options, rank, self.size, self._port))
                     )
@@ -230,12 +230,12 @@ class Ranks:
         with self._news:
             self._workers = workers
             self._news.notify_all()
-        if self._leaving:  # told so meanwhile
+        if self._leaving:  # stop() was called meanwhile
             self._end(0.0)
         await asyncio.gather(*map(self._follow, workers))
 
     async def _follow(self, worker: Worker) -> None:
-        """Listen to a rank until it has ended, and then end the others."""
+        """Listen to a rank until it ends, then end the others."""
         loop = asyncio.get_running_loop()
 
         def hear(message: FromWorker) -> None:
@@ -243,22 +243,22 @@ class Ranks:
                 with self._news:
                     self._reached[message.stage] += 1
                     self._news.notify_all()
-            elif isinstance(message, Crashed) and worker.verdict is not None:
-                loop.call_later(_REASON_S, self._lose, worker.verdict)
+            elif isinstance(message, Crashed) and worker.noted is not None:
+                loop.call_later(_REASON_S, self._lose, worker.noted)
 
         death = await worker.run(hear, SILENCE_S)
         if death.cause is Cause.CRASHED:
-            # it may come from another rank's death, of which is heard meanwhile
+            # another rank's death may be the cause, and the news of it may still arrive
             await asyncio.sleep(_REASON_S)
         self._lose(death)
 
     def _lose(self, death: Death) -> None:
-        """A rank is gone, or will be."""
+        """Note that a rank has died, or is about to."""
         killed = death.cause in (Cause.KILLED, Cause.HUNG)
         self._fail(RankError(death.text, killed=killed, stopped=death.frozen))
 
     def _fail(self, failure: RankError) -> None:
-        """The engine is over: end all ranks, and whatever waits for them."""
+        """End the engine: note the failure, end all ranks, and wake what waits for them."""
         with self._news:
             if self.failure is not None or self._leaving:
                 return

@@ -1,20 +1,19 @@
-"""Supervisor: keeps an engine process alive, and every accepted request on its way.
+"""Supervisor: restarts an engine process that dies, and runs its accepted requests again.
 
-If the engine dies or hangs, a new one is started, and requests that have given nothing out
-yet are run again from their prompts; :mod:`dllmserve.process.calls` says which are not.
-Of several engines each has a supervisor; :mod:`dllmserve.process.fleet` moves requests from
-one that cannot run them to another.
+If the engine dies or hangs, the supervisor starts a new one. Requests of whose answer nothing was
+given out run again from their prompts; :mod:`dllmserve.process.calls` has the exceptions. Each of
+several engines has a supervisor of its own, and :mod:`dllmserve.process.fleet` moves requests
+between them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -44,7 +43,6 @@ from dllmserve.process.messages import (
     added,
 )
 from dllmserve.process.worker import COMMAND, Cause, Death, kill_for_good
-from dllmserve.sampling_params import SamplingParams
 
 _log = logging.getLogger("dllmserve.engine")
 
@@ -57,7 +55,7 @@ _SETTLED_S = 2.0
 
 
 class State(Enum):
-    """How the engine stands."""
+    """The state of an engine."""
 
     STARTING = "starting"
     READY = "ready"
@@ -85,14 +83,13 @@ class SupervisorOptions:
 
 
 class Supervisor:
-    """Owns the engine process. Lives on one event loop.
+    """Owns the engine process. Used on one event loop.
 
     Args:
         options: fields of EngineConfig.
         how: see :class:`SupervisorOptions`.
-        ids: of requests; none is given out twice in a fleet, so that requests can move.
         changed: called when requests may have to move from here, or can move to here.
-        log: what the engine says and what happens to it.
+        log: gets what the engine writes, and what happens to it.
 
     Attributes:
         state: see :class:`State`.
@@ -108,7 +105,6 @@ class Supervisor:
         options: dict[str, Any],
         how: SupervisorOptions,
         *,
-        ids: Iterator[int] | None = None,
         changed: Callable[[], None] = lambda: None,
         log: logging.Logger = _log,
     ) -> None:
@@ -117,11 +113,11 @@ class Supervisor:
         self.restarts = 0
         self.share = Share(options)
         self.work = 0
-        self._ids = itertools.count() if ids is None else ids
         self._changed, self._log = changed, log
         self._how = how
         self._engine: EngineProcess | None = None
-        #: while an engine is being loaded; the engine would keep all of a stopped event loop alive
+        #: set while an engine is being loaded; the EngineProcess itself would keep a stopped event
+        #: loop in memory
         self._loading: subprocess.Popen[bytes] | None = None
         self._calls: dict[int, Call] = {}
         self._held: Line[Call] = Line()
@@ -134,7 +130,7 @@ class Supervisor:
 
     @property
     def counters(self) -> Counters:
-        """As last reported; what is counted is summed over all engines."""
+        """As last reported; all but the gauges are summed over the engines of this supervisor."""
         here = Counters(waiting=len(self._held) + len(self._suspects))
         return added(self._past, self._now, here)
 
@@ -162,12 +158,12 @@ class Supervisor:
 
     @property
     def suspected(self) -> bool:
-        """Whether requests are here that run alone, because they may be what kills engines."""
+        """Whether there are suspects: requests that run alone, because they may kill engines."""
         return bool(self._suspects) or self._alone is not None
 
     @property
     def silence(self) -> float:
-        """Seconds since the engine's last sign of life; 0 while there is none."""
+        """Seconds since the engine's last heartbeat; 0 while there is no engine."""
         return 0.0 if self._engine is None else time.monotonic() - self._engine.last_message
 
     async def start(self) -> EngineInfo:
@@ -178,7 +174,7 @@ class Supervisor:
         """
         engine = await self._launch_first()
         self._task = asyncio.create_task(self._supervise(engine))
-        await asyncio.sleep(0)  # a task that is cancelled before it has begun never does anything
+        await asyncio.sleep(0)  # let it begin: a task that is cancelled before that never runs
         return engine.info
 
     async def close(self) -> None:
@@ -194,7 +190,7 @@ class Supervisor:
         self._fail_all(EngineError("the engine has been closed"))
 
     def kill_at_once(self, error: DllmServeError) -> subprocess.Popen[bytes] | None:
-        """End the engine, also where its event loop does not run any more.
+        """Kill the engine, even when its event loop does not run any more.
 
         Returns:
             Its process, which may take a moment to end; None if there is none.
@@ -204,7 +200,7 @@ class Supervisor:
         if process is not None:
             kill_for_good(process)
         for call in list(self._calls.values()):
-            with contextlib.suppress(RuntimeError):  # whoever waited did so in a closed loop
+            with contextlib.suppress(RuntimeError):  # the waiting task's event loop is closed
                 self._end(call, error)
         return process
 
@@ -217,29 +213,19 @@ class Supervisor:
             await asyncio.Event().wait()
         return self._failure or EngineError("the engine has been closed")
 
-    def submit(
-        self,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        *,
-        stream: bool = False,
-        watch: bool = False,
-        work: int = 0,
-        owner: str = "",
-    ) -> Call:
+    def submit(self, request: Submit, work: int = 0) -> Call:
         """Queue a checked request.
 
         Args:
-            prompt_ids, params, stream, watch, owner: see :class:`Submit`.
-            work: what it costs at most.
+            request: the message that runs it.
+            work: what it costs at most, see :func:`dllmserve.core.work.work_of`.
 
         Raises:
             EngineError: the engine is gone for good.
         """
         if self.state in (State.FAILED, State.CLOSED):
             raise self._failure or EngineError("the engine has been closed")
-        submit = Submit(next(self._ids), prompt_ids, params, stream, watch, owner)
-        call = Call(submit, work)
+        call = Call(request, work)
         self.adopt(call)
         return call
 
@@ -252,10 +238,10 @@ class Supervisor:
         return bool(self._held and not self.open) or (suspects and bool(self._suspects))
 
     def release(self, *, suspects: bool = False) -> tuple[Call, bool]:
-        """Let go of a request that cannot be sent to the engine now, for another to adopt.
+        """Give up a request that cannot be sent to the engine now; another supervisor adopts it.
 
         Args:
-            suspects: also of those that are to run alone, after the others.
+            suspects: give up suspects as well, after all others.
 
         Returns:
             The request, and whether it has to run alone.
@@ -266,11 +252,11 @@ class Supervisor:
         return call, alone
 
     def adopt(self, call: Call, *, alone: bool = False) -> None:
-        """Take a request in, as the last one.
+        """Take over a request, as the last in its line.
 
         Args:
-            call: a new one, or one that another supervisor has let go of.
-            alone: it may be what kills engines, so nothing else may run beside it.
+            call: a new request, or one that another supervisor has released.
+            alone: it is a suspect, so nothing else may run beside it.
         """
         self._calls[call.id] = call
         self.work += call.work
@@ -278,7 +264,7 @@ class Supervisor:
         self._send_held()
 
     def _leave(self, call: Call) -> None:
-        """Take a request off the books; it may have left already."""
+        """Stop counting a request here, if it is still counted."""
         if self._calls.pop(call.id, None) is not None:
             self.work -= call.work
 
@@ -305,7 +291,7 @@ class Supervisor:
         self._send_held()
 
     def _send_held(self) -> None:
-        """Send what may go to the engine now: suspects one by one, then everybody."""
+        """Send the requests that the engine may run now: one suspect at a time, then all others."""
         if self._engine is None or self.state is not State.READY:
             return
         if self.suspected:
@@ -322,26 +308,25 @@ class Supervisor:
         engine.send(call.submit)
 
     def _handle(self, message: FromWorker) -> None:
-        """Take in what the engine says."""
+        """Handle a message of the engine."""
         if isinstance(message, Admitted):
-            for name in message.ids:
-                if name in self._calls:
-                    self._calls[name].start()
+            for id in message.ids:
+                if call := self._calls.get(id):
+                    call.start()
         elif isinstance(message, Report):
             self._now = message.counters
             for part in message.committed:
-                if part.id in self._calls:
-                    self._calls[part.id].put(Delta(part.token_ids))
+                if call := self._calls.get(part.id):
+                    call.put(Delta(part.token_ids))
             for canvas in message.canvases:
-                if canvas.id in self._calls:
-                    self._calls[canvas.id].put(canvas.step)
+                if call := self._calls.get(canvas.id):
+                    call.put(canvas.step)
             for finished in message.finished:
-                if finished.id in self._calls:
-                    self._end(self._calls[finished.id], finished.output)
+                if call := self._calls.get(finished.id):
+                    self._end(call, finished.output)
             for failed in message.failed:
-                if failed.id in self._calls:
-                    error = error_named(failed.error, failed.message)
-                    self._end(self._calls[failed.id], error)
+                if call := self._calls.get(failed.id):
+                    self._end(call, error_named(failed.error, failed.message))
         self._changed()
 
     def _end(self, call: Call, result: Any) -> None:
@@ -349,7 +334,7 @@ class Supervisor:
         self._forget(call)
 
     async def _launch_first(self) -> EngineProcess:
-        """Start an engine; another one, if a signal has stopped it."""
+        """Start an engine. If a signal stops it while it starts, start another one."""
         for _ in range(MAX_FAILED_STARTS - 1):
             try:
                 return await self._launch()
@@ -364,7 +349,7 @@ class Supervisor:
         try:
             await engine.load(self._how.load_timeout_s)
         except DllmServeError:
-            self._refuse_closed()  # which it died of
+            self._refuse_closed()  # close() ended it: say that, rather than how it died
             raise
         finally:
             self._loading = None
@@ -382,16 +367,16 @@ class Supervisor:
             raise EngineError("the engine has been closed")
 
     async def _supervise(self, engine: EngineProcess) -> None:
-        """Keep engines alive; nobody waits for ever, whatever happens to that."""
+        """Keep engines alive. If that itself fails, all requests end with an error."""
         try:
             await self._keep_alive(engine)
         except asyncio.CancelledError:
-            if self.state is not State.CLOSED:  # the event loop ends, and the engine with it
+            if self.state is not State.CLOSED:  # the event loop ends, so the engine ends as well
                 self.kill_at_once(EngineError("the engine's event loop has ended"))
                 await (self._engine or engine).ended()
             raise
         except Exception:
-            if self.state is State.CLOSED:  # in a loop that was closed around its tasks
+            if self.state is State.CLOSED:  # the event loop was closed while its tasks ran
                 return
             self._log.exception("the supervision of the engine failed")
             if self._engine is not None:
@@ -432,7 +417,7 @@ class Supervisor:
                 self._log.error("the engine could not be started again: %s", error)
 
     def _judge(self, death: Death) -> bool:
-        """Decide what becomes of every request; True if any was running."""
+        """Decide what happens to every request after a death; True if any was running."""
         self._log.error("%s", death.text)
         self.state, self._engine, self._alone = State.RESTARTING, None, None
         counted = added(self._past, self._now)
@@ -458,7 +443,7 @@ class Supervisor:
         self._log.critical("%s: giving up", error)
         self.state, self._failure = State.FAILED, error
         try:
-            self._changed()  # others may take what is here
+            self._changed()  # other engines may take the requests
         finally:
             self._fail_all(error)
 

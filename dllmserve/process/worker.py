@@ -1,4 +1,4 @@
-"""Worker: a child process that does what this one says, from its start to its end."""
+"""Worker: a child process that this process starts, sends messages to, watches and ends."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import msgspec
 from dllmserve._environment import child_environment
 from dllmserve.cores import wait_variables
 from dllmserve.process.channel import Connection
-from dllmserve.process.daemon import is_stopped
+from dllmserve.process.child import is_stopped
 from dllmserve.process.messages import (
     Crashed,
     FromWorker,
@@ -35,14 +35,14 @@ from dllmserve.process.messages import (
 
 #: how a worker is started; the descriptor of its socket and the owner's process id follow
 COMMAND = (sys.executable, "-m", "dllmserve.engine.worker")
-#: seconds for which a worker may be stopped, by SIGSTOP for instance, before it is ended
+#: seconds for which a signal (SIGSTOP, for instance) may stop a worker before it is killed
 STOPPED_S = 10.0
-#: seconds that a worker gets to leave by itself, and to write its stacks, before it is killed
+#: seconds that a worker gets to end by itself, and to write its stacks, before it is killed
 STOP_S = 5.0
 STACKS_S = 1.0
-#: seconds between two looks at a worker, and at one that is about to end
+#: seconds between two checks of a worker, and of a worker that is about to end
 _TICK_S, _ENDING_S = 0.5, 0.01
-#: a longer pause between two looks means that this process did not run
+#: a longer pause between two checks means that this process itself was stopped
 _PAUSE_S = 3.0
 #: signals that no worker sends itself
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
@@ -63,7 +63,7 @@ class Death:
     """The end of a worker.
 
     Attributes:
-        cause: KILLED is a signal that only comes from outside (SIGKILL, SIGTERM, SIGSTOP).
+        cause: KILLED means a signal that only comes from outside (SIGKILL, SIGTERM, SIGSTOP).
         text: for the log and for errors.
         frozen: a signal had stopped it, so nothing is wrong with it.
     """
@@ -76,22 +76,22 @@ class Death:
 class Worker:
     """A child process, started at once and watched from :meth:`open` on, on one event loop.
 
-    It is killed when a signal has stopped it for STOPPED_S seconds, or when it has said nothing
-    for ``silence_s``.
+    It is killed when a signal has stopped it for STOPPED_S seconds, or when it has sent nothing
+    for ``silence_s`` seconds.
 
     Args:
         name: for people, such as "the engine" or "rank 1".
         command: program and arguments; descriptor and owner's id are appended.
         environment: variables that it gets besides this process's own.
-        log: where goes what happens to it.
-        relayed: log also what it writes, so that logs have one format.
+        log: gets what happens to it.
+        relayed: log what it writes as well, so that logs have one format.
 
     Attributes:
         process: its handle, which may be used in any thread.
         socket: this process's end.
-        last_message: monotonic seconds of its last sign of life.
-        silence_s: longest silence; none counts before it is set.
-        verdict: what it died of, as far as is known before its end.
+        last_message: monotonic seconds of its last message, which counts as a heartbeat.
+        silence_s: longest silence in seconds; infinite until :meth:`run` sets it.
+        noted: why it dies, once that is known; it may be known before its end.
 
     Raises:
         OSError: too many processes or open files.
@@ -108,7 +108,7 @@ class Worker:
     ) -> None:
         self.name = name
         self.silence_s = math.inf
-        self.verdict: Death | None = None
+        self.noted: Death | None = None
         self._log = log
         self.socket, other = socket.socketpair()
         try:
@@ -136,19 +136,19 @@ class Worker:
         return self.process.pid
 
     async def open(self) -> None:
-        """Connect to it, and begin to watch it."""
+        """Connect to the process and start to watch it."""
         self._connection = await Connection.open(self.socket)
         self._watchdog = asyncio.create_task(self._watch())
         if self.process.stdout is not None:
             self._relay = asyncio.create_task(self._relay_log())
 
     def send(self, message: ToWorker) -> None:
-        """Send a message; that the worker is dead is noticed elsewhere."""
+        """Send a message. A dead worker is no error here: :meth:`receive` notices it."""
         if self._connection is not None:
             self._connection.send(encode(message))
 
     async def receive(self) -> FromWorker | None:
-        """Its next message; None once it has closed its socket, or has sent what is no message."""
+        """Its next message; None once it has closed its socket or sent invalid bytes."""
         data = None if self._connection is None else await self._connection.receive()
         if data is None:
             return None
@@ -156,12 +156,12 @@ class Worker:
         try:
             message = decode_from_worker(data)
         except msgspec.MsgspecError as error:
-            self._condemn(Cause.CRASHED, f"sent what is no message: {error}")
+            self._note_death(Cause.CRASHED, f"sent what is no message: {error}")
             self.kill()
             return None
         if isinstance(message, Crashed):
             cause = Cause.KILLED if message.killed else Cause.CRASHED
-            self._condemn(cause, f"failed: {message.message}")
+            self._note_death(cause, f"failed: {message.message}")
         return message
 
     async def run(self, handle: Callable[[FromWorker], None], silence_s: float) -> Death:
@@ -200,17 +200,17 @@ class Worker:
         await self.ended()
 
     async def stop(self) -> None:
-        """Ask the process to leave, and see to it that it does."""
+        """Ask the process to end, and kill it if it does not."""
         self.send(Stop())
         try:
             await self.ended(STOP_S)
         finally:
-            self.kill()  # whoever waited may have been cancelled
+            self.kill()  # also when the wait above was cancelled
             self.close()
         await self.ended()
 
     def close(self) -> None:
-        """Watch and hear it no more."""
+        """Stop watching the process and close the socket."""
         if self._watchdog is not None:
             self._watchdog.cancel()
         if self._connection is not None:
@@ -219,44 +219,45 @@ class Worker:
             self.socket.close()
 
     async def death(self) -> Death:
-        """What the process died of, once it has closed its socket, or was killed."""
+        """Why the process died. Called once it has closed its socket, or was killed."""
         if not await self.ended(STOP_S):
-            self._condemn(Cause.HUNG, "closed its socket and did not leave")
+            self._note_death(Cause.HUNG, "closed its socket and did not leave")
             await self.end()
         code = self.process.returncode
         if code < 0:
             cause = Cause.KILLED if -code in _FROM_OUTSIDE else Cause.CRASHED
-            self._condemn(cause, f"died of {signal.Signals(-code).name}")
-        return self._condemn(Cause.CRASHED if code else Cause.STOPPED, f"ended with code {code}")
+            self._note_death(cause, f"died of {signal.Signals(-code).name}")
+        return self._note_death(Cause.CRASHED if code else Cause.STOPPED, f"ended with code {code}")
 
     async def relayed(self) -> None:
-        """Wait until all that it wrote has been logged, but not long: others may hold its pipe."""
+        """Wait until all that it wrote is logged, a second at most: children may hold its pipe."""
         if self._relay is not None:
             await asyncio.wait({self._relay}, timeout=STACKS_S)
 
-    def _condemn(self, cause: Cause, how: str, *, frozen: bool = False) -> Death:
-        """Say what it dies of; the first reason counts."""
-        self.verdict = self.verdict or Death(cause, f"{self.name} {how}", frozen)
-        return self.verdict
+    def _note_death(self, cause: Cause, how: str, *, frozen: bool = False) -> Death:
+        """Note why it dies; the first reason counts."""
+        self.noted = self.noted or Death(cause, f"{self.name} {how}", frozen)
+        return self.noted
 
     async def _watch(self) -> None:
-        """Kill a worker that is stopped at any time, or says nothing for too long."""
+        """Kill the worker when a signal has stopped it, or when it is silent, for too long."""
         looked = ran = time.monotonic()
         while True:
             now = time.monotonic()
-            if now - looked > _PAUSE_S:  # this process was stopped itself: time that does not count
+            if now - looked > _PAUSE_S:  # this process was stopped: that time does not count
                 self.last_message, ran = self.last_message + now - looked, now
             looked = now
             ran = ran if is_stopped(self.pid) else now
             if now - ran > STOPPED_S:
                 how = f"has been stopped for {now - ran:.0f} s, and was killed"
-                self._log.error("%s", self._condemn(Cause.KILLED, how, frozen=True).text)
+                self._log.error("%s", self._note_death(Cause.KILLED, how, frozen=True).text)
                 return self.kill()
             silent = now - self.last_message
             if silent > self.silence_s:
                 break
             await asyncio.sleep(_TICK_S)
-        death = self._condemn(Cause.HUNG, f"was silent for {silent:.0f} s: it hung and was killed")
+        how = f"was silent for {silent:.0f} s: it hung and was killed"
+        death = self._note_death(Cause.HUNG, how)
         self._log.error("%s; its stacks follow", death.text)
         self.process.send_signal(signal.SIGUSR1)
         await asyncio.sleep(STACKS_S)
@@ -281,14 +282,14 @@ class Worker:
 
 
 def kill_for_good(process: subprocess.Popen[bytes]) -> None:
-    """End a worker's process where no event loop may be left to wait for its end."""
+    """Kill a worker's process, where no event loop may be left to wait for its end."""
     process.kill()
     with suppress(RuntimeError):  # at the interpreter's end, where the system takes care of it
         threading.Thread(target=process.wait, name="dllmserve-end", daemon=True).start()
 
 
 def _source() -> dict[str, str]:
-    """Where a worker finds this package, if that is not where installed ones are."""
+    """PYTHONPATH for a worker, if this package is not installed in site-packages."""
     source = Path(__file__).parents[2]
     if source.name in ("site-packages", "dist-packages"):
         return {}

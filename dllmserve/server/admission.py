@@ -1,4 +1,4 @@
-"""Admission: how much may be under way, in requests and in work, and when to come back."""
+"""Admission: how many requests, and how much work, may be under way; when to try again."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from dllmserve.core.request import Request
 from dllmserve.core.work import forwards_of, work_of
 from dllmserve.errors import CapacityError, OverloadedError, QuotaError
 
-#: seconds of work that are let in when no bound was given
+#: seconds of work that may be under way when the operator gave no bound
 WORK_SECONDS = 60.0
-#: what an answer that ends by itself takes, in tokens and in forwards, until some have ended
+#: tokens, and forwards, that an answer with an early end is expected to take before any has ended
 TYPICAL = 128.0
-#: how much each of them changes what is expected of the next
+#: weight of each such answer in what is expected of the next
 _LEARN = 1 / 16
-#: busy seconds before the measured speed is believed, and those after which half is forgotten
+#: busy seconds before the measured speed is used, and those after which half of it is forgotten
 _WARM_S, _MEMORY_S = 2.0, 120.0
 _MOST_RETRY_S = 30
 
 
 @dataclass
-class Place:
-    """A request's place among those under way; give it back once.
+class AdmissionSlot:
+    """The room that one request takes among those under way. It is given back once.
 
     Attributes:
-        owner: whose it is.
-        work, forwards: what it may cost.
-        open_ended: the answer ends by itself, so that these are not what its length allows.
-        taken: not given back yet.
+        owner: the owner of the request.
+        work, forwards: what the request may cost.
+        open_ended: the answer has an early end, so work and forwards are expected values and not
+            what its length allows.
+        taken: whether the slot has not been given back yet.
     """
 
     owner: str
@@ -42,12 +43,12 @@ class Place:
 
 @dataclass
 class Account:
-    """What one owner has under way, and what its answers that end by themselves took of late.
+    """What one owner has under way, and what its last answers with an early end took.
 
     Attributes:
         requests, work: under way now.
-        tokens, forwards: expected of the next answer that ends by itself. Each owner teaches
-            only what is expected of itself.
+        tokens, forwards: expected of the owner's next answer with an early end. They are learned
+            from the owner's own answers only.
     """
 
     requests: int = 0
@@ -57,26 +58,28 @@ class Account:
 
 
 class Admission:
-    """Bounds what is under way, of all together and of each owner.
+    """Bounds the requests and the work under way, of all owners together and of each.
 
-    What a request may cost is known when it comes, but for answers that end by themselves: their
-    length is an upper bound that few come near, so they count as what such answers took so far.
+    The cost of a request is known when it arrives. An answer with an early end is the exception:
+    few come near the length that they may have, so such an answer counts as what the owner's
+    earlier ones took.
 
-    Where there are several owners, one may have at most three times what is free, of places and
-    of work: the first takes three quarters, and there is always room for the next. Of work each
-    of n owners may have 1 / (n + 1) of it in any case.
+    Where there are several owners, one owner may have at most three times the slots, and the
+    work, that are free. So the first owner can take three quarters, and the next owner always
+    finds room. Each of n owners may have 1 / (n + 1) of the work in any case.
 
     Args:
-        max_requests: waiting and running.
-        max_work: of all of them together; None is what takes a minute at the measured speed.
-        max_per_owner: requests of one owner; None is no limit of its own.
-        several: there are several owners, so that one must leave room for others.
-        progress: what the engine has done so far, as :meth:`measure` takes it.
+        max_requests: requests waiting and running.
+        max_work: work of all of them; None is what takes a minute at the measured speed.
+        max_per_owner: requests of one owner; None sets no separate limit.
+        several: whether there are several owners, so that each must leave room for others.
+        progress: returns what the engine has done so far: the arguments of :meth:`measure`.
 
     Attributes:
         requests, work: under way now.
-        at_once: requests that the engine runs at once; below it no learned bound holds.
-        closed_because: why nothing is taken, for clients; None while the door is open.
+        at_once: requests that the engine runs at once; up to that number a learned bound on work
+            does not apply.
+        closed_because: why no request is taken, in words for clients; None while they are.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class Admission:
         self.at_once = 0
         self._max_requests, self._max_work = max_requests, max_work
         self._max_per_owner, self._several = max_per_owner, several
-        #: one for each owner there ever was: as many as there are keys
+        #: one for each owner that has sent a request, so at most one for each key
         self._accounts: dict[str, Account] = {}
         self._forwards = 0
         self._done = self._done_forwards = 0.0
@@ -102,23 +105,23 @@ class Admission:
         self._speed = 0.0
         self._progress = progress
 
-    def take(self, requests: Sequence[Request], owner: str = "") -> list[Place]:
-        """Take a place for each request, or none at all.
+    def take(self, requests: Sequence[Request], owner: str = "") -> list[AdmissionSlot]:
+        """Take a slot for each request, or none at all.
 
         Raises:
-            CapacityError: there are more requests than ever have room.
-            QuotaError: the owner has its share; it says when to try again.
-            OverloadedError: there is no room now; it says when to try again.
+            CapacityError: so many requests at once never have room.
+            QuotaError: the owner has used its share; the error says when to try again.
+            OverloadedError: there is no room now; the error says when to try again.
         """
         if self.closed_because is not None:
             raise OverloadedError(self.closed_because, retry_after=self.retry_after())
         self.check_ever(len(requests))
         self.check_room(len(requests), owner)
-        places = [self._place(request, owner) for request in requests]
-        self._check_work(places, owner)
-        for place in places:
-            self._enter(place)
-        return places
+        slots = [self._slot_for(request, owner) for request in requests]
+        self._check_work(slots, owner)
+        for slot in slots:
+            self._enter(slot)
+        return slots
 
     def check_ever(self, count: int) -> None:
         """Raise CapacityError if so many requests at once never have room."""
@@ -133,7 +136,7 @@ class Admission:
             raise CapacityError(f"{count} requests at once are over {why}: send fewer at a time")
 
     def check_room(self, count: int, owner: str = "") -> None:
-        """Raise OverloadedError if so many requests more would be too many, whatever they are."""
+        """Raise OverloadedError if ``count`` more requests have no room, whatever their work."""
         held = self._account(owner).requests
         most = self._max_per_owner
         if most is not None and held + count > most:
@@ -164,21 +167,21 @@ class Admission:
         )
 
     def _room(self, free: int, held: int) -> int:
-        """How many of so many free places an owner may take who holds so many."""
+        """How many of ``free`` slots an owner may take who already holds ``held``."""
         if not self._several:
             return free
-        # held + more <= TIMES_FREE * (free - more); one place may always be had, if there is one
+        # held + more <= TIMES_FREE * (free - more); an owner without a slot gets a free one
         return min(free, max((TIMES_FREE * free - held) // (TIMES_FREE + 1), 1 - held))
 
-    def _check_work(self, places: Sequence[Place], owner: str) -> None:
-        """Raise OverloadedError if the places would be too much work."""
-        held, work = self._account(owner), sum(place.work for place in places)
+    def _check_work(self, slots: Sequence[AdmissionSlot], owner: str) -> None:
+        """Raise OverloadedError if the slots would be too much work."""
+        held, work = self._account(owner), sum(slot.work for slot in slots)
         self.measure(*self._progress())
         limit = self._max_work
-        # what runs at once is no queue: the speed learned from single requests says nothing of it
-        if limit is None and self._speed and self.requests + len(places) > self.at_once:
+        # requests that run at once do not queue, so the speed of single requests says nothing here
+        if limit is None and self._speed and self.requests + len(slots) > self.at_once:
             limit = int(self._speed * WORK_SECONDS)
-        # who has nothing under way may run anything: what could never run is refused elsewhere
+        # an owner with nothing under way may run anything; the validator refuses what can never run
         if limit is None or not held.requests:
             return
         if not self._several and self.work + work > limit:
@@ -187,8 +190,8 @@ class Admission:
                 f"{limit} that this server takes on: try again later",
                 self.retry_after(),
             )
-        # owners are served in turns, so each may have the part that is left to it when one more
-        # comes, whatever the others have
+        # owners are served in turns, so each may have an equal part of the work, with one part kept
+        # for the next owner, whatever the others have
         free = limit - self.work - work
         if self._several and held.work + work > max(limit // (self._active + 1), TIMES_FREE * free):
             raise QuotaError(
@@ -197,11 +200,11 @@ class Admission:
                 self.retry_after(owner),
             )
 
-    def take_anyway(self, request: Request, owner: str = "") -> Place:
-        """A place for a request that was accepted before this process began."""
-        place = self._place(request, owner)
-        self._enter(place)
-        return place
+    def take_anyway(self, request: Request, owner: str = "") -> AdmissionSlot:
+        """Take a slot, without any check, for a job that an earlier process had accepted."""
+        slot = self._slot_for(request, owner)
+        self._enter(slot)
+        return slot
 
     @property
     def _active(self) -> int:
@@ -209,80 +212,82 @@ class Admission:
         return sum(account.requests > 0 for account in self._accounts.values())
 
     def engine_name(self, owner: str) -> str:
-        """The name under which the engines know an owner: "" if there is only one.
+        """The name of an owner for the engines: "" if there is only one owner.
 
-        It tells an engine, which may run code of a checkpoint, nothing of the key.
+        It reveals nothing of the key to an engine, which may run code of a checkpoint.
         """
         return (owner[:8] or "nobody") if self._several else ""
 
     def _account(self, owner: str) -> Account:
         return self._accounts.setdefault(owner, Account())
 
-    def _place(self, request: Request, owner: str) -> Place:
-        """A place for a request, with what it may cost."""
+    def _slot_for(self, request: Request, owner: str) -> AdmissionSlot:
+        """A slot for a request, with what it may cost."""
         params = request.params
         if not params.early_end:
-            return Place(owner, work_of(request), forwards_of(request))
+            return AdmissionSlot(owner, work_of(request), forwards_of(request))
         expected = self._account(owner)
         forwards = min(forwards_of(request), math.ceil(expected.forwards))
         canvas = request.canvas_len
         if params.suffix_window is not None:
             seen = request.prompt_len + math.ceil(expected.tokens) + params.suffix_window
             canvas = min(canvas, seen)
-        return Place(owner, forwards * canvas * request.rows_needed, forwards, open_ended=True)
+        return AdmissionSlot(
+            owner, forwards * canvas * request.rows_needed, forwards, open_ended=True
+        )
 
-    def _enter(self, place: Place, sign: int = 1) -> None:
-        account = self._account(place.owner)
+    def _enter(self, slot: AdmissionSlot, sign: int = 1) -> None:
+        account = self._account(slot.owner)
         account.requests += sign
-        account.work += sign * place.work
+        account.work += sign * slot.work
         self.requests += sign
-        self.work += sign * place.work
-        self._forwards += sign * place.forwards
+        self.work += sign * slot.work
+        self._forwards += sign * slot.forwards
 
-    def give_back(self, place: Place, forwards: int | None = None, tokens: int = 0) -> None:
-        """Free a place.
+    def give_back(self, slot: AdmissionSlot, forwards: int | None = None, tokens: int = 0) -> None:
+        """Free a slot. A second call for the same slot does nothing.
 
         Args:
-            place: from :meth:`take`.
+            slot: from :meth:`take`.
             forwards: forward passes that the request took; None if it was dropped.
-            tokens: of its answer.
+            tokens: tokens of its answer.
         """
-        if not place.taken:
+        if not slot.taken:
             return
-        place.taken = False
-        self._enter(place, -1)
+        slot.taken = False
+        self._enter(slot, -1)
         if forwards is not None:
-            self._done += place.work
+            self._done += slot.work
             self._done_forwards += forwards
-            if place.open_ended:
-                account = self._account(place.owner)
+            if slot.open_ended:
+                account = self._account(slot.owner)
                 account.forwards += (forwards - account.forwards) * _LEARN
                 account.tokens += (tokens - account.tokens) * _LEARN
 
     def measure(self, busy_s: float, forwards: int) -> None:
-        """Learn the speed from what the engine has done of late.
+        """Learn the speed from what the engine has done since the last call.
 
         Args:
-            busy_s: seconds in which it had work, since the start.
-            forwards: forward passes of all requests, each counted for itself, since the start.
+            busy_s: seconds since the start in which the engine had work.
+            forwards: forward passes since the start, summed over the requests in them.
         """
         busy, passed = busy_s - self._past_busy, forwards - self._past_forwards
         known = self._done_forwards + self._forwards
         if busy > _WARM_S and known:
-            # those under way count too: after some short ones, long ones would look like a
-            # standstill otherwise, and so would the time spent on what was dropped
+            # requests under way count as well. Otherwise long requests after short ones would look
+            # like a standstill, and so would the time spent on dropped requests
             self._speed = passed / busy * (self._done + self.work) / known
-        if busy > _MEMORY_S:  # what was asked for long ago says little of what is asked for now
+        if busy > _MEMORY_S:  # forget half: requests of long ago say little about those of now
             self._past_busy += busy / 2
             self._past_forwards += passed / 2
             self._done /= 2
             self._done_forwards /= 2
 
     def retry_after(self, owner: str | None = None) -> int:
-        """Whole seconds until there may be room: 1 to 30.
+        """Whole seconds until there may be room, from 1 to 30.
 
         Args:
-            owner: whose requests have to end first; None is anybody's.
+            owner: the owner whose requests have to end first; None for those of any owner.
         """
         self.measure(*self._progress())
         work, speed = self.work, self._speed

@@ -27,6 +27,7 @@ from dllmserve import __version__
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, EngineError
 from dllmserve.server import failures, native, openai, ops
+from dllmserve.server.admission_guard import AdmissionGuard
 from dllmserve.server.hosts import (
     LocalOnly,
     PlainStart,
@@ -37,15 +38,14 @@ from dllmserve.server.hosts import (
 from dllmserve.server.http.auth import AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.logs import configure_logging
-from dllmserve.server.http.places import Judge, Standing
 from dllmserve.server.http.request_id import RequestLog
 from dllmserve.server.http.respond import Headers
+from dllmserve.server.http.slots import Classify, Sender
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings, with_port
 from dllmserve.server.sse import ClientGone
-from dllmserve.server.store import JobStore, MemoryStore, SqliteStore, StoreLimits
-from dllmserve.server.turnstile import Turnstile
+from dllmserve.server.store import JobStore, SqliteStore, StoreLimits
 
 _log = logging.getLogger("dllmserve.server")
 
@@ -115,7 +115,7 @@ async def running(app: FastAPI) -> AsyncIterator[asyncio.Task[None]]:
     try:
         yield loading
     finally:
-        service.close_door()
+        service.refuse_new()
         loading.cancel()
         await asyncio.wait({loading})
         await jobs.close()
@@ -137,11 +137,11 @@ def _open_paths(settings: Settings) -> frozenset[str]:
     return ops.OPEN_PATHS | ({"/metrics"} if settings.server.open_metrics else frozenset())
 
 
-def judge(settings: Settings) -> Judge:
+def classifier(settings: Settings) -> Classify:
     """Tells probes, holders of keys and strangers apart, for their connections."""
     open_paths, keys = _open_paths(settings), settings.keys
 
-    def standing(path: str, headers: Headers) -> Standing:
+    def classify(path: str, headers: Headers) -> Sender:
         if path in open_paths:
             return "probe"
         if keys is None:
@@ -149,7 +149,7 @@ def judge(settings: Settings) -> Judge:
         secrets = presented(headers)
         return "key" if len(secrets) == 1 and keys.match(secrets.pop()) else "stranger"
 
-    return standing
+    return classify
 
 
 def _most_calls(settings: Settings) -> int | None:
@@ -187,7 +187,7 @@ def _guards(service: Service) -> list[Middleware]:
         timeout_s=server.body_timeout,
         bodiless=open_paths,
     )
-    return [*guards, auth, body, Middleware(Turnstile, service)]
+    return [*guards, auth, body, Middleware(AdmissionGuard, service)]
 
 
 def _cors(origins: Sequence[str]) -> Middleware:
@@ -223,7 +223,7 @@ def _store(settings: Settings, began: float | None) -> tuple[JobStore, bool]:
         max_bytes=server.max_result_bytes,
     )
     if server.job_store == "memory":
-        return MemoryStore(limits), False
+        return SqliteStore(None, limits), False
     if server.job_store != "auto":
         return SqliteStore(user_path(server.job_store), limits, began=began), True
     path = _state_directory() / "dllmserve" / f"jobs-{server.port}.sqlite3"

@@ -1,4 +1,4 @@
-"""What routers share: the service of a request, its owner, documented answers."""
+"""Shared by all routers: the service and the owner of a request, documented answers, log facts."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def events(text: str, *names: str) -> dict[str, Any]:
     return {"text/event-stream": {"itemSchema": item}}
 
 
-# async, because a thread is started for what is not
+# async, because FastAPI runs other dependencies in a thread
 async def service_of(http: HttpRequest) -> Service:
     """The service behind the app."""
     found: Service = http.app.state.service
@@ -120,14 +120,14 @@ class _StrictRequest(HttpRequest):
         if not hasattr(self, "_json"):
             service: Service = self.app.state.service
             self._json = parse(await self.body(), service.most_ids)
-            self._body = b" "  # not empty, or FastAPI would not ask for the value
+            self._body = b" "  # free it; FastAPI asks for the value of a body that is not empty
         return self._json
 
 
-def let_go_of_body(http: HttpRequest) -> None:
-    """Empty what the body was parsed into, once it has been validated.
+def free_body(http: HttpRequest) -> None:
+    """Free the parsed body, once it has been validated.
 
-    FastAPI keeps it until the answer ends, and many requests may wait for theirs.
+    FastAPI keeps it until the answer ends, and many requests may be waiting for their answers.
     """
     parsed = getattr(http, "_json", None)
     if isinstance(parsed, dict):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from dllmserve._checks import check_known
 from dllmserve.errors import ConfigError
 from dllmserve.knobs import check_knobs, knob
 from dllmserve.presets import PRESETS
@@ -44,7 +43,7 @@ class ServerConfig:
         ConfigError: (a ValueError) a wrong value or type.
 
     Example:
-        >>> ServerConfig(port=9000).sequential_ids
+        >>> ServerConfig(port=9000).loopback
         True
     """
 
@@ -139,7 +138,7 @@ class ServerConfig:
     watchdog_timeout: float = _option(
         300.0,
         _LOAD,
-        "Seconds without a sign of the engine after which it is started again.",
+        "Seconds without a heartbeat of the engine after which it is started again.",
         low=0,
         low_open=True,
     )
@@ -239,12 +238,6 @@ class ServerConfig:
                     f"https://app.example or http://localhost:3000, without a path; got {origin!r}"
                 )
 
-    @classmethod
-    def from_options(cls, owner: str, options: dict[str, Any]) -> ServerConfig:
-        """Build a config from keywords; an unknown one is a TypeError with a suggestion."""
-        check_known(owner, options, [f.name for f in fields(cls)])
-        return cls(**options)
-
     @property
     def origins(self) -> list[str]:
         """The origins of ``cors_origins``, in lower case, without a slash at the end."""
@@ -260,13 +253,3 @@ class ServerConfig:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
-
-    @property
-    def sequential_ids(self) -> bool:
-        """Whether job ids count from 0, if there are no keys in the environment either."""
-        return self.request_id_scheme == "sequential" or (
-            self.request_id_scheme == "auto"
-            and self.loopback
-            and self.api_key_file is None
-            and not self.insecure_no_auth
-        )

@@ -27,8 +27,8 @@ from dllmserve.errors import (
 )
 from dllmserve.foreign import advice
 from dllmserve.sampling_params import SamplingParams
+from dllmserve.server.error_texts import explain
 from dllmserve.server.http.respond import error_body, error_type, wants_detail
-from dllmserve.server.wrong import explain
 
 _log = logging.getLogger("dllmserve.server")
 
@@ -51,7 +51,7 @@ _GENERAL: tuple[tuple[type[DllmServeError], str], ...] = (
 
 
 class ApiError(Exception):
-    """A refusal with everything that the error object says.
+    """A refusal, with all fields of the error object.
 
     Args:
         status: HTTP status.
@@ -77,7 +77,7 @@ class ApiError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """Any error as an answer. What is not the client's fault says nothing of the inside."""
+    """The answer for any error. Errors of the server reveal nothing of its inside."""
     if isinstance(error, ApiError):
         return error
     if not isinstance(error, DllmServeError):
@@ -96,10 +96,10 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def explained(error: Exception) -> str:
-    """What a client is told of an error.
+    """The text of an error for clients.
 
-    Errors of the engine and of the store carry texts of drivers and of the system; those are
-    for the log.
+    Errors of the engine and of the store hold texts of drivers and of the system, which are for the
+    log only.
     """
     if not isinstance(error, DllmServeError):
         return "The server failed; its log has the reason."
@@ -114,7 +114,7 @@ def log_failure(error: Exception) -> None:
     if not isinstance(error, DllmServeError | ApiError):
         _log.error("a request failed", exc_info=error)
     elif isinstance(error, OverloadedError | DeadlineError):
-        return  # nothing has failed; the line of the request has the status
+        return  # nothing has failed; the request's own line has the status
     elif as_api_error(error).status >= 500:
         _log.warning("%s: %s", type(error).__name__, error)
 
@@ -134,7 +134,7 @@ def error_response(path: str, error: ApiError) -> Response:
 
 
 def install(app: FastAPI) -> None:
-    """Give an app the handlers. RequestLog answers what none of them takes."""
+    """Add the error handlers to an app. RequestLog answers errors that no handler takes."""
 
     async def known(request: Request, error: Exception) -> Response:
         log_failure(error)
@@ -147,7 +147,7 @@ def install(app: FastAPI) -> None:
         details: list[Any] = []
         if isinstance(error, RequestValidationError):
             details = list(error.errors())
-        # its frames hold it and the body: a circle, which not every Starlette breaks
+        # its traceback is in a reference cycle with the body, which not every Starlette breaks
         error.__traceback__ = None
         return error_response(request.scope["path"], _invalid(request, details))
 
@@ -172,7 +172,7 @@ def install(app: FastAPI) -> None:
 
 
 def _methods(request: Request) -> list[str]:
-    """What the request's path takes; the router names only the first route's methods."""
+    """The methods of all routes of a path; Starlette names those of the first route only."""
     routes = request.app.router.routes
     return [
         method
@@ -193,7 +193,7 @@ def _named(request: Request, message: str) -> str | None:
 
 
 def _invalid(request: Request, details: Sequence[Mapping[str, Any]]) -> ApiError:
-    """What pydantic found, in our words; the client's own values are cut and escaped."""
+    """The errors that pydantic found, in our words; values of the client are cut and escaped."""
     schema, components = _schema_of(request, str(details[0]["loc"][0]) if details else "body")
     message, param = explain(details, schema, components, lambda name: advice(name, _DECODING, str))
     return ApiError(400, message, code="invalid_parameter", param=param)

@@ -3,8 +3,8 @@
 Everything is strict: a boolean is no number, a text is no number, an unknown field is an
 error. None stands for "not given" everywhere.
 
-An error costs a thousand times what a byte of a body does, so a body must have few, whatever is
-in it: lists are of type :data:`Listed`, dicts :data:`Entries`, objects :class:`Body`.
+An error costs a thousand times what a byte of a body does, so the number of errors in a body is
+limited: lists are of type :data:`Listed`, dicts of :data:`Entries`, objects of :class:`Body`.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from dllmserve._values import LOGIT_BIAS_BOUND, MAX_LOGIT_BIAS, MAX_STOP_STRINGS
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import knobs, types
 from dllmserve.sampling_params import SamplingParams
+from dllmserve.server.error_texts import NO_CHARACTER
 from dllmserve.server.failures import ApiError
-from dllmserve.server.wrong import NO_CHARACTER
 
 MAX_STOP_LENGTH = 256
-#: of a rule, a cache and the like
+#: longest name of a rule, a cache and the like
 MAX_NAME = 64
 # /openapi.json writes bounds as floats, so they are numbers that a float holds exactly
 LARGEST = 2**53 - 1
-#: of a seed: more than 64 bits, of which 63 are used
+#: largest seed: more than 64 bits, of which 63 are used
 MAX_SEED = 2 * 10**19
 #: entries of a dict that are validated at a time; unknown fields of a body that are named
 _PIECE = 8
-#: of a token id; larger ones are outside every vocabulary
+#: largest token id; larger ones are outside every vocabulary
 _MAX_TOKEN_ID = 2**31 - 1
 
 
@@ -67,9 +67,9 @@ def _in_pieces(value: Any, validated: Callable[[Any], dict[str, Any]]) -> dict[s
 
 
 _T = TypeVar("_T")
-#: a list of which the first wrong element alone is an error
+#: a list in which only the first wrong element is an error
 Listed = Annotated[list[_T], Field(fail_fast=True)]
-#: a dict of which the first wrong entries alone are errors
+#: a dict in which only the first wrong entries are errors
 Entries = Annotated[dict[str, _T], WrapValidator(_in_pieces)]
 Text = Annotated[str, AfterValidator(_unicode)]
 # bounds come before validators, or the schema does not show them
@@ -78,7 +78,7 @@ StopTexts = Annotated[Listed[StopText], Field(max_length=MAX_STOP_STRINGS)]
 TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
 TokenIds = Annotated[
     Listed[TokenId],
-    # for error messages, see wrong.py
+    # for error messages, see error_texts.py
     Field(min_length=1, json_schema_extra={"x-takes": "a list of token ids that is not empty"}),
 ]
 Prompt = Annotated[str, Field(min_length=1), AfterValidator(_unicode)] | TokenIds
@@ -152,14 +152,14 @@ def neutral(*values: Any) -> Any:
 
 
 class Body(BaseModel):
-    """A request body: strict, and without room for unknown fields."""
+    """A request body: strict, and unknown fields are errors."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     @model_validator(mode="before")
     @classmethod
     def _few_unknown(cls, value: Any) -> Any:
-        """Of many unknown fields keep a few, which are then the errors."""
+        """Keep a few of many unknown fields, so that there are few errors."""
         known = cls.model_fields
         if not isinstance(value, dict) or len(value) <= len(known) + _PIECE:
             return value
@@ -169,11 +169,11 @@ class Body(BaseModel):
 
 
 def example(**values: Any) -> ConfigDict:
-    """Model config with a body that works as it is, for the page of the API."""
+    """Model config with an example body that works as it is, for the page of the API."""
     return ConfigDict(json_schema_extra={"examples": [values]})
 
 
-#: of SamplingParams; endpoints with other defaults have these in a form of their own
+#: fields of SamplingParams that each kind of endpoint declares for itself
 _OWN = ("temperature", "max_tokens", "gen_length", "top_p", "seed", "stop", "logit_bias", "sparse")
 _SAMPLING, _SPARSE = _fields(SamplingParams), _fields(SparseConfig)
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What the application needs under ASGI hosts that are not ours.
+"""For the application under other ASGI hosts than ``dllmserve serve``.
 
 They listen where they like, show what a start raised as a traceback, and may be told to run several
 workers. These cannot serve one model: each would load its own, with its own jobs.
@@ -27,7 +27,7 @@ _NO_KEYS = (
 _REASON = (
     "dllmserve runs in one server process: another worker would load the model once more and "
     "not know the jobs of the first. Use one worker here; to grow, give --data-parallel-size, or "
-    "run several servers behind a gateway (docs/serving.md)"
+    "run several servers behind a gateway (docs/server_deployment.md)"
 )
 
 

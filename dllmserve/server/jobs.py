@@ -1,7 +1,7 @@
-"""Jobs: requests of POST /v1/generate, which are answered when somebody asks.
+"""Jobs: requests of POST /v1/generate, whose answers clients ask for later.
 
-A job is in the store before it is acknowledged, and stays there until its retention ends;
-what the store still holds as unfinished when a server starts is run.
+A job is in the store before it is acknowledged, and stays there until its retention ends. A server
+that starts runs the jobs that its store holds as unfinished.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dllmserve.outputs import RequestOutput
 from dllmserve.process.messages import plain
 from dllmserve.process.supervisor import State
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.server.admission import Place
+from dllmserve.server.admission import AdmissionSlot
 from dllmserve.server.failures import explained
 from dllmserve.server.service import Run, Service
 from dllmserve.server.store import (
@@ -61,7 +61,7 @@ class StoredRequest(msgspec.Struct, array_like=True, frozen=True):
 
     prompt_ids: list[int]
     params: dict[str, Any]
-    #: where older versions kept it
+    #: the SparseConfig, where older versions stored it
     sparse: dict[str, Any] | None = None
 
 
@@ -79,15 +79,15 @@ class _Live:
     """A job that is not finished.
 
     Attributes:
-        owner: whose it is.
-        place: among what is under way; None until it has one.
-        done: it has a result, is deleted, or is left to the next server.
+        owner: the owner of the job.
+        slot: its admission slot; None until it has one.
+        done: set when it has a result, is deleted, or is left to the next server.
         task: runs it; None while the model is being loaded.
         run: its request, once the engine has it.
     """
 
-    def __init__(self, owner: str, place: Place | None = None) -> None:
-        self.owner, self.place = owner, place
+    def __init__(self, owner: str, slot: AdmissionSlot | None = None) -> None:
+        self.owner, self.slot = owner, slot
         self.done = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.run: Run | None = None
@@ -122,13 +122,13 @@ class Jobs:
         self._expiring = asyncio.create_task(self._expire())
 
     async def resume(self) -> None:
-        """Run what an earlier server had accepted and not finished."""
+        """Run the jobs that an earlier server had accepted and not finished."""
         records, self._unfinished = self._unfinished, []
         if records:
             _log.info("%d accepted jobs of an earlier run are finished now", len(records))
         for record in records:
             live = self._live.get(record.id)
-            if live is not None:  # not deleted meanwhile
+            if live is not None:  # it was not deleted meanwhile
                 self._start(record.id, live, self._resume(record, live))
 
     async def submit(
@@ -143,7 +143,7 @@ class Jobs:
             JobStoreError: they cannot be stored.
         """
         service = self._service
-        places = service.take_places(requests, owner)
+        slots = service.take_slots(requests, owner)
         try:
             limit = service.settings.server.request_timeout
             seconds = limit if timeout_s is None else min(limit, timeout_s)
@@ -153,15 +153,15 @@ class Jobs:
             if self._stopping and not self._durable:
                 raise OverloadedError("the server is shutting down")
         except BaseException:
-            for place in places:
-                service.admission.give_back(place)
+            for slot in slots:
+                service.admission.give_back(slot)
             raise
-        for record, request, place in zip(records, requests, places, strict=True):
+        for record, request, slot in zip(records, requests, slots, strict=True):
             if self._stopping:  # the next server runs it
-                service.admission.give_back(place)
+                service.admission.give_back(slot)
                 continue
-            live = self._live[record.id] = _Live(owner, place)
-            self._start(record.id, live, self._run(record, request, place, live))
+            live = self._live[record.id] = _Live(owner, slot)
+            self._start(record.id, live, self._run(record, request, slot, live))
         return [record.id for record in records]
 
     async def find(self, id: int, owner: str, wait_s: float) -> Stored | Gone | None:
@@ -176,17 +176,17 @@ class Jobs:
             if found.record.owner != owner:
                 return None
             if found.result is not None:
-                with suppress(JobStoreError):  # a hint, which a full disk may lose
+                with suppress(JobStoreError):  # the mark is a hint, which a full disk may lose
                     await self._store.mark_read(id)
             return found
         return found if found is not None and found.owner == owner else None
 
     async def delete(self, id: int, owner: str) -> Gone | bool:
-        """Drop a job of this owner: True if it was there; why it was gone; False."""
+        """Drop a job of this owner: True if it was there, else why it is gone, or False."""
         found = await self.find(id, owner, 0)
         if not isinstance(found, Stored):
             return found if found is not None else False
-        if not await self._store.delete(id):  # somebody else was faster
+        if not await self._store.delete(id):  # it was dropped meanwhile
             gone = await self._store.find(id)
             return gone if isinstance(gone, Gone) else False
         self._note_stats()
@@ -221,11 +221,11 @@ class Jobs:
             live.task.cancel()
 
     def _ended(self, id: int, live: _Live) -> None:
-        """However it ended: nothing of it stays, and whoever waits for it looks."""
+        """Forget a job that has ended, free its slot, and wake those who wait for it."""
         if self._live.get(id) is live:
             del self._live[id]
-        if live.place is not None:
-            self._service.admission.give_back(live.place)
+        if live.slot is not None:
+            self._service.admission.give_back(live.slot)
         live.done.set()
 
     async def _insert(
@@ -245,12 +245,12 @@ class Jobs:
             try:
                 await self._store.insert(records)
             except JobIdTaken:
-                continue  # after a switch of schemes a counted id may be taken
+                continue  # a sequential id may be taken if earlier ids were random
             return records
         raise JobStoreError("no free job ids were found: try again")
 
     async def _resume(self, record: JobRecord, live: _Live) -> None:
-        """Run a job of an earlier process; it may wait, but it is never refused."""
+        """Run a job that an earlier process had accepted. It may wait; it is never refused."""
         service = self._service
         if record.model != service.model_name:
             text = (
@@ -268,27 +268,29 @@ class Jobs:
             _log.error("job %d of an earlier run cannot be run again: %s", record.id, error)
             await self._finish(record.id, _failed("the job's request cannot be read any more"))
             return
-        live.place = service.admission.take_anyway(request, record.owner)
-        await self._run(record, request, live.place, live)
+        live.slot = service.admission.take_anyway(request, record.owner)
+        await self._run(record, request, live.slot, live)
 
     def _unpack(self, record: JobRecord) -> Request:
         stored = msgspec.msgpack.decode(record.request, type=StoredRequest)
         nested = stored.params.get("sparse")
         for kind, values in ((SamplingParams, stored.params), (SparseConfig, nested or {})):
-            # msgspec would leave out what a newer version has written
+            # msgspec would ignore fields that a newer version has written
             check_known(kind.__name__, values, knobs(kind))
         params = msgspec.convert(stored.params, SamplingParams)
         older = None if stored.sparse is None else SparseConfig(**stored.sparse)
         return self._service.llm.check(stored.prompt_ids, params, older)
 
-    async def _run(self, record: JobRecord, request: Request, place: Place, live: _Live) -> None:
+    async def _run(
+        self, record: JobRecord, request: Request, slot: AdmissionSlot, live: _Live
+    ) -> None:
         """Run a job to its end and store what came of it."""
         try:
-            # by the store's clock: the time that no server ran is not the job's
+            # by the store's clock: time in which no server ran does not count
             left = min(record.deadline - self._store.clock(), record.deadline - record.created)
             if left <= 0:
                 raise DeadlineError("the job's time was over before it could be run")
-            live.run = Run(self._service, request, place, timeout_s=left)
+            live.run = Run(self._service, request, slot, timeout_s=left)
             output = await live.run.output()
             result = _finished(output, live.run.queue_time)
         except DllmServeError as error:
@@ -299,22 +301,22 @@ class Jobs:
             _log.exception("a job failed")
             result = _failed(explained(error))
         finally:
-            self._service.admission.give_back(place)
+            self._service.admission.give_back(slot)
         await self._finish(record.id, result)
 
     def _is_left(self, error: DllmServeError, live: _Live) -> bool:
-        """Whether this server's end, and not the job, is the reason: the next one runs it."""
+        """Whether a job failed because the server ends, so that the next server runs it."""
         if isinstance(error, RequestAbortedError):
             return True
         over = self._service.llm.fleet.state in (State.FAILED, State.CLOSED)
         if not (over and isinstance(error, EngineError)):
             return False
-        # what ran when an engine died that is not started again may be what killed it
+        # a job that ran when the engine died for good may be what killed it
         began = live.run is not None and live.run.call.started is not None
         return not (began and isinstance(error, EngineDiedError))
 
     async def _finish(self, id: int, result: JobResult) -> None:
-        """Store a result, as often as it takes: the disk may be full for a while."""
+        """Store a result, and try again until that works: the disk may be full for a while."""
         pause = _FIRST_RETRY_S
         while True:
             try:

@@ -5,7 +5,7 @@ Names are vLLM's, behind the prefix ``dllmserve:``; docs/metrics.md explains eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from dllmserve.process.messages import Counters
-from dllmserve.server.http.places import DROPS, ConnectionStats
+from dllmserve.server.http.slots import DROPS, ConnectionStats
 
 PREFIX = "dllmserve:"
 #: edges in seconds, as vLLM has them
@@ -58,7 +58,7 @@ class Gauges:
 
     Attributes:
         engine: the engines' counters together.
-        engines: each of them; its place is the label ``engine``.
+        engines: each of them; its index is the label ``engine``.
         waiting, running: requests.
         work: outstanding work, steps x canvas tokens.
         results, result_bytes: stored results.
@@ -221,9 +221,9 @@ class _Current(Collector):
             "kv_cache_usage_perc": ("Share of the K,V pages in use, 0 to 1.", engine.pages_used),
         }
         for name, (text, value) in routing.items():
-            yield self._gauge(PREFIX + name, text, value)
+            yield self._family(GaugeMetricFamily, PREFIX + name, text, value)
             if self._compat == "vllm":
-                yield self._gauge(f"vllm:{name}", text, value)
+                yield self._family(GaugeMetricFamily, f"vllm:{name}", text, value)
         for name, text, value in (
             ("outstanding_work", "Steps x canvas tokens of requests under way.", now.work),
             ("results_stored", "Results that are kept.", now.results),
@@ -231,7 +231,7 @@ class _Current(Collector):
             ("ready", "1 while requests are taken.", float(now.ready)),
             ("http_connections", "Open HTTP connections.", now.connections.open),
         ):
-            yield self._gauge(PREFIX + name, text, value)
+            yield self._family(GaugeMetricFamily, PREFIX + name, text, value)
         for name, text, value in (
             ("num_preemptions", "Always 0: what was admitted is never preempted.", 0),
             ("engine_restarts", "Engines started after the first.", now.restarts),
@@ -249,15 +249,9 @@ class _Current(Collector):
                 engine.committed,
             ),
         ):
-            family = CounterMetricFamily(PREFIX + name, text, labels=["model_name"])
-            family.add_metric([self._model], value)
-            yield family
-        evicted = CounterMetricFamily(
-            PREFIX + "results_evicted", "Results dropped.", labels=["model_name", "reason"]
-        )
-        for reason, count in now.evicted.items():
-            evicted.add_metric([self._model, reason], count)
-        yield evicted
+            yield self._family(CounterMetricFamily, PREFIX + name, text, value)
+        name, text = PREFIX + "results_evicted", "Results dropped."
+        yield self._family(CounterMetricFamily, name, text, now.evicted, "reason")
         yield from self._connections()
         yield from self._each_engine()
 
@@ -278,32 +272,32 @@ class _Current(Collector):
 
     def _each_engine(self) -> Iterator[Metric]:
         """Families with a series for every engine."""
-        engines, labels = self._now.engines, ["model_name", "engine"]
-        for name, text, values in (
-            ("engine_up", "1 while the engine is ready.", [float(e.up) for e in engines]),
-            (
-                "engine_requests_running",
-                "Requests that take part in an engine's forward passes.",
-                [e.running for e in engines],
-            ),
-            (
-                "engine_outstanding_work",
-                "Steps x canvas tokens of the requests that an engine was given.",
-                [e.work for e in engines],
-            ),
+        gauge, counter = GaugeMetricFamily, CounterMetricFamily
+        running = "Requests that take part in an engine's forward passes."
+        work = "Steps x canvas tokens of the requests that an engine was given."
+        engines = {str(index): engine for index, engine in enumerate(self._now.engines)}
+        for kind, name, text, attribute in (
+            (gauge, "engine_up", "1 while the engine is ready.", "up"),
+            (gauge, "engine_requests_running", running, "running"),
+            (gauge, "engine_outstanding_work", work, "work"),
+            (counter, "engine_replaced", "Engines started in an engine's place.", "restarts"),
         ):
-            gauge = GaugeMetricFamily(PREFIX + name, text, labels=labels)
-            for place, value in enumerate(values):
-                gauge.add_metric([self._model, str(place)], value)
-            yield gauge
-        replaced = CounterMetricFamily(
-            PREFIX + "engine_replaced", "Engines started in an engine's place.", labels=labels
-        )
-        for place, engine in enumerate(engines):
-            replaced.add_metric([self._model, str(place)], engine.restarts)
-        yield replaced
+            values = {index: float(getattr(e, attribute)) for index, e in engines.items()}
+            yield self._family(kind, PREFIX + name, text, values, "engine")
 
-    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(name, text, labels=["model_name"])
-        family.add_metric([self._model], value)
+    def _family(
+        self,
+        kind: type[GaugeMetricFamily | CounterMetricFamily],
+        name: str,
+        text: str,
+        values: float | Mapping[str, float],
+        label: str = "",
+    ) -> Metric:
+        """A family with one value, or with one for each value of a label besides the model's."""
+        family = kind(name, text, labels=["model_name", label] if label else ["model_name"])
+        if isinstance(values, Mapping):
+            for key, value in values.items():
+                family.add_metric([self._model, key], value)
+        else:
+            family.add_metric([self._model], values)
         return family

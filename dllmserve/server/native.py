@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Callable
 from functools import cache
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Path, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
@@ -21,7 +22,7 @@ from dllmserve.server.common import (
     ServiceOf,
     errors,
     events,
-    let_go_of_body,
+    free_body,
     note,
     note_prompts,
     note_runs,
@@ -132,12 +133,12 @@ async def _submit(
         raise ApiError(
             400, f"prompts has {len(prompts)} entries, over max_prompts={limit}", param="prompts"
         )
-    let_go_of_body(http)
+    free_body(http)
     note_prompts(http, service, prompts)
     params = body.sampling_params()
     requests = []
-    for place, prompt in enumerate(prompts):
-        name = "prompt" if len(prompts) == 1 else f"prompts[{place}]"
+    for index, prompt in enumerate(prompts):
+        name = "prompt" if len(prompts) == 1 else f"prompts[{index}]"
         ids = await service.prompt_ids(prompt, name, owner)
         requests.append(service.llm.check(ids, params, name=name))
     found = await jobs.submit(requests, owner, body.timeout)
@@ -178,13 +179,8 @@ async def result(
     if found.error is not None:
         answer["error"] = _characters(found.error)
     if details == "true" and (more := details_of(found)) is not None:
-        answer["finish_reason"] = more.finish_reason
-        answer["usage"] = {
-            "prompt_tokens": more.prompt_tokens,
-            "completion_tokens": more.completion_tokens,
-            "forward_passes": more.forward_passes,
-            "queue_time": more.queue_time,
-        }
+        usage = msgspec.structs.asdict(more)
+        answer |= {"finish_reason": usage.pop("finish_reason"), "usage": usage}
     return JSONResponse(answer)
 
 
@@ -242,7 +238,7 @@ async def stream(
     body: GenerateRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
 ) -> Response:
     """Watch the answer being filled in: provisional and committed positions, step by step."""
-    let_go_of_body(http)
+    free_body(http)
     note_prompts(http, service, [body.prompt])
     ids = await service.prompt_ids(body.prompt, owner=owner)
     request = service.llm.check(ids, body.sampling_params())
@@ -286,19 +282,19 @@ def _changes(
 ) -> dict[str, Any]:
     """The positions of the answer that a step has changed; ``text`` decodes one token."""
     changed = []
-    for place, token in enumerate(now.token_ids):
-        cell = (token, now.committed[place], now.confidence[place])
+    for position, token in enumerate(now.token_ids):
+        cell = (token, now.committed[position], now.confidence[position])
         if before is not None and cell == (
-            before.token_ids[place],
-            before.committed[place],
-            before.confidence[place],
+            before.token_ids[position],
+            before.committed[position],
+            before.confidence[position],
         ):
             continue
         if before is None and token is None:
             continue
         changed.append(
             {
-                "position": place,
+                "position": position,
                 "token_id": token,
                 "text": "" if token is None else text(token),
                 "committed": cell[1],

@@ -16,7 +16,7 @@ from dllmserve.server.common import (
     ServiceOf,
     errors,
     events,
-    let_go_of_body,
+    free_body,
     note_prompts,
     note_runs,
 )
@@ -60,7 +60,7 @@ async def completions(
 ) -> Response:
     """Complete prompts."""
     _check_model(body.model, service)
-    let_go_of_body(http)
+    free_body(http)
     prompts = body.prompts()
     note_prompts(http, service, prompts)
     _check_count(len(prompts) * body.choices(service.settings.server), "prompt", service)
@@ -84,7 +84,7 @@ async def chat(
 ) -> Response:
     """Answer a conversation."""
     _check_model(body.model, service)
-    let_go_of_body(http)
+    free_body(http)
     messages = body.conversation()
     note_prompts(http, service, messages)
     _check_count(body.choices(service.settings.server), "n", service)
@@ -138,9 +138,9 @@ def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) ->
     config, llm = service.settings.server, service.llm
     choices = body.choices(config)
     requests = []
-    for place, ids in enumerate(prompts):
+    for index, ids in enumerate(prompts):
         name = "messages" if isinstance(body, ChatRequest) else "prompt"
-        name = name if len(prompts) == 1 else f"{name}[{place}]"
+        name = name if len(prompts) == 1 else f"{name}[{index}]"
         choice = body.sampling_params(len(ids), llm.info.limits, config)
         requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
     return requests

@@ -19,7 +19,7 @@ _ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/cs
 
 
 class Health(BaseModel):
-    """How the server stands."""
+    """The state of the server."""
 
     status: Literal["ok", "loading", "restarting", "draining", "stalled", "failed"]
 
@@ -36,7 +36,7 @@ _UNWELL: dict[int | str, dict[str, Any]] = {
 
 
 async def health(service: ServiceOf) -> Response:
-    """Whether requests are answered now; fed by the engine's own signs of life."""
+    """Whether requests are answered now, as far as the engine's heartbeats tell."""
     return _answer(service.status, service.status == "ok")
 
 
@@ -53,7 +53,7 @@ async def live(service: ServiceOf) -> Response:
 _PROBES = {"/v1/health": health, "/health": health, "/ready": ready, "/live": live}
 #: paths that need no key
 OPEN_PATHS = frozenset(_PROBES)
-#: asked every few seconds, by machines
+#: paths that machines ask every few seconds
 PROBED = OPEN_PATHS | {"/metrics"}
 
 for _path, _handler in _PROBES.items():

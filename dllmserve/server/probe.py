@@ -19,15 +19,15 @@ _TIMEOUT_S = 4.0
 
 
 def probe(file: str) -> str:
-    """What is wrong; "" if the server answers requests now.
+    """What is wrong with the server; "" if it answers requests now.
 
-    A server that asks for client certificates, of which there is none here, counts as well
-    once it asks for one. It then closes the connection.
+    A server that requires a client certificate counts as well, although the probe has none: it
+    asks for one, and then closes the connection.
 
     Args:
         file: the server's ``--address-file``.
     """
-    # nothing is sent or believed that a certificate would protect
+    # no certificate is checked: the probe sends no secret, and trusts no content
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     address = ""

@@ -1,4 +1,4 @@
-"""Run a server: bind first, load behind an open port, drain on SIGTERM."""
+"""Runs a server: opens the port, loads the model, serves, and drains on SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import uvicorn
 
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, DllmServeError
-from dllmserve.server.app import create_app, judge, running, start_logging
+from dllmserve.server.app import classifier, create_app, running, start_logging
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.listener import AT_ONCE, BACKLOG, GuardedServer
-from dllmserve.server.http.places import ConnectionLimits, Connections
 from dllmserve.server.http.refusal import RefusalHeaders, no_headers
 from dllmserve.server.http.respond import Headers
+from dllmserve.server.http.slots import ConnectionLimits, Connections
 from dllmserve.server.jobs import Jobs
-from dllmserve.server.private import remove_file, replace_file
+from dllmserve.server.private_files import remove_file, replace_file
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, with_port
 
@@ -31,9 +31,10 @@ _log = logging.getLogger("dllmserve.server")
 
 #: seconds that answered connections get to be flushed and closed
 _FLUSH_S = 5
-#: places kept for probes and for requests with a key, at least; else an eighth of the others
+#: least number of connection slots kept for probes and requests with a key; an eighth of
+#: max_connections is kept if that is more
 _RESERVE = 32
-#: goes whose connections may be open after they were told to close
+#: rounds of accepted connections that may still be open after they were told to close
 _GOES = 4
 #: open files besides connections: log, job store, engine, modules that are being read
 _OTHER_FILES = 128
@@ -46,7 +47,7 @@ def serve(settings: Settings, began: float | None = None) -> int:
 
     Args:
         settings: all options.
-        began: monotonic seconds at which the program began; the time of jobs goes on from there.
+        began: monotonic seconds at which the program began; the time of jobs counts from there.
 
     Raises:
         ConfigError: the address is taken, the job store or a certificate cannot be used.
@@ -68,7 +69,7 @@ class _Running:
 
     def __init__(self, settings: Settings, bound: socket.socket, began: float | None) -> None:
         self._limits, self._at_once = _connection_limits(settings.server)
-        # as many as there are files for: what is divided by key goes by it, too
+        # limited to the open files that there are; limits per key are computed from it
         server = replace(settings.server, max_connections=self._limits.max_connections)
         settings = replace(settings, server=server)
         self._settings, self._bound = settings, bound
@@ -88,8 +89,8 @@ class _Running:
             try:
                 return await self._until_the_end(loading)
             finally:
-                self._service.close_door()
-                await self._jobs.close()  # while who waits for a job can still be answered
+                self._service.refuse_new()
+                await self._jobs.close()  # first, so that clients that wait for jobs get answers
                 self._server.should_exit = True
                 await asyncio.wait({serving}, timeout=2 * _FLUSH_S)
                 serving.cancel()
@@ -174,14 +175,14 @@ class _Running:
         connections = Connections(
             self._limits,
             self._service.connections,
-            judge=judge(self._settings),
+            classify=classifier(self._settings),
             refusal_headers=_refusal_headers(server),
         )
         return GuardedServer(config, connections, self._at_once)
 
 
 def _refusal_headers(server: ServerConfig) -> RefusalHeaders:
-    """What lets pages read that a connection was refused, before the application knows of it."""
+    """CORS headers for refusals below the application, so that pages can read them."""
     if not server.origins:
         return no_headers
     allowed = [origin.encode() for origin in server.origins]
@@ -198,10 +199,10 @@ def _refusal_headers(server: ServerConfig) -> RefusalHeaders:
 
 
 def _connection_limits(server: ServerConfig) -> tuple[ConnectionLimits, int]:
-    """The limits that were asked for, as far as there are open files for connections.
+    """The configured limits, lowered if the system allows too few open files.
 
     Returns:
-        The limits, and how many connections may be taken from the system in one go.
+        The limits, and how many connections may be accepted in a row.
     """
     connections, at_once = server.max_connections, AT_ONCE
     reserve = max(_RESERVE, connections // 8)
@@ -232,7 +233,7 @@ def _connection_limits(server: ServerConfig) -> tuple[ConnectionLimits, int]:
 
 
 def _allow_files(count: int) -> int:
-    """Let the process have so many open files, as far as the system does; how many it has."""
+    """Raise the limit of open files to ``count``, if the system allows it; returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = count if hard == resource.RLIM_INFINITY else min(count, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -242,7 +243,7 @@ def _allow_files(count: int) -> int:
 
 @contextmanager
 def _address_file(server: ServerConfig) -> Iterator[None]:
-    """Keep the address in its file, if there is to be one."""
+    """Keep the address in its file while the server runs, if a file is configured."""
     if server.address_file is None:
         yield
         return
@@ -280,7 +281,7 @@ def _bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        # two that are only bound may share an address; this is also when clients can connect
+        # bound sockets that do not listen may share an address; from here on clients can connect
         bound.listen(BACKLOG)
     except OSError as error:
         if bound is not None:

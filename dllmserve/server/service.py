@@ -24,9 +24,9 @@ from dllmserve.outputs import RequestOutput
 from dllmserve.process.calls import Call, Event, Started
 from dllmserve.process.messages import EngineInfo
 from dllmserve.process.supervisor import State, SupervisorOptions
-from dllmserve.server.admission import Admission, Place
-from dllmserve.server.http.places import ConnectionStats
+from dllmserve.server.admission import Admission, AdmissionSlot
 from dllmserve.server.http.rate import RateLimit
+from dllmserve.server.http.slots import ConnectionStats
 from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import Settings
 from dllmserve.server.store import StoreStats
@@ -35,10 +35,10 @@ _log = logging.getLogger("dllmserve.server")
 
 _LOADING = "the model is being loaded: try again later"
 _DRAINING = "the server is shutting down"
-#: silence of the engine, in seconds, that counts as a stall; it reports every half second
-#: unless a step takes longer
+#: seconds without a heartbeat after which the engine counts as stalled; heartbeats come every half
+#: second, unless a step takes longer
 _PATIENCE_S = 30.0
-#: seconds in which those who wait hear that their requests were dropped
+#: seconds in which waiting clients are told that their requests were dropped
 _TELL_S = 1.0
 
 
@@ -48,14 +48,14 @@ class Run:
     Args:
         service: the owner.
         request: the checked request.
-        place: its place among those under way.
+        slot: its admission slot.
         stream, watch: what the engine is to report.
-        timeout_s: seconds from now in which it has to end, at most the server's request_timeout,
-            which is meant by None.
+        timeout_s: seconds from now in which it has to end, at most the server's request_timeout;
+            None is that timeout.
         queue_s: seconds from now in which it has to start, or None.
 
     Attributes:
-        reason: why it was dropped, for the metrics; None for a client that has gone.
+        reason: why it was dropped, for the metrics; None if its client has gone.
         queue_time: seconds until it was started.
     """
 
@@ -63,7 +63,7 @@ class Run:
         self,
         service: Service,
         request: Request,
-        place: Place,
+        slot: AdmissionSlot,
         *,
         stream: bool = False,
         watch: bool = False,
@@ -71,7 +71,7 @@ class Run:
         queue_s: float | None = None,
     ) -> None:
         self.request = request
-        self._service, self._place = service, place
+        self._service, self._slot = service, slot
         self._began = time.monotonic()
         now, limit = asyncio.get_running_loop().time(), service.settings.server.request_timeout
         self._timeout_s = limit if timeout_s is None else min(limit, timeout_s)
@@ -90,11 +90,11 @@ class Run:
                 request,
                 stream=stream,
                 watch=watch,
-                work=place.work,
-                owner=service.admission.engine_name(place.owner),
+                work=slot.work,
+                owner=service.admission.engine_name(slot.owner),
             )
         except BaseException:
-            service.admission.give_back(place)
+            service.admission.give_back(slot)
             raise
         service.runs.add(self)
         service.metrics.accepted(request.prompt_len, request.params.gen_length)
@@ -140,7 +140,7 @@ class Run:
             if until < self._until:
                 raise OverloadedError(
                     f"the request waited for queue_timeout={self._queue_s:g} s and was not started",
-                    retry_after=self._service.admission.retry_after(self._place.owner),
+                    retry_after=self._service.admission.retry_after(self._slot.owner),
                 ) from error
             raise DeadlineError(
                 f"the request did not finish in {self._timeout_s:g} s; ask for less, or for "
@@ -159,15 +159,15 @@ class Run:
         return event
 
     def close(self) -> None:
-        """Drop the request if it has not ended, and give its place back."""
+        """Drop the request if it has not ended, and give its slot back."""
         if self not in self._service.runs:
             return
         self._service.runs.discard(self)
-        if not self._counted:  # also one that nobody was there any more to hear the end of
+        if not self._counted:  # also one that ended after its client had gone
             self._counted = True
             self._service.metrics.aborted(self.reason or "disconnect")
         self._service.llm.abort(self.call)
-        self._service.admission.give_back(self._place, self._forwards, self._tokens)
+        self._service.admission.give_back(self._slot, self._forwards, self._tokens)
 
     def drop(self, reason: str, text: str) -> None:
         """End the request from outside; whoever waits for it gets a RequestAbortedError."""
@@ -205,7 +205,7 @@ class Service:
     Attributes:
         llm: the engines.
         admission: what is under way.
-        rate: what each owner asked for of late.
+        rate: the rate limit of each owner.
         metrics: for Prometheus.
         runs: requests under way.
         connections: of the HTTP server.
@@ -249,31 +249,31 @@ class Service:
         began = time.monotonic()
         info = await self.llm.start()
         self._started = True
-        self.admission.at_once = info.limits.max_num_seqs * len(self.llm.fleet.engines)
+        self.admission.at_once = info.limits.max_num_seqs * len(self.llm.fleet.supervisors)
         if not self._draining:
             self.admission.closed_because = None
         self._log_ready(info, time.monotonic() - began)
 
     def _log_ready(self, info: EngineInfo, seconds: float) -> None:
         """One line; of several engines, one more for each."""
-        engines = self.llm.fleet.engines
-        several = len(engines) > 1
+        supervisors = self.llm.fleet.supervisors
+        several = len(supervisors) > 1
         _log.info(
             "%s is ready after %.1f s: %s, %s, max_model_len %d%s",
             self.model_name,
             seconds,
-            f"{len(engines)} engines" if several else info.device,
+            f"{len(supervisors)} engines" if several else info.device,
             info.dtype,
             info.limits.max_model_len,
             "" if several else f"; {info.memory}",
         )
-        for place, engine in enumerate(engines if several else ()):
-            if engine.info is not None:
-                _log.info("engine %d: %s; %s", place, engine.info.device, engine.info.memory)
+        for index, supervisor in enumerate(supervisors if several else ()):
+            if (own := supervisor.info) is not None:
+                _log.info("engine %d: %s; %s", index, own.device, own.memory)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take nothing new, wait for what is under way, then drop the rest."""
-        self.close_door()
+        """Refuse new requests, wait for those under way, then drop the rest."""
+        self.refuse_new()
         await self._until_idle(timeout_s)
         if self.runs:
             _log.warning("%d requests are dropped: shutdown_timeout is over", len(self.runs))
@@ -282,13 +282,13 @@ class Service:
         await self._until_idle(_TELL_S)
 
     async def _until_idle(self, timeout_s: float) -> None:
-        """Wait until nothing is under way, jobs that are being accepted included."""
+        """Wait until nothing is under way, including jobs that are being accepted."""
         until = time.monotonic() + timeout_s
         while self.admission.requests and time.monotonic() < until and self.failure is None:
             await asyncio.sleep(0.02)
 
-    def close_door(self) -> None:
-        """Take nothing new from here on; readiness says so."""
+    def refuse_new(self) -> None:
+        """Refuse new requests from now on; the readiness probe reports it."""
         self._draining = True
         self.admission.closed_because = _DRAINING
 
@@ -303,7 +303,7 @@ class Service:
 
     @property
     def status(self) -> str:
-        """Why no requests are answered now, in a word; "ok" if they are."""
+        """One word that says why requests are not answered now; "ok" if they are."""
         if self._draining:
             return "draining"
         state = self.llm.fleet.state
@@ -318,14 +318,14 @@ class Service:
 
     @property
     def lost(self) -> bool:
-        """Whether only a restart of the server helps: not even the watchdogs have.
+        """Whether only a restart of the server helps, because the watchdogs have not helped.
 
-        While one engine answers, or is being started again, the server gets along by itself.
+        It is False while one engine answers or is being started again.
         """
         limit = self.settings.server.watchdog_timeout + _PATIENCE_S
         return self.status == "failed" or all(
-            engine.state is State.FAILED or engine.silence > limit
-            for engine in self.llm.fleet.engines
+            supervisor.state is State.FAILED or supervisor.silence > limit
+            for supervisor in self.llm.fleet.supervisors
         )
 
     def admit(
@@ -344,30 +344,30 @@ class Service:
             OverloadedError: there is no room.
             CapacityError: there never is for so many.
         """
-        places = self.take_places(requests, owner)
+        slots = self.take_slots(requests, owner)
         how: dict[str, Any] = {"stream": stream, "watch": watch, "timeout_s": timeout_s}
         how["queue_s"] = self.settings.server.queue_timeout
         runs: list[Run] = []
         try:
-            for request, place in zip(requests, places, strict=True):
-                runs.append(Run(self, request, place, **how))
+            for request, slot in zip(requests, slots, strict=True):
+                runs.append(Run(self, request, slot, **how))
         except BaseException:
             close_all(runs)
-            for place in places:
-                self.admission.give_back(place)
+            for slot in slots:
+                self.admission.give_back(slot)
             raise
         return runs
 
-    def take_places(self, requests: Sequence[Request], owner: str = "") -> list[Place]:
+    def take_slots(self, requests: Sequence[Request], owner: str = "") -> list[AdmissionSlot]:
         """Places for all of the requests, or for none. Raises what :meth:`admit` raises."""
         try:
             self.rate.check(owner, len(requests))
-            places = self.admission.take(requests, owner)
+            slots = self.admission.take(requests, owner)
         except OverloadedError as error:
             self._count_refusal(error)
             raise
         self.rate.take(owner, len(requests) - 1)
-        return places
+        return slots
 
     def _count_refusal(self, error: OverloadedError) -> None:
         """Count a refusal in the metrics, by its reason."""
@@ -381,17 +381,17 @@ class Service:
         """Seconds in which the engines had work, and forward passes of all requests."""
         fleet = self.llm.fleet
         counters = fleet.counters
-        # each counts its own seconds: together they are as fast as one, times their number
+        # the counters add the seconds of all engines, which run at the same time
         return counters.busy / max(fleet.serving, 1), counters.spans
 
     async def prompt_ids(
         self, prompt: str | Sequence[int], name: str = "prompt", owner: str = ""
     ) -> list[int]:
-        """Token ids of a prompt; a text that cannot fit is refused before it is tokenised."""
+        """Token ids of a prompt. A text that cannot fit is refused before it is tokenised."""
         self.require_engine(owner)
         if isinstance(prompt, str):
             self._check_length(len(prompt), name)
-            await asyncio.sleep(0)  # others get their turn between the prompts of a batch
+            await asyncio.sleep(0)  # other tasks run between the prompts of a batch
         return await self.llm.prompt_ids(prompt)
 
     async def chat_ids(self, messages: Sequence[Mapping[str, Any]], owner: str = "") -> list[int]:
@@ -414,7 +414,7 @@ class Service:
         try:
             if self.admission.closed_because is not None:
                 raise OverloadedError(self.admission.closed_because, self.admission.retry_after())
-            # a refusal must cost little, or a crowd that is refused starves everybody else
+            # a refusal must cost little, or refusing many clients takes the time of all others
             self.admission.check_room(1, owner)
         except OverloadedError as error:
             self._count_refusal(error)
@@ -441,12 +441,12 @@ class Service:
             engine=self.llm.fleet.counters,
             engines=[
                 EngineGauges(
-                    up=engine.state is State.READY,
-                    running=engine.running,
-                    work=engine.work,
-                    restarts=engine.restarts,
+                    up=supervisor.state is State.READY,
+                    running=supervisor.running,
+                    work=supervisor.work,
+                    restarts=supervisor.restarts,
                 )
-                for engine in self.llm.fleet.engines
+                for supervisor in self.llm.fleet.supervisors
             ],
             waiting=len(self.runs) - running,
             running=running,
@@ -461,7 +461,7 @@ class Service:
 
 
 def close_all(runs: Sequence[Run]) -> None:
-    """Close all runs, whatever has become of them."""
+    """Close all runs, whether they have ended or not."""
     for run in runs:
         run.close()
 

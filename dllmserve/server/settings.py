@@ -58,9 +58,10 @@ class Settings:
     @property
     def sequential_ids(self) -> bool:
         """Whether job ids may be guessed: only where everybody may read everything anyway."""
-        return self.server.request_id_scheme == "sequential" or (
-            self.server.sequential_ids and self.keys is None
-        )
+        server = self.server
+        open_to_all = server.loopback and self.keys is None and not server.insecure_no_auth
+        scheme = server.request_id_scheme
+        return scheme == "sequential" or (scheme == "auto" and open_to_all)
 
 
 def option_names() -> dict[str, tuple[type[Any], str]]:

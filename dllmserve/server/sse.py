@@ -1,4 +1,4 @@
-"""Server-sent events: a response that keeps the line alive and notices who has gone."""
+"""Server-sent events: a response with keep-alive comments that notices a client that leaves."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def event(data: object, name: str | None = None) -> bytes:
 
 
 class EventStream(Response):
-    """Sends the events of a generator, and a comment line when it is silent for long.
+    """Sends the events of a generator, and a comment line when the generator is silent for long.
 
-    The generator is closed as soon as the client is gone, which drops its request.
+    The generator is closed as soon as the client is gone, which drops the client's request.
 
     Args:
-        events: encoded events; it has handled its own errors.
+        events: encoded events; the generator handles its own errors.
         keep_alive_s: seconds of silence before a comment.
         ended: called at the end, even if the generator was never begun and so cannot clean up.
     """
@@ -105,13 +105,13 @@ class EventStream(Response):
         finally:
             if waiting is not None:
                 waiting.cancel()
-                # it may have ended by itself; what nobody looks at is logged as an error
+                # awaited even if it has ended, because asyncio logs errors that nobody retrieves
                 with suppress(asyncio.CancelledError, StopAsyncIteration):
                     await waiting
 
 
 async def unless_gone(http: HttpRequest, work: Awaitable[T]) -> T:
-    """Do the work, but drop it when the client closes the connection.
+    """Wait for the work, and cancel it when the client closes the connection.
 
     Raises:
         ClientGone: the client is gone.

@@ -1,8 +1,9 @@
-"""Bodies as JSON: bounded before anything is made of them, and read in one way only.
+"""Reads JSON bodies: limits are checked before parsing, and ambiguous JSON is refused.
 
-A byte of JSON can become 30 bytes of objects. So what a body holds is counted in its bytes, which
-costs little more than copying them, and too much is refused before it is parsed. What two parsers
-could read differently is refused, too: members that are given twice, NaN, anything but UTF-8.
+A byte of JSON can become 30 bytes of objects. So the values of a body are counted in its bytes
+first, which costs little more than a copy, and a body with too many is refused before it is parsed.
+JSON that two parsers could read differently is refused as well: members that are given twice, NaN,
+anything but UTF-8.
 """
 
 from __future__ import annotations
@@ -54,23 +55,23 @@ class Size(NamedTuple):
 def measure(data: bytes) -> Size:
     r"""Count what a JSON text holds, without parsing it.
 
-    It takes a few passes over the bytes, and no more time for some bytes than for others. Of a text
-    that is no JSON at least what comes before its first mistake is counted.
+    It takes a few passes over the bytes, and the time does not depend on their values. In a text
+    that is not valid JSON, at least the part before its first mistake is counted.
 
     Example:
         >>> measure(rb'{"a": [1, 2, "\"["], "b": null}')
         Size(values=6, members=2, commas=3, depth=2, outside=20)
     """
     if b"\\" in data:
-        # quotes are then those at the ends of texts
+        # the quotes that are left are the ends of texts
         data = data.replace(rb"\\", b"").replace(rb"\"", b"")
     texts = (data.count(b'"') + 1) // 2
-    if texts > MAX_VALUES:  # enough is known, and each piece of a split takes memory
+    if texts > MAX_VALUES:  # too many already; splitting the text would take memory
         return Size(texts, 0, 0, 0, 0)
     outside = b"".join(data.split(b'"')[::2])
     counted = outside.translate(None, _UNCOUNTED)
     values = texts + len(counted) - counted.count(b"t") - counted.count(b"f")
-    # what opens within the bound closes within it
+    # an allowed body has at most MAX_VALUES brackets that open, and as many that close
     steps = outside.translate(_STEPS, _NO_BRACKETS)[: 2 * MAX_VALUES]
     depth = max(accumulate(array("b", steps)), default=0)
     return Size(values, outside.count(b":"), outside.count(b","), depth, len(outside))
@@ -130,7 +131,7 @@ def parse(body: bytes, most_numbers: int) -> Any:
         members += len(made)
         return made
 
-    # errors are raised behind the handlers: an error that is kept with its cause keeps the body
+    # raised below, outside of the handlers: an error with a cause would keep the body in memory
     why = ""
     try:
         text = body.removeprefix(codecs.BOM_UTF8).decode()
@@ -191,7 +192,7 @@ def _not_unicode(body: bytes, error: UnicodeDecodeError) -> str:
 
 
 class _Numbers(dict[str, int]):
-    """Whole numbers by their texts; those that are not in it are made."""
+    """Whole numbers by their texts; a missing one is made by int()."""
 
     __missing__ = staticmethod(int)
 

@@ -52,64 +52,64 @@ class PlayedFleet:
 
     Attributes:
         fleet: the real thing.
-        played: the engine that runs at each place, or ran last.
+        played: the engine that runs at each index, or ran last.
     """
 
     def __init__(self, size: int, *, restart: bool = True) -> None:
         self.fleet = Fleet({"device": "cpu"}, SupervisorOptions(restart=restart), size)
         self.played = [PlayedEngine() for _ in range(size)]
-        for place in range(size):
-            self.up(place)
+        for index in range(size):
+            self.up(index)
 
-    def __getitem__(self, place: int) -> Supervisor:
-        return self.fleet.engines[place]
+    def __getitem__(self, index: int) -> Supervisor:
+        return self.fleet.supervisors[index]
 
-    def up(self, place: int) -> PlayedEngine:
+    def up(self, index: int) -> PlayedEngine:
         """An engine is ready."""
-        engine = self.played[place] = PlayedEngine()
-        supervisor = self[place]
+        engine = self.played[index] = PlayedEngine()
+        supervisor = self[index]
         supervisor._engine = engine  # type: ignore[assignment]
         supervisor.state = State.READY
         supervisor._send_held()
         supervisor._changed()
         return engine
 
-    def die(self, place: int, cause: Cause) -> None:
-        self[place]._judge(Death(cause, f"engine {place} {cause.value}"))
+    def die(self, index: int, cause: Cause) -> None:
+        self[index]._judge(Death(cause, f"engine {index} {cause.value}"))
 
-    def give_up(self, place: int, error: DllmServeError | None = None) -> None:
-        self[place]._give_up(error or EngineStartError(f"engine {place} is gone"))
+    def give_up(self, index: int, error: DllmServeError | None = None) -> None:
+        self[index]._give_up(error or EngineStartError(f"engine {index} is gone"))
 
-    def silent(self, place: int, seconds: float) -> None:
+    def silent(self, index: int, seconds: float) -> None:
         """It has said nothing for so long."""
-        supervisor = self[place]
-        self.played[place].last_message = math.inf if not seconds else -math.inf
+        supervisor = self[index]
+        self.played[index].last_message = math.inf if not seconds else -math.inf
         assert (supervisor.silence > 0) == bool(seconds)
 
     def ask(self, work: int = 1, *, admit: bool = True) -> Call:
-        call = self.fleet.submit([1], SamplingParams(), work=work)
+        call = self.fleet.submit(Submit([1], SamplingParams()), work=work)
         if admit and call.in_engine:
             self.admit(call)
         return call
 
-    def place_of(self, call: Call) -> int:
-        """Where a request is; it is in one place exactly."""
-        (place,) = [i for i, engine in enumerate(self.fleet.engines) if engine.holds(call)]
-        return place
+    def index_of(self, call: Call) -> int:
+        """Where a request is; exactly one engine has it."""
+        (index,) = [i for i, engine in enumerate(self.fleet.supervisors) if engine.holds(call)]
+        return index
 
     def admit(self, *calls: Call) -> None:
         for call in calls:
-            self[self.place_of(call)]._handle(Admitted([call.id]))
+            self[self.index_of(call)]._handle(Admitted([call.id]))
 
     def finish(self, *calls: Call) -> None:
         for call in calls:
             report = Report(Counters(), finished=[Finished(call.id, OUTPUT)])
-            self[self.place_of(call)]._handle(report)
+            self[self.index_of(call)]._handle(report)
 
     def fail(self, call: Call) -> None:
         report = Report(Counters(), failed=[Failed(call.id, "OutOfMemoryError", "too much")])
-        self[self.place_of(call)]._handle(report)
+        self[self.index_of(call)]._handle(report)
 
     @property
     def works(self) -> list[int]:
-        return [engine.work for engine in self.fleet.engines]
+        return [engine.work for engine in self.fleet.supervisors]

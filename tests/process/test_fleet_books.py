@@ -1,4 +1,4 @@
-"""A fleet under any order of events: every request is in one place, and the books are right."""
+"""A fleet under any order of events: every request is in one engine, and the books are right."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ class Fleets(RuleBasedStateMachine):
 
     @rule(work=st.integers(0, 3))
     def ask(self, work: int) -> None:
-        engines = self.bench.fleet.engines
+        engines = self.bench.fleet.supervisors
         before = {i: (_standing(e), e.work, e.requests) for i, e in enumerate(engines)}
         if self.bench.fleet.state is State.FAILED:
             with pytest.raises(EngineError):
@@ -43,7 +43,7 @@ class Fleets(RuleBasedStateMachine):
             return
         call = self.bench.ask(work, admit=False)
         self.calls.append(call)
-        assert before[self.bench.place_of(call)] == min(before.values())
+        assert before[self.bench.index_of(call)] == min(before.values())
 
     @rule(data=st.data())
     def admit(self, data: Any) -> None:
@@ -63,25 +63,25 @@ class Fleets(RuleBasedStateMachine):
         if call:
             self.bench.fleet.abort(call)
 
-    @rule(place=PLACES, cause=st.sampled_from([Cause.KILLED, Cause.CRASHED, Cause.HUNG]))
-    def die(self, place: int, cause: Cause) -> None:
-        if self.bench[place].state is State.READY:
-            self.bench.die(place, cause)
+    @rule(index=PLACES, cause=st.sampled_from([Cause.KILLED, Cause.CRASHED, Cause.HUNG]))
+    def die(self, index: int, cause: Cause) -> None:
+        if self.bench[index].state is State.READY:
+            self.bench.die(index, cause)
 
-    @rule(place=PLACES)
-    def up(self, place: int) -> None:
-        if self.bench[place].state is State.RESTARTING:
-            self.bench.up(place)
+    @rule(index=PLACES)
+    def up(self, index: int) -> None:
+        if self.bench[index].state is State.RESTARTING:
+            self.bench.up(index)
 
     @precondition(lambda self: len(self.calls) > 12)
-    @rule(place=PLACES)
-    def give_up(self, place: int) -> None:
-        if self.bench[place].state is State.RESTARTING:
-            self.bench.give_up(place)
+    @rule(index=PLACES)
+    def give_up(self, index: int) -> None:
+        if self.bench[index].state is State.RESTARTING:
+            self.bench.give_up(index)
 
     @invariant()
     def the_books_are_right(self) -> None:
-        engines = self.bench.fleet.engines
+        engines = self.bench.fleet.supervisors
         held = [[c for c in self.calls if engine.holds(c)] for engine in engines]
         assert sorted(c.id for calls in held for c in calls) == [c.id for c in self.open]
         for engine, calls in zip(engines, held, strict=True):
@@ -92,20 +92,20 @@ class Fleets(RuleBasedStateMachine):
 
     @invariant()
     def suspects_run_alone(self) -> None:
-        for engine in self.bench.fleet.engines:
+        for engine in self.bench.fleet.supervisors:
             inside = [c for c in self.open if c.in_engine and engine.holds(c)]
             assert len(inside) < 2 or not any(c._suspected for c in inside)
 
     @invariant()
     def nothing_waits_where_others_would_run_it(self) -> None:
-        engines = self.bench.fleet.engines
+        engines = self.bench.fleet.supervisors
         if any(_standing(engine) is _Standing.OPEN for engine in engines):
             assert not any(engine.stuck() for engine in engines)
 
     def teardown(self) -> None:
         """Whatever was, every request ends if one engine is left."""
-        for place in range(SIZE):
-            self.up(place)
+        for index in range(SIZE):
+            self.up(index)
         while calls := [c for c in self.open if c.in_engine]:
             self.bench.admit(calls[0])
             self.bench.finish(calls[0])

@@ -1,10 +1,7 @@
 """Several engine processes: they start together, die apart, and leave nothing behind."""
 
 import asyncio
-import os
-import signal
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,17 +12,12 @@ from dllmserve.errors import EngineDiedError, EngineError, EngineStartError
 from dllmserve.process import supervisor as supervision
 from dllmserve.process.calls import Call
 from dllmserve.process.fleet import Fleet
-from dllmserve.process.supervisor import State, SupervisorOptions
+from dllmserve.process.messages import Submit
+from dllmserve.process.supervisor import State
 from dllmserve.sampling_params import SamplingParams
+from tests.process.helpers import kill, light, until
 from tests.process.left import children, nothing_left
 from tests.process.light_child import POISON
-
-CHILD = Path(__file__).parent / "light_child.py"
-
-
-def light(how: str, directory: Path, **given: Any) -> SupervisorOptions:
-    command = (sys.executable, str(CHILD), how, str(directory))
-    return SupervisorOptions(command=command, **{"load_timeout_s": 60.0, **given})
 
 
 @asynccontextmanager
@@ -39,23 +31,12 @@ async def fleet_of(size: int, how: str, directory: Path, **given: Any) -> AsyncI
             await fleet.close()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
 def ask(fleet: Fleet, *prompt: int) -> Call:
-    return fleet.submit([*prompt], SamplingParams(), work=10)
+    return fleet.submit(Submit([*prompt], SamplingParams()), work=10)
 
 
-def place_of(fleet: Fleet, call: Call) -> int:
-    return [engine.holds(call) for engine in fleet.engines].index(True)
-
-
-def kill(fleet: Fleet, place: int) -> None:
-    pid = fleet.engines[place].engine_pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+def index_of(fleet: Fleet, call: Call) -> int:
+    return [engine.holds(call) for engine in fleet.supervisors].index(True)
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +55,12 @@ def test_engines_share_the_work(tmp_path: Path) -> None:
         async with fleet_of(3, "none", tmp_path) as fleet:
             assert len(set(fleet.engine_pids)) == 3 and fleet.state is State.READY
             calls = [ask(fleet, n + 10, n) for n in range(30)]
-            assert [engine.requests for engine in fleet.engines] == [10, 10, 10]
+            assert [engine.requests for engine in fleet.supervisors] == [10, 10, 10]
             # each its own answer, although the ids come from one counter
             for n, call in enumerate(calls):
                 assert (await call.output()).token_ids == [n + 10, n]
             await until(lambda: fleet.counters.steps == 30)
-            assert all(engine.counters.steps == 10 for engine in fleet.engines)
+            assert all(engine.counters.steps == 10 for engine in fleet.supervisors)
             assert fleet.requests == 0 and fleet.restarts == 0
 
     asyncio.run(main())
@@ -94,15 +75,15 @@ def test_a_killed_engine_hands_over_what_it_had(
         async with fleet_of(2, "waits", tmp_path) as fleet:
             running = ask(fleet, POISON)
             await until(lambda: running.running)
-            assert place_of(fleet, running) == 0
+            assert index_of(fleet, running) == 0
             kill(fleet, 0)
-            await until(lambda: place_of(fleet, running) == 1 and running.running)
+            await until(lambda: index_of(fleet, running) == 1 and running.running)
             assert running.reruns == 1 and fleet.state is State.READY
-            assert fleet.serving == 1 and fleet.engines[0].state is State.RESTARTING
+            assert fleet.serving == 1 and fleet.supervisors[0].state is State.RESTARTING
             for n in (1, 2, 3):
                 assert (await ask(fleet, n).output()).token_ids == [n]
             fleet.abort(running)
-            assert [engine.work for engine in fleet.engines] == [0, 0]
+            assert [engine.work for engine in fleet.supervisors] == [0, 0]
 
     asyncio.run(main())
 
@@ -118,7 +99,7 @@ def test_both_engines_die_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             kill(fleet, 1)
             await until(lambda: fleet.restarts == 2 and fleet.serving == 2)
             await until(lambda: all(call.running for call in calls))
-            assert sum(engine.work for engine in fleet.engines) == 40
+            assert sum(engine.work for engine in fleet.supervisors) == 40
             for call in calls:
                 fleet.abort(call)
             assert (await ask(fleet, 1).output()).token_ids == [1]
@@ -137,12 +118,15 @@ def test_a_request_that_crashes_its_engine_disturbs_no_other(
             # words, and with them which request it had admitted
             good = [ask(fleet, n) for n in (1, 2, 3)]
             bad = ask(fleet, POISON)
-            place = place_of(fleet, bad)
+            index = index_of(fleet, bad)
             with pytest.raises(EngineDiedError):
                 await bad.output()
             for n, call in enumerate(good):
                 assert (await call.output()).token_ids == [n + 1]
-            assert fleet.engines[place].restarts >= 1 and fleet.engines[1 - place].restarts == 0
+            assert (
+                fleet.supervisors[index].restarts >= 1
+                and fleet.supervisors[1 - index].restarts == 0
+            )
 
     asyncio.run(main())
 
@@ -154,7 +138,7 @@ def test_engines_that_are_given_up_one_after_the_other(tmp_path: Path) -> None:
             call = ask(fleet, POISON)
             await until(lambda: call.running)
             kill(fleet, 0)
-            await until(lambda: fleet.engines[0].state is State.FAILED)
+            await until(lambda: fleet.supervisors[0].state is State.FAILED)
             assert fleet.state is State.READY and not giving_up.done()
             await until(lambda: call.running)
             assert (await ask(fleet, 2).output()).token_ids == [2]

@@ -22,14 +22,14 @@ from tests.process.played import OUTPUT, PlayedFleet
 
 def test_the_least_work_wins_then_the_fewest_requests_then_turns() -> None:
     bench = PlayedFleet(3)
-    places = [bench.place_of(bench.ask(work)) for work in (50, 20, 20)]
+    places = [bench.index_of(bench.ask(work)) for work in (50, 20, 20)]
     assert places == [0, 1, 2] and bench.works == [50, 20, 20]
-    assert bench.place_of(bench.ask(5)) == 1  # equal: whose turn it is
-    assert bench.place_of(bench.ask(4)) == 2
-    assert bench.place_of(bench.ask(30)) == 2
+    assert bench.index_of(bench.ask(5)) == 1  # equal: whose turn it is
+    assert bench.index_of(bench.ask(4)) == 2
+    assert bench.index_of(bench.ask(30)) == 2
     bench = PlayedFleet(2)
-    assert [bench.place_of(bench.ask(w)) for w in (4, 2, 2)] == [0, 1, 1]
-    assert bench.place_of(bench.ask(1)) == 0  # as much work, fewer requests
+    assert [bench.index_of(bench.ask(w)) for w in (4, 2, 2)] == [0, 1, 1]
+    assert bench.index_of(bench.ask(1)) == 0  # as much work, fewer requests
 
 
 def test_a_quiet_fleet_takes_turns() -> None:
@@ -37,7 +37,7 @@ def test_a_quiet_fleet_takes_turns() -> None:
     seen = []
     for _ in range(6):
         call = bench.ask(7)
-        seen.append(bench.place_of(call))
+        seen.append(bench.index_of(call))
         bench.finish(call)
     assert seen == [0, 1, 2, 0, 1, 2] and bench.works == [0, 0, 0]
 
@@ -51,11 +51,11 @@ def test_the_books_are_exact_however_a_request_ends() -> None:
         assert sum(bench.works) == 14
         bench.fail(failed)
         assert sum(bench.works) == 12
-        place = bench.place_of(aborted)
+        index = bench.index_of(aborted)
         bench.fleet.abort(aborted, EngineError("its client left"))
         bench.fleet.abort(aborted)  # again
         bench.fleet.abort(finished)
-        assert bench.played[place].aborted == [aborted.id] and sum(bench.works) == 8
+        assert bench.played[index].aborted == [aborted.id] and sum(bench.works) == 8
         await bench.fleet.close()
         assert bench.works == [0, 0] and bench.fleet.requests == 0
         assert bench.fleet.state is State.CLOSED
@@ -74,7 +74,7 @@ def test_after_a_kill_requests_go_on_elsewhere_at_once() -> None:
         bench = PlayedFleet(3)
         calls = [bench.ask(10) for _ in range(3)]
         queued = bench.ask(10, admit=False)
-        assert [bench.place_of(c) for c in (*calls, queued)] == [0, 1, 2, 0]
+        assert [bench.index_of(c) for c in (*calls, queued)] == [0, 1, 2, 0]
         bench.die(0, Cause.KILLED)
         # the least loaded first, and in the order of their arrival
         assert bench.works == [0, 20, 20] and calls[0].in_engine and queued.in_engine
@@ -94,13 +94,13 @@ def test_suspects_stay_and_others_keep_away_until_they_are_through() -> None:
     async def main() -> None:
         bench = PlayedFleet(2)
         bad, other, good = bench.ask(10), bench.ask(10), bench.ask(10)
-        assert [bench.place_of(c) for c in (bad, other, good)] == [0, 1, 0]
+        assert [bench.index_of(c) for c in (bad, other, good)] == [0, 1, 0]
         bench.die(0, Cause.CRASHED)
-        assert bench.place_of(bad) == bench.place_of(good) == 0
+        assert bench.index_of(bad) == bench.index_of(good) == 0
         engine = bench.up(0)
         assert engine.submitted == [bad.id]
         for _ in range(5):  # although there is more work at the other one
-            assert bench.place_of(bench.ask(100)) == 1
+            assert bench.index_of(bench.ask(100)) == 1
         bench.admit(bad)
         bench.die(0, Cause.CRASHED)
         with pytest.raises(EngineDiedError):
@@ -109,7 +109,7 @@ def test_suspects_stay_and_others_keep_away_until_they_are_through() -> None:
         assert engine.submitted == [good.id]
         bench.admit(good)
         bench.finish(good)
-        assert bench.place_of(bench.ask(1)) == 0
+        assert bench.index_of(bench.ask(1)) == 0
         assert bench.works == [1, 510] and bench[1].restarts == 0
 
     asyncio.run(main())
@@ -126,7 +126,7 @@ def test_an_abort_of_the_last_suspect_opens_its_engine() -> None:
         held = [bench.ask(1) for _ in range(2)]  # nobody runs it at once
         assert not any(call.in_engine for call in held)
         bench.fleet.abort(suspect)
-        assert all(call.in_engine and bench.place_of(call) == 0 for call in held)
+        assert all(call.in_engine and bench.index_of(call) == 0 for call in held)
         with pytest.raises(RequestAbortedError):
             await suspect.output()
 
@@ -137,7 +137,7 @@ def test_what_waits_goes_to_whichever_engine_is_back_first() -> None:
     bench = PlayedFleet(2)
     first, second = bench.ask(1), bench.ask(1)
     bench.die(0, Cause.KILLED)
-    assert bench.place_of(first) == 1
+    assert bench.index_of(first) == 1
     bench.die(1, Cause.KILLED)
     assert bench.fleet.state is State.RESTARTING and not first.in_engine
     late = bench.ask(1)
@@ -165,17 +165,17 @@ def test_an_engine_that_is_given_up_leaves_its_requests() -> None:
     async def main() -> None:
         bench = PlayedFleet(3)
         calls = [bench.ask(10) for _ in range(6)]
-        suspects = [call for call in calls if bench.place_of(call) == 0]
+        suspects = [call for call in calls if bench.index_of(call) == 0]
         bench.die(0, Cause.CRASHED)
-        assert [bench.place_of(call) for call in suspects] == [0, 0]
+        assert [bench.index_of(call) for call in suspects] == [0, 0]
         bench.give_up(0)
         # both to the same one, which ends what it has and then runs them, one by one
-        (refuge,) = {bench.place_of(call) for call in suspects}
+        (refuge,) = {bench.index_of(call) for call in suspects}
         (other,) = {1, 2} - {refuge}
         assert bench.fleet.state is State.READY and bench.works[0] == 0
-        assert bench.place_of(bench.ask(100)) == other
+        assert bench.index_of(bench.ask(100)) == other
         assert not any(call.in_engine for call in suspects)
-        bench.finish(*[call for call in calls if call.running and bench.place_of(call) == refuge])
+        bench.finish(*[call for call in calls if call.running and bench.index_of(call) == refuge])
         first, second = suspects
         assert first.in_engine and not second.in_engine
         bench.admit(first)
@@ -186,7 +186,7 @@ def test_an_engine_that_is_given_up_leaves_its_requests() -> None:
         bench.give_up(refuge)
         bench.die(other, Cause.KILLED)
         waiting = bench.ask(1)
-        assert bench.place_of(waiting) == other
+        assert bench.index_of(waiting) == other
         bench.give_up(other, EngineStartError("the last one"))
         assert bench.fleet.state is State.FAILED and bench.works == [0, 0, 0]
         with pytest.raises(EngineStartError, match="the last one"):
@@ -201,12 +201,12 @@ def test_without_restarts_suspects_do_not_end_the_next_engine() -> None:
     async def main() -> None:
         bench = PlayedFleet(2, restart=False)
         suspect, other, queued = bench.ask(1), bench.ask(1), bench.ask(1, admit=False)
-        assert bench.place_of(queued) == 0
+        assert bench.index_of(queued) == 0
         bench.die(0, Cause.CRASHED)
         bench.give_up(0, EngineDiedError("restarts are off"))
         with pytest.raises(EngineDiedError, match="off"):
             await suspect.output()
-        assert bench.place_of(queued) == bench.place_of(other) == 1
+        assert bench.index_of(queued) == bench.index_of(other) == 1
 
     asyncio.run(main())
 
@@ -214,27 +214,27 @@ def test_without_restarts_suspects_do_not_end_the_next_engine() -> None:
 def test_silent_engines_are_avoided() -> None:
     bench = PlayedFleet(2)
     bench.silent(0, 60)
-    assert [bench.place_of(bench.ask(5)) for _ in range(3)] == [1, 1, 1]
+    assert [bench.index_of(bench.ask(5)) for _ in range(3)] == [1, 1, 1]
     assert bench.fleet.silence == -math.inf  # one of them speaks
     bench.silent(1, 60)
-    assert bench.place_of(bench.ask(5)) == 0  # no one is better than another
+    assert bench.index_of(bench.ask(5)) == 0  # no one is better than another
     assert bench.fleet.silence == math.inf and bench.fleet.state is State.READY
     # what is held does not go where it may not run, and goes as soon as it would
     bench.die(0, Cause.KILLED)
     held = bench.ask(1, admit=False)
-    assert bench.place_of(held) == 1
+    assert bench.index_of(held) == 1
     (moving,) = bench[0]._held
     assert bench.works[0] == 5
     bench.silent(1, 0)
     bench[1]._handle(Report(Counters()))
-    assert bench.place_of(moving) == 1
+    assert bench.index_of(moving) == 1
 
 
 def test_numbers_are_of_all_engines() -> None:
     bench = PlayedFleet(2)
     counted = {"steps": 1, "spans": 2, "positions": 3, "committed": 4, "busy": 0.5}
-    for place, used in enumerate((0.2, 0.6)):
-        bench[place]._handle(Report(Counters(running=1, waiting=2, pages_used=used, **counted)))
+    for index, used in enumerate((0.2, 0.6)):
+        bench[index]._handle(Report(Counters(running=1, waiting=2, pages_used=used, **counted)))
     now = bench.fleet.counters
     assert (now.running, now.waiting, now.steps, now.spans) == (2, 4, 2, 4)
     assert (now.positions, now.committed, now.busy) == (6, 8, 1.0)

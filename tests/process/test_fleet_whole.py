@@ -3,22 +3,17 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 
 import pytest
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.async_llm import AsyncLLM
+from tests.process.helpers import until
 from tests.process.left import nothing_left
 
 LONG = SamplingParams(temperature=0.0, gen_length=48, steps=48, block_length=16, ignore_eos=True)
 DRAWN = SamplingParams(gen_length=16, steps=8, seed=3)
 PROMPTS = [f"The {word}" for word in ("president", "people", "law", "house")]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
 
 
 def test_two_engines_answer_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,18 +29,18 @@ def test_two_engines_answer_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
             fleet = llm.fleet
             assert llm.info.limits.max_num_seqs == sync.plan.limits.max_num_seqs
             assert await asyncio.gather(*(llm.generate(p, DRAWN) for p in PROMPTS)) == expected
-            assert all(engine.counters.steps for engine in fleet.engines)
+            assert all(engine.counters.steps for engine in fleet.supervisors)
             pieces = [delta.text async for delta in llm.stream_text(PROMPTS[0], DRAWN)]
             assert "".join(pieces) == expected[0]["text"]
 
             asked = [asyncio.create_task(llm.generate(p, LONG)) for p in PROMPTS]
-            await until(lambda: all(engine.running for engine in fleet.engines))
-            pid = fleet.engines[1].engine_pid
+            await until(lambda: all(engine.running for engine in fleet.supervisors))
+            pid = fleet.supervisors[1].engine_pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
             assert await asyncio.gather(*asked) == long
             await until(lambda: fleet.restarts == 1 and fleet.serving == 2)
-            assert fleet.requests == 0 and [e.work for e in fleet.engines] == [0, 0]
+            assert fleet.requests == 0 and [e.work for e in fleet.supervisors] == [0, 0]
 
     with nothing_left():
         asyncio.run(main())

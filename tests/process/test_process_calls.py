@@ -60,7 +60,7 @@ class Bench:
         return engine
 
     def ask(self, *, stream: bool = False, running: bool = True) -> Call:
-        call = self.supervisor.submit([1], SamplingParams(), stream=stream)
+        call = self.supervisor.submit(Submit([1], SamplingParams(), stream=stream))
         if running and call.in_engine:
             self.admit(call)
         return call
@@ -78,7 +78,7 @@ class Bench:
 
 def judged(*deaths: tuple[Cause, bool]) -> list[Fate]:
     """Fates of a call that was running whenever its engine died."""
-    call = Call(Submit(0, [1], SamplingParams()))
+    call = Call(Submit([1], SamplingParams()))
     fates = []
     for cause, alone in deaths:
         call.in_engine = True
@@ -109,7 +109,7 @@ def test_who_is_run_again() -> None:
 
 def test_one_that_never_ran_keeps_its_suspicion() -> None:
     async def main() -> None:
-        call = Call(Submit(0, [1], SamplingParams()))
+        call = Call(Submit([1], SamplingParams()))
         call.in_engine = True
         assert call.judge(Cause.CRASHED, alone=False) is Fate.RERUN  # it was in the queue
         call.in_engine = True
@@ -126,7 +126,7 @@ def test_one_that_never_ran_keeps_its_suspicion() -> None:
 
 def test_what_nobody_has_taken_is_given_again() -> None:
     async def main() -> None:
-        call = Call(Submit(0, [1], SamplingParams(), stream=True))
+        call = Call(Submit([1], SamplingParams(), stream=True))
         call.in_engine = True
         call.start()
         first = call.started
@@ -141,7 +141,7 @@ def test_what_nobody_has_taken_is_given_again() -> None:
         # started once, at its first time
         assert found == [Started(first or 0.0), Delta([5]), Delta([6]), OUTPUT]
 
-        taken = Call(Submit(1, [1], SamplingParams(), stream=True))
+        taken = Call(Submit([1], SamplingParams(), stream=True))
         taken.in_engine = True
         taken.start()
         taken.put(Delta([5]))
@@ -154,7 +154,7 @@ def test_what_nobody_has_taken_is_given_again() -> None:
 
 def test_a_waiting_reader_gets_what_the_second_run_brings() -> None:
     async def main() -> None:
-        call = Call(Submit(0, [1], SamplingParams()))
+        call = Call(Submit([1], SamplingParams()))
         reading = asyncio.create_task(call.output())
         await asyncio.sleep(0)
         call.in_engine = True
@@ -164,7 +164,7 @@ def test_a_waiting_reader_gets_what_the_second_run_brings() -> None:
         call.end(OUTPUT)
         assert await reading == OUTPUT
 
-        late = Call(Submit(1, [1], SamplingParams()))
+        late = Call(Submit([1], SamplingParams()))
         reading = asyncio.create_task(late.output())
         await asyncio.sleep(0)
         reading.cancel()

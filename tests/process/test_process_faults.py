@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -22,18 +21,13 @@ from dllmserve.errors import EngineDiedError, EngineError, EngineStartError, Tok
 from dllmserve.process import supervisor as supervision
 from dllmserve.process import worker
 from dllmserve.process.channel import MAX_MESSAGE, Channel, ChannelClosed, Connection
-from dllmserve.process.daemon import is_stopped
+from dllmserve.process.child import is_stopped
+from dllmserve.process.messages import Submit
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from dllmserve.sampling_params import SamplingParams
+from tests.process.helpers import light
 from tests.process.left import children, nothing_left
 from tests.process.light_child import POISON
-
-CHILD = Path(__file__).parent / "light_child.py"
-
-
-def light(how: str, directory: Path, **given: Any) -> SupervisorOptions:
-    command = (sys.executable, str(CHILD), how, str(directory))
-    return SupervisorOptions(command=command, **{"load_timeout_s": 60.0, **given})
 
 
 @asynccontextmanager
@@ -48,7 +42,7 @@ async def supervised(how: str, directory: Path, **given: Any) -> AsyncIterator[S
 
 
 async def answer(supervisor: Supervisor, *prompt: int) -> list[int]:
-    return (await supervisor.submit([*prompt], SamplingParams()).output()).token_ids
+    return (await supervisor.submit(Submit([*prompt], SamplingParams())).output()).token_ids
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +61,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engines_that_go_wrong_are_replaced(tmp_path: Path, how: str) -> None:
     async def main() -> None:
         async with supervised(how, tmp_path) as supervisor:
-            good = supervisor.submit([1, 2], SamplingParams())
+            good = supervisor.submit(Submit([1, 2], SamplingParams()))
             with pytest.raises(EngineDiedError) as caught:
                 await answer(supervisor, POISON)
             part = "no message" if how == "garbage" else "ended with code 0"
@@ -102,7 +96,7 @@ def test_an_engine_that_is_stopped_before_its_first_step(
     """At any moment, and also where there is no /proc to look at."""
     monkeypatch.setattr(worker, "STOPPED_S", 0.5)
     if not proc:
-        monkeypatch.setattr("dllmserve.process.daemon.process_fields", lambda directory: [])
+        monkeypatch.setattr("dllmserve.process.child.process_fields", lambda directory: [])
 
     async def main() -> None:
         async with supervised(f"stops-{when}", tmp_path) as supervisor:
@@ -154,7 +148,7 @@ def test_who_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
                 time.sleep(0.01)
             assert is_stopped(process.pid) is stopped
             with monkeypatch.context() as patch:  # where there is no /proc
-                patch.setattr("dllmserve.process.daemon.process_fields", lambda directory: [])
+                patch.setattr("dllmserve.process.child.process_fields", lambda directory: [])
                 assert is_stopped(process.pid) is stopped
                 assert not is_stopped(1)  # no child of this process
         process.kill()
@@ -175,7 +169,7 @@ def test_no_room_for_a_new_engine(
     async def main() -> None:
         async with supervised("kill", tmp_path) as supervisor:
             monkeypatch.setattr(subprocess, "Popen", start)
-            call = supervisor.submit([POISON], SamplingParams())
+            call = supervisor.submit(Submit([POISON], SamplingParams()))
             with pytest.raises(EngineDiedError):
                 await call.output()
             assert await answer(supervisor, 3) == [3]
@@ -188,13 +182,13 @@ def test_giving_up_says_why_and_fails_everybody(tmp_path: Path) -> None:
     async def main() -> None:
         async with supervised("dies-at-once", tmp_path) as supervisor:
             giving_up = asyncio.create_task(supervisor.failed())
-            running = supervisor.submit([POISON], SamplingParams())
+            running = supervisor.submit(Submit([POISON], SamplingParams()))
             with pytest.raises(EngineStartError, match=r"5 times in a row: .* code 3"):
                 await running.output()
             assert supervisor.state is State.FAILED
             error = await giving_up
             with pytest.raises(EngineStartError) as caught:
-                supervisor.submit([1], SamplingParams())
+                supervisor.submit(Submit([1], SamplingParams()))
             assert caught.value is error
 
     asyncio.run(main())
@@ -261,12 +255,12 @@ def test_closing_while_an_engine_is_replaced(tmp_path: Path) -> None:
             os.kill(supervisor.engine_pid, signal.SIGKILL)
             while supervisor.state is State.READY:
                 await asyncio.sleep(0.001)
-            held = supervisor.submit([1], SamplingParams())
+            held = supervisor.submit(Submit([1], SamplingParams()))
             await supervisor.close()
             with pytest.raises(EngineError, match="closed"):
                 await held.output()
             with pytest.raises(EngineError, match="closed"):
-                supervisor.submit([1], SamplingParams())
+                supervisor.submit(Submit([1], SamplingParams()))
             await supervisor.close()  # again
 
     asyncio.run(main())

@@ -23,9 +23,11 @@ from dllmserve.errors import (
     RequestAbortedError,
 )
 from dllmserve.process.calls import MAX_KILLS_ALONE, Call, Delta
+from dllmserve.process.messages import Submit
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
 from dllmserve.sampling_params import with_sparse
 from tests.process.faulty_child import POISON
+from tests.process.helpers import until
 from tests.process.left import nothing_left
 
 CHILD = Path(__file__).parent / "faulty_child.py"
@@ -64,13 +66,7 @@ def ask(
     sparse: SparseConfig | None = None,
     **how: Any,
 ) -> Call:
-    return supervisor.submit(prompt, with_sparse(params, sparse), **how)
-
-
-async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.01)
+    return supervisor.submit(Submit(prompt, with_sparse(params, sparse), **how))
 
 
 def test_answers_equal_those_of_llm(byte_checkpoint: Path, engines: Any) -> None:
@@ -211,13 +207,14 @@ def test_the_engine_dies_with_its_owner(byte_checkpoint: Path) -> None:
     """Even in the middle of a step that never ends."""
     script = (
         "import asyncio, sys\n"
+        "from dllmserve.process.messages import Submit\n"
         "from dllmserve.process.supervisor import *\n"
         "from dllmserve import SamplingParams as P\n"
         "async def main():\n"
         f"    how = SupervisorOptions(command=(sys.executable, {str(CHILD)!r}, 'hang'))\n"
         f"    s = Supervisor({options(byte_checkpoint)!r}, how)\n"
         "    await s.start()\n"
-        f"    s.submit([{POISON}], P())\n"
+        f"    s.submit(Submit([{POISON}], P()))\n"
         "    print(s.engine_pid, flush=True)\n"
         "    await asyncio.sleep(600)\n"
         "asyncio.run(main())\n"

@@ -24,7 +24,6 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.process.calls import Call, Delta
 from dllmserve.process.messages import Counters, EngineInfo, Submit
 from dllmserve.process.supervisor import State
-from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.http.keys import ApiKeys
@@ -87,7 +86,7 @@ class StandIn:
         self.info: EngineInfo | None = None
         self.counters = Counters()
         self.silence, self.restarts = 0.0, 0
-        self.engines = [self]
+        self.supervisors = [self]
         self.hold = False
         self.calls: list[Call] = []
         self.aborted: list[Call] = []
@@ -120,20 +119,10 @@ class StandIn:
             call.end(error)
         self._gone.set()
 
-    def submit(
-        self,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        *,
-        stream: bool = False,
-        watch: bool = False,
-        work: int = 0,
-        owner: str = "",
-    ) -> Call:
+    def submit(self, request: Submit, work: int = 0) -> Call:
         if self.state in (State.FAILED, State.CLOSED):
             raise self.failure or EngineError("the engine has been closed")
-        submit = Submit(len(self.calls), prompt_ids, params, stream, watch, owner)
-        call = Call(submit, work)
+        call = Call(request, work)
         self.calls.append(call)
         if not self.hold:
             asyncio.get_running_loop().call_soon(self.play, call)
@@ -236,7 +225,7 @@ class Server:
         return 0.0
 
     def idle(self) -> bool:
-        """Nothing is under way, and every place was given back."""
+        """Nothing is under way, and every slot was given back."""
         admission = self.service.admission
         return not (self.service.runs or admission.requests or admission.work)
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from dllmserve.errors import ConfigError
-from dllmserve.server import private
+from dllmserve.server import private_files
 from dllmserve.server.config import ServerConfig
-from dllmserve.server.private import (
+from dllmserve.server.private_files import (
     Folder,
     SharedDirectoryError,
     remove_file,
@@ -157,10 +157,10 @@ def test_who_is_in_a_group(
         SimpleNamespace(pw_name=name, pw_uid=os.geteuid() if uid is None else uid, pw_gid=gid)
         for name, (uid, gid) in users.items()
     ]
-    monkeypatch.setattr(private.grp, "getgrgid", getgrgid)
-    monkeypatch.setattr(private.pwd, "getpwall", lambda: listed)
-    assert private._is_shared(7) == is_shared
-    assert not private._is_shared(0)  # who is in root's group may do what root may
+    monkeypatch.setattr(private_files.grp, "getgrgid", getgrgid)
+    monkeypatch.setattr(private_files.pwd, "getpwall", lambda: listed)
+    assert private_files._is_shared(7) == is_shared
+    assert not private_files._is_shared(0)  # who is in root's group may do what root may
 
 
 def test_a_group_that_can_write_counts_if_it_is_shared(
@@ -170,11 +170,11 @@ def test_a_group_that_can_write_counts_if_it_is_shared(
     volume.mkdir()
     volume.chmod(0o2775)
     asked: list[int] = []
-    monkeypatch.setattr(private, "_is_shared", lambda gid: bool(asked.append(gid)))
+    monkeypatch.setattr(private_files, "_is_shared", lambda gid: bool(asked.append(gid)))
     for path in (volume, volume / "own"):
         assert entered(path) == path
     assert set(asked) == {volume.stat().st_gid}
-    monkeypatch.setattr(private, "_is_shared", lambda gid: True)
+    monkeypatch.setattr(private_files, "_is_shared", lambda gid: True)
     for path in (volume, volume / "own"):
         with pytest.raises(SharedDirectoryError):
             Folder(path)
@@ -213,7 +213,7 @@ def test_a_file_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with closing(Folder(tmp_path)) as folder:
         os.close(folder.open("file", os.O_RDWR))
         real = os.geteuid()
-        monkeypatch.setattr(private.os, "geteuid", lambda: real + 1)
+        monkeypatch.setattr(private_files.os, "geteuid", lambda: real + 1)
         with pytest.raises(OSError, match=rf"file belongs to another user \(id {real}\)"):
             folder.open("file", os.O_RDWR)
 
@@ -230,7 +230,7 @@ def test_an_unmapped_owner_counts_in_a_user_namespace_only(
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "read_text", read)
-            return private._trusted()
+            return private_files._trusted()
 
     assert overflow not in mapped("         0          0 4294967295\n")
     assert overflow in mapped("      1000       1000          1\n")
@@ -301,7 +301,7 @@ def test_an_address_that_cannot_be_written_leaves_nothing(
     def full(*given: Any, **more: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(private.os, "rename", full)
+    monkeypatch.setattr(private_files.os, "rename", full)
     with pytest.raises(OSError, match="No space left"):
         replace_file(tmp_path / "file", "text")
     assert list(tmp_path.iterdir()) == []

@@ -29,7 +29,7 @@ from dllmserve.process.supervisor import SupervisorOptions
 from dllmserve.server import ops
 from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
-from dllmserve.server.http.places import ConnectionStats
+from dllmserve.server.http.slots import ConnectionStats
 from dllmserve.server.metrics import EngineGauges, Gauges, Metrics
 from dllmserve.server.settings import load_settings
 from dllmserve.server.store.base import DROP_REASONS
@@ -257,7 +257,7 @@ def commands(name: str) -> list[tuple[int, str, str | None]]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the documented commands need curl")
-@pytest.mark.parametrize("name", ["quickstart.md", "serving.md"])
+@pytest.mark.parametrize("name", ["quickstart.md", "serving.md", "http_api.md"])
 def test_every_curl_works_and_answers_as_printed(name: str, url: str) -> None:
     job = "0"
     assert commands(name)

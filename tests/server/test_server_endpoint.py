@@ -69,7 +69,7 @@ def test_it_is_turned_away_without_room(recipe: ModuleType, byte_checkpoint: Pat
             assert (refused.status, refused.error["code"]) == (429, "too_many_parallel_requests")
             assert (await server.post("/v1/line", b"{nonsense", **secret("bob"))).status == 400
             assert (await server.post("/v1/line", ASK)).status == 401
-            server.service.close_door()
+            server.service.refuse_new()
             refused = await server.post("/v1/line", b"{nonsense", **secret("bob"))
             assert (refused.status, refused.error["code"]) == (503, "overloaded")
             assert refused.headers["retry-after"]

@@ -1,8 +1,6 @@
 """A server with several engines: what it says of them while one is missing."""
 
 import logging
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,15 +12,15 @@ from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError
 from dllmserve.process import supervisor as supervision
 from dllmserve.process.fleet import Fleet
-from dllmserve.process.messages import Counters
+from dllmserve.process.messages import Counters, Submit
 from dllmserve.process.supervisor import State
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings, load_settings
+from tests.process.helpers import kill, light
 from tests.process.left import nothing_left
-from tests.process.test_fleet_faults import light
 from tests.server.stand_in import Server, run, until
 
 
@@ -32,7 +30,7 @@ def made(directory: Path, size: int) -> tuple[Any, Server, Fleet]:
     app = create_app(Settings(config, EngineConfig(model=str(directory), device="cpu")))
     service: Service = app.state.service
     fleet = Fleet({"device": "cpu"}, light("none", directory), size)
-    assert len(service.llm.fleet.engines) == size
+    assert len(service.llm.fleet.supervisors) == size
     service.llm.fleet = fleet
     return app, Server(app, service, app.state.jobs, fleet), fleet  # type: ignore[arg-type]
 
@@ -50,12 +48,6 @@ async def statuses(server: Server) -> dict[str, tuple[int, str]]:
     paths = ("/health", "/ready", "/live")
     replies = {path: await server.get(path) for path in paths}
     return {path: (reply.status, reply.json()["status"]) for path, reply in replies.items()}
-
-
-def kill(fleet: Fleet, place: int) -> None:
-    pid = fleet.engines[place].engine_pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
 
 
 def test_one_engine_of_two_is_enough(
@@ -106,7 +98,7 @@ def test_gauges_of_each_engine(byte_checkpoint: Path) -> None:
                 'dllmserve:engine_restarts_total{model_name="byte-llada"} 0.0',
             ):
                 assert line in page, line
-            call = fleet.submit([1], SamplingParams(), work=70)
+            call = fleet.submit(Submit([1], SamplingParams()), work=70)
             assert server.metric("engine_outstanding_work", engine="0") == 70
             await call.output()
             assert server.metric("engine_outstanding_work", engine="0") == 0
@@ -126,14 +118,14 @@ def test_only_a_restart_of_the_server_helps_when_no_engine_comes_back(
         states = (State.READY, State.RESTARTING, State.FAILED)
         for first in states:
             for second in states:
-                fleet.engines[0].state, fleet.engines[1].state = first, second
+                fleet.supervisors[0].state, fleet.supervisors[1].state = first, second
                 both = {first, second}
                 assert service.lost == (both == {State.FAILED})
                 expected = "ok" if State.READY in both else "restarting"
                 assert service.status == ("failed" if both == {State.FAILED} else expected)
 
         quiet = [_Quiet(State.READY, 31.0), _Quiet(State.READY, 0.0)]
-        fleet.engines[:] = quiet  # type: ignore[assignment]
+        fleet.supervisors[:] = quiet  # type: ignore[assignment]
         assert service.status == "ok" and not service.lost
         quiet[1].silence = 31.0
         assert service.status == "stalled" and not service.lost
@@ -161,12 +153,12 @@ def test_the_speed_is_that_of_all_engines(byte_checkpoint: Path) -> None:
         _, server, fleet = made(byte_checkpoint, 2)
         heard: list[tuple[float, int]] = []
         server.service.admission.measure = lambda *given: heard.append(given)  # type: ignore[method-assign]
-        for engine in fleet.engines:
+        for engine in fleet.supervisors:
             engine.state, engine._now = State.READY, Counters(busy=30.0, spans=100)
         server.service.admission.closed_because = None
-        server.service.take_places([])
-        fleet.engines[0].state = State.FAILED
-        server.service.take_places([])
+        server.service.take_slots([])
+        fleet.supervisors[0].state = State.FAILED
+        server.service.take_slots([])
         assert heard == [(30.0, 200), (60.0, 200)]
 
     run(main())
@@ -176,7 +168,7 @@ def test_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings({}, {}).server.data_parallel_size == 1
     given = {"DLLMSERVE_DATA_PARALLEL_SIZE": "3", "DLLMSERVE_JOB_STORE": "memory"}
     settings = load_settings({}, given)
-    assert len(create_app(settings).state.service.llm.fleet.engines) == 3
+    assert len(create_app(settings).state.service.llm.fleet.supervisors) == 3
     for value in ("0", "-1"):
         with pytest.raises(ConfigError, match="data_parallel_size must be an integer >= 1"):
             load_settings({}, {"DLLMSERVE_DATA_PARALLEL_SIZE": value})

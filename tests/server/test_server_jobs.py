@@ -319,7 +319,7 @@ def test_results_wait_for_a_store_that_fails(
             id = await submitted(server)
             await until(lambda: len(failed) >= 1)
             assert (await result(server, id, "")).json()["status"] == "running"
-            # its work is done, so its place is free
+            # its work is done, so its slot is free
             assert server.idle()
             assert (await result(server, id)).json()["text"] == "abab"
             assert len(failed) == 3 and not server.jobs._live

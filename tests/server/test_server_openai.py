@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from dllmserve import SamplingParams, SparseConfig, __version__
-from dllmserve.core.door import Door
+from dllmserve.core.validator import RequestValidator
 from dllmserve.errors import EngineError, OutOfMemoryError
 from tests.server.stand_in import LIMITS, MAX_LEN, SPEC, Server, run, serving, until
 
@@ -299,7 +299,7 @@ def test_what_fits_also_fits_the_engine(byte_checkpoint: Path) -> None:
             for sizes, given, length in cases:
                 limits = replace(LIMITS, **sizes)
                 server.engine.info = msgspec.structs.replace(llm.info, limits=limits)
-                llm._door = Door(SPEC, limits, True)
+                llm._validator = RequestValidator(SPEC, limits, True)
                 answer = await server.post(CHAT, {"messages": HI, **given})
                 assert answer.status == 200, (sizes, answer)
                 assert server.engine.calls[-1].submit.params.gen_length == length

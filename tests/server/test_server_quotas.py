@@ -1,4 +1,4 @@
-"""Quotas have owners: what one key asks for leaves places, work and results for the others."""
+"""Quotas have owners: what one key asks for leaves slots, work and results for the others."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dllmserve import SamplingParams
-from dllmserve.core.door import Door
 from dllmserve.core.request import Request
+from dllmserve.core.validator import RequestValidator
 from dllmserve.errors import CapacityError, OverloadedError, QuotaError
 from dllmserve.process.messages import Counters
 from dllmserve.server.admission import Admission
@@ -32,11 +32,11 @@ ASK = {"prompt": "ab", "gen_length": 4, "steps": 4}
 
 def request(length: int = 10, prompt: int = 10, **given: Any) -> Request:
     params = SamplingParams(gen_length=length, steps=length, **given)
-    return Door(SPEC, LIMITS, True).request(0, [1] * prompt, params)
+    return RequestValidator(SPEC, LIMITS, True).request(0, [1] * prompt, params)
 
 
 def taken(admission: Admission, owner: str, most: int = 10_000) -> int:
-    """Take places one by one until the owner is refused; how many there were."""
+    """Take slots one by one until the owner is refused; how many there were."""
     for count in range(most):
         try:
             admission.take([request()], owner)
@@ -181,7 +181,7 @@ async def batch(server: Server, count: int, key: str) -> Reply:
     return await server.post("/v1/generate_batch", body, **secret(key))
 
 
-def test_a_flood_of_one_key_leaves_places_for_others(byte_checkpoint: Path) -> None:
+def test_a_flood_of_one_key_leaves_slots_for_others(byte_checkpoint: Path) -> None:
     """Jobs count until they have ended, not until they are accepted."""
 
     async def main() -> None:
@@ -319,7 +319,7 @@ def test_resumed_jobs_are_their_owners(byte_checkpoint: Path, tmp_path: Path) ->
     run(main())
 
 
-def test_the_turnstile_says_when_to_come_back(byte_checkpoint: Path) -> None:
+def test_the_admission_guard_says_when_to_come_back(byte_checkpoint: Path) -> None:
     """Also where it refuses before anything is looked at."""
 
     async def main() -> None:

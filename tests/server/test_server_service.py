@@ -1,4 +1,4 @@
-"""Admission, runs and draining: places are given back and counted, whatever happens."""
+"""Admission, runs and draining: slots are given back and counted, whatever happens."""
 
 import asyncio
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dllmserve import SamplingParams
-from dllmserve.core.door import Door
 from dllmserve.core.request import Request
+from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
 from dllmserve.errors import (
     CapacityError,
@@ -26,7 +26,7 @@ from tests.server.stand_in import LIMITS, SPEC, Server, run, serving, until
 
 def request(length: int = 10, prompt: int = 10, **given: Any) -> Request:
     params = SamplingParams(gen_length=length, steps=length, **given)
-    return Door(SPEC, LIMITS, True).request(0, [1] * prompt, params)
+    return RequestValidator(SPEC, LIMITS, True).request(0, [1] * prompt, params)
 
 
 def test_the_work_of_a_request() -> None:
@@ -34,10 +34,10 @@ def test_the_work_of_a_request() -> None:
     assert work_of(request(10, 10, cfg_scale=1.0)) == 10 * 20 * 2
     assert work_of(request(10, 10, unmask="threshold")) == 10 * 20
     two_a_step = SamplingParams(gen_length=10, steps=5)
-    assert work_of(Door(SPEC, LIMITS, True).request(0, [1] * 10, two_a_step)) == 5 * 20
+    assert work_of(RequestValidator(SPEC, LIMITS, True).request(0, [1] * 10, two_a_step)) == 5 * 20
     # steps beyond one token each cost nothing
     many = SamplingParams(gen_length=10, steps=500)
-    assert work_of(Door(SPEC, LIMITS, True).request(0, [1] * 10, many)) == 10 * 20
+    assert work_of(RequestValidator(SPEC, LIMITS, True).request(0, [1] * 10, many)) == 10 * 20
 
 
 def test_places_are_taken_all_or_none_and_given_back_once() -> None:
@@ -196,7 +196,7 @@ def test_a_refusal_says_full_while_the_engine_restarts(byte_checkpoint: Path) ->
             with pytest.raises(OverloadedError):
                 server.service.admit([request()])
             assert server.metric("admission_rejections_total", reason="full") == 1
-            server.service.close_door()
+            server.service.refuse_new()
             with pytest.raises(OverloadedError):
                 server.service.admit([request()])
             assert server.metric("admission_rejections_total", reason="draining") == 1
@@ -353,7 +353,7 @@ def test_probes_in_every_state(byte_checkpoint: Path) -> None:
             engine.silence, engine.state = 0.0, State.RESTARTING
             assert await statuses(server) == same(503, "restarting", 200)
             engine.state = State.READY
-            server.service.close_door()
+            server.service.refuse_new()
             assert await statuses(server) == same(503, "draining", 200)
 
         async with serving(byte_checkpoint, watchdog_timeout=2.0) as server:

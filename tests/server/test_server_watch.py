@@ -153,7 +153,7 @@ def test_a_slow_watcher_costs_bounded_memory(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(calls, "MAX_WAITING_CELLS", 32)
 
     async def main() -> None:
-        call = Call(Submit(0, [1], SamplingParams(), watch=True))
+        call = Call(Submit([1], SamplingParams(), watch=True))
         call.start()
         for done in range(1, 101):
             call.put(canvas(list(range(8)), done))

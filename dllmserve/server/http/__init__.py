@@ -3,7 +3,7 @@
 From the outside in::
 
     listener.Listener             accepts connections, before TLS
-    places.Connections            who has a place among them, and who gives way
+    slots.Connections             counts them, and drops idle ones when there are too many
     connection.GuardedProtocol    one for each connection, below ASGI
     (CORS, where it is configured)
     request_id.RequestLog         request id, the log line, the 500 of a handler that raised

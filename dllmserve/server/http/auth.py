@@ -1,4 +1,4 @@
-"""Which key a request carries, who that is, and how much they may ask."""
+"""AuthGuard: finds the key and the owner of a request, and limits what each owner may ask for."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dllmserve.server.http.respond import Headers, send_error
 
 __all__ = ["ApiKeys", "AuthGuard", "Key"]
 
-#: who every request belongs to when no keys are configured
+#: the key of every request when no keys are configured
 ANYONE = Key(name="", owner="")
 
 
 class AuthGuard:
-    """ASGI middleware that lets nobody in without a key, on any path not listed as open.
+    """ASGI middleware that refuses requests without a key, except on the paths listed as open.
 
     The key comes as ``Authorization: Bearer <key>`` or ``X-Api-Key: <key>``. The path that
     counts is ``scope["path"]``, which is the one the app routes by, compared exactly: neither
@@ -34,12 +34,12 @@ class AuthGuard:
         app: the app behind.
         keys: None lets everybody in.
         open_paths: paths that need no key and count for no limit, for example health probes.
-        rate: requests that a key may ask for. Each counts here for one, whatever it is; what
-            it asks for beyond that is for the app to count. None is no limit.
-        max_calls_per_key: calls of one key that may be in progress, so that those who wait for
-            a result cannot take all connections. None is no limit.
-        unmetered_gets: paths for which GET, there and below, is outside of the rate: polling
-            for a result.
+        rate: requests a minute for each key. Every request counts as one here; the app counts
+            the further answers that it asks for. None is no limit.
+        max_calls_per_key: calls of one key that may be in progress, so that clients that wait for
+            results cannot take all connections. None is no limit.
+        unmetered_gets: paths where GET, there and below, does not count for the rate, because
+            clients poll there for results.
 
     Raises:
         ConfigError: a limit is not positive.
@@ -67,7 +67,7 @@ class AuthGuard:
         self._running: dict[str, int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Guard one request. Only the lifespan passes unguarded."""
+        """Guard one request. Only lifespan events pass unguarded."""
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -129,7 +129,7 @@ class AuthGuard:
         return False
 
     def _take(self, key: Key, scope: Scope) -> float:
-        """Count a request; seconds until there is one to count, 0 if it was counted."""
+        """Count a request. Returns 0, or the seconds until one may be counted again."""
         if scope["method"] in ("GET", "HEAD") and self._unmetered(scope["path"]):
             return 0.0
         return self.rate.take(key.owner)
@@ -139,7 +139,7 @@ class AuthGuard:
 
 
 def presented(headers: Headers) -> set[bytes]:
-    """The different keys that a request carries. Other schemes than Bearer carry none."""
+    """The different keys in a request's headers. Schemes other than Bearer carry no key."""
     found = set()
     for name, value in headers:
         kind = name.lower()

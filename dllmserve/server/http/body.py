@@ -1,4 +1,4 @@
-"""Reads request bodies before the app sees them: bounded in bytes, in time and in memory."""
+"""BodyGuard: reads request bodies before the app does, within limits of size, time and memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dllmserve._checks import check_float, check_int
 from dllmserve.errors import ConfigError
 from dllmserve.server.http.respond import CLOSE, Headers, send_error, shown
 
-#: methods whose body, if there is one, means nothing, so that its type does not matter
+#: methods whose body is ignored, so that its type does not matter
 _BODILESS = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
-#: what bodies that are not complete may have in memory together: so many of the largest size, and
-#: in any case so many bytes
+#: memory for all incomplete bodies together: so many bodies of the largest size, and at least so
+#: many bytes
 _AT_ONCE, _AT_LEAST = 64, 128 * 1024 * 1024
 _SOON = ((b"retry-after", b"1"),)
 
@@ -28,7 +28,7 @@ class _TooLarge(Exception):
 
 
 class _NoRoom(Exception):
-    """Its owner, or all together, have too much in memory that is not complete."""
+    """Incomplete bodies of the owner, or of all owners, take too much memory."""
 
 
 class _Gone(Exception):
@@ -38,15 +38,15 @@ class _Gone(Exception):
 class BodyGuard:
     """ASGI middleware that reads the whole body, then calls the app with it.
 
-    The app gets the body as one ``http.request`` message; every later ``receive()`` goes to
-    the server, so that it still notices a client that goes away. Answers that it gives itself:
+    The app gets the body as one ``http.request`` message. Every later ``receive()`` goes to the
+    server, so that the app still notices a client that goes away. The guard itself answers:
 
-    - 413 for more than ``max_bytes``: at once if Content-Length says so, else when they came
+    - 413 for more than ``max_bytes``: at once if Content-Length says so, else when they arrive
     - 413 for any body on a path of ``bodiless``, at once
-    - 503 when bodies that are not complete take too much memory: 64 times ``max_bytes`` or 128 MiB
-      in all. An owner (``scope["state"]["owner"]``) gets no more than is then still free for
-      others: one alone, or everybody where there are no keys, has half of it, and there is always
-      some for the next
+    - 503 when incomplete bodies take too much memory: more than 64 times ``max_bytes``, and more
+      than 128 MiB. An owner (``scope["state"]["owner"]``) may take no more than it leaves free
+      for others. So a single owner (and all senders together, if there are no keys) may take
+      half, and another owner always finds some
     - 408 for a body that is not complete after ``timeout_s`` seconds
     - 415 for a body that is not JSON, or compressed; not for GET, HEAD, DELETE and OPTIONS
     - 400 for a Content-Length that is no number
@@ -58,8 +58,8 @@ class BodyGuard:
         app: the app behind.
         max_bytes: largest body in bytes.
         timeout_s: seconds for the whole body, however steadily it trickles.
-        bodiless: paths whose requests have no body; those that need no key, since what comes
-            from anybody must not take memory.
+        bodiless: paths whose requests have no body. These are the paths that need no key, where
+            anybody could take memory.
 
     Raises:
         ConfigError: a limit is not positive.
@@ -80,7 +80,7 @@ class BodyGuard:
         self.timeout_s = timeout_s
         self.bodiless = bodiless
         self.max_memory = max(_AT_ONCE * max_bytes, _AT_LEAST)
-        # bytes in memory of bodies that are not complete
+        # bytes in memory of incomplete bodies
         self._held: Counter[str] = Counter()
         self._all_held = 0
 
@@ -130,7 +130,7 @@ class BodyGuard:
 
     async def _read(self, receive: Receive, owner: str) -> bytes:
         """The whole body; raises _TooLarge, _NoRoom or _Gone."""
-        # not a list of parts: each takes 40 bytes more, and may be a single byte
+        # not a list of parts: a part takes 40 bytes more, and may hold a single byte
         body = bytearray()
         more = True
         try:
@@ -152,7 +152,7 @@ class BodyGuard:
         return bytes(body)
 
     def _hold(self, owner: str, size: int) -> None:
-        """Count bytes that have come for an owner's bodies, or have gone."""
+        """Count bytes of an owner's bodies that came into memory, or left it."""
         self._all_held += size
         self._held[owner] += size
         if not self._held[owner]:

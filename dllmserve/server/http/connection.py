@@ -1,10 +1,9 @@
 """uvicorn's HTTP/1.1 protocol with limits on what a connection may hold, and for how long.
 
-uvicorn bounds an idle keep-alive connection and nothing else: one that sends half a request or
-never reads its answer is kept for ever. The invariant here is that an open connection has
-a request being answered, whose body :class:`~dllmserve.server.http.body.BodyGuard` times, or
-a timer that ends it. Which connections there may be is the subject of
-:mod:`~dllmserve.server.http.places`.
+uvicorn limits an idle keep-alive connection and nothing else: it keeps a connection for ever that
+sends half a request or never reads its answer. The invariant here: an open connection either has
+a request being answered, whose body :class:`~dllmserve.server.http.body.BodyGuard` times, or it
+has a timer that ends it. :mod:`~dllmserve.server.http.slots` limits the number of connections.
 """
 
 from __future__ import annotations
@@ -24,31 +23,31 @@ from uvicorn.server import ServerState
 
 from dllmserve.server.http.head import check_head, path_of
 from dllmserve.server.http.http10 import speak_http_1_0
-from dllmserve.server.http.places import Connections, Place
 from dllmserve.server.http.refusal import Refused
 from dllmserve.server.http.respond import ABORT, ANSWERED, LINGER_S
+from dllmserve.server.http.slots import Connections, ConnectionSlot
 
 #: requests that may wait on one connection for the answers before theirs
 MAX_PIPELINED = 16
-#: a reader that takes less than this in write_timeout_s counts as one that does not read
+#: a client that reads fewer bytes than this in write_timeout_s counts as one that does not read
 MIN_PROGRESS_BYTES = 65536
-#: bytes that the parser gets at once: how far a limit on what it makes nothing of may be exceeded
+#: bytes given to the parser at once; a limit on unparsed bytes may be exceeded by so many
 _SLICE = 2048
-#: bytes that are read from a socket at once, and that may wait to be parsed before it is read again
+#: bytes read from a socket at once; reading stops while so many bytes wait to be parsed
 _READ_BYTES = 65536
 
 _log = logging.getLogger("dllmserve.access")
 
-#: what the parser is in: between requests, in the request line and headers, in the body
+#: where the parser is: between requests, in the request line and headers, or in the body
 _Part = Literal["idle", "head", "body"]
 
 
 def _nothing() -> None:
-    """There is nothing left to drop."""
+    """Drop nothing: the connection has ended."""
 
 
 class _Flow(FlowControl):
-    """Reads no more while enough waits to be parsed, whoever wants more."""
+    """Keeps reading paused while enough bytes wait to be parsed, whoever wants to resume it."""
 
     def __init__(self, transport: asyncio.Transport, crowded: Callable[[], bool]) -> None:
         super().__init__(transport)
@@ -67,18 +66,18 @@ class GuardedProtocol(HttpToolsProtocol):
 
     - Heads that RFC 9112 forbids are refused, see :func:`~dllmserve.server.http.head.check_head`.
     - Malformed requests are answered with the error object, after the answers to earlier
-      requests on the connection, and never inside one.
-    - A client that leaves ends every request it had sent, pipelined ones included. Behind 64 KiB
-      that wait for an answer before theirs nothing is read, and so it is not seen.
+      requests on the connection, and never inside an answer.
+    - A client that leaves ends every request it had sent, pipelined ones included. Reading stops
+      while 64 KiB of pipelined requests wait, so its leaving is not noticed during that time.
     - Trailers after a chunked body do not become headers.
-    - ``Upgrade`` is ignored and the request's body is read; some clients offer HTTP/2 so.
-    - A request whose answer came before its body was read cannot keep the connection for ever.
-    - An HTTP/1.0 client gets no chunks and no ``100 Continue``, which it would not know.
+    - ``Upgrade`` is ignored and the request's body is read, because some clients offer HTTP/2.
+    - A request that was answered before its body was read cannot keep the connection for ever.
+    - An HTTP/1.0 client gets no chunks and no ``100 Continue``, because it knows neither.
 
     Args:
-        config, server_state, app_state: of uvicorn.
-        connections: of the server.
-        place: this connection's among them.
+        config, server_state, app_state: uvicorn's.
+        connections: all connections of the server.
+        slot: the slot of this connection.
     """
 
     def __init__(
@@ -87,25 +86,25 @@ class GuardedProtocol(HttpToolsProtocol):
         server_state: ServerState,
         app_state: dict[str, Any],
         connections: Connections,
-        place: Place,
+        slot: ConnectionSlot,
     ) -> None:
         super().__init__(config, server_state, app_state, asyncio.get_running_loop())
         self._connections = connections
-        self._place = place
+        self._slot = slot
         self._limits = connections.limits
         self._stats = connections.stats
         self._part: _Part = "idle"
         self._header_count = 0
         self._header_bytes = 0
-        # bytes since the parser last came to the end of something
+        # bytes since the parser last finished a part of a request
         self._unparsed = 0
-        # of the body that is being received: its bytes, and what came around and between them
+        # of the body that is being received: its own bytes, and those of chunk sizes and extensions
         self._body_bytes = 0
         self._framing = 0
         self._upgrade_head: bytes | None = None
-        # received and not yet answered completely, oldest first
+        # requests that are not answered completely, oldest first
         self._open_cycles: deque[RequestResponseCycle] = deque()
-        # received while a request waits for the answer before its own; parsed when none does
+        # bytes received while a pipelined request waits; they are parsed when none waits
         self._held = bytearray()
         self._refusal: Refused | None = None
         self._has_turn = False
@@ -115,19 +114,19 @@ class GuardedProtocol(HttpToolsProtocol):
         self._unsent = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Go on with the clock that has run since the connection was accepted."""
+        """Start the head timer; its time counts from when the connection was accepted."""
         super().connection_made(transport)
         self.flow = _Flow(transport, self._crowded)
         if hasattr(transport, "max_size"):  # else each read of 256 KiB
             transport.max_size = _READ_BYTES
-        self._place.drop = self.abort
-        if self._place.gone:  # dropped while its handshake ended
+        self._slot.drop = self.abort
+        if self._slot.gone:  # dropped while its handshake ended
             self.abort()
-        self._head_timer = self.loop.call_at(self._place.deadline, self._on_head_timeout)
+        self._head_timer = self.loop.call_at(self._slot.deadline, self._on_head_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop every timer and tell every unanswered request that its client is gone."""
-        self._connections.leave(self._place)
+        self._connections.leave(self._slot)
         for timer in (self._head_timer, self._write_timer, self._linger_timer):
             if timer is not None:
                 timer.cancel()
@@ -137,12 +136,12 @@ class GuardedProtocol(HttpToolsProtocol):
         while self._open_cycles:
             self._disconnect(self._open_cycles.popleft())
         super().connection_lost(exc)
-        # Without these the connection is gone when the last task has let go of it. In circles it
-        # and its heads would wait for the garbage collector, which has too much else to look at.
+        # This breaks the reference cycles, so that the connection and its heads are freed with the
+        # last task that uses them, and not later by the garbage collector.
         self.pipeline.clear()
         self._held.clear()
         self.cycle = self.scope = None  # type: ignore[assignment]
-        self._place.drop = _nothing
+        self._slot.drop = _nothing
 
     def abort(self) -> None:
         """Drop the connection at once, with whatever is unsent. May be called at any time."""
@@ -160,7 +159,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._watch_close()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came; what is refused gets its answer here."""
+        """Parse the bytes that came, and answer a request that is refused."""
         if self._refusal is not None:
             return
         self._stop_keep_alive()
@@ -188,7 +187,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._crowded():
             self.flow.pause_reading()
         elif self.cycle is None or len(self.cycle.body) <= HIGH_WATER_LIMIT:
-            # uvicorn reads no more while a request waits, and would not see that its client leaves
+            # uvicorn stops reading while a request waits, and would not notice that a client leaves
             self.flow.resume_reading()
         self._watch_read()
 
@@ -197,7 +196,7 @@ class GuardedProtocol(HttpToolsProtocol):
         return len(self._held) >= _READ_BYTES
 
     def _parse(self, data: bytes) -> None:
-        """Give a few bytes to the parser, and see to it that they lead to something."""
+        """Give a few bytes to the parser; refuse a request with too many unparsed bytes."""
         cycle = self.cycle if self._part == "body" else None
         size, body_bytes = len(data), self._body_bytes
         self._unparsed += size
@@ -214,21 +213,21 @@ class GuardedProtocol(HttpToolsProtocol):
                 raise Refused(431, "headers_too_large", f"{text} send larger chunks.")
 
     def _feed(self, data: bytes) -> None:
-        """Give bytes to the parser, and again those after a request that offers an upgrade."""
+        """Give bytes to the parser; parse a request that offers an upgrade a second time."""
         while data:
             try:
                 self.parser.feed_data(data)
                 return
             except httptools.HttpParserUpgrade as upgrade:
-                # The parser took the request to have no body: once more without the header. A new
-                # parser, because this one takes nothing more after "Connection: close".
+                # The parser took the request to have no body, so it is parsed again without the
+                # header. The parser is new, because an old one stops after "Connection: close".
                 data = (self._upgrade_head or b"") + data[upgrade.args[0] :]
                 self._upgrade_head = None
                 self._make_parser()
 
     def _make_parser(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
-        # as uvicorn has it: what comes after the last request of a connection does not matter
+        # as uvicorn does: bytes after the last request of a connection are ignored
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def _headers_too_large(self) -> Refused:
@@ -264,12 +263,12 @@ class GuardedProtocol(HttpToolsProtocol):
             text = f"A request is limited to {self._limits.max_headers} headers; send fewer."
             raise Refused(431, "too_many_headers", text)
         if self._part == "body":
-            # a trailer among the headers would come after the guards had looked at them
+            # a trailer that became a header would not be checked by the guards
             return
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The request can be started."""
+        """Check the head and start the request."""
         if self._header_bytes + len(self.url) > self._limits.max_header_bytes:
             raise self._headers_too_large()
         version = self.parser.get_http_version()
@@ -277,7 +276,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             self._ignore_upgrade(version)
             return
-        if not self._connections.begin(self._place, path_of(self.url), self.headers):
+        if not self._connections.begin(self._slot, path_of(self.url), self.headers):
             most = self._limits.max_connections
             text = f"The server is answering its limit of {most} connections; try again later."
             raise Refused(503, "too_many_connections", text)
@@ -290,7 +289,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_head_timer()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """Have a request answered: a client's at once, others in their turn."""
+        """Answer a client's request at once; requests of probes and strangers take turns."""
         go = super()._start_asgi_task
 
         def start() -> bool:
@@ -300,7 +299,7 @@ class GuardedProtocol(HttpToolsProtocol):
             go(cycle, app)
             return True
 
-        if self._place.busy:
+        if self._slot.busy:
             go(cycle, app)
         else:
             self._connections.take_turn(start)
@@ -311,7 +310,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._connections.end_turn()
 
     def _ignore_upgrade(self, version: str) -> None:
-        """Note the request as it would be without the header."""
+        """Store the head of the request without the ``Upgrade`` header, to parse it again."""
         method = self.parser.get_method()
         if method == b"CONNECT":
             raise Refused(400, "connect_not_supported", "This server is not a proxy.")
@@ -353,7 +352,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.timeout_keep_alive_task = None
 
     def _watch_read(self) -> None:
-        """See to it that a connection without unanswered requests has a timer."""
+        """Start a timer on a connection that has no unanswered request."""
         if self._open_cycles or self._refusal is not None or self.transport.is_closing():
             return
         if self._part != "idle":
@@ -396,7 +395,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _on_write_timeout(self) -> None:
         self._write_timer = None
         if self._unsent - self.transport.get_write_buffer_size() >= MIN_PROGRESS_BYTES:
-            self._start_write_timer()  # one large answer on a slow line
+            self._start_write_timer()  # the client reads a large answer slowly
             return
         self._stats.dropped["slow_reader"] += 1
         self.abort()
@@ -412,14 +411,14 @@ class GuardedProtocol(HttpToolsProtocol):
             self._start_write_timer()
 
     def on_response_complete(self) -> None:
-        """A request has been answered: go on with the next, or with what was refused."""
+        """Go on after an answer: with the next request, or with the refusal that waits."""
         self._end_turn()
         super().on_response_complete()
         if self._open_cycles:
-            # whatever of the body the application did not want
+            # the part of the body that the application did not read
             self._open_cycles.popleft().body.clear()
         if not self._open_cycles:
-            self._connections.rest(self._place)
+            self._connections.rest(self._slot)
         if self.transport.is_closing():
             self._watch_close()
         elif self._refusal is not None and not self._open_cycles:
@@ -430,10 +429,10 @@ class GuardedProtocol(HttpToolsProtocol):
             self._watch_read()
 
     def _on_answered(self) -> None:
-        """Nothing but the rest of a body is waited for, so that the connection may give way."""
+        """Make the connection idle: only the rest of a body is awaited, so it may be dropped."""
         self._end_turn()
         if len(self._open_cycles) <= 1:
-            self._connections.rest(self._place)
+            self._connections.rest(self._slot)
 
     def send_400_response(self, msg: str) -> None:
         """Answer a malformed request; kept for uvicorn, which calls it by this name."""
@@ -449,13 +448,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_head_timer()
         if self._part == "body" and not self._drop_broken():
             self._close()
-            for cycle in self._open_cycles:  # nobody waits for the rest of what had begun
+            for cycle in self._open_cycles:  # their answers cannot be completed
                 self._disconnect(cycle)
         elif not self._open_cycles:
             self._send_refusal(refusal)
 
     def _drop_broken(self) -> bool:
-        """Take back the request whose body was refused; False if it can have no other answer."""
+        """Drop the request whose body was refused; False if its answer has begun already."""
         if not self._open_cycles or self._open_cycles[-1].response_started:
             return False
         broken = self._open_cycles.pop()
@@ -473,10 +472,10 @@ class GuardedProtocol(HttpToolsProtocol):
         """Write the error and close, but not before the client had time to read it.
 
         Closing with unread data resets the connection, and the client may lose the answer. So
-        only this side is closed, and what still comes is thrown away for a moment.
+        only the writing side is closed, and further input is read and dropped for a moment.
         """
         self._stop_keep_alive()
-        self._connections.rest(self._place)
+        self._connections.rest(self._slot)
         more = self._connections.refusal_headers(self.headers or ())
         self.transport.write(refusal.answer([*self.server_state.default_headers, *more]))
         if self.transport.can_write_eof():

@@ -22,11 +22,11 @@ _MAX_PORT = 65535
 def check_head(version: str, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
     """Refuse a head that RFC 9112 forbids, or that this server does not speak.
 
-    - Host (RFC 9112, section 3.2): once in HTTP/1.1, at most once in HTTP/1.0; an authority without
-      a user, or empty. Empty means that the target has no authority, which clients say so;
-      nothing here depends on it. ``Host: :80`` would be one with an empty name, which
-      RFC 9110 (section 4.2.1) has refused. A target with an authority has to keep the same rules.
-    - Transfer-Encoding: ``chunked``, once. Everything else has been a way to smuggle requests.
+    - Host (RFC 9112, section 3.2): once in HTTP/1.1, at most once in HTTP/1.0. It is an authority
+      without a user, or empty. Clients send an empty Host when the target has no authority; nothing
+      here depends on it. ``Host: :80`` has an empty name, so RFC 9110 (section 4.2.1) has it
+      refused. An authority in the target has to keep the same rules.
+    - Transfer-Encoding: ``chunked``, once. Everything else has been used to smuggle requests.
 
     Args:
         version: of HTTP, for example "1.1".
@@ -58,7 +58,7 @@ def check_head(version: str, target: bytes, headers: list[tuple[bytes, bytes]]) 
 
 
 def path_of(target: bytes) -> str:
-    """The path that the application will route by, as uvicorn makes it of a target.
+    """The path that uvicorn makes of a target, and that the application routes by.
 
     Raises:
         httptools.HttpParserInvalidURLError: there is none.

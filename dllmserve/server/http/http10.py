@@ -7,7 +7,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 
 def speak_http_1_0(cycle: RequestResponseCycle) -> None:
-    """Let an answer of unknown length end with its connection, as it did before chunks.
+    """Send an answer of unknown length without chunks; the end of the connection ends it.
 
     uvicorn closes the connection of every HTTP/1.0 client after its answer.
     """

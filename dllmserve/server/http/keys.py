@@ -50,18 +50,18 @@ class ApiKeys:
 
     Args:
         keys: each with a name and a secret of its own; to join two sources, ``[*a, *b]``.
-        places: where each key was written, for messages; by default its number.
+        sources: where each key was written, for messages; by default its number.
 
     Raises:
         ConfigError: no keys, or two with one name or one secret.
     """
 
-    def __init__(self, keys: Iterable[Key], places: Iterable[str] = ()) -> None:
+    def __init__(self, keys: Iterable[Key], sources: Iterable[str] = ()) -> None:
         self._keys = tuple(keys)
         if not self._keys:
             raise ConfigError(f"no API keys; make one with: {_HOW}")
         self._digests = tuple(bytes.fromhex(key.owner) for key in self._keys)
-        where = tuple(places) or tuple(f"API key {n + 1}" for n in range(len(self)))
+        where = tuple(sources) or tuple(f"API key {n + 1}" for n in range(len(self)))
         _check_unique("name", where, [key.name for key in self._keys])
         _check_unique("secret", where, [key.owner for key in self._keys])
 
@@ -158,12 +158,12 @@ class ApiKeys:
 
 
 def _check_unique(what: str, where: Iterable[str], values: Iterable[str]) -> None:
-    """Raise ConfigError with both places if a value is there twice."""
+    """Raise ConfigError with both sources if a value is there twice."""
     seen: dict[str, str] = {}
-    for place, value in zip(where, values, strict=True):
+    for source, value in zip(where, values, strict=True):
         if value in seen:
-            raise ConfigError(f"{seen[value]} and {place} have the same {what}; remove one")
-        seen[value] = place
+            raise ConfigError(f"{seen[value]} and {source} have the same {what}; remove one")
+        seen[value] = source
 
 
 def _parse(where: str, entry: str) -> Key:

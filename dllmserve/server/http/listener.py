@@ -1,9 +1,9 @@
-"""Accepts connections: counted and timed from the first moment, before any handshake.
+"""Listener: accepts connections, and counts and times them from then on, before any handshake.
 
-asyncio's own servers make a protocol when the TLS handshake is over, wait for that for 60 seconds
-and count nothing before; and when there are no open files left, they write a line for each
-attempt, as fast as they can. Here a connection has a place, and its clock runs, from the moment
-that it is accepted, with TLS or without.
+asyncio's own servers make a protocol after the TLS handshake, for which they wait up to 60 seconds,
+and count nothing before. When there are no open files left, they log a line for each attempt, as
+fast as they can. Here a connection has a slot and a deadline from the moment that it is accepted,
+with TLS or without.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from typing import Any
 import uvicorn
 
 from dllmserve.server.http.connection import GuardedProtocol
-from dllmserve.server.http.logs import Seldom
-from dllmserve.server.http.places import Connections, Place, group
+from dllmserve.server.http.logs import OncePerSecond
 from dllmserve.server.http.refusal import Refused
 from dllmserve.server.http.respond import LINGER_S
+from dllmserve.server.http.slots import Connections, ConnectionSlot, group
 
-#: connections that are accepted in one go, before those that are there have their turn
+#: connections that are accepted in a row, before the open connections are served again
 AT_ONCE = 16
-#: connections that the system holds for us
+#: connections that the system keeps waiting for accept()
 BACKLOG = 2048
-#: bytes that asyncio keeps for what it reads from a TLS connection, from its first moment to its
-#: end: 256 KiB, if nobody says otherwise, and nobody needs a key to take them
+#: bytes of the read buffer that asyncio allocates for a TLS connection as soon as it is accepted;
+#: its default of 256 KiB would let senders without a key take much memory
 _TLS_BUFFER = 32 * 1024
 #: seconds until the next attempt when a connection could not be accepted
 _RETRY_S = 0.1
-#: what the system says when there are no files or no memory for one more connection
+#: errors of the system that mean: no file, or no memory, for another connection
 _SHORT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 _log = logging.getLogger("dllmserve.server")
@@ -47,8 +47,8 @@ class Listener:
 
     Args:
         sock: bound, listening, not blocking. Whoever opened it closes it.
-        connections: gives places, and says who may come in.
-        make: the protocol of a connection.
+        connections: gives slots to new connections, or refuses them.
+        make: makes the protocol of a connection.
         context: for TLS.
         at_once: connections accepted in one go.
     """
@@ -57,7 +57,7 @@ class Listener:
         self,
         sock: socket.socket,
         connections: Connections,
-        make: Callable[[Place], asyncio.Protocol],
+        make: Callable[[ConnectionSlot], asyncio.Protocol],
         *,
         context: ssl.SSLContext | None = None,
         at_once: int = AT_ONCE,
@@ -68,21 +68,21 @@ class Listener:
         self._context = context
         self._at_once = at_once
         self._loop = asyncio.get_running_loop()
-        # connections whose protocol has not begun yet
+        # connections whose protocol has not started
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting: set[socket.socket] = set()
         self._pause_timer: asyncio.TimerHandle | None = None
-        self._short = Seldom(_log, logging.WARNING)
-        self._full = Seldom(_log, logging.WARNING)
-        self._handshakes = Seldom(_log, logging.INFO)
-        self._crowds = Seldom(_log, logging.INFO)
+        self._short = OncePerSecond(_log, logging.WARNING)
+        self._full = OncePerSecond(_log, logging.WARNING)
+        self._handshakes = OncePerSecond(_log, logging.INFO)
+        self._crowds = OncePerSecond(_log, logging.INFO)
         self._answer_to_crowds = _crowded(connections)
         if context is not None:
             SSLProtocol.max_size = _TLS_BUFFER
         self._loop.add_reader(sock, self._accept)
 
     def close(self) -> None:
-        """Accept no more, and end what is in its handshake."""
+        """Stop accepting, and end the connections that are in their handshake."""
         self._loop.remove_reader(self._sock)
         if self._pause_timer is not None:
             self._pause_timer.cancel()
@@ -91,12 +91,12 @@ class Listener:
             _shut(sock)
 
     async def wait_closed(self) -> None:
-        """Wait until no connection is in its handshake any more."""
+        """Wait until no connection is in its handshake."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
     def _accept(self) -> None:
-        """Take a few of the connections that wait."""
+        """Accept a few of the waiting connections."""
         for _ in range(self._at_once):
             wait = self._connections.seconds_to_room()
             if wait > 0:
@@ -112,7 +112,7 @@ class Listener:
             self._take(sock, address)
 
     def _not_accepted(self, error: OSError) -> None:
-        """Make room if that is what is missing, and try again a moment later."""
+        """Drop idle connections if files are missing, and try again a moment later."""
         dropped = self._connections.give_files() if error.errno in _SHORT else 0
         self._short("no connection can be accepted", reason=error.strerror, dropped=dropped)
         self._pause(_RETRY_S)
@@ -133,46 +133,46 @@ class Listener:
             self._crowds("too many connections of one address")
             self._turn_away(sock)
             return
-        place = self._connections.enter(who, lambda: _shut(sock))
-        if place is None:
+        slot = self._connections.enter(who, lambda: _shut(sock))
+        if slot is None:
             self._full("all connections have requests under way; more are closed")
             sock.close()
             return
         if sock.family in (socket.AF_INET, socket.AF_INET6):
-            # asyncio does so only if the listening socket was made with an explicit protocol;
-            # otherwise each answer waits 40 ms between its headers and its body
+            # asyncio sets this only if the listening socket was made with an explicit protocol.
+            # Without it each answer waits 40 ms between its headers and its body
             with contextlib.suppress(OSError):  # the client has left already
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._starting.add(sock)
-        task = self._loop.create_task(self._start(sock, place))
+        task = self._loop.create_task(self._start(sock, slot))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _start(self, sock: socket.socket, place: Place) -> None:
-        """The handshake, if there is to be one, and then the protocol."""
+    async def _start(self, sock: socket.socket, slot: ConnectionSlot) -> None:
+        """Do the TLS handshake, if TLS is used, and start the protocol."""
         seconds: dict[str, float] = {}
         if self._context is not None:
-            left = max(place.deadline - self._loop.time(), 0.001)
+            left = max(slot.deadline - self._loop.time(), 0.001)
             seconds = {"ssl_handshake_timeout": left, "ssl_shutdown_timeout": LINGER_S}
         try:
             await self._loop.connect_accepted_socket(
-                lambda: self._make(place), sock, ssl=self._context, **seconds
+                lambda: self._make(slot), sock, ssl=self._context, **seconds
             )
         except OSError as error:  # ssl.SSLError among them
-            if not place.gone:
+            if not slot.gone:
                 self._connections.stats.dropped["handshake"] += 1
                 self._handshakes("a TLS handshake failed", reason=_reason(error))
-            self._connections.leave(place)
-            # it holds the frames whose variables hold it, and those 256 KiB of a TLS connection
+            self._connections.leave(slot)
+            # the traceback is in a reference cycle that holds the buffer of the TLS connection
             error.__traceback__ = None
         except BaseException:
-            self._connections.leave(place)
+            self._connections.leave(slot)
             raise
         finally:
             self._starting.discard(sock)
 
     def _turn_away(self, sock: socket.socket) -> None:
-        """Answer if that takes no handshake, and close."""
+        """Close a connection, and answer it before if that takes no TLS handshake."""
         with contextlib.suppress(OSError):  # the client has left already
             sock.setblocking(False)
             if self._context is None:
@@ -184,11 +184,11 @@ class Listener:
 
 
 class GuardedServer(uvicorn.Server):
-    """uvicorn's server, with our listener, and without its signal handling.
+    """uvicorn's server with our listener, and without uvicorn's signal handling.
 
     Args:
-        config: of uvicorn; what it says of protocols does not count.
-        connections: of this server.
+        config: uvicorn's; its choice of protocols is ignored.
+        connections: all connections of this server.
         at_once: see :class:`Listener`.
     """
 
@@ -221,9 +221,9 @@ class GuardedServer(uvicorn.Server):
             self.servers.append(listener)  # type: ignore[arg-type]
         self.started = True
 
-    def _protocol(self, place: Place) -> GuardedProtocol:
+    def _protocol(self, slot: ConnectionSlot) -> GuardedProtocol:
         state = self.lifespan.state
-        return GuardedProtocol(self.config, self.server_state, state, self._connections, place)
+        return GuardedProtocol(self.config, self.server_state, state, self._connections, slot)
 
 
 def _crowded(connections: Connections) -> bytes:
@@ -235,7 +235,7 @@ def _crowded(connections: Connections) -> bytes:
 
 
 def _shut(sock: socket.socket) -> None:
-    """End a connection whoever reads from it; they see its end and close it."""
+    """Shut a connection down. Whoever reads from it sees its end and closes it."""
     with contextlib.suppress(OSError):  # it has ended already
         sock.shutdown(socket.SHUT_RDWR)
 

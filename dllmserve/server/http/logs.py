@@ -90,13 +90,13 @@ class TextFormatter(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """The handler of this module, told from others when logging is configured again."""
+    """The handler of this module, recognised by its class when logging is configured again."""
 
 
-class Seldom:
-    """Logs what clients can make happen thousands of times a second: one line a second.
+class OncePerSecond:
+    """Logs an event that clients can cause thousands of times a second, with one line a second.
 
-    The line has the number of times since the line before as ``times``.
+    The field ``times`` of a line says how often it has happened since the line before.
 
     Args:
         log: where the lines go.
@@ -104,7 +104,7 @@ class Seldom:
         clock: seconds, monotonic.
 
     Example:
-        >>> full = Seldom(logging.getLogger("dllmserve.server"), logging.WARNING)
+        >>> full = OncePerSecond(logging.getLogger("dllmserve.server"), logging.WARNING)
         >>> full("no connection can be accepted", reason="Too many open files")
     """
 
@@ -116,7 +116,7 @@ class Seldom:
         self._next = -math.inf
 
     def __call__(self, message: str, **fields: object) -> None:
-        """It has happened once more."""
+        """Count the event, and log it if the last line is a second old."""
         self._times += 1
         now = self._clock()
         if now >= self._next:
@@ -206,7 +206,7 @@ def _without_addresses(line: str, record: logging.LogRecord) -> str:
 
 
 def _hidden(match: re.Match[str]) -> str:
-    """What stands in the place of a word of digits, dots and colons."""
+    """The replacement of a word of digits, dots and colons, if it is an address."""
     word = match[1] or match[0]
     for text in (word, word.rstrip(".:"), word.rpartition(":")[0]):
         try:
@@ -218,7 +218,7 @@ def _hidden(match: re.Match[str]) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    """At most about ``limit`` characters: the beginning and the end, which says the most."""
+    """At most about ``limit`` characters: the beginning and the end of the text."""
     if len(text) <= limit:
         return text
     half = limit // 2

@@ -11,9 +11,9 @@ from dllmserve.errors import CapacityError, ConfigError, QuotaError
 
 
 class RateLimit:
-    """A bucket for each owner, of tokens that come back at a steady rate.
+    """A token bucket for each owner, refilled at a steady rate.
 
-    An owner that was idle for a minute may use as many at once as a minute gives.
+    An owner that was idle for a minute may use the tokens of a minute at once.
 
     Args:
         per_minute: average rate; None is no limit.
@@ -42,8 +42,8 @@ class RateLimit:
         """Take tokens.
 
         Returns:
-            0 if they were there; else the seconds until they are, and nothing is taken. More than
-            a minute gives are never there: who asks for so many is to be told before.
+            0 if they were there; else the seconds until they are, and nothing is taken. A bucket
+            never holds more than a minute's tokens, so :meth:`check` refuses larger counts.
         """
         if self.per_minute is None:
             return 0.0
@@ -59,11 +59,11 @@ class RateLimit:
         return max(0.0, (count - self._tokens(owner)) * 60 / self.per_minute)
 
     def check(self, owner: str, count: int) -> None:
-        """Hold a request for so many answers against the rate of its owner, who has paid for one.
+        """Check a request for ``count`` answers, for one of which a token was taken already.
 
         Raises:
             CapacityError: nobody may ask for so many at once.
-            QuotaError: there are not as many tokens left; it says when there will be.
+            QuotaError: there are not enough tokens now; the error says when there will be.
         """
         limit = self.per_minute
         if limit is None or count <= 1:

@@ -1,4 +1,4 @@
-"""What is answered below the application: a request, or a connection, that is not passed on."""
+"""Refusals below the application: answers to requests and connections that do not reach it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from dllmserve.server.http.respond import CLOSE, Headers, error_body, error_type
 
-#: from the headers of a request, as far as they have come, to headers of its refusal
+#: finds further headers for a refusal, from the headers of the request that have arrived
 RefusalHeaders = Callable[[Headers], Headers]
 
 
 def no_headers(_: Headers) -> Headers:
-    """None at all."""
+    """The default: no further headers."""
     return ()
 
 
 class Refused(Exception):
-    """A request that is not passed on: status, code and message of the answer."""
+    """A request that is refused: status, code and message of the answer."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -27,10 +27,10 @@ class Refused(Exception):
         self.message = message
 
     def answer(self, headers: Headers = ()) -> bytes:
-        """The whole response, behind which the connection is closed.
+        """The whole response; the connection is closed after it.
 
         Args:
-            headers: besides those that every refusal has.
+            headers: further headers, besides those that every refusal has.
 
         Example:
             >>> Refused(400, "malformed_request", "No.").answer().split()[1]

@@ -31,7 +31,7 @@ _log = logging.getLogger("dllmserve.server")
 
 
 class RequestLog:
-    """ASGI middleware that names, logs and counts every request; the outermost one.
+    """The outermost ASGI middleware: gives every request an id, logs it and counts it.
 
     A client's ``X-Request-Id`` is kept if it is 1 to 64 of ``A-Z a-z 0-9 . _ -``, else there is
     a new one. It is in ``scope["state"]["request_id"]`` and on every response, those of the
@@ -42,17 +42,17 @@ class RequestLog:
     ``duration_ms``, ``key_name``, ``disconnected`` if the client left during the answer, and
     what the handler put into the dict ``scope["state"]["log"]``.
 
-    An exception out of the app is logged with its traceback at ERROR on "dllmserve.server". The
-    client gets a 500 that tells nothing but the request id; if the answer had begun, its
-    connection is cut so that it is not taken for complete.
+    An exception that the app raises is logged with its traceback at ERROR on "dllmserve.server".
+    The client gets a 500 that tells nothing but the request id. If the answer had begun, the
+    connection is cut, so that the client does not take the answer for complete.
 
     Args:
         app: the app behind.
         clock: seconds, monotonic.
         log: where the lines go.
         metrics_hook: called with method, route, status and seconds of each request.
-        quiet: routes that are asked every few seconds, such as probes: what goes well there is
-            logged at DEBUG.
+        quiet: routes that are asked every few seconds, such as probes: their 200s are logged at
+            DEBUG.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class RequestLog:
             self._finish(exchange, self.clock() - start)
 
     async def _run(self, exchange: _Exchange) -> None:
-        """Call the app; whatever it does, the client gets a complete answer or a cut one."""
+        """Call the app. Whatever it does, the client gets a complete answer or a cut connection."""
         try:
             await self.app(exchange.scope, exchange.receive, exchange.send)
         except asyncio.CancelledError:
@@ -136,7 +136,7 @@ class RequestLog:
 
 
 class _Exchange:
-    """One request and what has become of it."""
+    """One request, and the state of its answer."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
@@ -170,7 +170,7 @@ class _Exchange:
         await send_error(self.scope, self.send, status, text, code=code, headers=[CLOSE])
 
     async def cut(self) -> None:
-        """End a response that cannot be completed, visibly."""
+        """Cut the connection of a response that cannot be completed."""
         abort = self.scope.get("extensions", {}).get(ABORT)
         if callable(abort):
             abort()
@@ -190,8 +190,8 @@ class _Exchange:
 def route_template(scope: Scope) -> str:
     """The path template of the route that took the request, or "unmatched".
 
-    It is what the app's router left in the scope, so it is known only after the app ran. Never
-    the path itself, which a client can choose freely.
+    The app's router leaves it in the scope, so it is known only after the app ran. It is never the
+    path itself, which a client can choose freely.
     """
     path = getattr(scope.get("route"), "path", None)
     return path if isinstance(path, str) else UNMATCHED

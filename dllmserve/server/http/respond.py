@@ -1,4 +1,4 @@
-"""The error object that every refused request is answered with."""
+"""The error object: the answer to every refused request."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["CLOSE", "drain", "error_body", "error_type", "send_error", "shown", 
 
 Headers = Iterable[tuple[bytes, bytes]]
 
-#: key of scope["extensions"] with a function that drops the request's connection at once
+#: key in scope["extensions"] of a function that drops the request's connection at once
 ABORT = "dllmserve.abort"
-#: the same with one that says that the answer is complete, so that only the rest of the body is
-#: waited for, and the connection may be dropped for another's sake
+#: key in scope["extensions"] of a function that tells that the answer is complete: only the rest of
+#: the body is awaited, and the connection may be dropped for a new one
 ANSWERED = "dllmserve.answered"
 #: header of a response after which the connection is closed
 CLOSE = (b"connection", b"close")
 #: longest error message, in characters
 MAX_MESSAGE = 2000
-#: how long an answered client may go on sending before its connection is closed
+#: seconds for which an answered client may go on sending before its connection is closed
 LINGER_S = 1.0
-#: and how many bytes: there are clients that send a large body to its end before they read
+#: bytes that it may send in that time; some clients send a large body to its end before they read
 LINGER_BYTES = 16 * 1024 * 1024
 
 _TYPES = {
@@ -102,8 +102,8 @@ async def send_error(
         code: for machines.
         param: the request's field that is wrong.
         headers: besides content type and length.
-        receive: given when the request's body may not have been read. What still comes is
-            then thrown away for up to a second, or 16 MiB: closing a connection with unread data
+        receive: given when the request's body may not have been read. Further input is then read
+            and dropped for up to a second, or 16 MiB: closing a connection with unread data
             resets it, and many clients would never see the answer.
     """
     body = error_body(
@@ -129,7 +129,7 @@ async def send_error(
 
 
 async def drain(receive: Receive, seconds: float, most: int) -> None:
-    """Throw away what is left of a request's body, for at most so many seconds and bytes."""
+    """Read and drop the rest of a request's body, for at most so many seconds and bytes."""
     try:
         async with asyncio.timeout(seconds):
             while most >= 0:

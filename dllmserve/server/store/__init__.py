@@ -1,8 +1,7 @@
 """Accepted jobs of the poll API and their results, kept until their retention ends.
 
-:class:`MemoryStore` forgets everything when the process ends; :class:`SqliteStore` keeps jobs
-and results in a file. Both have the interface of :class:`JobStore` and know nothing of HTTP or
-engines.
+:class:`SqliteStore` keeps jobs and results in a file, or in memory until the process ends. It has
+the interface of :class:`JobStore` and knows nothing of HTTP or engines.
 """
 
 from dllmserve.server.store.base import (
@@ -16,7 +15,6 @@ from dllmserve.server.store.base import (
     StoreLimits,
     StoreStats,
 )
-from dllmserve.server.store.memory import MemoryStore
 from dllmserve.server.store.sqlite import SqliteStore
 
 __all__ = [
@@ -26,7 +24,6 @@ __all__ = [
     "JobRecord",
     "JobResult",
     "JobStore",
-    "MemoryStore",
     "SqliteStore",
     "StoreLimits",
     "StoreStats",

@@ -3,20 +3,19 @@
 Rules that hold for all of them:
 
 - Reading never deletes.
-- A result is kept for ``ttl_s`` seconds after its job finished. Above a limit, the owner who holds
-  most of what is limited (results or bytes) loses one: results that were read go first, those
-  read longest ago before others; then the ones that finished first. So nobody who holds less
-  than an equal share ever loses a result to others. Of owners who hold the same, the one loses
-  whose result comes first in that order. An unfinished job is never evicted. ``finish``
-  enforces this in the same operation.
-- What was dropped leaves a tombstone: why, and whose it was, so that a foreign owner can be told
-  the same as for an id that was never issued. Above their limit, the owner with most tombstones
-  loses the oldest.
+- A result is kept for ``ttl_s`` seconds after its job finished. Above a limit (results or bytes),
+  the owner who holds most loses a result: first those that were read, in the order of reading,
+  then the others, in the order of finishing. So an owner who holds less than an equal share never
+  loses a result to others. If several owners hold the same, the result that comes first in that
+  order goes. An unfinished job is never evicted. ``finish`` enforces this in the same operation.
+- A dropped job leaves a tombstone with the reason and the owner. So another owner can be told the
+  same as for an id that was never issued. Above the limit on tombstones, the owner with
+  most of them loses the oldest.
 - The store compares no owners. The caller does, with ``Stored.record.owner`` and ``Gone.owner``.
-- Orders (oldest first, finished first) are those of the calls. Unix times only decide about the
-  ttl, so a wall clock that jumps does not make new results the first to be evicted. The time of
-  a job counts by the store's own clock, which the wall clock does not move, and which stands
-  still while no server has the store.
+- Orders (oldest first, finished first) are those of the calls. Unix times decide about the ttl, so
+  a jump of the wall clock does not make new results the first to be evicted. The time limit of
+  a job counts by the store's own clock. Jumps of the wall clock do not move it, and it stands still
+  while no server has the store.
 - An operation takes place or not as a whole, in the order of the calls. Cancelling the ``await``
   does not undo it.
 """
@@ -25,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from dllmserve._checks import check_float, check_int
 from dllmserve.errors import ConfigError, JobStoreError
@@ -83,7 +82,7 @@ class JobResult:
     Attributes:
         status: "finished", "failed" or "cancelled".
         text: the answer, if there is one.
-        error: what went wrong, in words for the client.
+        error: the reason of a failure, in words for the client.
         details: more about the answer, opaque to the store.
         finished: unix seconds; the ttl counts from here.
     """
@@ -105,7 +104,7 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """A job that was there: why it is not any more, and whose it was."""
+    """A job that was dropped: the reason, and its owner."""
 
     reason: GoneReason
     owner: str
@@ -137,8 +136,8 @@ class StoreLimits:
         check_int(ConfigError, "max_bytes", self.max_bytes, 1)
         check_int(ConfigError, "max_tombstones", self.max_tombstones, 0)
 
-    def exceeded(self, held: Holdings[Any]) -> Literal["results", "bytes"] | None:
-        """What there is too much of, if anything."""
+    def exceeded(self, held: Holdings) -> Literal["results", "bytes"] | None:
+        """The first limit that is exceeded, or None."""
         if held.total("results") > self.max_results:
             return "results"
         return "bytes" if held.total("bytes") > self.max_bytes else None
@@ -146,7 +145,7 @@ class StoreLimits:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """A store in numbers.
+    """Counts of a store.
 
     Attributes:
         results: finished jobs that are kept.
@@ -169,7 +168,7 @@ class JobStore(Protocol):
 
     Example::
 
-        store = MemoryStore(StoreLimits(ttl_s=60))
+        store = SqliteStore(None, StoreLimits(ttl_s=60))
         await store.open()
         (job,) = await store.reserve_ids(1)
         await store.insert([JobRecord(job, "", "tiny", now, now + 600, b"...")])
@@ -190,7 +189,7 @@ class JobStore(Protocol):
         """
 
     async def insert(self, records: Sequence[JobRecord]) -> None:
-        """Store all records or none; they are there to stay when this returns.
+        """Store all records or none; they are durable when this returns.
 
         Raises:
             JobIdTaken: an id is not free, or is in ``records`` twice.
@@ -198,23 +197,23 @@ class JobStore(Protocol):
         """
 
     async def unfinished(self) -> list[JobRecord]:
-        """Jobs without a result, the one accepted first in front. For the start."""
+        """Jobs without a result, in the order of acceptance. Called at the start."""
 
     async def finish(self, id: int, result: JobResult) -> bool:
         """Give a job its result and drop its request; evict what exceeds the limits.
 
         Returns:
-            False if there is no such unfinished job, as it was deleted or has a result.
+            False if there is no such unfinished job: it was deleted, or has a result.
         """
 
     async def find(self, id: int) -> Stored | Gone | None:
         """Return the job, why it is gone, or None if it was never issued or is forgotten."""
 
     async def mark_read(self, id: int) -> None:
-        """Note that a result was delivered, so that it may be evicted before unread ones.
+        """Note that a result was delivered, so that it is evicted before unread ones.
 
-        Only the first call per result changes anything. The note is a hint: who has a result
-        to deliver may ignore a JobStoreError here.
+        Only the first call per result changes anything. The note is a hint, so a caller that
+        delivers a result may ignore a JobStoreError here.
         """
 
     async def delete(self, id: int) -> bool:
@@ -224,13 +223,13 @@ class JobStore(Protocol):
         """Drop results that are past their ttl at ``now`` (unix seconds)."""
 
     def clock(self) -> float:
-        """Seconds in which servers had the store, from any start; it never goes back."""
+        """Seconds in which servers had the store, plus any constant; it never goes back."""
 
     def stats(self) -> StoreStats:
         """Counts, from memory."""
 
     async def close(self) -> None:
-        """Finish what was asked for and let go of the storage. Safe to call twice."""
+        """Finish all operations and close the storage. Safe to call twice."""
 
 
 def result_size(result: JobResult) -> int:
@@ -249,7 +248,7 @@ def encode(text: str | None) -> bytes | None:
 
 
 def check_new(records: Sequence[JobRecord]) -> None:
-    """Check the ids of records that are about to be inserted, as far as they alone tell.
+    """Check the ids of new records against their bounds and against each other.
 
     Raises:
         JobIdTaken: one is in the list twice.

@@ -1,8 +1,8 @@
-"""One thread that runs the operations of a job store, many of them per transaction.
+"""GroupCommit: a thread that runs the operations of a job store, many in one transaction.
 
-A commit costs a write to the disk, however much is in it. While one is being written, operations
-queue up; all of them go into the next. So a store under load makes few, large transactions and
-an idle one answers at once.
+A commit costs one write to the disk, however much is in it. Operations queue up while a commit is
+being written, and all of them go into the next one. So a store under load makes few, large
+transactions, and an idle store answers at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dllmserve.server.store.tables import Tables
 _log = logging.getLogger("dllmserve.store")
 _T = TypeVar("_T")
 
-#: operations in one transaction, so that the first of them do not wait for long
+#: most operations in one transaction, so that the first of them do not wait for long
 MAX_BATCH = 1000
 
 
@@ -42,12 +42,12 @@ class _Outcome:
 class GroupCommit:
     """Runs operations in a thread of its own and answers each after its commit.
 
-    An operation that fails takes no other with it: the transaction is undone and the operations
-    are run again, each in one of its own. The thread goes on after every error.
+    A failed operation does not harm the others: the transaction is undone, and the operations run
+    again, each in a transaction of its own. The thread goes on after every error.
 
     Args:
-        name: of the store, for the log.
-        opener: makes the tables, in the thread.
+        name: the name of the store, for the log.
+        opener: makes the tables; called in the thread.
     """
 
     def __init__(self, name: str, opener: Callable[[], Tables]) -> None:
@@ -67,7 +67,7 @@ class GroupCommit:
         self._loop = asyncio.get_running_loop()
         ready: asyncio.Future[Tables] = self._loop.create_future()
         self._ended = self._loop.create_future()
-        # a daemon: what is answered is on the disk, so an exit need not wait for the thread
+        # a daemon thread, because answered operations are on the disk: an exit need not wait for it
         self._thread = threading.Thread(
             target=self._main, args=(ready, self._ended), name="job-store", daemon=True
         )
@@ -83,7 +83,7 @@ class GroupCommit:
 
         Raises:
             JobStoreError: the storage failed, or the store is not open.
-            DllmServeError: what the operation refused.
+            DllmServeError: the operation refused.
         """
         if not self._accepts or self._loop is None:
             raise JobStoreError("the job store is not open")
@@ -92,7 +92,7 @@ class GroupCommit:
         return await future
 
     async def stop(self) -> None:
-        """Run what was asked for, close the tables and end the thread."""
+        """Run the queued operations, close the tables and end the thread."""
         if self._thread is None or self._ended is None:
             return
         self._accepts = False
@@ -124,7 +124,7 @@ class GroupCommit:
                 self._deliver(self._write(tables, batch))
 
     def _take(self, tables: Tables) -> tuple[list[_Operation], bool]:
-        """Wait for an operation and take those behind it; True if they are the last ones."""
+        """Wait for an operation and take those queued behind it; True if they are the last."""
         batch: list[_Operation] = []
         try:
             operation = self._queue.get(timeout=tables.patience)
@@ -140,10 +140,10 @@ class GroupCommit:
         return batch, True
 
     def _try(self, work: Callable[[], None]) -> None:
-        """Do what no operation asked for."""
+        """Do maintenance, for which no caller waits."""
         try:
             work()
-        except DAMAGE as error:  # nobody waits for it, and it is tried again
+        except DAMAGE as error:  # it is logged, and tried again later
             self._note(error)
 
     def _write(self, tables: Tables, batch: Sequence[_Operation]) -> list[_Outcome]:
@@ -168,7 +168,7 @@ class GroupCommit:
                 outcome = _Outcome(operation.future)
                 try:
                     outcome.value = operation.work(tables)
-                except DllmServeError as refusal:  # comes before anything was written
+                except DllmServeError as refusal:  # raised before anything was written
                     outcome.error = refusal
                 outcomes.append(outcome)
             wrote = tables.commit()
@@ -181,7 +181,7 @@ class GroupCommit:
         return outcomes
 
     def _note(self, error: Exception) -> None:
-        """Log the first of a row of failures; the callers hear about every one."""
+        """Log the first of several failures in a row; callers get an error for each."""
         if not self._failing:
             self._failing = True
             _log.error("job store %s: %s", self._name, error)
@@ -191,7 +191,7 @@ class GroupCommit:
         assert self._loop is not None
         try:
             self._loop.call_soon_threadsafe(_resolve, outcomes)
-        except RuntimeError:  # the loop is closed, so nobody waits
+        except RuntimeError:  # the loop is closed, so no caller waits
             _log.debug("job store %s: the event loop has ended", self._name)
 
 

@@ -1,4 +1,4 @@
-"""The file of a SqliteStore: found fit for use or refused, owned by one server at a time."""
+"""The file of a SqliteStore: checked before it is used, and owned by one server at a time."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pathlib import Path
 
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, JobStoreError
-from dllmserve.server.private import Folder, SharedDirectoryError, restrict
+from dllmserve.server.private_files import Folder, SharedDirectoryError, restrict
 from dllmserve.server.store.lease import MAKE_ALIVE
 from dllmserve.server.store.rows import check_rows
 
-#: "dllm" in the header of the file says whose it is
+#: "dllm", which marks the file as a job store of dllmserve
 APPLICATION_ID = 0x646C6C6D
 _APPLICATION_ID_AT = 68
 SCHEMA_VERSION = 1
 
-#: what stores of an older dllmserve lack; it keeps these up to date where they are
+#: tables and indexes that stores of an older dllmserve lack; it updates those that it finds
 ADDED = {
     "alive": MAKE_ALIVE,
     "jobs_by_owner": "CREATE INDEX IF NOT EXISTS jobs_by_owner ON jobs (owner, state, place)",
@@ -60,13 +60,13 @@ SCHEMA = (
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
 
-#: what SQLite, and Python's part of it, raise for a damaged file
+#: errors that Python's sqlite3 raises for a damaged file
 DAMAGE = (sqlite3.Error, UnicodeDecodeError, MemoryError)
-#: the files of a database, by the end of their names; its own is the last
+#: the endings of the names of a database's files; the last is that of the database itself
 _ENDINGS = ("-wal", "-shm", "-journal", "")
 
 _ANOTHER = "give another file with --job-store"
-#: before Python 3.12 nobody can tell SQLite to keep the log when it closes a file
+#: before Python 3.12, SQLite cannot be told to keep the log when it closes a file
 _KEPT = (
     "it was left as it is"
     if sys.version_info >= (3, 12)
@@ -77,18 +77,18 @@ _KEPT = (
 class JobFile:
     """An open, locked database with the schema above.
 
-    All of its files are this user's alone, in a directory that nobody else can change; see
-    :mod:`dllmserve.server.private`. The lock is on a ``.lock`` file beside the database, which
-    stays there. It belongs to the process: however that ends, the lock is gone. The connection
-    belongs to the thread that made this object.
+    All of its files belong to this user alone, in a directory that nobody else can change; see
+    :mod:`dllmserve.server.private_files`. The lock is on a ``.lock`` file beside the database, and
+    it stays. The lock belongs to the process, so it is gone when the process ends, in whatever
+    way. The connection belongs to the thread that made this object.
 
     Args:
         path: the database; made with its directory, readable for this user only, if missing.
 
     Raises:
-        ConfigError: another server has it, others can touch it, or it is no job store, too new,
-            or damaged. Nothing in it was changed then; before Python 3.12 SQLite may have merged
-            its write-ahead log into it.
+        ConfigError: another server has the file, other users can access it, or it is no job
+            store, too new, or damaged. Nothing in it was changed then; before Python 3.12 SQLite
+            may have merged its write-ahead log into it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -104,7 +104,7 @@ class JobFile:
                 for ending in _ENDINGS:
                     files += self._folder.existing(path.name + ending, stack)
                 self._lock(stack)
-                # its own stays open here, too: to close it takes the locks that SQLite has
+                # the database stays open here as well: closing it would release SQLite's locks
                 files.append(self._folder.keep(path.name, stack))
                 self._refuse_lost_log(files[-1])
                 self.db = self._connect(files)
@@ -113,14 +113,14 @@ class JobFile:
             self._held = stack.pop_all()
 
     def close(self) -> None:
-        """Close the database, then let others have it."""
+        """Close the database, then release the lock."""
         try:
             self.db.close()
         finally:
             self._held.close()
 
     def _lock(self, stack: ExitStack) -> None:
-        """Take the lock, for as long as the stack lasts."""
+        """Take the lock; the stack releases it."""
         file = self._folder.keep(f"{self.path.name}.lock", stack)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,7 +133,7 @@ class JobFile:
         os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
 
     def _refuse_lost_log(self, file: int) -> None:
-        """An empty database beside a log is none that was just made; SQLite deletes the log."""
+        """Refuse an empty database beside a log: it is damaged, and SQLite would delete the log."""
         log = self._folder.path / f"{self.path.name}-wal"
         if not os.fstat(file).st_size and log.exists() and log.stat().st_size:
             raise _damaged(self.path, f"it is empty, and {log.name} is not")
@@ -155,11 +155,11 @@ class JobFile:
             restrict(files)  # before SQLite makes a log with the rights of the database
         db = sqlite3.connect(path, isolation_level=None, timeout=0)
         try:
-            # texts that are none are told by their values
+            # invalid texts are found by the check of the values
             db.text_factory = lambda text: text.decode("utf-8", "replace")
             # exclusive also keeps SQLite from mapping shared memory, which kills on a full disk
             db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            _keep_log(db, True)  # of a file that is refused
+            _keep_log(db, True)  # in case the file is refused
             fresh = _check(db, path)
             _keep_log(db, False)
             if not self._folder.holds(path.name, files[-1]):
@@ -188,8 +188,22 @@ class JobFile:
         return db
 
 
+class MemoryFile:
+    """The same database in memory, which ends when it is closed."""
+
+    path = Path(":memory:")
+
+    def __init__(self) -> None:
+        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        _make(self.db)
+
+    def close(self) -> None:
+        """Free the database."""
+        self.db.close()
+
+
 def _keep_log(db: sqlite3.Connection, keep: bool) -> None:
-    """Whether the write-ahead log stays when the database is closed, where Python can say it."""
+    """Set whether the write-ahead log stays when the database is closed (from Python 3.12 on)."""
     if sys.version_info >= (3, 12):
         db.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, keep)
 
@@ -203,7 +217,7 @@ def _make(db: sqlite3.Connection) -> None:
 
 
 def _check(db: sqlite3.Connection, path: Path) -> bool:
-    """Refuse what is not a sound job store of a known version. True if it is empty."""
+    """Refuse a file that is not a sound job store of a known version. True if it is empty."""
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
@@ -218,7 +232,7 @@ def _check(db: sqlite3.Connection, path: Path) -> bool:
             f"the job store {path} has version {version} and this dllmserve knows "
             f"{SCHEMA_VERSION}; use the newer dllmserve that wrote it, or {_ANOTHER}"
         )
-    # its indexes, too: what evicts and expires goes by them
+    # this checks the indexes as well, which eviction and expiry rely on
     (verdict,) = db.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
         raise _damaged(path, verdict)
@@ -244,7 +258,7 @@ def _check_schema(db: sqlite3.Connection, path: Path) -> None:
 
 
 def _objects(db: sqlite3.Connection) -> dict[str, str]:
-    """Tables, indexes and the like, by name, as the statements that have made them."""
+    """The statements that made the tables, indexes and the like, by name."""
     query = (
         "SELECT name, type || ' of ' || tbl_name || ': ' || coalesce(sql, '') FROM sqlite_master"
     )
@@ -252,7 +266,7 @@ def _objects(db: sqlite3.Connection) -> dict[str, str]:
 
 
 def unusable(path: Path, error: Exception) -> ConfigError:
-    """What an error of SQLite means while a store is being opened."""
+    """The ConfigError for an error of SQLite while a store is being opened."""
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return _in_use(path, "")

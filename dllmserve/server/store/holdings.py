@@ -1,26 +1,25 @@
-"""Holdings: how much of a store each owner takes, so that a limit is enforced where most is."""
+"""Holdings: how much of a store each owner takes, so that the owner with most is limited first."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Generic, Literal, TypeVar
+from typing import Literal
 
-#: an owner: a text, or its bytes in a file
-Owner = TypeVar("Owner", bound=Hashable)
+#: an owner, as UTF-8
+Owner = bytes
 #: what is limited
 What = Literal["results", "bytes", "tombstones"]
 _ALL: tuple[What, ...] = ("results", "bytes", "tombstones")
 
 
-class Holdings(Generic[Owner]):
+class Holdings:
     """Counts for each owner, and their sums. Owners who hold nothing take no memory.
 
     Example:
         >>> held = Holdings()
-        >>> held.add("ann", results=1, bytes=10)
-        >>> held.add("bob", results=1, bytes=20)
+        >>> held.add(b"ann", results=1, bytes=10)
+        >>> held.add(b"bob", results=1, bytes=20)
         >>> held.total("bytes"), held.most("bytes"), held.most("results")
-        (30, ['bob'], ['ann', 'bob'])
+        (30, [b'bob'], [b'ann', b'bob'])
     """
 
     def __init__(self) -> None:
@@ -41,17 +40,17 @@ class Holdings(Generic[Owner]):
         return self._totals[what]
 
     def most(self, what: What) -> list[Owner]:
-        """The owners who hold most, nearly always one; the time it takes grows with their number.
+        """The owners who hold most: nearly always one, and none if nobody holds anything.
 
-        Nobody if nobody holds anything.
+        The time it takes grows with the number of owners.
         """
         held = self._held[what]
         most = max(held.values(), default=0)
         return [owner for owner, count in held.items() if count == most]
 
-    def copy(self) -> Holdings[Owner]:
-        """A copy that changes by itself."""
-        made: Holdings[Owner] = Holdings()
+    def copy(self) -> Holdings:
+        """An independent copy."""
+        made = Holdings()
         made._held = {what: dict(held) for what, held in self._held.items()}
         made._totals = dict(self._totals)
         return made

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dllmserve.errors import JobStoreError
 from dllmserve.server.store.rows import UNFINISHED
 
-#: seconds for which a lease is given, and after which it is renewed. The difference is for the
-#: disk: while a server lives, its lease does not run out
+#: seconds for which a lease holds, and after which it is renewed. The difference is time for the
+#: disk, so that the lease of a live server does not run out
 LEASE_S, RENEW_S = 1.5, 1.0
-#: an older dllmserve has made its stores without it
+#: stores of an older dllmserve lack this table
 MAKE_ALIVE = "CREATE TABLE IF NOT EXISTS alive (until REAL NOT NULL)"
 
 _UNTIL = "SELECT until FROM alive"
@@ -21,20 +21,22 @@ _NEWEST = "SELECT max(created) FROM jobs WHERE state = ?"
 
 
 class Lease:
-    """Counts the seconds in which servers had a store, on top of the unix time it was made at.
+    """Counts the seconds in which servers had a store, added to the unix time it was made at.
 
-    A server that is killed cannot say when. So it has a lease in the file: until when it counts
-    as alive. Each commit that writes renews it, and so does an open store once a second while a
-    job is unfinished; the next server counts on from there. Jumps of the wall clock change
-    nothing, and no server that is killed at once, again and again, keeps a job alive for ever.
+    A server that is killed cannot store when that was. So the file holds a lease: the time until
+    which the server counts as alive. Each commit that writes renews the lease, and so does an open
+    store once a second while a job is unfinished. The next server counts on from the lease's end.
+    Jumps of the wall clock change nothing. Servers that are killed at once, again and again, do
+    not keep a job alive for ever.
 
     Args:
         db: the store, inside of a transaction.
         monotonic: seconds that only grow.
-        began: when the server began by them, which is before it opens the store; None for now.
+        began: the value of ``monotonic`` when the server began, before it opened the store; None
+            for now.
 
     Raises:
-        JobStoreError: the store has no sensible time in it.
+        JobStoreError: the time in the store is invalid.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Lease:
         self._db, self._monotonic = db, monotonic
         found = [until for (until,) in db.execute(_UNTIL)]
         (newest,) = db.execute(_NEWEST, (UNFINISHED,)).fetchone()
-        if not found:  # the store is new, or of a dllmserve that had no lease
+        if not found:  # the store is new, or an older dllmserve without leases made it
             found = [time.time() if newest is None else newest]
             db.execute("INSERT INTO alive VALUES (?)", found)
         if len(found) > 1 or not isinstance(found[0], float) or not 0 <= found[0] < math.inf:
@@ -58,15 +60,15 @@ class Lease:
 
     @property
     def left(self) -> float:
-        """Seconds until it has to be renewed: 0 if it has to be now."""
+        """Seconds until the lease has to be renewed; 0 for now."""
         return max(0.0, self.until - (LEASE_S - RENEW_S) - self.now())
 
     def renew(self) -> float:
-        """Write until when the server counts as alive; returns it. It holds once committed."""
+        """Write a new end of the lease, and return it. It holds once it is committed."""
         until = self.now() + LEASE_S
         self._db.execute("UPDATE alive SET until = ?", (until,))
         return until
 
     def end(self) -> None:
-        """Write that the server is gone now."""
+        """Write that the lease ends now."""
         self._db.execute("UPDATE alive SET until = ?", (self.now(),))

@@ -1,4 +1,4 @@
-"""A job store in a file, which outlives its server."""
+"""A job store in SQLite: in a file, which outlives its server, or in memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dllmserve.server.store.base import (
     StoreStats,
 )
 from dllmserve.server.store.commits import GroupCommit
-from dllmserve.server.store.files import DAMAGE, JobFile, unusable
+from dllmserve.server.store.files import DAMAGE, JobFile, MemoryFile, unusable
 from dllmserve.server.store.tables import EXPIRE_CHUNK, Tables
 
 
 class SqliteStore:
-    """A :class:`~dllmserve.server.store.base.JobStore` in an SQLite file.
+    """A :class:`~dllmserve.server.store.base.JobStore` in an SQLite file, or in memory.
 
     What an operation did is on the disk when it returns (write-ahead log, synchronous=FULL), so it
     is there after ``kill -9`` and after a power cut. One server at a time can have the file open.
@@ -36,7 +36,8 @@ class SqliteStore:
     systems and disks. Who needs one encrypts the disk.
 
     Args:
-        path: the file; it and its directory are made if they are missing.
+        path: the file; it and its directory are made if they are missing. None keeps jobs in
+            memory: they end with the process, and ids start from 0 in the next one.
         limits: bounds of what is kept; None takes the defaults. Lower ones than before are
             enforced when it is opened.
         monotonic: seconds that only grow, for :meth:`clock`.
@@ -45,7 +46,7 @@ class SqliteStore:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None,
         limits: StoreLimits | None = None,
         *,
         monotonic: Callable[[], float] = time.monotonic,
@@ -54,14 +55,14 @@ class SqliteStore:
         self._limits = limits or StoreLimits()
 
         def opened() -> Tables:
-            file = JobFile(Path(path))
+            file = MemoryFile() if path is None else JobFile(Path(path))
             try:
                 return Tables(file, self._limits, monotonic, began)
             except (*DAMAGE, JobStoreError) as error:
                 file.close()
                 raise unusable(file.path, error) from error
 
-        self._commits = GroupCommit(str(path), opened)
+        self._commits = GroupCommit(str(path or "in memory"), opened)
         self._tables: Tables | None = None
 
     async def open(self) -> None:

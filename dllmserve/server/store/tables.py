@@ -25,7 +25,7 @@ from dllmserve.server.store.base import (
     check_new,
     encode,
 )
-from dllmserve.server.store.files import JobFile
+from dllmserve.server.store.files import JobFile, MemoryFile
 from dllmserve.server.store.holdings import Holdings
 from dllmserve.server.store.lease import Lease
 from dllmserve.server.store.rows import JOB, READ, UNFINISHED, UNREAD, read_gone, read_job
@@ -56,9 +56,9 @@ _Row = tuple[int, bytes, int, int]
 
 @dataclass
 class _Counts:
-    """Running totals, so that nobody has to count rows; a rollback takes them back as well."""
+    """Running totals, so that rows need not be counted; a rollback restores them as well."""
 
-    held: Holdings[bytes] = field(default_factory=Holdings)
+    held: Holdings = field(default_factory=Holdings)
     unfinished: int = 0
     place: int = 0
     evicted: dict[DropReason, int] = field(default_factory=lambda: dict.fromkeys(DROP_REASONS, 0))
@@ -70,8 +70,8 @@ class _Counts:
 class Tables:
     """The operations of a job store on an open file.
 
-    All of them are called between :meth:`begin` and :meth:`commit` or :meth:`rollback`. What they
-    refuse (a DllmServeError), they refuse before they write anything.
+    All operations are called between :meth:`begin` and :meth:`commit` or :meth:`rollback`. An
+    operation that refuses (with a DllmServeError) does so before it writes anything.
 
     Attributes:
         stats: as of the last commit; may be read from any thread.
@@ -83,7 +83,7 @@ class Tables:
 
     def __init__(
         self,
-        file: JobFile,
+        file: JobFile | MemoryFile,
         limits: StoreLimits,
         monotonic: Callable[[], float] = time.monotonic,
         began: float | None = None,
@@ -96,21 +96,21 @@ class Tables:
         self._saved = self._now
         self.begin()
         self.lease = Lease(self._db, monotonic, began)
-        # the limits may be lower than those it was written with
+        # the limits may be lower than those of the server that wrote the file
         self._enforce()
         self._trim()
         self.commit()
 
     def begin(self) -> None:
         """Start a transaction."""
-        if self._db.in_transaction:  # a rollback that has failed
+        if self._db.in_transaction:  # an earlier rollback has failed
             self._db.execute("ROLLBACK")
         self._saved = self._now.copy()
         self._writes = self._db.total_changes
         self._db.execute("BEGIN IMMEDIATE")
 
     def commit(self) -> bool:
-        """Make the transaction last. Returns whether it wrote anything besides its lease."""
+        """Commit the transaction. Returns whether it wrote anything besides the lease."""
         now, lease = self._now, self.lease
         wrote = self._db.total_changes != self._writes
         until = lease.renew() if wrote else lease.until
@@ -129,14 +129,14 @@ class Tables:
 
     @property
     def patience(self) -> float | None:
-        """Seconds to wait for an operation before there is something else to do; None: for ever."""
+        """Seconds to wait for an operation before maintenance is due; None if none will be due."""
         if self._now.unfinished:
-            # not at once even if it is due: a full disk may refuse it again and again
+            # never 0, even if the lease is due: a full disk may refuse to renew it again and again
             return min(TIDY_AFTER_S, max(self.lease.left, _RETRY_S))
         return TIDY_AFTER_S if self.untidy else None
 
     def tidy(self) -> None:
-        """Move the log into the file and empty it, and with it what deleted jobs left there."""
+        """Move the log into the file and empty the log, where texts of deleted jobs may be left."""
         if self.untidy:
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             self.untidy = False
@@ -152,7 +152,7 @@ class Tables:
     def close(self) -> None:
         """End the lease and close the file."""
         try:
-            # a full disk keeps nobody from leaving; it costs jobs what is left of the lease
+            # a full disk must not prevent the end; jobs then lose what is left of the lease
             with suppress(sqlite3.Error):
                 self.begin()
                 self.lease.end()

@@ -15,8 +15,8 @@ from uvicorn.server import ServerState
 
 from dllmserve.server.http.connection import GuardedProtocol
 from dllmserve.server.http.listener import Listener
-from dllmserve.server.http.places import ConnectionLimits, Connections, ConnectionStats, Judge
 from dllmserve.server.http.refusal import RefusalHeaders, no_headers
+from dllmserve.server.http.slots import Classify, ConnectionLimits, Connections, ConnectionStats
 
 #: what no test waits longer for; far more than any of them needs
 PATIENCE = 20.0
@@ -68,14 +68,14 @@ async def serving(
     keep_alive: float = 5,
     sndbuf: int | None = None,
     refusal_headers: RefusalHeaders = no_headers,
-    judge: Judge = client,
+    classify: Classify = client,
     context: ssl.SSLContext | None = None,
     host: str = "127.0.0.1",
     **limits: Any,
 ) -> AsyncIterator[Live]:
     """Serve an app on a free port. At the end nothing of it may be left."""
     connections = Connections(
-        ConnectionLimits(**limits), judge=judge, refusal_headers=refusal_headers
+        ConnectionLimits(**limits), classify=classify, refusal_headers=refusal_headers
     )
     stats = connections.stats
     config = uvicorn.Config(

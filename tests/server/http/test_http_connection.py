@@ -11,8 +11,8 @@ from starlette.types import Receive, Scope, Send
 
 from dllmserve.errors import ConfigError
 from dllmserve.server.http.body import BodyGuard
-from dllmserve.server.http.places import ConnectionLimits
 from dllmserve.server.http.respond import ABORT, LINGER_S
+from dllmserve.server.http.slots import ConnectionLimits
 from tests.server.http.live import (
     Client,
     Echo,

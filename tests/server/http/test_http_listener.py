@@ -18,9 +18,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dllmserve.server.http.auth import ApiKeys, AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.listener import Listener
-from dllmserve.server.http.logs import Seldom
-from dllmserve.server.http.places import SIDE_BY_SIDE, ConnectionLimits, Connections, Standing
+from dllmserve.server.http.logs import OncePerSecond
 from dllmserve.server.http.respond import LINGER_S
+from dllmserve.server.http.slots import SIDE_BY_SIDE, ConnectionLimits, Connections, Sender
 from tests.server.http.live import (
     PATIENCE,
     Echo,
@@ -64,7 +64,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return server, client
 
 
-def judge(path: str, headers: Any) -> Standing:
+def classify(path: str, headers: Any) -> Sender:
     if path in OPEN:
         return "probe"
     secrets = presented(headers)
@@ -110,7 +110,7 @@ def test_a_crowd_keeps_neither_probes_nor_keys_out(name: str) -> None:
     async def main() -> None:
         limits = {"max_connections": 10, "reserve": 10, "header_timeout_s": 60.0}
         app = guarded(Echo())
-        async with serving(app, judge=judge, **limits) as live, crowd(live, NOTHING[name]):
+        async with serving(app, classify=classify, **limits) as live, crowd(live, NOTHING[name]):
             await until(lambda: live.stats.dropped["idle"] > CROWD, "not crowded")
             for _ in range(8):
                 assert (await ask(live.port, get("/health"))).status == 200
@@ -182,7 +182,7 @@ def test_a_crowd_that_asks_without_pause_keeps_nobody_out(name: str) -> None:
     async def main() -> None:
         limits = {"max_connections": 10, "reserve": 10}
         app = guarded(Echo(before=slowly))
-        async with serving(app, judge=judge, **limits) as live:
+        async with serving(app, classify=classify, **limits) as live:
             tasks = [asyncio.ensure_future(ask_on(live)) for _ in range(30)]
             await until(lambda: live.stats.dropped["idle"] > 30, "not crowded")
             for _ in range(8):
@@ -205,7 +205,7 @@ def test_a_few_requests_without_a_key_are_answered_at_a_time(leaves: bool) -> No
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             await (reply(send) if scope["path"] == "/v1/x" else waiter(scope, receive, send))
 
-        async with serving(app, judge=judge) as live, contextlib.AsyncExitStack() as stack:
+        async with serving(app, classify=classify) as live, contextlib.AsyncExitStack() as stack:
             clients = []
             for _ in range(2 * SIDE_BY_SIDE):
                 clients.append(await stack.enter_async_context(connected(live.port)))
@@ -237,13 +237,13 @@ def test_when_all_are_busy_clients_are_told_so_and_probes_answered(keyed: bool) 
             else:
                 await reply(send)
 
-        def everybody(path: str, headers: Any) -> Standing:
+        def everybody(path: str, headers: Any) -> Sender:
             return "probe" if path in OPEN else "client"
 
         header = (MINE,) if keyed else ()
         limits = {"max_connections": 2, "reserve": 4}
         async with (
-            serving(app, judge=judge if keyed else everybody, **limits) as live,
+            serving(app, classify=classify if keyed else everybody, **limits) as live,
             contextlib.AsyncExitStack() as stack,
         ):
             # a key may have half of the reserve besides
@@ -443,7 +443,7 @@ def test_seldom_counts_what_it_does_not_say() -> None:
     log = logging.getLogger("dllmserve.test_seldom")
     records: list[logging.LogRecord] = []
     log.addFilter(lambda record: records.append(record) or False)  # type: ignore[func-returns-value]
-    seldom = Seldom(log, logging.WARNING, lambda: now[0])
+    seldom = OncePerSecond(log, logging.WARNING, lambda: now[0])
     for tenth in range(25):
         now[0] = tenth / 10
         seldom("again", number=tenth)

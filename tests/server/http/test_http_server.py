@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from dllmserve.server.http.auth import ApiKeys, AuthGuard
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.listener import GuardedServer
-from dllmserve.server.http.places import ConnectionLimits, Connections, ConnectionStats
 from dllmserve.server.http.request_id import RequestLog
+from dllmserve.server.http.slots import ConnectionLimits, Connections, ConnectionStats
 from tests.server.http.live import Echo, reply
 
 KEY = "0123456789abcdef"

@@ -6,8 +6,8 @@ import socket
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from dllmserve.server.http.places import SIDE_BY_SIDE, Judge, Standing
 from dllmserve.server.http.respond import ABORT
+from dllmserve.server.http.slots import SIDE_BY_SIDE, Classify, Sender
 from tests.server.http.live import Live, ask, connected, get, reply, serving, until
 
 SHORT = 0.3  # seconds
@@ -65,16 +65,16 @@ def test_client_that_does_not_read_is_cut() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("standing", ["probe", "stranger", "client", "key"])
-def test_who_does_not_read_gives_way_unless_it_is_a_client(standing: Standing) -> None:
+@pytest.mark.parametrize("sender", ["probe", "stranger", "client", "key"])
+def test_who_does_not_read_gives_way_unless_it_is_a_client(sender: Sender) -> None:
     async def main() -> None:
         flood = Flood()
         limits = {"max_connections": 4, "reserve": 0, "write_timeout_s": 60.0}
-        judge: Judge = lambda path, headers: standing  # noqa: E731
-        async with serving(flood, judge=judge, sndbuf=8192, **limits) as live:
+        classify: Classify = lambda path, headers: sender  # noqa: E731
+        async with serving(flood, classify=classify, sndbuf=8192, **limits) as live:
             socks = [await lazy_reader(live, get()) for _ in range(4)]
             await until(lambda: flood.running == 4, "not started")
-            if standing in ("client", "key"):
+            if sender in ("client", "key"):
                 async with connected(live.port) as client:
                     await client.closed()
                 assert flood.running == 4 and live.stats.dropped == {"full": 1}
@@ -91,8 +91,8 @@ def test_who_does_not_read_gives_way_unless_it_is_a_client(standing: Standing) -
 def test_those_that_do_not_read_take_nobodys_turn() -> None:
     async def main() -> None:
         flood = Flood()
-        judge: Judge = lambda path, headers: "probe"  # noqa: E731
-        async with serving(flood, judge=judge, sndbuf=8192, write_timeout_s=60.0) as live:
+        classify: Classify = lambda path, headers: "probe"  # noqa: E731
+        async with serving(flood, classify=classify, sndbuf=8192, write_timeout_s=60.0) as live:
             socks = [await lazy_reader(live, get()) for _ in range(3 * SIDE_BY_SIDE)]
             await until(lambda: flood.running == 3 * SIDE_BY_SIDE, "some wait for others")
             for sock in socks:

@@ -10,7 +10,6 @@ from dllmserve.server.store import (
     JobRecord,
     JobResult,
     JobStore,
-    MemoryStore,
     SqliteStore,
     Stored,
     StoreLimits,
@@ -36,7 +35,7 @@ def done(record: JobRecord, result: JobResult) -> Stored:
 
 
 def make_store(kind: str, path: Path, limits: StoreLimits | None = None) -> JobStore:
-    return MemoryStore(limits) if kind == "memory" else SqliteStore(path, limits)
+    return SqliteStore(None if kind == "memory" else path, limits)
 
 
 def using(store: JobStore, body: Callable[[], Awaitable[T]]) -> T:

@@ -1,6 +1,6 @@
-"""Refuses requests that have no room before anything is done with them.
+"""AdmissionGuard: refuses requests for which there is no room, before the application sees them.
 
-A refusal inside the application costs 40 % more, and when hundreds of clients are refused at once,
+A refusal inside the application costs 40 % more. When hundreds of clients are refused at once,
 that time is missing for health checks and for the requests that were taken.
 """
 
@@ -18,15 +18,15 @@ from dllmserve.server.failures import as_api_error, error_response
 from dllmserve.server.service import Service
 
 
-class Turnstile:
+class AdmissionGuard:
     """ASGI middleware behind the key and body guards: 503 while nothing can be taken.
 
-    It stands before every route that takes POST: whatever is sent asks for something of the
-    engine. A key that has its share gets 429. The application checks again, as it alone knows how
-    much a request needs.
+    It guards every route that takes POST, because every POST asks the engine for something. A key
+    that has used its share gets 429. The application checks again, because it alone knows how much
+    a request needs.
 
     Args:
-        app: what is behind it.
+        app: the application behind.
         service: knows whether there is room.
     """
 
@@ -48,7 +48,7 @@ class Turnstile:
         await self.app(scope, receive, send)
 
     def _path(self, scope: Scope) -> str | None:
-        """The template of the route that will take a request, if that needs room."""
+        """The template of the route that will take a request; None if it needs no room."""
         if scope["type"] != "http" or scope["method"] != "POST":
             return None
         if self._paths is None:  # the first request; all routes are there

@@ -1,4 +1,4 @@
-"""Who has a place when there are too many connections, on a clock that the tests turn."""
+"""Who has a slot when there are too many connections, on a clock that the tests turn."""
 
 import random
 import socket
@@ -7,51 +7,51 @@ from typing import Any
 
 import pytest
 
-from dllmserve.server.http.places import (
+from dllmserve.server.http.slots import (
     AHEAD_S,
     GRACE_S,
     PACE_S,
     ConnectionLimits,
     Connections,
-    Place,
-    Standing,
+    ConnectionSlot,
+    Sender,
     group,
 )
 
 
 @dataclass
-class Door:
+class NamedConnections:
     """Connections with names, and those of them that were dropped."""
 
     connections: Connections
     now: list[float]
     dropped: list[str] = field(default_factory=list)
-    places: dict[str, Place] = field(default_factory=dict)
+    slots: dict[str, ConnectionSlot] = field(default_factory=dict)
 
-    def enter(self, name: str, address: str | None = "a") -> Place | None:
+    def enter(self, name: str, address: str | None = "a") -> ConnectionSlot | None:
         self.now[0] += 1.0
-        place = self.connections.enter(address, lambda: self.dropped.append(name))
-        if place is not None:
-            self.places[name] = place
-        return place
+        slot = self.connections.enter(address, lambda: self.dropped.append(name))
+        if slot is not None:
+            self.slots[name] = slot
+        return slot
 
-    def begin(self, name: str, standing: str = "client") -> bool:
-        return self.connections.begin(self.places[name], standing, ())
+    def begin(self, name: str, sender: str = "client") -> bool:
+        return self.connections.begin(self.slots[name], sender, ())
 
 
-def door(**limits: Any) -> Door:
-    """The path of a request is its sender's standing here."""
+def named(**limits: Any) -> NamedConnections:
+    """The path of a request is its sender here."""
     now = [100.0]
 
-    def judge(path: str, headers: Any) -> Standing:
+    def classify(path: str, headers: Any) -> Sender:
         return path  # type: ignore[return-value]
 
-    made = Connections(ConnectionLimits(**limits), judge=judge, clock=lambda: now[0])
-    return Door(made, now)
+    made = Connections(ConnectionLimits(**limits), classify=classify, clock=lambda: now[0])
+    return NamedConnections(made, now)
 
 
 def test_the_oldest_idle_one_gives_way_and_a_busy_one_never() -> None:
-    full = door(max_connections=2, reserve=2)
+    full = named(max_connections=2, reserve=2)
     for name in "abcd":
         assert full.enter(name)
     assert full.begin("a")
@@ -59,13 +59,13 @@ def test_the_oldest_idle_one_gives_way_and_a_busy_one_never() -> None:
     full.enter("f")
     assert full.dropped == ["b", "c"]
     # a was busy and is idle again; more of them had no answer yet
-    full.connections.rest(full.places["a"])
+    full.connections.rest(full.slots["a"])
     full.enter("g")
     assert full.dropped == ["b", "c", "d"]
     # as many had one: by the end of their last request
     for name in "ga":
         assert full.begin(name)
-        full.connections.rest(full.places[name])
+        full.connections.rest(full.slots[name])
     for name in "hij":
         full.enter(name)
     assert full.dropped == ["b", "c", "d", "g", "e", "f"]
@@ -75,7 +75,7 @@ def test_the_oldest_idle_one_gives_way_and_a_busy_one_never() -> None:
 
 
 def test_the_address_with_most_idle_connections_loses_its_own() -> None:
-    full = door(max_connections=4, reserve=2)
+    full = named(max_connections=4, reserve=2)
     full.enter("honest", "10.0.0.1")
     for name in "abcde":
         full.enter(name, "10.0.0.2")
@@ -83,26 +83,26 @@ def test_the_address_with_most_idle_connections_loses_its_own() -> None:
         full.enter(name, "10.0.0.2")
     assert full.dropped == list("abcde")
     # nobody has more than others: the oldest
-    equal = door(max_connections=3, reserve=0)
+    equal = named(max_connections=3, reserve=0)
     for name in "xyzuvw":
         equal.enter(name, name)
     assert equal.dropped == list("xyz")
 
 
 def test_when_all_are_busy_there_is_no_place() -> None:
-    full = door(max_connections=2, reserve=0)
+    full = named(max_connections=2, reserve=0)
     for name in "ab":
         assert full.enter(name) and full.begin(name)
     assert full.connections.seconds_to_room() == 0
     assert full.enter("c") is None
     assert full.dropped == []
     assert full.connections.stats.dropped == {"full": 1}
-    full.connections.leave(full.places["a"])
+    full.connections.leave(full.slots["a"])
     assert full.enter("d")
 
 
 def test_whoever_has_just_come_is_left_alone_for_a_moment() -> None:
-    full = door(max_connections=1, reserve=1)
+    full = named(max_connections=1, reserve=1)
     for name in "ab":
         full.connections.enter("a", lambda name=name: full.dropped.append(name))
     assert full.connections.seconds_to_room() == pytest.approx(GRACE_S)
@@ -111,7 +111,7 @@ def test_whoever_has_just_come_is_left_alone_for_a_moment() -> None:
 
 
 def test_making_room_takes_a_bounded_share_of_the_time() -> None:
-    full = door(max_connections=1000)
+    full = named(max_connections=1000)
     for number in range(1128):
         full.enter(str(number))
     for _ in range(1000):
@@ -123,7 +123,7 @@ def test_making_room_takes_a_bounded_share_of_the_time() -> None:
 
 def test_connections_that_ask_again_and_again_make_room() -> None:
     """What a connection does changes when it goes, and not whether one of them does."""
-    full = door(max_connections=64, reserve=32)
+    full = named(max_connections=64, reserve=32)
     names = [str(number) for number in range(96)]
     for name in names:
         full.enter(name)
@@ -131,7 +131,7 @@ def test_connections_that_ask_again_and_again_make_room() -> None:
     def ask_all() -> None:
         for name in names:
             if full.begin(name):
-                full.connections.rest(full.places[name])
+                full.connections.rest(full.slots[name])
 
     ask_all()
     for number in range(200):
@@ -146,20 +146,20 @@ def test_connections_that_ask_again_and_again_make_room() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_new_connection_gets_in_and_has_its_moment_whatever_others_do(seed: int) -> None:
     rng = random.Random(seed)
-    full = door(max_connections=rng.choice([1, 8, 64]), reserve=rng.choice([1, 8]))
+    full = named(max_connections=rng.choice([1, 8, 64]), reserve=rng.choice([1, 8]))
     limits, waiting = full.connections.limits, 0.0
-    entered: dict[Place, float] = {}
+    entered: dict[ConnectionSlot, float] = {}
 
-    def dropped(place: Place) -> None:
-        if not place.used:
-            assert full.now[0] - entered[place] >= GRACE_S - 1e-9
+    def dropped(slot: ConnectionSlot) -> None:
+        if not slot.used:
+            assert full.now[0] - entered[slot] >= GRACE_S - 1e-9
 
     def newcomer() -> None:
-        box: list[Place] = []
-        place = full.connections.enter("a", lambda: dropped(box[0]))
-        assert place is not None, "nobody is busy"
-        box.append(place)
-        entered[place] = full.now[0]
+        box: list[ConnectionSlot] = []
+        slot = full.connections.enter("a", lambda: dropped(box[0]))
+        assert slot is not None, "nobody is busy"
+        box.append(slot)
+        entered[slot] = full.now[0]
 
     for _ in range(20_000):
         wait = full.connections.seconds_to_room()
@@ -169,28 +169,28 @@ def test_a_new_connection_gets_in_and_has_its_moment_whatever_others_do(seed: in
         else:  # the listener waits
             assert (waiting := waiting + wait) <= GRACE_S + AHEAD_S + PACE_S
             full.now[0] += wait
-        here = [place for place in entered if not place.gone]
-        for place in rng.sample(here, rng.randint(0, min(3, len(here)))):
+        here = [slot for slot in entered if not slot.gone]
+        for slot in rng.sample(here, rng.randint(0, min(3, len(here)))):
             match rng.randrange(3):
-                case 0 | 1 if full.connections.begin(place, "probe", ()) and rng.random() < 0.7:
-                    full.connections.rest(place)
+                case 0 | 1 if full.connections.begin(slot, "probe", ()) and rng.random() < 0.7:
+                    full.connections.rest(slot)
                 case 2 if rng.random() < 0.1:
-                    full.connections.leave(place)
-        entered = {place: entered[place] for place in here}
+                    full.connections.leave(slot)
+        entered = {slot: entered[slot] for slot in here}
         full.now[0] += rng.choice([0.0, 0.0001, 0.01])
     assert full.connections.stats.open <= limits.max_connections + limits.reserve
 
 
 @pytest.mark.parametrize(("reserve", "keys"), [(0, 0), (1, 0), (2, 1), (8, 4), (9, 4)])
-def test_places_are_kept_for_keys_and_probes(reserve: int, keys: int) -> None:
-    full = door(max_connections=3, reserve=reserve)
+def test_slots_are_kept_for_keys_and_probes(reserve: int, keys: int) -> None:
+    full = named(max_connections=3, reserve=reserve)
     begun: dict[str, int] = {}
-    for turn, standing in enumerate(("client", "probe", "key", "client", "stranger", "key")):
+    for turn, sender in enumerate(("client", "probe", "key", "client", "stranger", "key")):
         for number in range(3 + reserve):
-            name = f"{standing} {turn} {number}"
-            if full.enter(name) is None or not full.begin(name, standing):
+            name = f"{sender} {turn} {number}"
+            if full.enter(name) is None or not full.begin(name, sender):
                 break
-            begun[standing] = begun.get(standing, 0) + 1
+            begun[sender] = begun.get(sender, 0) + 1
     assert {name: begun.get(name, 0) for name in ("client", "key")} == {"client": 3, "key": keys}
     assert bool(begun.get("probe")) == bool(begun.get("stranger")) == (reserve > keys)
     assert full.connections.stats.busy == 3 + keys, "nobody waits for probes and strangers"
@@ -199,38 +199,38 @@ def test_places_are_kept_for_keys_and_probes(reserve: int, keys: int) -> None:
     assert full.begin("client 0 0", "stranger")
 
 
-@pytest.mark.parametrize("standing", ["probe", "stranger"])
-def test_whatever_needs_no_key_holds_no_place(standing: str) -> None:
+@pytest.mark.parametrize("sender", ["probe", "stranger"])
+def test_a_request_without_a_key_does_not_make_its_connection_busy(sender: str) -> None:
     """Not even by requests that wait for one another, or answers that nobody reads."""
-    full = door(max_connections=2, reserve=2)
+    full = named(max_connections=2, reserve=2)
     for name in "abcd":
-        assert full.enter(name) and full.begin(name, standing)
+        assert full.enter(name) and full.begin(name, sender)
     assert full.enter("e") and full.dropped == ["a"]
-    assert not full.begin("a", standing)
+    assert not full.begin("a", sender)
     # behind a probe a client's request is one all the same
     assert full.begin("b", "key") and full.connections.stats.busy == 1
     assert full.enter("f") and full.dropped == ["a", "c"]
-    full.connections.rest(full.places["b"])
+    full.connections.rest(full.slots["b"])
     assert full.connections.stats.busy == 0
 
 
 def test_an_address_has_a_limit_of_its_own() -> None:
-    limited = door(max_connections=9, max_per_address=2)
+    limited = named(max_connections=9, max_per_address=2)
     limited.enter("a", "10.0.0.1")
     assert not limited.connections.crowded("10.0.0.1")
     limited.enter("b", "10.0.0.1")
     assert limited.connections.crowded("10.0.0.1")
     assert not limited.connections.crowded("10.0.0.2")
     assert not limited.connections.crowded(None)
-    limited.connections.leave(limited.places["a"])
-    limited.connections.leave(limited.places["a"])
+    limited.connections.leave(limited.slots["a"])
+    limited.connections.leave(limited.slots["a"])
     assert not limited.connections.crowded("10.0.0.1")
     assert limited.connections.stats.open == 1
 
 
 @pytest.mark.parametrize(("idle", "given"), [(0, 0), (3, 3), (8, 8), (40, 20), (1000, 64)])
 def test_idle_connections_give_their_files(idle: int, given: int) -> None:
-    short = door(max_connections=2000)
+    short = named(max_connections=2000)
     short.enter("busy")
     short.begin("busy")
     for number in range(idle):
@@ -243,26 +243,26 @@ def test_idle_connections_give_their_files(idle: int, given: int) -> None:
 
 def test_numbers_hold_whatever_happens() -> None:
     rng = random.Random(1)
-    made = door(max_connections=5, reserve=4)
+    made = named(max_connections=5, reserve=4)
     for turn in range(5000):
-        names = list(made.places)
+        names = list(made.slots)
         match rng.randrange(5):
             case 0 | 1:
                 made.enter(str(turn), rng.choice(["a", "b", "c", None]))
             case 2 if names:
                 made.begin(rng.choice(names), rng.choice(["client", "stranger", "key", "probe"]))
             case 3 if names:
-                made.connections.rest(made.places[rng.choice(names)])
+                made.connections.rest(made.slots[rng.choice(names)])
             case 4 if names:
-                made.connections.leave(made.places.pop(rng.choice(names)))
-        here = [place for place in made.places.values() if not place.gone]
+                made.connections.leave(made.slots.pop(rng.choice(names)))
+        here = [slot for slot in made.slots.values() if not slot.gone]
         stats = made.connections.stats
         assert stats.open == len(here) <= 9
-        assert stats.busy == sum(place.busy for place in here)
+        assert stats.busy == sum(slot.busy for slot in here)
         groups = made.connections._idle.values()
-        idle = [place for each in groups for place in (*each.fresh, *each.used)]
-        assert all(not place.used for each in groups for place in each.fresh)
-        assert sorted(map(id, idle)) == sorted(id(place) for place in here if not place.busy)
+        idle = [slot for each in groups for slot in (*each.fresh, *each.used)]
+        assert all(not slot.used for each in groups for slot in each.fresh)
+        assert sorted(map(id, idle)) == sorted(id(slot) for slot in here if not slot.busy)
         assert sum(made.connections._held.values()) == len(here)
         assert all(made.connections._idle.values()) and all(made.connections._held.values())
 

@@ -1,4 +1,4 @@
-"""What makes a process somebody's: it ends when its owner does, and shows that it lives."""
+"""For a child process: it ends when its owner ends, and sends heartbeats while it lives."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from dllmserve.process.channel import Channel, ChannelClosed
-from dllmserve.process.messages import Alive, encode
+from dllmserve.process.messages import Heartbeat, encode
 
 _PR_SET_PDEATHSIG = 1
 #: longest silence of a healthy worker, in seconds, but for a step of an engine that takes longer
@@ -33,31 +33,31 @@ def prepare_process(owner: int) -> None:
     if sys.platform == "linux":
         libc = ctypes.CDLL(None, use_errno=True)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != owner:  # it died before the line above
+    if os.getppid() != owner:  # the owner died before the line above
         raise SystemExit(0)
 
 
-def beat(channel: Channel) -> None:
-    """Give a sign of life every half second, from a thread, until this process ends.
+def start_heartbeat(channel: Channel) -> None:
+    """Send a heartbeat every half second, from a thread, until this process ends.
 
-    For a worker that waits for others in the middle of its work. Where the kernel does not kill it
-    with its owner, this ends it.
+    A rank needs the thread, because it waits for other ranks in the middle of a step. The thread
+    also ends the process when the owner is gone, where the kernel does not do so.
     """
 
     def run() -> None:
         never = threading.Event()
         try:
             while not never.wait(HEARTBEAT_S):
-                channel.send(encode(Alive()))
+                channel.send(encode(Heartbeat()))
         except ChannelClosed:
-            leave_at_once()
+            exit_now()
 
     threading.Thread(target=run, name="dllmserve-heartbeat", daemon=True).start()
 
 
-def leave_at_once() -> NoReturn:
-    """End the process, even if it waits for a rank that is gone."""
-    with suppress(OSError):  # nobody may read it any more
+def exit_now() -> NoReturn:
+    """End the process at once, even while a thread waits for a rank that is gone."""
+    with suppress(OSError):  # the reader of standard output may be gone
         sys.stdout.flush()
     os._exit(0)
 
@@ -65,8 +65,8 @@ def leave_at_once() -> NoReturn:
 def is_stopped(pid: int) -> bool:
     """Whether a signal has stopped a process; False where the system does not tell.
 
-    That a process says nothing does not show it: a healthy one is silent while C code holds
-    Python's lock, for as long as a compilation or a large copy takes.
+    Silence alone does not prove it. A healthy process is silent while C code holds Python's lock,
+    for as long as a compilation or a large copy takes.
     """
     if fields := process_fields(Path(f"/proc/{pid}")):
         return fields[0] == "T"

@@ -1,4 +1,4 @@
-"""Door: every check that a request can fail before it is queued. No torch, no weights.
+"""RequestValidator: every check that a request can fail before it is queued. No torch, no weights.
 
 The engine and the processes that talk to it hold requests against the same checks.
 """
@@ -20,7 +20,7 @@ from dllmserve.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
-class Door:
+class RequestValidator:
     """The checks of one engine.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Who has a place among a server's connections, and who gives way when there are too many."""
+"""Connections: counts a server's connections, and drops idle ones when there are too many."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from dllmserve.errors import ConfigError
 from dllmserve.server.http.refusal import RefusalHeaders, no_headers
 from dllmserve.server.http.respond import Headers
 
-#: seconds that a connection has for its first request before it may be dropped
+#: seconds that a new connection has for its first request before it may be dropped
 GRACE_S = 0.05
-#: seconds from one connection that gives way to the next, at least, so that making room takes a
+#: least seconds between two connections that are dropped for new ones, so that dropping takes a
 #: bounded share of the time
 PACE_S = 0.001
-#: seconds by which several that give way at once may be ahead of that pace
+#: seconds by which several drops in a row may be ahead of that pace
 AHEAD_S = 0.016
-#: requests of probes and strangers that are answered at a time. The others wait: a flood of them
-#: would make each turn of the event loop long, and a client's request takes ten turns or so
+#: requests of probes and strangers that are answered at a time. The others wait. A flood of them
+#: would make each turn of the event loop long, and a client's request takes about ten turns
 SIDE_BY_SIDE = 16
 #: connections that are dropped at once, at least and at most, when there are no open files left
 _FEWEST, _MOST = 8, 64
 
-#: what a request's head says of its sender: a "probe" asks for what needs no key, a "stranger" has
-#: none and gets a 401, so both are answered at once; a holder of a "key"; a "client" where
-#: nobody needs one
-Standing = Literal["probe", "stranger", "client", "key"]
-#: from the path and the headers of a request to its sender's standing
-Judge = Callable[[str, Headers], Standing]
+#: what a request's head says of its sender. A "probe" asks for a path that needs no key; a
+#: "stranger" has no valid key and gets a 401; both are answered at once. A sender with a valid key
+#: is a "key". Where no keys are configured, every other sender is a "client"
+Sender = Literal["probe", "stranger", "client", "key"]
+#: finds the kind of sender from the path and the headers of a request
+Classify = Callable[[str, Headers], Sender]
 #: why a connection was closed without an answer
 DROPS = ("idle", "files", "full", "handshake", "slow_reader")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectionLimits:
-    """What connections may take. Beyond a limit one gets the status below and is closed.
+    """Limits on connections. A connection over a limit gets the status below and is closed.
 
     Attributes:
         header_timeout_s: seconds from a request's first byte, or from the moment that the
             connection was accepted, to the end of its headers; 408, or no answer if it had not
-            begun. Also for a body that nobody waits for any more.
+            begun. It also limits a body that the application does not wait for any more.
         max_header_bytes: request line and headers together; chunk extensions; trailers; 431.
         max_headers: number of headers; 431.
         max_target_bytes: path and query; 414.
-        max_connections: connections with a request under way, probes and strangers not counted;
-            503.
-        reserve: connections beyond those. Requests with a key may use half of them; the others are
-            there so that heads can be read, and probes answered.
+        max_connections: connections with a request under way, without those of probes and
+            strangers; 503.
+        reserve: further connections. Requests with a key may use half of them; the other half is
+            kept for reading heads and for answering probes.
         max_per_address: open connections of one address, or of one IPv6 network of 64 bits; 429.
             None: no limit.
-        write_timeout_s: seconds that a full write buffer may stand still; no status.
+        write_timeout_s: seconds for which a client may leave a full write buffer unread; no status.
 
     Raises:
         ConfigError: a limit is not positive.
@@ -87,8 +87,8 @@ class ConnectionStats:
 
     Attributes:
         open: connections open now, from the moment that they are accepted.
-        busy: those of them that may not give way.
-        refused: connections and requests that were refused below the application, by status.
+        busy: those of them that may not be dropped for new ones.
+        refused: connections and requests refused before they reached the application, by status.
         dropped: connections that were closed without an answer, by reason, one of :data:`DROPS`.
     """
 
@@ -99,16 +99,16 @@ class ConnectionStats:
 
 
 @dataclass(eq=False, slots=True)
-class Place:
-    """One connection, from the moment that it is accepted to its end.
+class ConnectionSlot:
+    """The slot of one connection, from the moment that it is accepted to its end.
 
     Attributes:
-        group: who it counts for, see :func:`group`.
+        group: the address that it counts for, see :func:`group`.
         deadline: when its first head has to be complete, on the clock of :class:`Connections`.
         drop: ends the connection at once.
         busy: whether a request of a client is under way.
         used: whether a request has been answered.
-        gone: whether it has been left or dropped.
+        gone: whether the connection has ended or was dropped.
     """
 
     group: str | None
@@ -123,57 +123,60 @@ class _Group:
     """The idle connections of one address."""
 
     def __init__(self) -> None:
-        # since when they are idle, oldest first
-        self.fresh: dict[Place, float] = {}  # no answer yet
-        self.used: dict[Place, float] = {}
+        # slots and the time since when they are idle, oldest first
+        self.fresh: dict[ConnectionSlot, float] = {}  # without an answer so far
+        self.used: dict[ConnectionSlot, float] = {}
 
     def __len__(self) -> int:
         return len(self.fresh) + len(self.used)
 
-    def of(self, place: Place) -> dict[Place, float]:
-        return self.used if place.used else self.fresh
+    def of(self, slot: ConnectionSlot) -> dict[ConnectionSlot, float]:
+        return self.used if slot.used else self.fresh
 
-    def next(self, now: float) -> tuple[Place, float]:
-        """Who gives way, and how long it is to be left alone yet."""
+    def next(self, now: float) -> tuple[ConnectionSlot, float]:
+        """The slot to drop next, and the seconds for which it must not be dropped yet."""
         if len(self.fresh) > len(self.used):
-            place, since = next(iter(self.fresh.items()))
+            slot, since = next(iter(self.fresh.items()))
             left = since + GRACE_S - now
             if left <= 0 or not self.used:
-                return place, left
+                return slot, left
         return next(iter(self.used)), 0.0
 
 
-def _clients(path: str, headers: Headers) -> Standing:
-    """Nobody needs a key."""
+def _clients(path: str, headers: Headers) -> Sender:
+    """The default: everybody is a client, because nobody needs a key."""
     del path, headers
     return "client"
 
 
 class Connections:
-    """All connections of one server, counted and told apart.
+    """All connections of one server.
 
     A connection is busy while a request of a client is under way, and idle otherwise: in the
     handshake, in a head, between requests, when it only waits to be closed, and while a probe or a
-    stranger is answered, which takes no time if the answer is read. Busy ones are never dropped.
-    When all ``max_connections + reserve`` places are taken, a new connection gets the place of an
-    idle one of the address that has most of them. Of those that have had an answer and those that
-    have not, whichever are more, the one that is idle for longest goes; those without have
-    :data:`GRACE_S` for their first request, as long as there are others.
+    stranger is answered, which takes no time if the answer is read. Busy connections are never
+    dropped.
 
-    So nobody without a key keeps others out, whatever is sent and read or not, and an address that
-    opens many connections loses its own.
+    When all ``max_connections + reserve`` slots are taken, an idle connection is dropped for each
+    new one. It is one of the address with most idle connections. These are in two groups: those
+    that have had an answer, and those that have not. From the larger group, the connection that is
+    idle for longest is dropped. A connection without an answer has :data:`GRACE_S` for its first
+    request, as long as there is another to drop.
+
+    So a sender without a key cannot keep others out, whatever it sends or leaves unread, and an
+    address that opens many connections loses its own ones.
 
     Args:
         limits: for all of them.
         stats: counted into; by default new ones.
-        judge: says who sent a request; by default everybody is a client.
-        refusal_headers: what the answer to a refused request has besides its own headers.
-        clock: seconds, the event loop's.
+        classify: tells the kind of sender of a request; by default everybody is a client.
+        refusal_headers: further headers for the answer to a refused request.
+        clock: returns seconds, as the event loop's clock does.
 
     Example:
         >>> connections = Connections(ConnectionLimits(max_connections=1, reserve=0))
-        >>> place = connections.enter("10.0.0.1", drop=lambda: print("dropped"))
-        >>> connections.begin(place, "/", ()), connections.stats.busy
+        >>> slot = connections.enter("10.0.0.1", drop=lambda: print("dropped"))
+        >>> connections.begin(slot, "/", ()), connections.stats.busy
         (True, 1)
         >>> connections.enter("10.0.0.2", drop=lambda: None) is None
         True
@@ -184,17 +187,17 @@ class Connections:
         limits: ConnectionLimits,
         stats: ConnectionStats | None = None,
         *,
-        judge: Judge = _clients,
+        classify: Classify = _clients,
         refusal_headers: RefusalHeaders = no_headers,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
         self.stats = stats if stats is not None else ConnectionStats()
         self.refusal_headers = refusal_headers
-        self._judge = judge
+        self._classify = classify
         self._clock = clock
         self._most = limits.max_connections + limits.reserve
-        self._may_be_busy: dict[Standing, int] = {
+        self._may_be_busy: dict[Sender, int] = {
             "client": limits.max_connections,
             "key": limits.max_connections + limits.reserve // 2,
         }
@@ -203,11 +206,14 @@ class Connections:
         # requests of probes and strangers: how many have their turn, and what starts the next
         self._turns = 0
         self._waiting: deque[Callable[[], bool]] = deque()
-        # when all that have given way would have done so, each at its time
+        # the time up to which the connections dropped so far have used the pace
         self._paced_to = -math.inf
 
     def seconds_to_room(self) -> float:
-        """How long nobody is let in: enough have given way for now, or all have only just come."""
+        """Seconds for which no connection is accepted; 0 if one may be accepted now.
+
+        There is a wait when the pace of drops is used up, or all idle connections are too new.
+        """
         if self.stats.open < self._most or not self._idle:
             return 0.0
         ahead = self._paced_to - self._clock()
@@ -217,61 +223,66 @@ class Connections:
         return max(0.0, left)
 
     def crowded(self, group: str | None) -> bool:
-        """Whether an address has as many connections as it may."""
+        """Whether an address has as many connections as it is allowed."""
         most = self.limits.max_per_address
         return most is not None and group is not None and self._held[group] >= most
 
-    def enter(self, group: str | None, drop: Callable[[], None]) -> Place | None:
-        """Give a new connection a place, if need be that of an idle one; None if all are busy."""
+    def enter(self, group: str | None, drop: Callable[[], None]) -> ConnectionSlot | None:
+        """Give a new connection a slot, and drop an idle one for it if none is free.
+
+        Returns:
+            The slot; None if all connections are busy.
+        """
         if self.stats.open >= self._most:
             if not self._idle:
                 self.stats.dropped["full"] += 1
                 return None
             self._paced_to = max(self._paced_to, self._clock()) + PACE_S
             self._drop_one("idle")
-        place = Place(group, self._clock() + self.limits.header_timeout_s, drop)
+        slot = ConnectionSlot(group, self._clock() + self.limits.header_timeout_s, drop)
         self.stats.open += 1
         self._held[group] += 1
-        self._set_idle(place)
-        return place
+        self._set_idle(slot)
+        return slot
 
-    def begin(self, place: Place, path: str, headers: Headers) -> bool:
-        """Whether a request may be answered; if it is a client's, the connection is busy."""
-        if place.busy or place.gone:
-            return not place.gone
-        most = self._may_be_busy.get(self._judge(path, headers))
+    def begin(self, slot: ConnectionSlot, path: str, headers: Headers) -> bool:
+        """Whether a request may be answered. A client's request makes the connection busy."""
+        if slot.busy or slot.gone:
+            return not slot.gone
+        most = self._may_be_busy.get(self._classify(path, headers))
         if most is None:
             return True
         if self.stats.busy >= most:
             return False
-        self._unset_idle(place)
-        place.busy = True
+        self._unset_idle(slot)
+        slot.busy = True
         self.stats.busy += 1
         return True
 
-    def rest(self, place: Place) -> None:
-        """All requests of the connection have been answered."""
-        if place.gone:
+    def rest(self, slot: ConnectionSlot) -> None:
+        """Make the connection idle: all its requests have been answered."""
+        if slot.gone:
             return
-        if place.busy:
-            place.busy = False
+        if slot.busy:
+            slot.busy = False
             self.stats.busy -= 1
         else:
-            self._unset_idle(place)
-        place.used = True
-        self._set_idle(place)
+            self._unset_idle(slot)
+        slot.used = True
+        self._set_idle(slot)
 
     def take_turn(self, start: Callable[[], bool]) -> None:
-        """Start to answer a probe or a stranger, now or when others have been answered.
+        """Answer a probe or a stranger, now or after others.
 
         Args:
-            start: says whether it has started anything; if so, :meth:`end_turn` has to follow.
+            start: starts the answer and returns True, or returns False if there is nothing to
+                answer any more. After True, :meth:`end_turn` has to be called.
         """
         self._waiting.append(start)
         self._start_next()
 
     def end_turn(self) -> None:
-        """A probe or a stranger has been answered, or does not read its answer."""
+        """Let the next one start: a probe or a stranger is answered, or does not read."""
         self._turns -= 1
         self._start_next()
 
@@ -279,22 +290,26 @@ class Connections:
         while self._waiting and self._turns < SIDE_BY_SIDE:
             self._turns += self._waiting.popleft()()
 
-    def leave(self, place: Place) -> None:
-        """The connection has ended. May be said more than once."""
-        if place.gone:
+    def leave(self, slot: ConnectionSlot) -> None:
+        """Free the slot of a connection that has ended. Safe to call again."""
+        if slot.gone:
             return
-        if place.busy:
+        if slot.busy:
             self.stats.busy -= 1
         else:
-            self._unset_idle(place)
-        place.busy, place.gone = False, True
+            self._unset_idle(slot)
+        slot.busy, slot.gone = False, True
         self.stats.open -= 1
-        self._held[place.group] -= 1
-        if not self._held[place.group]:
-            del self._held[place.group]
+        self._held[slot.group] -= 1
+        if not self._held[slot.group]:
+            del self._held[slot.group]
 
     def give_files(self) -> int:
-        """Drop a half of the idle connections, so that there are open files again; how many."""
+        """Drop half of the idle connections, because there are no open files left.
+
+        Returns:
+            How many were dropped.
+        """
         idle = self.stats.open - self.stats.busy
         count = min(idle, max(_FEWEST, min(_MOST, idle // 2)))
         for _ in range(count):
@@ -302,28 +317,29 @@ class Connections:
         return count
 
     def _drop_one(self, reason: str) -> None:
-        place, _ = self._next()
+        slot, _ = self._next()
         self.stats.dropped[reason] += 1
-        self.leave(place)
-        place.drop()
+        self.leave(slot)
+        slot.drop()
 
-    def _next(self) -> tuple[Place, float]:
+    def _next(self) -> tuple[ConnectionSlot, float]:
         return max(self._idle.values(), key=len).next(self._clock())
 
-    def _set_idle(self, place: Place) -> None:
-        self._idle.setdefault(place.group, _Group()).of(place)[place] = self._clock()
+    def _set_idle(self, slot: ConnectionSlot) -> None:
+        self._idle.setdefault(slot.group, _Group()).of(slot)[slot] = self._clock()
 
-    def _unset_idle(self, place: Place) -> None:
-        group = self._idle[place.group]
-        del group.of(place)[place]
+    def _unset_idle(self, slot: ConnectionSlot) -> None:
+        group = self._idle[slot.group]
+        del group.of(slot)[slot]
         if not group:
-            del self._idle[place.group]
+            del self._idle[slot.group]
 
 
 def group(family: int, address: Any) -> str | None:
-    """Who a connection counts for: its IPv4 address, its IPv6 network of 64 bits, None for others.
+    """The address that a connection counts for.
 
-    A provider gives a household 64 bits or more of IPv6 addresses, so single ones say nothing.
+    It is the IPv4 address, or the IPv6 network of 64 bits; None for other families. A provider
+    gives a household a network of 64 bits or more, so single IPv6 addresses say nothing.
 
     Example:
         >>> group(socket.AF_INET6, ("2001:db8:1:2:3::4", 5000, 0, 0))

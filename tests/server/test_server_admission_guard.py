@@ -38,7 +38,7 @@ def test_an_endpoint_that_is_added_is_covered(byte_checkpoint: Path) -> None:
     async def main() -> None:
         async with app.router.lifespan_context(app):
             assert (await server.post("/v1/more/a", None)).json() == "a"
-            server.service.close_door()
+            server.service.refuse_new()
             assert (await server.post("/v1/more/b", None)).status == 503
             labels = {"method": "POST", "route": "/v1/more/{name}", "status": "503"}
             assert server.metric("http_requests_total", **labels) == 1

@@ -1,7 +1,7 @@
-"""Files that only this user may touch, in directories that nobody else can change.
+"""Files that only this user may use, in directories that nobody else can change.
 
-A path is walked one directory at a time, each opened by its name in the one before, so what was
-checked is what is used: nobody can put something else in its place in between.
+A path is walked one directory at a time. Each directory is opened by its name in the one before, so
+the directory that was checked is the one that is used: nobody can replace it in between.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
-#: a directory, for opening what is in it; also one that may be entered and not be listed
+#: opens a directory for access to its files; it need not be readable
 _ENTER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-#: no link is followed, and nothing waits for the other end of a pipe
+#: follows no link, and does not wait for the other end of a pipe
 _PLAINLY = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _MAX_LINKS = 40
 #: user ids of a namespace that has all of them
@@ -33,7 +33,7 @@ class SharedDirectoryError(OSError):
 
     Attributes:
         directory: its path.
-        sticky: a directory in it could be this user's own all the same, as in /tmp.
+        sticky: whether a directory in it could belong to this user alone, as in /tmp.
     """
 
     def __init__(self, directory: Path, sticky: bool) -> None:
@@ -44,19 +44,21 @@ class SharedDirectoryError(OSError):
 class Folder:
     """A directory that only this user can change, or root.
 
-    It and those above it belong to this user or to root. Others cannot write to it; to those
-    above it only where they are sticky, as /tmp is. Links on the way are this user's or root's.
-    What is missing is made, for this user alone. That a group can write counts only if somebody
-    else is in it.
+    - The directory and those above it belong to this user or to root.
+    - Others cannot write to the directory. They can write to those above it only where these are
+      sticky, as /tmp is.
+    - Links on the path belong to this user or to root.
+    - Missing directories are made, for this user alone.
+    - Write permission of a group counts only if somebody else is in the group.
 
     Args:
-        path: of the directory.
+        path: the path of the directory.
 
     Attributes:
-        path: the same without links.
+        path: the path without links.
 
     Raises:
-        OSError: something of that does not hold; the message is for people.
+        OSError: one of these rules is broken; the message is for people.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,14 +75,18 @@ class Folder:
             raise
 
     def close(self) -> None:
-        """Let go of the directory."""
+        """Close the directory."""
         os.close(self._handle)
 
     def open(self, name: str, flags: int) -> int:
-        """Open a file of this user alone; the descriptor. A new one is made with mode 0600.
+        """Open a file that belongs to this user alone. A missing one is made with mode 0600.
+
+        Returns:
+            The descriptor.
 
         Raises:
-            OSError: it is a link, has other names, is no regular file, or belongs to another user.
+            OSError: it is a link, has further hard links, is no regular file, or belongs to
+                another user.
         """
         path = self.path / name
         try:
@@ -103,13 +109,13 @@ class Folder:
         return file
 
     def keep(self, name: str, stack: ExitStack) -> int:
-        """Open or make a file, for reading and writing, for as long as the stack lasts."""
+        """Open or make a file for reading and writing; the stack closes it."""
         file = self.open(name, os.O_RDWR | os.O_CREAT)
         stack.callback(os.close, file)
         return file
 
     def existing(self, name: str, stack: ExitStack) -> list[int]:
-        """Open a file for reading for as long as the stack lasts; nothing, if there is none."""
+        """Open a file for reading, if it exists; the stack closes it. Returns its descriptor."""
         with suppress(FileNotFoundError):
             file = self.open(name, os.O_RDONLY)
             stack.callback(os.close, file)
@@ -125,7 +131,7 @@ class Folder:
         )
 
     def sync(self) -> None:
-        """Make names that are new in it last."""
+        """Write new names in the directory to the disk."""
         listed = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._handle)
         try:
             os.fsync(listed)
@@ -156,7 +162,7 @@ class Folder:
             pending += reversed(Path(os.readlink(name, dir_fd=self._handle)).parts)
 
     def _status(self, name: str) -> os.stat_result:
-        """What a name is here; a directory is made if there is nothing."""
+        """The status of a name in this directory. A missing directory is made."""
         with suppress(FileExistsError):
             try:
                 return self._checked(name)
@@ -171,7 +177,7 @@ class Folder:
         return status
 
     def _named(self, call: Callable[..., _T], name: str, *args: Any, **options: Any) -> _T:
-        """Ask the system about a name in here; its errors say the whole path."""
+        """Do a system call for a name in this directory; errors show the whole path."""
         try:
             return call(name, *args, dir_fd=self._handle, **options)
         except OSError as error:
@@ -188,20 +194,20 @@ class Folder:
 
 
 def restrict(files: Iterable[int]) -> None:
-    """Take the rights of others to files of this user away."""
+    """Remove the permissions of other users from files of this user."""
     for file in files:
         if os.fstat(file).st_mode & 0o077:
             os.fchmod(file, 0o600)
 
 
 def replace_file(path: Path, text: str) -> os.stat_result:
-    """Write a file that others may read, under a new name first: nothing is written through a link.
+    """Write a file that others may read. It gets a new name first, so no link is written through.
 
     Returns:
-        What the file is, for :func:`remove_file`.
+        The status of the file, for :func:`remove_file`.
 
     Raises:
-        OSError: it cannot be written, or something else than a regular file has its name.
+        OSError: it cannot be written, or its name belongs to something that is no regular file.
     """
     folder = os.open(path.parent, _ENTER & ~os.O_NOFOLLOW)
     made = f".{path.name}.{secrets.token_hex(8)}"
@@ -225,7 +231,7 @@ def replace_file(path: Path, text: str) -> os.stat_result:
 
 
 def remove_file(path: Path, status: os.stat_result) -> None:
-    """Remove what :func:`replace_file` has written, unless something else has its name by now."""
+    """Remove the file of :func:`replace_file`, unless another file has its name by now."""
     with suppress(FileNotFoundError):
         if os.path.samestat(path.lstat(), status):
             path.unlink()
@@ -235,7 +241,7 @@ def _trusted() -> set[int]:
     """User ids whose directories and links are as good as this user's."""
     found = {0, os.geteuid()}
     with suppress(OSError, ValueError):
-        # in a user namespace root outside of it, and whoever else is not in it, has one id
+        # in a user namespace, root and all other users outside of it appear under one id
         if Path("/proc/self/uid_map").read_text().split() != _ALL_IDS:
             found.add(int(Path("/proc/sys/kernel/overflowuid").read_text()))
     return found
@@ -251,8 +257,8 @@ def _others_write(status: os.stat_result) -> bool:
 def _is_shared(group: int) -> bool:
     """Whether somebody else than this user is in a group, as far as the machine knows.
 
-    Many systems give every user a group of their own, and Kubernetes gives a pod one for its
-    volumes (``fsGroup``). Who is in root's group may do what root may.
+    Many systems give every user a group of their own, and Kubernetes gives a pod a group for its
+    volumes (``fsGroup``). Members of root's group count as root.
     """
     if group == 0:
         return False

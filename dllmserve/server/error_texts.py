@@ -1,8 +1,8 @@
-"""What is wrong with a request, in our words: from what the validator found and the API's schema.
+"""Messages for wrong requests, from pydantic's errors and the API's schema.
 
-The validator's texts name its own classes, and for a field that takes this or that they list what
-each of the two would have wanted. So only the place, the kind of error and the value are taken
-from it; what the place takes is read from the schema that /openapi.json shows.
+pydantic's own texts name its classes, and for a field with alternatives they list what each of the
+alternatives would have wanted. So only the location, the kind of error and the value come from
+pydantic. What the location takes is read from the schema that /openapi.json shows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 
 from dllmserve.server.http.escape import shown
 
-#: errors that are named
+#: most errors that a message names
 _MAX_TOLD = 5
 _MAX_VALUE = 60
 
-#: what is wrong with a text that has one
+#: what is wrong with a text that has a lone surrogate
 NO_CHARACTER = "holds a lone surrogate, which is no character"
 
 Schema = Mapping[str, Any]
@@ -28,13 +28,13 @@ class _Finding:
     """One error.
 
     Attributes:
-        kind: the validator's name for it.
-        value: what was given.
-        note: our own validators' text.
-        path: keys and indices that lead to it.
-        takes: the schemas of what may be there, alternatives.
-        unions: places on the way that take one of several things, each with the one that this
-            error is about.
+        kind: pydantic's name for it.
+        value: the value that was given.
+        note: the text of one of our own validators, if that found it.
+        path: keys and indices that lead to its location.
+        takes: the alternative schemas of the location.
+        unions: locations on the path that have several alternatives, each with the alternative
+            that this error is about.
     """
 
     kind: str
@@ -55,9 +55,9 @@ def explain(
 
     Args:
         details: errors of pydantic for the body, a query or a path.
-        schema: of what they are errors of: an object with all parameters.
+        schema: the schema of the object with all parameters.
         components: named schemas that it refers to.
-        hint: what to say of an unknown parameter besides, or "".
+        hint: returns advice for the name of an unknown parameter, or "".
     """
     reader = _Reader(components, hint)
     found = [reader.finding(detail, schema) for detail in details]
@@ -70,20 +70,21 @@ def explain(
 
 
 def _settle(found: Sequence[_Finding], level: int = 0) -> list[_Finding]:
-    """Of the errors of a place that takes one of several things, those of the one that was meant.
+    """Choose, at each location with alternatives, the errors of the alternative that was meant.
 
-    Of lists only the first wrong element is an error, so it is the one that was right for longest.
-    If none has errors inside, or two equally late ones, the error names the place itself.
+    A list reports its first wrong element only. So the alternative whose first error comes latest
+    is the one that was meant. If no alternative has an error inside, or two have equally late ones,
+    the error names the location itself.
     """
     told: list[_Finding] = []
     groups: dict[tuple[str | int, ...], list[_Finding]] = {}
     for finding in found:
         if level < len(finding.unions):
             depth = finding.unions[level][0]
-            place = tuple(finding.path[:depth])
-            if place not in groups:
-                told.append(finding)  # holds the group's place
-            groups.setdefault(place, []).append(finding)
+            location = tuple(finding.path[:depth])
+            if location not in groups:
+                told.append(finding)  # holds the group's location
+            groups.setdefault(location, []).append(finding)
         else:
             told.append(finding)
     settled: list[_Finding] = []
@@ -123,11 +124,11 @@ class _Reader:
 
     def __init__(self, components: Schema, hint: Callable[[str], str]) -> None:
         self._components, self._hint = components, hint
-        # by place, and by what was chosen on the way to it
+        # by location, and by what was chosen on the way to it
         self._chosen: dict[tuple[object, ...], list[str]] = {}
 
     def finding(self, detail: Mapping[str, Any], schema: Schema) -> _Finding:
-        """An error of pydantic with its place in the schema."""
+        """An error of pydantic with its location in the schema."""
         error = (detail.get("ctx") or {}).get("error")
         made = _Finding(
             kind=str(detail.get("type")),
@@ -160,14 +161,14 @@ class _Reader:
         return takes[0] if takes else {}
 
     def _choose(self, made: _Finding, name: str) -> None:
-        """Go into one of several things that a place takes."""
+        """Go into one of the alternatives of a location."""
         tagged = [s for s in made.takes if s.get("x-tag") == name]
         if tagged:
             made.takes = tagged
             return
-        # each of them has failed, so the errors name all of them, in the order of the schema
-        place = (*made.path, *(other for _, other, _ in made.unions))
-        names = self._chosen.setdefault(place, [])
+        # every alternative has failed, so the errors name all of them in the order of the schema
+        location = (*made.path, *(other for _, other, _ in made.unions))
+        names = self._chosen.setdefault(location, [])
         if name not in names:
             names.append(name)
         made.unions.append((len(made.path), name, made.takes))
@@ -208,7 +209,7 @@ class _Reader:
             if step in schema.get("properties", ()):
                 yield schema["properties"][step]
             elif len(takes) == 1 and "properties" not in schema:
-                # the name of an alternative is no key
+                # with several alternatives a step may be the name of one, rather than a key
                 if isinstance(patterns, Mapping):
                     yield from patterns.values()
                 elif isinstance(values, Mapping):
@@ -227,7 +228,7 @@ class _Reader:
         return f"{name} must be {takes}, got {_value(finding.value)}"
 
     def takes(self, schemas: Sequence[Schema], inside: bool = False) -> str:
-        """What a place takes, in words."""
+        """What a location takes, in words."""
         if schemas and all("x-tag" in schema for schema in schemas):
             return "an object"
         texts = list(dict.fromkeys(self._kind(schema, inside) for schema in schemas))
@@ -294,7 +295,7 @@ def _tag(name: str, finding: _Finding, takes: str) -> str:
     return f"{name}.role must be one of {tags}, got {_value(value['role'])}"
 
 
-#: errors that say something else than that a value is wrong
+#: kinds of errors that have a sentence of their own
 _SENTENCES: dict[str, Callable[[str, _Finding, str], str]] = {
     "missing": _missing,
     "value_error": _noted,
@@ -305,7 +306,7 @@ _SENTENCES: dict[str, Callable[[str, _Finding, str], str]] = {
 
 
 def _name(path: Sequence[str | int]) -> str:
-    """A place in words: ``messages.0.content``."""
+    """A location in words: ``messages.0.content``."""
     return ".".join(shown(step, 100) for step in path) or "The body"
 
 
