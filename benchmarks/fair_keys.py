@@ -24,8 +24,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from benchmarks.served import served
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
+from dllmserve.tools.bench.serve.options import Address
 
 KEYS = {name: secrets.token_urlsafe(24) for name in ("alice", "bob")}
 #: seconds that alice waits at most when she is refused

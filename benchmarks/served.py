@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
+from dllmserve.tools.bench.serve.options import Address
 
 START_S = 120
 

@@ -24,9 +24,9 @@ import torch
 
 from benchmarks.served import served
 from dllmserve import LLM, SamplingParams
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
 from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
+from dllmserve.tools.bench.serve.options import Address
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
-from dllmserve.bench.serve.outcome import RequestFailed
-from dllmserve.bench.serve.sse import SseParser
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
+from dllmserve.tools.bench.serve.options import Address
+from dllmserve.tools.bench.serve.outcome import RequestFailed
+from dllmserve.tools.bench.serve.sse import SseParser
 
 #: longest wait for an answer, in seconds; a client that waits longer counts as hung
 PATIENCE_S = 60.0

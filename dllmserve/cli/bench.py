@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dllmserve.bench.plot import plot_latency, plot_throughput
-from dllmserve.bench.workload import Workload, parse_counts
 from dllmserve.cli.bench_output import AsJson, Plot, picture, progress, show
 from dllmserve.cli.bench_serve import EPILOG as SERVE_EPILOG
 from dllmserve.cli.bench_serve import serve
@@ -27,10 +25,12 @@ from dllmserve.cli.options import (
 )
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.plot import plot_latency, plot_throughput
+from dllmserve.tools.bench.workload import Workload, parse_counts
 
 if TYPE_CHECKING:  # loads torch
-    from dllmserve.bench.report import Report
-    from dllmserve.bench.run import Bench, Result
+    from dllmserve.tools.bench.report import Report
+    from dllmserve.tools.bench.run import Bench, Result
 
 DEFAULT_PROMPT_LENGTH = 256
 DEFAULT_GEN_LENGTH = 128
@@ -205,12 +205,12 @@ class _Job:
     ) -> Report:
         """Load, measure the ceilings, then the engine."""
         with loading(self._config.model):
-            from dllmserve.bench.report import Report
-            from dllmserve.bench.roofline import measure_ceilings
-            from dllmserve.bench.run import Bench
             from dllmserve.engine.setup import plan_engine
             from dllmserve.engine.threads import rank_threads, with_threads
             from dllmserve.llm import LLM
+            from dllmserve.tools.bench.report import Report
+            from dllmserve.tools.bench.roofline import measure_ceilings
+            from dllmserve.tools.bench.run import Bench
 
             config = self._fitting()
             plan = plan_engine(config)

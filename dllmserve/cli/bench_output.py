@@ -11,8 +11,8 @@ import typer
 from rich.console import Console, RenderableType
 
 from dllmserve._checks import user_path
-from dllmserve.bench.plot import check_plot
-from dllmserve.bench.text import WIDTH
+from dllmserve.tools.bench.plot import check_plot
+from dllmserve.tools.bench.text import WIDTH
 
 AsJson = Annotated[
     bool, typer.Option("--json", metavar=" ", help="Print one JSON object and nothing else.")

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from dllmserve._checks import user_path
-from dllmserve.bench.serve.options import (
+from dllmserve.cli.bench_output import AsJson, Plot, picture, progress, show
+from dllmserve.cli.exit_codes import INTERRUPTED
+from dllmserve.cli.failure import short_errors
+from dllmserve.cli.options import Group, with_options
+from dllmserve.cli.prompts import read_prompts
+from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.serve.options import (
     DEFAULT_DURATION,
     DEFAULT_REQUESTS,
     ENDPOINTS,
@@ -21,18 +27,12 @@ from dllmserve.bench.serve.options import (
     parse_headers,
     parse_rates,
 )
-from dllmserve.cli.bench_output import AsJson, Plot, picture, progress, show
-from dllmserve.cli.exit_codes import INTERRUPTED
-from dllmserve.cli.failure import short_errors
-from dllmserve.cli.options import Group, with_options
-from dllmserve.cli.prompts import read_prompts
-from dllmserve.errors import ConfigError
 
 if TYPE_CHECKING:  # only once something is measured
-    from dllmserve.bench.serve.arrivals import TraceEntry
-    from dllmserve.bench.serve.figures import ServeResult
-    from dllmserve.bench.serve.load import Measured
-    from dllmserve.bench.serve.prompts import Source
+    from dllmserve.tools.bench.serve.arrivals import TraceEntry
+    from dllmserve.tools.bench.serve.figures import ServeResult
+    from dllmserve.tools.bench.serve.load import Measured
+    from dllmserve.tools.bench.serve.prompts import Source
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -189,10 +189,10 @@ def _run(options: ServeOptions, records: str | None, image: Path | None, as_json
     """Measure and report; also what was measured before an interrupt."""
     import asyncio
 
-    from dllmserve.bench.serve.arrivals import read_trace
-    from dllmserve.bench.serve.figures import result_of
-    from dllmserve.bench.serve.load import measure
-    from dllmserve.bench.serve.report import ServeReport
+    from dllmserve.tools.bench.serve.arrivals import read_trace
+    from dllmserve.tools.bench.serve.figures import result_of
+    from dllmserve.tools.bench.serve.load import measure
+    from dllmserve.tools.bench.serve.report import ServeReport
 
     entries = None if options.trace is None else read_trace(options.trace)
     source = _source(options, entries)
@@ -206,7 +206,7 @@ def _run(options: ServeOptions, records: str | None, image: Path | None, as_json
     )
     show(report, as_json)
     if image is not None:
-        from dllmserve.bench.serve.plot import plot_serve
+        from dllmserve.tools.bench.serve.plot import plot_serve
 
         plot_serve(results, report.title(), image)
     if measured.interrupted:
@@ -214,7 +214,7 @@ def _run(options: ServeOptions, records: str | None, image: Path | None, as_json
 
 
 def _source(options: ServeOptions, entries: list[TraceEntry] | None) -> Source:
-    from dllmserve.bench.serve.prompts import builtin, listed, traced
+    from dllmserve.tools.bench.serve.prompts import builtin, listed, traced
 
     if entries is not None:
         return traced(entries)

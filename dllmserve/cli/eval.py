@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 
 from dllmserve._checks import user_path
-from dllmserve.bench.text import WIDTH
 from dllmserve.cli.bench_output import picture, progress
 from dllmserve.cli.exit_codes import INTERRUPTED
 from dllmserve.cli.failure import short_errors
@@ -30,18 +29,19 @@ from dllmserve.cli.options import (
 )
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError
-from dllmserve.evaluation.figures import Measured, summarise
-from dllmserve.evaluation.items import Item, held_out, read_items, select
-from dllmserve.evaluation.judge import MATCHES
-from dllmserve.evaluation.report import (
+from dllmserve.tools.bench.text import WIDTH
+from dllmserve.tools.evaluation.figures import Measured, summarise
+from dllmserve.tools.evaluation.items import Item, held_out, read_items, select
+from dllmserve.tools.evaluation.judge import MATCHES
+from dllmserve.tools.evaluation.report import (
     EvalReport,
     answers_of,
     data_of,
     environment_of,
     read_report,
 )
-from dllmserve.evaluation.run import Evaluation, find_baseline
-from dllmserve.evaluation.settings import (
+from dllmserve.tools.evaluation.run import Evaluation, find_baseline
+from dllmserve.tools.evaluation.settings import (
     DEFAULT_GEN_LENGTH,
     Setting,
     check_names,
@@ -50,7 +50,7 @@ from dllmserve.evaluation.settings import (
     read_settings,
     suite,
 )
-from dllmserve.evaluation.suites import SUITES
+from dllmserve.tools.evaluation.suites import SUITES
 
 STDOUT = "-"
 DEFAULT_MODEL = "tiny"
@@ -337,7 +337,7 @@ def _report(
         console = Console(highlight=False, emoji=False, width=2 * WIDTH)
         console.print(report.table())
     if image is not None:
-        from dllmserve.evaluation.plot import plot_report
+        from dllmserve.tools.evaluation.plot import plot_report
 
         plot_report(report, image)
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dllmserve.bench.roofline import (
+from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from dllmserve.models.loader import count_weights
+from dllmserve.parallel.partition import Partition
+from dllmserve.tools.bench.roofline import (
     Ceilings,
     ModelCost,
     attended_keys,
     head_rows,
     measure_ceilings,
 )
-from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
-from dllmserve.models.loader import count_weights
-from dllmserve.parallel.partition import Partition
 from tests.helpers import PLAIN
 
 SPEC = replace(

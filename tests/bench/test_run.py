@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, SamplingParams, SparseConfig
-from dllmserve.bench.plot import check_plot, plot_latency, plot_throughput, work_parts
-from dllmserve.bench.profile import KernelTime
-from dllmserve.bench.roofline import Ceilings
-from dllmserve.bench.run import Bench, LatencyFigures, Result, Spread, percentile
-from dllmserve.bench.workload import Workload
 from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.plot import check_plot, plot_latency, plot_throughput, work_parts
+from dllmserve.tools.bench.profile import KernelTime
+from dllmserve.tools.bench.roofline import Ceilings
+from dllmserve.tools.bench.run import Bench, LatencyFigures, Result, Spread, percentile
+from dllmserve.tools.bench.workload import Workload
 from tests.conftest import Engines
 
 CEILINGS = Ceilings(1e10, 1e11, 1, 1)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from dllmserve import SamplingParams
-from dllmserve.bench.workload import Workload, parse_counts
 from dllmserve.errors import (
     ConfigError,
     ContextLengthError,
     WeightsError,
 )
 from dllmserve.models.loader import find_model, read_config, read_spec, require_weights
+from dllmserve.tools.bench.workload import Workload, parse_counts
 from tests.bench.test_roofline import SPEC
 
 

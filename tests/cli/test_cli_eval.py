@@ -19,7 +19,7 @@ from dllmserve.cli.app import app
 from dllmserve.cli.exit_codes import INTERRUPTED
 from dllmserve.cli.main import main
 from dllmserve.cli.options import SAMPLING, SPARSE, sampling_params, sparse_config, with_options
-from dllmserve.evaluation.run import Evaluation
+from dllmserve.tools.evaluation.run import Evaluation
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 FEW = ["--max-num-seqs", "8", "--max-model-len", "512", "--limit", "2"]

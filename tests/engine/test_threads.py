@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from dllmserve import LLM
-from dllmserve.bench.environment import device_text
 from dllmserve.config import EngineConfig
 from dllmserve.engine import setup, threads
 from dllmserve.engine.threads import choose_threads, rank_threads, with_threads
 from dllmserve.errors import ConfigError, ModelError
+from dllmserve.tools.bench.environment import device_text
 
 CPU = torch.device("cpu")
 

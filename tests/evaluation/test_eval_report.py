@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from dllmserve.errors import ConfigError
-from dllmserve.evaluation.figures import Measured, Outcome, summarise
-from dllmserve.evaluation.items import Item
-from dllmserve.evaluation.labels import Box
-from dllmserve.evaluation.plot import frontier, plot_report
-from dllmserve.evaluation.report import EvalReport, data_of, read_report
-from dllmserve.evaluation.settings import Setting, make_setting, suite
+from dllmserve.tools.evaluation.figures import Measured, Outcome, summarise
+from dllmserve.tools.evaluation.items import Item
+from dllmserve.tools.evaluation.labels import Box
+from dllmserve.tools.evaluation.plot import frontier, plot_report
+from dllmserve.tools.evaluation.report import EvalReport, data_of, read_report
+from dllmserve.tools.evaluation.settings import Setting, make_setting, suite
 
 ENVIRONMENT = {
     "versions": {"dllmserve": "0"},

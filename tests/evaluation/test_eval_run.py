@@ -12,9 +12,9 @@ import pytest
 
 from dllmserve import LLM
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError, TokenizerError
-from dllmserve.evaluation import Item, Setting, evaluate, held_out, select
-from dllmserve.evaluation.figures import Figures, Measured, Outcome, SettingResult, summarise
-from dllmserve.evaluation.run import Evaluation, find_baseline
+from dllmserve.tools.evaluation import Item, Setting, evaluate, held_out, select
+from dllmserve.tools.evaluation.figures import Figures, Measured, Outcome, SettingResult, summarise
+from dllmserve.tools.evaluation.run import Evaluation, find_baseline
 from tests.conftest import Engines
 
 FAST = Setting("fast", {"unmask": "threshold", "threshold": 0.9})

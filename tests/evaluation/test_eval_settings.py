@@ -11,7 +11,9 @@ import pytest
 
 from dllmserve.catalog import RULES
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError, UnknownOptionError
-from dllmserve.evaluation.settings import (
+from dllmserve.presets import PRESETS
+from dllmserve.sampling_params import SamplingParams, cache_names
+from dllmserve.tools.evaluation.settings import (
     SAMPLING_FIELDS,
     SUITES,
     Setting,
@@ -22,8 +24,6 @@ from dllmserve.evaluation.settings import (
     read_settings,
     suite,
 )
-from dllmserve.presets import PRESETS
-from dllmserve.sampling_params import SamplingParams, cache_names
 
 
 def test_every_field_may_be_set() -> None:

@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from dllmserve.bench.serve import http
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
-from dllmserve.bench.serve.outcome import RequestFailed
+from dllmserve.tools.bench.serve import http
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
+from dllmserve.tools.bench.serve.options import Address
+from dllmserve.tools.bench.serve.outcome import RequestFailed
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Queue-Time: 0.5\r\n\r\nhi"
 

@@ -16,23 +16,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dllmserve.bench.run import percentile
-from dllmserve.bench.serve import arrivals
-from dllmserve.bench.serve.arrivals import arrival_times, read_trace
-from dllmserve.bench.serve.figures import Times, result_of, within_bounds
-from dllmserve.bench.serve.load import Row
-from dllmserve.bench.serve.options import (
+from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.run import percentile
+from dllmserve.tools.bench.serve import arrivals
+from dllmserve.tools.bench.serve.arrivals import arrival_times, read_trace
+from dllmserve.tools.bench.serve.figures import Times, result_of, within_bounds
+from dllmserve.tools.bench.serve.load import Row
+from dllmserve.tools.bench.serve.options import (
     Address,
     ServeOptions,
     parse_body,
     parse_headers,
     parse_rates,
 )
-from dllmserve.bench.serve.outcome import Outcome, RequestFailed
-from dllmserve.bench.serve.prompts import builtin, listed
-from dllmserve.bench.serve.report import ServeReport
-from dllmserve.bench.serve.sse import SseParser
-from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.serve.outcome import Outcome, RequestFailed
+from dllmserve.tools.bench.serve.prompts import builtin, listed
+from dllmserve.tools.bench.serve.report import ServeReport
+from dllmserve.tools.bench.serve.sse import SseParser
 
 PACKAGE = Path(arrivals.__file__).parent
 
@@ -293,7 +293,7 @@ def test_record_of_an_outcome() -> None:
 
 
 def test_no_torch() -> None:
-    modules = [f"dllmserve.bench.serve.{path.stem}" for path in PACKAGE.glob("[a-z]*.py")]
+    modules = [f"dllmserve.tools.bench.serve.{path.stem}" for path in PACKAGE.glob("[a-z]*.py")]
     code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert len(modules) >= 10

@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-from dllmserve.bench.serve.http import BAD_ANSWER, LOST, HttpClient, Reply
-from dllmserve.bench.serve.options import ServeOptions
-from dllmserve.bench.serve.outcome import REJECTED, REJECTIONS, Outcome, RequestFailed
-from dllmserve.bench.serve.sse import SseParser
+from dllmserve.tools.bench.serve.http import BAD_ANSWER, LOST, HttpClient, Reply
+from dllmserve.tools.bench.serve.options import ServeOptions
+from dllmserve.tools.bench.serve.outcome import REJECTED, REJECTIONS, Outcome, RequestFailed
+from dllmserve.tools.bench.serve.sse import SseParser
 
 BROKEN_STREAM, STREAM_ERROR, FAILED_RESULT = "broken stream", "stream error", "failed result"
 #: seconds that the server may hold a question for a result

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dllmserve.bench.plot import BLUES, DPI, GREENS, MEASURED, QUIET, REFERENCE, new_figure
-from dllmserve.bench.serve.figures import ServeResult, Times
+from dllmserve.tools.bench.plot import BLUES, DPI, GREENS, MEASURED, QUIET, REFERENCE, new_figure
+from dllmserve.tools.bench.serve.figures import ServeResult, Times
 
 #: what lies further apart is drawn on a logarithmic axis
 _LINEAR_SPAN = 8

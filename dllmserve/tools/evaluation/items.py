@@ -13,8 +13,8 @@ from typing import Any
 import dllmserve.assets
 from dllmserve._checks import check_choice, check_int, user_path
 from dllmserve.errors import ConfigError, DllmServeError
-from dllmserve.evaluation.judge import MATCHES, SCORER, check_answer, judge
 from dllmserve.presets import MAX_GEN_LENGTH
+from dllmserve.tools.evaluation.judge import MATCHES, SCORER, check_answer, judge
 
 HELD_OUT = Path(dllmserve.assets.__file__).parent / "tiny" / "heldout.jsonl.gz"
 #: of a line of a data file
@@ -30,7 +30,7 @@ class Item:
         task: figures are given for each task.
         messages: the conversation up to the answer; a plain prompt is one user message.
         answers: accepted answers.
-        match: how a text is held against them, see :mod:`dllmserve.evaluation.judge`.
+        match: how a text is held against them, see :mod:`dllmserve.tools.evaluation.judge`.
         gen_length: length of the generated answer in tokens; None leaves it to the setting.
     """
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dllmserve.bench.plot import DPI, GREENS, MEASURED, QUIET, REFERENCE, new_figure
-from dllmserve.evaluation.figures import SettingResult
-from dllmserve.evaluation.labels import Spot, place_labels
-from dllmserve.evaluation.report import EvalReport
+from dllmserve.tools.bench.plot import DPI, GREENS, MEASURED, QUIET, REFERENCE, new_figure
+from dllmserve.tools.evaluation.figures import SettingResult
+from dllmserve.tools.evaluation.labels import Spot, place_labels
+from dllmserve.tools.evaluation.report import EvalReport
 
 #: colours of the rules, in the order in which a run has them
 _COLORS = (
@@ -34,7 +34,7 @@ def plot_report(report: EvalReport, path: Path) -> None:
 
     Args:
         report: the results.
-        path: a .png or .svg; :func:`dllmserve.bench.plot.check_plot` tells whether it works.
+        path: a .png or .svg; :func:`dllmserve.tools.bench.plot.check_plot` tells whether it works.
     """
     results = report.settings
     figure, axes = new_figure(report.title(), _HEIGHT)

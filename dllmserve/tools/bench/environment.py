@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from dllmserve import __version__
-from dllmserve.bench.roofline import ModelCost
 from dllmserve.config import EngineConfig
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.runtime.platform import device_facts
+from dllmserve.tools.bench.roofline import ModelCost
 
 
 def versions() -> dict[str, str | None]:

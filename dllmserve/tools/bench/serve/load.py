@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from dllmserve.bench.serve.arrivals import TraceEntry, arrival_times
-from dllmserve.bench.serve.endpoints import Api, Native, OpenAI, error_message, json_object
-from dllmserve.bench.serve.http import BAD_ANSWER, HttpClient, Reply, allow_many_connections
-from dllmserve.bench.serve.options import ServeOptions
-from dllmserve.bench.serve.outcome import OK, REJECTED, Outcome, RequestFailed
-from dllmserve.bench.serve.prompts import Source
 from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.serve.arrivals import TraceEntry, arrival_times
+from dllmserve.tools.bench.serve.endpoints import Api, Native, OpenAI, error_message, json_object
+from dllmserve.tools.bench.serve.http import BAD_ANSWER, HttpClient, Reply, allow_many_connections
+from dllmserve.tools.bench.serve.options import ServeOptions
+from dllmserve.tools.bench.serve.outcome import OK, REJECTED, Outcome, RequestFailed
+from dllmserve.tools.bench.serve.prompts import Source
 
 TIMEOUT = "timeout"
 #: seconds that the server may take to list its models

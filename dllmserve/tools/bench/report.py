@@ -9,7 +9,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from dllmserve.bench.environment import (
+from dllmserve.config import EngineConfig
+from dllmserve.core.budget import size_text
+from dllmserve.engine.setup import EnginePlan
+from dllmserve.runtime.platform import device_facts
+from dllmserve.tools.bench.environment import (
     device_text,
     dtype_name,
     engine_facts,
@@ -17,14 +21,10 @@ from dllmserve.bench.environment import (
     facts,
     model_text,
 )
-from dllmserve.bench.roofline import Ceilings
-from dllmserve.bench.run import Result
-from dllmserve.bench.text import counted, header_line, rate_text
-from dllmserve.bench.workload import Workload
-from dllmserve.config import EngineConfig
-from dllmserve.core.budget import size_text
-from dllmserve.engine.setup import EnginePlan
-from dllmserve.runtime.platform import device_facts
+from dllmserve.tools.bench.roofline import Ceilings
+from dllmserve.tools.bench.run import Result
+from dllmserve.tools.bench.text import counted, header_line, rate_text
+from dllmserve.tools.bench.workload import Workload
 
 #: version of the record's layout, raised when a key changes its meaning or goes away
 SCHEMA = 1

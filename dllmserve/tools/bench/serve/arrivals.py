@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 
 from dllmserve._checks import user_path
-from dllmserve.bench.serve.options import MAX_REQUESTS
 from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.serve.options import MAX_REQUESTS
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from dllmserve.core.door import Door
 from dllmserve.errors import ConfigError, DllmServeError, TokenizerError
-from dllmserve.evaluation.figures import Measured, Outcome, SettingResult, summarise
-from dllmserve.evaluation.items import Item
-from dllmserve.evaluation.settings import Setting, check_names, named
 from dllmserve.sampling_params import with_sparse
+from dllmserve.tools.evaluation.figures import Measured, Outcome, SettingResult, summarise
+from dllmserve.tools.evaluation.items import Item
+from dllmserve.tools.evaluation.settings import Setting, check_names, named
 
 if TYPE_CHECKING:  # loads torch
     from dllmserve.llm import LLM
@@ -111,8 +111,8 @@ def evaluate(
 
     Args:
         llm: the loaded model.
-        items: what it is asked, from :mod:`dllmserve.evaluation.items`.
-        settings: ways of decoding, from :mod:`dllmserve.evaluation.settings`.
+        items: what it is asked, from :mod:`dllmserve.tools.evaluation.items`.
+        settings: ways of decoding, from :mod:`dllmserve.tools.evaluation.settings`.
         baseline: name of the setting that the others are compared with; None for the first.
         raw: send the prompts as they are, without the chat template.
         progress: told which setting is next.

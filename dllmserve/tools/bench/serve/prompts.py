@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from dllmserve.bench.serve.arrivals import TraceEntry
+from dllmserve.tools.bench.serve.arrivals import TraceEntry
 
 #: prompt and own fields of the request with that number; every number has one
 Source = Callable[[int], tuple[str, Mapping[str, Any]]]

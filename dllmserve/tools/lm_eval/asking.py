@@ -11,10 +11,15 @@ from dllmserve._checks import check_known
 from dllmserve._values import MAX_STOP_STRINGS
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, InvalidParameterError
-from dllmserve.evaluation.settings import SAMPLING_FIELDS, SPARSE_FIELDS, Setting, make_setting
-from dllmserve.evaluation.suites import SPARSE, TOKENS_PER_STEP
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
+from dllmserve.tools.evaluation.settings import (
+    SAMPLING_FIELDS,
+    SPARSE_FIELDS,
+    Setting,
+    make_setting,
+)
+from dllmserve.tools.evaluation.suites import SPARSE, TOKENS_PER_STEP
 
 #: lm-eval's own default for tasks that do not say how long an answer is
 DEFAULT_GEN_LENGTH = 256

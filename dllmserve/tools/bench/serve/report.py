@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dllmserve import __version__
-from dllmserve.bench.serve.figures import ServeResult
-from dllmserve.bench.serve.options import DEFAULT_DURATION, DEFAULT_REQUESTS, ServeOptions
-from dllmserve.bench.text import counted, header_line, rate_text
+from dllmserve.tools.bench.serve.figures import ServeResult
+from dllmserve.tools.bench.serve.options import DEFAULT_DURATION, DEFAULT_REQUESTS, ServeOptions
+from dllmserve.tools.bench.text import counted, header_line, rate_text
 
 #: version of the record's layout, raised when a key changes its meaning or goes away
 SCHEMA = 1

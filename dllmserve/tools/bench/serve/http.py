@@ -15,9 +15,9 @@ from contextlib import suppress
 from types import SimpleNamespace
 
 from dllmserve._needs import missing
-from dllmserve.bench.serve.options import Address
-from dllmserve.bench.serve.outcome import RequestFailed
 from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.serve.options import Address
+from dllmserve.tools.bench.serve.outcome import RequestFailed
 
 try:
     import aiohttp

@@ -11,7 +11,7 @@ from dllmserve._needs import missing
 from dllmserve.errors import ConfigError
 
 if TYPE_CHECKING:  # loads torch
-    from dllmserve.bench.run import Result
+    from dllmserve.tools.bench.run import Result
 
 SUFFIXES = (".png", ".svg")
 MEASURED, REFERENCE, QUIET = "#1f5fa8", "#8a8a8a", "#d9d9d9"

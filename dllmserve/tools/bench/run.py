@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dllmserve.bench.profile import KernelTime, profiled
-from dllmserve.bench.roofline import Ceilings, ModelCost
-from dllmserve.bench.workload import Workload
 from dllmserve.core.plan import StepPlan
 from dllmserve.errors import EngineError
 from dllmserve.llm import LLM
+from dllmserve.tools.bench.profile import KernelTime, profiled
+from dllmserve.tools.bench.roofline import Ceilings, ModelCost
+from dllmserve.tools.bench.workload import Workload
 
 
 @dataclass(frozen=True)

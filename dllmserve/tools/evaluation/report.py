@@ -14,10 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from dllmserve._checks import user_path
-from dllmserve.bench.text import counted, header_line, rate_text
 from dllmserve.errors import ConfigError
-from dllmserve.evaluation.figures import Difference, Figures, Measured, SettingResult
-from dllmserve.evaluation.items import Item
+from dllmserve.tools.bench.text import counted, header_line, rate_text
+from dllmserve.tools.evaluation.figures import Difference, Figures, Measured, SettingResult
+from dllmserve.tools.evaluation.items import Item
 
 if TYPE_CHECKING:  # loads torch
     from dllmserve.llm import LLM
@@ -128,7 +128,7 @@ class EvalReport:
 
 def environment_of(llm: LLM) -> dict[str, Any]:
     """What figures depend on besides items and settings, as ``dllmserve bench`` records it."""
-    from dllmserve.bench import environment
+    from dllmserve.tools.bench import environment
 
     config, plan = llm.config, llm.plan
     return {

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dllmserve.bench.serve.load import Row
-from dllmserve.bench.serve.options import ServeOptions
-from dllmserve.bench.serve.outcome import OK, REJECTED, UNFINISHED, Outcome
+from dllmserve.tools.bench.serve.load import Row
+from dllmserve.tools.bench.serve.options import ServeOptions
+from dllmserve.tools.bench.serve.outcome import OK, REJECTED, UNFINISHED, Outcome
 
 #: seconds of delay that any client has, and the share of a core above which it has no room
 _LATE, _BUSY = 0.01, 0.9

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dllmserve.evaluation.intervals import paired_difference, wilson
-from dllmserve.evaluation.items import Item
-from dllmserve.evaluation.settings import Setting
+from dllmserve.tools.evaluation.intervals import paired_difference, wilson
+from dllmserve.tools.evaluation.items import Item
+from dllmserve.tools.evaluation.settings import Setting
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class SettingResult:
 
     Attributes:
         name: of the setting.
-        given: its fields, as :func:`dllmserve.evaluation.settings.make_setting` takes them.
+        given: its fields, as :func:`dllmserve.tools.evaluation.settings.make_setting` takes them.
         sampling: all SamplingParams of the first item.
         sparse: all fields of its SparseConfig, or None.
         varies: fields of SamplingParams that follow the item: least and greatest value.

@@ -1,0 +1,365 @@
+"""Settings: named ways of decoding that one run compares, and lists of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from dllmserve._checks import check_choice, check_int, check_known, user_path
+from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
+from dllmserve.presets import steps_for
+from dllmserve.sampling_params import SamplingParams
+from dllmserve.sparse.state import SparseConfig
+from dllmserve.tools.evaluation.suites import SPARSE, SUITES, TOKENS_PER_STEP
+
+#: what a setting has unless it says otherwise, as on the rest of the command line
+DEFAULT_GEN_LENGTH = 64
+DEFAULT_BLOCK_LENGTH = 32
+DEFAULT_TEMPERATURE = 0.0
+
+#: fields of SamplingParams that a setting may have
+SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != SPARSE)
+#: names of the answer's length among them
+LENGTHS = frozenset({"gen_length", "max_tokens"})
+SPARSE_FIELDS = tuple(f.name for f in fields(SparseConfig) if f.name != "enabled")
+
+_FIELD = re.compile(r"([\w.-]+)=")
+_QUOTED = re.compile(r"'([^']*)'")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way of decoding, for items of any length.
+
+    Attributes:
+        name: in tables and pictures.
+        sampling: fields of SamplingParams that were given; ``gen_length`` or ``max_tokens``
+            among them is the length of every item's answer.
+        sparse: fields of SparseConfig that were given; None without sparse attention.
+        tokens_per_step: with ``unmask="steps"``, tokens that a step writes, at most.
+
+    Raises:
+        DllmServeError: a field has a wrong value; the message names the setting.
+
+    Example:
+        >>> Setting("fast", {"unmask": "steps"}, tokens_per_step=4).params(64).steps
+        16
+    """
+
+    name: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sparse: Mapping[str, Any] | None = None
+    tokens_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        check_known(f"setting {self.name!r}", self.sampling, SAMPLING_FIELDS)
+        try:
+            if (count := self.tokens_per_step) is not None:
+                check_int(InvalidParameterError, TOKENS_PER_STEP, count, 1)
+                if "steps" in self.sampling:
+                    raise InvalidParameterError(
+                        f"steps and tokens_per_step={count} exclude each other: give one of them"
+                    )
+            self.params(DEFAULT_GEN_LENGTH)
+        except DllmServeError as error:
+            raise named(error, self.name) from error
+
+    def params(self, gen_length: int | None = None) -> SamplingParams:
+        """How an item is decoded.
+
+        Args:
+            gen_length: of the item; the setting's own comes first.
+        """
+        values: dict[str, Any] = {"temperature": DEFAULT_TEMPERATURE}
+        if not LENGTHS & set(self.sampling):
+            values["gen_length"] = DEFAULT_GEN_LENGTH if gen_length is None else gen_length
+        sparse = self.sparse_config()
+        preset = self.sampling.get("quality") is not None
+        if sparse is None and not preset:
+            # a SparseConfig and a preset bring their own block length
+            values["block_length"] = DEFAULT_BLOCK_LENGTH
+        given = {**values, **self.sampling}
+        params = SamplingParams(**given)
+        if self.tokens_per_step is not None and params.unmask != "steps":
+            raise InvalidParameterError(
+                f"tokens_per_step={self.tokens_per_step} works with unmask='steps' only, "
+                f"got unmask={params.unmask!r}"
+            )
+        if "steps" in self.sampling or (preset and self.tokens_per_step is None):
+            return params
+        block = params.block_length or (sparse.default_block_len if sparse else None)
+        steps = steps_for(params.gen_length, block, self.tokens_per_step or 1)
+        return SamplingParams(**{**given, "steps": steps})
+
+    def sparse_config(self) -> SparseConfig | None:
+        """Sparse attention of every item, or None."""
+        return None if self.sparse is None else SparseConfig(**self.sparse)
+
+    def given(self) -> dict[str, Any]:
+        """The setting as :func:`make_setting` takes it, and as JSON can hold it."""
+        found = {k: list(v) if isinstance(v, tuple) else v for k, v in self.sampling.items()}
+        if self.tokens_per_step is not None:
+            found[TOKENS_PER_STEP] = self.tokens_per_step
+        if self.sparse is not None:
+            found[SPARSE] = dict(self.sparse)
+        return found
+
+
+def named(error: DllmServeError, name: str) -> DllmServeError:
+    """The error with the name of the setting that it is about."""
+    return type(error)(f"setting {name!r}: {error}")
+
+
+def make_setting(name: str, values: Mapping[str, Any], base: Setting | None = None) -> Setting:
+    """A setting from the fields that somebody gave.
+
+    Args:
+        name: of the setting.
+        values: fields of SamplingParams and SparseConfig, ``tokens_per_step``, and ``sparse``:
+            true, false or an object with fields of SparseConfig. Any of the latter implies it.
+        base: the setting that the fields change; None is one without any.
+
+    Raises:
+        UnknownOptionError: a name is not known; the message says which one is nearest.
+        DllmServeError: a value is wrong.
+
+    Example:
+        >>> make_setting("half", {"unmask": "threshold", "retention_ratio": 0.5}).sparse
+        {'retention_ratio': 0.5}
+    """
+    if not name.strip():
+        raise ConfigError("a setting needs a name that is not empty")
+    known = (*SAMPLING_FIELDS, TOKENS_PER_STEP, SPARSE, *SPARSE_FIELDS)
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"setting {name!r} must be an object of fields, got {values!r}")
+    check_known(f"setting {name!r}", values, known)
+    own = {k: v for k, v in values.items() if k != SPARSE}
+    try:
+        sparse = _sparse(values.get(SPARSE), own, base.sparse if base is not None else None)
+    except DllmServeError as error:
+        raise named(error, name) from error
+    per_step = own.pop(TOKENS_PER_STEP, None)
+    sampling = {k: v for k, v in own.items() if k in SAMPLING_FIELDS}
+    if isinstance(bias := sampling.get("logit_bias"), Mapping):
+        # the names of a JSON object are texts
+        sampling["logit_bias"] = {int(k) if _is_id(k) else k: v for k, v in bias.items()}
+    inherited = dict(base.sampling) if base is not None else {}
+    if LENGTHS & set(sampling):
+        inherited = {k: v for k, v in inherited.items() if k not in LENGTHS}
+    if per_step is not None:
+        inherited.pop("steps", None)
+    elif base is not None and not {"steps", "unmask", "quality"} & set(sampling):
+        per_step = base.tokens_per_step
+    return Setting(name, {**inherited, **sampling}, sparse, per_step)
+
+
+def _is_id(key: Any) -> bool:
+    return isinstance(key, str) and key.isascii() and key.isdigit()
+
+
+def _sparse(
+    given: Any, own: Mapping[str, Any], base: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """Fields of the SparseConfig, or None where there is none."""
+    single = {k: v for k, v in own.items() if k in SPARSE_FIELDS and k not in SAMPLING_FIELDS}
+    if given is False:
+        if single:
+            raise ConfigError(f"sparse=false and {next(iter(single))} exclude each other")
+        return None
+    if isinstance(given, Mapping):
+        check_known("sparse", given, ("enabled", *SPARSE_FIELDS))
+        inner = dict(given)
+        if inner.pop("enabled", True) is False:
+            return None
+        single = {**inner, **single}
+    elif given not in (None, True):
+        raise ConfigError(
+            f"sparse must be true, false or an object with fields of SparseConfig, got {given!r}"
+        )
+    if given is None and not single:
+        return None if base is None else dict(base)
+    return {**(base or {}), **single}
+
+
+def parse_setting(text: str, base: Setting | None = None) -> Setting:
+    """A setting from ``"NAME: field=value field=value ..."``.
+
+    Values are those of the command line; one with spaces is quoted, lists and objects are
+    JSON. ``sparse.`` may stand before a field of SparseConfig.
+
+    Raises:
+        DllmServeError: it is not of that form, or a field is wrong.
+
+    Example:
+        >>> parse_setting("fast: unmask=threshold threshold=0.8").params(32).threshold
+        0.8
+    """
+    name, colon, rest = text.partition(":")
+    name = name.strip()
+    if not colon or not name:
+        raise ConfigError(
+            "a setting is 'NAME: field=value ...', for example "
+            f"'fast: unmask=threshold threshold=0.8', got {text!r}"
+        )
+    values: dict[str, Any] = {}
+    try:
+        for key, value in _pairs(rest):
+            key = key.replace("-", "_").removeprefix(f"{SPARSE}.")
+            if key in values:
+                raise ConfigError(f"{key} is given twice")
+            values[key] = _typed(key, value) if isinstance(value, str) else value
+    except DllmServeError as error:
+        raise named(error, name) from error
+    return make_setting(name, values, base)
+
+
+def _pairs(text: str) -> Iterator[tuple[str, Any]]:
+    """Each field with its value: a text, or what its JSON stands for."""
+    place, text = 0, text.strip()
+    while place < len(text):
+        head = _FIELD.match(text, place)
+        if head is None:
+            raise ConfigError(f"needs field=value, got {text[place:].split()[0]!r}")
+        key, start = head[1], head.end()
+        if text[start : start + 1] in ("[", "{", '"'):
+            value, end = _decode(text, start, key)
+        elif quoted := _QUOTED.match(text, start):
+            value, end = quoted[1], quoted.end()
+        else:
+            value = text[start:].split(maxsplit=1)[0] if text[start : start + 1].strip() else ""
+            end = start + len(value)
+        if text[end : end + 1].strip():
+            raise ConfigError(f"{key} goes on with {text[end:].split()[0]!r} behind its value")
+        yield key, value
+        place = end + len(text[end:]) - len(text[end:].lstrip())
+
+
+def _typed(key: str, text: str) -> Any:
+    """A value of the field's type; what is none stays a text, which the field then refuses."""
+    kinds, lower = _KINDS.get(key, set()), text.lower()
+    if NoneType in kinds and lower in ("none", "null"):
+        return None
+    if bool in kinds and lower in ("true", "false"):
+        return lower == "true"
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names differ; json alone would keep the last one."""
+    names = [key for key, _ in pairs]
+    if twice := [key for key in names if names.count(key) > 1]:
+        raise ConfigError(f"gives {twice[0]!r} twice")
+    return dict(pairs)
+
+
+def _decode(text: str, start: int, name: str) -> tuple[Any, int]:
+    """The JSON value that begins there, and where it ends."""
+    try:
+        return json.JSONDecoder(object_pairs_hook=_once).raw_decode(text, start)
+    except ConfigError as error:
+        raise ConfigError(f"{name} {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} is not JSON: {error}") from error
+
+
+def read_settings(path: str | Path, base: Setting | None = None) -> list[Setting]:
+    """Settings of a JSON file: ``{"name": {field: value, "sparse": {...}}, ...}``.
+
+    Raises:
+        DllmServeError: the file or a setting is wrong.
+        OSError: the file cannot be read.
+    """
+    file = user_path(path)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason}") from error
+    text = text.strip()
+    value, end = _decode(text, 0, str(path))
+    if end < len(text):
+        raise ConfigError(f"{path} goes on behind its object with {text[end:].split()[0]!r}")
+    if not isinstance(value, dict) or not value:
+        raise ConfigError(
+            f'{path} must hold an object of settings, such as {{"fast": {{"unmask": "threshold"}}}}'
+        )
+    try:
+        return [make_setting(name, given, base) for name, given in value.items()]
+    except DllmServeError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def suite(name: str, base: Setting | None = None) -> list[Setting]:
+    """The settings of a built-in list.
+
+    Example:
+        >>> [setting.name for setting in suite("frontier")][:2]
+        ['one token a step', '2 tokens a step']
+    """
+    check_choice(ConfigError, "suite", name, SUITES)
+    return [make_setting(key, values, base) for key, values in SUITES[name].items()]
+
+
+def check_names(settings: Iterable[Setting]) -> None:
+    """Raise ConfigError if two settings have the same name."""
+    seen: set[str] = set()
+    for setting in settings:
+        if setting.name in seen:
+            raise ConfigError(f"two settings are named {setting.name!r}: give each its own name")
+        seen.add(setting.name)
+
+
+def describe(setting: Setting) -> str:
+    """A short name by what the setting does.
+
+    Example:
+        >>> describe(Setting("", {"unmask": "threshold", "cache": "dual"}))
+        'threshold 0.9, dual'
+    """
+    params, given = setting.params(), dict(setting.sampling)
+    rule = given.pop("unmask", params.unmask)
+    if (quality := given.pop("quality", None)) is not None:
+        parts = [f"quality {quality}"] + ([] if rule == params.unmask else [rule])
+    elif rule != "steps":
+        value = getattr(params, rule, None)  # a rule's own field has its name
+        given.pop(rule, None)
+        parts = [rule if value is None else f"{rule} {value:g}"]
+    elif "steps" in given:
+        parts = [f"{given.pop('steps')} steps"]
+    else:
+        count = setting.tokens_per_step or 1
+        parts = ["one token a step" if count == 1 else f"{count} tokens a step"]
+    if (cache := given.pop("cache", "none")) != "none":
+        parts.append(cache)
+    parts += [f"{name} {_brief(value)}" for name, value in given.items()]
+    if (sparse := setting.sparse_config()) is not None:
+        parts.append(f"sparse {sparse.retention_ratio:g}")
+    return ", ".join(parts)
+
+
+def _brief(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The types that a union allows."""
+    return set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+
+
+#: types that a field takes, by its name
+_KINDS: dict[str, set[Any]] = {
+    **{name: _kinds(hint) for name, hint in get_type_hints(SparseConfig).items()},
+    **{name: _kinds(hint) for name, hint in get_type_hints(SamplingParams).items()},
+    TOKENS_PER_STEP: {int},
+    SPARSE: {bool},
+}
