@@ -11,14 +11,16 @@ from typing import Any
 #: longest answer and largest step count that a request may ask for
 MAX_GEN_LENGTH = 8192
 MAX_STEPS = 8192
+#: diffusion block of the presets, and where neither a request nor an operator says another
+BLOCK_LENGTH = 32
 #: what "exact" stands for besides its steps
-_EXACT: dict[str, Any] = {"unmask": "steps", "cache": "none", "block_length": 32}
+_EXACT: dict[str, Any] = {"unmask": "steps", "cache": "none", "block_length": BLOCK_LENGTH}
 
 #: what both faster presets share: cost that does not grow with gen_length, and blocks that end
 #: when the model is sure
 _SURE: dict[str, Any] = {
     "unmask": "threshold",
-    "block_length": 32,
+    "block_length": BLOCK_LENGTH,
     "suffix_window": 32,
     "early_end": True,
 }

@@ -11,7 +11,7 @@ from dllmserve._values import Kept, NotGiven, normal_bias, normal_stop, rank
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import check_knobs, columns, knob
-from dllmserve.presets import MAX_GEN_LENGTH, MAX_STEPS, PRESETS, preset
+from dllmserve.presets import BLOCK_LENGTH, MAX_GEN_LENGTH, MAX_STEPS, PRESETS, preset, steps_for
 from dllmserve.sparse.state import SparseConfig
 
 REMASKING = ("low_confidence", "random")
@@ -469,6 +469,27 @@ def with_sparse(params: SamplingParams, sparse: SparseConfig | None) -> Sampling
             "other: give one of them"
         )
     return replace(params, sparse=sparse)
+
+
+def stepwise(given: Mapping[str, Any], tokens: int | None = None) -> SamplingParams:
+    """Parameters with the block length and steps that the command line and servers fill in.
+
+    Args:
+        given: fields of SamplingParams. A quality and a SparseConfig bring a block length.
+        tokens: that a step writes, at most, unless ``steps`` are given; None is one, or what a
+            quality says.
+
+    Example:
+        >>> stepwise({"gen_length": 48}).steps
+        64
+    """
+    quality = given.get("quality")
+    block = {} if quality or given.get("sparse") else {"block_length": BLOCK_LENGTH}
+    params = SamplingParams(**{**block, **given})
+    if "steps" in given or (quality and tokens is None):
+        return params
+    steps = steps_for(params.gen_length, params.resolved_block_length, tokens or 1)
+    return replace(params, steps=steps)
 
 
 #: the numbers that rules read, in the order that they have on the device

@@ -18,13 +18,13 @@ from dllmserve.cli.options import (
     ENGINE,
     SAMPLING,
     SPARSE,
+    NamedModel,
     engine_config,
+    one_model,
     sampling_params,
-    sparse_config,
     with_options,
 )
 from dllmserve.config import EngineConfig
-from dllmserve.errors import ConfigError
 from dllmserve.tools.bench.plot import plot_latency, plot_throughput
 from dllmserve.tools.bench.workload import Workload, parse_counts
 
@@ -70,10 +70,6 @@ ModelArgument = Annotated[
         "checkpoints' shapes, for --load-format dummy. (default tiny)",
         show_default=False,
     ),
-]
-NamedModel = Annotated[
-    str | None,
-    typer.Option("--model", "-m", metavar="NAME", help="The same as MODEL.", show_default=False),
 ]
 PromptLength = Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")]
 Warmup = Annotated[
@@ -133,7 +129,7 @@ def throughput(
     with short_errors():
         counts = parse_counts(requests)
         image = picture(plot)
-        job = _Job(_model(model, named), prompt_len, runs, warmup, options)
+        job = _Job(one_model(model, named), prompt_len, runs, warmup, options)
 
         def measure(engine: Bench) -> list[Result]:
             return [engine.throughput(count) for count in counts]
@@ -164,7 +160,7 @@ def latency(
     """
     with short_errors():
         image = picture(plot)
-        job = _Job(_model(model, named), prompt_len, runs, warmup, options)
+        job = _Job(one_model(model, named), prompt_len, runs, warmup, options)
 
         def measure(engine: Bench) -> list[Result]:
             return [engine.latency()]
@@ -182,7 +178,7 @@ class _Job:
     """The checked options of a benchmark; the model is loaded by :meth:`report`."""
 
     def __init__(
-        self, model: str, prompt_len: int, runs: int, warmup: int, options: dict[str, Any]
+        self, model: str | None, prompt_len: int, runs: int, warmup: int, options: dict[str, Any]
     ) -> None:
         given = {**options, "ignore_eos": True}
         for name, default in (("gen_length", DEFAULT_GEN_LENGTH), ("seed", DEFAULT_SEED)):
@@ -193,12 +189,11 @@ class _Job:
         self._workload = Workload(
             prompt_len=prompt_len,
             params=params,
-            sparse=sparse_config(given),
             seed=given["seed"],
             runs=runs,
             warmup=warmup,
         )
-        self._config = engine_config(model, given)
+        self._config = engine_config(DEFAULT_MODEL if model is None else model, given)
 
     def report(
         self, benchmark: str, measure: Callable[[Bench], list[Result]], *, profile: bool
@@ -233,9 +228,3 @@ class _Job:
             return config
         spec = read_spec(read_config(directory))
         return replace(config, max_model_len=self._workload.max_model_len(spec))
-
-
-def _model(argument: str | None, option: str | None) -> str:
-    if argument is not None and option is not None:
-        raise ConfigError("give MODEL or --model, not both")
-    return next((name for name in (argument, option) if name is not None), DEFAULT_MODEL)

@@ -25,6 +25,7 @@ from dllmserve.cli.options import (
     ModelOption,
     engine_config,
     sampling_params,
+    wants_sparse,
     with_options,
 )
 from dllmserve.config import EngineConfig
@@ -281,8 +282,8 @@ def _base(options: dict[str, Any], tokens_per_step: int | None) -> Setting:
     # as parsed and checked there, but only what was given
     params = sampling_params(options)
     sampling = {name: getattr(params, name) for name in SAMPLING.given(options)}
-    sparse = SPARSE.given(options)
-    wanted = bool(sparse) and sparse.pop("enabled", True)
+    sparse = {name: v for name, v in SPARSE.given(options).items() if name != "enabled"}
+    wanted = wants_sparse(options)
     base = Setting("options", sampling, sparse if wanted else None, tokens_per_step)
     return replace(base, name=describe(base))
 

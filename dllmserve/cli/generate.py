@@ -22,7 +22,6 @@ from dllmserve.cli.options import (
     chosen_quality,
     engine_config,
     sampling_params,
-    sparse_config,
     with_options,
     with_quality,
 )
@@ -36,7 +35,6 @@ from dllmserve.outputs import RequestOutput
 if TYPE_CHECKING:  # loads torch
     from dllmserve.llm import LLM
     from dllmserve.sampling_params import SamplingParams
-    from dllmserve.sparse.state import SparseConfig
 
 #: how prompts are decoded if nothing else is asked for
 DEFAULT_QUALITY = "balanced"
@@ -112,12 +110,12 @@ def generate(
     """
     with short_errors():
         options["quality"] = chosen_quality(options, DEFAULT_QUALITY)
-        params, sparse = sampling_params(options), sparse_config(options)
+        params = sampling_params(options)
         config = engine_config(model, options)
         texts = read_prompts(prompts or [], file, demo)
         terminal = sys.stdout.isatty() and not as_json
         with loading(config.model):
-            job = _Job(config, texts, chat, params, sparse)
+            job = _Job(config, texts, chat, params)
         if as_json:
             job.print_json()
         elif not terminal:
@@ -139,14 +137,12 @@ class _Job:
         texts: list[str],
         chat: bool | None,
         params: SamplingParams,
-        sparse: SparseConfig | None,
     ) -> None:
         from dllmserve.llm import LLM
 
         self._llm: LLM = LLM(**asdict(config))
         self._texts = texts
         self._params = params
-        self._sparse = sparse
         tokenizer = self._llm.tokenizer
         if tokenizer is None:
             raise TokenizerError(f"model {config.model!r} has no tokenizer, so it reads no text")
@@ -180,7 +176,7 @@ class _Job:
             return
         for place, ids in enumerate(self._ids):
             heading(place)
-            steps = self._llm.stream(ids, self._params, self._sparse)
+            steps = self._llm.stream(ids, self._params)
             for piece in plain_pieces(steps, self._tokenizer.decode, self._params.stop_strings):
                 _write(piece)
             _write("\n")
@@ -213,17 +209,13 @@ class _Job:
     def _show_live(self, screen: Screen, ids: list[int]) -> None:
         ends = () if self._params.ignore_eos else self._llm.spec.eos_ids
         canvas = CanvasText(self._tokenizer.decode, ends, screen.marks)
-        screen.live(self._llm.stream(ids, self._params, self._sparse), canvas)
+        screen.live(self._llm.stream(ids, self._params), canvas)
 
     def _batch(self) -> tuple[list[RequestOutput], float]:
         """Answer all prompts at once; seconds are those of the whole batch."""
         begin = time.perf_counter()
-        answers = self._llm.generate(
-            self._ids,
-            self._params,
-            self._sparse,
-            use_tqdm=len(self._ids) > 1 and sys.stderr.isatty(),
-        )
+        bar = len(self._ids) > 1 and sys.stderr.isatty()
+        answers = self._llm.generate(self._ids, self._params, use_tqdm=bar)
         seconds = time.perf_counter() - begin
         return [_output(answer) for answer in answers], seconds
 

@@ -10,21 +10,24 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from dllmserve.config import EngineConfig
-from dllmserve.errors import InvalidParameterError
+from dllmserve.errors import ConfigError, InvalidParameterError
 from dllmserve.knobs import knobs, types
-from dllmserve.presets import PRESETS, steps_for
+from dllmserve.presets import BLOCK_LENGTH, PRESETS
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
+from dllmserve.tools.evaluation.settings import DEFAULT_GEN_LENGTH, greedy
 
-#: Greedy and, without a quality, one token a step: the most careful decoding.
-DEFAULT_GEN_LENGTH = 64
-DEFAULT_BLOCK_LENGTH = 32
 #: fields that only a fixed number of steps has, or for which a preset has no good values
 _OF_FIXED_STEPS = ("steps", "remasking", "schedule", "eps", "confidence")
 
 #: --model of every command
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", metavar="NAME", help="Local directory, hub id, or tiny.")
+]
+#: the same where a model is an argument
+NamedModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="NAME", help="The same as MODEL.", show_default=False),
 ]
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: " "}
@@ -123,7 +126,7 @@ SAMPLING = Group(
         "max_tokens": "",
         "gen_length": str(DEFAULT_GEN_LENGTH),
         "steps": "one per token",
-        "block_length": str(DEFAULT_BLOCK_LENGTH),
+        "block_length": str(BLOCK_LENGTH),
     },
     flags=frozenset({"ignore_eos"}),
 )
@@ -170,31 +173,27 @@ def chosen_quality(options: Mapping[str, Any], default: str) -> str | None:
         return str(given["quality"])
     rule = given.get("unmask")
     fixed = rule == "steps" or (rule is None and any(n in given for n in _OF_FIXED_STEPS))
-    return None if fixed or _wants_sparse(options) else default
+    return None if fixed or wants_sparse(options) else default
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """SamplingParams from the command line, with the command line's defaults."""
-    sparse = sparse_config(options)
-    values: dict[str, Any] = {"temperature": 0.0}
+    """SamplingParams from the command line, with the command line's defaults.
+
+    They have a SparseConfig if one of its options was given.
+    """
     given = SAMPLING.given(options)
-    if "max_tokens" not in given:
-        values["gen_length"] = DEFAULT_GEN_LENGTH
-    if sparse is None and "quality" not in given:
-        # a SparseConfig, or a quality, brings its own block length
-        values["block_length"] = DEFAULT_BLOCK_LENGTH
+    if wants_sparse(options):
+        given["sparse"] = SparseConfig(**SPARSE.given(options))
     if "logit_bias" in given:
         given["logit_bias"] = _logit_bias(given["logit_bias"])
-    params = SamplingParams(**values | given)
-    if options.get("steps") is not None or "quality" in given:
-        return params
-    block = params.block_length or (sparse.default_block_len if sparse else None)
-    return replace(params, steps=steps_for(params.gen_length, block))
+    return greedy(given)
 
 
-def sparse_config(options: Mapping[str, Any]) -> SparseConfig | None:
-    """SparseConfig from the command line; None unless one of its options was given."""
-    return SparseConfig(**SPARSE.given(options)) if _wants_sparse(options) else None
+def one_model(argument: str | None, option: str | None) -> str | None:
+    """The model of a command that takes it as an argument or as --model, if it was given."""
+    if argument is not None and option is not None:
+        raise ConfigError("give MODEL or --model, not both")
+    return option if argument is None else argument
 
 
 def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
@@ -203,7 +202,7 @@ def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
     return EngineConfig(model=model, **values)
 
 
-def _wants_sparse(options: Mapping[str, Any]) -> bool:
+def wants_sparse(options: Mapping[str, Any]) -> bool:
     """True for --sparse and for any sparse option without --no-sparse."""
     given = SPARSE.given(options)
     return bool(given) and bool(given.get("enabled", True))

@@ -26,12 +26,11 @@ def llm(engines: Engines, checkpoints: dict[str, Path]) -> LLM:
     return engines(checkpoints["dream"])
 
 
-def bench(llm: LLM, sparse: SparseConfig | None = None, **params: Any) -> Bench:
+def bench(llm: LLM, **params: Any) -> Bench:
     values = {"temperature": 0.0, "gen_length": 8, "steps": 8, "block_length": 4, **params}
     work = Workload(
         prompt_len=6,
         params=SamplingParams(ignore_eos=True, **values),
-        sparse=sparse,
         seed=0,
         runs=3,
         warmup=1,
@@ -54,18 +53,16 @@ def test_counts_of_a_fixed_schedule(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "sparse"),
+    "params",
     [
-        ({"unmask": "threshold", "threshold": 0.5}, None),
-        ({"cfg_scale": 1.0, "cache": "prefix"}, None),
-        ({"temperature": 1.0, "seed": 5}, SparseConfig(delay_step=0)),
+        {"unmask": "threshold", "threshold": 0.5},
+        {"cfg_scale": 1.0, "cache": "prefix"},
+        {"temperature": 1.0, "seed": 5, "sparse": SparseConfig(delay_step=0)},
     ],
     ids=["threshold", "guided", "sparse"],
 )
-def test_every_kind_of_request(
-    llm: LLM, params: dict[str, Any], sparse: SparseConfig | None
-) -> None:
-    result = bench(llm, sparse, **params).throughput(2)
+def test_every_kind_of_request(llm: LLM, params: dict[str, Any]) -> None:
+    result = bench(llm, **params).throughput(2)
     assert result.output_tokens == 16
     assert result.floor_seconds > 0
 

@@ -21,7 +21,7 @@ from tests.bench.test_roofline import SPEC
 
 def workload(**values: Any) -> Workload:
     params = SamplingParams(gen_length=values.pop("gen_length", 16))
-    rest = {"prompt_len": 20, "sparse": None, "seed": 0, "runs": 1, "warmup": 0, **values}
+    rest = {"prompt_len": 20, "seed": 0, "runs": 1, "warmup": 0, **values}
     return Workload(params=params, **rest)
 
 

@@ -18,7 +18,7 @@ from dllmserve.cli import eval as command
 from dllmserve.cli.app import app
 from dllmserve.cli.exit_codes import INTERRUPTED
 from dllmserve.cli.main import main
-from dllmserve.cli.options import SAMPLING, SPARSE, sampling_params, sparse_config, with_options
+from dllmserve.cli.options import SAMPLING, SPARSE, sampling_params, with_options
 from dllmserve.tools.evaluation.run import Evaluation
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
@@ -167,7 +167,6 @@ def test_the_options_are_those_of_generate() -> None:
         assert runner.invoke(own, args).exit_code == 0
         base = command._base(seen[-1], None)
         assert base.params() == sampling_params(seen[-1])
-        assert base.sparse_config() == sparse_config(seen[-1])
 
 
 def test_interrupted(

@@ -112,7 +112,7 @@ class Report:
             "options": {
                 **engine_facts(self.config, plan),
                 "sampling": asdict(work.params),
-                "sparse": None if work.sparse is None else asdict(work.sparse),
+                "sparse": None if work.params.sparse is None else asdict(work.params.sparse),
                 "prompt_len": work.prompt_len,
                 "seed": work.seed,
                 "runs": work.runs,
@@ -131,13 +131,11 @@ class Report:
     def _workload_text(self) -> str:
         work, params = self.workload, self.workload.params
         cache = f"cache {params.cache}"
-        block = params.block_length or params.gen_length
-        if (sparse := work.sparse) is not None:
+        if (sparse := params.sparse) is not None:
             heads = "per head" if sparse.head_select else "for all heads"
             cache = (
                 f"sparse (keep {sparse.retention_ratio:g} {heads}, delay_step {sparse.delay_step})"
             )
-            block = params.block_length or sparse.default_block_len
         rule = {
             "steps": f"{params.steps} steps",
             "threshold": f"threshold {params.threshold:g}",
@@ -146,7 +144,8 @@ class Report:
         }.get(params.unmask, params.unmask)
         guided = f", cfg_scale {params.cfg_scale:g}" if params.cfg_scale else ""
         return (
-            f"prompt {work.prompt_len} + answer {params.gen_length}, blocks of {block}, {rule}, "
+            f"prompt {work.prompt_len} + answer {params.gen_length}, blocks of "
+            f"{params.resolved_block_length}, {rule}, "
             f"{cache}, temperature {params.temperature:g}{guided}, seed {work.seed}; "
             f"{counted(work.warmup, 'warm-up run')}, {counted(work.runs, 'timed run')}"
         )

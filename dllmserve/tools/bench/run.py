@@ -177,7 +177,7 @@ class Bench:
     def _generate(self, prompts: list[list[int]]) -> list[dict[str, int]]:
         """Answer the prompts; the usage of each."""
         work = self._workload
-        outputs = self._llm.generate(prompts, work.params, work.sparse, use_tqdm=False)
+        outputs = self._llm.generate(prompts, work.params, use_tqdm=False)
         return [output["usage"] for output in outputs]
 
     def _sample(self, prompts: list[list[int]]) -> Sample:
@@ -202,7 +202,7 @@ class Bench:
         work = self._workload
         (prompt,) = work.prompts(1, self._llm.spec)
         start = time.perf_counter()
-        for step in self._llm.stream(prompt, work.params, work.sparse):
+        for step in self._llm.stream(prompt, work.params):
             if any(step.committed):
                 return time.perf_counter() - start
         raise EngineError("a request ended without a committed token")

@@ -9,7 +9,6 @@ from dllmserve._checks import check_int
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import ConfigError, ContextLengthError
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 
 #: a derived max_model_len is rounded up to this, so that small changes keep the engine's sizes
 LENGTH_STEP = 256
@@ -22,7 +21,6 @@ class Workload:
     Attributes:
         prompt_len: tokens of each prompt.
         params: of every request.
-        sparse: of every request, or None.
         seed: of the prompts.
         runs: timed runs.
         warmup: runs before them that are not timed.
@@ -33,7 +31,6 @@ class Workload:
 
     prompt_len: int
     params: SamplingParams
-    sparse: SparseConfig | None
     seed: int
     runs: int
     warmup: int

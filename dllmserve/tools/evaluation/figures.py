@@ -166,14 +166,13 @@ class SettingResult:
     def of(cls, measured: Measured, baseline: Measured | None) -> SettingResult:
         """The figures of one setting; ``baseline`` is None for the baseline itself."""
         setting, outcomes = measured.setting, measured.outcomes
-        sparse = setting.sparse_config()
         sampling, varies = _sampling(setting, [o.item for o in outcomes])
         tokens = sum(o.usage["completion_tokens"] for o in outcomes)
         return cls(
             name=setting.name,
             given=setting.given(),
             sampling=sampling,
-            sparse=None if sparse is None else asdict(sparse),
+            sparse=sampling["sparse"],
             varies=varies,
             seconds=measured.seconds,
             tokens_per_second=tokens / max(measured.seconds, 1e-9),

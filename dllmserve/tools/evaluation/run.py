@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from dllmserve.core.door import Door
 from dllmserve.errors import ConfigError, DllmServeError, TokenizerError
-from dllmserve.sampling_params import with_sparse
 from dllmserve.tools.evaluation.figures import Measured, Outcome, SettingResult, summarise
 from dllmserve.tools.evaluation.items import Item
 from dllmserve.tools.evaluation.settings import Setting, check_names, named
@@ -53,7 +52,7 @@ class Evaluation:
             for place in self._longest():
                 item = self._items[place]
                 try:
-                    params = with_sparse(setting.params(item.gen_length), setting.sparse_config())
+                    params = setting.params(item.gen_length)
                     door.request(0, self._ids[place], params, name=f"item {item.id!r}")
                 except DllmServeError as error:
                     raise named(error, setting.name) from error
@@ -80,12 +79,8 @@ class Evaluation:
     def _generate(self, setting: Setting, count: int, *, use_tqdm: bool) -> list[dict[str, Any]]:
         lengths = [item.gen_length for item in self._items[:count]]
         params = {length: setting.params(length) for length in set(lengths)}
-        return self._llm.generate(
-            self._ids[:count],
-            [params[length] for length in lengths],
-            setting.sparse_config(),
-            use_tqdm=use_tqdm,
-        )
+        chosen = [params[length] for length in lengths]
+        return self._llm.generate(self._ids[:count], chosen, use_tqdm=use_tqdm)
 
     def _longest(self) -> list[int]:
         """Places of the longest prompt for each length of an answer."""

@@ -12,14 +12,12 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dllmserve._checks import check_choice, check_int, check_known, user_path
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
-from dllmserve.presets import steps_for
-from dllmserve.sampling_params import SamplingParams
+from dllmserve.sampling_params import SamplingParams, stepwise
 from dllmserve.sparse.state import SparseConfig
 from dllmserve.tools.evaluation.suites import SPARSE, SUITES, TOKENS_PER_STEP
 
 #: what a setting has unless it says otherwise, as on the rest of the command line
 DEFAULT_GEN_LENGTH = 64
-DEFAULT_BLOCK_LENGTH = 32
 DEFAULT_TEMPERATURE = 0.0
 
 #: fields of SamplingParams that a setting may have
@@ -75,30 +73,16 @@ class Setting:
         Args:
             gen_length: of the item; the setting's own comes first.
         """
-        values: dict[str, Any] = {"temperature": DEFAULT_TEMPERATURE}
-        if not LENGTHS & set(self.sampling):
-            values["gen_length"] = DEFAULT_GEN_LENGTH if gen_length is None else gen_length
-        sparse = self.sparse_config()
-        preset = self.sampling.get("quality") is not None
-        if sparse is None and not preset:
-            # a SparseConfig and a preset bring their own block length
-            values["block_length"] = DEFAULT_BLOCK_LENGTH
-        given = {**values, **self.sampling}
-        params = SamplingParams(**given)
+        given = dict(self.sampling)
+        if self.sparse is not None:
+            given["sparse"] = SparseConfig(**self.sparse)
+        params = greedy(given, gen_length, self.tokens_per_step)
         if self.tokens_per_step is not None and params.unmask != "steps":
             raise InvalidParameterError(
                 f"tokens_per_step={self.tokens_per_step} works with unmask='steps' only, "
                 f"got unmask={params.unmask!r}"
             )
-        if "steps" in self.sampling or (preset and self.tokens_per_step is None):
-            return params
-        block = params.block_length or (sparse.default_block_len if sparse else None)
-        steps = steps_for(params.gen_length, block, self.tokens_per_step or 1)
-        return SamplingParams(**{**given, "steps": steps})
-
-    def sparse_config(self) -> SparseConfig | None:
-        """Sparse attention of every item, or None."""
-        return None if self.sparse is None else SparseConfig(**self.sparse)
+        return params
 
     def given(self) -> dict[str, Any]:
         """The setting as :func:`make_setting` takes it, and as JSON can hold it."""
@@ -108,6 +92,21 @@ class Setting:
         if self.sparse is not None:
             found[SPARSE] = dict(self.sparse)
         return found
+
+
+def greedy(
+    given: Mapping[str, Any], gen_length: int | None = None, tokens: int | None = None
+) -> SamplingParams:
+    """Parameters as the command line makes them of what was given.
+
+    Args:
+        given: fields of SamplingParams.
+        gen_length: if none of them is the length; None is 64.
+        tokens: see :func:`dllmserve.sampling_params.stepwise`.
+    """
+    length = DEFAULT_GEN_LENGTH if gen_length is None else gen_length
+    own = {} if LENGTHS & given.keys() else {"gen_length": length}
+    return stepwise({"temperature": DEFAULT_TEMPERATURE, **own, **given}, tokens)
 
 
 def named(error: DllmServeError, name: str) -> DllmServeError:
@@ -342,8 +341,8 @@ def describe(setting: Setting) -> str:
     if (cache := given.pop("cache", "none")) != "none":
         parts.append(cache)
     parts += [f"{name} {_brief(value)}" for name, value in given.items()]
-    if (sparse := setting.sparse_config()) is not None:
-        parts.append(f"sparse {sparse.retention_ratio:g}")
+    if params.sparse is not None:
+        parts.append(f"sparse {params.sparse.retention_ratio:g}")
     return ", ".join(parts)
 
 

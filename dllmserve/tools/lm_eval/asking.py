@@ -12,7 +12,6 @@ from dllmserve._values import MAX_STOP_STRINGS
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, InvalidParameterError
 from dllmserve.sampling_params import SamplingParams
-from dllmserve.sparse.state import SparseConfig
 from dllmserve.tools.evaluation.settings import (
     SAMPLING_FIELDS,
     SPARSE_FIELDS,
@@ -50,12 +49,11 @@ class Ask:
     """One request, ready for the engine.
 
     Attributes:
-        params, sparse: how it is decoded.
+        params: how it is decoded.
         until: texts that end the answer, all of them.
     """
 
     params: SamplingParams
-    sparse: SparseConfig | None
     until: tuple[str, ...]
 
     def seeded(self, context: str, repeat: int) -> SamplingParams:
@@ -135,7 +133,7 @@ def read_request(given: Mapping[str, Any], base: Setting) -> Ask:
         # more than the engine takes are cut off afterwards, with the same text
         values["stop"] = until[:MAX_STOP_STRINGS]
     setting = make_setting("gen_kwargs", values, base)
-    return Ask(setting.params(DEFAULT_GEN_LENGTH), setting.sparse_config(), tuple(until))
+    return Ask(setting.params(DEFAULT_GEN_LENGTH), tuple(until))
 
 
 def cut(text: str, until: Sequence[str]) -> str:

@@ -79,9 +79,7 @@ class DllmServeLM(LM):
             asks.append(ask)
             seen[context, key] += 1
         begin = time.perf_counter()
-        outputs = self._llm.generate(
-            prompts, params, [ask.sparse for ask in asks], use_tqdm=not disable_tqdm
-        )
+        outputs = self._llm.generate(prompts, params, use_tqdm=not disable_tqdm)
         self._count(outputs, time.perf_counter() - begin)
         texts = [cut(o["text"], ask.until) for o, ask in zip(outputs, asks, strict=True)]
         for request, text in zip(requests, texts, strict=True):
