@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dllmserve.cli.bench_output import AsJson, Plot, picture, progress, show
 from dllmserve.cli.bench_serve import EPILOG as SERVE_EPILOG
 from dllmserve.cli.bench_serve import serve
-from dllmserve.cli.commands import Command, CommandGroup
-from dllmserve.cli.failure import short_errors
+from dllmserve.cli.commands import Command, CommandGroup, short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import (
     ENGINE,
     SAMPLING,
     SPARSE,
+    Group,
     NamedModel,
     engine_config,
     one_model,
     sampling_params,
     with_options,
 )
+from dllmserve.cli.output import AsJson, Plot, picture, progress, show
 from dllmserve.config import EngineConfig
 from dllmserve.tools.bench.plot import plot_latency, plot_throughput
 from dllmserve.tools.bench.workload import Workload, parse_counts
@@ -32,10 +32,11 @@ if TYPE_CHECKING:  # loads torch
     from dllmserve.tools.bench.report import Report
     from dllmserve.tools.bench.run import Bench, Result
 
-DEFAULT_PROMPT_LENGTH = 256
 DEFAULT_GEN_LENGTH = 128
 DEFAULT_SEED = 0
 DEFAULT_MODEL = "tiny"
+#: timed runs of a request that runs alone
+LATENCY_RUNS = 5
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -61,6 +62,10 @@ _ENGINE = replace(
         "given).",
     },
 )
+_WORK = Group(Workload, "Options", skipped=frozenset({"params", "seed"}))
+_ALONE = replace(
+    _WORK, help={"runs": "Timed runs, one after the other."}, shown={"runs": str(LATENCY_RUNS)}
+)
 
 ModelArgument = Annotated[
     str | None,
@@ -71,9 +76,14 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-PromptLength = Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")]
-Warmup = Annotated[
-    int, typer.Option(metavar="N", help="Runs that are not timed, before the others.")
+Requests = Annotated[
+    str,
+    typer.Option(
+        "--requests",
+        "-n",
+        metavar="N,N,...",
+        help="Requests submitted at once; each number is a row of the table.",
+    ),
 ]
 NoProfile = Annotated[
     bool,
@@ -100,22 +110,11 @@ def root(context: typer.Context) -> None:
 
 
 @bench.command(cls=Command, epilog=EPILOG)
-@with_options(_DECODING, SPARSE, _ENGINE)
+@with_options(_WORK, _DECODING, SPARSE, _ENGINE)
 def throughput(
     model: ModelArgument = None,
     named: NamedModel = None,
-    requests: Annotated[
-        str,
-        typer.Option(
-            "--requests",
-            "-n",
-            metavar="N,N,...",
-            help="Requests submitted at once; each number is a row of the table.",
-        ),
-    ] = "1",
-    prompt_len: PromptLength = DEFAULT_PROMPT_LENGTH,
-    runs: Annotated[int, typer.Option(metavar="N", help="Timed runs; medians are reported.")] = 3,
-    warmup: Warmup = 1,
+    requests: Requests = "1",
     as_json: AsJson = False,
     plot: Plot = None,
     no_profile: NoProfile = False,
@@ -127,27 +126,24 @@ def throughput(
     --gen-length says. The last line is a JSON object with every figure.
     """
     with short_errors():
-        counts = parse_counts(requests)
-        image = picture(plot)
-        job = _Job(one_model(model, named), prompt_len, runs, warmup, options)
-
-        def measure(engine: Bench) -> list[Result]:
-            return [engine.throughput(count) for count in counts]
-
-        report = job.report("throughput", measure, profile=not no_profile)
+        counts, image = parse_counts(requests), picture(plot)
+        report = _report(
+            "throughput",
+            one_model(model, named),
+            options,
+            lambda engine: [engine.throughput(count) for count in counts],
+            profile=not no_profile,
+        )
         show(report, as_json)
         if image is not None:
             plot_throughput(report.results, report.title(), image)
 
 
 @bench.command(cls=Command, epilog=EPILOG)
-@with_options(_DECODING, SPARSE, _ENGINE)
+@with_options(_ALONE, _DECODING, SPARSE, _ENGINE)
 def latency(
     model: ModelArgument = None,
     named: NamedModel = None,
-    prompt_len: PromptLength = DEFAULT_PROMPT_LENGTH,
-    runs: Annotated[int, typer.Option(metavar="N", help="Timed runs, one after the other.")] = 5,
-    warmup: Warmup = 1,
     as_json: AsJson = False,
     plot: Plot = None,
     no_profile: NoProfile = False,
@@ -160,12 +156,13 @@ def latency(
     """
     with short_errors():
         image = picture(plot)
-        job = _Job(one_model(model, named), prompt_len, runs, warmup, options)
-
-        def measure(engine: Bench) -> list[Result]:
-            return [engine.latency()]
-
-        report = job.report("latency", measure, profile=not no_profile)
+        report = _report(
+            "latency",
+            one_model(model, named),
+            {**options, "runs": LATENCY_RUNS if options["runs"] is None else options["runs"]},
+            lambda engine: [engine.latency()],
+            profile=not no_profile,
+        )
         show(report, as_json)
         if image is not None:
             plot_latency(report.results[0], report.title(), image)
@@ -174,57 +171,48 @@ def latency(
 bench.command(cls=Command, epilog=SERVE_EPILOG)(serve)
 
 
-class _Job:
-    """The checked options of a benchmark; the model is loaded by :meth:`report`."""
+def _report(
+    benchmark: str,
+    model: str | None,
+    options: Mapping[str, Any],
+    measure: Callable[[Bench], list[Result]],
+    *,
+    profile: bool,
+) -> Report:
+    """Load the model, measure the device's ceilings, then the engine."""
+    given = {**options, "ignore_eos": True}
+    if given["gen_length"] is None and given["max_tokens"] is None:
+        given["gen_length"] = DEFAULT_GEN_LENGTH
+    if given["seed"] is None:
+        given["seed"] = DEFAULT_SEED
+    work = Workload(params=sampling_params(given), seed=given["seed"], **_WORK.given(options))
+    config = engine_config(DEFAULT_MODEL if model is None else model, given)
+    with loading(config.model):
+        from dllmserve.engine.setup import plan_engine
+        from dllmserve.engine.threads import rank_threads, with_threads
+        from dllmserve.llm import LLM
+        from dllmserve.tools.bench.report import Report
+        from dllmserve.tools.bench.roofline import measure_ceilings
+        from dllmserve.tools.bench.run import Bench
 
-    def __init__(
-        self, model: str | None, prompt_len: int, runs: int, warmup: int, options: dict[str, Any]
-    ) -> None:
-        given = {**options, "ignore_eos": True}
-        for name, default in (("gen_length", DEFAULT_GEN_LENGTH), ("seed", DEFAULT_SEED)):
-            named = name == "gen_length" and given["max_tokens"] is not None
-            if given[name] is None and not named:
-                given[name] = default
-        params = sampling_params(given)
-        self._workload = Workload(
-            prompt_len=prompt_len,
-            params=params,
-            seed=given["seed"],
-            runs=runs,
-            warmup=warmup,
-        )
-        self._config = engine_config(DEFAULT_MODEL if model is None else model, given)
+        config = _fitting(config, work)
+        plan = plan_engine(config)
+        # before the engine takes the memory that this needs
+        with with_threads(rank_threads(config, plan.device)):
+            ceilings = measure_ceilings(plan.device, plan.dtype)
+        llm = LLM(**asdict(config))
+    engine = Bench(llm, work, ceilings, profile=profile, progress=progress)
+    return Report(benchmark, config, llm.plan, work, ceilings, measure(engine))
 
-    def report(
-        self, benchmark: str, measure: Callable[[Bench], list[Result]], *, profile: bool
-    ) -> Report:
-        """Load, measure the ceilings, then the engine."""
-        with loading(self._config.model):
-            from dllmserve.engine.setup import plan_engine
-            from dllmserve.engine.threads import rank_threads, with_threads
-            from dllmserve.llm import LLM
-            from dllmserve.tools.bench.report import Report
-            from dllmserve.tools.bench.roofline import measure_ceilings
-            from dllmserve.tools.bench.run import Bench
 
-            config = self._fitting()
-            plan = plan_engine(config)
-            # before the engine takes the memory that this needs
-            with with_threads(rank_threads(config, plan.device)):
-                ceilings = measure_ceilings(plan.device, plan.dtype)
-            llm = LLM(**asdict(config))
-        engine = Bench(llm, self._workload, ceilings, profile=profile, progress=progress)
-        return Report(benchmark, config, llm.plan, self._workload, ceilings, measure(engine))
+def _fitting(config: EngineConfig, work: Workload) -> EngineConfig:
+    """The engine options, with an engine that is as long as the workload needs."""
+    from dllmserve.models.loader import find_model, read_config, read_spec, require_weights
 
-    def _fitting(self) -> EngineConfig:
-        """The engine options, with an engine that is as long as the workload needs."""
-        from dllmserve.models.loader import find_model, read_config, read_spec, require_weights
-
-        config = self._config
-        directory = find_model(config.model)
-        if config.load_format != "dummy":
-            require_weights(directory)  # before anything is measured
-        if config.max_model_len is not None:
-            return config
-        spec = read_spec(read_config(directory))
-        return replace(config, max_model_len=self._workload.max_model_len(spec))
+    directory = find_model(config.model)
+    if config.load_format != "dummy":
+        require_weights(directory)  # before anything is measured
+    if config.max_model_len is not None:
+        return config
+    spec = read_spec(read_config(directory))
+    return replace(config, max_model_len=work.max_model_len(spec))

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from dllmserve.cli.canvas import CanvasText
-from dllmserve.cli.failure import short_errors
+from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import (
     ENGINE,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dllmserve import __version__
-from dllmserve.cli.failure import short_errors
+from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import ENGINE, ModelOption, engine_config, with_options
 

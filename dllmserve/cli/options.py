@@ -31,8 +31,6 @@ NamedModel = Annotated[
 ]
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: " "}
-#: options that may be repeated
-_LISTS = {"stop": "TEXT", "logit_bias": "ID=VALUE"}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -45,7 +43,9 @@ class Group:
         kind: the dataclass.
         panel: headline in the help text.
         help: field name to help text, where it is not the knob's.
-        names: fields whose option has another name.
+        names: fields whose option has another name, or a second one: "--rates -r".
+        metavars: fields that are read from a text, and what the help calls it.
+        lists: fields whose option may be repeated, and what the help calls one of its values.
         skipped: fields without an option.
         shown: field name to the default that the help text shows, where it is not the
             dataclass's own.
@@ -56,13 +56,15 @@ class Group:
     panel: str
     help: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    metavars: Mapping[str, str] = field(default_factory=dict)
+    lists: Mapping[str, str] = field(default_factory=dict)
     skipped: frozenset[str] = frozenset()
     shown: Mapping[str, str] = field(default_factory=dict)
     flags: frozenset[str] = frozenset()
 
     def option(self, name: str) -> str:
         """Python name of a field's option."""
-        return self.names.get(name, name)
+        return self._names(name)[0].removeprefix("--").replace("-", "_")
 
     def parameters(self) -> list[inspect.Parameter]:
         """One keyword parameter per field, as typer reads them."""
@@ -71,23 +73,25 @@ class Group:
         for item in fields(self.kind):
             if item.name in self.skipped:
                 continue
-            option = self.option(item.name)
-            kind: Any = list[str] if item.name in _LISTS else hints[item.name][0]
+            kind: Any = str if item.name in self.metavars else hints[item.name][0]
+            metavar = self.metavars.get(item.name, _METAVARS.get(kind, "TEXT"))
             panel = known[item.name].panel if item.name in known else ""
+            names = self._names(item.name)
+            if kind is bool and item.name not in self.flags:
+                names[0] += f"/--no-{names[0].removeprefix('--')}"
             declared = typer.Option(
-                self._declaration(item.name, kind),
+                *names,
                 help=self._help(item.name, item.default),
                 # the real defaults stay with the dataclasses; _help() tells them
                 show_default=False,
-                metavar=_LISTS.get(item.name, _METAVARS.get(kind, "TEXT")),
+                metavar=self.lists.get(item.name, metavar),
                 rich_help_panel=panel or self.panel,
             )
+            if item.name in self.lists:
+                kind = list[str]
             annotation = Annotated[kind | None, declared]
-            found.append(
-                inspect.Parameter(
-                    option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-                )
-            )
+            option, place = self.option(item.name), inspect.Parameter.KEYWORD_ONLY
+            found.append(inspect.Parameter(option, place, default=None, annotation=annotation))
         return found
 
     def given(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,11 +113,8 @@ class Group:
         parts += [f"(default {shown})"] if shown else []
         return " ".join(parts)
 
-    def _declaration(self, name: str, kind: Any) -> str:
-        option = self.option(name).replace("_", "-")
-        if kind is bool and name not in self.flags:
-            return f"--{option}/--no-{option}"
-        return f"--{option}"
+    def _names(self, name: str) -> list[str]:
+        return self.names.get(name, "--" + name.replace("_", "-")).split()
 
 
 SAMPLING = Group(
@@ -129,13 +130,14 @@ SAMPLING = Group(
         "block_length": str(BLOCK_LENGTH),
     },
     flags=frozenset({"ignore_eos"}),
+    lists={"stop": "TEXT", "logit_bias": "ID=VALUE"},
 )
-SPARSE = Group(SparseConfig, "Sparse attention", names={"enabled": "sparse"})
+SPARSE = Group(SparseConfig, "Sparse attention", names={"enabled": "--sparse"})
 ENGINE = Group(
     EngineConfig,
     "Engine",
     # --seed is the request's
-    names={"seed": "engine_seed"},
+    names={"seed": "--engine-seed"},
     # declared by the commands themselves, with a short form
     skipped=frozenset({"model"}),
     flags=frozenset({"enforce_eager", "trust_remote_code"}),

@@ -13,7 +13,7 @@ import dllmserve
 from dllmserve._checks import user_path
 from dllmserve._environment import forget_secrets
 from dllmserve._needs import missing
-from dllmserve.cli.failure import short_errors
+from dllmserve.cli.commands import short_errors
 from dllmserve.cli.options import ENGINE, Group, NamedModel, one_model, with_options
 from dllmserve.errors import ConfigError, ModelNotFoundError
 from dllmserve.server.config import ServerConfig

@@ -11,11 +11,13 @@ import pytest
 
 from dllmserve import LLM, SamplingParams, SparseConfig
 from dllmserve.errors import ConfigError
-from dllmserve.tools.bench.plot import check_plot, plot_latency, plot_throughput, work_parts
+from dllmserve.tools.bench.plot import plot_latency, plot_throughput, work_parts
 from dllmserve.tools.bench.profile import KernelTime
 from dllmserve.tools.bench.roofline import Ceilings
-from dllmserve.tools.bench.run import Bench, LatencyFigures, Result, Spread, percentile
+from dllmserve.tools.bench.run import Bench, LatencyFigures, Result, Spread
 from dllmserve.tools.bench.workload import Workload
+from dllmserve.tools.plot import check_plot
+from dllmserve.tools.text import percentile
 from tests.conftest import Engines
 
 CEILINGS = Ceilings(1e10, 1e11, 1, 1)
@@ -92,10 +94,9 @@ def test_the_engine_is_left_as_it_was(llm: LLM) -> None:
 
 
 def test_percentile() -> None:
-    assert percentile([3.0], 0.9) == 3.0
-    assert percentile([1.0, 2.0], 0.5) == 1.5
-    assert percentile([5.0, 1.0, 2.0, 4.0, 3.0], 0.9) == pytest.approx(4.6)
-    assert percentile([1.0, 2.0], 1.0) == 2.0
+    assert percentile([3.0], 90) == 3.0
+    assert percentile([1.0, 2.0], 50) == 1.5
+    assert percentile([5.0, 1.0, 2.0, 4.0, 3.0], 90) == pytest.approx(4.6)
 
 
 RESULT = Result(

@@ -14,7 +14,6 @@ from rich.console import Console
 from dllmserve.errors import ConfigError
 from dllmserve.tools.evaluation.figures import Measured, Outcome, summarise
 from dllmserve.tools.evaluation.items import Item
-from dllmserve.tools.evaluation.labels import Box
 from dllmserve.tools.evaluation.plot import frontier, plot_report
 from dllmserve.tools.evaluation.report import EvalReport, data_of, read_report
 from dllmserve.tools.evaluation.settings import Setting, make_setting, suite
@@ -179,8 +178,3 @@ def test_picture_of_a_single_point(tmp_path: Path) -> None:
     path = tmp_path / "picture.png"
     plot_report(report([measured(Setting("careful"), "0000", 1)]), path)
     assert path.stat().st_size > 8000
-
-
-def test_boxes() -> None:
-    box = Box(0, 0, 4, 2)
-    assert (box.area, box.overlap(Box(2, 1, 9, 9)), box.overlap(Box(5, 0, 6, 1))) == (8, 2, 0)

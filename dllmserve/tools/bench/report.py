@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import size_text
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.runtime.platform import device_facts
-from dllmserve.tools.bench.environment import (
-    device_text,
-    dtype_name,
-    engine_facts,
-    engine_text,
-    facts,
-    model_text,
-)
 from dllmserve.tools.bench.roofline import Ceilings
 from dllmserve.tools.bench.run import Result
-from dllmserve.tools.bench.text import counted, header_line, rate_text
 from dllmserve.tools.bench.workload import Workload
+from dllmserve.tools.environment import dtype_name, environment, header_lines
+from dllmserve.tools.text import counted, header, known, rate_text, table
 
 #: version of the record's layout, raised when a key changes its meaning or goes away
 SCHEMA = 1
@@ -54,34 +46,21 @@ class Report:
     def header(self) -> str:
         """What was measured, on what; lines of at most text.WIDTH columns."""
         lines = {
-            "model": model_text(self.config, self.plan),
-            "device": device_text(self.plan),
-            "engine": engine_text(self.config, self.plan),
+            **header_lines(self.config, self.plan),
             "workload": self._workload_text(),
             "memory": f"planned: {self.plan.memory.equation()}",
             "ceilings": self._ceilings_text(),
         }
-        if notes := self.notes():
-            lines["note"] = "; ".join(notes)
-        return "\n".join(header_line(label, text) for label, text in lines.items())
+        return header(lines, filter(None, ["; ".join(self.notes())]))
 
     def table(self) -> Table:
         """One row per result."""
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
-        rows = [
-            _latency_cells(result) if result.latency is not None else _throughput_cells(result)
-            for result in self.results
-        ]
-        for name in rows[0]:
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row.values())
-        return table
+        return table([_cells(result) for result in self.results])
 
     def title(self) -> str:
         """What was measured, for a picture."""
         name = device_facts(self.plan.device)["name"]
-        first = f"{self.benchmark}: {self.config.model}, {dtype_name(self.plan.dtype)}, {name}"
+        first = f"{self.benchmark}: {self.config.model}, {dtype_name(self.plan)}, {name}"
         text = self._workload_text().partition(";")[0]
         return f"{first}\n{text}"
 
@@ -104,15 +83,17 @@ class Report:
 
     def record(self) -> dict[str, Any]:
         """The JSON record; docs/benchmarks.md describes it."""
-        plan, work, memory = self.plan, self.workload, self.plan.memory
+        work, memory = self.workload, self.plan.memory
+        found = environment(self.config, self.plan)
+        sampling = asdict(work.params)
         return {
             "benchmark": self.benchmark,
             "schema": SCHEMA,
-            **facts(self.config, plan),
+            **found,
             "options": {
-                **engine_facts(self.config, plan),
-                "sampling": asdict(work.params),
-                "sparse": None if work.params.sparse is None else asdict(work.params.sparse),
+                **found["options"],
+                "sampling": sampling,
+                "sparse": sampling["sparse"],
                 "prompt_len": work.prompt_len,
                 "seed": work.seed,
                 "runs": work.runs,
@@ -155,49 +136,38 @@ class Report:
         return (
             f"copy {found.bytes_per_second / 1e9:,.1f} GB/s ({size_text(found.copy_bytes)}), "
             f"matrix product {found.flop_per_second / 1e12:,.3f} TFLOP/s "
-            f"({found.matrix_size} x {found.matrix_size}, {dtype_name(self.plan.dtype)})"
+            f"({found.matrix_size} x {found.matrix_size}, {dtype_name(self.plan)})"
         )
 
 
-def _throughput_cells(result: Result) -> dict[str, str]:
-    rate = result.tokens_per_second
-    return {
-        "requests": str(result.requests),
-        "tokens/s": rate_text(rate.median),
-        "min": rate_text(rate.min),
-        "max": rate_text(rate.max),
-        **_common_cells(result, "ms/step"),
-    }
-
-
-def _latency_cells(result: Result) -> dict[str, str]:
-    latency = result.latency
+def _cells(result: Result) -> list[tuple[str, str]]:
+    rate, latency = result.tokens_per_second, result.latency
     if latency is None:
-        raise ValueError("a result of the throughput benchmark has no latency")
-    return {
-        "median\nlatency": f"{latency.median:.3f} s",
-        "p90": f"{latency.p90:.3f} s",
-        "max": f"{latency.max:.3f} s",
-        "first\ntoken": f"{latency.first_token:.3f} s",
-        "tokens/s": rate_text(result.tokens_per_second.median),
-        **_common_cells(result, "ms/\nforward"),
-    }
-
-
-def _common_cells(result: Result, step: str) -> Mapping[str, str]:
-    kernels, peak = result.kernels, result.peak_allocated
-    cells = {
-        "forwards": str(result.steps),
-        "forwards/\nrequest": f"{result.forwards_per_request:,.1f}",
+        cells = {
+            "requests": str(result.requests),
+            "tokens/s": rate_text(rate.median),
+            "min": rate_text(rate.min),
+            "max": rate_text(rate.max),
+        }
+    else:
+        cells = {
+            "median\nlatency": f"{latency.median:.3f} s",
+            "p90": f"{latency.p90:.3f} s",
+            "max": f"{latency.max:.3f} s",
+            "first\ntoken": f"{latency.first_token:.3f} s",
+            "tokens/s": rate_text(rate.median),
+        }
+    cells["forwards"] = str(result.steps)
+    if latency is None:  # the same number for a request that runs alone
+        cells["forwards/\nrequest"] = f"{result.forwards_per_request:,.1f}"
+    cells |= {
         "tokens/\nforward": f"{result.tokens_per_forward:.2f}",
-        step: f"{result.ms_per_step:,.2f}",
-        "kernels\nrunning": _NONE if kernels is None else f"{kernels.share:.1%}",
+        "ms/step" if latency is None else "ms/\nforward": f"{result.ms_per_step:,.2f}",
+        "kernels\nrunning": known(result.kernels, lambda found: f"{found.share:.1%}", _NONE),
         "of the\nroofline": f"{result.roofline_fraction:.1%}",
-        "peak\nmemory": _NONE if peak is None else size_text(peak),
+        "peak\nmemory": known(result.peak_allocated, size_text, _NONE),
     }
-    if result.latency is not None:
-        del cells["forwards/\nrequest"]  # the same number for a request that runs alone
-    return cells
+    return list(cells.items())
 
 
 def _result_record(result: Result) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dllmserve.llm import LLM
 from dllmserve.tools.bench.profile import KernelTime, profiled
 from dllmserve.tools.bench.roofline import Ceilings, ModelCost
 from dllmserve.tools.bench.workload import Workload
+from dllmserve.tools.text import percentile
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ class Bench:
         self._progress("n=1: first token")
         figures = LatencyFigures(
             median=statistics.median(result.seconds),
-            p90=percentile(result.seconds, 0.9),
+            p90=percentile(result.seconds, 90),
             max=max(result.seconds),
             first_token=self._first_token(),
         )
@@ -206,20 +207,6 @@ class Bench:
             if any(step.committed):
                 return time.perf_counter() - start
         raise EngineError("a request ended without a committed token")
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which ``share`` of the values lie, between two of them if need be.
-
-    Example:
-        >>> percentile([5.0, 1.0, 2.0, 4.0, 3.0], 0.9)
-        4.6
-    """
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def _result(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from dllmserve._checks import check_int
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import ConfigError, ContextLengthError
+from dllmserve.knobs import check_knobs, knob
 from dllmserve.sampling_params import SamplingParams
 
 #: a derived max_model_len is rounded up to this, so that small changes keep the engine's sizes
@@ -16,29 +16,24 @@ LENGTH_STEP = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One way of decoding, and how often it is measured.
+    """One way of decoding, and how often it is measured; the knobs say what the fields are.
 
     Attributes:
-        prompt_len: tokens of each prompt.
         params: of every request.
         seed: of the prompts.
-        runs: timed runs.
-        warmup: runs before them that are not timed.
 
     Raises:
         ConfigError: a number is too small.
     """
 
-    prompt_len: int
+    prompt_len: int = knob(256, "Tokens of each prompt.", low=1)
     params: SamplingParams
-    seed: int
-    runs: int
-    warmup: int
+    seed: int = 0
+    runs: int = knob(3, "Timed runs; medians are reported.", low=1)
+    warmup: int = knob(1, "Runs that are not timed, before the others.", low=0)
 
     def __post_init__(self) -> None:
-        check_int(ConfigError, "prompt_len", self.prompt_len, 1)
-        check_int(ConfigError, "runs", self.runs, 1)
-        check_int(ConfigError, "warmup", self.warmup, 0)
+        check_knobs(ConfigError, self)
 
     @property
     def canvas_len(self) -> int:

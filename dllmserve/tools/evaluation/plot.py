@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dllmserve.tools.bench.plot import DPI, GREENS, MEASURED, QUIET, REFERENCE, new_figure
 from dllmserve.tools.evaluation.figures import SettingResult
 from dllmserve.tools.evaluation.labels import Spot, place_labels
 from dllmserve.tools.evaluation.report import EvalReport
+from dllmserve.tools.plot import DPI, GREENS, MEASURED, REFERENCE, legend, log_ticks, new_figure
 
 #: colours of the rules, in the order in which a run has them
 _COLORS = (
@@ -34,7 +34,7 @@ def plot_report(report: EvalReport, path: Path) -> None:
 
     Args:
         report: the results.
-        path: a .png or .svg; :func:`dllmserve.tools.bench.plot.check_plot` tells whether it works.
+        path: a .png or .svg; :func:`dllmserve.tools.plot.check_plot` tells whether it works.
     """
     results = report.settings
     figure, axes = new_figure(report.title(), _HEIGHT)
@@ -46,18 +46,9 @@ def plot_report(report: EvalReport, path: Path) -> None:
     _scale(axes, results)
     axes.set_xlabel("forward passes per answer (mean)")
     axes.set_ylabel("accuracy in %, with 95 % interval")
-    axes.grid(color=QUIET, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
     entries = _legend(axes, rules, caches)
-    figure.legend(
-        handles=entries,
-        frameon=False,
-        fontsize=8,
-        loc="outside lower center",
-        ncols=5 if len(entries) <= 8 else 4,  # names are long
-    )
-    place_labels(figure, axes, [_spot(result, rules[result.rule]) for result in results])
+    legend(figure, 5 if len(entries) <= 8 else 4, entries)  # names are long
+    place_labels(axes, [_spot(result, rules[result.rule]) for result in results])
     figure.savefig(path, dpi=DPI)
 
 
@@ -125,19 +116,13 @@ def _draw_result(axes: Any, result: SettingResult, color: str, marker: str) -> N
 
 
 def _scale(axes: Any, results: Sequence[SettingResult]) -> None:
-    from matplotlib.ticker import LogLocator
-
     axes.set_xscale("log")
     forwards = [result.overall.forwards for result in results]
     low, high = min(forwards), max(forwards)
     # room for names, and for a tick on either side of a single point
     spread = max(high / low, 2.0) ** 0.12
     axes.set_xlim(low / spread / 1.05, high * spread * 1.05)
-    axes.xaxis.set_major_locator(
-        LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5))
-    )
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    axes.minorticks_off()
+    log_ticks(axes, axes.xaxis, (1, 1.5, 2, 3, 5, 7) if high < 8 * low else (1, 2, 5))
     bottom = min(100 * result.overall.low for result in results)
     top = max(100 * result.overall.high for result in results)
     margin = max(0.12 * (top - bottom), 0.2)

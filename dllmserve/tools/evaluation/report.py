@@ -8,16 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError
-from dllmserve.tools.bench.text import counted, header_line, rate_text
 from dllmserve.tools.evaluation.figures import Difference, Figures, Measured, SettingResult
 from dllmserve.tools.evaluation.items import Item
+from dllmserve.tools.text import counted, header, known, rate_text, table
 
 if TYPE_CHECKING:  # loads torch
     from dllmserve.llm import LLM
@@ -25,7 +23,6 @@ if TYPE_CHECKING:  # loads torch
 #: version of the record's layout, raised when a key changes its meaning or goes away
 SCHEMA = 1
 BENCHMARK = "eval"
-_NONE = "-"
 #: with so many settings or fewer, the table of the tasks has intervals
 _WITH_INTERVALS = 4
 #: share of answers without an end that is worth a note
@@ -57,9 +54,7 @@ class EvalReport:
         lines = {**self.environment["header"], "items": self._items_text()}
         if len(self.settings) == 1:
             lines["setting"] = self.settings[0].name
-        if notes := self.notes():
-            lines["note"] = "; ".join(notes)
-        return "\n".join(header_line(label, text) for label, text in lines.items())
+        return header(lines, filter(None, ["; ".join(self.notes())]))
 
     def table(self) -> RenderableType:
         """One setting: a row per task. Several: a row per setting, and one per task below."""
@@ -67,7 +62,7 @@ class EvalReport:
             return _one_setting(self.settings[0])
         tables: list[RenderableType] = [_settings(self.settings, self.baseline)]
         if len(self.settings[0].tasks) > 1:
-            tables += [Text(), _tasks(self.settings)]
+            tables += ["", _tasks(self.settings)]
         return Group(*tables)
 
     def title(self) -> str:
@@ -128,18 +123,9 @@ class EvalReport:
 
 def environment_of(llm: LLM) -> dict[str, Any]:
     """What figures depend on besides items and settings, as ``dllmserve bench`` records it."""
-    from dllmserve.tools.bench import environment
+    from dllmserve.tools.environment import environment, header_lines
 
-    config, plan = llm.config, llm.plan
-    return {
-        **environment.facts(config, plan),
-        "options": environment.engine_facts(config, plan),
-        "header": {
-            "model": environment.model_text(config, plan),
-            "device": environment.device_text(plan),
-            "engine": environment.engine_text(config, plan),
-        },
-    }
+    return {**environment(llm.config, llm.plan), "header": header_lines(llm.config, llm.plan)}
 
 
 def data_of(
@@ -191,43 +177,42 @@ def points(share: float) -> str:
 
 
 def _one_setting(result: SettingResult) -> Table:
-    rows = [(task, figures) for task, figures in result.tasks.items()]
-    if len(rows) > 1:
-        rows.append(("all", result.overall))
-    table = _table("task")
-    for number, (task, figures) in enumerate(rows, 1):
-        last = number == len(rows)
-        row = {
-            "items": str(figures.items),
-            **_quality(figures),
-            "forwards/\nanswer": _forwards(figures),
-            "tokens/\nforward": f"{figures.tokens_per_forward:.2f}",
-            "tokens/s": rate_text(result.tokens_per_second) if last else "",
-        }
-        if last and number > 1:
-            table.add_section()
-        _add(table, Text(task), row)
-    return table
+    tasks = dict(result.tasks)
+    if len(tasks) > 1:
+        tasks["all"] = result.overall
+    rows = [
+        [
+            ("task", task),
+            ("items", str(figures.items)),
+            *_quality(figures),
+            *_cost(figures),
+            ("tokens/s", rate_text(result.tokens_per_second) if number == len(tasks) else ""),
+        ]
+        for number, (task, figures) in enumerate(tasks.items(), 1)
+    ]
+    return table(rows, left="task", total=True)
 
 
 def _settings(results: Sequence[SettingResult], baseline: str) -> Table:
-    table = _table("setting", numbered=True)
+    rows = []
     for number, result in enumerate(results, 1):
         figures = result.overall
-        gap, ratio, same = figures.difference, figures.forwards_ratio, figures.same_text
-        row = {
-            **_quality(figures),
-            "points from\nbaseline": _NONE if gap is None else _points_from(gap),
-            "same\ntext, %": _NONE if same is None else points(same),
-            "forwards/\nanswer": _forwards(figures),
-            "% of\nbaseline": _NONE if ratio is None else f"{100 * ratio:.3g}",
-            "tokens/\nforward": f"{figures.tokens_per_forward:.2f}",
-            "tokens/s": rate_text(result.tokens_per_second),
-        }
-        if result.name == baseline:
-            row["points from\nbaseline"] = "the baseline"
-        _add(table, Text(result.name), row, number)
-    return table
+        forwards, per_forward = _cost(figures)
+        gap = known(figures.difference, _points_from)
+        rows.append(
+            [
+                ("", str(number)),
+                ("setting", result.name),
+                *_quality(figures),
+                ("points from\nbaseline", "the baseline" if result.name == baseline else gap),
+                ("same\ntext, %", known(figures.same_text, points)),
+                forwards,
+                ("% of\nbaseline", known(figures.forwards_ratio, lambda r: f"{100 * r:.3g}")),
+                per_forward,
+                ("tokens/s", rate_text(result.tokens_per_second)),
+            ]
+        )
+    return table(rows, left="setting")
 
 
 def _points_from(gap: Difference) -> str:
@@ -237,44 +222,26 @@ def _points_from(gap: Difference) -> str:
 
 def _tasks(results: Sequence[SettingResult]) -> Table:
     """Accuracy by task; a column per setting, by its number."""
-    table = _table("accuracy, %")
-    wide = len(results) <= _WITH_INTERVALS
+    rows = []
     for task, first in results[0].tasks.items():
-        row = {"items": str(first.items)}
+        row = [("accuracy, %", task), ("items", str(first.items))]
         for number, result in enumerate(results, 1):
-            figures = result.tasks[task]
-            row[str(number)] = points(figures.accuracy)
-            if wide:
-                row[str(number)] += f" ({points(figures.low)}-{points(figures.high)})"
-        _add(table, Text(task), row)
-    return table
+            (_, accuracy), (_, interval) = _quality(result.tasks[task])
+            wide = f" ({interval})" if len(results) <= _WITH_INTERVALS else ""
+            row.append((str(number), accuracy + wide))
+        rows.append(row)
+    return table(rows, left="accuracy, %")
 
 
-def _quality(figures: Figures) -> dict[str, str]:
-    return {
-        "accuracy,\n%": points(figures.accuracy),
-        "95 %\ninterval": f"{points(figures.low)}-{points(figures.high)}",
-    }
+def _quality(figures: Figures) -> list[tuple[str, str]]:
+    interval = f"{points(figures.low)}-{points(figures.high)}"
+    return [("accuracy,\n%", points(figures.accuracy)), ("95 %\ninterval", interval)]
 
 
-def _forwards(figures: Figures) -> str:
-    return f"{figures.forwards:.{1 if figures.forwards >= 10 else 2}f}"
-
-
-def _table(label: str, *, numbered: bool = False) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
-    if numbered:
-        table.add_column("", justify="right", no_wrap=True)
-    table.add_column(label, no_wrap=True)
-    return table
-
-
-def _add(table: Table, label: Text, row: Mapping[str, str], number: int | None = None) -> None:
-    """One row; the first one brings the columns."""
-    if not table.rows:
-        for name in row:
-            table.add_column(name, justify="right", no_wrap=True)
-    table.add_row(*([] if number is None else [str(number)]), label, *row.values())
+def _cost(figures: Figures) -> list[tuple[str, str]]:
+    forwards = f"{figures.forwards:.{1 if figures.forwards >= 10 else 2}f}"
+    tokens = f"{figures.tokens_per_forward:.2f}"
+    return [("forwards/\nanswer", forwards), ("tokens/\nforward", tokens)]
 
 
 def answers_of(measured: Sequence[Measured]) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ from lm_eval.api.registry import register_model
 from dllmserve import __version__
 from dllmserve.errors import PromptError, TokenizerError
 from dllmserve.llm import LLM
+from dllmserve.tools.environment import dtype_name
 from dllmserve.tools.lm_eval.asking import Ask, cut, read_request, split_options
 
 #: below lm-eval's own, whose level and format it has
@@ -135,7 +136,7 @@ class DllmServeLM(LM):
         plan, requests = self._llm.plan, max(self._usage["requests"], 1)
         return {
             "dllmserve_version": __version__,
-            "model_dtype": str(plan.dtype).removeprefix("torch."),
+            "model_dtype": dtype_name(plan),
             "model_device": str(plan.device),
             "model_num_parameters": plan.spec.parameters(),
             "decoding": self._base.given(),

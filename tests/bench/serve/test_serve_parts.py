@@ -12,12 +12,12 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dllmserve.errors import ConfigError
-from dllmserve.tools.bench.run import percentile
 from dllmserve.tools.bench.serve import arrivals
 from dllmserve.tools.bench.serve.arrivals import arrival_times, read_trace
 from dllmserve.tools.bench.serve.figures import Times, result_of, within_bounds
@@ -225,8 +225,8 @@ def test_percentiles(values: list[float]) -> None:
     found = Times.of([None, *values])
     assert found is not None and (found.count, found.max) == (len(values), max(values))
     assert found.mean == pytest.approx(statistics.fmean(values))
-    for share, value in ((0.5, found.p50), (0.9, found.p90), (0.99, found.p99)):
-        assert value == pytest.approx(percentile(values, share))
+    for percent, value in ((50, found.p50), (90, found.p90), (99, found.p99)):
+        assert value == pytest.approx(np.percentile(values, percent))
 
 
 def answered(index: int, total: float, **more: Any) -> Outcome:

@@ -40,7 +40,7 @@ class Api(ABC):
 
     def body(self, prompt: str, fields: Mapping[str, Any]) -> bytes:
         """A request; the request's own fields win over --body, which wins over the options."""
-        return msgspec.json.encode({**self._fields(prompt), **self._options.body, **fields})
+        return msgspec.json.encode({**self._fields(prompt), **(self._options.body or {}), **fields})
 
     @abstractmethod
     def _fields(self, prompt: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from dllmserve.tools.bench.serve.load import Row
 from dllmserve.tools.bench.serve.options import ServeOptions
 from dllmserve.tools.bench.serve.outcome import OK, REJECTED, UNFINISHED, Outcome
+from dllmserve.tools.text import percentile
 
 #: seconds of delay that any client has, and the share of a core above which it has no room
 _LATE, _BUSY = 0.01, 0.9
@@ -38,9 +39,8 @@ class Times:
         known = [value for value in values if value is not None]
         if not known:
             return None
-        cuts = statistics.quantiles([*known, *known[: len(known) == 1]], n=100, method="inclusive")
-        mean = statistics.fmean(known)
-        return cls(len(known), mean, cuts[49], cuts[89], cuts[98], max(known))
+        p50, p90, p99 = (percentile(known, percent) for percent in (50, 90, 99))
+        return cls(len(known), statistics.fmean(known), p50, p90, p99, max(known))
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ async def measure(
             request failed.
     """
     allow_many_connections()
-    headers = dict(options.headers)
+    headers = dict(options.headers or {})
     if options.api_key is not None:
         headers.setdefault("authorization", f"Bearer {options.api_key}")
     client = HttpClient(options.address, headers)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
 
-from dllmserve._checks import check_choice, check_float, check_int
 from dllmserve.errors import ConfigError
+from dllmserve.knobs import check_knobs, knob
 
 ENDPOINTS = ("chat", "completions", "native")
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -73,72 +74,98 @@ class Address:
         return cls(parts.hostname, port or (443 if tls else 80), tls, parts.netloc, prefix)
 
 
+_ABOVE_0: Mapping[str, Any] = {"low": 0, "low_open": True}
+#: by the headline that options have in the help
+_server, _load, _asked, _report = (
+    partial(knob, panel=panel) for panel in ("Server", "Load", "Requests", "Report")
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
-    """One load test.
+    """One load test; the knobs say what the fields are.
 
-    Attributes:
-        url: of the server, without ``/v1``.
-        endpoint: one of ENDPOINTS.
-        model: name in the requests; None takes the first that the server lists.
-        stream: whether answers are streamed.
-        api_key: sent as a bearer token, never shown.
-        headers: further headers; values are never shown.
-        body: fields merged into every request.
-        rates: requests per second, one row each; infinity is all at once. Empty with a trace.
-        trace: name of the file that the arrivals come from.
-        requests, duration: how many, and seconds of arrivals; whichever ends first.
-        burstiness: shape of the gamma distribution of the gaps; 1 is a Poisson process.
-        concurrency: most requests in flight, None for no limit.
-        seed: of arrivals and built-in prompts.
-        warmup: requests before the first row, one at a time, not counted.
-        timeout: seconds that a request may take from being sent.
-        prompts: name of the file that the prompts come from.
-        max_tokens, temperature: of every request.
-        slo_total, slo_first: bounds, in seconds, that a good request keeps.
+    ``rates`` has one row each; infinity is all at once, and it is empty with a trace. None is no
+    limit, or what the help text says. Secrets are neither shown nor recorded: ``api_key``, and the
+    values of ``headers``.
 
     Raises:
         ConfigError: a value is wrong, or two of them exclude each other.
     """
 
-    url: str = DEFAULT_URL
-    endpoint: str = "chat"
-    model: str | None = None
-    stream: bool = True
-    api_key: str | None = field(default=None, repr=False)
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    body: Mapping[str, Any] = field(default_factory=dict)
-    rates: tuple[float, ...] = (1.0,)
-    trace: str | None = None
-    requests: int | None = None
-    duration: float | None = None
-    burstiness: float = 1.0
-    concurrency: int | None = None
-    seed: int = 0
-    warmup: int = 1
-    timeout: float = 600.0
-    prompts: str | None = None
-    max_tokens: int = 64
-    temperature: float = 0.0
-    slo_total: float | None = None
-    slo_first: float | None = None
+    url: str = _server(DEFAULT_URL, "Base URL of the server.")
+    endpoint: str = _server(
+        "chat",
+        "API: /v1/chat/completions, /v1/completions, or /v1/generate with /v1/result.",
+        choices=ENDPOINTS,
+    )
+    model: str | None = _server(
+        None, "Model in the requests. (default the first that the server lists)"
+    )
+    stream: bool = _server(
+        True, "Whether answers are streamed. (default yes, but native has no streams)"
+    )
+    api_key: str | None = _server(
+        None,
+        "Bearer token, never shown. In the environment, as DLLMSERVE_API_KEY, it is hidden from "
+        "other users.",
+        repr=False,
+    )
+    headers: Mapping[str, str] | None = _server(
+        None, "Header 'Name: value'; may be given several times.", repr=False
+    )
+    rates: tuple[float, ...] = _load(
+        (1.0,), "Requests per second, one row each; inf sends all at once.", own_check=True
+    )
+    requests: int | None = _load(
+        None,
+        f"Most requests of a row. (default no limit; {DEFAULT_REQUESTS} with --rate inf)",
+        low=1,
+        high=MAX_REQUESTS,
+    )
+    trace: str | None = _load(
+        None,
+        'Arrivals and prompts from lines of JSON: {"at": seconds, "prompt": text}, and fields of '
+        "the request.",
+    )
+    duration: float | None = _load(
+        None,
+        f"Seconds of arrivals of a row. (default {DEFAULT_DURATION:g} without --requests)",
+        **_ABOVE_0,
+    )
+    burstiness: float = _load(
+        1.0,
+        "Shape of the gamma distribution of the gaps: 1 is a Poisson process, less is burstier, "
+        "more is more regular.",
+        **_ABOVE_0,
+    )
+    concurrency: int | None = _load(
+        None,
+        "Most requests at once. A cap closes the loop: a slow server then gets fewer requests. "
+        "With --rate inf, N users who each wait for their answer.",
+        low=1,
+    )
+    seed: int = _load(0, "Of arrivals and built-in prompts.")
+    warmup: int = _load(1, "Requests before the first row that do not count.")
+    timeout: float = _load(600.0, "Seconds that a request may take from being sent.", **_ABOVE_0)
+    prompts: str | None = _asked(
+        None,
+        "One prompt a line, in their order, over and over; JSON lines if the name ends in .jsonl. "
+        "(default built-in English instructions)",
+    )
+    max_tokens: int = _asked(64, "Longest answer in tokens.", low=1)
+    temperature: float = _asked(0.0, "Of every request.", low=0)
+    body: Mapping[str, Any] | None = _asked(None, "Fields merged into every request.")
+    slo_total: float | None = _report(
+        None, "A good request has its whole answer within so many seconds.", **_ABOVE_0
+    )
+    slo_first: float | None = _report(
+        None, "A good request has its first text within so many seconds.", **_ABOVE_0
+    )
 
     def __post_init__(self) -> None:
         Address.parse(self.url)
-        check_choice(ConfigError, "endpoint", self.endpoint, ENDPOINTS)
-        check_int(ConfigError, "max_tokens", self.max_tokens, 1)
-        check_float(ConfigError, "temperature", self.temperature, 0)
-        check_int(ConfigError, "warmup", self.warmup, 0)
-        check_int(ConfigError, "seed", self.seed, 0)
-        check_float(ConfigError, "timeout", self.timeout, 0, low_open=True)
-        check_float(ConfigError, "burstiness", self.burstiness, 0, low_open=True)
-        if self.concurrency is not None:
-            check_int(ConfigError, "concurrency", self.concurrency, 1)
-        for name in ("slo_total", "slo_first", "duration"):
-            if getattr(self, name) is not None:
-                check_float(ConfigError, name, getattr(self, name), 0, low_open=True)
-        if self.requests is not None:
-            check_int(ConfigError, "requests", self.requests, 1, MAX_REQUESTS)
+        check_knobs(ConfigError, self)
         self._check_stream()
         self._check_load()
         _check_key(self.api_key)
@@ -176,7 +203,8 @@ class ServeOptions:
         shown = {name: getattr(self, name) for name in names}
         # JSON has no infinity
         shown["rates"] = ["inf" if math.isinf(rate) else rate for rate in self.rates]
-        return {**shown, "headers": sorted(self.headers), "api_key": self.api_key is not None}
+        shown["body"] = dict(self.body or {})
+        return {**shown, "headers": sorted(self.headers or ()), "api_key": self.api_key is not None}
 
     def _check_stream(self) -> None:
         if self.endpoint == "native" and self.stream:
@@ -185,7 +213,7 @@ class ServeOptions:
             raise ConfigError(
                 "slo_first needs a stream: only a stream tells when the first text is there"
             )
-        if "stream" in self.body:
+        if "stream" in (self.body or {}):
             raise ConfigError("body must not hold 'stream'; use --stream or --no-stream")
 
     def _check_load(self) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dllmserve.tools.bench.plot import BLUES, DPI, GREENS, MEASURED, QUIET, REFERENCE, new_figure
 from dllmserve.tools.bench.serve.figures import ServeResult, Times
+from dllmserve.tools.plot import BLUES, DPI, GREENS, MEASURED, REFERENCE, log_ticks, new_figure
 
 #: what lies further apart is drawn on a logarithmic axis
 _LINEAR_SPAN = 8
@@ -26,8 +26,6 @@ def plot_serve(results: Sequence[ServeResult], title: str, path: Path) -> None:
     _draw_times(above, places, results, line)
     _draw_rates(below, places, results, line)
     for axes in (above, below):
-        axes.grid(color=QUIET, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=DPI)
@@ -55,35 +53,26 @@ def _places(results: Sequence[ServeResult], axes: Any) -> list[float]:
 def _draw_times(
     axes: Any, places: Sequence[float], results: Sequence[ServeResult], line: dict[str, Any]
 ) -> None:
-    from matplotlib.ticker import LogLocator
-
     parts: list[tuple[str, list[Times | None], tuple[str, ...]]] = [
         ("total", [result.total for result in results], BLUES),
         ("first text", [result.first_text for result in results], GREENS),
     ]
-    drawn: list[list[float]] = []
-    for name, times, (strong, light, *_) in parts:
-        if not any(times):
-            continue
-        for figure, marker, color in (
-            ("p99", "^", light),
-            ("p90", "s", light),
-            ("p50", "o", strong),
-        ):
+    seen: list[float] = []
+    for name, times, shades in parts:
+        for figure, marker, shade in (("p99", "^", 1), ("p90", "s", 1), ("p50", "o", 0)):
+            if not any(times):
+                continue
             values = [getattr(t, figure) if t is not None else math.nan for t in times]
-            label = f"{name}, {figure}"
-            axes.plot(places, values, marker=marker, color=color, label=label, **line)
-            drawn.append(values)
+            look = {"marker": marker, "color": shades[shade], "label": f"{name}, {figure}"}
+            axes.plot(places, values, **look, **line)
+            seen += [value for value in values if value > 0]
     axes.set_ylabel("seconds from the arrival")
     axes.set_ylim(bottom=0)
-    seen = [value for times in drawn for value in times if value > 0]
     if seen and max(seen) > _LINEAR_SPAN * min(seen):
         axes.set_ylim(auto=True)
         axes.set_yscale("log")
         axes.margins(y=0.12)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-        axes.minorticks_off()
+        log_ticks(axes, axes.yaxis)
 
 
 def _draw_rates(

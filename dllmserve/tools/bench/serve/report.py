@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from dllmserve import __version__
 from dllmserve.tools.bench.serve.figures import ServeResult
 from dllmserve.tools.bench.serve.options import DEFAULT_DURATION, DEFAULT_REQUESTS, ServeOptions
-from dllmserve.tools.bench.text import counted, header_line, rate_text
+from dllmserve.tools.text import counted, header, known, rate_text, table
 
 #: version of the record's layout, raised when a key changes its meaning or goes away
 SCHEMA = 1
-_NONE = "-"
 #: a line of a table: names of columns, which may repeat, and what stands there
 _Cells = list[tuple[str, str]]
 
@@ -45,20 +41,19 @@ class ServeReport:
 
     def header(self) -> str:
         """What was measured, and how; lines of at most text.WIDTH columns."""
-        lines = [
-            ("server", self._server_text()),
-            ("requests", self._requests_text()),
-            ("arrivals", self._arrivals_text()),
-            ("seconds", self._seconds_text()),
-            *(("note", note) for note in self.notes()),
-        ]
-        return "\n".join(header_line(label, text) for label, text in lines)
+        lines = {
+            "server": self._server_text(),
+            "requests": self._requests_text(),
+            "arrivals": self._arrivals_text(),
+            "seconds": self._seconds_text(),
+        }
+        return header(lines, self.notes())
 
     def table(self) -> Group:
         """Two tables with a line per row: what became of the requests, and how long it took."""
-        counts = _table([_count_cells(result) for result in self.results])
-        times = _table([_time_cells(result) for result in self.results])
-        return Group(counts, Text(), times)
+        counts = table([_count_cells(result) for result in self.results], gap=1)
+        times = table([_time_cells(result) for result in self.results], gap=1)
+        return Group(counts, "", times)
 
     def title(self) -> str:
         """What was measured, for a picture."""
@@ -117,7 +112,7 @@ class ServeReport:
         options = self.options
         prompts = options.trace or options.prompts
         source = f"prompts of {prompts}" if prompts else "built-in prompts"
-        more = "".join(f", {name}={value!r}" for name, value in options.body.items())
+        more = "".join(f", {name}={value!r}" for name, value in (options.body or {}).items())
         sampling = f"max_tokens {options.max_tokens}, temperature {options.temperature:g}{more}"
         count = counted(options.warmup, "warm-up request")
         return f"{source}, {sampling}, timeout {options.timeout:g} s, {count}"
@@ -175,29 +170,20 @@ def _row_notes(result: ServeResult) -> Iterator[str]:
         )
 
 
-def _table(rows: Sequence[_Cells]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
-    for name, _ in rows[0]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(cell for _, cell in row))
-    return table
-
-
 def _count_cells(result: ServeResult) -> _Cells:
     good = result.good
     return [
         ("rate", result.label),
         ("requests", str(result.requests)),
-        ("arrived\n/s", _text(result.arrived_per_second, _per_second)),
+        ("arrived\n/s", known(result.arrived_per_second, _per_second)),
         ("ok", str(result.ok)),
         ("rejected", str(result.rejected)),
         ("failed", str(result.failed)),
         ("answered\n/s", _per_second(result.requests_per_second)),
-        ("tokens\n/s", _text(result.tokens_per_second, rate_text)),
-        ("tokens/\nforward", _text(result.tokens_per_forward, lambda value: f"{value:.2f}")),
-        ("good", _NONE if good is None else f"{good.share:.1%}"),
-        ("good\n/s", _NONE if good is None else _per_second(good.per_second)),
+        ("tokens\n/s", known(result.tokens_per_second, rate_text)),
+        ("tokens/\nforward", known(result.tokens_per_forward, "{:.2f}".format)),
+        ("good", known(good, lambda found: f"{found.share:.1%}")),
+        ("good\n/s", known(good, lambda found: _per_second(found.per_second))),
         ("client\nlate", _seconds(result.client.max_send_delay)),
     ]
 
@@ -210,12 +196,8 @@ def _time_cells(result: ServeResult) -> _Cells:
             value = None if times is None else getattr(times, figure)
             # the part's name stands above its first column
             above = name if figure == "mean" else ""
-            cells.append((f"{above}\n{figure}", _text(value, _seconds)))
+            cells.append((f"{above}\n{figure}", known(value, _seconds)))
     return cells
-
-
-def _text(value: float | None, form: Callable[[float], str]) -> str:
-    return _NONE if value is None else form(value)
 
 
 def _per_second(value: float) -> str:

@@ -1,18 +1,23 @@
-"""What the commands of ``dllmserve bench`` have in common: options, progress and the report."""
+"""What commands with a report have in common: options, progress, files, and the report."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TextIO
 
 import typer
 from rich.console import Console, RenderableType
 
 from dllmserve._checks import user_path
-from dllmserve.tools.bench.plot import check_plot
-from dllmserve.tools.bench.text import WIDTH
+from dllmserve.errors import ConfigError
+from dllmserve.tools.plot import check_plot
+from dllmserve.tools.text import WIDTH
+
+STDOUT = "-"
 
 AsJson = Annotated[
     bool, typer.Option("--json", metavar=" ", help="Print one JSON object and nothing else.")
@@ -51,12 +56,34 @@ def progress(text: str) -> None:
         typer.echo(text, err=True)
 
 
+@contextmanager
+def opened(name: str | None, what: str) -> Iterator[TextIO | None]:
+    """The file, before anything is measured, so that a wrong name costs nothing.
+
+    Args:
+        name: of the file, or "-" for standard output.
+        what: it holds, for errors.
+    """
+    if name is None or name == STDOUT:
+        yield None if name is None else sys.stdout
+        return
+    path = user_path(name)
+    if path.is_dir():
+        raise ConfigError(f"{what} must be a file, got the folder {name!r}")
+    with path.open("w", encoding="utf-8") as file:
+        yield file
+
+
+def show_tables(report: Shown) -> None:
+    """Print a report for people."""
+    typer.echo(report.header() + "\n")
+    # wider than any table, which takes what it needs: a cell that is cut off is no use
+    Console(highlight=False, emoji=False, width=2 * WIDTH).print(report.table())
+
+
 def show(report: Shown, as_json: bool) -> None:
     """Print a report; its last line is the JSON object."""
     if not as_json:
-        typer.echo(report.header() + "\n")
-        # wider than any table, which takes what it needs: a cell that is cut off is no use
-        console = Console(highlight=False, emoji=False, width=2 * WIDTH)
-        console.print(report.table())
+        show_tables(report)
         typer.echo()
     typer.echo(json.dumps(report.record()))

@@ -1,0 +1,89 @@
+"""Words, numbers, headers and tables of the reports."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+#: columns of a header
+WIDTH = 100
+_INDENT = 11
+
+_T = TypeVar("_T")
+
+
+def header(lines: Mapping[str, str], notes: Iterable[str] = ()) -> str:
+    """Entries of a header below each other, each over as many lines as it needs."""
+    return "\n".join(
+        textwrap.fill(
+            text,
+            WIDTH,
+            initial_indent=label.ljust(_INDENT),
+            subsequent_indent=" " * _INDENT,
+            break_on_hyphens=False,
+        )
+        for label, text in [*lines.items(), *(("note", note) for note in notes)]
+    )
+
+
+def table(
+    rows: Sequence[Iterable[tuple[str, str]]], *, left: str = "", gap: int = 0, total: bool = False
+) -> Table:
+    """Lines of cells, each with the name of its column.
+
+    Args:
+        rows: at least one; all have the same columns, whose names may repeat.
+        left: name of the column that is flush left; the others are flush right.
+        gap: blanks between columns, besides one.
+        total: the last row stands apart.
+    """
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, gap, 0, 0))
+    lines = [list(row) for row in rows]
+    for name, _ in lines[0]:
+        made.add_column(name, justify="left" if name == left else "right", no_wrap=True)
+    for number, line in enumerate(lines, 1):
+        if total and 1 < number == len(lines):
+            made.add_section()
+        made.add_row(*(Text(cell) for _, cell in line))
+    return made
+
+
+def rate_text(value: float) -> str:
+    """Something per second, without digits that runs do not agree on."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}"
+
+
+def known(value: _T | None, form: Callable[[_T], str], unknown: str = "-") -> str:
+    """A figure in a cell, which may be missing."""
+    return unknown if value is None else form(value)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> counted(1, "timed run"), counted(3, "timed run")
+        ('1 timed run', '3 timed runs')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The value below which so many percent lie, between two of them if need be.
+
+    Args:
+        values: at least one.
+        percent: 1 to 99.
+
+    Example:
+        >>> percentile([5.0, 1.0, 2.0, 4.0, 3.0], 90)
+        4.6
+    """
+    several = [*values, *values[: len(values) == 1]]
+    return statistics.quantiles(several, n=100, method="inclusive")[percent - 1]
