@@ -44,6 +44,7 @@ from dllmserve.tools.evaluation.report import (
 from dllmserve.tools.evaluation.run import Evaluation, find_baseline
 from dllmserve.tools.evaluation.settings import (
     DEFAULT_GEN_LENGTH,
+    SUITES,
     Setting,
     check_names,
     describe,
@@ -51,7 +52,6 @@ from dllmserve.tools.evaluation.settings import (
     read_settings,
     suite,
 )
-from dllmserve.tools.evaluation.suites import SUITES
 
 DEFAULT_MODEL = "tiny"
 #: where the items come from, and how they are judged, without --data

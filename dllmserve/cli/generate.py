@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,14 +26,15 @@ from dllmserve.cli.options import (
     with_options,
     with_quality,
 )
-from dllmserve.cli.plain import plain_pieces
 from dllmserve.cli.prompts import DEMO_PROMPTS, read_prompts
 from dllmserve.cli.screen import Screen
 from dllmserve.config import EngineConfig
+from dllmserve.engine.text import CommittedText
 from dllmserve.errors import TokenizerError
-from dllmserve.outputs import RequestOutput
+from dllmserve.outputs import CanvasStep, RequestOutput
 
 if TYPE_CHECKING:  # loads torch
+    from dllmserve.engine.tokenizer import Tokenizer
     from dllmserve.llm import LLM
     from dllmserve.sampling_params import SamplingParams
 
@@ -177,7 +179,7 @@ class _Job:
         for place, ids in enumerate(self._ids):
             heading(place)
             steps = self._llm.stream(ids, self._params)
-            for piece in plain_pieces(steps, self._tokenizer.decode, self._params.stop_strings):
+            for piece in plain_pieces(steps, self._tokenizer, self._params.stop_strings):
                 _write(piece)
             _write("\n")
 
@@ -218,6 +220,25 @@ class _Job:
         answers = self._llm.generate(self._ids, self._params, use_tqdm=bar)
         seconds = time.perf_counter() - begin
         return [_output(answer) for answer in answers], seconds
+
+
+def plain_pieces(
+    steps: Iterable[CanvasStep], tokenizer: Tokenizer, stops: Sequence[str] = ()
+) -> Iterator[str]:
+    """Pieces of an answer's text; joined, they are exactly the finished text.
+
+    A piece holds only what can no longer change: tokens that are committed without a gap
+    from the left, without an unfinished character and without what may turn out to be the
+    beginning of a stop string.
+    """
+    text, read = CommittedText(tokenizer, stops), 0
+    for step in steps:
+        if step.output is not None:
+            yield text.finish(step.output.text)
+            return
+        gap = step.committed.index(False) if False in step.committed else len(step.committed)
+        yield text.add([t for t in step.token_ids[read:gap] if t is not None])
+        read = gap
 
 
 def _write(text: str) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from dllmserve.cli.canvas import ASCII_MARKS, CanvasText, Marks, Piece, crop, fold, visible
+from dllmserve.cli.canvas import ASCII_MARKS, MARKS, CanvasText, Marks, Piece, crop, fold, visible
 from dllmserve.errors import EngineError
 from dllmserve.outputs import CanvasStep, RequestOutput
 
@@ -84,7 +84,7 @@ class Screen:
     @property
     def marks(self) -> Marks:
         """Placeholders that the terminal's encoding has."""
-        return ASCII_MARKS if self._ascii else Marks()
+        return ASCII_MARKS if self._ascii else MARKS
 
     def heading(self, prompt: str) -> None:
         """Show a prompt above its answer."""

@@ -12,9 +12,8 @@ import pytest
 from dllmserve import LLM, SamplingParams, SparseConfig
 from dllmserve.errors import ConfigError
 from dllmserve.tools.bench.plot import plot_latency, plot_throughput, work_parts
-from dllmserve.tools.bench.profile import KernelTime
 from dllmserve.tools.bench.roofline import Ceilings
-from dllmserve.tools.bench.run import Bench, LatencyFigures, Result, Spread
+from dllmserve.tools.bench.run import Bench, KernelTime, LatencyFigures, Result, Spread
 from dllmserve.tools.bench.workload import Workload
 from dllmserve.tools.plot import check_plot
 from dllmserve.tools.text import percentile

@@ -129,8 +129,8 @@ def test_round_trip(tmp_path: Path) -> None:
         ({"benchmark": "serve"}, "holds no evaluation: give a file of dllmserve eval --json"),
         ({"schema": 99}, "has schema 99, and this version reads 1"),
         ({"settings": []}, "holds no settings"),
-        ({"settings": [{"name": "a"}]}, "is incomplete: 'tasks'"),
-        ({"items": ...}, "is incomplete: 'items'"),
+        ({"settings": [{"name": "a"}]}, "is incomplete: Object missing required field `given`"),
+        ({"items": ...}, "is incomplete: Object missing required field `items`"),
     ],
     ids=str,
 )

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from dllmserve import LLM
@@ -139,7 +140,7 @@ def test_summarise_and_the_record_of_it() -> None:
     assert fast.tokens_per_second == pytest.approx(12.0)
     for result in (fast, block):
         record: dict[str, Any] = json.loads(json.dumps(asdict(result)))
-        assert SettingResult.from_record(record) == result
+        assert msgspec.convert(record, SettingResult) == result
 
 
 def test_counts_that_other_outputs_have_are_kept() -> None:

@@ -6,13 +6,13 @@ from dllmserve.tools.evaluation.figures import Figures, SettingResult
 from dllmserve.tools.evaluation.items import Item, held_out, read_items, select
 from dllmserve.tools.evaluation.run import evaluate
 from dllmserve.tools.evaluation.settings import (
+    SUITES,
     Setting,
     make_setting,
     parse_setting,
     read_settings,
     suite,
 )
-from dllmserve.tools.evaluation.suites import SUITES
 
 __all__ = [
     "SUITES",

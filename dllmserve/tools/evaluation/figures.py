@@ -1,12 +1,13 @@
-"""Figures: what a setting scored, and what that cost, beside the baseline."""
+"""Figures: what a setting scored, with 95 % intervals, and what that cost, beside the baseline."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any
 
-from dllmserve.tools.evaluation.intervals import paired_difference, wilson
 from dllmserve.tools.evaluation.items import Item
 from dllmserve.tools.evaluation.settings import Setting
 
@@ -117,12 +118,6 @@ class Figures:
             usage=usage,
         )
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Figures:
-        """The inverse of ``asdict``."""
-        found = record["difference"]
-        return cls(**{**record, "difference": None if found is None else Difference(**found)})
-
 
 @dataclass(frozen=True)
 class SettingResult:
@@ -181,13 +176,6 @@ class SettingResult:
             right="".join("01"[o.right] for o in outcomes),
         )
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> SettingResult:
-        """The inverse of ``asdict``."""
-        tasks = {name: Figures.from_record(found) for name, found in record["tasks"].items()}
-        overall = Figures.from_record(record["overall"])
-        return cls(**{**record, "overall": overall, "tasks": tasks})
-
 
 def summarise(measured: Sequence[Measured], baseline: str) -> list[SettingResult]:
     """Figures of every setting, those of the baseline first to compare with.
@@ -245,3 +233,51 @@ def _sampling(
         if any(value != first for value in values):
             varies[name] = [min(values), max(values)]
     return asdict(setting.params(items[0].gen_length)), varies
+
+
+#: standard deviations on either side of a normal distribution's mean that hold 95 %
+Z95 = NormalDist().inv_cdf(0.975)
+
+
+def wilson(hits: int, items: int) -> tuple[float, float]:
+    """Interval of a share (Wilson, 1927): never empty, and never outside 0 and 1.
+
+    Args:
+        hits: items that were right.
+        items: all of them, at least one.
+
+    Example:
+        >>> low, high = wilson(199, 200)
+        >>> f"{low:.3f} to {high:.3f}"
+        '0.972 to 0.999'
+    """
+    share, square = hits / items, Z95 * Z95
+    middle = (share + square / (2 * items)) / (1 + square / items)
+    spread = math.sqrt(share * (1 - share) / items + square / (4 * items * items))
+    half = Z95 * spread / (1 + square / items)
+    # the ends are exact where everything or nothing was right, but for rounding
+    return (0.0 if hits == 0 else middle - half), (1.0 if hits == items else middle + half)
+
+
+def paired_difference(gained: int, lost: int, items: int) -> tuple[float, float]:
+    """Interval of the difference between two shares, both of the same items.
+
+    Only items on which the two disagree tell them apart, as in McNemar's test. This is the
+    normal interval of the paired difference with half an item added to each of the four
+    cells (Agresti and Min, 2005). Without that it would be empty where the two never disagree.
+
+    Args:
+        gained: items that the second has right and the first wrong.
+        lost: items that the first has right and the second wrong.
+        items: all items, at least one.
+
+    Example:
+        >>> low, high = paired_difference(gained=0, lost=28, items=200)
+        >>> f"{100 * low:.1f} to {100 * high:.1f} points"
+        '-18.7 to -9.0 points'
+    """
+    total = items + 2
+    middle = (gained - lost) / total
+    variance = (gained + lost + 1 - (gained - lost) ** 2 / total) / total**2
+    half = Z95 * math.sqrt(variance)
+    return max(-1.0, middle - half), min(1.0, middle + half)

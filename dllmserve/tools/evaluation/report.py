@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # loads torch
 #: version of the record's layout, raised when a key changes its meaning or goes away
 SCHEMA = 1
 BENCHMARK = "eval"
+#: keys of the record that are not of the evaluation itself
+_ENVIRONMENT = ("versions", "device", "dtype", "model", "options", "header")
 #: with so many settings or fewer, the table of the tasks has intervals
 _WITH_INTERVALS = 4
 #: share of answers without an end that is worth a note
@@ -97,19 +100,6 @@ class EvalReport:
             "interrupted": self.interrupted,
         }
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> EvalReport:
-        """The inverse of :meth:`record`."""
-        kept = ("versions", "device", "dtype", "model", "options", "header")
-        return cls(
-            environment={key: record[key] for key in kept},
-            data=record["data"],
-            items=record["items"],
-            baseline=record["baseline"],
-            settings=[SettingResult.from_record(found) for found in record["settings"]],
-            interrupted=record["interrupted"],
-        )
-
     def _items_text(self) -> str:
         data = self.data
         asked = "raw prompts" if data["raw"] else "chat template"
@@ -158,8 +148,9 @@ def read_report(path: str | Path) -> EvalReport:
             "run the evaluation again"
         )
     try:
-        report = EvalReport.from_record(record)
-    except (KeyError, TypeError, AttributeError) as error:
+        environment = {key: record[key] for key in _ENVIRONMENT}
+        report = msgspec.convert({**record, "environment": environment}, EvalReport)
+    except (KeyError, msgspec.ValidationError) as error:
         raise ConfigError(f"{path} is incomplete: {error}") from error
     if not report.settings:
         raise ConfigError(f"{path} holds no settings")

@@ -1,4 +1,4 @@
-"""Settings: named ways of decoding that one run compares, and lists of them."""
+"""Settings: named ways of decoding that one run compares, and suites: built-in lists of them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from dllmserve._checks import check_choice, check_int, check_known, user_path
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
+from dllmserve.knobs import types
+from dllmserve.presets import PRESETS
 from dllmserve.sampling_params import SamplingParams, stepwise
 from dllmserve.sparse.state import SparseConfig
-from dllmserve.tools.evaluation.suites import SPARSE, SUITES, TOKENS_PER_STEP
+
+#: sets ``steps`` from the length of each answer
+TOKENS_PER_STEP = "tokens_per_step"
+#: turns sparse attention on or off, or holds fields of SparseConfig
+SPARSE = "sparse"
 
 #: what a setting has unless it says otherwise, as on the rest of the command line
 DEFAULT_GEN_LENGTH = 64
@@ -240,18 +245,15 @@ def _pairs(text: str) -> Iterator[tuple[str, Any]]:
 
 def _typed(key: str, text: str) -> Any:
     """A value of the field's type; what is none stays a text, which the field then refuses."""
-    kinds, lower = _KINDS.get(key, set()), text.lower()
-    if NoneType in kinds and lower in ("none", "null"):
+    (kind, optional), lower = _TYPES.get(key, (str, False)), text.lower()
+    if optional and lower in ("none", "null"):
         return None
-    if bool in kinds and lower in ("true", "false"):
+    if kind is bool and lower in ("true", "false"):
         return lower == "true"
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-    return text
+    try:
+        return kind(text) if kind in (int, float) else text
+    except ValueError:
+        return text
 
 
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -350,15 +352,64 @@ def _brief(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _kinds(hint: Any) -> set[Any]:
-    """The types that a union allows."""
-    return set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+#: plain types of fields, by their name, and whether they may be None
+_TYPES = {
+    **types(SparseConfig),
+    **types(SamplingParams),
+    TOKENS_PER_STEP: (int, False),
+    SPARSE: (bool, False),
+}
+
+Settings = dict[str, dict[str, Any]]
+
+_STEPS: dict[str, Any] = {"unmask": "steps", TOKENS_PER_STEP: 1}
+_ATTENTION: dict[str, Any] = {"score": "attention", "pool_kernel": 1}
+_ONE = {"one token a step": _STEPS}
 
 
-#: types that a field takes, by its name
-_KINDS: dict[str, set[Any]] = {
-    **{name: _kinds(hint) for name, hint in get_type_hints(SparseConfig).items()},
-    **{name: _kinds(hint) for name, hint in get_type_hints(SamplingParams).items()},
-    TOKENS_PER_STEP: {int},
-    SPARSE: {bool},
+def _rule(name: str, field: str, *values: float, **more: Any) -> Settings:
+    """A rule with several values of one field."""
+    return {f"{name} {value:g}": {"unmask": name, field: value, **more} for value in values}
+
+
+#: every rule, from careful to bold
+_FRONTIER: Settings = {
+    **_ONE,
+    **{f"{n} tokens a step": {**_STEPS, TOKENS_PER_STEP: n} for n in (2, 4, 8, 16, 32)},
+    **_rule("threshold", "threshold", 0.99, 0.9, 0.8, 0.6, 0.2),
+    **_rule("threshold_strict", "threshold", 0.9),
+    **_rule("factor", "factor", 1.0),
+    **_rule("factor_strict", "factor", 0.25, 1.0),
+    **_rule("entropy_bound", "entropy_bound", 0.02, 0.15, 0.5, 1.5),
+    **_rule("hierarchy", "threshold", 0.9, low_threshold=0.4),
+    **_rule("credit", "threshold", 0.9),
+    **_rule("klass", "threshold", 0.9, 0.6, kl_history=1),
+    **_rule("wino", "threshold", 0.6, 0.3),
+}
+
+#: every refresh policy and sparse attention, one token a step
+_CACHES: Settings = {
+    **_ONE,
+    **{f"suffix {n}": {**_STEPS, "suffix_window": n} for n in (0, 32)},
+    "suffix 32, early end": {**_STEPS, "suffix_window": 32, "early_end": True},
+    **{name: {**_STEPS, "cache": name} for name in ("prefix", "dual", "rolling", "delayed")},
+    "dual, delay 1": {**_STEPS, "cache": "dual", "refresh_delay": 1},
+    "dual, every 8": {**_STEPS, "cache": "dual", "refresh_every": 8},
+    "dual, window 16": {**_STEPS, "cache": "dual", "refresh_window": 16},
+    "rolling, suffix 32": {**_STEPS, "cache": "rolling", "suffix_window": 32},
+    "drift 0.25": {**_STEPS, "cache": "drift", "refresh_share": 0.25},
+    "sparse 0.5": {**_STEPS, SPARSE: {"retention_ratio": 0.5}},
+    "sparse 0.5 shared": {**_STEPS, SPARSE: {"retention_ratio": 0.5, "head_select": False}},
+    "attention 0.5": {**_STEPS, SPARSE: {"retention_ratio": 0.5, **_ATTENTION}},
+    "attention 0.5, min 64": {
+        **_STEPS,
+        SPARSE: {"retention_ratio": 0.5, "min_keep": 64, **_ATTENTION},
+    },
+}
+
+#: name -> settings by name
+SUITES: dict[str, Settings] = {
+    "frontier": _FRONTIER,
+    "caches": _CACHES,
+    "quality": {name: {"quality": name} for name in PRESETS},
 }

@@ -14,11 +14,12 @@ from dllmserve.errors import ConfigError, InvalidParameterError
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.tools.evaluation.settings import (
     SAMPLING_FIELDS,
+    SPARSE,
     SPARSE_FIELDS,
+    TOKENS_PER_STEP,
     Setting,
     make_setting,
 )
-from dllmserve.tools.evaluation.suites import SPARSE, TOKENS_PER_STEP
 
 #: lm-eval's own default for tasks that do not say how long an answer is
 DEFAULT_GEN_LENGTH = 256
