@@ -23,7 +23,7 @@ from dllmserve.cli.options import (
     sampling_params,
     with_options,
 )
-from dllmserve.cli.output import AsJson, Plot, picture, progress, show
+from dllmserve.cli.output import OUTPUT, picture, progress, show
 from dllmserve.config import EngineConfig
 from dllmserve.tools.bench.plot import plot_latency, plot_throughput
 from dllmserve.tools.bench.workload import Workload, parse_counts
@@ -110,13 +110,11 @@ def root(context: typer.Context) -> None:
 
 
 @bench.command(cls=Command, epilog=EPILOG)
-@with_options(_WORK, _DECODING, SPARSE, _ENGINE)
+@with_options(_WORK, OUTPUT, _DECODING, SPARSE, _ENGINE)
 def throughput(
     model: ModelArgument = None,
     named: NamedModel = None,
     requests: Requests = "1",
-    as_json: AsJson = False,
-    plot: Plot = None,
     no_profile: NoProfile = False,
     **options: Any,
 ) -> None:
@@ -126,7 +124,7 @@ def throughput(
     --gen-length says. The last line is a JSON object with every figure.
     """
     with short_errors():
-        counts, image = parse_counts(requests), picture(plot)
+        counts, image = parse_counts(requests), picture(options["plot"])
         report = _report(
             "throughput",
             one_model(model, named),
@@ -134,18 +132,16 @@ def throughput(
             lambda engine: [engine.throughput(count) for count in counts],
             profile=not no_profile,
         )
-        show(report, as_json)
+        show(report, options["json"])
         if image is not None:
             plot_throughput(report.results, report.title(), image)
 
 
 @bench.command(cls=Command, epilog=EPILOG)
-@with_options(_ALONE, _DECODING, SPARSE, _ENGINE)
+@with_options(_ALONE, OUTPUT, _DECODING, SPARSE, _ENGINE)
 def latency(
     model: ModelArgument = None,
     named: NamedModel = None,
-    as_json: AsJson = False,
-    plot: Plot = None,
     no_profile: NoProfile = False,
     **options: Any,
 ) -> None:
@@ -155,7 +151,7 @@ def latency(
     --gen-length says. The last line is a JSON object with every figure.
     """
     with short_errors():
-        image = picture(plot)
+        image = picture(options["plot"])
         report = _report(
             "latency",
             one_model(model, named),
@@ -163,7 +159,7 @@ def latency(
             lambda engine: [engine.latency()],
             profile=not no_profile,
         )
-        show(report, as_json)
+        show(report, options["json"])
         if image is not None:
             plot_latency(report.results[0], report.title(), image)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from dllmserve.cli import INTERRUPTED
 from dllmserve.cli.commands import short_errors
 from dllmserve.cli.options import Group, with_options
-from dllmserve.cli.output import AsJson, Plot, opened, picture, progress, show
+from dllmserve.cli.output import OUTPUT, opened, picture, progress, show
 from dllmserve.cli.prompts import read_prompts
 from dllmserve.tools.bench.serve.options import (
     ServeOptions,
@@ -50,18 +51,10 @@ OPTIONS = Group(
     lists={"headers": "TEXT"},
     shown={"rates": "1", "temperature": "0"},
 )
-Records = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE", help="Write one line of JSON per request.", rich_help_panel="Report"
-    ),
-]
 
 
-@with_options(OPTIONS)
-def serve(
-    records: Records = None, as_json: AsJson = False, plot: Plot = None, **options: Any
-) -> None:
+@with_options(OPTIONS, replace(OUTPUT, panel="Report", skipped=frozenset()))
+def serve(**options: Any) -> None:
     """Load on a running server, and what its users would have seen of it.
 
     Requests are sent when they are due, whether or not the ones before are answered, and times
@@ -69,7 +62,7 @@ def serve(
     Ctrl-C reports what was measured so far.
     """
     with short_errors():
-        image = picture(plot)
+        image = picture(options["plot"])
         given = OPTIONS.given(options)
         given.setdefault("api_key", os.environ.get("DLLMSERVE_API_KEY") or None)
         given.setdefault("stream", given.get("endpoint") != "native")
@@ -78,7 +71,7 @@ def serve(
             given[name] = readers[name](given[name])
         if "trace" in given:
             given.setdefault("rates", ())
-        _run(ServeOptions(**given), records, image, as_json)
+        _run(ServeOptions(**given), options["records"], image, options["json"])
 
 
 def _run(options: ServeOptions, records: str | None, image: Path | None, as_json: bool) -> None:

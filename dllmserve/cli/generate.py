@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +19,7 @@ from dllmserve.cli.options import (
     ENGINE,
     SAMPLING,
     SPARSE,
+    Group,
     ModelOption,
     chosen_quality,
     engine_config,
@@ -31,6 +32,7 @@ from dllmserve.cli.screen import Screen
 from dllmserve.config import EngineConfig
 from dllmserve.engine.text import CommittedText
 from dllmserve.errors import TokenizerError
+from dllmserve.knobs import knob
 from dllmserve.outputs import CanvasStep, RequestOutput
 
 if TYPE_CHECKING:  # loads torch
@@ -65,43 +67,35 @@ PromptArguments = Annotated[
         show_default=False,
     ),
 ]
-FileOption = Annotated[
-    str | None,
-    typer.Option(
-        "--file",
-        "-f",
-        metavar="FILE",
-        help="File of prompts, one a line (.jsonl: JSON lines); - is standard input.",
-    ),
-]
 
 
-@with_options(with_quality(SAMPLING, DEFAULT_QUALITY), SPARSE, ENGINE)
-def generate(
-    prompts: PromptArguments = None,
-    model: ModelOption = "tiny",
-    file: FileOption = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", metavar=" ", help="Run the demo prompts.")
-    ] = False,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            metavar=" ",
-            help="Use the chat template, or send the text as it is. "
-            "Chat, if the checkpoint has a template.",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", metavar=" ", help="Print one JSON object per prompt.")
-    ] = False,
-    no_live: Annotated[
-        bool, typer.Option("--no-live", metavar=" ", help="Do not show the answer being filled in.")
-    ] = False,
-    **options: Any,
-) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What is asked, and how answers are shown."""
+
+    file: str | None = knob(
+        None, "File of prompts, one a line (.jsonl: JSON lines); - is standard input."
+    )
+    demo: bool = knob(False, "Run the demo prompts.")
+    chat: bool | None = knob(
+        None,
+        "Use the chat template, or send the text as it is. Chat, if the checkpoint has a template.",
+    )
+    json: bool = knob(False, "Print one JSON object per prompt.")
+    no_live: bool = knob(False, "Do not show the answer being filled in.")
+
+
+OPTIONS = Group(
+    Options,
+    "Options",
+    names={"file": "--file -f", "chat": "--chat/--raw"},
+    metavars={"file": "FILE"},
+    flags=frozenset({"demo", "json", "no_live"}),
+)
+
+
+@with_options(OPTIONS, with_quality(SAMPLING, DEFAULT_QUALITY), SPARSE, ENGINE)
+def generate(prompts: PromptArguments = None, model: ModelOption = "tiny", **options: Any) -> None:
     """Answer prompts. In a terminal, watch the answer being filled in.
 
     Text is decided; masks get denser as the model gets surer of them.
@@ -114,17 +108,18 @@ def generate(
         options["quality"] = chosen_quality(options, DEFAULT_QUALITY)
         params = sampling_params(options)
         config = engine_config(model, options)
-        texts = read_prompts(prompts or [], file, demo)
-        terminal = sys.stdout.isatty() and not as_json
+        asked = Options(**OPTIONS.given(options))
+        texts = read_prompts(prompts or [], asked.file, asked.demo)
+        terminal = sys.stdout.isatty() and not asked.json
         with loading(config.model):
-            job = _Job(config, texts, chat, params)
-        if as_json:
+            job = _Job(config, texts, asked.chat, params)
+        if asked.json:
             job.print_json()
         elif not terminal:
             job.print_plain(headings=texts[: len(DEMO_PROMPTS)] == list(DEMO_PROMPTS))
         else:
             console = Console(highlight=False, emoji=False)
-            live = not no_live and len(texts) <= LIVE_PROMPTS and not console.is_dumb_terminal
+            live = not asked.no_live and len(texts) <= LIVE_PROMPTS and not console.is_dumb_terminal
             label = f"quality {params.quality}" if params.quality else ""
             screen = Screen(console, label=label)
             job.show(screen, live=live, headings=len(texts) > 1 or texts != prompts)

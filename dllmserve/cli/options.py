@@ -64,7 +64,7 @@ class Group:
 
     def option(self, name: str) -> str:
         """Python name of a field's option."""
-        return self._names(name)[0].removeprefix("--").replace("-", "_")
+        return self._names(name)[0].partition("/")[0].removeprefix("--").replace("-", "_")
 
     def parameters(self) -> list[inspect.Parameter]:
         """One keyword parameter per field, as typer reads them."""
@@ -77,7 +77,7 @@ class Group:
             metavar = self.metavars.get(item.name, _METAVARS.get(kind, "TEXT"))
             panel = known[item.name].panel if item.name in known else ""
             names = self._names(item.name)
-            if kind is bool and item.name not in self.flags:
+            if kind is bool and item.name not in self.flags and "/" not in names[0]:
                 names[0] += f"/--no-{names[0].removeprefix('--')}"
             declared = typer.Option(
                 *names,

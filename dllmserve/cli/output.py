@@ -6,26 +6,39 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
 import typer
 from rich.console import Console, RenderableType
 
 from dllmserve._checks import user_path
+from dllmserve.cli.options import Group
 from dllmserve.errors import ConfigError
+from dllmserve.knobs import knob
 from dllmserve.tools.plot import check_plot
 from dllmserve.tools.text import WIDTH
 
 STDOUT = "-"
 
-AsJson = Annotated[
-    bool, typer.Option("--json", metavar=" ", help="Print one JSON object and nothing else.")
-]
-Plot = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Draw a .png or .svg (needs the extra bench)."),
-]
+
+@dataclass(frozen=True)
+class Output:
+    """Where the report of a benchmark goes."""
+
+    json: bool = knob(False, "Print one JSON object and nothing else.")
+    plot: str | None = knob(None, "Draw a .png or .svg (needs the extra bench).")
+    records: str | None = knob(None, "Write one line of JSON per request.")
+
+
+OUTPUT = Group(
+    Output,
+    "Options",
+    metavars={"plot": "FILE", "records": "FILE"},
+    skipped=frozenset({"records"}),
+    flags=frozenset({"json"}),
+)
 
 
 class Shown(Protocol):

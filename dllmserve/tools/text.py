@@ -1,15 +1,20 @@
-"""Words, numbers, headers and tables of the reports."""
+"""Words, numbers, headers and tables of the reports, and files of lines."""
 
 from __future__ import annotations
 
+import gzip
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
+
+from dllmserve._checks import user_path
+from dllmserve.errors import ConfigError
 
 #: columns of a header
 WIDTH = 100
@@ -52,6 +57,24 @@ def table(
             made.add_section()
         made.add_row(*(Text(cell) for _, cell in line))
     return made
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that holds something; a ``.gz`` is unpacked.
+
+    Raises:
+        ConfigError: it is no UTF-8 text.
+        OSError: the file cannot be read.
+    """
+    file = user_path(path)
+    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rt", encoding="utf-8-sig", newline="\n") as lines:
+            # not splitlines(): a text may hold form feeds and Unicode line separators
+            whole = enumerate(str(lines.read()).split("\n"), 1)
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    yield from ((number, line) for number, line in whole if line.strip())
 
 
 def rate_text(value: float) -> str:

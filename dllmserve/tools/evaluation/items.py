@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dllmserve.assets
-from dllmserve._checks import check_choice, check_int, user_path
+from dllmserve._checks import check_choice, check_int
 from dllmserve.errors import ConfigError, DllmServeError
 from dllmserve.presets import MAX_GEN_LENGTH
 from dllmserve.tools.evaluation.judge import MATCHES, SCORER, check_answer, judge
+from dllmserve.tools.text import read_lines
 
 HELD_OUT = Path(dllmserve.assets.__file__).parent / "tiny" / "heldout.jsonl.gz"
 #: of a line of a data file
@@ -58,7 +58,7 @@ def held_out() -> list[Item]:
         >>> held_out()[0].prompt
         'Compute 423 - 182 step by step.'
     """
-    lines = [json.loads(line) for line in _read(HELD_OUT).splitlines()]
+    lines = [json.loads(line) for _, line in read_lines(HELD_OUT)]
     return [
         Item(
             id=line["id"],
@@ -89,12 +89,12 @@ def read_items(path: str | Path, match: str = "exact", *, raw: bool = False) -> 
         OSError: the file cannot be read.
     """
     check_choice(ConfigError, "match", match, MATCHES)
-    file = user_path(path)
+    task = Path(path).name.partition(".")[0] or Path(path).name
     found: dict[str, int] = {}
     items = []
-    for number, line in _lines(file):
+    for number, line in read_lines(path):
         try:
-            item = _item(line, match, raw, default_id=str(number), default_task=_stem(file))
+            item = _item(line, match, raw, default_id=str(number), default_task=task)
             if item.id in found:
                 raise ConfigError(f"id {item.id!r} is that of line {found[item.id]} too")
         except DllmServeError as error:
@@ -150,27 +150,6 @@ def _check_task(name: str, known: Mapping[str, Any]) -> None:
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}? " if near else ""
-
-
-def _stem(file: Path) -> str:
-    return file.name.partition(".")[0] or file.name
-
-
-def _read(file: Path) -> str:
-    opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rt", encoding="utf-8") as lines:
-        try:
-            return str(lines.read())
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-            raise ConfigError(f"{file} cannot be read as UTF-8 text: {error}") from error
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that holds something."""
-    # not splitlines(): a text may hold form feeds and Unicode line separators
-    for number, line in enumerate(_read(file).removeprefix("\ufeff").split("\n"), 1):
-        if line.strip():
-            yield number, line
 
 
 def _item(line: str, match: str, raw: bool, *, default_id: str, default_task: str) -> Item:

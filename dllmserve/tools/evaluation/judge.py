@@ -73,14 +73,6 @@ def _decimal(text: str) -> Decimal:
     return Decimal(text.translate(_PLAIN))
 
 
-def _exact(answer: str, text: str) -> bool:
-    return text.strip() == answer.strip()
-
-
-def _contains(answer: str, text: str) -> bool:
-    return answer.strip() in text
-
-
 def _number(answer: str, text: str) -> bool:
     wanted = last_number(answer)
     return wanted is not None and last_number(text) == wanted
@@ -119,8 +111,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 _RULES: Mapping[str, Callable[[str, str], bool]] = {
-    "exact": _exact,
-    "contains": _contains,
+    "exact": lambda answer, text: text.strip() == answer.strip(),
+    "contains": lambda answer, text: answer.strip() in text,
     "number": _number,
     "json": _json,
 }

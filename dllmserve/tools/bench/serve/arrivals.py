@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -12,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError
 from dllmserve.tools.bench.serve.options import MAX_REQUESTS
+from dllmserve.tools.text import read_lines
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,7 @@ def read_trace(file: str) -> list[TraceEntry]:
         ConfigError: a line is wrong, or there is none.
         OSError: the file cannot be read.
     """
-    text = user_path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
-    found = [
-        _entry(line, f"{file}:{number}")
-        for number, line in enumerate(text.split(b"\n"), 1)
-        if line.strip()
-    ]
+    found = [_entry(line, f"{file}:{number}") for number, line in read_lines(file)]
     if not found:
         raise ConfigError(f"trace: {file} holds no request")
     if len(found) > MAX_REQUESTS:
@@ -72,7 +66,7 @@ def read_trace(file: str) -> list[TraceEntry]:
     return sorted(found, key=lambda entry: entry.at)
 
 
-def _entry(line: bytes, place: str) -> TraceEntry:
+def _entry(line: str, place: str) -> TraceEntry:
     try:
         value = msgspec.json.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

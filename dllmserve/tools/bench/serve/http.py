@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 from dllmserve._needs import missing
 from dllmserve.errors import ConfigError
-from dllmserve.tools.bench.serve.options import Address
 from dllmserve.tools.bench.serve.outcome import RequestFailed
 
 try:
@@ -80,17 +79,16 @@ class HttpClient:
     To be made in the event loop that it is used in.
 
     Args:
-        address: of the server.
+        base: URL of the server, as :func:`dllmserve.tools.bench.serve.options.base_url` gives it.
         headers: sent with every request, by name in lower case.
     """
 
-    def __init__(self, address: Address, headers: Mapping[str, str]) -> None:
-        scheme = "https" if address.tls else "http"
-        self._base = f"{scheme}://{address.authority}{address.prefix}"
+    def __init__(self, base: str, headers: Mapping[str, str]) -> None:
+        self._base = base
         trace = aiohttp.TraceConfig()
         trace.on_request_headers_sent.append(_note_sent)
         # the system's certificates; SSL_CERT_FILE adds others
-        tls = ssl.create_default_context() if address.tls else True
+        tls = ssl.create_default_context() if base.startswith("https:") else True
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
                 limit=0, keepalive_timeout=_MAX_IDLE, ttl_dns_cache=None, ssl=tls

@@ -18,7 +18,7 @@ from dllmserve.errors import ConfigError
 from dllmserve.tools.bench.serve.arrivals import TraceEntry, arrival_times
 from dllmserve.tools.bench.serve.endpoints import Api, Native, OpenAI, error_message, json_object
 from dllmserve.tools.bench.serve.http import BAD_ANSWER, HttpClient, Reply, allow_many_connections
-from dllmserve.tools.bench.serve.options import ServeOptions
+from dllmserve.tools.bench.serve.options import ServeOptions, base_url
 from dllmserve.tools.bench.serve.outcome import OK, REJECTED, Outcome, RequestFailed
 from dllmserve.tools.bench.serve.prompts import Source
 
@@ -94,7 +94,7 @@ async def measure(
     headers = dict(options.headers or {})
     if options.api_key is not None:
         headers.setdefault("authorization", f"Bearer {options.api_key}")
-    client = HttpClient(options.address, headers)
+    client = HttpClient(base_url(options.url), headers)
     try:
         measured = await _hello(client, options)
         kind = Native if options.endpoint == "native" else OpenAI

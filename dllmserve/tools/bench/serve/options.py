@@ -26,52 +26,32 @@ _OWN_HEADERS = frozenset({"connection", "content-length", "content-type", "trans
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
-@dataclass(frozen=True)
-class Address:
-    """Where the server is.
+def base_url(url: str) -> str:
+    """What paths are put behind; a "/v1" at its end, as OpenAI's clients want it, is dropped.
 
-    Attributes:
-        host: name or number, without brackets.
-        port: of TCP.
-        tls: whether the connection is encrypted.
-        authority: host and port as in the ``Host`` header.
-        prefix: path in front of ``/v1``, without a slash at its end.
+    Raises:
+        ConfigError: no http(s) URL, or one with a password, a query or odd characters.
+
+    Example:
+        >>> base_url("http://localhost:8000/v1")
+        'http://localhost:8000'
     """
-
-    host: str
-    port: int
-    tls: bool
-    authority: str
-    prefix: str
-
-    @classmethod
-    def parse(cls, url: str) -> Address:
-        """From a base URL; a "/v1" at its end, as OpenAI's clients want it, is dropped.
-
-        Raises:
-            ConfigError: no http(s) URL, or one with a password, a query or odd characters.
-
-        Example:
-            >>> Address.parse("http://localhost:8000/v1").port
-            8000
-        """
-        if not url.isascii() or not url.isprintable() or " " in url:
-            raise ConfigError(f"url must be plain ASCII without blanks, got {url!r}")
-        try:
-            parts = urlsplit(url)
-            port = parts.port
-        except ValueError as error:
-            raise ConfigError(f"url: {error}, got {url!r}") from error
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"url must look like {DEFAULT_URL}, got {url!r}")
-        if parts.username is not None or parts.password is not None:
-            # the value is not repeated: it is a secret
-            raise ConfigError("url must hold no user or password; use --api-key or --header")
-        if parts.query or parts.fragment:
-            raise ConfigError(f"url must end before any ? or #, got {url!r}")
-        tls = parts.scheme == "https"
-        prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-        return cls(parts.hostname, port or (443 if tls else 80), tls, parts.netloc, prefix)
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigError(f"url must be plain ASCII without blanks, got {url!r}")
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # read, because it is not checked before
+    except ValueError as error:
+        raise ConfigError(f"url: {error}, got {url!r}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"url must look like {DEFAULT_URL}, got {url!r}")
+    if parts.username is not None or parts.password is not None:
+        # the value is not repeated: it is a secret
+        raise ConfigError("url must hold no user or password; use --api-key or --header")
+    if parts.query or parts.fragment:
+        raise ConfigError(f"url must end before any ? or #, got {url!r}")
+    prefix = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
+    return f"{parts.scheme}://{parts.netloc}{prefix}"
 
 
 _ABOVE_0: Mapping[str, Any] = {"low": 0, "low_open": True}
@@ -164,16 +144,11 @@ class ServeOptions:
     )
 
     def __post_init__(self) -> None:
-        Address.parse(self.url)
+        base_url(self.url)
         check_knobs(ConfigError, self)
         self._check_stream()
         self._check_load()
         _check_key(self.api_key)
-
-    @property
-    def address(self) -> Address:
-        """The url's parts."""
-        return Address.parse(self.url)
 
     @property
     def bounded(self) -> bool:
