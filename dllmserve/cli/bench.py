@@ -26,7 +26,8 @@ from dllmserve.cli.options import (
 from dllmserve.cli.output import OUTPUT, picture, progress, show
 from dllmserve.config import EngineConfig
 from dllmserve.tools.bench.plot import plot_latency, plot_throughput
-from dllmserve.tools.bench.workload import Workload, parse_counts
+from dllmserve.tools.bench.workload import Workload
+from dllmserve.tools.text import numbers
 
 if TYPE_CHECKING:  # loads torch
     from dllmserve.tools.bench.report import Report
@@ -124,7 +125,8 @@ def throughput(
     --gen-length says. The last line is a JSON object with every figure.
     """
     with short_errors():
-        counts, image = parse_counts(requests), picture(options["plot"])
+        counts = numbers("requests", requests, int, "integers >= 1")
+        image = picture(options["plot"])
         report = _report(
             "throughput",
             one_model(model, named),

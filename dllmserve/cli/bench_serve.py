@@ -15,12 +15,8 @@ from dllmserve.cli.commands import short_errors
 from dllmserve.cli.options import Group, with_options
 from dllmserve.cli.output import OUTPUT, opened, picture, progress, show
 from dllmserve.cli.prompts import read_prompts
-from dllmserve.tools.bench.serve.options import (
-    ServeOptions,
-    parse_body,
-    parse_headers,
-    parse_rates,
-)
+from dllmserve.tools.bench.serve.options import ServeOptions, parse_body, parse_headers
+from dllmserve.tools.text import numbers
 
 if TYPE_CHECKING:  # only once something is measured
     from dllmserve.tools.bench.serve.arrivals import TraceEntry
@@ -66,11 +62,13 @@ def serve(**options: Any) -> None:
         given = OPTIONS.given(options)
         given.setdefault("api_key", os.environ.get("DLLMSERVE_API_KEY") or None)
         given.setdefault("stream", given.get("endpoint") != "native")
-        readers = {"rates": parse_rates, "headers": parse_headers, "body": parse_body}
-        for name in readers.keys() & given:
-            given[name] = readers[name](given[name])
-        if "trace" in given:
-            given.setdefault("rates", ())
+        if "rates" in given:
+            given["rates"] = (*numbers("rate", given["rates"], float, "numbers > 0 or inf"),)
+        elif "trace" in given:
+            given["rates"] = ()
+        for name, read in (("headers", parse_headers), ("body", parse_body)):
+            if name in given:
+                given[name] = read(given[name])
         _run(ServeOptions(**given), options["records"], image, options["json"])
 
 

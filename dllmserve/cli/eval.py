@@ -200,18 +200,15 @@ def _measure(
         llm = LLM(**asdict(config))
         evaluation = Evaluation(llm, items, raw=asked.raw)
         evaluation.check(settings)
-    order = sorted(settings, key=lambda s: s.name != baseline)
     found: dict[str, Measured] = {}
-    for number, setting in enumerate(order, 1):
-        if not asked.quiet and len(order) > 1:
-            progress(f"{setting.name} ({number} of {len(order)})")
-        try:
-            bar = not asked.quiet and sys.stderr.isatty()
-            found[setting.name] = evaluation.run(setting, use_tqdm=bar)
-        except KeyboardInterrupt:
-            if not found:
-                raise
-            break
+    told = progress if len(settings) > 1 and not asked.quiet else lambda text: None
+    bar = not asked.quiet and sys.stderr.isatty()
+    try:
+        for one in evaluation.each(settings, baseline, told, use_tqdm=bar):
+            found[one.setting.name] = one
+    except KeyboardInterrupt:
+        if not found:
+            raise
     return environment_of(llm), [found[s.name] for s in settings if s.name in found]
 
 

@@ -15,12 +15,14 @@ from rich.text import Text
 
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError
+from dllmserve.sampling_params import SamplingParams
 
 #: columns of a header
 WIDTH = 100
 _INDENT = 11
 
 _T = TypeVar("_T")
+_Number = TypeVar("_Number", int, float)
 
 
 def header(lines: Mapping[str, str], notes: Iterable[str] = ()) -> str:
@@ -95,6 +97,45 @@ def counted(number: int, noun: str) -> str:
         ('1 timed run', '3 timed runs')
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def rule_text(params: SamplingParams) -> str:
+    """The unmask rule, with the number that has its name.
+
+    Example:
+        >>> rule_text(SamplingParams(unmask="threshold")), rule_text(SamplingParams(steps=8))
+        ('threshold 0.9', '8 steps')
+    """
+    value = getattr(params, params.unmask, None)
+    if params.unmask == "steps":
+        return f"{value} steps"
+    return params.unmask if value is None else f"{params.unmask} {value:g}"
+
+
+def numbers(name: str, text: str, kind: type[_Number], what: str) -> list[_Number]:
+    """Numbers above 0 from a comma list.
+
+    Args:
+        name: of the option, for errors.
+        text: the list.
+        kind: int or float.
+        what: the list must be.
+
+    Raises:
+        ConfigError: the text is no such list.
+
+    Example:
+        >>> numbers("requests", "1,16,64", int, "integers >= 1")
+        [1, 16, 64]
+    """
+    try:
+        # int alone would let through digits of other scripts, and 1_000
+        found = [kind(part if part.isascii() else "") for part in text.replace("_", "x").split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(value > 0 for value in found):  # so that "nan" is refused too
+        raise ConfigError(f"{name} must be {what} with commas between, such as 1,2,4, got {text!r}")
+    return found
 
 
 def percentile(values: Sequence[float], percent: int) -> float:

@@ -15,7 +15,8 @@ from dllmserve.errors import (
     WeightsError,
 )
 from dllmserve.models.loader import find_model, read_config, read_spec, require_weights
-from dllmserve.tools.bench.workload import Workload, parse_counts
+from dllmserve.tools.bench.workload import Workload
+from dllmserve.tools.text import numbers
 from tests.bench.test_roofline import SPEC
 
 
@@ -60,10 +61,10 @@ def test_bad_numbers(values: dict[str, int]) -> None:
 
 
 def test_counts() -> None:
-    assert parse_counts("1, 16,64") == [1, 16, 64]
-    for text in ("", "0", "1,,2", "-1", "1.5", "x", "²", "1 2"):
+    assert numbers("requests", "1, 16,64", int, "integers >= 1") == [1, 16, 64]
+    for text in ("", "0", "1,,2", "-1", "1.5", "x", "²", "1_0", "1 2"):
         with pytest.raises(ConfigError, match="requests must be integers >= 1"):
-            parse_counts(text)
+            numbers("requests", text, int, "integers >= 1")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dllmserve.tools.bench.roofline import Ceilings
 from dllmserve.tools.bench.run import Result
 from dllmserve.tools.bench.workload import Workload
 from dllmserve.tools.environment import dtype_name, environment, header_lines
-from dllmserve.tools.text import counted, header, known, rate_text, table
+from dllmserve.tools.text import counted, header, known, rate_text, rule_text, table
 
 #: version of the record's layout, raised when a key changes its meaning or goes away
 SCHEMA = 1
@@ -117,16 +117,10 @@ class Report:
             cache = (
                 f"sparse (keep {sparse.retention_ratio:g} {heads}, delay_step {sparse.delay_step})"
             )
-        rule = {
-            "steps": f"{params.steps} steps",
-            "threshold": f"threshold {params.threshold:g}",
-            "factor": f"factor {params.factor:g}",
-            "entropy_bound": f"entropy_bound {params.entropy_bound:g}",
-        }.get(params.unmask, params.unmask)
         guided = f", cfg_scale {params.cfg_scale:g}" if params.cfg_scale else ""
         return (
             f"prompt {work.prompt_len} + answer {params.gen_length}, blocks of "
-            f"{params.resolved_block_length}, {rule}, "
+            f"{params.resolved_block_length}, {rule_text(params)}, "
             f"{cache}, temperature {params.temperature:g}{guided}, seed {work.seed}; "
             f"{counted(work.warmup, 'warm-up run')}, {counted(work.runs, 'timed run')}"
         )

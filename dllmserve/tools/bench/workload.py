@@ -69,22 +69,3 @@ def prompt_vocabulary(spec: ModelSpec) -> list[int]:
     # mask and end ids would be legal, but no text has them inside a prompt
     barred = {spec.mask_id, *spec.eos_ids}
     return [token for token in range(spec.vocab_size) if token not in barred]
-
-
-def parse_counts(text: str) -> list[int]:
-    """Numbers of requests from a comma list.
-
-    Raises:
-        ConfigError: the text is no such list.
-
-    Example:
-        >>> parse_counts("1,16,64")
-        [1, 16, 64]
-    """
-    parts = [part.strip() for part in text.split(",")]
-    # str.isdecimal alone would let through digits of other scripts
-    if not all(part.isascii() and part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(
-            f"requests must be integers >= 1 with commas between, such as 1,16,64, got {text!r}"
-        )
-    return [int(part) for part in parts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dllmserve.core.door import Door
@@ -57,6 +57,20 @@ class Evaluation:
                 except DllmServeError as error:
                     raise named(error, setting.name) from error
 
+    def each(
+        self,
+        settings: Sequence[Setting],
+        baseline: str,
+        progress: Callable[[str], None] = lambda text: None,
+        *,
+        use_tqdm: bool = False,
+    ) -> Iterator[Measured]:
+        """Answer all items with one setting after the other, the baseline first."""
+        order = sorted(settings, key=lambda setting: setting.name != baseline)
+        for number, setting in enumerate(order, 1):
+            progress(f"{setting.name} ({number} of {len(order)})")
+            yield self.run(setting, use_tqdm=use_tqdm)
+
     def run(self, setting: Setting, *, use_tqdm: bool = False) -> Measured:
         """Answer all items at once, after a small batch that is not timed."""
         few = min(WARM_UP, -(-len(self._items) // WARM_UP_SHARE))
@@ -99,7 +113,7 @@ def evaluate(
     *,
     baseline: str | None = None,
     raw: bool = False,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
     use_tqdm: bool = False,
 ) -> list[SettingResult]:
     """Answer items with every setting, and say what each of them cost.
@@ -127,12 +141,9 @@ def evaluate(
     base = find_baseline(settings, baseline)
     evaluation = Evaluation(llm, items, raw=raw)
     evaluation.check(settings)
-    measured = []
-    for number, setting in enumerate(settings, 1):
-        if progress is not None:
-            progress(f"{setting.name} ({number} of {len(settings)})")
-        measured.append(evaluation.run(setting, use_tqdm=use_tqdm))
-    return summarise(measured, base)
+    measured = evaluation.each(settings, base, progress, use_tqdm=use_tqdm)
+    found = {one.setting.name: one for one in measured}
+    return summarise([found[setting.name] for setting in settings], base)
 
 
 def find_baseline(settings: Sequence[Setting], name: str | None) -> str:

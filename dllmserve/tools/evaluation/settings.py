@@ -15,6 +15,7 @@ from dllmserve.knobs import types
 from dllmserve.presets import PRESETS
 from dllmserve.sampling_params import SamplingParams, stepwise
 from dllmserve.sparse.state import SparseConfig
+from dllmserve.tools.text import rule_text
 
 #: sets ``steps`` from the length of each answer
 TOKENS_PER_STEP = "tokens_per_step"
@@ -331,12 +332,9 @@ def describe(setting: Setting) -> str:
     rule = given.pop("unmask", params.unmask)
     if (quality := given.pop("quality", None)) is not None:
         parts = [f"quality {quality}"] + ([] if rule == params.unmask else [rule])
-    elif rule != "steps":
-        value = getattr(params, rule, None)  # a rule's own field has its name
+    elif rule != "steps" or "steps" in given:
         given.pop(rule, None)
-        parts = [rule if value is None else f"{rule} {value:g}"]
-    elif "steps" in given:
-        parts = [f"{given.pop('steps')} steps"]
+        parts = [rule_text(params)]
     else:
         count = setting.tokens_per_step or 1
         parts = ["one token a step" if count == 1 else f"{count} tokens a step"]

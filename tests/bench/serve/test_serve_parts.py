@@ -27,12 +27,12 @@ from dllmserve.tools.bench.serve.options import (
     base_url,
     parse_body,
     parse_headers,
-    parse_rates,
 )
 from dllmserve.tools.bench.serve.outcome import Outcome, RequestFailed
 from dllmserve.tools.bench.serve.prompts import builtin, listed
 from dllmserve.tools.bench.serve.report import ServeReport
 from dllmserve.tools.bench.serve.sse import SseParser
+from dllmserve.tools.text import numbers
 
 PACKAGE = Path(arrivals.__file__).parent
 
@@ -186,7 +186,7 @@ def test_bad_options(given_: dict[str, Any], text: str) -> None:
 @pytest.mark.parametrize("text", ["", "1,", "0", "-1", "x", "nan", "1;2", "1 2"])
 def test_bad_rates(text: str) -> None:
     with pytest.raises(ConfigError, match="rate must be numbers > 0 or inf"):
-        parse_rates(text)
+        numbers("rate", text, float, "numbers > 0 or inf")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"a": NaN}', '"a"'])

@@ -212,30 +212,6 @@ class ServeOptions:
                 )
 
 
-def parse_rates(text: str) -> tuple[float, ...]:
-    """Rates from a comma list.
-
-    Raises:
-        ConfigError: the text is no such list.
-
-    Example:
-        >>> parse_rates("1,2.5,inf")
-        (1.0, 2.5, inf)
-    """
-    found = []
-    for part in text.split(","):
-        try:
-            rate = float(part)
-        except ValueError:
-            rate = math.nan
-        if not rate > 0:  # so that "nan" is refused too
-            raise ConfigError(
-                f"rate must be numbers > 0 or inf with commas between, such as 1,2,4, got {text!r}"
-            )
-        found.append(rate)
-    return tuple(found)
-
-
 def parse_body(text: str) -> dict[str, Any]:
     """Fields of a request from JSON.
 
