@@ -12,6 +12,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from dllmserve.cli import bench_serve, generate
+from dllmserve.cli import eval as evaluate
 from dllmserve.cli import serve as serve_command
 from dllmserve.cli.app import run
 from dllmserve.cli.options import (
@@ -176,6 +178,17 @@ def test_every_field_is_an_option(group: Group) -> None:
     assert knobs(group.kind).keys() == names
     assert all(it.help for it in knobs(group.kind).values())
     assert group.skipped <= names and set(group.names) <= names and group.flags <= names
+
+
+@pytest.mark.parametrize("module", [generate, bench_serve, evaluate], ids=lambda m: m.__name__)
+def test_every_field_of_a_command_is_an_option(module: Any) -> None:
+    group: Group = module.OPTIONS
+    names = {f.name for f in fields(group.kind)}
+    assert knobs(group.kind).keys() == names and not group.skipped
+    assert all(it.help for it in knobs(group.kind).values())
+    assert {*group.names, *group.metavars, *group.lists, *group.shown, *group.flags} <= names
+    declared = [p.name for p in group.parameters()]
+    assert len(set(declared)) == len(names)
 
 
 def test_what_has_no_option_is_known() -> None:

@@ -58,18 +58,7 @@ def held_out() -> list[Item]:
         >>> held_out()[0].prompt
         'Compute 423 - 182 step by step.'
     """
-    lines = [json.loads(line) for _, line in read_lines(HELD_OUT)]
-    return [
-        Item(
-            id=line["id"],
-            task=line["task"],
-            messages=_user(line["prompt"]),
-            answers=(line["answer"],),
-            match=SCORER,
-            gen_length=line["gen_length"],
-        )
-        for line in lines
-    ]
+    return _read(HELD_OUT, SCORER, raw=False)
 
 
 def read_items(path: str | Path, match: str = "exact", *, raw: bool = False) -> list[Item]:
@@ -89,6 +78,10 @@ def read_items(path: str | Path, match: str = "exact", *, raw: bool = False) -> 
         OSError: the file cannot be read.
     """
     check_choice(ConfigError, "match", match, MATCHES)
+    return _read(path, match, raw)
+
+
+def _read(path: str | Path, match: str, raw: bool) -> list[Item]:
     task = Path(path).name.partition(".")[0] or Path(path).name
     found: dict[str, int] = {}
     items = []

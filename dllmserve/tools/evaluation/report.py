@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,10 +123,8 @@ def data_of(
     source: str, items: Sequence[Item], match: str, limit: int | None, raw: bool
 ) -> dict[str, Any]:
     """The record's part about the items."""
-    counts: dict[str, int] = {}
-    for item in items:
-        counts[item.task] = counts.get(item.task, 0) + 1
-    return {"source": source, "match": match, "limit": limit, "raw": raw, "tasks": counts}
+    tasks = dict(Counter(item.task for item in items))
+    return {"source": source, "match": match, "limit": limit, "raw": raw, "tasks": tasks}
 
 
 def read_report(path: str | Path) -> EvalReport:
