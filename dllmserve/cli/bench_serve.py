@@ -45,7 +45,7 @@ OPTIONS = Group(
     },
     metavars={"rates": "X,X,...", "model": "NAME", "body": "JSON", "trace": "FILE"},
     lists={"headers": "TEXT"},
-    shown={"rates": "1", "temperature": "0"},
+    shown={"rates": "1"},
 )
 
 

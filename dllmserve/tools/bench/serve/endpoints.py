@@ -46,6 +46,22 @@ class Api(ABC):
     def _fields(self, prompt: str) -> dict[str, Any]:
         """A request by the options alone."""
 
+    async def _post(
+        self, path: str, body: bytes, outcome: Outcome, stream: Reply | None = None
+    ) -> Reply:
+        """The request that counts: with its moment of sending, and a status that is checked."""
+        reply = stream or Reply()
+        try:
+            await self._client.exchange("POST", path, body, reply)
+        except RequestFailed as failure:
+            if stream is not None and failure.kind == LOST and reply.status == 200:
+                raise RequestFailed(BROKEN_STREAM, failure.message, 200) from failure
+            raise
+        finally:
+            outcome.sent, outcome.status = reply.sent_at, reply.status or None
+        _check_status(reply)
+        return reply
+
     @abstractmethod
     async def ask(self, body: bytes, outcome: Outcome) -> None:
         """Send a request, wait for its answer and note moments and counts.
@@ -71,18 +87,16 @@ class OpenAI(Api):
         chat = self._options.endpoint == "chat"
         path = "/v1/chat/completions" if chat else "/v1/completions"
         if not self._options.stream:
-            reply = await _exchange(self._client, "POST", path, body, outcome)
+            reply = await self._post(path, body, outcome)
             answer = json_object(reply)
             if not isinstance(answer.get("choices"), list):
                 raise RequestFailed(BAD_ANSWER, "an answer without choices", reply.status)
             outcome.finished = asyncio.get_running_loop().time()
             _note_usage(outcome, answer.get("usage"), reply)
             return
-        stream = _Stream(outcome)
+        stream = _Stream()
         try:
-            reply = await _exchange(
-                self._client, "POST", path, body, outcome, stream.reply, streamed=True
-            )
+            reply = await self._post(path, body, outcome, stream.reply)
         finally:
             # a stream that breaks has had a first text nevertheless
             outcome.first_text = stream.first_text
@@ -104,7 +118,7 @@ class Native(Api):
 
     async def ask(self, body: bytes, outcome: Outcome) -> None:
         """See :meth:`Api.ask`."""
-        reply = await _exchange(self._client, "POST", "/v1/generate", body, outcome)
+        reply = await self._post("/v1/generate", body, outcome)
         ids = json_object(reply).get("request_ids")
         if not isinstance(ids, list) or len(ids) != 1 or not isinstance(ids[0], (int, str)):
             raise RequestFailed(BAD_ANSWER, "a submission without one request id", reply.status)
@@ -132,8 +146,7 @@ class Native(Api):
 class _Stream:
     """Reads the events of one streamed answer."""
 
-    def __init__(self, outcome: Outcome) -> None:
-        self._outcome = outcome
+    def __init__(self) -> None:
         self._parser = SseParser()
         self._loop = asyncio.get_running_loop()
         self._failure: RequestFailed | None = None
@@ -175,29 +188,6 @@ class _Stream:
                 self.first_text = now
             if chunk.get("usage"):
                 self.usage = chunk["usage"]
-
-
-async def _exchange(
-    client: HttpClient,
-    method: str,
-    path: str,
-    body: bytes,
-    outcome: Outcome,
-    reply: Reply | None = None,
-    streamed: bool = False,
-) -> Reply:
-    """The request that counts: with its moment of sending, and a status that is checked."""
-    reply = reply or Reply()
-    try:
-        await client.exchange(method, path, body, reply)
-    except RequestFailed as failure:
-        if streamed and failure.kind == LOST and reply.status == 200:
-            raise RequestFailed(BROKEN_STREAM, failure.message, 200) from failure
-        raise
-    finally:
-        outcome.sent, outcome.status = reply.sent_at, reply.status or None
-    _check_status(reply)
-    return reply
 
 
 def _check_status(reply: Reply, submitted: bool = False) -> None:
