@@ -61,8 +61,8 @@ def table(
     return made
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Number and text of each line that holds something; a ``.gz`` is unpacked.
+def read_text(path: str | Path) -> str:
+    """The text of a file, without a byte order mark; a ``.gz`` is unpacked.
 
     Raises:
         ConfigError: it is no UTF-8 text.
@@ -72,11 +72,16 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     opener: Callable[..., Any] = gzip.open if file.suffix == ".gz" else open
     try:
         with opener(file, "rt", encoding="utf-8-sig", newline="\n") as lines:
-            # not splitlines(): a text may hold form feeds and Unicode line separators
-            whole = enumerate(str(lines.read()).split("\n"), 1)
+            return str(lines.read())
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    yield from ((number, line) for number, line in whole if line.strip())
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that holds something; raises as :func:`read_text`."""
+    # not splitlines(): a text may hold form feeds and Unicode line separators
+    lines = enumerate(read_text(path).split("\n"), 1)
+    yield from ((number, line) for number, line in lines if line.strip())
 
 
 def rate_text(value: float) -> str:

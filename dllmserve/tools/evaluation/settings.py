@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from dllmserve._checks import check_choice, check_int, check_known, user_path
+from dllmserve._checks import check_choice, check_int, check_known
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
 from dllmserve.knobs import types
 from dllmserve.presets import PRESETS
 from dllmserve.sampling_params import SamplingParams, stepwise
 from dllmserve.sparse.state import SparseConfig
-from dllmserve.tools.text import rule_text
+from dllmserve.tools.text import read_text, rule_text
 
 #: sets ``steps`` from the length of each answer
 TOKENS_PER_STEP = "tokens_per_step"
@@ -32,8 +32,8 @@ SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != SPAR
 LENGTHS = frozenset({"gen_length", "max_tokens"})
 SPARSE_FIELDS = tuple(f.name for f in fields(SparseConfig) if f.name != "enabled")
 
-_FIELD = re.compile(r"([\w.-]+)=")
-_QUOTED = re.compile(r"'([^']*)'")
+#: a field, and its value unless that is JSON
+_FIELD = re.compile(r"""([\w.-]+)=(?:'([^']*)'|([^\s\[{"]\S*))?""")
 
 
 @dataclass(frozen=True)
@@ -225,23 +225,19 @@ def parse_setting(text: str, base: Setting | None = None) -> Setting:
 
 def _pairs(text: str) -> Iterator[tuple[str, Any]]:
     """Each field with its value: a text, or what its JSON stands for."""
-    place, text = 0, text.strip()
-    while place < len(text):
-        head = _FIELD.match(text, place)
-        if head is None:
-            raise ConfigError(f"needs field=value, got {text[place:].split()[0]!r}")
-        key, start = head[1], head.end()
-        if text[start : start + 1] in ("[", "{", '"'):
-            value, end = _decode(text, start, key)
-        elif quoted := _QUOTED.match(text, start):
-            value, end = quoted[1], quoted.end()
-        else:
-            value = text[start:].split(maxsplit=1)[0] if text[start : start + 1].strip() else ""
-            end = start + len(value)
-        if text[end : end + 1].strip():
-            raise ConfigError(f"{key} goes on with {text[end:].split()[0]!r} behind its value")
+    rest = text.strip()
+    while rest:
+        if (head := _FIELD.match(rest)) is None:
+            raise ConfigError(f"needs field=value, got {rest.split()[0]!r}")
+        key, quoted, plain = head.groups()
+        value, end = plain or "" if quoted is None else quoted, head.end()
+        if quoted is None and not plain and rest.startswith(("[", "{", '"'), end):
+            value, size = _decode(rest[end:], key)
+            end += size
+        if rest[end : end + 1].strip():
+            raise ConfigError(f"{key} goes on with {rest[end:].split()[0]!r} behind its value")
         yield key, value
-        place = end + len(text[end:]) - len(text[end:].lstrip())
+        rest = rest[end:].lstrip()
 
 
 def _typed(key: str, text: str) -> Any:
@@ -265,10 +261,10 @@ def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _decode(text: str, start: int, name: str) -> tuple[Any, int]:
-    """The JSON value that begins there, and where it ends."""
+def _decode(text: str, name: str) -> tuple[Any, int]:
+    """The JSON value at the beginning, and where it ends."""
     try:
-        return json.JSONDecoder(object_pairs_hook=_once).raw_decode(text, start)
+        return json.JSONDecoder(object_pairs_hook=_once).raw_decode(text)
     except ConfigError as error:
         raise ConfigError(f"{name} {error}") from error
     except (ValueError, RecursionError) as error:
@@ -282,13 +278,8 @@ def read_settings(path: str | Path, base: Setting | None = None) -> list[Setting
         DllmServeError: the file or a setting is wrong.
         OSError: the file cannot be read.
     """
-    file = user_path(path)
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text: {error.reason}") from error
-    text = text.strip()
-    value, end = _decode(text, 0, str(path))
+    text = read_text(path).strip()
+    value, end = _decode(text, str(path))
     if end < len(text):
         raise ConfigError(f"{path} goes on behind its object with {text[end:].split()[0]!r}")
     if not isinstance(value, dict) or not value:
