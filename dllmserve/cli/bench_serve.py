@@ -60,7 +60,7 @@ def serve(**options: Any) -> None:
     with short_errors():
         image = picture(options["plot"])
         given = OPTIONS.given(options)
-        given.setdefault("api_key", os.environ.get("DLLMSERVE_API_KEY") or None)
+        given["api_key"] = given.get("api_key", os.environ.get("DLLMSERVE_API_KEY")) or None
         given.setdefault("stream", given.get("endpoint") != "native")
         if "rates" in given:
             given["rates"] = (*numbers("rate", given["rates"], float, "numbers > 0 or inf"),)
