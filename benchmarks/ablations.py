@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from dllmserve import LLM, SamplingParams, SparseConfig
-from dllmserve.bench.workload import prompt_vocabulary
 from dllmserve.core.budget import size_text
+from dllmserve.tools.bench.workload import prompt_vocabulary
 
 PROMPT, BLOCK = 256, 32
 Row = dict[str, Any]

@@ -24,8 +24,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 
 from benchmarks.served import served
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
 
 KEYS = {name: secrets.token_urlsafe(24) for name in ("alice", "bob")}
 #: seconds that alice waits at most when she is refused
@@ -69,7 +68,7 @@ class Key:
 
     def __init__(self, port: int, name: str) -> None:
         headers = {"Authorization": f"Bearer {KEYS[name]}"}
-        self._client = HttpClient(Address("127.0.0.1", port, False, "127.0.0.1", ""), headers)
+        self._client = HttpClient(f"http://127.0.0.1:{port}", headers)
         self._patience = IMPATIENCE_S if name == "alice" else 30.0
         self.tally = Tally()
 
@@ -84,7 +83,7 @@ class Key:
             if reply.status not in (429, 503):
                 raise RuntimeError(f"{reply.status}: {bytes(reply.body[:300])!r}")
             self.tally.refused += 1
-            await asyncio.sleep(min(self._patience, float(reply.header(b"retry-after") or 1)))
+            await asyncio.sleep(min(self._patience, float(reply.headers.get("retry-after") or 1)))
 
     async def completions(self, length: int, pause: float = 0.0) -> None:
         """Ask for one completion after the other, with a pause in between."""

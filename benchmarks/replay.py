@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from dllmserve import LLM, SamplingParams
-from dllmserve.bench.workload import prompt_vocabulary
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
-from dllmserve.evaluation.items import held_out, select
 from dllmserve.presets import PRESETS
+from dllmserve.tools.bench.workload import prompt_vocabulary
+from dllmserve.tools.evaluation.items import held_out, select
 
 PROMPT, GEN, BLOCK = 256, 128, 32
 #: tokens of an answer that are timed where nothing is cached

@@ -11,8 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
 
 START_S = 120
 
@@ -43,7 +42,7 @@ async def _ready(port: int) -> None:
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         try:
-            client = HttpClient(Address("127.0.0.1", port, False, f"127.0.0.1:{port}", ""), {})
+            client = HttpClient(f"http://127.0.0.1:{port}", {})
             reply = Reply()
             await client.exchange("GET", "/ready", b"", reply)
             await client.close()

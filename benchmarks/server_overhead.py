@@ -24,9 +24,8 @@ import torch
 
 from benchmarks.served import served
 from dllmserve import LLM, SamplingParams
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
 from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
 
 
 @contextmanager
@@ -49,7 +48,7 @@ async def load(
     port: int, prompts: list[list[int]], fields: dict[str, object], clients: int, stream: bool
 ) -> float:
     """Forward passes per second, summed over requests."""
-    client = HttpClient(Address("127.0.0.1", port, False, f"127.0.0.1:{port}", ""), {})
+    client = HttpClient(f"http://127.0.0.1:{port}", {})
     left = list(prompts)
     forwards = 0
     extra = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from chaos.scenario import Ground, Report, Scenario
 from chaos.scenarios import SCENARIOS
-from dllmserve.bench.serve.http import allow_many_connections
+from dllmserve.tools.bench.serve.http import allow_many_connections
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
-from dllmserve.bench.serve.outcome import RequestFailed
-from dllmserve.bench.serve.sse import SseParser
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
+from dllmserve.tools.bench.serve.outcome import RequestFailed
+from dllmserve.tools.bench.serve.sse import SseParser
 
 #: longest wait for an answer, in seconds; a client that waits longer counts as hung
 PATIENCE_S = 60.0
@@ -117,7 +116,7 @@ class Client:
 
     def __init__(self, port: int, key: str | None = None) -> None:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        self._http = HttpClient(Address.parse(f"http://127.0.0.1:{port}"), headers)
+        self._http = HttpClient(f"http://127.0.0.1:{port}", headers)
 
     async def __aenter__(self) -> Client:
         return self

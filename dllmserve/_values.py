@@ -13,6 +13,8 @@ from dllmserve.knobs import check_knobs, knob
 #: longest answer and largest step count that a request may ask for
 MAX_GEN_LENGTH = 8192
 MAX_STEPS = 8192
+#: diffusion block of the presets, and where neither a request nor an operator says another
+BLOCK_LENGTH = 32
 MAX_STOP_STRINGS = 16
 #: Token ids that a request may bias; the largest bias, up or down, is that of OpenAI's API.
 MAX_LOGIT_BIAS = 1024

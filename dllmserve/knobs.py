@@ -49,7 +49,7 @@ class Knob:
         return () if found is None else found() if callable(found) else found
 
 
-def knob(default: Any, help: str, *, compare: bool = True, **traits: Any) -> Any:
+def knob(default: Any, help: str, *, compare: bool = True, repr: bool = True, **traits: Any) -> Any:
     """A field of a dataclass; the traits are those of :class:`Knob`.
 
     Example:
@@ -60,7 +60,7 @@ def knob(default: Any, help: str, *, compare: bool = True, **traits: Any) -> Any
         1
     """
     metadata = {"knob": Knob(help=help, **traits)}
-    return field(default=default, compare=compare, metadata=metadata)
+    return field(default=default, compare=compare, repr=repr, metadata=metadata)
 
 
 def knobs(kind: type[Any]) -> Mapping[str, Knob]:

@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllmserve._values import MAX_STEPS
+from dllmserve._values import BLOCK_LENGTH, MAX_STEPS
 
 #: what "exact" stands for besides its steps
-_EXACT: dict[str, Any] = {"unmask": "steps", "cache": "none", "block_length": 32}
+_EXACT: dict[str, Any] = {"unmask": "steps", "cache": "none", "block_length": BLOCK_LENGTH}
 
 #: what both faster presets share: cost that does not grow with gen_length, and blocks that end
 #: when the model is sure
 _SURE: dict[str, Any] = {
     "unmask": "threshold",
-    "block_length": 32,
+    "block_length": BLOCK_LENGTH,
     "suffix_window": 32,
     "early_end": True,
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from dllmserve._checks import check_choice, check_float, check_known
 from dllmserve._values import (
+    BLOCK_LENGTH,
     MAX_GEN_LENGTH,
     MAX_STEPS,
     Kept,
@@ -471,6 +472,28 @@ def with_sparse(params: SamplingParams, sparse: SparseConfig | None) -> Sampling
             "other: give one of them"
         )
     return replace(params, sparse=sparse)
+
+
+def stepwise(given: Mapping[str, Any], tokens: int | None = None) -> SamplingParams:
+    """Parameters with the block length and steps that the command line and servers fill in.
+
+    Args:
+        given: fields of SamplingParams. A quality and a SparseConfig bring a block length.
+        tokens: a step's most, unless ``steps`` are given; None is one, or what a quality says.
+
+    Example:
+        >>> stepwise({"gen_length": 48}).steps
+        64
+    """
+    from dllmserve.presets import steps_for
+
+    quality = given.get("quality")
+    block = {} if quality or given.get("sparse") else {"block_length": BLOCK_LENGTH}
+    params = SamplingParams(**{**block, **given})
+    if "steps" in given or (quality and tokens is None):
+        return params
+    steps = steps_for(params.gen_length, params.resolved_block_length, tokens or 1)
+    return replace(params, steps=steps)
 
 
 #: the numbers that rules read, in the order that they have on the device

@@ -46,8 +46,8 @@ LAYERS = (
     ("process",),
     ("engine",),
     ("llm", "async_llm"),
-    ("bench", "evaluation"),
-    ("lm_eval",),
+    ("tools",),
+    ("bench", "evaluation", "lm_eval"),
     ("server",),
     ("cli",),
 )

@@ -1,1 +1,1 @@
-"""Benchmarks of the engine: workload, timed runs, roofline, kernel share, report, picture."""
+"""The documented names of :mod:`dllmserve.tools.bench`."""

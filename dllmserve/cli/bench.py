@@ -2,40 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dllmserve.bench.plot import plot_latency, plot_throughput
-from dllmserve.bench.workload import Workload, parse_counts
-from dllmserve.cli.bench_output import AsJson, Plot, picture, progress, show
 from dllmserve.cli.bench_serve import EPILOG as SERVE_EPILOG
 from dllmserve.cli.bench_serve import serve
-from dllmserve.cli.commands import Command, CommandGroup
-from dllmserve.cli.failure import short_errors
+from dllmserve.cli.commands import Command, CommandGroup, short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import (
     ENGINE,
     SAMPLING,
     SPARSE,
+    Group,
+    NamedModel,
     engine_config,
+    one_model,
     sampling_params,
-    sparse_config,
     with_options,
 )
+from dllmserve.cli.output import OUTPUT, picture, progress, show
 from dllmserve.config import EngineConfig
-from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.plot import plot_latency, plot_throughput
+from dllmserve.tools.bench.workload import Workload
+from dllmserve.tools.text import numbers
 
 if TYPE_CHECKING:  # loads torch
-    from dllmserve.bench.report import Report
-    from dllmserve.bench.run import Bench, Result
+    from dllmserve.tools.bench.report import Report
+    from dllmserve.tools.bench.run import Bench, Result
 
-DEFAULT_PROMPT_LENGTH = 256
 DEFAULT_GEN_LENGTH = 128
 DEFAULT_SEED = 0
 DEFAULT_MODEL = "tiny"
+#: timed runs of a request that runs alone
+LATENCY_RUNS = 5
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -61,6 +63,10 @@ _ENGINE = replace(
         "given).",
     },
 )
+_WORK = Group(Workload, "Options", skipped=frozenset({"params", "seed"}))
+_ALONE = replace(
+    _WORK, help={"runs": "Timed runs, one after the other."}, shown={"runs": str(LATENCY_RUNS)}
+)
 
 ModelArgument = Annotated[
     str | None,
@@ -71,13 +77,14 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-NamedModel = Annotated[
-    str | None,
-    typer.Option("--model", "-m", metavar="NAME", help="The same as MODEL.", show_default=False),
-]
-PromptLength = Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")]
-Warmup = Annotated[
-    int, typer.Option(metavar="N", help="Runs that are not timed, before the others.")
+Requests = Annotated[
+    str,
+    typer.Option(
+        "--requests",
+        "-n",
+        metavar="N,N,...",
+        help="Requests submitted at once; each number is a row of the table.",
+    ),
 ]
 NoProfile = Annotated[
     bool,
@@ -104,24 +111,11 @@ def root(context: typer.Context) -> None:
 
 
 @bench.command(cls=Command, epilog=EPILOG)
-@with_options(_DECODING, SPARSE, _ENGINE)
+@with_options(_WORK, OUTPUT, _DECODING, SPARSE, _ENGINE)
 def throughput(
     model: ModelArgument = None,
     named: NamedModel = None,
-    requests: Annotated[
-        str,
-        typer.Option(
-            "--requests",
-            "-n",
-            metavar="N,N,...",
-            help="Requests submitted at once; each number is a row of the table.",
-        ),
-    ] = "1",
-    prompt_len: PromptLength = DEFAULT_PROMPT_LENGTH,
-    runs: Annotated[int, typer.Option(metavar="N", help="Timed runs; medians are reported.")] = 3,
-    warmup: Warmup = 1,
-    as_json: AsJson = False,
-    plot: Plot = None,
+    requests: Requests = "1",
     no_profile: NoProfile = False,
     **options: Any,
 ) -> None:
@@ -131,29 +125,25 @@ def throughput(
     --gen-length says. The last line is a JSON object with every figure.
     """
     with short_errors():
-        counts = parse_counts(requests)
-        image = picture(plot)
-        job = _Job(_model(model, named), prompt_len, runs, warmup, options)
-
-        def measure(engine: Bench) -> list[Result]:
-            return [engine.throughput(count) for count in counts]
-
-        report = job.report("throughput", measure, profile=not no_profile)
-        show(report, as_json)
+        counts = numbers("requests", requests, int, "integers >= 1")
+        image = picture(options["plot"])
+        report = _report(
+            "throughput",
+            one_model(model, named),
+            options,
+            lambda engine: [engine.throughput(count) for count in counts],
+            profile=not no_profile,
+        )
+        show(report, options["json"])
         if image is not None:
             plot_throughput(report.results, report.title(), image)
 
 
 @bench.command(cls=Command, epilog=EPILOG)
-@with_options(_DECODING, SPARSE, _ENGINE)
+@with_options(_ALONE, OUTPUT, _DECODING, SPARSE, _ENGINE)
 def latency(
     model: ModelArgument = None,
     named: NamedModel = None,
-    prompt_len: PromptLength = DEFAULT_PROMPT_LENGTH,
-    runs: Annotated[int, typer.Option(metavar="N", help="Timed runs, one after the other.")] = 5,
-    warmup: Warmup = 1,
-    as_json: AsJson = False,
-    plot: Plot = None,
     no_profile: NoProfile = False,
     **options: Any,
 ) -> None:
@@ -163,14 +153,15 @@ def latency(
     --gen-length says. The last line is a JSON object with every figure.
     """
     with short_errors():
-        image = picture(plot)
-        job = _Job(_model(model, named), prompt_len, runs, warmup, options)
-
-        def measure(engine: Bench) -> list[Result]:
-            return [engine.latency()]
-
-        report = job.report("latency", measure, profile=not no_profile)
-        show(report, as_json)
+        image = picture(options["plot"])
+        report = _report(
+            "latency",
+            one_model(model, named),
+            {**options, "runs": LATENCY_RUNS if options["runs"] is None else options["runs"]},
+            lambda engine: [engine.latency()],
+            profile=not no_profile,
+        )
+        show(report, options["json"])
         if image is not None:
             plot_latency(report.results[0], report.title(), image)
 
@@ -178,64 +169,48 @@ def latency(
 bench.command(cls=Command, epilog=SERVE_EPILOG)(serve)
 
 
-class _Job:
-    """The checked options of a benchmark; the model is loaded by :meth:`report`."""
+def _report(
+    benchmark: str,
+    model: str | None,
+    options: Mapping[str, Any],
+    measure: Callable[[Bench], list[Result]],
+    *,
+    profile: bool,
+) -> Report:
+    """Load the model, measure the device's ceilings, then the engine."""
+    given = {**options, "ignore_eos": True}
+    if given["gen_length"] is None and given["max_tokens"] is None:
+        given["gen_length"] = DEFAULT_GEN_LENGTH
+    if given["seed"] is None:
+        given["seed"] = DEFAULT_SEED
+    work = Workload(params=sampling_params(given), seed=given["seed"], **_WORK.given(options))
+    config = engine_config(DEFAULT_MODEL if model is None else model, given)
+    with loading(config.model):
+        from dllmserve.engine.machine import rank_threads, with_threads
+        from dllmserve.engine.setup import plan_engine
+        from dllmserve.llm import LLM
+        from dllmserve.tools.bench.report import Report
+        from dllmserve.tools.bench.roofline import measure_ceilings
+        from dllmserve.tools.bench.run import Bench
 
-    def __init__(
-        self, model: str, prompt_len: int, runs: int, warmup: int, options: dict[str, Any]
-    ) -> None:
-        given = {**options, "ignore_eos": True}
-        for name, default in (("gen_length", DEFAULT_GEN_LENGTH), ("seed", DEFAULT_SEED)):
-            named = name == "gen_length" and given["max_tokens"] is not None
-            if given[name] is None and not named:
-                given[name] = default
-        params = sampling_params(given)
-        self._workload = Workload(
-            prompt_len=prompt_len,
-            params=params,
-            sparse=sparse_config(given),
-            seed=given["seed"],
-            runs=runs,
-            warmup=warmup,
-        )
-        self._config = engine_config(model, given)
-
-    def report(
-        self, benchmark: str, measure: Callable[[Bench], list[Result]], *, profile: bool
-    ) -> Report:
-        """Load, measure the ceilings, then the engine."""
-        with loading(self._config.model):
-            from dllmserve.bench.report import Report
-            from dllmserve.bench.roofline import measure_ceilings
-            from dllmserve.bench.run import Bench
-            from dllmserve.engine.machine import rank_threads, with_threads
-            from dllmserve.engine.setup import plan_engine
-            from dllmserve.llm import LLM
-
-            config = self._fitting()
-            plan = plan_engine(config)
-            # before the engine takes the memory that this needs
-            with with_threads(rank_threads(config, plan.device)):
-                ceilings = measure_ceilings(plan.device, plan.dtype)
-            llm = LLM(**asdict(config))
-        engine = Bench(llm, self._workload, ceilings, profile=profile, progress=progress)
-        return Report(benchmark, config, llm.plan, self._workload, ceilings, measure(engine))
-
-    def _fitting(self) -> EngineConfig:
-        """The engine options, with an engine that is as long as the workload needs."""
-        from dllmserve.models.loader import find_model, read_config, read_spec, require_weights
-
-        config = self._config
-        directory = find_model(config.model)
-        if config.load_format != "dummy":
-            require_weights(directory)  # before anything is measured
-        if config.max_model_len is not None:
-            return config
-        spec = read_spec(read_config(directory))
-        return replace(config, max_model_len=self._workload.max_model_len(spec))
+        config = _fitting(config, work)
+        plan = plan_engine(config)
+        # before the engine takes the memory that this needs
+        with with_threads(rank_threads(config, plan.device)):
+            ceilings = measure_ceilings(plan.device, plan.dtype)
+        llm = LLM(**asdict(config))
+    engine = Bench(llm, work, ceilings, profile=profile, progress=progress)
+    return Report(benchmark, config, llm.plan, work, ceilings, measure(engine))
 
 
-def _model(argument: str | None, option: str | None) -> str:
-    if argument is not None and option is not None:
-        raise ConfigError("give MODEL or --model, not both")
-    return next((name for name in (argument, option) if name is not None), DEFAULT_MODEL)
+def _fitting(config: EngineConfig, work: Workload) -> EngineConfig:
+    """The engine options, with an engine that is as long as the workload needs."""
+    from dllmserve.models.loader import find_model, read_config, read_spec, require_weights
+
+    directory = find_model(config.model)
+    if config.load_format != "dummy":
+        require_weights(directory)  # before anything is measured
+    if config.max_model_len is not None:
+        return config
+    spec = read_spec(read_config(directory))
+    return replace(config, max_model_len=work.max_model_len(spec))

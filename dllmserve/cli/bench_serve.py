@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import fields
+import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from dllmserve._checks import user_path
-from dllmserve.bench.serve.options import (
-    DEFAULT_DURATION,
-    DEFAULT_REQUESTS,
-    ENDPOINTS,
-    ServeOptions,
-    parse_body,
-    parse_headers,
-    parse_rates,
-)
-from dllmserve.cli.bench_output import AsJson, Plot, picture, progress, show
-from dllmserve.cli.exit_codes import INTERRUPTED
-from dllmserve.cli.failure import short_errors
+from dllmserve.cli import INTERRUPTED
+from dllmserve.cli.commands import short_errors
 from dllmserve.cli.options import Group, with_options
+from dllmserve.cli.output import OUTPUT, opened, picture, progress, show
 from dllmserve.cli.prompts import read_prompts
-from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.serve.options import ServeOptions, parse_body, parse_headers
+from dllmserve.tools.text import numbers
 
 if TYPE_CHECKING:  # only once something is measured
-    from dllmserve.bench.serve.arrivals import TraceEntry
-    from dllmserve.bench.serve.figures import ServeResult
-    from dllmserve.bench.serve.load import Measured
-    from dllmserve.bench.serve.prompts import Source
+    from dllmserve.tools.bench.serve.arrivals import TraceEntry
+    from dllmserve.tools.bench.serve.figures import ServeResult
+    from dllmserve.tools.bench.serve.load import Measured
+    from dllmserve.tools.bench.serve.prompts import Source
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -44,120 +34,23 @@ dllmserve bench serve --endpoint native --rate 2 --duration 60 --body '{"steps":
 dllmserve bench serve --url https://host/v1 --trace monday.jsonl --records monday-out.jsonl
 """
 
-_SERVER, _LOAD, _ASKED, _REPORT = "Server", "Load", "Requests", "Report"
-_GROUPS: dict[str, dict[str, str]] = {
-    _SERVER: {
-        "url": "Base URL of the server.",
-        "endpoint": f"One of {', '.join(ENDPOINTS)}: /v1/chat/completions, /v1/completions, or "
-        "/v1/generate with /v1/result.",
+OPTIONS = Group(
+    ServeOptions,
+    "Options",
+    names={
+        "rates": "--rate --rates -r",
+        "requests": "--requests -n",
+        "model": "--model -m",
+        "headers": "--header",
     },
-    _LOAD: {
-        "trace": 'Arrivals and prompts from lines of JSON: {"at": seconds, "prompt": text}, and '
-        "fields of the request.",
-        "duration": "Seconds of arrivals of a row.",
-        "burstiness": "Shape of the gamma distribution of the gaps: 1 is a Poisson process, less "
-        "is burstier, more is more regular.",
-        "concurrency": "Most requests at once. A cap closes the loop: a slow server then gets "
-        "fewer requests. With --rate inf, N users who each wait for their answer.",
-        "seed": "Of arrivals and built-in prompts.",
-        "warmup": "Requests before the first row that do not count.",
-        "timeout": "Seconds that a request may take from being sent.",
-    },
-    _ASKED: {
-        "prompts": "One prompt a line, in their order, over and over; JSON lines if the name ends "
-        "in .jsonl. (default built-in English instructions)",
-        "max_tokens": "Longest answer in tokens.",
-        "temperature": "Of every request.",
-    },
-    _REPORT: {
-        "slo_total": "A good request has its whole answer within so many seconds.",
-        "slo_first": "A good request has its first text within so many seconds.",
-    },
-}
-_SHOWN = {"duration": f"{DEFAULT_DURATION:g} without --requests", "temperature": "0"}
-_NAMES = frozenset(f.name for f in fields(ServeOptions))
-_OPTIONS = [
-    Group(ServeOptions, panel, texts, skipped=_NAMES - texts.keys(), shown=_SHOWN)
-    for panel, texts in _GROUPS.items()
-]
+    metavars={"rates": "X,X,...", "model": "NAME", "body": "JSON", "trace": "FILE"},
+    lists={"headers": "TEXT"},
+    shown={"rates": "1"},
+)
 
 
-def _option(panel: str, metavar: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, metavar=metavar, help=text, rich_help_panel=panel, **more)
-
-
-Model = Annotated[
-    str | None,
-    _option(
-        _SERVER,
-        "NAME",
-        "Model in the requests. (default the first that the server lists)",
-        "--model",
-        "-m",
-    ),
-]
-Stream = Annotated[
-    bool | None,
-    _option(
-        _SERVER,
-        " ",
-        "Whether answers are streamed. (default yes, but native has no streams)",
-        "--stream/--no-stream",
-    ),
-]
-ApiKey = Annotated[
-    str | None,
-    _option(
-        _SERVER,
-        "KEY",
-        "Bearer token, never shown. The environment hides it from other users.",
-        envvar="DLLMSERVE_API_KEY",
-    ),
-]
-Headers = Annotated[
-    list[str] | None,
-    _option(_SERVER, "TEXT", "Header 'Name: value'; may be given several times."),
-]
-Rates = Annotated[
-    str,
-    _option(
-        _LOAD,
-        "X,X,...",
-        "Requests per second, one row each; inf sends all at once. (default 1)",
-        "--rate",
-        "--rates",
-        "-r",
-        show_default=False,
-    ),
-]
-Requests = Annotated[
-    int | None,
-    _option(
-        _LOAD,
-        "N",
-        f"Most requests of a row. (default no limit; {DEFAULT_REQUESTS} with --rate inf)",
-        "--requests",
-        "-n",
-    ),
-]
-Body = Annotated[str | None, _option(_ASKED, "JSON", "Fields merged into every request.")]
-Records = Annotated[str | None, _option(_REPORT, "FILE", "Write one line of JSON per request.")]
-
-
-@with_options(*_OPTIONS)
-def serve(
-    rate: Rates = "",
-    requests: Requests = None,
-    model: Model = None,
-    stream: Stream = None,
-    api_key: ApiKey = None,
-    header: Headers = None,
-    body: Body = None,
-    records: Records = None,
-    as_json: AsJson = False,
-    plot: Plot = None,
-    **options: Any,
-) -> None:
+@with_options(OPTIONS, replace(OUTPUT, panel="Report", skipped=frozenset()))
+def serve(**options: Any) -> None:
     """Load on a running server, and what its users would have seen of it.
 
     Requests are sent when they are due, whether or not the ones before are answered, and times
@@ -165,38 +58,32 @@ def serve(
     Ctrl-C reports what was measured so far.
     """
     with short_errors():
-        image = picture(plot)
-        given = {n: v for group in _OPTIONS for n, v in group.given(options).items()}
-        if stream is None:
-            stream = given.get("endpoint") != "native"
-        if rate or "trace" not in given:
-            given["rates"] = parse_rates(rate or "1")
-        else:
+        image = picture(options["plot"])
+        given = OPTIONS.given(options)
+        given["api_key"] = given.get("api_key", os.environ.get("DLLMSERVE_API_KEY")) or None
+        given.setdefault("stream", given.get("endpoint") != "native")
+        if "rates" in given:
+            given["rates"] = (*numbers("rate", given["rates"], float, "numbers > 0 or inf"),)
+        elif "trace" in given:
             given["rates"] = ()
-        checked = ServeOptions(
-            **given,
-            requests=requests,
-            model=model,
-            stream=stream,
-            api_key=api_key or None,
-            headers=parse_headers(header or ()),
-            body={} if body is None else parse_body(body),
-        )
-        _run(checked, records, image, as_json)
+        for name, read in (("headers", parse_headers), ("body", parse_body)):
+            if name in given:
+                given[name] = read(given[name])
+        _run(ServeOptions(**given), options["records"], image, options["json"])
 
 
 def _run(options: ServeOptions, records: str | None, image: Path | None, as_json: bool) -> None:
     """Measure and report; also what was measured before an interrupt."""
     import asyncio
 
-    from dllmserve.bench.serve.arrivals import read_trace
-    from dllmserve.bench.serve.figures import result_of
-    from dllmserve.bench.serve.load import measure
-    from dllmserve.bench.serve.report import ServeReport
+    from dllmserve.tools.bench.serve.arrivals import read_trace
+    from dllmserve.tools.bench.serve.figures import result_of
+    from dllmserve.tools.bench.serve.load import measure
+    from dllmserve.tools.bench.serve.report import ServeReport
 
     entries = None if options.trace is None else read_trace(options.trace)
     source = _source(options, entries)
-    with _records_file(records) as file:
+    with opened(records, "records") as file:
         measured = asyncio.run(measure(options, source, entries, progress))
         results = [result_of(row, options) for row in measured.rows]
         if file is not None:
@@ -206,7 +93,7 @@ def _run(options: ServeOptions, records: str | None, image: Path | None, as_json
     )
     show(report, as_json)
     if image is not None:
-        from dllmserve.bench.serve.plot import plot_serve
+        from dllmserve.tools.bench.serve.plot import plot_serve
 
         plot_serve(results, report.title(), image)
     if measured.interrupted:
@@ -214,26 +101,13 @@ def _run(options: ServeOptions, records: str | None, image: Path | None, as_json
 
 
 def _source(options: ServeOptions, entries: list[TraceEntry] | None) -> Source:
-    from dllmserve.bench.serve.prompts import builtin, listed, traced
+    from dllmserve.tools.bench.serve.prompts import builtin, listed, traced
 
     if entries is not None:
         return traced(entries)
     if options.prompts is not None:
         return listed(read_prompts((), options.prompts, demo=False))
     return builtin(options.seed)
-
-
-@contextmanager
-def _records_file(name: str | None) -> Iterator[TextIO | None]:
-    """The opened file, before anything is measured, so that a wrong name costs nothing."""
-    if name is None:
-        yield None
-        return
-    path = user_path(name)
-    if path.is_dir():
-        raise ConfigError(f"records must be a file, got the folder {name!r}")
-    with path.open("w", encoding="utf-8") as file:
-        yield file
 
 
 def _write_records(file: TextIO, measured: Measured, results: list[ServeResult]) -> None:

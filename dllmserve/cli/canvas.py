@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
@@ -40,26 +40,12 @@ class Piece:
     state: State
 
 
-@dataclass(frozen=True)
-class Marks:
-    """What masked slots look like, by how sure the model is of what it proposes for them.
-
-    The last is for slots for which it proposes nothing yet: those behind the active block.
-    """
-
-    sure: str = "▓"
-    likely: str = "▒"
-    unsure: str = "░"
-    waiting: str = "·"
-
-    def of(self, state: State) -> str:
-        """The mark of a masked slot."""
-        return {State.SURE: self.sure, State.LIKELY: self.likely, State.UNSURE: self.unsure}.get(
-            state, self.waiting
-        )
-
-
-ASCII_MARKS = Marks(sure="%", likely=":", unsure="_", waiting=".")
+#: what masked slots look like, by how sure the model is of what it proposes for them; the last is
+#: for slots for which it proposes nothing yet: those behind the active block
+Marks = Mapping[State, str]
+_MASKED = (State.SURE, State.LIKELY, State.UNSURE, State.WAITING)
+MARKS: Marks = dict(zip(_MASKED, "▓▒░·", strict=True))
+ASCII_MARKS: Marks = dict(zip(_MASKED, "%:_.", strict=True))
 _KNOWN = (State.COMMITTED, State.FRESH)
 
 
@@ -82,11 +68,11 @@ class CanvasText:
         self,
         decode: Callable[[Sequence[int]], str],
         end_ids: Collection[int] = (),
-        marks: Marks | None = None,
+        marks: Marks = MARKS,
     ) -> None:
         self._decode = decode
         self._end_ids = frozenset(end_ids)
-        self._marks = marks or Marks()
+        self._marks = marks
         self._known: list[bool] = []
         self._blank: dict[int, bool] = {}
         # the committed start of the answer never changes, so its text is kept
@@ -104,7 +90,7 @@ class CanvasText:
         for hole, group in groupby(slots, key=lambda slot: self._is_hole(*slot)):
             ids, run = zip(*group, strict=True)
             if hole:
-                found += (Piece(self._marks.of(state), state) for state in run)
+                found += (Piece(self._marks[state], state) for state in run)
             else:
                 found += self._texts(ids, run)
         return [piece for piece in found if piece.text]
@@ -165,7 +151,7 @@ class CanvasText:
         """A text, or marks in its place while it is not decided."""
         if state in _KNOWN:
             return Piece(text, state)
-        mark = self._marks.of(state)
+        mark = self._marks[state]
         shaded = (c if c.isspace() else mark * cell_len(c) for c in visible(text))
         return Piece("".join(shaded), state)
 

@@ -4,45 +4,47 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
 
-from dllmserve._checks import user_path
-from dllmserve.bench.text import WIDTH
-from dllmserve.cli.bench_output import picture, progress
-from dllmserve.cli.exit_codes import INTERRUPTED
-from dllmserve.cli.failure import short_errors
+from dllmserve.cli import INTERRUPTED
+from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import (
     ENGINE,
     SAMPLING,
     SPARSE,
+    Group,
     ModelOption,
     engine_config,
     sampling_params,
+    wants_sparse,
     with_options,
 )
+from dllmserve.cli.output import STDOUT, opened, picture, progress, show_tables
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError
-from dllmserve.evaluation.figures import Measured, summarise
-from dllmserve.evaluation.items import Item, held_out, read_items, select
-from dllmserve.evaluation.judge import MATCHES
-from dllmserve.evaluation.report import (
+from dllmserve.knobs import knob
+from dllmserve.tools.evaluation.figures import Measured, summarise
+from dllmserve.tools.evaluation.items import Item, held_out, read_items, select
+from dllmserve.tools.evaluation.judge import MATCHES
+from dllmserve.tools.evaluation.report import (
     EvalReport,
     answers_of,
     data_of,
     environment_of,
     read_report,
 )
-from dllmserve.evaluation.run import Evaluation, find_baseline
-from dllmserve.evaluation.settings import (
+from dllmserve.tools.evaluation.run import Evaluation, find_baseline
+from dllmserve.tools.evaluation.settings import (
     DEFAULT_GEN_LENGTH,
+    SUITES,
     Setting,
     check_names,
     describe,
@@ -50,12 +52,10 @@ from dllmserve.evaluation.settings import (
     read_settings,
     suite,
 )
-from dllmserve.evaluation.suites import SUITES
 
-STDOUT = "-"
 DEFAULT_MODEL = "tiny"
-HELD_OUT_SOURCE = "held-out items of tiny"
-SCORERS = "the tasks' scorers"
+#: where the items come from, and how they are judged, without --data
+_HELD_OUT = "held-out items of tiny", "the tasks' scorers"
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -75,181 +75,107 @@ _DECODING = replace(
     SAMPLING,
     shown={**SAMPLING.shown, "gen_length": f"the item's, or {DEFAULT_GEN_LENGTH}"},
 )
-_ITEMS, _SETTINGS, _REPORT = "Items", "Settings", "Report"
+_items, _settings, _output = (
+    partial(knob, panel=panel) for panel in ("Items", "Settings", "Report")
+)
 #: what --replot may be combined with
-_REPLOT = frozenset({"replot", "plot", "json_file"})
+_REPLOT = frozenset({"replot", "plot", "json"})
 
 
-def _option(panel: str, metavar: str, text: str, *names: str) -> Any:
-    return typer.Option(
-        *names, metavar=metavar, help=text, rich_help_panel=panel, show_default=False
+@dataclass(frozen=True)
+class Options:
+    """What is asked, with which settings, and what is written; the knobs say what each is."""
+
+    tasks: tuple[str, ...] = _items(
+        (),
+        "Tasks to answer; several with commas, or one after the other. A name before a hyphen "
+        "stands for all of them: needle. (default all)",
     )
+    limit: int | None = _items(None, "Items of each task, the first ones. (default all)")
+    data: str | None = _items(
+        None,
+        'Items from lines of JSON: {"prompt": text, "answer": text or list of texts}; also '
+        "messages instead of prompt, task, gen_length, id. (default the embedded model's held-out "
+        "items)",
+    )
+    match: str | None = _items(
+        None,
+        f"How answers to --data are judged: {', '.join(MATCHES)}. number compares the last "
+        "numbers, or those after ####. (default exact)",
+    )
+    raw: bool = _items(False, "Send prompts as they are, without the chat template.")
+    setting: tuple[str, ...] = _settings(
+        (),
+        "'NAME: field=value field=value', on top of the options below; may be given several times.",
+    )
+    settings: str | None = _settings(None, 'Settings from JSON: {"name": {"field": value}}.')
+    suite: str | None = _settings(None, f"A built-in list of settings: {', '.join(SUITES)}.")
+    baseline: str | None = _settings(
+        None, "Setting that the others are compared with. (default the first)"
+    )
+    tokens_per_step: int | None = _settings(
+        None, "Tokens of a step, instead of --steps (with --unmask steps)."
+    )
+    json: str | None = _output(None, "Write every figure as JSON; - is standard output, alone.")
+    plot: str | None = _output(
+        None, "Draw accuracy against forwards: .png or .svg (needs the extra bench)."
+    )
+    replot: str | None = _output(None, "Show and draw what --json has written; runs nothing.")
+    answers: str | None = _output(None, "Write each answer, right or wrong, as a line of JSON.")
+    quiet: bool = _output(False, "No progress on standard error.")
 
 
+_METAVARS = {"match": "RULE", "suite": "NAME", "baseline": "NAME"}
+_METAVARS |= dict.fromkeys(("data", "settings", "json", "plot", "replot", "answers"), "FILE")
+OPTIONS = Group(
+    Options,
+    "Options",
+    names={"tasks": "--tasks -t", "setting": "--setting -s", "quiet": "--quiet -q"},
+    metavars=_METAVARS,
+    lists={"tasks": "TASK", "setting": "TEXT"},
+    shown={"tasks": "", "setting": ""},
+    flags=frozenset({"raw", "quiet"}),
+)
 More = Annotated[
     list[str] | None,
     typer.Argument(metavar="TASK", help="More tasks, as --tasks.", show_default=False),
 ]
-Tasks = Annotated[
-    list[str] | None,
-    _option(
-        _ITEMS,
-        "TASK",
-        "Tasks to answer; several with commas, or one after the other. A name before a hyphen "
-        "stands for all of them: needle. (default all)",
-        "--tasks",
-        "-t",
-    ),
-]
-Limit = Annotated[
-    int | None, _option(_ITEMS, "N", "Items of each task, the first ones. (default all)")
-]
-Data = Annotated[
-    str | None,
-    _option(
-        _ITEMS,
-        "FILE",
-        'Items from lines of JSON: {"prompt": text, "answer": text or list of texts}; also '
-        "messages instead of prompt, task, gen_length, id. (default the embedded model's "
-        "held-out items)",
-    ),
-]
-Match = Annotated[
-    str | None,
-    _option(
-        _ITEMS,
-        "RULE",
-        f"How answers to --data are judged: {', '.join(MATCHES)}. number compares the last "
-        "numbers, or those after ####. (default exact)",
-    ),
-]
-Raw = Annotated[
-    bool, _option(_ITEMS, " ", "Send prompts as they are, without the chat template.", "--raw")
-]
-Given = Annotated[
-    list[str] | None,
-    _option(
-        _SETTINGS,
-        "TEXT",
-        "'NAME: field=value field=value', on top of the options below; may be given several times.",
-        "--setting",
-        "-s",
-    ),
-]
-File = Annotated[
-    str | None,
-    _option(_SETTINGS, "FILE", 'Settings from JSON: {"name": {"field": value}}.', "--settings"),
-]
-Suite = Annotated[
-    str | None, _option(_SETTINGS, "NAME", f"A built-in list of settings: {', '.join(SUITES)}.")
-]
-Baseline = Annotated[
-    str | None,
-    _option(_SETTINGS, "NAME", "Setting that the others are compared with. (default the first)"),
-]
-PerStep = Annotated[
-    int | None,
-    _option(_SETTINGS, "N", "Tokens of a step, instead of --steps (with --unmask steps)."),
-]
-JsonFile = Annotated[
-    str | None,
-    _option(_REPORT, "FILE", "Write every figure as JSON; - is standard output, alone.", "--json"),
-]
-Plot = Annotated[
-    str | None,
-    _option(
-        _REPORT, "FILE", "Draw accuracy against forwards: .png or .svg (needs the extra bench)."
-    ),
-]
-Replot = Annotated[
-    str | None, _option(_REPORT, "FILE", "Show and draw what --json has written; runs nothing.")
-]
-Answers = Annotated[
-    str | None, _option(_REPORT, "FILE", "Write each answer, right or wrong, as a line of JSON.")
-]
-Quiet = Annotated[bool, _option(_REPORT, " ", "No progress on standard error.", "--quiet", "-q")]
 
 
-@with_options(_DECODING, SPARSE, ENGINE)
+@with_options(OPTIONS, _DECODING, SPARSE, ENGINE)
 def evaluate(
-    context: typer.Context,
-    more: More = None,
-    model: ModelOption = DEFAULT_MODEL,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    data: Data = None,
-    match: Match = None,
-    raw: Raw = False,
-    setting: Given = None,
-    settings: File = None,
-    suite: Suite = None,
-    baseline: Baseline = None,
-    tokens_per_step: PerStep = None,
-    json_file: JsonFile = None,
-    plot: Plot = None,
-    replot: Replot = None,
-    answers: Answers = None,
-    quiet: Quiet = False,
-    **options: Any,
+    context: typer.Context, more: More = None, model: ModelOption = DEFAULT_MODEL, **options: Any
 ) -> None:
     """Measure what settings of decoding cost in answers.
 
     Answers the held-out items of the embedded model, or those of a file, with one setting or
     several, and compares accuracy, forward passes and speed with the first one's.
     """
-    with short_errors():
-        image = picture(plot)
-        if replot is not None:
+    with short_errors(), ExitStack() as files:
+        asked = Options(**OPTIONS.given(options))
+        image = picture(asked.plot)
+        if asked.replot is not None:
             _only_replot(context)
-            with _opened(json_file) as file:
-                _report(read_report(replot), file, image)
+            file = files.enter_context(opened(asked.json, "json"))
+            _report(read_report(asked.replot), file, image)
             return
-        if json_file == answers == STDOUT:
+        if asked.json == asked.answers == STDOUT:
             raise ConfigError("standard output takes --json or --answers, not both: name a file")
-        base = _base(options, tokens_per_step)
-        chosen = _settings(base, suite, settings, setting or ())
-        job = _Job(
-            config=engine_config(model, options),
-            items=_items(data, match, raw, [*(tasks or ()), *(more or ())], limit),
-            settings=chosen,
-            baseline=find_baseline(chosen, baseline),
-            data=(data or HELD_OUT_SOURCE, match or "exact" if data else SCORERS, limit),
-            raw=raw,
-            quiet=quiet,
-        )
-        with _opened(json_file) as file, _opened(answers) as lines:
-            job.run(file, lines, image)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The checked options of an evaluation."""
-
-    config: EngineConfig
-    items: list[Item]
-    settings: list[Setting]
-    baseline: str
-    data: tuple[str, str, int | None]
-    raw: bool
-    quiet: bool
-
-    def run(self, file: TextIO | None, lines: TextIO | None, image: Path | None) -> None:
-        """Load the model, answer, report; also what was measured before an interrupt."""
-        with loading(self.config.model):
-            from dllmserve.llm import LLM
-
-            llm = LLM(**asdict(self.config))
-            evaluation = Evaluation(llm, self.items, raw=self.raw)
-            evaluation.check(self.settings)
-        measured = self._measured(evaluation)
-        interrupted = len(measured) < len(self.settings)
-        source, match, limit = self.data
+        settings = _chosen_settings(asked, options)
+        baseline = find_baseline(settings, asked.baseline)
+        config = engine_config(model, options)
+        items = _chosen_items(asked, [*asked.tasks, *(more or ())])
+        file = files.enter_context(opened(asked.json, "json"))
+        lines = files.enter_context(opened(asked.answers, "answers"))
+        environment, measured = _measure(asked, config, items, settings, baseline)
+        interrupted = len(measured) < len(settings)
+        source, match = (asked.data, asked.match or "exact") if asked.data else _HELD_OUT
         report = EvalReport(
-            environment=environment_of(llm),
-            data=data_of(source, self.items, match, limit, self.raw),
-            items=[item.id for item in self.items],
-            baseline=self.baseline,
-            settings=summarise(measured, self.baseline),
+            environment=environment,
+            data=data_of(source, items, match, asked.limit, asked.raw),
+            items=[item.id for item in items],
+            baseline=baseline,
+            settings=summarise(measured, baseline),
             interrupted=interrupted,
         )
         if lines is not None:
@@ -259,57 +185,65 @@ class _Job:
         if interrupted:
             raise typer.Exit(INTERRUPTED)
 
-    def _measured(self, evaluation: Evaluation) -> list[Measured]:
-        """The settings in their order; the baseline is measured first."""
-        order = sorted(self.settings, key=lambda s: s.name != self.baseline)
-        found: dict[str, Measured] = {}
-        for number, setting in enumerate(order, 1):
-            if not self.quiet and len(order) > 1:
-                progress(f"{setting.name} ({number} of {len(order)})")
-            try:
-                bar = not self.quiet and sys.stderr.isatty()
-                found[setting.name] = evaluation.run(setting, use_tqdm=bar)
-            except KeyboardInterrupt:
-                if not found:
-                    raise
-                break
-        return [found[s.name] for s in self.settings if s.name in found]
+
+def _measure(
+    asked: Options,
+    config: EngineConfig,
+    items: list[Item],
+    settings: list[Setting],
+    baseline: str,
+) -> tuple[dict[str, Any], list[Measured]]:
+    """What the figures depend on, and the settings in their order; the baseline is run first."""
+    with loading(config.model):
+        from dllmserve.llm import LLM
+
+        llm = LLM(**asdict(config))
+        evaluation = Evaluation(llm, items, raw=asked.raw)
+        evaluation.check(settings)
+    found: dict[str, Measured] = {}
+    told = progress if len(settings) > 1 and not asked.quiet else lambda text: None
+    bar = not asked.quiet and sys.stderr.isatty()
+    try:
+        for one in evaluation.each(settings, baseline, told, use_tqdm=bar):
+            found[one.setting.name] = one
+    except KeyboardInterrupt:
+        if not found:
+            raise
+    return environment_of(llm), [found[s.name] for s in settings if s.name in found]
 
 
-def _base(options: dict[str, Any], tokens_per_step: int | None) -> Setting:
+def _base(options: Mapping[str, Any], tokens_per_step: int | None) -> Setting:
     """The setting that the options make, which the others build on."""
     # as parsed and checked there, but only what was given
     params = sampling_params(options)
     sampling = {name: getattr(params, name) for name in SAMPLING.given(options)}
-    sparse = SPARSE.given(options)
-    wanted = bool(sparse) and sparse.pop("enabled", True)
+    sparse = {name: v for name, v in SPARSE.given(options).items() if name != "enabled"}
+    wanted = wants_sparse(options)
     base = Setting("options", sampling, sparse if wanted else None, tokens_per_step)
     return replace(base, name=describe(base))
 
 
-def _settings(
-    base: Setting, suite_name: str | None, file: str | None, given: Sequence[str]
-) -> list[Setting]:
+def _chosen_settings(asked: Options, options: Mapping[str, Any]) -> list[Setting]:
     """All settings of the run, the built-in ones first."""
-    found = [] if suite_name is None else suite(suite_name, base)
-    found += [] if file is None else read_settings(file, base)
-    found += [parse_setting(text, base) for text in given]
+    base = _base(options, asked.tokens_per_step)
+    found = [] if asked.suite is None else suite(asked.suite, base)
+    found += [] if asked.settings is None else read_settings(asked.settings, base)
+    found += [parse_setting(text, base) for text in asked.setting]
     check_names(found)
     return found or [base]
 
 
-def _items(
-    data: str | None, match: str | None, raw: bool, tasks: Sequence[str], limit: int | None
-) -> list[Item]:
+def _chosen_items(asked: Options, tasks: list[str]) -> list[Item]:
+    data, match = asked.data, asked.match
     if data is None and match is not None:
         raise ConfigError(
             f"match={match!r} judges the items of --data FILE; the held-out ones have scorers"
         )
-    found = held_out() if data is None else read_items(data, match or "exact", raw=raw)
+    found = held_out() if data is None else read_items(data, match or "exact", raw=asked.raw)
     names = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
     if models := [name for name in names if "/" in name or name == DEFAULT_MODEL]:
         raise ConfigError(f"{models[0]!r} is no task: a model is given by --model")
-    return select(found, names, limit)
+    return select(found, names, asked.limit)
 
 
 def _only_replot(context: typer.Context) -> None:
@@ -332,26 +266,8 @@ def _report(
     if file is not None:
         file.write(json.dumps(report.record()) + "\n")
     if table and file is not sys.stdout:
-        typer.echo(report.header() + "\n")
-        # wider than any table, which takes what it needs: a cell that is cut off is no use
-        console = Console(highlight=False, emoji=False, width=2 * WIDTH)
-        console.print(report.table())
+        show_tables(report)
     if image is not None:
-        from dllmserve.evaluation.plot import plot_report
+        from dllmserve.tools.evaluation.plot import plot_report
 
         plot_report(report, image)
-
-
-@contextmanager
-def _opened(name: str | None) -> Iterator[TextIO | None]:
-    """The file, before anything is measured, so that a wrong name costs nothing."""
-    if name is None:
-        yield None
-    elif name == STDOUT:
-        yield sys.stdout
-    else:
-        path = user_path(name)
-        if path.is_dir():
-            raise ConfigError(f"a file is needed, got the folder {name!r}")
-        with path.open("w", encoding="utf-8") as file:
-            yield file

@@ -5,36 +5,38 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from dllmserve.cli.canvas import CanvasText
-from dllmserve.cli.failure import short_errors
+from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import (
     ENGINE,
     SAMPLING,
     SPARSE,
+    Group,
     ModelOption,
     chosen_quality,
     engine_config,
     sampling_params,
-    sparse_config,
     with_options,
     with_quality,
 )
-from dllmserve.cli.plain import plain_pieces
 from dllmserve.cli.prompts import DEMO_PROMPTS, read_prompts
 from dllmserve.cli.screen import Screen
 from dllmserve.config import EngineConfig
+from dllmserve.engine.text import CommittedText
 from dllmserve.errors import TokenizerError
-from dllmserve.outputs import RequestOutput
+from dllmserve.knobs import knob
+from dllmserve.outputs import CanvasStep, RequestOutput
 
 if TYPE_CHECKING:  # loads torch
-    from dllmserve._values import SparseConfig
+    from dllmserve.engine.tokenizer import Tokenizer
     from dllmserve.llm import LLM
     from dllmserve.sampling_params import SamplingParams
 
@@ -65,43 +67,35 @@ PromptArguments = Annotated[
         show_default=False,
     ),
 ]
-FileOption = Annotated[
-    str | None,
-    typer.Option(
-        "--file",
-        "-f",
-        metavar="FILE",
-        help="File of prompts, one a line (.jsonl: JSON lines); - is standard input.",
-    ),
-]
 
 
-@with_options(with_quality(SAMPLING, DEFAULT_QUALITY), SPARSE, ENGINE)
-def generate(
-    prompts: PromptArguments = None,
-    model: ModelOption = "tiny",
-    file: FileOption = None,
-    demo: Annotated[
-        bool, typer.Option("--demo", metavar=" ", help="Run the demo prompts.")
-    ] = False,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            "--chat/--raw",
-            metavar=" ",
-            help="Use the chat template, or send the text as it is. "
-            "Chat, if the checkpoint has a template.",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", metavar=" ", help="Print one JSON object per prompt.")
-    ] = False,
-    no_live: Annotated[
-        bool, typer.Option("--no-live", metavar=" ", help="Do not show the answer being filled in.")
-    ] = False,
-    **options: Any,
-) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What is asked, and how answers are shown."""
+
+    file: str | None = knob(
+        None, "File of prompts, one a line (.jsonl: JSON lines); - is standard input."
+    )
+    demo: bool = knob(False, "Run the demo prompts.")
+    chat: bool | None = knob(
+        None,
+        "Use the chat template, or send the text as it is. Chat, if the checkpoint has a template.",
+    )
+    json: bool = knob(False, "Print one JSON object per prompt.")
+    no_live: bool = knob(False, "Do not show the answer being filled in.")
+
+
+OPTIONS = Group(
+    Options,
+    "Options",
+    names={"file": "--file -f", "chat": "--chat/--raw"},
+    metavars={"file": "FILE"},
+    flags=frozenset({"demo", "json", "no_live"}),
+)
+
+
+@with_options(OPTIONS, with_quality(SAMPLING, DEFAULT_QUALITY), SPARSE, ENGINE)
+def generate(prompts: PromptArguments = None, model: ModelOption = "tiny", **options: Any) -> None:
     """Answer prompts. In a terminal, watch the answer being filled in.
 
     Text is decided; masks get denser as the model gets surer of them.
@@ -112,19 +106,20 @@ def generate(
     """
     with short_errors():
         options["quality"] = chosen_quality(options, DEFAULT_QUALITY)
-        params, sparse = sampling_params(options), sparse_config(options)
+        params = sampling_params(options)
         config = engine_config(model, options)
-        texts = read_prompts(prompts or [], file, demo)
-        terminal = sys.stdout.isatty() and not as_json
+        asked = Options(**OPTIONS.given(options))
+        texts = read_prompts(prompts or [], asked.file, asked.demo)
+        terminal = sys.stdout.isatty() and not asked.json
         with loading(config.model):
-            job = _Job(config, texts, chat, params, sparse)
-        if as_json:
+            job = _Job(config, texts, asked.chat, params)
+        if asked.json:
             job.print_json()
         elif not terminal:
             job.print_plain(headings=texts[: len(DEMO_PROMPTS)] == list(DEMO_PROMPTS))
         else:
             console = Console(highlight=False, emoji=False)
-            live = not no_live and len(texts) <= LIVE_PROMPTS and not console.is_dumb_terminal
+            live = not asked.no_live and len(texts) <= LIVE_PROMPTS and not console.is_dumb_terminal
             label = f"quality {params.quality}" if params.quality else ""
             screen = Screen(console, label=label)
             job.show(screen, live=live, headings=len(texts) > 1 or texts != prompts)
@@ -139,14 +134,12 @@ class _Job:
         texts: list[str],
         chat: bool | None,
         params: SamplingParams,
-        sparse: SparseConfig | None,
     ) -> None:
         from dllmserve.llm import LLM
 
         self._llm: LLM = LLM(**asdict(config))
         self._texts = texts
         self._params = params
-        self._sparse = sparse
         tokenizer = self._llm.tokenizer
         if tokenizer is None:
             raise TokenizerError(f"model {config.model!r} has no tokenizer, so it reads no text")
@@ -180,8 +173,8 @@ class _Job:
             return
         for place, ids in enumerate(self._ids):
             heading(place)
-            steps = self._llm.stream(ids, self._params, self._sparse)
-            for piece in plain_pieces(steps, self._tokenizer.decode, self._params.stop_strings):
+            steps = self._llm.stream(ids, self._params)
+            for piece in plain_pieces(steps, self._tokenizer, self._params.stop_strings):
                 _write(piece)
             _write("\n")
 
@@ -213,19 +206,34 @@ class _Job:
     def _show_live(self, screen: Screen, ids: list[int]) -> None:
         ends = () if self._params.ignore_eos else self._llm.spec.eos_ids
         canvas = CanvasText(self._tokenizer.decode, ends, screen.marks)
-        screen.live(self._llm.stream(ids, self._params, self._sparse), canvas)
+        screen.live(self._llm.stream(ids, self._params), canvas)
 
     def _batch(self) -> tuple[list[RequestOutput], float]:
         """Answer all prompts at once; seconds are those of the whole batch."""
         begin = time.perf_counter()
-        answers = self._llm.generate(
-            self._ids,
-            self._params,
-            self._sparse,
-            use_tqdm=len(self._ids) > 1 and sys.stderr.isatty(),
-        )
+        bar = len(self._ids) > 1 and sys.stderr.isatty()
+        answers = self._llm.generate(self._ids, self._params, use_tqdm=bar)
         seconds = time.perf_counter() - begin
         return [_output(answer) for answer in answers], seconds
+
+
+def plain_pieces(
+    steps: Iterable[CanvasStep], tokenizer: Tokenizer, stops: Sequence[str] = ()
+) -> Iterator[str]:
+    """Pieces of an answer's text; joined, they are exactly the finished text.
+
+    A piece holds only what can no longer change: tokens that are committed without a gap
+    from the left, without an unfinished character and without what may turn out to be the
+    beginning of a stop string.
+    """
+    text, read = CommittedText(tokenizer, stops), 0
+    for step in steps:
+        if step.output is not None:
+            yield text.finish(step.output.text)
+            return
+        gap = step.committed.index(False) if False in step.committed else len(step.committed)
+        yield text.add([t for t in step.token_ids[read:gap] if t is not None])
+        read = gap
 
 
 def _write(text: str) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dllmserve import __version__
-from dllmserve.cli.failure import short_errors
+from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import ENGINE, ModelOption, engine_config, with_options
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from dllmserve.engine.setup import EnginePlan
 
+_SPEC = (
+    "num_layers hidden_size num_heads num_kv_heads vocab_size mask_id eos_ids turn_end_ids".split()
+)
+_MEMORY = "weights activations logits tables history pages planned allowed".split()
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub")
 
 
@@ -78,14 +82,7 @@ def _model(name: str, plan: EnginePlan) -> dict[str, Any]:
         "directory": str(plan.directory),
         "architecture": spec["architecture"],
         "parameters": plan.spec.parameters(),
-        "layers": spec["num_layers"],
-        "hidden_size": spec["hidden_size"],
-        "heads": spec["num_heads"],
-        "kv_heads": spec["num_kv_heads"],
-        "vocab_size": spec["vocab_size"],
-        "mask_id": spec["mask_id"],
-        "eos_ids": list(spec["eos_ids"]),
-        "turn_end_ids": list(spec["turn_end_ids"]),
+        **{name.removeprefix("num_"): spec[name] for name in _SPEC},
         "max_model_len": plan.limits.max_model_len,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "tokenizer": tokenizer is not None,
@@ -101,14 +98,7 @@ def _memory(plan: EnginePlan) -> dict[str, Any]:
         "tokens_per_page": limits.page_size,
         "max_num_seqs": limits.max_num_seqs,
         "max_num_batched_tokens": limits.max_num_batched_tokens,
-        "weights_bytes": memory.weights,
-        "activations_bytes": memory.activations,
-        "logits_bytes": memory.logits,
-        "tables_bytes": memory.tables,
-        "history_bytes": memory.history,
-        "pages_bytes": memory.pages,
-        "planned_bytes": memory.planned,
-        "allowed_bytes": memory.allowed,
+        **{f"{name}_bytes": getattr(memory, name) for name in _MEMORY},
     }
 
 
@@ -126,4 +116,4 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dllmserve._system import refuse_windows
-from dllmserve.cli.exit_codes import INTERRUPTED
+from dllmserve.cli import INTERRUPTED
 
 _STDERR = 2
 _CLEAN = b"\r\x1b[2K\x1b[?25h"

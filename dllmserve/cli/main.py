@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dllmserve.cli.exit_codes import INTERRUPTED
+from dllmserve.cli import INTERRUPTED
 
 
 def main(args: Sequence[str] | None = None) -> int:

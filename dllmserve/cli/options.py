@@ -9,16 +9,15 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from dllmserve._values import SparseConfig
+from dllmserve._values import BLOCK_LENGTH
 from dllmserve.config import EngineConfig
-from dllmserve.errors import InvalidParameterError
+from dllmserve.errors import ConfigError, InvalidParameterError
 from dllmserve.knobs import knobs, types
-from dllmserve.presets import PRESETS, steps_for
+from dllmserve.presets import PRESETS
 from dllmserve.sampling_params import SamplingParams
+from dllmserve.sparse.state import SparseConfig
+from dllmserve.tools.evaluation.settings import DEFAULT_GEN_LENGTH, greedy
 
-#: Greedy and, without a quality, one token a step: the most careful decoding.
-DEFAULT_GEN_LENGTH = 64
-DEFAULT_BLOCK_LENGTH = 32
 #: fields that only a fixed number of steps has, or for which a preset has no good values
 _OF_FIXED_STEPS = ("steps", "remasking", "schedule", "eps", "confidence")
 
@@ -26,10 +25,13 @@ _OF_FIXED_STEPS = ("steps", "remasking", "schedule", "eps", "confidence")
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", metavar="NAME", help="Local directory, hub id, or tiny.")
 ]
+#: the same where a model is an argument
+NamedModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", metavar="NAME", help="The same as MODEL.", show_default=False),
+]
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: " "}
-#: options that may be repeated
-_LISTS = {"stop": "TEXT", "logit_bias": "ID=VALUE"}
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,7 +44,9 @@ class Group:
         kind: the dataclass.
         panel: headline in the help text.
         help: field name to help text, where it is not the knob's.
-        names: fields whose option has another name.
+        names: fields whose option has another name, or a second one: "--rates -r".
+        metavars: fields that are read from a text, and what the help calls it.
+        lists: fields whose option may be repeated, and what the help calls one of its values.
         skipped: fields without an option.
         shown: field name to the default that the help text shows, where it is not the
             dataclass's own.
@@ -53,13 +57,15 @@ class Group:
     panel: str
     help: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    metavars: Mapping[str, str] = field(default_factory=dict)
+    lists: Mapping[str, str] = field(default_factory=dict)
     skipped: frozenset[str] = frozenset()
     shown: Mapping[str, str] = field(default_factory=dict)
     flags: frozenset[str] = frozenset()
 
     def option(self, name: str) -> str:
         """Python name of a field's option."""
-        return self.names.get(name, name)
+        return self._names(name)[0].partition("/")[0].removeprefix("--").replace("-", "_")
 
     def parameters(self) -> list[inspect.Parameter]:
         """One keyword parameter per field, as typer reads them."""
@@ -68,23 +74,25 @@ class Group:
         for item in fields(self.kind):
             if item.name in self.skipped:
                 continue
-            option = self.option(item.name)
-            kind: Any = list[str] if item.name in _LISTS else hints[item.name][0]
+            kind: Any = str if item.name in self.metavars else hints[item.name][0]
+            metavar = self.metavars.get(item.name, _METAVARS.get(kind, "TEXT"))
             panel = known[item.name].panel if item.name in known else ""
+            names = self._names(item.name)
+            if kind is bool and item.name not in self.flags and "/" not in names[0]:
+                names[0] += f"/--no-{names[0].removeprefix('--')}"
             declared = typer.Option(
-                self._declaration(item.name, kind),
+                *names,
                 help=self._help(item.name, item.default),
                 # the real defaults stay with the dataclasses; _help() tells them
                 show_default=False,
-                metavar=_LISTS.get(item.name, _METAVARS.get(kind, "TEXT")),
+                metavar=self.lists.get(item.name, metavar),
                 rich_help_panel=panel or self.panel,
             )
+            if item.name in self.lists:
+                kind = list[str]
             annotation = Annotated[kind | None, declared]
-            found.append(
-                inspect.Parameter(
-                    option, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-                )
-            )
+            option, place = self.option(item.name), inspect.Parameter.KEYWORD_ONLY
+            found.append(inspect.Parameter(option, place, default=None, annotation=annotation))
         return found
 
     def given(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,11 +114,8 @@ class Group:
         parts += [f"(default {shown})"] if shown else []
         return " ".join(parts)
 
-    def _declaration(self, name: str, kind: Any) -> str:
-        option = self.option(name).replace("_", "-")
-        if kind is bool and name not in self.flags:
-            return f"--{option}/--no-{option}"
-        return f"--{option}"
+    def _names(self, name: str) -> list[str]:
+        return self.names.get(name, "--" + name.replace("_", "-")).split()
 
 
 SAMPLING = Group(
@@ -123,16 +128,17 @@ SAMPLING = Group(
         "max_tokens": "",
         "gen_length": str(DEFAULT_GEN_LENGTH),
         "steps": "one per token",
-        "block_length": str(DEFAULT_BLOCK_LENGTH),
+        "block_length": str(BLOCK_LENGTH),
     },
     flags=frozenset({"ignore_eos"}),
+    lists={"stop": "TEXT", "logit_bias": "ID=VALUE"},
 )
-SPARSE = Group(SparseConfig, "Sparse attention", names={"enabled": "sparse"})
+SPARSE = Group(SparseConfig, "Sparse attention", names={"enabled": "--sparse"})
 ENGINE = Group(
     EngineConfig,
     "Engine",
     # --seed is the request's
-    names={"seed": "engine_seed"},
+    names={"seed": "--engine-seed"},
     # declared by the commands themselves, with a short form
     skipped=frozenset({"model"}),
     flags=frozenset({"enforce_eager", "trust_remote_code"}),
@@ -170,31 +176,27 @@ def chosen_quality(options: Mapping[str, Any], default: str) -> str | None:
         return str(given["quality"])
     rule = given.get("unmask")
     fixed = rule == "steps" or (rule is None and any(n in given for n in _OF_FIXED_STEPS))
-    return None if fixed or _wants_sparse(options) else default
+    return None if fixed or wants_sparse(options) else default
 
 
 def sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    """SamplingParams from the command line, with the command line's defaults."""
-    sparse = sparse_config(options)
-    values: dict[str, Any] = {"temperature": 0.0}
+    """SamplingParams from the command line, with the command line's defaults.
+
+    They have a SparseConfig if one of its options was given.
+    """
     given = SAMPLING.given(options)
-    if "max_tokens" not in given:
-        values["gen_length"] = DEFAULT_GEN_LENGTH
-    if sparse is None and "quality" not in given:
-        # a SparseConfig, or a quality, brings its own block length
-        values["block_length"] = DEFAULT_BLOCK_LENGTH
+    if wants_sparse(options):
+        given["sparse"] = SparseConfig(**SPARSE.given(options))
     if "logit_bias" in given:
         given["logit_bias"] = _logit_bias(given["logit_bias"])
-    params = SamplingParams(**values | given)
-    if options.get("steps") is not None or "quality" in given:
-        return params
-    block = params.block_length or (sparse.default_block_len if sparse else None)
-    return replace(params, steps=steps_for(params.gen_length, block))
+    return greedy(given)
 
 
-def sparse_config(options: Mapping[str, Any]) -> SparseConfig | None:
-    """SparseConfig from the command line; None unless one of its options was given."""
-    return SparseConfig(**SPARSE.given(options)) if _wants_sparse(options) else None
+def one_model(argument: str | None, option: str | None) -> str | None:
+    """The model of a command that takes it as an argument or as --model, if it was given."""
+    if argument is not None and option is not None:
+        raise ConfigError("give MODEL or --model, not both")
+    return option if argument is None else argument
 
 
 def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
@@ -203,7 +205,7 @@ def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
     return EngineConfig(model=model, **values)
 
 
-def _wants_sparse(options: Mapping[str, Any]) -> bool:
+def wants_sparse(options: Mapping[str, Any]) -> bool:
     """True for --sparse and for any sparse option without --no-sparse."""
     given = SPARSE.given(options)
     return bool(given) and bool(given.get("enabled", True))

@@ -10,9 +10,10 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from dllmserve.cli.canvas import ASCII_MARKS, CanvasText, Marks, Piece, crop, fold, visible
+from dllmserve.cli.canvas import ASCII_MARKS, MARKS, CanvasText, Marks, Piece, crop, fold, visible
 from dllmserve.errors import EngineError
 from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.tools.text import counted
 
 #: redraws a second; more would only flicker
 _FRAMES = 24
@@ -84,7 +85,7 @@ class Screen:
     @property
     def marks(self) -> Marks:
         """Placeholders that the terminal's encoding has."""
-        return ASCII_MARKS if self._ascii else Marks()
+        return ASCII_MARKS if self._ascii else MARKS
 
     def heading(self, prompt: str) -> None:
         """Show a prompt above its answer."""
@@ -133,8 +134,8 @@ class Screen:
     def summary(self, output: RequestOutput, seconds: float | None) -> list[str]:
         """What is said of a finished answer."""
         parts = [
-            _count(output.completion_tokens, "token"),
-            _count(output.forward_passes, "forward"),
+            counted(output.completion_tokens, "token"),
+            counted(output.forward_passes, "forward"),
         ]
         if seconds is not None:
             rate = output.completion_tokens / max(seconds, 1e-9)
@@ -156,12 +157,8 @@ class Screen:
         return [
             f"step {count}",
             f"{committed}/{total} committed",
-            _count(step.forward_passes, "forward"),
+            counted(step.forward_passes, "forward"),
             f"{committed / max(seconds, 1e-9):.1f} tokens/s",
             f"block {start}-{end}",
             *filter(None, [self._label]),
         ]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

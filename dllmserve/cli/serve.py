@@ -13,8 +13,8 @@ import dllmserve
 from dllmserve._checks import user_path
 from dllmserve._environment import forget_secrets
 from dllmserve._needs import missing
-from dllmserve.cli.failure import short_errors
-from dllmserve.cli.options import ENGINE, Group, with_options
+from dllmserve.cli.commands import short_errors
+from dllmserve.cli.options import ENGINE, Group, NamedModel, one_model, with_options
 from dllmserve.errors import ConfigError, ModelNotFoundError
 from dllmserve.server.config import ServerConfig
 
@@ -46,6 +46,7 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    named: NamedModel = None,
     config: Annotated[
         str | None, typer.Option(metavar="FILE", help="YAML file of options.", show_default=False)
     ] = None,
@@ -58,8 +59,8 @@ def serve(
         given = SERVER.given(options)
         for name, value in ENGINE.given(options).items():
             given["engine_seed" if name == "seed" else name] = value
-        if model is not None:
-            given["model"] = model
+        if (chosen := one_model(model, named)) is not None:
+            given["model"] = chosen
         try:
             from dllmserve.server.serve import serve as run
             from dllmserve.server.settings import load_settings

@@ -1,1 +1,1 @@
-"""The model ``dllmserve`` of lm-eval, in one process with it: ``python -m dllmserve.lm_eval``."""
+"""The documented name of :mod:`dllmserve.tools.lm_eval`."""

@@ -238,9 +238,11 @@ class DecodingFields(_Decoding):
         return config if config.enabled else None
 
     def decoding(self) -> dict[str, Any]:
-        """The fields of SamplingParams that were given."""
+        """The fields of SamplingParams that were given, with the SparseConfig among them."""
         names = _SAMPLING.keys() - _OWN
-        return {n: v for n in names if (v := getattr(self, n)) is not None}
+        found = {n: v for n in names if (v := getattr(self, n)) is not None}
+        sparse = self.sparse_config()
+        return found if sparse is None else {**found, "sparse": sparse}
 
 
 class NativeFields(DecodingFields):
@@ -258,7 +260,7 @@ class NativeFields(DecodingFields):
 
     def sampling_params(self) -> SamplingParams:
         """The parameters. Raises InvalidParameterError for a combination that is refused."""
-        values = {**self.decoding(), "sparse": self.sparse_config()}
+        values = self.decoding()
         for name in ("temperature", "max_tokens", "gen_length", "top_p", "stop"):
             if (value := getattr(self, name)) is not None:
                 values[name] = value

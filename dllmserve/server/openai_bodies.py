@@ -6,6 +6,7 @@ no other.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -14,8 +15,7 @@ from pydantic import AfterValidator, Field
 from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.core.limits import Limits
 from dllmserve.messages import template_messages
-from dllmserve.presets import steps_for
-from dllmserve.sampling_params import SamplingParams
+from dllmserve.sampling_params import SamplingParams, stepwise
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.failures import ApiError
 from dllmserve.server.fields import (
@@ -39,7 +39,6 @@ from dllmserve.server.strict_json import check_texts
 
 #: of answers, where neither the request nor the operator says otherwise
 DEFAULT_MAX_TOKENS = 128
-DEFAULT_BLOCK_LENGTH = 32
 #: OpenAI's limit
 MAX_CHOICES = 128
 #: definitions of tools
@@ -139,14 +138,10 @@ class OpenAIFields(DecodingFields):
             config: where the defaults come from.
         """
         values = self.decoding()
-        sparse = self.sparse_config()
-        if self._plain(values) and sparse is None and config.default_quality != "exact":
+        if self._plain(values) and config.default_quality != "exact":
             values["quality"] = config.default_quality
-        if "block_length" not in values and sparse is None:
-            if config.default_block_length is not None:
-                values["block_length"] = config.default_block_length
-            elif "quality" not in values:  # which brings its own
-                values["block_length"] = DEFAULT_BLOCK_LENGTH
+        if config.default_block_length is not None and "sparse" not in values:
+            values.setdefault("block_length", config.default_block_length)
         length = self.length()
         if length is None:
             length = self._default_length(values, prompt_len, limits, config)
@@ -159,13 +154,10 @@ class OpenAIFields(DecodingFields):
             values["top_k"] = 0
         if self.logit_bias:
             values["logit_bias"] = bias_ids(self.logit_bias)
-        if "steps" not in values and "quality" not in values:
-            block = values.get("block_length") or (sparse.default_block_len if sparse else None)
-            values["steps"] = steps_for(length, block)
+        params, first = stepwise(values), self.seed
 
         def choice(number: int) -> SamplingParams:
-            seed = None if self.seed is None else (self.seed + number) % 2**63
-            return SamplingParams(**values, sparse=sparse, seed=seed)
+            return params if first is None else replace(params, seed=(first + number) % 2**63)
 
         return choice
 

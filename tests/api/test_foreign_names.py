@@ -8,9 +8,9 @@ from dllmserve import LLM, AsyncLLM, SamplingParams, SparseConfig, foreign
 from dllmserve.cli.main import main
 from dllmserve.config import EngineConfig
 from dllmserve.errors import UnknownOptionError
-from dllmserve.evaluation.settings import parse_setting
 from dllmserve.foreign import advice
 from dllmserve.server.config import ServerConfig
+from dllmserve.tools.evaluation.settings import parse_setting
 
 FIELDS = {
     kind: {f.name for f in fields(kind)}

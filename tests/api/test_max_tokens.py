@@ -14,10 +14,10 @@ import yaml
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.errors import CapacityError, ContextLengthError, InvalidParameterError
-from dllmserve.evaluation.settings import Setting, make_setting, parse_setting
-from dllmserve.lm_eval.asking import read_request, split_options
 from dllmserve.process.messages import plain
 from dllmserve.server.fields import NativeFields
+from dllmserve.tools.evaluation.settings import Setting, make_setting, parse_setting
+from dllmserve.tools.lm_eval.asking import read_request, split_options
 from tests.conftest import Engines
 
 

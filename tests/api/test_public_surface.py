@@ -175,7 +175,20 @@ def test_every_module_imports_alone_and_is_documented() -> None:
     import pkgutil
 
     # of the extra lm-eval, which tests do without
-    optional = {"dllmserve.lm_eval.model"} if importlib.util.find_spec("lm_eval") is None else set()
+    absent = importlib.util.find_spec("lm_eval") is None
     for module in pkgutil.walk_packages(dllmserve.__path__, "dllmserve."):
-        if not module.name.endswith("__main__") and module.name not in optional:
+        optional = absent and module.name.endswith("lm_eval.model")
+        if not module.name.endswith("__main__") and not optional:
             assert importlib.import_module(module.name).__doc__, module.name
+
+
+def test_documented_names_of_tools_are_the_tools() -> None:
+    from dllmserve import evaluation
+    from dllmserve.bench import roofline
+    from dllmserve.evaluation import settings
+    from dllmserve.tools import bench
+    from dllmserve.tools import evaluation as real
+
+    assert roofline.Ceilings is bench.roofline.Ceilings
+    assert settings.SUITES is evaluation.SUITES is real.SUITES
+    assert all(getattr(evaluation, name) is getattr(real, name) for name in real.__all__)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._C._autograd import DeviceType
 
-from dllmserve.bench.profile import kernel_intervals, kernel_time, profiled
+from dllmserve.tools.bench.run import kernel_intervals, kernel_time, profiled
 
 
 @dataclass

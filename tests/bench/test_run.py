@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, SamplingParams, SparseConfig
-from dllmserve.bench.plot import check_plot, plot_latency, plot_throughput, work_parts
-from dllmserve.bench.profile import KernelTime
-from dllmserve.bench.roofline import Ceilings
-from dllmserve.bench.run import Bench, LatencyFigures, Result, Spread, percentile
-from dllmserve.bench.workload import Workload
 from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.plot import plot_latency, plot_throughput, work_parts
+from dllmserve.tools.bench.roofline import Ceilings
+from dllmserve.tools.bench.run import Bench, KernelTime, LatencyFigures, Result, Spread
+from dllmserve.tools.bench.workload import Workload
+from dllmserve.tools.plot import check_plot
+from dllmserve.tools.text import percentile
 from tests.conftest import Engines
 
 CEILINGS = Ceilings(1e10, 1e11, 1, 1)
@@ -26,12 +27,11 @@ def llm(engines: Engines, checkpoints: dict[str, Path]) -> LLM:
     return engines(checkpoints["dream"])
 
 
-def bench(llm: LLM, sparse: SparseConfig | None = None, **params: Any) -> Bench:
+def bench(llm: LLM, **params: Any) -> Bench:
     values = {"temperature": 0.0, "gen_length": 8, "steps": 8, "block_length": 4, **params}
     work = Workload(
         prompt_len=6,
         params=SamplingParams(ignore_eos=True, **values),
-        sparse=sparse,
         seed=0,
         runs=3,
         warmup=1,
@@ -54,18 +54,16 @@ def test_counts_of_a_fixed_schedule(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "sparse"),
+    "params",
     [
-        ({"unmask": "threshold", "threshold": 0.5}, None),
-        ({"cfg_scale": 1.0, "cache": "prefix"}, None),
-        ({"temperature": 1.0, "seed": 5}, SparseConfig(delay_step=0)),
+        {"unmask": "threshold", "threshold": 0.5},
+        {"cfg_scale": 1.0, "cache": "prefix"},
+        {"temperature": 1.0, "seed": 5, "sparse": SparseConfig(delay_step=0)},
     ],
     ids=["threshold", "guided", "sparse"],
 )
-def test_every_kind_of_request(
-    llm: LLM, params: dict[str, Any], sparse: SparseConfig | None
-) -> None:
-    result = bench(llm, sparse, **params).throughput(2)
+def test_every_kind_of_request(llm: LLM, params: dict[str, Any]) -> None:
+    result = bench(llm, **params).throughput(2)
     assert result.output_tokens == 16
     assert result.floor_seconds > 0
 
@@ -95,10 +93,9 @@ def test_the_engine_is_left_as_it_was(llm: LLM) -> None:
 
 
 def test_percentile() -> None:
-    assert percentile([3.0], 0.9) == 3.0
-    assert percentile([1.0, 2.0], 0.5) == 1.5
-    assert percentile([5.0, 1.0, 2.0, 4.0, 3.0], 0.9) == pytest.approx(4.6)
-    assert percentile([1.0, 2.0], 1.0) == 2.0
+    assert percentile([3.0], 90) == 3.0
+    assert percentile([1.0, 2.0], 50) == 1.5
+    assert percentile([5.0, 1.0, 2.0, 4.0, 3.0], 90) == pytest.approx(4.6)
 
 
 RESULT = Result(

@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 
 from dllmserve import SamplingParams
-from dllmserve.bench.workload import Workload, parse_counts
 from dllmserve.errors import (
     ConfigError,
     ContextLengthError,
     WeightsError,
 )
 from dllmserve.models.loader import find_model, read_config, read_spec, require_weights
+from dllmserve.tools.bench.workload import Workload
+from dllmserve.tools.text import numbers
 from tests.bench.test_roofline import SPEC
 
 
 def workload(**values: Any) -> Workload:
     params = SamplingParams(gen_length=values.pop("gen_length", 16))
-    rest = {"prompt_len": 20, "sparse": None, "seed": 0, "runs": 1, "warmup": 0, **values}
+    rest = {"prompt_len": 20, "seed": 0, "runs": 1, "warmup": 0, **values}
     return Workload(params=params, **rest)
 
 
@@ -60,10 +61,10 @@ def test_bad_numbers(values: dict[str, int]) -> None:
 
 
 def test_counts() -> None:
-    assert parse_counts("1, 16,64") == [1, 16, 64]
-    for text in ("", "0", "1,,2", "-1", "1.5", "x", "²", "1 2"):
+    assert numbers("requests", "1, 16,64", int, "integers >= 1") == [1, 16, 64]
+    for text in ("", "0", "1,,2", "-1", "1.5", "x", "²", "1_0", "1 2"):
         with pytest.raises(ConfigError, match="requests must be integers >= 1"):
-            parse_counts(text)
+            numbers("requests", text, int, "integers >= 1")
 
 
 @pytest.mark.parametrize(

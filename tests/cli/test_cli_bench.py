@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dllmserve import __version__
-from dllmserve.bench import roofline
 from dllmserve.cli.app import app
 from dllmserve.cli.main import main
+from dllmserve.tools.bench import roofline
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 SMALL = ["--prompt-len", "12", "--gen-length", "8", "--runs", "2", "--max-num-seqs", "4"]

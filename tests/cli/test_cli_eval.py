@@ -14,12 +14,12 @@ import typer
 from typer.testing import CliRunner
 
 from dllmserve import __version__
+from dllmserve.cli import INTERRUPTED
 from dllmserve.cli import eval as command
 from dllmserve.cli.app import app
-from dllmserve.cli.exit_codes import INTERRUPTED
 from dllmserve.cli.main import main
-from dllmserve.cli.options import SAMPLING, SPARSE, sampling_params, sparse_config, with_options
-from dllmserve.evaluation.run import Evaluation
+from dllmserve.cli.options import SAMPLING, SPARSE, sampling_params, with_options
+from dllmserve.tools.evaluation.run import Evaluation
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 FEW = ["--max-num-seqs", "8", "--max-model-len", "512", "--limit", "2"]
@@ -167,7 +167,6 @@ def test_the_options_are_those_of_generate() -> None:
         assert runner.invoke(own, args).exit_code == 0
         base = command._base(seen[-1], None)
         assert base.params() == sampling_params(seen[-1])
-        assert base.sparse_config() == sparse_config(seen[-1])
 
 
 def test_interrupted(
@@ -215,7 +214,7 @@ BAD_VALUES = [
     (["--threshold", "2"], "threshold must be"),
     (["--plot", "picture.pdf"], "plot must be a file that ends in .png or .svg"),
     (["--json", "-", "--answers", "-"], "takes --json or --answers, not both"),
-    (["--json", "."], "a file is needed, got the folder '.'"),
+    (["--json", "."], "json must be a file, got the folder '.'"),
     (["--json", "no/such/folder/a.json"], "No such file or directory"),
     (["--replot", "no/such/file"], "no/such/file: No such file"),
     (["--replot", "a.json", "--limit", "3"], "give --plot and --json with it alone, not --limit"),

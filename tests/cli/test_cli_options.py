@@ -12,10 +12,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from dllmserve.cli import bench_serve, generate
+from dllmserve.cli import eval as evaluate
 from dllmserve.cli import serve as serve_command
 from dllmserve.cli.app import run
 from dllmserve.cli.options import (
-    DEFAULT_BLOCK_LENGTH,
     DEFAULT_GEN_LENGTH,
     ENGINE,
     SAMPLING,
@@ -24,13 +25,13 @@ from dllmserve.cli.options import (
     chosen_quality,
     engine_config,
     sampling_params,
-    sparse_config,
     with_options,
     with_quality,
 )
 from dllmserve.config import EngineConfig
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import knobs
+from dllmserve.presets import BLOCK_LENGTH
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server import serve as server_module
 from dllmserve.server.config import ServerConfig
@@ -179,6 +180,17 @@ def test_every_field_is_an_option(group: Group) -> None:
     assert group.skipped <= names and set(group.names) <= names and group.flags <= names
 
 
+@pytest.mark.parametrize("module", [generate, bench_serve, evaluate], ids=lambda m: m.__name__)
+def test_every_field_of_a_command_is_an_option(module: Any) -> None:
+    group: Group = module.OPTIONS
+    names = {f.name for f in fields(group.kind)}
+    assert knobs(group.kind).keys() == names and not group.skipped
+    assert all(it.help for it in knobs(group.kind).values())
+    assert {*group.names, *group.metavars, *group.lists, *group.shown, *group.flags} <= names
+    declared = [p.name for p in group.parameters()]
+    assert len(set(declared)) == len(names)
+
+
 def test_what_has_no_option_is_known() -> None:
     assert SAMPLING.skipped == {"sparse"}  # the options of SPARSE make it
     assert SPARSE.skipped == frozenset()
@@ -198,7 +210,7 @@ def test_option_arrives(field: str) -> None:
     options = parse(*args)
     group, _, name = field.rpartition(".")
     if group == "sparse":
-        made: Any = sparse_config(options)
+        made: Any = sampling_params(options).sparse
     elif group == "engine":
         made = engine_config("tiny", options)
     else:
@@ -259,6 +271,14 @@ def test_engine_option_arrives_in_the_server(field: str, monkeypatch: pytest.Mon
     assert settings.engine.model == settings.model_name == "some/model"
 
 
+def test_the_model_of_the_server_is_an_argument_or_an_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert settings_of(monkeypatch, "--model", "some/model").engine.model == "some/model"
+    assert run(["serve", "some/model", "-m", "some/other"]) == 1
+    assert "give MODEL or --model, not both" in capsys.readouterr().err
+
+
 def test_defaults_of_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(monkeypatch)
     assert settings.server == ServerConfig()
@@ -272,9 +292,8 @@ def test_defaults() -> None:
         temperature=0.0,
         gen_length=DEFAULT_GEN_LENGTH,
         steps=DEFAULT_GEN_LENGTH,
-        block_length=DEFAULT_BLOCK_LENGTH,
+        block_length=BLOCK_LENGTH,
     )
-    assert sparse_config(options) is None
     assert engine_config("tiny", options) == EngineConfig(trust_remote_code=False)
 
 
@@ -342,16 +361,16 @@ def test_shown_defaults_are_the_used_ones() -> None:
 
 @pytest.mark.parametrize("field", [n for n in VALUES if n.startswith("sparse.")])
 def test_a_sparse_option_implies_sparse(field: str) -> None:
-    options = parse(*VALUES[field][0])
-    assert sparse_config(options) is not None
+    params = sampling_params(parse(*VALUES[field][0]))
+    assert params.sparse is not None
     # the SparseConfig's own block length counts
-    assert sampling_params(options).block_length is None
+    assert params.block_length is None
 
 
 def test_sparse_can_be_refused() -> None:
-    options = parse("--retention-ratio", "0.3", "--no-sparse")
-    assert sparse_config(options) is None
-    assert sampling_params(options).block_length == DEFAULT_BLOCK_LENGTH
+    params = sampling_params(parse("--retention-ratio", "0.3", "--no-sparse"))
+    assert params.sparse is None
+    assert params.block_length == BLOCK_LENGTH
 
 
 def test_block_length_with_sparse() -> None:

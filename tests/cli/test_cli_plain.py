@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from dllmserve import LLM, SamplingParams
-from dllmserve.cli.plain import plain_pieces
+from dllmserve.cli.generate import plain_pieces
 
 QUESTION = [{"role": "user", "content": "Copy: stone river garden window"}]
 
@@ -16,7 +16,7 @@ def test_pieces_join_to_the_answer_and_come_early() -> None:
     assert llm.tokenizer is not None
     params = SamplingParams(temperature=0.0, gen_length=32, steps=32)
     steps = llm.stream(llm.chat_ids(QUESTION), params)
-    pieces = list(plain_pieces(steps, llm.tokenizer.decode))
+    pieces = list(plain_pieces(steps, llm.tokenizer))
     answer = llm.chat(QUESTION, params, use_tqdm=False)[0]["text"]
     assert "".join(pieces) == answer
     assert len([p for p in pieces if p]) > 1
@@ -27,7 +27,7 @@ def test_the_beginning_of_a_stop_string_is_held_back() -> None:
     assert llm.tokenizer is not None
     params = SamplingParams(temperature=0.0, gen_length=32, steps=32, stop=["garden wi"])
     steps = llm.stream(llm.chat_ids(QUESTION), params)
-    pieces = list(plain_pieces(steps, llm.tokenizer.decode, params.stop_strings))
+    pieces = list(plain_pieces(steps, llm.tokenizer, params.stop_strings))
     assert "".join(pieces) == "stone river "
 
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from dllmserve import LLM
-from dllmserve.bench.environment import device_text
 from dllmserve.config import EngineConfig
 from dllmserve.engine import machine as engine_machine
 from dllmserve.engine import setup
 from dllmserve.engine.machine import choose_threads, rank_threads, with_threads
 from dllmserve.errors import ConfigError, ModelError
+from dllmserve.tools.environment import header_lines
 
 CPU = torch.device("cpu")
 
@@ -116,7 +116,8 @@ def test_one_in_a_forked_process(device: torch.device, monkeypatch: pytest.Monke
 def test_after_the_load_all_is_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM("tiny", device="cpu", threads=3) as llm:
         assert torch.get_num_threads() == 16
-        assert llm.plan.threads == 3 and "(3 threads)" in device_text(llm.plan)
+        assert llm.plan.threads == 3
+        assert "(3 threads)" in header_lines(llm.config, llm.plan)["device"]
     assert torch.get_num_threads() == 16
     machine(monkeypatch, usable=4)
     (tmp_path / "config.json").write_text("{}")

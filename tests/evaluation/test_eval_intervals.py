@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from dllmserve.evaluation.intervals import Z95, paired_difference, wilson
+from dllmserve.tools.evaluation.figures import Z95, paired_difference, wilson
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dllmserve.errors import ConfigError
-from dllmserve.evaluation.items import Item, held_out, read_items, select
+from dllmserve.tools.evaluation.items import Item, held_out, read_items, select
 
 
 def write(path: Path, *lines: Any) -> Path:

@@ -8,8 +8,8 @@ from decimal import Decimal
 import pytest
 
 from dllmserve.errors import ConfigError
-from dllmserve.evaluation.items import held_out
-from dllmserve.evaluation.judge import SCORER, check_answer, judge, last_number
+from dllmserve.tools.evaluation.items import held_out
+from dllmserve.tools.evaluation.judge import SCORER, check_answer, judge, last_number
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from dllmserve import LLM
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError, TokenizerError
-from dllmserve.evaluation import Item, Setting, evaluate, held_out, select
-from dllmserve.evaluation.figures import Figures, Measured, Outcome, SettingResult, summarise
-from dllmserve.evaluation.run import Evaluation, find_baseline
+from dllmserve.tools.evaluation import Item, Setting, evaluate, held_out, select
+from dllmserve.tools.evaluation.figures import Figures, Measured, Outcome, SettingResult, summarise
+from dllmserve.tools.evaluation.run import Evaluation, find_baseline
 from tests.conftest import Engines
 
 FAST = Setting("fast", {"unmask": "threshold", "threshold": 0.9})
@@ -69,12 +70,7 @@ def test_answers_are_those_of_the_same_requests_alone(tiny: LLM) -> None:
     setting = Setting("sparse", {"unmask": "threshold"}, {"retention_ratio": 0.5})
     found = Evaluation(tiny, few).run(setting).outcomes
     for outcome, asked in zip(found, few, strict=True):
-        (alone,) = tiny.chat(
-            [asked.messages],
-            setting.params(asked.gen_length),
-            setting.sparse_config(),
-            use_tqdm=False,
-        )
+        (alone,) = tiny.chat([asked.messages], setting.params(asked.gen_length), use_tqdm=False)
         assert outcome.text == alone["text"] and outcome.usage == alone["usage"]
 
 
@@ -94,11 +90,6 @@ def test_what_cannot_run_is_refused_before_anything_does(tiny: LLM) -> None:
     cases: list[tuple[list[Setting], type[DllmServeError], str]] = [
         ([FAST, FAST], ConfigError, "two settings are named 'fast'"),
         (
-            [FAST, Setting("both", {"cache": "dual"}, {})],
-            InvalidParameterError,
-            "setting 'both': a SparseConfig and cache='dual' exclude each other",
-        ),
-        (
             [FAST, Setting("long", {"gen_length": 500})],
             DllmServeError,
             r"setting 'long': item 'word/.*over max_model_len=512",
@@ -109,6 +100,8 @@ def test_what_cannot_run_is_refused_before_anything_does(tiny: LLM) -> None:
             evaluation.check(settings)
     with pytest.raises(ConfigError, match="no items"):
         Evaluation(tiny, [])
+    with pytest.raises(InvalidParameterError, match="setting 'both': a SparseConfig and cache="):
+        Setting("both", {"cache": "dual"}, {})
 
 
 def test_models_that_cannot_be_asked(checkpoints: dict[str, Path], engines: Engines) -> None:
@@ -147,7 +140,7 @@ def test_summarise_and_the_record_of_it() -> None:
     assert fast.tokens_per_second == pytest.approx(12.0)
     for result in (fast, block):
         record: dict[str, Any] = json.loads(json.dumps(asdict(result)))
-        assert SettingResult.from_record(record) == result
+        assert msgspec.convert(record, SettingResult) == result
 
 
 def test_counts_that_other_outputs_have_are_kept() -> None:

@@ -11,7 +11,9 @@ import pytest
 
 from dllmserve.catalog import RULES
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError, UnknownOptionError
-from dllmserve.evaluation.settings import (
+from dllmserve.presets import PRESETS
+from dllmserve.sampling_params import SamplingParams, cache_names
+from dllmserve.tools.evaluation.settings import (
     SAMPLING_FIELDS,
     SUITES,
     Setting,
@@ -22,8 +24,6 @@ from dllmserve.evaluation.settings import (
     read_settings,
     suite,
 )
-from dllmserve.presets import PRESETS
-from dllmserve.sampling_params import SamplingParams, cache_names
 
 
 def test_every_field_may_be_set() -> None:
@@ -73,6 +73,7 @@ def test_presets_bring_their_own_blocks_and_steps() -> None:
         ("a: block_length=none ignore_eos=True", {"block_length": None, "ignore_eos": True}),
         ("a: cache=none", {"cache": "none"}),
         ("a: stop='x y'  seed=3", {"stop": "x y", "seed": 3}),
+        ("a: quality=none stop='[x]'", {"quality": None, "stop": "[x]"}),
         ('a: stop=["x","y z"] top_k=2', {"stop": ["x", "y z"], "top_k": 2}),
         ('a: stop="x\\n"', {"stop": "x\n"}),
         ('a: logit_bias={"5": -3, "7": 1.5}', {"logit_bias": {5: -3, 7: 1.5}}),
@@ -102,6 +103,8 @@ BAD_TEXTS: list[tuple[str, type[Exception], str]] = [
     ("a: threshold=x", InvalidParameterError, r"setting 'a': threshold must be .*, got 'x' \(str"),
     ("a: threshold=2", InvalidParameterError, r"setting 'a': threshold must be a number in \[0, 1"),
     ("a: steps", ConfigError, "setting 'a': needs field=value, got 'steps'"),
+    ("a: stop=''", InvalidParameterError, "stop strings must be non-empty strings, got ''"),
+    ("a: stop=''[1]", ConfigError, r"stop goes on with '\[1\]' behind its value"),
     ("a: steps= 3", ConfigError, "setting 'a': needs field=value, got '3'"),
     ("a: steps=3 steps=4", ConfigError, "setting 'a': steps is given twice"),
     ("a: steps=3 tokens_per_step=4", InvalidParameterError, "exclude each other"),

@@ -10,9 +10,9 @@ import pytest
 
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError, UnknownOptionError
-from dllmserve.evaluation.settings import Setting
-from dllmserve.lm_eval import asking
-from dllmserve.lm_eval.asking import cut, read_request, split_options
+from dllmserve.tools.evaluation.settings import Setting
+from dllmserve.tools.lm_eval import asking
+from dllmserve.tools.lm_eval.asking import cut, read_request, split_options
 
 
 def test_what_it_imports() -> None:

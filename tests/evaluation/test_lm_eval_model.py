@@ -21,7 +21,7 @@ from tests.checkpoints import Shape, write_random
 
 TASK = Path(__file__).parents[2] / "examples" / "lm_eval"
 REAL = importlib.util.find_spec("lm_eval") is not None
-MODULE = "dllmserve.lm_eval.model"
+MODULE = "dllmserve.tools.lm_eval.model"
 
 
 class StandInLM:
@@ -144,7 +144,7 @@ def test_what_is_not_offered(lm: Any, model_class: Any, tmp_path: Path) -> None:
 def test_without_lm_eval() -> None:
     code = (
         "import sys; sys.modules['lm_eval'] = None; "
-        "from dllmserve.lm_eval.__main__ import main; main()"
+        "from dllmserve.tools.lm_eval.__main__ import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1

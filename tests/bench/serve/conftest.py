@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from dllmserve.bench.serve.arrivals import TraceEntry
-from dllmserve.bench.serve.figures import ServeResult, result_of
-from dllmserve.bench.serve.load import Measured, measure
-from dllmserve.bench.serve.options import ServeOptions
-from dllmserve.bench.serve.prompts import Source, builtin, traced
+from dllmserve.tools.bench.serve.arrivals import TraceEntry
+from dllmserve.tools.bench.serve.figures import ServeResult, result_of
+from dllmserve.tools.bench.serve.load import Measured, measure
+from dllmserve.tools.bench.serve.options import ServeOptions
+from dllmserve.tools.bench.serve.prompts import Source, builtin, traced
 from tests.bench.serve.fake import Fake, running
 
 Load = Callable[..., tuple[Measured, list[ServeResult]]]

@@ -199,7 +199,7 @@ def test_missing_aiohttp(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "aiohttp", None)
-    for name in [name for name in sys.modules if name.startswith("dllmserve.bench.serve.")]:
+    for name in [name for name in sys.modules if name.startswith("dllmserve.tools.bench.serve.")]:
         monkeypatch.delitem(sys.modules, name)
     assert main(["bench", "serve"]) == 1
     out, err = capfd.readouterr()

@@ -7,10 +7,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from dllmserve.bench.serve import http
-from dllmserve.bench.serve.http import HttpClient, Reply
-from dllmserve.bench.serve.options import Address
-from dllmserve.bench.serve.outcome import RequestFailed
+from dllmserve.tools.bench.serve import http
+from dllmserve.tools.bench.serve.http import HttpClient, Reply
+from dllmserve.tools.bench.serve.outcome import RequestFailed
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-Queue-Time: 0.5\r\n\r\nhi"
 
@@ -55,7 +54,7 @@ def talk(server: Scripted, main: Callable[[HttpClient], Awaitable[None]]) -> Non
     async def both() -> None:
         listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
-        address = Address.parse(f"http://127.0.0.1:{port}/team")
+        address = f"http://127.0.0.1:{port}/team"
         client = HttpClient(address, {"x-a": "b"})
         try:
             await asyncio.wait_for(main(client), 20)
@@ -209,11 +208,11 @@ def test_a_timeout_ends_the_connection() -> None:
 
 def test_no_connection() -> None:
     async def main() -> None:
-        client = HttpClient(Address.parse("http://localhost:1"), {})
+        client = HttpClient("http://localhost:1", {})
         with pytest.raises(RequestFailed) as caught:
             await ask(client)
         assert (caught.value.kind, caught.value.message) == ("no connection", "Connection refused")
-        unknown = HttpClient(Address.parse("http://no-such-host.invalid"), {})
+        unknown = HttpClient("http://no-such-host.invalid", {})
         with pytest.raises(RequestFailed) as caught:
             await ask(unknown)
         assert caught.value.kind == "no connection" and caught.value.message
@@ -232,7 +231,7 @@ def test_tls_to_a_server_without() -> None:
     async def main() -> None:
         listener = await asyncio.start_server(plain, "127.0.0.1", 0)
         port = listener.sockets[0].getsockname()[1]
-        client = HttpClient(Address.parse(f"https://127.0.0.1:{port}"), {})
+        client = HttpClient(f"https://127.0.0.1:{port}", {})
         found = await failure(client)
         assert found.kind == "no connection" and "SSL" in found.message.upper()
         await client.close()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from starlette.responses import JSONResponse
 
-from dllmserve.bench.serve.arrivals import TraceEntry, arrival_times
-from dllmserve.bench.serve.figures import result_of
-from dllmserve.bench.serve.load import measure
-from dllmserve.bench.serve.options import ServeOptions
-from dllmserve.bench.serve.prompts import builtin
 from dllmserve.errors import ConfigError
+from dllmserve.tools.bench.serve.arrivals import TraceEntry, arrival_times
+from dllmserve.tools.bench.serve.figures import result_of
+from dllmserve.tools.bench.serve.load import measure
+from dllmserve.tools.bench.serve.options import ServeOptions
+from dllmserve.tools.bench.serve.prompts import builtin
 from tests.bench.serve.conftest import Load
 from tests.bench.serve.fake import MODEL, Fake, Plan
 

@@ -1,0 +1,1 @@
+"""What is neither the engine nor the server: benchmarks, evaluations and the model of lm-eval."""

@@ -1,0 +1,1 @@
+"""Benchmarks of the engine: workload, timed runs, roofline, kernel share, report, picture."""

@@ -1,0 +1,169 @@
+"""The roofline: what this device could do at best, and how long a run would take then.
+
+The floor of a step is the longer of two times: its arithmetic at the measured rate of a
+large matrix product, and one read of the weights at the measured copy bandwidth. Traffic of
+K,V, activations and logits is not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dllmserve.core.budget import GIB
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import Span, StepPlan, Store
+from dllmserve.engine.machine import device_memory
+from dllmserve.models.loader import outline
+from dllmserve.parallel.partition import Partition
+
+#: bytes of the copied buffer: far more than any cache holds
+_COPY_BYTES = {"cuda": 2 * GIB, "cpu": GIB // 8}
+#: rows and columns of the multiplied matrices
+_MATRIX = {"cuda": 8192, "cpu": 1024}
+_WARMUP, _REPEATS = 3, 9
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured limits of a device.
+
+    Attributes:
+        bytes_per_second: of a device copy, read and written bytes together.
+        flop_per_second: of a square matrix product in the engine's dtype.
+        copy_bytes: size of the copied buffer.
+        matrix_size: rows and columns of the matrices.
+    """
+
+    bytes_per_second: float
+    flop_per_second: float
+    copy_bytes: int
+    matrix_size: int
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Numbers that a step's cost follows from.
+
+    Attributes:
+        layer_weights: weights of all layers' matrices.
+        head_weights: weights of the LM head.
+        attention_flop: FLOP of one query that attends to one key, all layers and heads.
+        weight_bytes: bytes per weight.
+    """
+
+    layer_weights: int
+    head_weights: int
+    attention_flop: int
+    weight_bytes: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec, weight_bytes: int) -> ModelCost:
+        """Costs of a model whose weights take ``weight_bytes`` bytes each."""
+        model = outline(Partition(spec))
+        tables = (model.embedding.weight, model.head.weight)
+        matrices = [w.data for w in model.weights if w.data.dim() == 2]
+        return cls(
+            layer_weights=sum(w.numel() for w in matrices if all(w is not t for t in tables)),
+            head_weights=model.head.weight.numel(),
+            # scores and weighted sum, 2 each
+            attention_flop=4 * spec.num_heads * spec.head_dim * spec.num_layers,
+            weight_bytes=weight_bytes,
+        )
+
+    def flop(self, plan: StepPlan) -> int:
+        """Floating-point operations of a step; a multiplication and an addition are two."""
+        pairs = sum(span.q_len * attended_keys(span) for span in plan.spans)
+        dense = plan.tokens * self.layer_weights + head_rows(plan) * self.head_weights
+        return 2 * dense + self.attention_flop * pairs
+
+    def bytes_read(self, plan: StepPlan) -> int:
+        """Bytes of the weights that a step has to read."""
+        head = self.head_weights if head_rows(plan) else 0
+        return (self.layer_weights + head) * self.weight_bytes
+
+    def floor_seconds(self, plans: Iterable[StepPlan], ceilings: Ceilings) -> float:
+        """Seconds that the steps take at least, one after the other."""
+        return sum(
+            max(
+                self.flop(plan) / ceilings.flop_per_second,
+                self.bytes_read(plan) / ceilings.bytes_per_second,
+            )
+            for plan in plans
+        )
+
+
+def attended_keys(span: Span) -> int:
+    """Keys that each query of a span sees: cached ones it does not overwrite, and itself.
+
+    Every query sees all of them, but for a stair, where some see fewer.
+    """
+    cached = span.ctx_len
+    if span.store == Store.POSITIONS:  # a fresh key takes the slot of its position
+        cached -= max(min(span.ctx_len, span.q_start + span.q_len) - span.q_start, 0)
+    return cached + span.q_len
+
+
+def head_rows(plan: StepPlan) -> int:
+    """Rows of a step that go through the LM head."""
+    return sum(entry.logit_rows for entry in plan.entries)
+
+
+#: a smaller product says nothing about the device
+_LEAST_MATRIX = 1024
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measure copy bandwidth and matrix product rate; medians, after a warm-up."""
+    copy_bytes, size = _COPY_BYTES[device.type], _MATRIX[device.type]
+    free = device_memory(device)[1]
+    copy_bytes = min(copy_bytes, free // 8)  # two buffers, beside whatever else there is
+    while size > _LEAST_MATRIX and 3 * size**2 * dtype.itemsize > free // 4:
+        size //= 2
+    copy, product = _copy_seconds(copy_bytes, device), _product_seconds(size, dtype, device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the engine is about to plan with what is free
+    return Ceilings(2 * copy_bytes / copy, 2 * size**3 / product, copy_bytes, size)
+
+
+def _copy_seconds(size: int, device: torch.device) -> float:
+    # filled, because a CPU maps memory that was never written to one page of zeros
+    source = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source).fill_(0)
+    return _median_seconds(lambda: target.copy_(source), device)
+
+
+def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    # random, because zeros draw less power and run at higher clocks
+    left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    out = torch.empty_like(left)
+    return _median_seconds(lambda: torch.mm(left, right, out=out), device)
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    for _ in range(_WARMUP):
+        work()
+    timed = _cuda_seconds if device.type == "cuda" else _host_seconds
+    return statistics.median(timed(work, device) for _ in range(_REPEATS))
+
+
+def _host_seconds(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _cuda_seconds(work: Callable[[], object], device: torch.device) -> float:
+    event: Any = torch.cuda.Event  # torch gives it no types
+    with torch.cuda.device(device):
+        start, end = (event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3

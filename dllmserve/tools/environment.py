@@ -1,0 +1,68 @@
+"""What figures depend on: versions, device, model and engine, in words and as a record."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from dllmserve import __version__
+from dllmserve.config import EngineConfig
+from dllmserve.engine.setup import EnginePlan
+from dllmserve.runtime.platform import device_facts
+from dllmserve.tools.bench.roofline import ModelCost
+
+
+def environment(config: EngineConfig, plan: EnginePlan) -> dict[str, Any]:
+    """What every record begins with; docs/benchmarks.md describes it."""
+    cost = ModelCost.of(plan.spec, plan.dtype.itemsize)
+    return {
+        "versions": {
+            "dllmserve": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        },
+        "device": device_facts(plan.device, plan.threads),
+        "dtype": dtype_name(plan),
+        "model": {
+            "name": config.model,
+            "parameters": plan.spec.parameters(),
+            "layer_weight_bytes": cost.layer_weights * cost.weight_bytes,
+            "head_weight_bytes": cost.head_weights * cost.weight_bytes,
+            **asdict(plan.spec),
+        },
+        "options": {
+            "engine": asdict(config),
+            "limits": asdict(plan.limits),
+            "attention": plan.attention,
+            "kernels": plan.kernels,
+        },
+    }
+
+
+def header_lines(config: EngineConfig, plan: EnginePlan) -> dict[str, str]:
+    """The first lines of a report: name and shape of the model, device and torch, the engine."""
+    spec, limits, found = plan.spec, plan.limits, device_facts(plan.device, plan.threads)
+    weights = "random weights" if config.load_format == "dummy" else "its own weights"
+    threads = f" ({found['threads']} threads)" if "threads" in found else ""
+    cuda = f", CUDA {torch.version.cuda}" if plan.device.type == "cuda" else ""
+    mode = ", eager" if config.enforce_eager else ""
+    return {
+        "model": f"{config.model} ({spec.architecture}), {weights}: {spec.num_layers} layers of "
+        f"{spec.hidden_size}, {spec.num_heads} heads, {spec.num_kv_heads} K,V heads of "
+        f"{spec.head_dim}, MLP {spec.mlp_size}, vocabulary {spec.vocab_size}, "
+        f"{spec.parameters() / 1e6:,.1f} M parameters",
+        "device": f"{found['name']}{threads}, {dtype_name(plan)}, torch {torch.__version__}{cuda}",
+        "engine": f"dllmserve {__version__}, attention {plan.attention}, kernels {plan.kernels}"
+        f"{mode}, max_model_len {limits.max_model_len}, max_num_seqs {limits.max_num_seqs}, "
+        f"max_num_batched_tokens {limits.max_num_batched_tokens}, "
+        f"max_logit_rows {limits.max_logit_rows}",
+    }
+
+
+def dtype_name(plan: EnginePlan) -> str:
+    """The dtype as the options name it."""
+    return str(plan.dtype).removeprefix("torch.")
