@@ -22,6 +22,8 @@ from tests.checkpoints import Shape, write_random
 TASK = Path(__file__).parents[2] / "examples" / "lm_eval"
 REAL = importlib.util.find_spec("lm_eval") is not None
 MODULE = "dllmserve.tools.lm_eval.model"
+#: what users import
+DOCUMENTED = "dllmserve.lm_eval.model"
 
 
 class StandInLM:
@@ -47,11 +49,13 @@ def model_class(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     modules["lm_eval.api.registry"].register_model = register_model  # type: ignore[attr-defined]
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
-    kind = importlib.import_module(MODULE).DllmServeLM
-    assert registered == {"dllmserve": kind}
+    for name in (MODULE, DOCUMENTED):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    kind = importlib.import_module(DOCUMENTED).DllmServeLM
+    assert registered == {"dllmserve": kind} and kind.__module__ == MODULE
     yield kind
-    sys.modules.pop(MODULE, None)
+    for name in (MODULE, DOCUMENTED):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
