@@ -112,10 +112,14 @@ class GraphPool:
         return captured.outputs
 
     def clear(self) -> None:
-        """Drop all graphs and what is known of shapes."""
+        """Drop all graphs and what is known of shapes.
+
+        With the last graph goes what its pool of memory hangs on, so the next ones get another.
+        """
         self._paused = 0
         self._graphs.clear()
         self._seen.clear()
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _capture(self, step: Callable[[], StepOutputs]) -> _Captured:
         # not torch.cuda.graph(): it collects garbage and empties the allocator's cache on
