@@ -128,7 +128,8 @@ class StepDecision:
         return HeadCells(
             row=torch.where(real, inputs.rows[owner], self._table.trash_row),
             column=inputs.head_cells % self._shape.width,
-            entering=inputs.entering[owner],
+            entering=inputs.entering[owner]
+            | ~real,  # see runtime.shape: nothing is kept of padding
             forward=self._forwards[owner],
             real=real,
         )
@@ -310,7 +311,8 @@ class StepDecision:
         first = answer.first_end
         eos = torch.where(first < frontier, first, -1)
         end = torch.where(first < longest, first, -1)
-        broken = torch.zeros_like(left).index_add(0, self._owner, stats.prob.isnan().long())
+        bad = stats.prob.isnan() & inputs.head_real
+        broken = torch.zeros_like(left).index_add(0, self._owner, bad.long())
         return torch.stack((left, frontier, eos, broken, end), dim=1)
 
 

@@ -35,6 +35,9 @@ class EntryField(IntEnum):
 
 
 ENTRY_FIELDS = len(EntryField)
+#: LM-head rows of a padding entry, and that it enters a block: what is kept on the trash row, which
+#: may be anything, begins anew in every step
+_PADDING = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,7 @@ class _Layout:
         pad = self._pad
         count = pad.other(len(entries))
         padding = count - len(entries)
-        heads = [(e.head_rows, int(e.entering)) for e in entries] + [(0, 0)] * padding
+        heads = [(e.head_rows, int(e.entering)) for e in entries] + [_PADDING] * padding
         segment = SegmentShape(
             entries=count,
             # at least one, so that a step that only stores is no special case
@@ -328,7 +331,7 @@ def empty_ints(shape: StepShape, trash_row: int) -> array[int]:
     ints = array("i", (trash_row, *(0,) * (SPAN_FIELDS - 1)) * shape.spans)
     first = 0
     for segment in shape.segments:
-        ints.extend(_entry_fields([(0, 0)] * segment.entries, first, segment.rows))
+        ints.extend(_entry_fields([_PADDING] * segment.entries, first, segment.rows))
         first += segment.rows
     return ints
 

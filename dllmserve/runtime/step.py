@@ -159,7 +159,7 @@ def head_cells(
     return HeadCells(
         row=row,
         column=tensors.positions[tensors.head_rows] + shift - block,
-        entering=entries[:, EntryField.ENTERING].index_select(0, entry) > 0,
+        entering=(entries[:, EntryField.ENTERING].index_select(0, entry) > 0) | ~real,
         forward=table.forwards[row],
         real=real,
     )

@@ -176,9 +176,10 @@ def make_case(
 
 
 def make_stats(case: Case, shape: StepShape, packed: Tensor, seed: int, nan: bool) -> TokenStats:
-    """Statistics with many ties; rows of the same cell have the same, as in an engine."""
+    """Statistics with many ties; padding rows have none."""
     table, spec = case.tables[0], case.spec
-    cells = build_inputs(packed, shape, table, spec.mask_id, spec.logit_shift).head_cells.cpu()
+    inputs = build_inputs(packed, shape, table, spec.mask_id, spec.logit_shift)
+    cells = inputs.head_cells.cpu()
     numbers = torch.Generator().manual_seed(seed)
     count = shape.entries * shape.width
 
@@ -190,6 +191,7 @@ def make_stats(case: Case, shape: StepShape, packed: Tensor, seed: int, nan: boo
 
     token = torch.randint(VOCABULARY, (count,), generator=numbers)[cells].to(table.device)
     prob, margin, entropy = values(1 / 8), values(1 / 8), values(0.1)
+    prob[~inputs.head_real] = torch.nan  # what padding gives reaches nothing
     return TokenStats(
         token=token,
         prob=prob,
@@ -253,6 +255,7 @@ def check(case: Case, pad: Padding, *, steps: int = 2, nan: bool = False) -> Non
         same(got.tokens, expected.tokens.masked_fill(~eligible, 0), "tokens")
         same_tables(*case.tables)
         same(got.report, expected.report, "report")
+        assert nan or not expected.report[:, 3].any()
 
 
 def same_views(got: RuleView, expected: RuleView) -> None:

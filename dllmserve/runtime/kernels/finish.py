@@ -375,8 +375,8 @@ def _commit(
             *(packed, tokens, masked, ints, new, write, end, token),
             *(entry, spans, entries, width, BLOCK),
         )
-    first, count, pad_first, pad_count = head_rows_of(packed, spans, entry)
-    broken = _count_nan(prob, first, count, BLOCK) + _count_nan(prob, pad_first, pad_count, BLOCK)
+    first, count, _, _ = head_rows_of(packed, spans, entry)
+    broken = _count_nan(prob, first, count, BLOCK)
     # all padding entries lie on the trash row, and programs must not share what they write
     fills = tl.load(packed + entry * FIELDS + HEAD) != 0
     tl.store(forwards + row, tl.load(forwards + row) + 1, mask=fills & (row != trash_row))
