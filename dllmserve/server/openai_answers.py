@@ -18,8 +18,8 @@ from dllmserve.async_llm import TextDelta
 from dllmserve.outputs import RequestOutput
 from dllmserve.server.common import note_runs
 from dllmserve.server.failures import as_api_error, log_failure
-from dllmserve.server.http.respond import error_type
-from dllmserve.server.service import Run
+from dllmserve.server.http.respond import error_object, error_type
+from dllmserve.server.service import Run, close_all
 from dllmserve.server.sse import event
 
 #: names the software behind an answer; OpenAI's clients show it
@@ -219,16 +219,10 @@ async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGener
     except Exception as failure:
         log_failure(failure)
         error = as_api_error(failure)
-        body = {
-            "message": error.message,
-            "type": error_type(error.status),
-            "param": error.param,
-            "code": error.code,
-        }
-        yield event({"error": body})
+        kind = error_type(error.status)
+        yield event(error_object(error.message, type=kind, code=error.code, param=error.param))
     finally:
-        for run in runs:
-            run.close()
+        close_all(runs)
         note_runs(http, runs, sum(o.completion_tokens for o in outputs.values()))
     yield DONE
 
