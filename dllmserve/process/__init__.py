@@ -1,1 +1,1 @@
-"""Workers, which are child processes: engines, their ranks, and whoever starts and watches them."""
+"""Child processes for engines and their ranks, and the code that starts and watches them."""

@@ -1,4 +1,4 @@
-"""Home: the process and the event loop in which engines were started, and can be used."""
+"""Home: the process and the event loop in which engines were started and may be used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dllmserve.errors import EngineError
 
 
 class Home:
-    """Where this object was made: a process, and its running event loop.
+    """The process and the running event loop in which this object was made.
 
     Attributes:
         loop: the event loop.
@@ -24,7 +24,7 @@ class Home:
 
     @property
     def forked(self) -> bool:
-        """Whether this process is another one, forked from the home."""
+        """Whether the caller is in a process that was forked from the home's."""
         return os.getpid() != self._pid
 
     @property

@@ -34,11 +34,11 @@ _REASON = (
 def refuse_several_workers(receive: Receive) -> None:
     """Raise ConfigError in a worker of a host that was told to run several.
 
-    uvicorn and hypercorn are asked, and gunicorn with uvicorn's worker. Under others the second
-    worker finds that the job store is in use, if that is a file.
+    The options of uvicorn, hypercorn, and gunicorn with uvicorn's worker are known. Under another
+    host, the second worker finds that the job store is in use, if that is a file.
 
     Args:
-        receive: of the lifespan; it belongs to an object that has the host's options.
+        receive: the lifespan's; it is a method of an object that has the host's options.
 
     Raises:
         ConfigError: this process is one of several workers.
@@ -57,13 +57,13 @@ def refuse_several_workers(receive: Receive) -> None:
 
 
 def listening_port(receive: Receive) -> int | None:
-    """The port that uvicorn listens on or is about to; None if it is not known.
+    """The port that uvicorn listens on, or is about to; None if it is not known.
 
-    The application is not told, and its job file is named after the port, so that two servers on
-    one machine do not want the same one. gunicorn's worker does not know it either.
+    The job file is named after the port, so that two servers on one machine use different files.
+    ASGI does not tell the port to the application, and gunicorn's worker does not know it either.
 
     Args:
-        receive: of uvicorn's lifespan, whose object has uvicorn's options.
+        receive: the lifespan's; it is a method of an object that has uvicorn's options.
     """
     if os.environ.get("SERVER_SOFTWARE", "").startswith("gunicorn"):
         return None
@@ -79,13 +79,13 @@ def _config(receive: Receive) -> Any:
 
 
 class PlainStart:
-    """ASGI middleware: tells the host in a sentence why the application cannot start."""
+    """ASGI middleware that tells the host, in one sentence, why the application cannot start."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass everything on, but the traceback that the framework would send."""
+        """Pass everything on, except the traceback that the framework would send."""
         if scope["type"] != "lifespan":
             await self.app(scope, receive, send)
             return
@@ -106,7 +106,7 @@ class PlainStart:
 
 
 async def say_why(send: Send, error: Exception) -> None:
-    """Say why; a bug has its traceback in the log."""
+    """Tell the host why the start failed; the traceback of a bug is logged."""
     if not isinstance(error, DllmServeError):
         _log.exception("dllmserve cannot start")
     text = f"dllmserve cannot start: {error}"
@@ -114,9 +114,9 @@ async def say_why(send: Send, error: Exception) -> None:
 
 
 class LocalOnly:
-    """ASGI middleware: 401 for what comes in on an address that other machines can reach.
+    """ASGI middleware: 401 for requests on an address that other machines can reach.
 
-    ``dllmserve serve`` has no such address without keys; other hosts listen where they like.
+    ``dllmserve serve`` refuses such an address without keys; other hosts may listen on any.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -57,7 +57,7 @@ _DRAWS = 8
 
 
 class StoredRequest(msgspec.Struct, array_like=True, frozen=True):
-    """What it takes to run a job again."""
+    """The part of a request that is needed to run its job again."""
 
     prompt_ids: list[int]
     params: dict[str, Any]
@@ -284,7 +284,7 @@ class Jobs:
     async def _run(
         self, record: JobRecord, request: Request, slot: AdmissionSlot, live: _Live
     ) -> None:
-        """Run a job to its end and store what came of it."""
+        """Run a job to its end and store its result."""
         try:
             # by the store's clock: time in which no server ran does not count
             left = min(record.deadline - self._store.clock(), record.deadline - record.created)

@@ -1,4 +1,4 @@
-"""What the OpenAI endpoints answer: whole, and in pieces."""
+"""Answers of the OpenAI endpoints: whole, and as streams of pieces."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dllmserve.async_llm import TextDelta
 from dllmserve.outputs import RequestOutput
 from dllmserve.server.common import note_runs
 from dllmserve.server.failures import as_api_error, log_failure
-from dllmserve.server.http.respond import error_type
-from dllmserve.server.service import Run
+from dllmserve.server.http.respond import error_object, error_type
+from dllmserve.server.service import Run, close_all
 from dllmserve.server.sse import event
 
 #: names the software behind an answer; OpenAI's clients show it
@@ -28,7 +28,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class UsageAnswer(BaseModel):
-    """Tokens, and what else a diffusion model can say of its cost."""
+    """Tokens, forward passes and waiting time of an answer."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -64,7 +64,7 @@ class CompletionAnswer(_Answer):
 
 
 class AnswerMessage(BaseModel):
-    """What the model says."""
+    """The model's message."""
 
     role: Literal["assistant"]
     content: str
@@ -96,7 +96,8 @@ class Reply:
         model: its name.
         choices: answers to each prompt; choice i belongs to prompt i // choices.
         echoes: text before each answer, by prompt; empty without echo.
-        include_usage, continuous_usage: what a stream also tells.
+        include_usage, continuous_usage: whether a stream tells the usage at its end, and in each
+            piece.
     """
 
     chat: bool
@@ -136,9 +137,9 @@ class Reply:
         """Tokens of all choices; each prompt counts once.
 
         Args:
-            runs: all of them.
-            outputs: of those that are finished.
-            unfinished: tokens given out so far of the others.
+            runs: all runs.
+            outputs: outputs of the runs that are finished.
+            unfinished: tokens that the other runs have given out so far.
         """
         prompt = sum(run.request.prompt_len for run in runs[:: self.choices])
         completion = sum(output.completion_tokens for output in outputs) + unfinished
@@ -186,7 +187,7 @@ class Reply:
 
 
 async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGenerator[bytes, None]:
-    """The answer in pieces of committed text; an error after the start is an event, too."""
+    """Events with pieces of committed text. An error after the start is an event as well."""
     outputs: dict[int, RequestOutput] = {}
     sent: dict[int, int] = {}
 
@@ -218,22 +219,16 @@ async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGener
     except Exception as failure:
         log_failure(failure)
         error = as_api_error(failure)
-        body = {
-            "message": error.message,
-            "type": error_type(error.status),
-            "param": error.param,
-            "code": error.code,
-        }
-        yield event({"error": body})
+        kind = error_type(error.status)
+        yield event(error_object(error.message, type=kind, code=error.code, param=error.param))
     finally:
-        for run in runs:
-            run.close()
+        close_all(runs)
         note_runs(http, runs, sum(o.completion_tokens for o in outputs.values()))
     yield DONE
 
 
 async def _merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, TextDelta], None]:
-    """Text of all runs as it comes, with the run's number; the first failure ends it."""
+    """Pieces of text of all runs, with the run's index; the first failure ends them."""
     found: asyncio.Queue[tuple[int, TextDelta] | Exception | None] = asyncio.Queue()
 
     async def read(index: int, run: Run) -> None:
@@ -241,7 +236,7 @@ async def _merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[int, TextDelta], 
             async for delta in run.text():
                 found.put_nowait((index, delta))
             found.put_nowait(None)
-        except Exception as error:  # whoever reads the queue would wait for ever
+        except Exception as error:  # the reader of the queue raises it
             found.put_nowait(error)
 
     tasks = [asyncio.create_task(read(index, run)) for index, run in enumerate(runs)]

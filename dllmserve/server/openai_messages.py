@@ -1,7 +1,7 @@
 """Messages of /v1/chat/completions: conversations that any server may have taken part in.
 
-Clients send back what they were given, with keys of the server that gave it. A key that is not
-known here may be there if it says nothing: null, "", [] or {}, or lists and objects of these.
+Clients send answers back as they got them, with keys of the server that gave them. An unknown key
+is allowed if its value is empty: null, "", [] or {}, or lists and objects of these.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from pydantic import ConfigDict, Field, model_validator
 from dllmserve.server.fields import Body, Entries, Listed, Text, neutral
 from dllmserve.server.http.escape import shown
 
-#: messages, parts of a message, calls in a message
+#: most messages of a conversation, parts of a message, and calls in a message
 MAX_MESSAGES = 1024
-#: for caches of prompts, of which there are none here
+#: marks for caches of prompts; this server has no such cache, so they are not read
 Marker = Annotated[Entries[Any] | None, Field(description="Not read.", exclude=True)]
 
 
 def says_nothing(value: Any) -> bool:
-    """Whether a value is null or empty, all the way down.
+    """Whether a value is null or empty, or holds such values only.
 
     Example:
         >>> says_nothing({"refusal": None, "parts": [""]}), says_nothing(0)
@@ -44,7 +44,7 @@ class _Said(Body):
     model_config = ConfigDict(
         json_schema_extra={"additionalProperties": {"enum": [None, "", [], {}]}}
     )
-    #: what other types of it are answered with; None if it has no types
+    #: the error for parts of another type; None if there are no types
     other_type: ClassVar[str | None] = None
 
     cache_control: Marker = None

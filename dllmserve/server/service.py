@@ -170,7 +170,7 @@ class Run:
         self._service.admission.give_back(self._slot, self._forwards, self._tokens)
 
     def drop(self, reason: str, text: str) -> None:
-        """End the request from outside; whoever waits for it gets a RequestAbortedError."""
+        """End the request from outside; the task that waits for it gets a RequestAbortedError."""
         if not self.call.ended:
             self._counted = True
             self._service.metrics.aborted(reason)

@@ -33,7 +33,7 @@ class Settings:
     Attributes:
         server, engine: the options.
         keys: None lets everybody in.
-        ignored: variables of the environment that look like options and are none.
+        ignored: variables of the environment with our prefix that are no options.
     """
 
     server: ServerConfig
@@ -52,12 +52,12 @@ class Settings:
 
     @property
     def several_keys(self) -> bool:
-        """Whether one client can be told from another, so that each gets its share."""
+        """Whether there are several keys, so that each gets its share."""
         return self.keys is not None and len(self.keys) > 1
 
     @property
     def sequential_ids(self) -> bool:
-        """Whether job ids may be guessed: only where everybody may read everything anyway."""
+        """Whether job ids count from 0: by default only where all clients are one owner."""
         server = self.server
         open_to_all = server.loopback and self.keys is None and not server.insecure_no_auth
         scheme = server.request_id_scheme

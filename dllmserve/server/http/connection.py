@@ -47,7 +47,7 @@ def _nothing() -> None:
 
 
 class _Flow(FlowControl):
-    """Keeps reading paused while enough bytes wait to be parsed, whoever wants to resume it."""
+    """Does not resume reading while enough bytes wait to be parsed."""
 
     def __init__(self, transport: asyncio.Transport, crowded: Callable[[], bool]) -> None:
         super().__init__(transport)
@@ -144,7 +144,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._slot.drop = _nothing
 
     def abort(self) -> None:
-        """Drop the connection at once, with whatever is unsent. May be called at any time."""
+        """Drop the connection at once, with all unsent bytes. May be called at any time."""
         self.transport.abort()
 
     def shutdown(self) -> None:

@@ -235,7 +235,7 @@ def _crowded(connections: Connections) -> bytes:
 
 
 def _shut(sock: socket.socket) -> None:
-    """Shut a connection down. Whoever reads from it sees its end and closes it."""
+    """Shut a connection down. The code that reads from it sees its end and closes it."""
     with contextlib.suppress(OSError):  # it has ended already
         sock.shutdown(socket.SHUT_RDWR)
 

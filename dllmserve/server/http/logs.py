@@ -1,4 +1,4 @@
-"""Logging of the server: one line per event, whatever users put into it."""
+"""Logging of the server: one line for each event, which no text of a user can break."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def configure_logging(
         logger.addHandler(handler)
         logger.propagate = False
         logger.setLevel(level.upper() if name != "asyncio" else "WARNING")
-    # a uvicorn.Config with a log_level of its own, anywhere in the process, leaves it behind here
+    # undo the level that a uvicorn.Config with a log_level may have set in this process
     logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)
     logging.getLogger("uvicorn.error").propagate = True
     logging.getLogger("uvicorn.access").propagate = False

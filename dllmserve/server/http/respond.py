@@ -10,7 +10,16 @@ from starlette.types import Receive, Scope, Send
 
 from dllmserve.server.http.escape import shown
 
-__all__ = ["CLOSE", "drain", "error_body", "error_type", "send_error", "shown", "wants_detail"]
+__all__ = [
+    "CLOSE",
+    "drain",
+    "error_body",
+    "error_object",
+    "error_type",
+    "send_error",
+    "shown",
+    "wants_detail",
+]
 
 Headers = Iterable[tuple[bytes, bytes]]
 
@@ -53,6 +62,13 @@ def wants_detail(path: str) -> bool:
     return path.startswith(("/v1/generate", "/v1/result"))
 
 
+def error_object(
+    message: str, *, type: str, code: str | None = None, param: str | None = None
+) -> dict[str, object]:
+    """The error object of OpenAI's API, before it is JSON."""
+    return {"error": {"message": message, "type": type, "param": param, "code": code}}
+
+
 def error_body(
     message: str,
     *,
@@ -71,9 +87,7 @@ def error_body(
         b'{"error":{"message":"no","type":"not_found","param":null,"code":null}}'
     """
     message = shown(message, MAX_MESSAGE)
-    body: dict[str, object] = {
-        "error": {"message": message, "type": type, "param": param, "code": code}
-    }
+    body = error_object(message, type=type, code=code, param=param)
     if detail:
         body["detail"] = message
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,7 +1,7 @@
-"""Rows of a job store as records, and whether they can be any.
+"""Reads rows of a job store as records, and checks their values.
 
-What SQLite finds sound may still hold values that no server has written: a disk has changed them,
-or a tool. Nothing else reads rows, so such a value is a JobStoreError wherever it is met.
+A file that SQLite finds sound may still hold values that no server has written, because a disk or
+a tool has changed them. Only this module reads rows, so such a value is always a JobStoreError.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EVERY_GONE = "SELECT id, place, reason, owner FROM tombstones"
 
 
 def read_job(row: Sequence[Any]) -> Stored:
-    """A job from a row of :data:`JOB`. Raises JobStoreError if it cannot be one."""
+    """A job from a row of :data:`JOB`. Raises JobStoreError if a value is wrong."""
     id, owner, model, created, deadline, request, status, text, error, details, finished = row
     where = f"job {id}"
     record = JobRecord(
@@ -59,7 +59,7 @@ def read_job(row: Sequence[Any]) -> Stored:
 
 
 def read_gone(id: int, reason: Any, owner: Any) -> Gone:
-    """What is remembered of a dropped job. Raises JobStoreError if it cannot be that."""
+    """The tombstone of a dropped job. Raises JobStoreError if a value is wrong."""
     where = f"dropped job {id}"
     if reason not in get_args(GoneReason):
         raise _damaged(where, "reason")

@@ -24,24 +24,24 @@ from dllmserve.server.store.tables import EXPIRE_CHUNK, Tables
 class SqliteStore:
     """A :class:`~dllmserve.server.store.base.JobStore` in an SQLite file, or in memory.
 
-    What an operation did is on the disk when it returns (write-ahead log, synchronous=FULL), so it
-    is there after ``kill -9`` and after a power cut. One server at a time can have the file open.
+    When an operation returns, its changes are on the disk (write-ahead log, synchronous=FULL). So
+    they survive ``kill -9`` and a power cut. One server at a time can have the file open.
 
-    Prompts and answers are sensitive, so only the file's user can read it. What is deleted,
-    evicted or expired is overwritten with zeros (secure_delete, which costs nothing measurable
-    here), as is the request of a job that finishes. Copies in the write-ahead log are emptied
-    after a second without work and when the store is closed; without such a pause, a few
-    megabytes of later writes replace them. This is not a guarantee: SQLite leaves traces in
+    Prompts and answers are sensitive, so only the file's user can read it. Deleted, evicted and
+    expired jobs are overwritten with zeros (secure_delete, which costs nothing measurable here),
+    and so is the request of a job that finishes. The write-ahead log, which holds copies, is
+    emptied after a second without work and when the store is closed; without such a pause, a few
+    megabytes of later writes replace the copies. This is not a guarantee: SQLite leaves traces in
     unused parts of pages that it rearranged, until they are written again, and so do file
-    systems and disks. Who needs one encrypts the disk.
+    systems and disks. For a guarantee, encrypt the disk.
 
     Args:
         path: the file; it and its directory are made if they are missing. None keeps jobs in
             memory: they end with the process, and ids start from 0 in the next one.
-        limits: bounds of what is kept; None takes the defaults. Lower ones than before are
-            enforced when it is opened.
-        monotonic: seconds that only grow, for :meth:`clock`.
-        began: when the server began by them; None for when it opens the store.
+        limits: bounds of what is kept; None takes the defaults. They are enforced when the store
+            is opened, if they are lower than before.
+        monotonic: returns seconds that only grow, for :meth:`clock`.
+        began: the value of ``monotonic`` when the server began; None for when it opens the store.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class SqliteStore:
         """Open the file, at most once.
 
         Raises:
-            ConfigError: another server has the file, others can touch it, or it is no job
+            ConfigError: another server has the file, other users can access it, or it is no job
                 store, of a newer version, damaged, or cannot be written. It is never replaced.
         """
         self._tables = await self._commits.start()
 
     async def close(self) -> None:
-        """Finish what was asked for and close the file. Safe to call twice."""
+        """Finish all operations and close the file. Safe to call twice."""
         await self._commits.stop()
 
     async def reserve_ids(self, count: int) -> list[int]:

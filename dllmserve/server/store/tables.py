@@ -232,7 +232,7 @@ class Tables:
             self._drop([row[:4]], "evicted_read" if row[3] == READ else "evicted_unread")
 
     def _victim(self, owner: bytes) -> Any:
-        """The row of an owner's result that goes first, with its place behind it."""
+        """The row of the result that an owner loses first; its place is the last column."""
         return self._one(_VICTIM, (owner, READ)) or self._one(_VICTIM, (owner, UNREAD))
 
     def _drop(self, rows: Sequence[_Row], reason: DropReason) -> None:
@@ -251,7 +251,7 @@ class Tables:
             self._trim()
 
     def _trim(self) -> None:
-        """Forget tombstones above their limit, the oldest of whoever has most of them."""
+        """Drop tombstones above their limit: the oldest of the owner who has most of them."""
         held = self._now.held
         while held.total("tombstones") > self._limits.max_tombstones:
             oldest = (self._one(_OLDEST, (owner,)) for owner in held.most("tombstones"))
