@@ -52,14 +52,34 @@ class BackendInfo(Info):
 
 
 @dataclass(frozen=True)
+class EditInfo(Info):
+    """A logit edit, a class like :class:`dllmserve.runtime.edits.LogitEdit`.
+
+    Attributes:
+        asked: "module:function" of ``(params, spec) -> pairs``: pairs of an integer and a number
+            that a request gives the edit, none if it does not ask for it. "" leaves that to rules,
+            which name the edit in their ``needs``.
+        keeps: it keeps something of logits from forward to forward, for which an engine reserves
+            memory or not.
+    """
+
+    asked: str = ""
+    keeps: bool = False
+
+    def pairs(self, params: Any, spec: Any) -> tuple[tuple[int, float], ...]:
+        """What a request gives the edit."""
+        return Info(self.asked).load()(params, spec) if self.asked else ()
+
+
+@dataclass(frozen=True)
 class RuleInfo(Info):
     """An unmask rule, a class like :class:`dllmserve.decoding.rule.UnmaskRule`.
 
     Attributes:
-        needs: what it reads beside token and confidence: "entropy"; "kl", the divergence from
-            the position's distribution in the block's last forward; "back", the probability of
-            written tokens, which a shadow of the block gives, so that the rule may mask them again;
-            "credit", which raises logits.
+        needs: what it reads beside token and confidence: "entropy"; "back", the probability of
+            written tokens, which a blind span of the block gives, so that the rule may mask them
+            again; or the name of a logit edit: "kl", the divergence from the position's
+            distribution in the block's last forward; "credit", which raises logits.
         memory: what it keeps from forward to forward of a block: the numbers that a block begins
             with, for the request and for each position; None without a memory.
         confidence: what SamplingParams.confidence may be.
@@ -82,12 +102,7 @@ class RuleInfo(Info):
     @property
     def keeps(self) -> bool:
         """Something of the logits is kept, for which an engine reserves memory or not."""
-        return bool(self.needs & {"kl", "credit"})
-
-    @property
-    def plain(self) -> bool:
-        """Nothing is done to the logits, nor kept of them."""
-        return not self.needs & {"kl", "credit", "back"}
+        return any(EDITS[name].keeps for name in self.needs & {*EDITS})
 
 
 @dataclass(frozen=True)
@@ -100,12 +115,15 @@ class CacheInfo(Info):
             was, or "drift", how far its V moved; "" for nothing.
         whole: the K,V of the whole canvas are at hand, so that rules may mask tokens again.
         named: SamplingParams.cache may be it; "sparse" is chosen by a SparseConfig.
+        grows: what it stores is final, so a request gets pages as it goes, and may have to give
+            them back and compute their content anew. Others reserve all pages before they start.
     """
 
     takes: tuple[str, ...] = ()
     tracks: str = ""
     whole: bool = False
     named: bool = True
+    grows: bool = False
 
 
 _Kind = TypeVar("_Kind", bound=Info)
@@ -272,6 +290,13 @@ CACHES = Catalog(
         "sparse": CacheInfo("dllmserve.cache.sparse:SparseCache", named=False),
     },
 )
+
+#: in the order in which they are applied
+EDITS = {
+    "bias": EditInfo("dllmserve.runtime.edits:BiasEdit", "dllmserve.core.rows:bias_of"),
+    "credit": EditInfo("dllmserve.runtime.edits:CreditEdit", keeps=True),
+    "kl": EditInfo("dllmserve.runtime.edits:KlObserver", keeps=True),
+}
 
 BACKENDS = Catalog(
     "attention backend",

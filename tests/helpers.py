@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from dllmserve import LLM, SamplingParams, SparseConfig
+from dllmserve.core.canvas import answer_canvas
 from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.request import Request
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llada-kv4of4", "llada-kv2of4", "dream-kv2of4")
@@ -120,7 +122,13 @@ def check_idle(llm: LLM) -> None:
     scheduler = llm._engine.scheduler
     scheduler.check_integrity()
     assert not scheduler.has_work
-    assert scheduler.allocator.num_free == scheduler.limits.num_pages
+    assert scheduler.storage.pages.num_free == scheduler.limits.num_pages
+
+
+def prompt_request(number: int, ids: list[int], params: SamplingParams, seed: int = 0) -> Request:
+    """A request for an answer behind a prompt."""
+    canvas = answer_canvas(ids, params.gen_length, params.resolved_block_length)
+    return Request(number, canvas, params, seed)
 
 
 def random_prompt(seed: int, length: int) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, StepPlan, Write
+from dllmserve.core.plan import Mask, Span, SpanField, StepPlan, Store
 from dllmserve.core.rows import RowSelect
 from dllmserve.device import host_to_device
 from dllmserve.layers.modules import AttentionContext
@@ -71,14 +71,14 @@ class AttentionStep:
             padding has q_len 0 and the trash row.
         kv: the store that spans read and write.
         selects: row -> selection settings, read by spans that select.
-        spans: [S, 10] int32 on the device, the fields of :class:`dllmserve.core.plan.Span`.
+        spans: [S, len(SpanField)] int32 on the device.
         starts: [S] int32 on the device, first packed token of each span.
-        places: index in ``spans`` of each span of the plan.
+        indices: index in ``spans`` of each span of the plan.
         tokens: packed tokens; those of padding come last and belong to no span.
         max_q: upper bound of q_len.
         positions, owners: [N] int64, canvas position and span of each token, S for padding.
-            Only steps with spans that write FIRST need them.
-        first: True if there may be spans that write FIRST, or shadows.
+            Only steps with spans that store AHEAD need them.
+        ahead: True if there may be spans that store AHEAD, or blind ones.
         group: ranks that share the heads.
     """
 
@@ -87,33 +87,33 @@ class AttentionStep:
     selects: dict[int, RowSelect]
     spans: Tensor
     starts: Tensor
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     tokens: int
     max_q: int
     positions: Tensor | None = None
     owners: Tensor | None = None
-    first: bool = False
+    ahead: bool = False
     group: Group = SOLO
 
 
-def token_slots(step: AttentionStep, modes: tuple[Write, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Row, position and slot [N] int64 of each token whose span has one of the write modes.
+def token_slots(step: AttentionStep, stores: tuple[Store, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Row, position and slot [N] int64 of each token whose span stores in one of these ways.
 
     The others, and padding, have row -1 and a slot of the trash page.
     """
     if step.positions is None or step.owners is None:
         raise ValueError("the positions and owners of a step's tokens are not known")
-    spans = step.spans.long()[step.owners.clamp(max=len(step.spans) - 1)]  # [N, 10]
-    write = spans[:, Span._fields.index("write")]
+    spans = step.spans.long()[step.owners.clamp(max=len(step.spans) - 1)]  # [N, len(SpanField)]
+    store = spans[:, SpanField.STORE]
     wanted = step.owners < len(step.spans)
-    wanted &= torch.stack([write == mode for mode in modes]).any(dim=0)
+    wanted &= torch.stack([store == kind for kind in stores]).any(dim=0)
     slots = step.kv.slots(spans[:, 0], step.positions[:, None])[:, 0]
     rows = spans[:, 0].masked_fill(~wanted, -1)
     return rows, step.positions, slots.masked_fill(~wanted, 0)
 
 
-class FirstStore:
-    """Stores the fresh K,V of spans that write FIRST, before anything attends.
+class AheadStore:
+    """Stores the fresh K,V of spans that store AHEAD, before anything attends.
 
     Args:
         step: with positions and owners.
@@ -121,7 +121,7 @@ class FirstStore:
 
     def __init__(self, step: AttentionStep) -> None:
         #: [N] int64; tokens of other spans go to the trash page
-        self.slots = token_slots(step, (Write.FIRST,))[2]
+        self.slots = token_slots(step, (Store.AHEAD,))[2]
 
     def store(self, kv: KVStore, layer: int, k: Tensor, v: Tensor) -> None:
         """Store k and v [N, Hkv, D] of a layer."""
@@ -141,27 +141,27 @@ def unpadded_step(
     fields = [field for span in plan.spans for field in span]
     starts = list(accumulate(lengths, initial=0))
     device = kv.k.device
-    first = any(span.write in (Write.FIRST, Write.SHADOW) for span in plan.spans)
+    ahead = any(s.store == Store.AHEAD or s.mask == Mask.BLIND for s in plan.spans)
     positions = [p for s in plan.spans for p in range(s.q_start, s.q_start + s.q_len)]
     owners = [i for i, length in enumerate(lengths) for _ in range(length)]
     return AttentionStep(
         plan=plan,
         kv=kv,
         selects=selects or {},
-        spans=host_to_device(fields, device, torch.int32).view(-1, len(Span._fields)),
+        spans=host_to_device(fields, device, torch.int32).view(-1, len(SpanField)),
         starts=host_to_device(starts[:-1], device, torch.int32),
-        places=tuple(range(len(lengths))),
+        indices=tuple(range(len(lengths))),
         tokens=starts[-1],
         max_q=max(lengths, default=0),
         positions=host_to_device(positions, device),
         owners=host_to_device(owners, device),
-        first=first,
+        ahead=ahead,
     )
 
 
 def whole(span: Span) -> bool:
     """True if the span attends to itself alone, and every query to all of it."""
-    return span.refresh and not span.stair
+    return span.refresh and span.mask == Mask.FULL
 
 
 class AttentionBackend(Protocol):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import AttentionStep, FirstStore, KVStore
+from dllmserve.attention.backend import AheadStore, AttentionStep, KVStore
 from dllmserve.attention.select import Selection, build_selection, row_numbers
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Mask, Span, Store
 from dllmserve.core.rows import RowSelect
 from dllmserve.layers.modules import AttentionContext
 
@@ -55,22 +55,22 @@ class SdpaBackend:
             spans = list(members)
             groups.append(_build(spans, start, step, self._shift))
             start += len(spans) * spans[0].q_len
-        return _SdpaContext(kv, groups, FirstStore(step) if step.first else None)
+        return _SdpaContext(kv, groups, AheadStore(step) if step.ahead else None)
 
 
 class _SdpaContext:
     """One step's attention."""
 
-    def __init__(self, kv: KVStore, groups: list[_Group], first: FirstStore | None) -> None:
+    def __init__(self, kv: KVStore, groups: list[_Group], ahead: AheadStore | None) -> None:
         self._kv = kv
         self._groups = groups
-        self._first = first
+        self._ahead = ahead
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`dllmserve.layers.modules.AttentionContext`."""
         k_cache, v_cache = self._kv.k[layer], self._kv.v[layer]
-        if self._first is not None:
-            self._first.store(self._kv, layer, k, v)
+        if self._ahead is not None:
+            self._ahead.store(self._kv, layer, k, v)
         outs = []
         for group in self._groups:
             shape = (group.batch, group.q_len, -1, q.shape[-1])
@@ -104,13 +104,13 @@ def _build(spans: list[Span], start: int, step: AttentionStep, shift: int) -> _G
     positions = torch.arange(span.q_start, span.q_start + span.q_len, device=device)
     end = span.q_start + span.q_len
     cached, fresh, writes = span.ctx_len, True, None
-    if span.write == Write.ALL:
+    if span.store == Store.POSITIONS:
         writes = kv.slots(rows, positions).flatten()
         if end < span.ctx_len:
             fresh = False  # the span's own K,V are read back from its slots
         elif span.ctx_len > span.q_start:
             cached = span.q_start  # the span covers the rest of the context itself
-    elif span.write == Write.FIRST:
+    elif span.store == Store.AHEAD:
         fresh = False  # they have been stored already
     reads = kv.slots(rows, torch.arange(cached, device=device)) if cached else None
     return _Group(
@@ -131,16 +131,16 @@ def _mask(span: Span, cached: int, fresh: bool, device: torch.device) -> Tensor 
     """Which keys [cached + fresh] each query sees, [q_len, keys] bool; None if all do."""
     queries = torch.arange(span.q_start, span.q_start + span.q_len, device=device)
     keys = torch.arange(cached, device=device)
-    if span.write == Write.SHADOW:
-        # all but the token that the query is to predict, and all of the shadow
-        sees = keys[None, :] != queries[:, None] + span.keep
+    if span.mask == Mask.BLIND:
+        # all but the token that the query is to predict, and all of the span itself
+        sees = keys[None, :] != queries[:, None] + span.mask_arg
         return torch.cat((sees, sees.new_ones(span.q_len, span.q_len)), dim=1)
-    if not span.stair:
+    if span.mask == Mask.FULL:
         return None
     # block-causal: a query sees keys of its own block and of earlier ones
     if fresh:
         keys = torch.cat((keys, queries))
-    return keys[None, :] // span.stair <= queries[:, None] // span.stair
+    return keys[None, :] // span.mask_arg <= queries[:, None] // span.mask_arg
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

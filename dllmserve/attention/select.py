@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.attention.backend import AttentionStep
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Span, Store
 from dllmserve.core.rows import RowSelect
 from dllmserve.device import host_to_device
 from dllmserve.parallel.group import SOLO, Group, join
@@ -82,7 +82,7 @@ def build_selection(
         candidates=torch.cat((order[:skip_from], order[skip_to:])),
         slots=kv.slots(rows, torch.arange(span.keep, device=device)),
         pool_kernel=settings.pool_kernel,
-        per_head=span.write == Write.SELECT_PER_HEAD,
+        per_head=span.store == Store.SELECT_PER_HEAD,
         attention=settings.attention,
         group=step.group,
     )

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import AttentionStep, FirstStore, whole
+from dllmserve.attention.backend import AheadStore, AttentionStep, whole
 from dllmserve.attention.select import Selection, build_selection, row_numbers
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span
+from dllmserve.core.plan import Span, SpanField
 from dllmserve.kernels import missing
 from dllmserve.layers.modules import AttentionContext
 
@@ -54,19 +54,19 @@ class _TritonContext:
         self._store_pages = attention.store_pages
         self._keep_best = select.keep_best
         self._step = step
-        self._first = FirstStore(step) if step.first else None
+        self._ahead = AheadStore(step) if step.ahead else None
         spans, device = step.plan.spans, step.kv.k.device
         alone = sum(whole(span) for span in spans)
         # ends [S + 1] int32 of the spans, for flash attention
         self._ends: Tensor | None = None
         if alone and _flash_runs(step.kv.k, spec.head_dim):
             # from the lengths, because a padding span may start anywhere
-            ends = step.spans[:, Span._fields.index("q_len")].cumsum(0, dtype=torch.int32)
+            ends = step.spans[:, SpanField.Q_LEN].cumsum(0, dtype=torch.int32)
             self._ends = F.pad(ends, (1, 0))
         self._rest = self._ends is None or alone < len(spans)
         chosen = [
             (place, span, step.selects[span.row])
-            for place, span in zip(step.places, spans, strict=True)
+            for place, span in zip(step.indices, spans, strict=True)
             if span.selects and span.keep and not step.selects[span.row].attention
         ]
         self._by_attention = _attention_groups(step, spec.logit_shift)
@@ -80,8 +80,8 @@ class _TritonContext:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See :class:`dllmserve.layers.modules.AttentionContext`."""
         step, kv = self._step, self._step.kv
-        if self._first is not None:
-            self._first.store(kv, layer, k, v)
+        if self._ahead is not None:
+            self._ahead.store(kv, layer, k, v)
         caches = (kv.k[layer], kv.v[layer])
         where = (step.spans, step.starts, kv.page_table)
         page, longest = kv.page_size, step.max_q
@@ -92,8 +92,8 @@ class _TritonContext:
             self._store_pages(k, v, *caches, *where, page, longest)
         if self._rest:
             skip = self._ends is not None
-            shadows = step.first  # which may hold some
-            self._span_attention(q, k, v, out, *caches, *where, page, longest, skip, shadows)
+            blind = step.ahead  # there may be such spans
+            self._span_attention(q, k, v, out, *caches, *where, page, longest, skip, blind)
         if self._selection is not None:
             self._keep_best(self._selection, q, k, v, *caches, *where, page)
         for tokens, length, selection in self._by_attention:

@@ -17,7 +17,7 @@ import torch
 
 from dllmserve.core.budget import GIB
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, StepPlan, Write
+from dllmserve.core.plan import Span, StepPlan, Store
 from dllmserve.engine.machine import device_memory
 from dllmserve.models.loader import outline
 from dllmserve.parallel.partition import Partition
@@ -101,10 +101,10 @@ class ModelCost:
 def attended_keys(span: Span) -> int:
     """Keys that each query of a span sees: cached ones it does not overwrite, and itself.
 
-    Every query sees all of them; no policy sets ``stair`` yet.
+    Every query sees all of them, but for a stair, where some see fewer.
     """
     cached = span.ctx_len
-    if span.write == Write.ALL:  # a fresh key takes the slot of its position
+    if span.store == Store.POSITIONS:  # a fresh key takes the slot of its position
         cached -= max(min(span.ctx_len, span.q_start + span.q_len) - span.q_start, 0)
     return cached + span.q_len
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dllmserve.cache.dual import DualCache
 from dllmserve.cache.policy import refreshes, reuse, shifted_start, whole_canvas
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Part, Span, Store
 from dllmserve.core.request import Request
 
 
@@ -24,10 +24,10 @@ class DelayedCache(DualCache):
         """
         progress = request.progress
         if refreshes(request, request.params.refresh_delay):
-            return whole_canvas(request, row, Write.ALL)
-        start, end = request.block_range(progress.block)
+            return whole_canvas(request, row, Store.POSITIONS)
+        start, end = request.blocks[progress.block]
         block = reuse(request, row, shifted_start(start, spec), end)
         count = progress.masks_left * (1 + spec.logit_shift) + progress.wrote
         return block._replace(
-            q_len=min(count, block.q_len), write=int(Write.FIRST), pick=block.q_len
+            q_len=min(count, block.q_len), store=Store.AHEAD, pick=block.q_len, must=Part.MASKED
         )

@@ -14,7 +14,7 @@ import math
 from dllmserve.cache.dual import DualCache
 from dllmserve.cache.policy import refreshes, reuse, shifted_start, whole_canvas
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Part, Span, Store
 from dllmserve.core.request import Request
 
 
@@ -25,8 +25,8 @@ class DriftCache(DualCache):
         """Whole canvas once, then the block with a share of the rest, or the block alone."""
         progress, seen = request.progress, request.visible
         if progress.forwards == 0:
-            return whole_canvas(request, row, Write.ALL)
-        start, end = request.block_range(progress.block)
+            return whole_canvas(request, row, Store.POSITIONS)
+        start, end = request.blocks[progress.block]
         first = shifted_start(start, spec)
         if not refreshes(request):
             return reuse(request, row, first, end)
@@ -36,5 +36,8 @@ class DriftCache(DualCache):
         share = math.ceil(request.params.refresh_share * others)
         canvas = reuse(request, row, 0, seen)
         return canvas._replace(
-            q_len=min(end - first + share + fresh, seen), write=int(Write.FIRST), keep=1, pick=seen
+            q_len=min(end - first + share + fresh, seen),
+            store=Store.AHEAD,
+            pick=seen,
+            must=Part.BLOCK,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dllmserve.cache.policy import refreshes, reuse, shifted_start, whole_canvas
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Span, Store
 from dllmserve.core.request import Request
 
 
@@ -24,19 +24,16 @@ class PrefixCache:
     def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
         """Whole canvas at block entry, then from the block to the canvas's end."""
         if refreshes(request, request.params.refresh_delay):
-            return whole_canvas(request, row, Write.ALL)
-        start, end = request.block_range(request.progress.block)
+            return whole_canvas(request, row, Store.POSITIONS)
+        start, end = request.blocks[request.progress.block]
         first = max(shifted_start(start, spec) - request.params.refresh_window, 0)
         return Span(
             row=row,
             q_start=first,
             q_len=request.visible - first,
             ctx_len=first,
-            write=int(Write.NONE),
-            keep=0,
             blk_off=start - first,
             blk_len=end - start,
-            stair=0,
         )
 
     def unsupported(self, spec: ModelSpec) -> list[str]:
@@ -54,8 +51,8 @@ class DualCache:
     def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
         """Whole canvas at block entry, then the block and its window alone."""
         if refreshes(request, request.params.refresh_delay):
-            return whole_canvas(request, row, Write.ALL)
-        start, end = request.block_range(request.progress.block)
+            return whole_canvas(request, row, Store.POSITIONS)
+        start, end = request.blocks[request.progress.block]
         window = request.params.refresh_window
         first = max(shifted_start(start, spec) - window, 0)
         return reuse(request, row, first, min(end + window, request.visible))

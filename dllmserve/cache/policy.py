@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Span, Store
 from dllmserve.core.request import Request
 
 
@@ -14,7 +14,7 @@ class CachePolicy(Protocol):
 
     Example:
         A policy that never caches returns, for every step, the whole canvas:
-        ``whole_canvas(request, row, Write.NONE)``.
+        ``whole_canvas(request, row, Store.NONE)``.
     """
 
     def slots(self, request: Request, spec: ModelSpec) -> int:
@@ -33,40 +33,36 @@ class CachePolicy(Protocol):
 def whole_canvas(
     request: Request,
     row: int,
-    write: int,
+    store: Store,
     *,
-    ctx_len: int = 0,
     keep: int = 0,
     length: int | None = None,
 ) -> Span:
     """A refresh: every position that the block sees (or the first ``length``) is a query."""
-    start, end = request.block_range(request.progress.block)
+    start, end = request.blocks[request.progress.block]
     return Span(
         row=row,
         q_start=0,
         q_len=request.visible if length is None else length,
-        ctx_len=ctx_len,
-        write=int(write),
+        ctx_len=0,
+        store=store,
         keep=keep,
         blk_off=start,
         blk_len=end - start,
-        stair=0,
     )
 
 
 def reuse(request: Request, row: int, first: int, last: int) -> Span:
     """Positions ``first .. last - 1`` against all K,V that the block sees, which they renew."""
-    start, end = request.block_range(request.progress.block)
+    start, end = request.blocks[request.progress.block]
     return Span(
         row=row,
         q_start=first,
         q_len=last - first,
         ctx_len=request.visible,
-        write=int(Write.ALL),
-        keep=0,
+        store=Store.POSITIONS,
         blk_off=start - first,
         blk_len=end - start,
-        stair=0,
     )
 
 

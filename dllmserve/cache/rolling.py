@@ -23,8 +23,8 @@ class RollingCache(DualCache):
         progress = request.progress
         if progress.block == 0 or progress.step_in_block > 0:
             return super().span(request, spec, row)
-        start, _ = request.block_range(progress.block - 1)
-        _, end = request.block_range(progress.block)
+        start, _ = request.blocks[progress.block - 1]
+        _, end = request.blocks[progress.block]
         if request.params.suffix_window is not None:
             end = request.visible  # what has come into view was never computed
         return reuse(request, row, shifted_start(start, spec), end)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dllmserve._values import SparseConfig
 from dllmserve.cache.policy import shifted_start, whole_canvas
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Span, Store
 from dllmserve.core.request import Request
 
 
@@ -30,22 +30,19 @@ class SparseCache:
         seen = request.progress.seen
         keep = sparse.keep(_candidates(request, spec, request.progress.block, seen))
         if step < sparse.delay_step:
-            return whole_canvas(request, row, Write.NONE, length=seen)
+            return whole_canvas(request, row, Store.NONE, length=seen)
         if step == sparse.delay_step:
-            mode = Write.SELECT_PER_HEAD if sparse.head_select else Write.SELECT_SHARED
+            mode = Store.SELECT_PER_HEAD if sparse.head_select else Store.SELECT_SHARED
             return whole_canvas(request, row, mode, keep=keep, length=seen)
-        start, end = request.block_range(request.progress.block)
+        start, end = request.blocks[request.progress.block]
         first = shifted_start(start, spec)
         return Span(
             row=row,
             q_start=first,
             q_len=end - first,
             ctx_len=keep,
-            write=int(Write.NONE),
-            keep=0,
             blk_off=start - first,
             blk_len=end - start,
-            stair=0,
         )
 
     def unsupported(self, spec: ModelSpec) -> list[str]:
@@ -61,6 +58,6 @@ def _config(request: Request) -> SparseConfig:
 
 def _candidates(request: Request, spec: ModelSpec, block: int, length: int) -> int:
     """Tokens that may be kept: all of the canvas's first ``length`` outside the block's window."""
-    start, end = request.block_range(block)
+    start, end = request.blocks[block]
     window_end = max(end, min(start + _config(request).default_block_len, length))
     return length - (window_end - shifted_start(start, spec))

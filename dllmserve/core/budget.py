@@ -28,14 +28,18 @@ class StepBudget:
     empty: bool = True
     refreshed: bool = False
 
-    def take(self, tokens: int, logit_rows: int, rows: int, *, refresh: bool = False) -> bool:
-        """Take a share if it fits; return whether it did."""
+    def has(self, tokens: int, logit_rows: int, rows: int, *, refresh: bool = False) -> bool:
+        """Whether there is room for a share."""
         fits = tokens <= self.tokens and rows <= self.rows
         if not fits or (logit_rows > self.logit_rows and not self.empty):
             return False
+        return not (refresh and self.refreshed and tokens > self.refresh_tokens)
+
+    def take(self, tokens: int, logit_rows: int, rows: int, *, refresh: bool = False) -> bool:
+        """Take a share if there is room for it; return whether there was."""
+        if not self.has(tokens, logit_rows, rows, refresh=refresh):
+            return False
         if refresh:
-            if tokens > self.refresh_tokens and self.refreshed:
-                return False
             self.refresh_tokens -= tokens
             self.refreshed = True
         self.tokens -= tokens

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dllmserve.catalog import CACHES
+from dllmserve.core.canvas import answer_canvas
+from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.core.rows import written_last
-from dllmserve.core.scheduler import Limits
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
 from dllmserve.sampling_params import SamplingParams
 
@@ -65,7 +66,7 @@ class Door:
         self._check(params)
         request = Request(
             id=id,
-            prompt_ids=ids,
+            canvas=answer_canvas(ids, params.gen_length, params.resolved_block_length),
             params=params,
             seed=seed,
             watch=watch,

@@ -1,58 +1,118 @@
-"""The plan of one step: ten integers per span, and nothing else.
+"""The plan of one step: a few integers per span, and nothing else.
 
-Every phase of every cache policy is a choice of these ten numbers, so the scheduler,
-the runner and the attention backend never ask which policy or phase they serve.
+Every phase of every cache policy is a choice of these integers, so the scheduler, the runner and
+the attention backend never ask which policy or phase they serve. Each integer has one meaning.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 
 
-class Write(IntEnum):
-    """What a span leaves in its request's K,V pages."""
+class Store(IntEnum):
+    """What a span leaves of its fresh K,V in its row's pages, and when."""
 
     NONE = 0
-    #: fresh K,V of every query position p goes to slot p, before attention
-    ALL = 1
+    #: those of every query position p go to slot p, while the span attends
+    POSITIONS = 1
+    #: the same, before any span of the step attends; the span then sees slots 0..ctx_len-1 and
+    #: nothing else
+    AHEAD = 2
     #: after attention, each K,V head keeps its own ``keep`` best tokens in slots 0..keep-1
-    SELECT_PER_HEAD = 2
+    SELECT_PER_HEAD = 3
     #: after attention, all heads keep the same ``keep`` best tokens
-    SELECT_SHARED = 3
-    #: fresh K,V go to their slots before any span of the step attends; the span then sees
-    #: slots 0..ctx_len-1 and nothing else
-    FIRST = 4
-    #: nothing. All queries are mask tokens; each sees all slots but the one ``keep``
-    #: positions behind its own, and the span itself
-    SHADOW = 5
+    SELECT_SHARED = 4
+
+
+class Mask(IntEnum):
+    """Which keys a query sees."""
+
+    #: all of them
+    FULL = 0
+    #: those of its own block and of earlier ones; blocks of ``mask_arg`` are cut from position 0
+    STAIR = 1
+    #: all slots but the one ``mask_arg`` positions behind its own, and the span itself, whose
+    #: queries are all mask tokens: what the model thinks of a position without looking at it
+    BLIND = 2
+
+
+class Part(IntEnum):
+    """Which positions of a block are meant."""
+
+    NONE = 0
+    MASKED = 1
+    BLOCK = 2
+
+
+class Kind(IntEnum):
+    """What a forward of a request is for."""
+
+    #: it computes K,V and decides nothing
+    STORE = 0
+    #: it decides tokens
+    FILL = 1
+
+
+class SpanField(IntEnum):
+    """Columns of packed spans, in the order of :class:`Span`; kernels read them by these."""
+
+    ROW = 0
+    Q_START = 1
+    Q_LEN = 2
+    CTX_LEN = 3
+    STORE = 4
+    KEEP = 5
+    BLK_OFF = 6
+    BLK_LEN = 7
+    HEAD = 8
+    MASK = 9
+    MASK_ARG = 10
+    PICK = 11
+    MUST = 12
 
 
 class Span(NamedTuple):
     """One request's share of a step.
 
-    Queries are canvas positions ``q_start .. q_start + q_len - 1``. They attend to cached
-    slots ``0 .. ctx_len - 1`` that this span does not overwrite, and to the span itself.
-    LM-head rows are the masked ones among the ``blk_len`` positions that start at
-    ``q_start + blk_off``.
+    ::
 
-    With ``pick`` above 0 (only ``Write.FIRST``), the device chooses the q_len queries among the
-    ``pick`` positions from q_start on, those whose K,V are most out of date, and computes them in
-    the order of their positions: first those it must (``keep`` 1: the whole block; 0: the masked
-    ones, and what their logits are read at), then by :attr:`StateTable.stale`.
+        canvas  . . . . . . . . . . . . . . . .
+        queries       |<---- q_len ----->|          from q_start on
+        block               |<-blk_len->|           from q_start + blk_off on
+        slots   |<------ ctx_len ----------->|      cached, of the row's pages
+
+    Attributes:
+        row: row of the state table.
+        q_start, q_len: queries are canvas positions ``q_start .. q_start + q_len - 1``.
+        ctx_len: they attend to cached slots ``0 .. ctx_len - 1`` that the span does not
+            overwrite, and to the span itself, as ``mask`` says.
+        store: see :class:`Store`.
+        keep: tokens that a selection keeps.
+        blk_off, blk_len: the block's positions start at ``q_start + blk_off``.
+        head: :class:`Part` of the block whose logits are computed; NONE in a forward that only
+            stores. BLOCK adds the written positions, whose tokens are scored.
+        mask, mask_arg: see :class:`Mask`.
+        pick: 0, or the device chooses the ``q_len`` queries among the ``pick`` positions from
+            q_start on (with Store.AHEAD), those whose K,V are most out of date, and computes them
+            by position: first those it must, then by :attr:`StateTable.stale`.
+        must: :class:`Part` of the block that is among them, and what its logits are read at.
     """
 
     row: int
     q_start: int
     q_len: int
     ctx_len: int
-    write: int
-    keep: int
-    blk_off: int
-    blk_len: int
-    stair: int
+    store: int = Store.NONE
+    keep: int = 0
+    blk_off: int = 0
+    blk_len: int = 0
+    head: int = Part.MASKED
+    mask: int = Mask.FULL
+    mask_arg: int = 0
     pick: int = 0
+    must: int = Part.NONE
 
     @property
     def reach(self) -> int:
@@ -73,17 +133,17 @@ class Span(NamedTuple):
     def refresh(self) -> bool:
         """True if the span is the canvas from its start and attends to itself alone.
 
-        A span that writes NONE reads its cached slots even where it covers their positions: a
+        A span that stores nothing reads its cached slots even where it covers their positions: a
         sparse reuse at the canvas's start finds there what was kept from elsewhere.
         """
-        overwrites = self.write in (Write.ALL, Write.FIRST) and not self.pick
+        overwrites = self.store in (Store.POSITIONS, Store.AHEAD) and not self.pick
         overwritten = overwrites and self.ctx_len <= self.q_len
         return self.q_start == 0 and (self.ctx_len == 0 or overwritten)
 
     @property
     def selects(self) -> bool:
         """True if the span keeps a selection of its tokens."""
-        return self.write in (Write.SELECT_PER_HEAD, Write.SELECT_SHARED)
+        return self.store in (Store.SELECT_PER_HEAD, Store.SELECT_SHARED)
 
 
 @dataclass(frozen=True)
@@ -92,36 +152,51 @@ class StepEntry:
 
     Attributes:
         span: the conditional (or only) span.
-        uncond: the same span on the row whose prompt is masked (cfg_scale > 0), or None.
-        masks: masked positions in the block, which is the number of LM-head rows.
+        uncond: the same span on the row whose given tokens are masked (cfg_scale > 0), or None.
+        masks: masked positions in the block.
         rule: name of the unmask rule.
+        entering: True in the block's first forward, where rules begin anew.
         last: True if the request's answer is known to be complete after this step.
-        shadow: the block once more, all masks, which scores the written positions; or None.
-            Every position of the block is then an LM-head row.
+        blind: the block once more, with Mask.BLIND, where the written positions are scored; or
+            None.
     """
 
     span: Span
     uncond: Span | None
     masks: int
     rule: str
+    entering: bool = False
     last: bool = False
-    shadow: Span | None = None
+    blind: Span | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """What the forward is for."""
+        return Kind.STORE if self.span.head == Part.NONE else Kind.FILL
 
     @property
     def tokens(self) -> int:
         """Query tokens of this entry."""
-        extra = 0 if self.shadow is None else self.shadow.q_len
+        extra = 0 if self.blind is None else self.blind.q_len
         return self.span.q_len * (2 if self.uncond else 1) + extra
 
     @property
     def head_rows(self) -> int:
         """LM-head rows, without unconditional twins."""
-        return self.masks if self.shadow is None else self.span.blk_len
+        return (0, self.masks, self.span.blk_len)[self.span.head]
 
     @property
     def logit_rows(self) -> int:
         """Rows that go through the LM head."""
         return self.head_rows * (2 if self.uncond else 1)
+
+
+class NewPage(NamedTuple):
+    """A page that a row got, and its column in the page table."""
+
+    row: int
+    column: int
+    page: int
 
 
 @dataclass(frozen=True)
@@ -130,17 +205,22 @@ class StepPlan:
 
     Entries with guidance come last; their unconditional spans follow all other spans, in
     the same order. So span i of the first ``len(entries)`` belongs to entry i. Entries with a
-    shadow come just before those; the shadows are the last spans.
+    blind span come just before those; the blind spans are the last spans.
+
+    Attributes:
+        entries: the requests' forwards.
+        pages: pages that rows have got since the last plan, which go to the page table first.
     """
 
     entries: tuple[StepEntry, ...]
+    pages: tuple[NewPage, ...] = ()
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Conditional spans in entry order, then the unconditional ones, then shadows."""
+        """Conditional spans in entry order, then the unconditional ones, then blind ones."""
         first = tuple(e.span for e in self.entries)
         twins = tuple(e.uncond for e in self.entries if e.uncond is not None)
-        return first + twins + tuple(e.shadow for e in self.entries if e.shadow is not None)
+        return first + twins + tuple(e.blind for e in self.entries if e.blind is not None)
 
     @property
     def guided(self) -> int:
@@ -152,23 +232,54 @@ class StepPlan:
         """Query tokens of the step."""
         return sum(e.tokens for e in self.entries)
 
+    def part(self, low: int, high: int | None = None) -> StepPlan:
+        """Entries ``low .. high - 1`` as a plan; any part may be the first to run."""
+        return replace(self, entries=self.entries[low:high])
+
     def validate(self, max_model_len: int) -> None:
         """Raise ValueError if the plan breaks its own contract (a bug, never user input)."""
-        kinds = [(e.uncond is not None, e.shadow is not None) for e in self.entries]
+        kinds = [(e.uncond is not None, e.blind is not None) for e in self.entries]
         if kinds != sorted(kinds):
-            raise ValueError("entries with guidance must come last, those with a shadow before")
-        rows = [s.row for s in self.spans if s.write != Write.SHADOW]
+            raise ValueError("entries with guidance must come last, blind ones before them")
+        rows = [s.row for s in self.spans if s.mask != Mask.BLIND]
         if len(set(rows)) != len(rows):
             raise ValueError(f"a row appears twice in one plan: {rows}")
         for span in self.spans:
-            if span.q_len < 1 or span.q_start < 0 or span.q_start + span.reach > max_model_len:
-                raise ValueError(f"query range outside the canvas: {span}")
-            if span.blk_off < 0 or span.blk_off + span.blk_len > span.reach:
-                raise ValueError(f"block outside the query range: {span}")
-            if span.pick and (span.write != Write.FIRST or not span.q_len <= span.pick):
-                raise ValueError(f"bad choice of queries: {span}")
-            if span.write not in tuple(Write) or span.keep < 0 or span.ctx_len < 0:
-                raise ValueError(f"bad write mode, keep or ctx_len: {span}")
+            _validate(span, max_model_len)
         for entry in self.entries:
             if not 0 <= entry.masks <= entry.span.blk_len:
                 raise ValueError(f"{entry.masks} masks in a block of {entry.span.blk_len}")
+
+
+@dataclass(frozen=True)
+class EntryReport:
+    """What the runner says of one entry after a step.
+
+    Attributes:
+        masks_left: masked positions left in the block.
+        frontier: answer positions unmasked without a gap, from the left.
+        eos: answer index of the first end-of-sequence id before the frontier, or -1.
+        broken: LM-head rows whose logits were not numbers; any ends the request.
+        end: answer index of the first end-of-sequence id that stands anywhere, or -1.
+    """
+
+    masks_left: int
+    frontier: int
+    eos: int
+    broken: int = 0
+    end: int = -1
+
+
+def _validate(span: Span, max_model_len: int) -> None:
+    if span.q_len < 1 or span.q_start < 0 or span.q_start + span.reach > max_model_len:
+        raise ValueError(f"query range outside the canvas: {span}")
+    if span.blk_off < 0 or span.blk_off + span.blk_len > span.reach:
+        raise ValueError(f"block outside the query range: {span}")
+    if span.pick and (span.store != Store.AHEAD or not span.q_len <= span.pick):
+        raise ValueError(f"bad choice of queries: {span}")
+    if span.store not in tuple(Store) or span.keep < 0 or span.ctx_len < 0:
+        raise ValueError(f"bad store, keep or ctx_len: {span}")
+    if span.mask not in tuple(Mask) or (span.mask == Mask.STAIR and span.mask_arg < 1):
+        raise ValueError(f"bad mask: {span}")
+    if span.head not in tuple(Part) or span.must not in tuple(Part):
+        raise ValueError(f"bad part of the block: {span}")

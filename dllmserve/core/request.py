@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from dllmserve._values import SparseConfig
-from dllmserve.catalog import RULES
-from dllmserve.core.schedule import block_lengths, block_quotas
+from dllmserve.catalog import CACHES, RULES
+from dllmserve.core.canvas import Canvas, Range
+from dllmserve.core.schedule import block_quotas
 from dllmserve.sampling_params import SamplingParams
 
 
@@ -38,6 +39,9 @@ class Progress:
             without one.
         seen: canvas positions that the block's first forward sees.
         seen_before: canvas positions that any forward of earlier blocks has seen.
+        stored: canvas positions whose K,V are final, of a request that grows.
+        storing: what ``stored`` will be after the forward that was planned last; 0 if that one
+            decides tokens.
     """
 
     block: int = 0
@@ -49,22 +53,25 @@ class Progress:
     end: int = -1
     seen: int = 0
     seen_before: int = 0
+    stored: int = 0
+    storing: int = 0
 
 
 @dataclass(eq=False)
 class Request:
     """Host record of one job. It holds no tensors.
 
-    ``row``, ``uncond_row``, ``pages`` and ``history`` are set by the scheduler at admission;
-    ``error`` and ``finish_reason`` when the request ends. ``assumed`` holds the masks that
-    each forward launched ahead of its report is expected to leave in its block. ``watch``
+    ``row``, ``uncond_row``, ``pages`` and ``history`` are set by the scheduler, ``error`` and
+    ``finish_reason`` when the request ends. ``sent`` pages of a row are in the page table.
+    ``assumed`` holds the masks that each forward launched ahead of its report is expected to leave
+    in its block; None for one that decides nothing. ``watch``
     asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
     ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
     leave room for others; "" is somebody who has the engine alone.
     """
 
     id: int
-    prompt_ids: list[int]
+    canvas: Canvas
     params: SamplingParams
     seed: int
     watch: bool = False
@@ -81,23 +88,28 @@ class Request:
     last_step: int = -1
     skipped: int = 0
     history: list[int] = field(default_factory=list)
-    assumed: deque[int] = field(default_factory=deque)
-    blocks: tuple[int, ...] = ()
+    sent: int = 0
+    assumed: deque[int | None] = field(default_factory=deque)
+    masks: tuple[int, ...] = ()
     quotas: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        self.blocks = block_lengths(self.params.gen_length, self.block_length)
-        if self.params.unmask == "steps":
-            self.quotas = block_quotas(
-                self.blocks, self.params.steps, self.params.schedule, self.params.eps
-            )
-        self.progress.masks_left = self.blocks[0]
+        params = self.params
+        self.masks = self.canvas.masks
+        if params.unmask == "steps":
+            self.quotas = block_quotas(self.masks, params.steps, params.schedule, params.eps)
+        self.progress.masks_left = self.masks[0]
         self.progress.seen = self.visible
 
     @property
-    def block_length(self) -> int:
-        """Diffusion block length in tokens; the last block may be shorter."""
-        return self.params.resolved_block_length
+    def prompt_ids(self) -> list[int]:
+        """Given tokens; what they are in holes does not matter."""
+        return list(self.canvas.ids)
+
+    @property
+    def blocks(self) -> tuple[Range, ...]:
+        """Canvas positions ``[start, end)`` of each block."""
+        return self.canvas.blocks
 
     @property
     def sparse(self) -> SparseConfig | None:
@@ -121,14 +133,24 @@ class Request:
         return RULES[self.params.unmask].revokes
 
     @property
-    def shadow_len(self) -> int:
-        """Most tokens of a shadow that a forward of the request computes beside the canvas."""
-        return max(self.blocks) if self.revokes else 0
+    def grows(self) -> bool:
+        """True if it gets pages as it stores K,V, and may have to compute them anew."""
+        return CACHES[self.policy].grows
+
+    @property
+    def blind_len(self) -> int:
+        """Most tokens of a blind span that a forward of the request computes beside the canvas."""
+        return self.longest_block if self.revokes else 0
+
+    @property
+    def longest_block(self) -> int:
+        """Positions of the longest block."""
+        return max(end - start for start, end in self.blocks)
 
     @property
     def history_needed(self) -> int:
         """Distributions that the rule keeps: one for each position of a block, or none."""
-        return max(self.blocks) if RULES[self.params.unmask].compares else 0
+        return self.longest_block if RULES[self.params.unmask].compares else 0
 
     @property
     def launched(self) -> bool:
@@ -137,8 +159,8 @@ class Request:
 
     @property
     def reported_forwards(self) -> int:
-        """Forwards whose reports have arrived."""
-        return self.progress.forwards - len(self.assumed)
+        """Forwards that decide tokens whose reports have arrived."""
+        return self.progress.forwards - sum(left is not None for left in self.assumed)
 
     @property
     def quota(self) -> int:
@@ -157,13 +179,13 @@ class Request:
 
     @property
     def prompt_len(self) -> int:
-        """Prompt tokens."""
-        return len(self.prompt_ids)
+        """Given tokens."""
+        return self.canvas.given
 
     @property
     def canvas_len(self) -> int:
         """Prompt and answer together, in tokens."""
-        return len(self.prompt_ids) + self.params.gen_length
+        return len(self.canvas)
 
     @property
     def visible(self) -> int:
@@ -174,14 +196,9 @@ class Request:
         """
         length, window = self.canvas_len, self.params.suffix_window
         block = min(self.progress.block, len(self.blocks) - 1)
-        _, end = self.block_range(block)
+        _, end = self.blocks[block]
         if window is not None:
             length = min(length, end + window)
         if self.params.early_end and self.progress.end >= 0:
             length = min(length, end)  # an end id is never written behind the active block
         return length
-
-    def block_range(self, block: int) -> tuple[int, int]:
-        """Canvas positions ``[start, end)`` of a block."""
-        start = self.prompt_len + block * self.block_length
-        return start, start + self.blocks[block]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
 
 from dllmserve._values import SparseConfig
-from dllmserve.catalog import CACHES, RULES
+from dllmserve.catalog import CACHES, EDITS, RULES
+from dllmserve.core.canvas import Range
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.sampling_params import CONFIDENCE, FLOATS, SamplingParams
@@ -16,11 +18,17 @@ from dllmserve.sampling_params import CONFIDENCE, FLOATS, SamplingParams
 _MAX_TOP_K = 2**31 - 1
 
 
+#: pairs of an integer and a number that a request gives a logit edit
+Pairs = tuple[tuple[int, float], ...]
+
+
 class IntField(IntEnum):
     """Columns of the state table's int64 parameters."""
 
-    PROMPT_LEN = 0
-    GEN_LENGTH = 1
+    #: canvas position of the answer's start
+    START = 0
+    #: positions from there to the answer's end
+    LENGTH = 1
     TOP_K = 2
     SEED = 3
     CONFIDENCE = 4
@@ -71,35 +79,44 @@ class RowInit:
 
     Attributes:
         row: row number.
-        prompt: prompt ids; on an unconditional row, all mask ids.
-        gen_length: masked positions behind the prompt.
+        ids: given tokens, see :class:`dllmserve.core.canvas.Canvas`; on an unconditional row, mask
+            ids.
+        holes: positions to fill.
         floats, ints: parameters in the order of FLOATS and IntField.
         quotas: tokens to write in each forward of a fixed schedule, all blocks in a row.
-        pages: K,V pages of the row.
         confidence: name of the confidence, for the host's choice of statistics.
         sampled, filtered: whether the row has a temperature, or top-p or top-k.
         select: settings of sparse attention.
-        bias: token ids and what is added to their logits; none on an unconditional row.
+        edits: the row's logit edits by name, with the pairs of numbers that each of them is given.
         last: token ids whose proposals have no confidence, so that they are written last.
         track: what tells which cached positions are out of date.
         history: slots of kept distributions, one for each position of a block.
     """
 
     row: int
-    prompt: list[int]
-    gen_length: int
+    ids: Sequence[int]
+    holes: tuple[Range, ...]
     floats: tuple[float, ...]
     ints: tuple[int, ...]
     quotas: tuple[int, ...]
-    pages: list[int]
     confidence: str
     sampled: bool
     filtered: bool
     select: RowSelect
-    bias: tuple[tuple[int, float], ...] = ()
+    edits: Mapping[str, Pairs] = field(default_factory=dict)
     last: tuple[int, ...] = ()
     track: Track = Track.NONE
     history: tuple[int, ...] = ()
+
+    @property
+    def start(self) -> int:
+        """Canvas position of the answer's start."""
+        return self.holes[0][0]
+
+    @property
+    def length(self) -> int:
+        """Positions from there to the answer's end."""
+        return self.holes[-1][1] - self.start
 
 
 def written_last(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
@@ -113,12 +130,22 @@ def written_last(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
     return spec.turn_end_ids if params.temperature > 0 else spec.eos_ids
 
 
-def _bias(params: SamplingParams, spec: ModelSpec) -> tuple[tuple[int, float], ...]:
+def bias_of(params: SamplingParams, spec: ModelSpec) -> Pairs:
     """What is added to logits: the request's bias; ids that are out of the question are at -inf."""
     bias = dict(params.logit_bias or {})
     if params.logits_eos_inf:
         bias |= dict.fromkeys(spec.text_end_ids, -inf)
     return tuple(bias.items())
+
+
+def edits_of(params: SamplingParams, spec: ModelSpec) -> dict[str, Pairs]:
+    """Logit edits that a request asks for, by itself or by its rule, in their order."""
+    needs, found = RULES[params.unmask].needs, {}
+    for name, info in EDITS.items():
+        pairs = info.pairs(params, spec)
+        if pairs or name in needs:
+            found[name] = pairs
+    return found
 
 
 def _select(sparse: SparseConfig | None) -> RowSelect:
@@ -132,8 +159,8 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
     params, track = request.params, _TRACKS[CACHES[request.policy].tracks]
     floats = tuple(float(getattr(params, name)) for name in FLOATS)
     ints = (
-        request.prompt_len,
-        params.gen_length,
+        request.canvas.start,
+        request.canvas.end - request.canvas.start,
         min(params.top_k, _MAX_TOP_K),
         request.seed,
         CONFIDENCE.index(params.confidence),
@@ -146,27 +173,26 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
         int(track),
     )
     quotas = tuple(k for block in request.quotas for k in block)
-    rows = [(request.row, request.prompt_ids, request.pages, _bias(params, spec))]
+    given = request.canvas.ids
+    rows = [(request.row, given, edits_of(params, spec))]
     if request.guided:
-        unconditional = [spec.mask_id] * request.prompt_len
-        rows.append((request.uncond_row, unconditional, request.uncond_pages, ()))
+        rows.append((request.uncond_row, [spec.mask_id] * len(given), {}))
     return [
         RowInit(
             row=row,
-            prompt=prompt,
-            gen_length=params.gen_length,
+            ids=ids,
+            holes=request.canvas.holes,
             floats=floats,
             ints=ints,
             quotas=quotas,
-            pages=pages,
             confidence=params.confidence,
             sampled=params.temperature > 0,
             filtered=params.top_p < 1 or params.top_k > 0,
             select=_select(request.sparse),
-            bias=own,
+            edits=edits,
             last=written_last(params, spec),
             track=track,
             history=tuple(request.history),
         )
-        for row, prompt, pages, own in rows
+        for row, ids, edits in rows
     ]

@@ -11,17 +11,6 @@ import struct
 from functools import lru_cache
 
 
-def block_lengths(gen_length: int, block_length: int) -> tuple[int, ...]:
-    """Lengths of the blocks of an answer; the last may be shorter.
-
-    Example:
-        >>> block_lengths(70, 32)
-        (32, 32, 6)
-    """
-    full, rest = divmod(gen_length, block_length)
-    return (block_length,) * full + ((rest,) if rest else ())
-
-
 def steps_per_block(steps: int, blocks: int) -> tuple[int, ...]:
     """Spread steps over blocks as evenly as they can be, at least one a block.
 
@@ -67,12 +56,12 @@ def dream_split(n: int, steps: int, eps: float) -> list[int]:
 
 @lru_cache(maxsize=512)
 def block_quotas(
-    blocks: tuple[int, ...], steps: int, schedule: str, eps: float
+    masks: tuple[int, ...], steps: int, schedule: str, eps: float
 ) -> tuple[tuple[int, ...], ...]:
-    """Tokens to write in each step of each block, without the empty steps."""
+    """Tokens to write in each step of each block, by its masks, without the empty steps."""
     quotas = []
-    for length, count in zip(blocks, steps_per_block(steps, len(blocks)), strict=True):
-        shares = dream_split(length, count, eps) if schedule == "dream" else split(length, count)
+    for count, share in zip(masks, steps_per_block(steps, len(masks)), strict=True):
+        shares = dream_split(count, share, eps) if schedule == "dream" else split(count, share)
         quotas.append(tuple(k for k in shares if k > 0))
     return tuple(quotas)
 

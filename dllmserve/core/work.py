@@ -13,8 +13,8 @@ def forwards_of(request: Request) -> int:
     if request.quotas:
         return sum(len(block) for block in request.quotas)
     if request.revokes:
-        return request.params.gen_length + REVOKED * len(request.blocks)
-    return request.params.gen_length
+        return sum(request.masks) + REVOKED * len(request.blocks)
+    return sum(request.masks)
 
 
 def work_of(request: Request) -> int:

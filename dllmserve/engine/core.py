@@ -188,7 +188,7 @@ class EngineCore:
         lost = [request for request in admitted if not self._fill_rows(request)]
         if lost:
             kept = [i for i, request in enumerate(requests) if request not in lost]
-            plan = StepPlan(tuple(plan.entries[i] for i in kept))
+            plan = replace(plan, entries=tuple(plan.entries[i] for i in kept))
             requests = [requests[i] for i in kept]
         if not requests:
             return bool(lost)
@@ -244,11 +244,11 @@ class EngineCore:
             return [(None, requests, failure)]
         release_cached_memory()
         half = len(requests) // 2
-        first = self._execute(StepPlan(plan.entries[:half]), requests[:half])
+        first = self._execute(plan.part(0, half), requests[:half])
         for handle, _, _ in first:
             if handle is not None:
                 handle.keep_proposals()
-        return [*first, *self._execute(StepPlan(plan.entries[half:]), requests[half:])]
+        return [*first, *self._execute(plan.part(half), requests[half:])]
 
     def _land(self, flight: _Flight) -> StepEvents:
         """Wait for a step's report and act on it."""
@@ -326,21 +326,20 @@ class EngineCore:
     ) -> CanvasStep:
         """A picture of the answer after the step."""
         table = self._runner.table
-        ids: list[int | None] = list(table.read_answer(request.row, request.params.gen_length))
+        length = request.canvas.end - request.canvas.start
+        ids: list[int | None] = list(table.read_answer(request.row, length))
         masked = table.read_masked(request.row)
-        start, width = handle.blocks[index]
-        place = handle.place(index)
-        proposed = handle.proposals.tokens[place, :width].tolist()
-        values = handle.proposals.confidence[place, :width].tolist()
+        first, width = handle.blocks[index]
+        block = first - request.canvas.start
+        proposed, values = handle.proposed(index)
         confidence: list[float | None] = [None] * len(ids)
         shown: list[int | None] = [None if m else t for m, t in zip(masked, ids, strict=True)]
         for offset, (token, value) in enumerate(zip(proposed, values, strict=True)):
-            column = start - request.prompt_len + offset
+            column = block + offset
             if value != float("-inf"):
                 confidence[column] = value
                 if masked[column]:
                     shown[column] = token
-        block = start - request.prompt_len
         return CanvasStep(
             token_ids=shown,
             committed=[not m for m in masked],

@@ -11,16 +11,18 @@ import torch
 
 from dllmserve._values import MAX_GEN_LENGTH, SparseConfig
 from dllmserve.core.budget import MemoryBudget
-from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from dllmserve.core.canvas import answer_canvas
+from dllmserve.core.limits import Limits
+from dllmserve.core.plan import Span, StepEntry, StepPlan, Store
 from dllmserve.core.request import Request
 from dllmserve.core.rows import row_inits
-from dllmserve.core.scheduler import Limits
 from dllmserve.engine.machine import device_memory
 from dllmserve.runtime.runner import MAX_GRAPH_TOKENS, ModelRunner
 from dllmserve.sampling_params import SamplingParams
 
-#: All rows of the measurement share one page: what they read does not matter.
-PROFILE_PAGES = 1
+#: The rows of the measurement have no pages, so they use the trash page: what they read does not
+#: matter.
+PROFILE_PAGES = 0
 _GRAPH_BLOCK = 32
 
 
@@ -118,11 +120,10 @@ def worst_step(runner: ModelRunner, limits: Limits, rule: str = "entropy_bound")
             q_start=0,
             q_len=length,
             ctx_len=0,
-            write=int(Write.SELECT_PER_HEAD),
+            store=Store.SELECT_PER_HEAD,
             keep=1 if length > block + 1 else 0,
             blk_off=length - block,
             blk_len=block,
-            stair=0,
         )
         entries.append(StepEntry(span, None, block, params.unmask))
     return StepPlan(tuple(entries))
@@ -135,7 +136,7 @@ def _reuse_step(runner: ModelRunner, limits: Limits, rows: int) -> StepPlan:
     entries = []
     for row in range(rows):
         _admit(runner, row, [0], params)
-        span = Span(row, 1, block, 1, int(Write.NONE), 0, 0, block, 0)
+        span = Span(row, 1, block, 1, blk_len=block)
         entries.append(StepEntry(span, None, block, params.unmask))
     return StepPlan(tuple(entries))
 
@@ -143,7 +144,8 @@ def _reuse_step(runner: ModelRunner, limits: Limits, rows: int) -> StepPlan:
 def _admit(runner: ModelRunner, row: int, prompt: list[int], params: SamplingParams) -> None:
     """Fill a row as the engine would."""
     sparse = SparseConfig(default_block_len=1)
-    request = Request(row, prompt, replace(params, sparse=sparse), seed=row)
-    request.row, request.pages = row, [1]
+    canvas = answer_canvas(prompt, params.gen_length, params.resolved_block_length)
+    request = Request(row, canvas, replace(params, sparse=sparse), seed=row)
+    request.row = row
     for init in row_inits(request, runner.spec):
         runner.admit(init)

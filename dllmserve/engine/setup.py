@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from dllmserve.attention.backend import AttentionBackend, KVStore
 from dllmserve.catalog import BACKENDS
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import NO_LIMIT, MemoryBudget
+from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.scheduler import Limits
 from dllmserve.engine.machine import (
     checked_plan,
     choose_attention,
@@ -38,12 +38,12 @@ from dllmserve.models.loader import (
 )
 from dllmserve.parallel.group import Group, smallest
 from dllmserve.parallel.partition import Partition
+from dllmserve.runtime.edits import LogitEdit, make_edits
 from dllmserve.runtime.graphs import GraphPool
 from dllmserve.runtime.logits import LogitsHead, TorchReducer, TritonReducer
 from dllmserve.runtime.platform import is_out_of_memory, on_device, release_cached_memory
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.states import LogitState, make_states
 
 _log = logging.getLogger(__name__)
 _MIN_STEP_TOKENS, _MAX_STEP_TOKENS = 8192, 32768
@@ -106,11 +106,11 @@ class RunnerParts:
     table: StateTable
     backend: AttentionBackend
     head: LogitsHead
-    states: dict[str, LogitState]
+    edits: Mapping[str, LogitEdit]
 
     @classmethod
     def create(cls, plan: EnginePlan, decoder: Decoder) -> RunnerParts:
-        """Allocate state table, LM head and what rules keep."""
+        """Allocate state table, LM head and logit edits."""
         limits = plan.limits
         triton = plan.kernels == "triton"
         exact = decoder.ops.linear if triton and plan.dtype == torch.float32 else None
@@ -121,17 +121,11 @@ class RunnerParts:
             (TritonReducer if triton else TorchReducer)(decoder.vocab),
             exact,
         )
-        table = StateTable(limits.max_num_seqs, limits.max_model_len, plan.device)
+        ends = len(plan.spec.eos_ids)
+        table = StateTable(limits.max_num_seqs, limits.max_model_len, plan.device, ends)
         backend: AttentionBackend = BACKENDS[plan.attention].load()(plan.partition.local)
-        states = make_states(
-            limits.max_num_seqs + 1,
-            limits.max_history_rows,
-            limits.max_model_len,
-            decoder.vocab,
-            plan.spec.mask_id,
-            plan.device,
-        )
-        return cls(plan, decoder, table, backend, head, states)
+        edits = make_edits(plan.sizing.edit_sizes, decoder.vocab, plan.device)
+        return cls(plan, decoder, table, backend, head, edits)
 
     def runner(self, num_pages: int) -> ModelRunner:
         """A runner with its own pages and graphs."""
@@ -156,7 +150,7 @@ class RunnerParts:
             self.head,
             graphs,
             kernels=plan.kernels,
-            states=self.states,
+            edits=self.edits,
         )
 
 

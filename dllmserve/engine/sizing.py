@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dllmserve._values import MAX_GEN_LENGTH, MAX_LOGIT_BIAS
+from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.runtime.states import state_bytes
+from dllmserve.runtime.edits import EditSizes, edit_bytes
 
 #: in general; :mod:`dllmserve.engine.advice` says which of these, and to what
 OOM_ADVICE = (
@@ -111,14 +111,26 @@ class Sizing:
         length = self.max_len
         pages = length // self.options.page_size
         ends = len(self.spec.eos_ids)
-        per_row = length * 21 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8
-        per_row += (MAX_LOGIT_BIAS + ends) * 12 + ends * 8
-        return (self.options.max_num_seqs + 1) * per_row + length * self.spec.head_dim * 4
+        per_row = length * 22 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8 + ends * 8
+        rows = (self.options.max_num_seqs + 1) * per_row
+        edits = edit_bytes(self.edit_sizes, keeps=False)
+        return rows + edits + length * self.spec.head_dim * 4
 
     def _history(self) -> int:
         """What rules keep of logits."""
-        options, ids = self.options, self.spec.embedding_size
-        return state_bytes(options.max_num_seqs + 1, options.max_history_rows, self.max_len, ids)
+        return edit_bytes(self.edit_sizes, keeps=True)
+
+    @property
+    def edit_sizes(self) -> EditSizes:
+        """What logit edits take depends on this."""
+        options = self.options
+        return EditSizes(
+            rows=options.max_num_seqs + 1,
+            slots=options.max_history_rows,
+            max_len=self.max_len,
+            ids=self.spec.embedding_size,
+            spec=self.spec,
+        )
 
     @property
     def _widest(self) -> int:

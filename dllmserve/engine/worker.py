@@ -149,7 +149,7 @@ class EngineLoop:
     def _counters(self) -> Counters:
         scheduler = self._engine.scheduler
         pages = scheduler.limits.num_pages
-        free = scheduler.allocator.num_free
+        free = scheduler.storage.pages.num_free
         return Counters(
             waiting=len(scheduler.waiting),
             running=len(scheduler.running),

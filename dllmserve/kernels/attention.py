@@ -20,15 +20,16 @@ from torch import Tensor
 from dllmserve.kernels.pages import (
     CTX_LEN,
     FIELDS,
-    KEEP,
+    MASK,
+    MASK_ARG,
+    MASK_BLIND,
+    MASK_STAIR,
     Q_LEN,
     Q_START,
     ROW,
-    SHADOW,
-    STAIR,
-    WRITE,
-    WRITE_ALL,
-    WRITE_FIRST,
+    STORE,
+    STORE_AHEAD,
+    STORE_POSITIONS,
     heads_together,
     need_contiguous,
     padded,
@@ -54,19 +55,19 @@ def span_attention(
     out: Tensor,  # [N, Hq, D] contiguous
     k_cache: Tensor,  # [slots, Hkv, D] of one layer, contiguous
     v_cache: Tensor,  # [slots, Hkv, D]
-    spans: Tensor,  # [S, 10] int32, the fields of core.plan.Span
+    spans: Tensor,  # [S, len(SpanField)] int32, the fields of core.plan.Span
     starts: Tensor,  # [S] int32, first packed token of each span
     page_table: Tensor,  # [rows + 1, P] int64, contiguous
     page_size: int,
     max_q: int,
     skip_whole: bool,
-    shadows: bool = False,
+    blind: bool = False,
 ) -> None:
-    """Attend every span; store the fresh K,V of those that write ALL (FIRST has to be stored).
+    """Attend every span; store the fresh K,V of those that store POSITIONS (AHEAD is done).
 
     Args:
         max_q: upper bound of q_len, for which the grid is made.
-        shadows: whether there may be shadows among the spans.
+        blind: whether there may be blind spans.
         skip_whole: leave out the spans that :func:`dllmserve.attention.backend.whole` names:
             neither ``out`` nor pages are written for them (see :func:`store_pages`).
 
@@ -96,7 +97,7 @@ def span_attention(
         N=tile.block_n,
         PAGE=page_size,
         SKIP_WHOLE=skip_whole,
-        SHADOWS=shadows,
+        BLIND=blind,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         maxnreg=tile.max_registers,
@@ -121,7 +122,7 @@ def store_pages(
     v: Tensor,  # [N, Hkv, D]
     k_cache: Tensor,  # [slots, Hkv, D] of one layer, contiguous
     v_cache: Tensor,  # [slots, Hkv, D]
-    spans: Tensor,  # [S, 10] int32
+    spans: Tensor,  # [S, len(SpanField)] int32
     starts: Tensor,  # [S] int32
     page_table: Tensor,  # [rows + 1, P] int64, contiguous
     page_size: int,
@@ -163,14 +164,14 @@ def _see(
     horizon: tl.tensor,  # [M] int32, first position that a query does not see
     blind: tl.tensor,  # [M] int32, a position that it does not see either
     scale: tl.tensor,
-    SHADOWS: tl.constexpr,
+    BLIND: tl.constexpr,
 ) -> Any:
     """One step of the running softmax, in powers of two."""
     if _WIDEN:
         q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(position[None, :] < horizon[:, None], scores, _NEVER)
-    if SHADOWS:
+    if BLIND:
         scores = tl.where(position[None, :] == blind[:, None], _NEVER, scores)
     higher = tl.maximum(peak, tl.max(scores, 1))
     # a query that has seen no key yet has no peak to subtract
@@ -202,7 +203,7 @@ def _see_cached(
     D: tl.constexpr,
     N: tl.constexpr,
     PAGE: tl.constexpr,
-    SHADOWS: tl.constexpr,
+    BLIND: tl.constexpr,
 ) -> Any:
     """Attend cached keys, except those that the span overwrites."""
     for j in range(low, high, N):
@@ -213,7 +214,7 @@ def _see_cached(
         k = vectors(k_cache, slot, valid, DIM, D)
         v = vectors(v_cache, slot, valid, DIM, D)
         position = tl.where(valid, position, _HIDDEN)
-        acc, peak, total = _see(acc, peak, total, q, k, v, position, horizon, blind, scale, SHADOWS)
+        acc, peak, total = _see(acc, peak, total, q, k, v, position, horizon, blind, scale, BLIND)
     return acc, peak, total
 
 
@@ -243,7 +244,7 @@ def _see_fresh(
         k_tile = vectors(k, token * k_token, valid, DIM, D)
         v_tile = vectors(v, token * v_token, valid, DIM, D)
         position = tl.where(valid, q_start + index, _HIDDEN)
-        # a shadow sees all of itself
+        # a blind span sees all of itself
         acc, peak, total = _see(
             acc, peak, total, q, k_tile, v_tile, position, horizon, horizon, scale, False
         )
@@ -253,10 +254,10 @@ def _see_fresh(
 @triton.jit
 def _horizon(span: tl.tensor, query: tl.tensor) -> Any:
     """First position [M] that the span's queries number ``query`` [M] do not see."""
-    stair = tl.load(span + STAIR)
-    step = tl.maximum(stair, 1)
+    stair = tl.load(span + MASK) == MASK_STAIR
+    step = tl.where(stair, tl.load(span + MASK_ARG), 1)
     block = (tl.load(span + Q_START) + query) // step
-    return tl.where(stair > 0, (block + 1) * step, _HIDDEN)
+    return tl.where(stair, (block + 1) * step, _HIDDEN)
 
 
 @triton.jit
@@ -280,30 +281,31 @@ def _tile(
     M: tl.constexpr,
     N: tl.constexpr,
     PAGE: tl.constexpr,
-    SHADOWS: tl.constexpr,
+    BLIND: tl.constexpr,
 ) -> Any:
     """Attend a tile of queries to one part of the span's keys; the last has the fresh ones."""
     q_start, q_len = tl.load(span + Q_START), tl.load(span + Q_LEN)
     ctx_len = tl.load(span + CTX_LEN)
-    mode = tl.load(span + WRITE)
-    writes = mode == WRITE_ALL
+    store = tl.load(span + STORE)
+    writes = store == STORE_POSITIONS
     before = tl.where(writes, tl.minimum(q_start, ctx_len), ctx_len)
     after = tl.where(writes, tl.maximum(ctx_len - q_start - q_len, 0), 0)
     count = before + after
     share = tl.cdiv(tl.cdiv(count, PARTS), N) * N
     low = tl.minimum(part * share, count)
     high = tl.minimum(low + share, count)
-    # what was stored first is among the cached keys
-    fresh = tl.where((part == PARTS - 1) & (mode != WRITE_FIRST), q_len, 0)
+    # what was stored ahead is among the cached keys
+    fresh = tl.where((part == PARTS - 1) & (store != STORE_AHEAD), q_len, 0)
     skipped = q_start + q_len - before
     horizon = _horizon(span, query)
-    blind = tl.where(mode == SHADOW, q_start + query + tl.load(span + KEEP), -1)
+    unseen = q_start + query + tl.load(span + MASK_ARG)
+    blind = tl.where(tl.load(span + MASK) == MASK_BLIND, unseen, -1)
     acc = tl.zeros([M, D], dtype=tl.float32)
     peak = tl.full([M], _NEVER, dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     acc, peak, total = _see_cached(
         acc, peak, total, q, k_cache, v_cache, table, low, high, before, skipped, horizon, blind,
-        scale, SLOT, DIM, D, N, PAGE, SHADOWS,
+        scale, SLOT, DIM, D, N, PAGE, BLIND,
     )  # fmt: skip
     return _see_fresh(
         acc, peak, total, q, k, v, q_start, fresh, horizon, scale, k_token, v_token, DIM, D, N
@@ -316,7 +318,7 @@ def _share(span: tl.tensor, first: tl.tensor, GROUP: tl.constexpr, M: tl.constex
 
     Every tile stores a share, and nobody reads those slots in the same launch.
     """
-    writes = tl.load(span + WRITE) == WRITE_ALL
+    writes = tl.load(span + STORE) == STORE_POSITIONS
     low = tl.cdiv(first, GROUP)
     high = tl.minimum(tl.cdiv(first + M, GROUP), tl.load(span + Q_LEN))
     return low, tl.where(writes, high, low)
@@ -349,7 +351,7 @@ def _attend(
     PAGE: tl.constexpr,
     PARTS: tl.constexpr,
     SKIP_WHOLE: tl.constexpr,
-    SHADOWS: tl.constexpr,
+    BLIND: tl.constexpr,
 ) -> None:
     span = spans + tl.program_id(2) * FIELDS
     first = tl.program_id(0) // PARTS * M
@@ -375,7 +377,7 @@ def _attend(
     q_tile = vectors(q, token * q_token + head * DIM, real, DIM, D)
     acc, peak, total = _tile(
         q_tile, row // GROUP, k, v, k_cache, v_cache, table, span, part, k_token, v_token, scale,
-        PARTS, HEADS * DIM, DIM, D, M, N, PAGE, SHADOWS,
+        PARTS, HEADS * DIM, DIM, D, M, N, PAGE, BLIND,
     )  # fmt: skip
     place = (part.to(tl.int64) * tokens + token) * (HEADS * GROUP) + head
     if PARTS > 1:
@@ -453,7 +455,7 @@ def _store(
     span = spans + tl.program_id(2) * FIELDS
     low = tl.program_id(0) * N
     q_len = tl.load(span + Q_LEN)
-    stores = (tl.load(span + WRITE) == WRITE_ALL) & reads_nothing(span) & (low < q_len)
+    stores = (tl.load(span + STORE) == STORE_POSITIONS) & reads_nothing(span) & (low < q_len)
     if stores == 0:
         return
     start = tl.load(starts + tl.program_id(2)).to(tl.int64)

@@ -8,23 +8,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Mask, SpanField, Store
 
 #: Fields of a span on the device.
-ROW = tl.constexpr(Span._fields.index("row"))
-Q_START = tl.constexpr(Span._fields.index("q_start"))
-Q_LEN = tl.constexpr(Span._fields.index("q_len"))
-CTX_LEN = tl.constexpr(Span._fields.index("ctx_len"))
-WRITE = tl.constexpr(Span._fields.index("write"))
-KEEP = tl.constexpr(Span._fields.index("keep"))
-BLK_OFF = tl.constexpr(Span._fields.index("blk_off"))
-BLK_LEN = tl.constexpr(Span._fields.index("blk_len"))
-STAIR = tl.constexpr(Span._fields.index("stair"))
-PICK = tl.constexpr(Span._fields.index("pick"))
-FIELDS = tl.constexpr(len(Span._fields))
-WRITE_ALL = tl.constexpr(int(Write.ALL))
-WRITE_FIRST = tl.constexpr(int(Write.FIRST))
-SHADOW = tl.constexpr(int(Write.SHADOW))
+ROW = tl.constexpr(int(SpanField.ROW))
+Q_START = tl.constexpr(int(SpanField.Q_START))
+Q_LEN = tl.constexpr(int(SpanField.Q_LEN))
+CTX_LEN = tl.constexpr(int(SpanField.CTX_LEN))
+STORE = tl.constexpr(int(SpanField.STORE))
+KEEP = tl.constexpr(int(SpanField.KEEP))
+BLK_OFF = tl.constexpr(int(SpanField.BLK_OFF))
+BLK_LEN = tl.constexpr(int(SpanField.BLK_LEN))
+HEAD = tl.constexpr(int(SpanField.HEAD))
+MASK = tl.constexpr(int(SpanField.MASK))
+MASK_ARG = tl.constexpr(int(SpanField.MASK_ARG))
+PICK = tl.constexpr(int(SpanField.PICK))
+FIELDS = tl.constexpr(len(SpanField))
+STORE_POSITIONS = tl.constexpr(int(Store.POSITIONS))
+STORE_AHEAD = tl.constexpr(int(Store.AHEAD))
+MASK_FULL = tl.constexpr(int(Mask.FULL))
+MASK_STAIR = tl.constexpr(int(Mask.STAIR))
+MASK_BLIND = tl.constexpr(int(Mask.BLIND))
 
 
 def need_contiguous(*tensors: Tensor) -> None:
@@ -47,10 +51,10 @@ def padded(dim: int) -> int:
 def reads_nothing(span: tl.tensor) -> Any:
     """True for the spans that attention.backend.whole names."""
     ctx_len = tl.load(span + CTX_LEN)
-    write = tl.load(span + WRITE)
-    stores = (write == WRITE_ALL) | ((write == WRITE_FIRST) & (tl.load(span + PICK) == 0))
+    store = tl.load(span + STORE)
+    stores = (store == STORE_POSITIONS) | ((store == STORE_AHEAD) & (tl.load(span + PICK) == 0))
     overwritten = stores & (ctx_len <= tl.load(span + Q_LEN))
-    alone = (tl.load(span + Q_START) == 0) & (tl.load(span + STAIR) == 0)
+    alone = (tl.load(span + Q_START) == 0) & (tl.load(span + MASK) == MASK_FULL)
     return alone & ((ctx_len == 0) | overwritten)
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Span, Store
 from dllmserve.core.rows import RowSelect
 from dllmserve.device import host_to_device
 from dllmserve.kernels.pages import (
@@ -28,7 +28,7 @@ from dllmserve.kernels.pages import (
     KEEP,
     Q_LEN,
     ROW,
-    WRITE,
+    STORE,
     heads_together,
     need_contiguous,
     padded,
@@ -38,7 +38,7 @@ from dllmserve.kernels.pages import (
 )
 from dllmserve.parallel.group import SOLO, Group, join
 
-_SHARED = tl.constexpr(int(Write.SELECT_SHARED))
+_SHARED = tl.constexpr(int(Store.SELECT_SHARED))
 _LOWEST = tl.constexpr(-(2**31))
 _HIGHEST = tl.constexpr(2**31 - 1)
 
@@ -102,8 +102,8 @@ def plan_selection(
     keep = max(span.keep for _, span, _ in chosen)
     query_heads, kv_heads, dim = heads
     shared = None
-    if group.size > 1 and any(span.write == Write.SELECT_SHARED for _, span, _ in chosen):
-        flags = [int(span.write == Write.SELECT_SHARED) for _, span, _ in chosen]
+    if group.size > 1 and any(span.store == Store.SELECT_SHARED for _, span, _ in chosen):
+        flags = [int(span.store == Store.SELECT_SHARED) for _, span, _ in chosen]
         shared = host_to_device(flags, device) > 0
 
     def room(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -280,7 +280,7 @@ def _score(
     settings, span = _span(settings, spans)
     skip_from, until, count = _window(settings, span, shift)
     first = tl.program_id(2) * N
-    shared = tl.load(span + WRITE) == _SHARED
+    shared = tl.load(span + STORE) == _SHARED
     own = tl.program_id(1)
     if (first >= count) | (shared & (own > 0)):
         return
@@ -352,7 +352,7 @@ def _pick(
     keep = tl.minimum(tl.load(span + KEEP), count)
     if keep == 0:
         return
-    shared = tl.load(span + WRITE) == _SHARED
+    shared = tl.load(span + STORE) == _SHARED
     source = tl.program_id(0) * HEADS + tl.where(shared, 0, tl.program_id(1))
     candidate = tl.arange(0, N)
     # a wider window than this one covers everything as well

@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
-from dllmserve.core.scheduler import Limits
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.sampling_params import SamplingParams
 

@@ -51,7 +51,7 @@ class _Answer:
         left: [n] int64, masks left in the block.
         first_end: [n] int64, place of the first end id that is written; A without one.
         changed: [n, A] bool, what the step wrote, or filled because it lies behind an end id.
-        touched: [n, A] bool, that and the rest of the block.
+        touched: [n, A] bool, that and the rest of the block, but for given tokens.
     """
 
     columns: Tensor
@@ -103,9 +103,6 @@ class StepDecision:
             self._forwards[self._owner],
         )
         self._row_ints = ints
-        # a block is entered with all of its positions masked, and with none in padding
-        inside = inputs.block < table.max_len
-        self.entering = (inputs.eligible == inside).all(dim=-1)  # [n] bool
         self.cfg_scale = floats[:, FLOATS.index("cfg_scale")]
         self.row_params = RowParams(
             temperature=floats[:, FLOATS.index("temperature")],
@@ -117,21 +114,21 @@ class StepDecision:
         )
 
     def _given(self, cells: Tensor) -> Tensor | None:
-        """[M] int64, the written token of rows that a shadow scores; -1 where one is proposed."""
-        if not self._shape.shadowed:
+        """[M] int64, the written token of rows that score one; -1 where one is proposed."""
+        if not self._shape.blind:
             return None
         inputs = self._inputs
         tokens = self._table.tokens[inputs.rows[:, None], inputs.block]
         return torch.where(inputs.scored, tokens, -1).flatten()[cells]
 
     def cells(self) -> HeadCells:
-        """Whose LM-head rows these are, for what keeps something of them between forwards."""
+        """Whose LM-head rows these are, for logit edits."""
         inputs, owner = self._inputs, self._owner
         real = inputs.head_real
         return HeadCells(
             row=torch.where(real, inputs.rows[owner], self._table.trash_row),
             column=inputs.head_cells % self._shape.width,
-            entering=self.entering[owner],
+            entering=inputs.entering[owner],
             forward=self._forwards[owner],
             real=real,
         )
@@ -168,18 +165,16 @@ class StepDecision:
             value = torch.where(kind == CONFIDENCE.index("neg_entropy"), -stats.entropy, value)
         random = self._row_ints[:, IntField.RANDOM_REMASKING] > 0
         value = torch.where(random, position_uniforms(self._keys), value)
-        tokens = torch.zeros_like(inputs.block).flatten()
-        tokens.scatter_(0, inputs.head_cells, stats.token)
         step = self._forwards.clamp(max=table.quotas.shape[1] - 1)
         view = RuleView(
             eligible=inputs.eligible,
-            tokens=tokens.view(inputs.block.shape),
+            tokens=self._to_cells(stats.token, 0),
             confidence=self._spread(value, inputs.eligible, -torch.inf),
             entropy=self._spread_some(stats.entropy),
             quota=table.quotas[inputs.rows, step],
             floats=self._floats,
             kl=self._spread_some(stats.kl),
-            back=self._spread(value, inputs.scored, torch.inf) if self._shape.shadowed else None,
+            back=self._spread(value, inputs.scored, torch.inf) if self._shape.blind else None,
             memory=self._memory(),
         )
         return view, self._ints[:, IntField.RULE]
@@ -188,15 +183,18 @@ class StepDecision:
         return None if values is None else self._spread(values, self._inputs.eligible, torch.inf)
 
     def _spread(self, values: Tensor, where: Tensor, empty: float) -> Tensor:
+        """[M] values to the [n, W] cells where they are wanted; ``empty`` elsewhere."""
+        return self._to_cells(values, empty).masked_fill(~where, empty)
+
+    def _to_cells(self, values: Tensor, empty: float) -> Tensor:
         """[M] values to [n, W] cells; ``empty`` where no LM-head row was.
 
-        A padding row repeats a cell that need not be masked, so cells are filtered again; where
-        it is, the padding row comes with the same value, or (kl) goes to a cell of its own.
+        A padding row repeats a cell, but need not have its value: it goes to a cell of its own.
         """
-        cells = torch.where(self._inputs.head_real, self._inputs.head_cells, where.numel())
-        flat = torch.full((where.numel() + 1,), empty, dtype=values.dtype, device=values.device)
-        flat.scatter_(0, cells, values)
-        return flat[:-1].view(where.shape).masked_fill(~where, empty)
+        inputs, count = self._inputs, self._inputs.block.numel()
+        cells = torch.where(inputs.head_real, inputs.head_cells, count)
+        flat = torch.full((count + 1,), empty, dtype=values.dtype, device=values.device)
+        return flat.scatter_(0, cells, values)[:-1].view(inputs.block.shape)
 
     def _memory(self) -> Memory | None:
         """What the rules kept, or begin a block with."""
@@ -208,7 +206,7 @@ class StepDecision:
         for name in self._shape.rules:
             start = RULES[name].memory
             if start is not None:
-                mine = self.entering & (self._ints[:, IntField.RULE] == RULES.index(name))
+                mine = inputs.entering & (self._ints[:, IntField.RULE] == RULES.index(name))
                 row = torch.where(mine, start[0], row)
                 cells = torch.where(mine[:, None], start[1], cells)
         return Memory(row, cells)
@@ -217,16 +215,17 @@ class StepDecision:
         """What the step makes of the answers: the rules' update, and what follows an end id."""
         table, inputs, longest = self._table, self._inputs, self._shape.answer
         place = torch.arange(longest, device=table.device)
-        prompt = self._ints[:, IntField.PROMPT_LEN, None]
-        inside = place < self._ints[:, IntField.GEN_LENGTH, None]
-        columns = torch.where(inside, prompt + place, table.max_len)
+        start = self._ints[:, IntField.START, None]
+        inside = place < self._ints[:, IntField.LENGTH, None]
+        columns = torch.where(inside, start + place, table.max_len)
         rows = inputs.rows[:, None]
         written = self._laid_over(torch.zeros_like(inside), update.write)
         tokens = self._laid_over(table.tokens[rows, columns], update.tokens, update.write)
         masked = (table.masked[rows, columns] & inside) & ~written
         if update.remask is not None:
             masked |= self._laid_over(torch.zeros_like(inside), update.remask)
-        first = self._first_end(tokens, inside & ~masked)
+        open_ = table.open[rows, columns] & inside
+        first = self._first_end(tokens, open_ & ~masked)
         asked = self._ints[:, IntField.EARLY_END, None] > 0
         fill = masked & (place > first[:, None]) & asked
         end = tokens.gather(1, first[:, None].clamp(max=longest - 1))
@@ -240,16 +239,17 @@ class StepDecision:
             left=(masked & of_block).sum(dim=-1),
             first_end=first,
             changed=written | fill,
-            touched=of_block | fill,
+            touched=(of_block & open_) | fill,
         )
 
     def _laid_over(self, whole: Tensor, block: Tensor, where: Tensor | None = None) -> Tensor:
         """[n, A] of the answers with the [n, W] of their blocks laid over, or a part of that."""
         inputs, longest = self._inputs, self._shape.answer
-        inside = inputs.block < self._table.max_len
+        place = inputs.block - self._ints[:, IntField.START, None]
+        # a block may hold given tokens before the answer's start and behind its end
+        inside = (inputs.block < self._table.max_len) & (place >= 0) & (place < longest)
         if where is not None:
             inside &= where
-        place = inputs.block - self._ints[:, IntField.PROMPT_LEN, None]
         room = F.pad(whole, (0, 1))  # for what lies outside
         return room.scatter_(1, torch.where(inside, place, longest), block)[:, :-1]
 
@@ -263,7 +263,7 @@ class StepDecision:
     def _writings(self, update: Update, answer: _Answer) -> list[_Writing]:
         """All that the step leaves in the state table; what is not the step's goes to trash."""
         table, inputs, guided = self._table, self._inputs, self._shape.guided
-        writings: list[_Writing] = [(table.forwards, inputs.rows, self._forwards + 1)]
+        writings: list[_Writing] = [(table.forwards, inputs.rows, self._forwards + inputs.fills)]
         if update.memory is not None:
             cells = self._cells(inputs.rows, inputs.block)
             writings.append((table.memory_row, inputs.rows, update.memory.row))
@@ -298,13 +298,13 @@ class StepDecision:
         return self._table.ints[rows, IntField.TRACK] == Track.DRIFT
 
     def _report(self, stats: TokenStats, answer: _Answer) -> Tensor:
-        """[n, 5] int64, see :class:`dllmserve.core.scheduler.EntryReport`."""
+        """[n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`."""
         inputs, longest, left = self._inputs, self._shape.answer, answer.left
         place = torch.arange(longest, device=left.device)
-        open_ = answer.masked | (place >= self._ints[:, IntField.GEN_LENGTH, None])
+        open_ = answer.masked | (place >= self._ints[:, IntField.LENGTH, None])
         frontier = torch.where(open_, place, longest).amin(dim=-1)
         # what may be masked again is not settled before its whole block is
-        start = inputs.block[:, 0] - self._ints[:, IntField.PROMPT_LEN]
+        start = (inputs.block[:, 0] - self._ints[:, IntField.START]).clamp(min=0)
         held = (self._ints[:, IntField.REVOKES] > 0) & (left > 0)
         frontier = torch.where(held, torch.minimum(frontier, start), frontier)
         first = answer.first_end

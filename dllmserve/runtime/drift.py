@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dllmserve.attention.backend import AttentionStep, token_slots
-from dllmserve.core.plan import Write
+from dllmserve.core.plan import Store
 from dllmserve.core.rows import IntField, Track
 from dllmserve.layers.modules import AttentionContext
 from dllmserve.parallel.group import join
@@ -40,7 +40,7 @@ class DriftMeter:
         self, context: AttentionContext, step: AttentionStep, table: StateTable, layer: int
     ) -> None:
         self._context, self._table, self._layer = context, table, layer
-        rows, positions, slots = token_slots(step, (Write.ALL, Write.FIRST))
+        rows, positions, slots = token_slots(step, (Store.POSITIONS, Store.AHEAD))
         tracked = (rows >= 0) & (table.ints[rows, IntField.TRACK] == Track.DRIFT)
         # what tracks no drift is read from and written to trash
         self._rows = torch.where(tracked, rows, table.trash_row)

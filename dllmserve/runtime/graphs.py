@@ -29,7 +29,7 @@ class StepOutputs:
     """What a step leaves on the device for the host.
 
     Attributes:
-        report: [n, 5] int64, see :class:`dllmserve.core.scheduler.EntryReport`.
+        report: [n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`.
         tokens: [n, W] int64, proposals.
         confidence: [n, W] float64, -inf where nothing was proposed.
     """

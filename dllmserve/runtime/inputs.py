@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dllmserve.core.plan import Write
+from dllmserve.core.plan import Mask, Part, SpanField
 from dllmserve.decoding.rule import rank_of
-from dllmserve.runtime.shape import StepShape
+from dllmserve.runtime.shape import ENTRY_FIELDS, SPAN_FIELDS, EntryField, StepShape
 from dllmserve.runtime.state_table import StateTable
+
+_QUERIES = (SpanField.ROW, SpanField.Q_START, SpanField.Q_LEN)
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class StepInputs:
         block: [n, W] int64, canvas positions of the block; the trash column where the
             block is shorter than W.
         eligible: [n, W] bool, masked block positions.
-        scored: [n, W] bool, written block positions that a shadow scores.
+        entering: [n] bool, whether it is the block's first forward.
+        fills: [n] bool, whether the forward decides tokens.
+        scored: [n, W] bool, written block positions whose tokens are scored.
         head_rows: [M] int64, index into ids of the hidden state of each LM-head row.
         head_uncond: [m] int64, the same on the unconditional side, for the last m rows.
         head_cells: [M] int64, index into the flattened [n, W] block of each LM-head row.
@@ -45,6 +49,8 @@ class StepInputs:
     uncond_rows: Tensor
     block: Tensor
     eligible: Tensor
+    entering: Tensor
+    fills: Tensor
     scored: Tensor
     head_rows: Tensor
     head_uncond: Tensor
@@ -52,8 +58,19 @@ class StepInputs:
     head_real: Tensor
 
 
+def span_fields(packed: Tensor, shape: StepShape) -> Tensor:
+    """[S, len(SpanField)] int32, the spans at the start of a packing."""
+    return packed[: shape.spans * SPAN_FIELDS].view(shape.spans, SPAN_FIELDS)
+
+
+def entry_fields(packed: Tensor, shape: StepShape) -> Tensor:
+    """[n, len(EntryField)] int32, the entries behind the spans of a packing."""
+    start = shape.spans * SPAN_FIELDS
+    return packed[start : start + shape.entries * ENTRY_FIELDS].view(-1, ENTRY_FIELDS)
+
+
 def build_inputs(
-    spans: Tensor,  # [S, 10] int32
+    packed: Tensor,  # [..] int32, Packing.ints; it may be longer
     shape: StepShape,
     table: StateTable,
     mask_id: int,
@@ -61,8 +78,8 @@ def build_inputs(
 ) -> StepInputs:
     """Gather a step's inputs from the state table."""
     device = table.device
-    wide = spans.long()
-    row, q_start, q_len = wide[:, 0], wide[:, 1], wide[:, 2]
+    wide = span_fields(packed, shape).long()
+    row, q_start, q_len = (wide[:, column] for column in _QUERIES)
     ends = q_len.cumsum(0)
     starts = ends - q_len  # first packed token of each span
     place = torch.arange(shape.tokens, device=device)
@@ -75,28 +92,26 @@ def build_inputs(
         offset = order.offset_of(owner, offset)
     positions = (offset + q_start[owner]).masked_fill(padding, 0)
     source = row[owner].masked_fill(padding, table.trash_row)
-    hidden = table.masked[source, positions] | (wide[owner, 4] == Write.SHADOW)
+    hidden = table.masked[source, positions] | (wide[owner, SpanField.MASK] == Mask.BLIND)
     ids = table.tokens[source, positions].masked_fill(hidden, mask_id)
     count = shape.entries
     column = torch.arange(shape.width, device=device)
-    inside = column < wide[:count, 7:8]  # blk_len
-    first = (q_start + wide[:, 6])[:count, None]  # blk_off
+    inside = column < wide[:count, SpanField.BLK_LEN, None]
+    first = (q_start + wide[:, SpanField.BLK_OFF])[:count, None]
     block = torch.where(inside, first + column, table.max_len)
     eligible = table.masked[row[:count, None], block] & inside
-    scored = inside & ~eligible & _shadowed(shape, device)[:, None]
+    scored = inside & ~eligible & (wide[:count, SpanField.HEAD, None] == Part.BLOCK)
     cells, real = _head_cells(eligible | scored, shape)
     entry = cells // shape.width
-    offset = (wide[entry, 6] + cells % shape.width - logit_shift).clamp(min=0)
+    offset = (wide[entry, SpanField.BLK_OFF] + cells % shape.width - logit_shift).clamp(min=0)
     first_twin = len(cells) - shape.twins
     pair, above = entry[first_twin:] + shape.guided, offset[first_twin:]
     if order is not None:
         offset, above = order.query_of(entry, offset), order.query_of(pair, above)
     head_rows = starts[entry] + offset
-    if shape.shadowed:
-        # shadows lie behind the twins; without one, it is some other span that is not read
-        shadow = (entry + 2 * shape.guided + shape.shadowed).clamp(max=shape.spans - 1)
-        below = starts[shadow] + cells % shape.width
-        head_rows = torch.where(scored.flatten()[cells], below, head_rows)
+    if shape.blind:
+        blind = starts[_blind_spans(entry, shape)] + cells % shape.width
+        head_rows = torch.where(scored.flatten()[cells], blind, head_rows)
     return StepInputs(
         starts=starts,
         ids=ids,
@@ -106,6 +121,8 @@ def build_inputs(
         uncond_rows=row[count : count + shape.guided],
         block=block,
         eligible=eligible,
+        entering=entry_fields(packed, shape)[:, EntryField.ENTERING] > 0,
+        fills=wide[:count, SpanField.HEAD] != Part.NONE,
         scored=scored,
         head_rows=head_rows,
         head_uncond=starts[pair] + above,
@@ -140,15 +157,15 @@ class QueryOrder:
 
 
 def choose_queries(
-    spans: Tensor,  # [S, 10] int64
+    spans: Tensor,  # [S, len(SpanField)] int64
     shape: StepShape,
     table: StateTable,
     logit_shift: int,
 ) -> QueryOrder:
     """Choose the queries of spans with ``pick``: what they must compute, then the most stale."""
-    row, q_start, q_len = spans[:, 0:1], spans[:, 1:2], spans[:, 2:3]
-    start, pick = q_start + spans[:, 6:7], spans[:, 9:10]
-    end = start + spans[:, 7:8]
+    row, q_start, q_len = (spans[:, column, None] for column in _QUERIES)
+    start, pick = q_start + spans[:, SpanField.BLK_OFF, None], spans[:, SpanField.PICK, None]
+    end = start + spans[:, SpanField.BLK_LEN, None]
     offset = torch.arange(shape.pick, device=table.device)
     valid = offset < pick
     position = torch.where(valid, q_start + offset, table.max_len)
@@ -156,7 +173,7 @@ def choose_queries(
     inside = (position >= start) & (position < end)
     read = (after >= start) & (after < end)  # where a block position's logits come from
     masked = (table.masked[row, position] & inside) | (table.masked[row, after] & read)
-    must = torch.where(spans[:, 5:6] > 0, inside | read, masked)  # keep
+    must = torch.where(spans[:, SpanField.MUST, None] == Part.BLOCK, inside | read, masked)
     key = torch.where(must, torch.inf, table.stale[row, position])
     key = torch.where(valid, key, -torch.inf)
     chosen = (rank_of(key) < q_len) & valid
@@ -167,11 +184,9 @@ def choose_queries(
     return QueryOrder(pick > 0, offsets, queries.clamp(min=0))
 
 
-def _shadowed(shape: StepShape, device: torch.device) -> Tensor:
-    """[n] bool, entries that have a shadow."""
-    last = shape.entries - shape.guided
-    entry = torch.arange(shape.entries, device=device)
-    return (entry >= last - shape.shadowed) & (entry < last)
+def _blind_spans(entry: Tensor, shape: StepShape) -> Tensor:
+    """The blind span [k] of entries [k]; of one without, some other span, which is not read."""
+    return (entry + 2 * shape.guided + shape.blind).clamp(max=shape.spans - 1)
 
 
 def _head_cells(flags: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,9 @@ from dllmserve.decoding.stats import (
     without_confidence,
 )
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.runtime.bias import StepBias
 from dllmserve.runtime.decide import HeadCells
+from dllmserve.runtime.edits import LogitEdit
 from dllmserve.runtime.shape import SegmentShape
-from dllmserve.runtime.states import LogitState
 
 #: ``x [n, d], weight [out, d], bias [out] or None -> [n, out]``
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -30,11 +29,11 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class RowReducer(Protocol):
     """Reduces a chunk of logits to its statistics; see :func:`decoding.stats.row_stats`."""
 
-    #: rows that a chunk of sampled, of filtered, and of rows that a state sees counts for, by
-    #: their extra memory
+    #: rows that a chunk of sampled and of filtered rows, and of those of which something is kept,
+    #: counts for, by their extra memory
     sampled_cost: int
     filtered_cost: int
-    state_cost: int
+    kept_cost: int
 
     def reduce(
         self,
@@ -57,7 +56,7 @@ class TorchReducer:
 
     sampled_cost = 4  # noise and sorting work in float64 and int64
     filtered_cost = 4
-    state_cost = 4  # float32 copies: of the distributions now and before, and their product
+    kept_cost = 4  # float32 copies: of the distributions now and before, and their product
 
     def __init__(self, vocab: VocabShard) -> None:
         self.vocab = vocab
@@ -87,7 +86,7 @@ class TritonReducer(TorchReducer):
 
     sampled_cost = 1
     filtered_cost = 16  # the sort's keys, indices and float64 sums, beside a bf16 row
-    state_cost = 16  # the same copies, beside a row that needs no others
+    kept_cost = 16  # the same copies, beside a row that needs no others
 
     def reduce(
         self,
@@ -98,7 +97,7 @@ class TritonReducer(TorchReducer):
         needs: frozenset[str],
     ) -> TokenStats:
         """See :class:`RowReducer`."""
-        if segment.filtered or segment.state:
+        if segment.filtered or segment.keeps or segment.blind:
             return super().reduce(z, params, mask_id, segment, needs)
         from dllmserve.kernels.stats import fused_row_stats
 
@@ -117,23 +116,45 @@ class TritonReducer(TorchReducer):
 
 
 @dataclass(frozen=True)
-class StepStates:
-    """What is kept of a step's logits between forwards.
+class StepEdits:
+    """What is done to a step's logits.
 
     Attributes:
-        cells: whose the LM-head rows are.
-        states: by the name that segments have.
+        cells: whose the LM-head rows are; None if no segment has edits or rows without confidence.
+        edits: by the name that segments have.
+        last: [R + 1, E] int64, the state table's ids without confidence.
     """
 
     cells: HeadCells | None = None
-    states: Mapping[str, LogitState] = field(default_factory=dict)
+    edits: Mapping[str, LogitEdit] = field(default_factory=dict)
+    last: Tensor | None = None
 
-    def observe(self, z: Tensor, chunk: slice, name: str) -> tuple[Tensor, Tensor | None]:
-        """See :class:`~dllmserve.runtime.states.LogitState`; nothing for other names."""
-        state = self.states.get(name)
-        if state is None or self.cells is None:
-            return z, None
-        return state.observe(z, self.cells, chunk)
+    def apply(
+        self, z: Tensor, chunk: slice, segment: SegmentShape
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Apply a segment's edits to a chunk of its rows, in order.
+
+        Returns:
+            Logits [n, v], and what edits have to say of them: [n] float64 by statistic.
+        """
+        found: dict[str, Tensor] = {}
+        if self.cells is None:
+            return z, found
+        for name, size in segment.edits:
+            edit = self.edits[name]
+            result = edit.apply(z, self.cells, chunk, size)
+            if edit.statistic:
+                found[edit.statistic] = result
+            else:
+                z = result
+        return z, found
+
+    def params(self, params: RowParams, chunk: slice, segment: SegmentShape) -> RowParams:
+        """Parameters of a chunk of rows, with the ids that have no confidence in it."""
+        own = params[chunk]
+        if not segment.last or self.cells is None or self.last is None:
+            return own
+        return replace(own, last=self.last.index_select(0, self.cells.row[chunk]))
 
 
 class LogitsHead:
@@ -181,13 +202,9 @@ class LogitsHead:
         params: RowParams,
         segments: tuple[SegmentShape, ...],
         needs: frozenset[str],
-        bias: StepBias | None = None,
-        states: StepStates = StepStates(),
+        edits: StepEdits = StepEdits(),
     ) -> TokenStats:
-        """Statistics of M rows, in order.
-
-        ``bias`` is what segments with a bias add, ``states`` what is kept between forwards.
-        """
+        """Statistics of M rows, in order."""
         parts = []
         twins = len(hidden) - len(cfg_scale)
         start = 0
@@ -200,14 +217,10 @@ class LogitsHead:
                 if segment.guided:
                     other = hidden[chunk.start + twins : chunk.stop + twins]
                     z = self._guide(z, other, cfg_scale[chunk])
-                if segment.bias and bias is not None:
-                    z = bias.add(z, chunk, segment.bias)
-                z, kl = states.observe(z, chunk, segment.state)
-                own = params[chunk]
-                if segment.last and bias is not None:
-                    own = replace(own, last=bias.last_of(chunk))
+                z, found = edits.apply(z, chunk, segment)
+                own = edits.params(params, chunk, segment)
                 part = self._reducer.reduce(z, own, self._mask_id, segment, needs)
-                parts.append(part if kl is None else replace(part, kl=kl))
+                parts.append(replace(part, **found))
             start = end
         return TokenStats.concat(parts)
 
@@ -216,10 +229,10 @@ class LogitsHead:
         rows = self._max_rows
         if segment.guided:
             rows //= 2  # two rows of logits each
-        if segment.bias and self._weight.dtype != torch.float32:
+        if segment.edits and self._weight.dtype != torch.float32:
             rows //= 2  # a float32 copy of each, twice its size
-        if segment.state:
-            rows //= self._reducer.state_cost
+        if segment.keeps or segment.blind:
+            rows //= self._reducer.kept_cost
         if segment.filtered:
             rows //= self._reducer.filtered_cost
         elif segment.sampled:

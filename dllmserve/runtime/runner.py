@@ -13,15 +13,15 @@ from torch import Tensor
 from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore
 from dllmserve.catalog import RULES, Made
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import StepEntry, StepPlan
-from dllmserve.core.rows import IntField, RowInit, Track
-from dllmserve.core.scheduler import EntryReport
+from dllmserve.core.plan import EntryReport, StepEntry, StepPlan
+from dllmserve.core.rows import RowInit, Track
 from dllmserve.device import host_to_device
 from dllmserve.models.decoder import Decoder
-from dllmserve.runtime.bias import BiasTable
 from dllmserve.runtime.drift import DriftMeter
+from dllmserve.runtime.edits import LogitEdit
 from dllmserve.runtime.graphs import GraphPool, StepOutputs
-from dllmserve.runtime.logits import LogitsHead, StepStates
+from dllmserve.runtime.inputs import span_fields
+from dllmserve.runtime.logits import LogitsHead, StepEdits
 from dllmserve.runtime.platform import (
     host_room,
     is_out_of_memory,
@@ -31,8 +31,8 @@ from dllmserve.runtime.platform import (
     to_host,
 )
 from dllmserve.runtime.shape import (
+    ENTRY_FIELDS,
     EXACT,
-    HEAD_FIELDS,
     LADDER,
     SPAN_FIELDS,
     Packing,
@@ -40,8 +40,7 @@ from dllmserve.runtime.shape import (
     lay_out,
 )
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.states import LogitState
-from dllmserve.runtime.step import span_fields, step_ops
+from dllmserve.runtime.step import step_ops
 
 #: Larger steps keep the device busy without a graph, and a graph for them would take much memory.
 MAX_GRAPH_TOKENS = 4096
@@ -79,7 +78,7 @@ class StepHandle:
     def __init__(self, plan: StepPlan, packing: Packing, table: StateTable) -> None:
         self.blocks = [(e.span.blk_start, e.span.blk_len) for e in plan.entries]
         self.await_event: Callable[[torch.cuda.Event], None] = _synchronize
-        self._places = packing.places[: len(plan.entries)]
+        self._indices = packing.indices[: len(plan.entries)]
         self._table = table
         like = torch.empty(packing.shape.entries, 5, dtype=torch.int64, device="meta")
         self._report_room = host_room(like, table.device)
@@ -96,9 +95,11 @@ class StepHandle:
             self._answers[row] = to_host(table.answer(row), room)
         self._event = record_event(table.device)  # behind all that the host will wait for
 
-    def place(self, index: int) -> int:
-        """Row of entry ``index`` in the proposals."""
-        return self._places[index]
+    def proposed(self, entry: int) -> tuple[list[int], list[float]]:
+        """Tokens and confidences of the positions of an entry's block, -inf where there is none."""
+        index, (_, width) = self._indices[entry], self.blocks[entry]
+        found = self.proposals
+        return found.tokens[index, :width].tolist(), found.confidence[index, :width].tolist()
 
     def keep_proposals(self) -> None:
         """Copy the proposals, which the next replay of the same graph would overwrite.
@@ -114,7 +115,7 @@ class StepHandle:
         """Wait for the device and return one report per entry."""
         self._wait()
         rows = self._report.tolist()
-        return [EntryReport(*rows[place]) for place in self._places]
+        return [EntryReport(*rows[index]) for index in self._indices]
 
     def answer(self, row: int, count: int) -> list[int] | None:
         """The first ``count`` answer ids of a row whose last step this was, else None."""
@@ -150,7 +151,7 @@ class StepRunner(Protocol):
         ...
 
     def admit(self, init: RowInit) -> None:
-        """Fill a row of the state table, its bias and its page table."""
+        """Fill a row of the state table, and what its logit edits keep."""
         ...
 
     def execute(self, plan: StepPlan) -> StepHandle:
@@ -173,8 +174,7 @@ class ModelRunner:
         head: LM head.
         graphs: CUDA graphs, or None to launch every kernel by itself.
         kernels: "torch" or "triton": what reads and writes the state rows.
-        states: what rules keep of logits, by name; without a rule's the engine takes none of
-            its requests.
+        edits: logit edits by name; without a rule's the engine takes none of its requests.
     """
 
     recovers = True
@@ -189,7 +189,7 @@ class ModelRunner:
         graphs: GraphPool | None = None,
         *,
         kernels: str = "torch",
-        states: Mapping[str, LogitState] | None = None,
+        edits: Mapping[str, LogitEdit] | None = None,
     ) -> None:
         self._spec = decoder.spec
         self._table = table
@@ -198,19 +198,16 @@ class ModelRunner:
         self._decoder = decoder
         self._backend = backend
         self._head = head
-        self._states = states or {}
+        self._edits = edits or {}
         self._ops = step_ops(kernels, table, Made(RULES), decoder.spec)
-        rows = table.trash_row + 1
-        spec, ends = decoder.spec, len(decoder.spec.eos_ids)
-        self._bias = BiasTable(rows, spec.vocab_size, decoder.vocab, table.device, ends)
         # padding at most doubles the number of spans
-        capacity = (4 * table.trash_row + 64) * (SPAN_FIELDS + HEAD_FIELDS)
+        capacity = (4 * table.trash_row + 64) * (SPAN_FIELDS + ENTRY_FIELDS)
         self._packed = torch.zeros(capacity, dtype=torch.int32, device=table.device)
 
     @property
     def keeping(self) -> tuple[str, ...]:
-        """Rules that have a state."""
-        return tuple(n for n, rule in RULES.items() if rule.needs & {*self._states})
+        """Rules that keep something of logits."""
+        return tuple(n for n, rule in RULES.items() if rule.keeps and rule.needs & {*self._edits})
 
     @property
     def spec(self) -> ModelSpec:
@@ -232,18 +229,15 @@ class ModelRunner:
 
     @torch.inference_mode()  # the table may have been made in this mode
     def admit(self, init: RowInit) -> None:
-        """Fill a row of the state table, its bias and its page table."""
+        """Fill a row of the state table, and what its logit edits keep."""
         self.table.write_row(init)
-        self._bias.write_row(init.row, init.bias, init.last)
-        for name in RULES.at(init.ints[IntField.RULE]).needs & {*self._states}:
-            self._states[name].admit(init)
-        if init.pages:
-            pages = host_to_device(init.pages, self.table.device)
-            self.kv.page_table[init.row, : len(init.pages)] = pages
+        for name in init.edits:
+            self._edits[name].admit(init)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepHandle:
         """Run one step: forward, statistics, rules, report. Does not wait for the device."""
+        self._turn_pages(plan)
         packing, graphs = self._pack(plan)
         handle = StepHandle(plan, packing, self.table)
         with own_types(self.table.device):
@@ -253,7 +247,17 @@ class ModelRunner:
     @torch.inference_mode()
     def follow(self, plan: StepPlan) -> None:
         """Run one step whose report another rank reads."""
+        self._turn_pages(plan)
         self._run(plan, *self._pack(plan))
+
+    def _turn_pages(self, plan: StepPlan) -> None:
+        """Note the pages that rows have got."""
+        if plan.pages:
+            device = self.table.device
+            rows, columns, pages = (
+                host_to_device(n, device) for n in zip(*plan.pages, strict=True)
+            )
+            self.kv.page_table[rows, columns] = pages
 
     def _pack(self, plan: StepPlan) -> tuple[Packing, GraphPool | None]:
         """How a plan is laid out, and the graphs that run it; None for kernel by kernel."""
@@ -323,12 +327,12 @@ class ModelRunner:
             selects={s.row: table.host[s.row].select for s in plan.spans if s.selects},
             spans=span_fields(self._packed, shape),
             starts=given.starts,
-            places=packing.places,
+            indices=packing.indices,
             tokens=shape.tokens,
             max_q=shape.max_q,
             positions=given.positions,
             owners=given.owners,
-            first=bool(shape.pick or shape.shadowed),
+            ahead=bool(shape.pick or shape.blind),
             group=self._decoder.group,
         )
         rows = given.head_rows
@@ -345,7 +349,6 @@ class ModelRunner:
             given.row_params,
             shape.segments,
             shape.needs,
-            self._bias.begin(self._packed, shape),
-            StepStates(given.cells, self._states),
+            StepEdits(given.cells, self._edits, table.last),
         )
         return work.finish(stats, None if meter is None else meter.keep)

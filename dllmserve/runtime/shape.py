@@ -10,17 +10,31 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from itertools import groupby
 from typing import NamedTuple
 
-from dllmserve.core.plan import Span, StepEntry, StepPlan
+from dllmserve.catalog import EDITS
+from dllmserve.core.plan import Span, SpanField, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit
 
-SPAN_FIELDS = len(Span._fields)
-#: statistics that take more than a row of logits, see :mod:`dllmserve.decoding.rule`
-LOGIT_STATES = ("back", "credit", "kl")
-#: Integers that say where an entry's LM-head rows lie, see :class:`Packing`.
-HEAD_FIELDS = 4
+SPAN_FIELDS = len(SpanField)
+
+
+class EntryField(IntEnum):
+    """Columns of packed entries."""
+
+    #: the first of the entry's LM-head rows, and their number
+    FIRST_ROW = 0
+    ROWS = 1
+    #: the first of its segment's padding rows and their number; 0 but for a segment's first entry
+    FIRST_PAD = 2
+    PADS = 3
+    #: 1 in a block's first forward
+    ENTERING = 4
+
+
+ENTRY_FIELDS = len(EntryField)
 
 
 @dataclass(frozen=True)
@@ -32,9 +46,9 @@ class SegmentShape:
         guided: each row has an unconditional twin.
         sampled: some have a temperature above 0.
         filtered: some use top-p or top-k.
-        bias: most token ids that one of them biases, padding included; 0 where none does.
-        state: which of LOGIT_STATES their rule needs; "" for none.
         last: each has ids whose proposals are without confidence.
+        blind: each has a blind span.
+        edits: name of each logit edit, and most pairs that an entry gives it, padding included.
     """
 
     entries: int
@@ -42,9 +56,14 @@ class SegmentShape:
     guided: bool
     sampled: bool
     filtered: bool
-    bias: int = 0
-    state: str = ""
     last: bool = False
+    blind: bool = False
+    edits: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def keeps(self) -> bool:
+        """True if something of the logits is kept from forward to forward."""
+        return any(EDITS[name].keeps for name, _ in self.edits)
 
 
 @dataclass(frozen=True)
@@ -83,20 +102,27 @@ class StepShape:
         return sum(s.entries for s in self.segments if s.guided)
 
     @property
-    def shadowed(self) -> int:
-        """Entries with a shadow, padding included; they are last but for the guided ones."""
-        return sum(s.entries for s in self.segments if s.state == "back")
+    def blind(self) -> int:
+        """Entries with a blind span, padding included; they are last but for the guided ones."""
+        return sum(s.entries for s in self.segments if s.blind)
 
     @property
     def spans(self) -> int:
-        """Spans: one per entry, then one per guided entry, then the shadows."""
-        return self.entries + self.guided + self.shadowed
+        """Spans: one per entry, then one per guided entry, then the blind ones."""
+        return self.entries + self.guided + self.blind
+
+    @property
+    def edited(self) -> bool:
+        """True if something is done to logits, or proposals are without confidence."""
+        return any(segment.edits or segment.last for segment in self.segments)
 
     @property
     def plain(self) -> bool:
         """True if nothing is kept between forwards besides tokens, masks and K,V."""
-        extra = {*LOGIT_STATES, "memory", "track"}
-        return not self.pick and not self.needs & extra
+        kept = any(segment.keeps for segment in self.segments)
+        return (
+            not self.pick and not self.blind and not kept and not self.needs & {"memory", "track"}
+        )
 
     @property
     def rows(self) -> int:
@@ -115,16 +141,19 @@ class Packing:
 
     Attributes:
         shape: the sizes.
-        ints: ``shape.spans`` spans of ten integers each, padding included; then four
-            integers for each of ``shape.entries``: the first of its LM-head rows and their
-            number, and the first of its segment's padding rows and their number, which are
-            0 but for the segment's first entry.
-        places: span of the layout of each of ``plan.spans``.
+        ints: ``shape.spans`` rows of :class:`~dllmserve.core.plan.SpanField`, padding included,
+            then ``shape.entries`` rows of :class:`EntryField`.
+        indices: index in the layout of each of ``plan.spans``.
+
+    ::
+
+        spans    | entries' | guided twins' | blind |
+        entries  | 0 | 1 | 2 | padding |
     """
 
     shape: StepShape
     ints: array[int]
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
 
 
 Needs = Callable[[StepEntry], frozenset[str]]
@@ -178,15 +207,21 @@ def lay_out(
     """Lay a plan out in the shape that ``pad`` gives it."""
 
     def kind(entry: StepEntry) -> _Kind:
-        init, wanted = host[entry.span.row], needs(entry)
-        state = next((s for s in LOGIT_STATES if s in wanted), "")
-        return _Kind(entry.uncond is not None, init.sampled, init.filtered, state, bool(init.last))
+        init = host[entry.span.row]
+        return _Kind(
+            entry.uncond is not None,
+            init.sampled,
+            init.filtered,
+            bool(init.last),
+            entry.blind is not None,
+            tuple(init.edits),
+        )
 
     layout = _Layout(trash_row, pad)
     for flags, members in groupby(plan.entries, key=kind):
         entries = list(members)
-        bias = max(len(host[e.span.row].bias) for e in entries)
-        layout.add(entries, flags, bias)
+        edits = [host[e.span.row].edits for e in entries]
+        layout.add(entries, flags, [max(len(e[name]) for e in edits) for name in flags.edits])
     wanted: set[str] = set()
     for entry in plan.entries:
         wanted |= needs(entry)
@@ -194,8 +229,8 @@ def lay_out(
     shape = StepShape(
         segments=tuple(layout.segments),
         tokens=pad.tokens(plan.tokens),
-        width=pad.other(max(e.span.blk_len for e in plan.entries)),
-        answer=pad.other(max(host[e.span.row].gen_length for e in plan.entries)),
+        width=pad.other(max(1, *(e.span.blk_len for e in plan.entries))),
+        answer=pad.other(max(host[e.span.row].length for e in plan.entries)),
         max_q=pad.other(max(s.q_len for s in plan.spans)),
         rules=tuple(sorted({e.rule for e in plan.entries})),
         needs=frozenset(wanted),
@@ -210,8 +245,9 @@ class _Kind(NamedTuple):
     guided: bool
     sampled: bool
     filtered: bool
-    state: str
     last: bool
+    blind: bool
+    edits: tuple[str, ...]
 
 
 class _Spans:
@@ -219,17 +255,17 @@ class _Spans:
 
     Attributes:
         ints: their integers.
-        places: place of each real one.
+        indices: of the real ones.
     """
 
     def __init__(self, empty: tuple[int, ...]) -> None:
-        self.ints, self.places = array("i"), list[int]()
+        self.ints, self.indices = array("i"), list[int]()
         self._empty = empty
 
     def add(self, spans: list[Span], padding: int) -> None:
         """Add spans, and then ``padding`` empty ones."""
         for span in spans:
-            self.places.append(len(self))
+            self.indices.append(len(self))
             self.ints.extend(span)
         self.ints.extend(self._empty * padding)
 
@@ -238,48 +274,53 @@ class _Spans:
 
 
 class _Layout:
-    """Entries, their unconditional twins and their shadows, segment after segment."""
+    """Entries, their unconditional twins and their blind spans, segment after segment."""
 
     def __init__(self, trash_row: int, pad: Padding) -> None:
         empty = (trash_row,) + (0,) * (SPAN_FIELDS - 1)
         self._pad = pad
-        self._own, self._twins, self._shadows = _Spans(empty), _Spans(empty), _Spans(empty)
-        self._heads = array("i")
+        self._own, self._twins, self._blind = _Spans(empty), _Spans(empty), _Spans(empty)
+        self._entries = array("i")
         self.segments: list[SegmentShape] = []
 
-    def add(self, entries: list[StepEntry], kind: _Kind, bias: int) -> None:
-        """Add a segment, whose entries bias up to ``bias`` token ids."""
+    def add(self, entries: list[StepEntry], kind: _Kind, sizes: list[int]) -> None:
+        """Add a segment, whose entries give each edit up to so many pairs."""
         pad = self._pad
         count = pad.other(len(entries))
         padding = count - len(entries)
-        masks = [e.head_rows for e in entries] + [0] * padding
+        heads = [(e.head_rows, int(e.entering)) for e in entries] + [(0, 0)] * padding
         segment = SegmentShape(
-            count,
-            pad.rows(sum(masks)),
-            kind.guided,
-            kind.sampled,
-            kind.filtered,
-            pad.other(bias) if bias else 0,
-            kind.state,
-            kind.last,
+            entries=count,
+            # at least one, so that a step that only stores is no special case
+            rows=max(pad.rows(sum(rows for rows, _ in heads)), 1),
+            guided=kind.guided,
+            sampled=kind.sampled,
+            filtered=kind.filtered,
+            last=kind.last,
+            blind=kind.blind,
+            edits=tuple(
+                (name, pad.other(size) if size else 0)
+                for name, size in zip(kind.edits, sizes, strict=True)
+            ),
         )
-        self._heads.extend(_head_rows(masks, sum(s.rows for s in self.segments), segment.rows))
+        first = sum(s.rows for s in self.segments)
+        self._entries.extend(_entry_fields(heads, first, segment.rows))
         self.segments.append(segment)
         self._own.add([e.span for e in entries], padding)
         twins = [e.uncond for e in entries if e.uncond is not None]
         self._twins.add(twins, padding if kind.guided else 0)
-        shadows = [e.shadow for e in entries if e.shadow is not None]
-        self._shadows.add(shadows, padding if kind.state == "back" else 0)
+        blind = [e.blind for e in entries if e.blind is not None]
+        self._blind.add(blind, padding if kind.blind else 0)
 
     def packing(self, shape: StepShape) -> Packing:
         """All of it."""
-        ints, places = array("i"), list[int]()
-        for spans in (self._own, self._twins, self._shadows):
+        ints, indices = array("i"), list[int]()
+        for spans in (self._own, self._twins, self._blind):
             first = len(ints) // SPAN_FIELDS
-            places += [first + place for place in spans.places]
+            indices += [first + index for index in spans.indices]
             ints.extend(spans.ints)
-        ints.extend(self._heads)
-        return Packing(shape, ints, tuple(places))
+        ints.extend(self._entries)
+        return Packing(shape, ints, tuple(indices))
 
 
 def empty_ints(shape: StepShape, trash_row: int) -> array[int]:
@@ -287,17 +328,22 @@ def empty_ints(shape: StepShape, trash_row: int) -> array[int]:
     ints = array("i", (trash_row, *(0,) * (SPAN_FIELDS - 1)) * shape.spans)
     first = 0
     for segment in shape.segments:
-        ints.extend(_head_rows([0] * segment.entries, first, segment.rows))
+        ints.extend(_entry_fields([(0, 0)] * segment.entries, first, segment.rows))
         first += segment.rows
     return ints
 
 
-def _head_rows(masks: list[int], first: int, rows: int) -> array[int]:
-    """Where the LM-head rows of a segment's entries lie, if it starts at row ``first``."""
+def _entry_fields(heads: list[tuple[int, int]], first: int, rows: int) -> array[int]:
+    """:class:`EntryField` of a segment's entries, if it starts at LM-head row ``first``.
+
+    Args:
+        heads: number of LM-head rows of each entry, and whether it enters its block.
+        rows: LM-head rows of the segment.
+    """
     ints = array("i")
     row = first
-    for count in masks:
-        ints.extend((row, count, 0, 0))
+    for count, entering in heads:
+        ints.extend((row, count, 0, 0, entering))
         row += count
-    ints[2], ints[3] = row, first + rows - row
+    ints[EntryField.FIRST_PAD], ints[EntryField.PADS] = row, first + rows - row
     return ints

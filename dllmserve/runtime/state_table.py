@@ -23,10 +23,12 @@ class StateTable:
         tokens: [R + 1, T + 1] int64 canvas ids; undefined where masked.
         masked: [R + 1, T + 1] bool. The flag alone says what is masked, so a prompt may
             contain the mask id.
+        open: [R + 1, T + 1] bool, positions that the request fills; the others are given.
         floats: [R + 1, len(FLOATS)] float64, the numbers of SamplingParams that rules read.
         ints: [R + 1, len(IntField)] int64.
         quotas: [R + 1, Q] int64, tokens to write in each forward of a fixed schedule.
         forwards: [R + 1] int64, forwards done; index into quotas and noise counter.
+        last: [R + 1, E] int64, ids whose proposals have no confidence; -1 is none.
         stale: [R + 1, T + 1] float32, how much a position's K,V are out of date; what the number
             is, the row's :class:`~dllmserve.core.rows.Track` says.
         memory_row: [R + 1] float64, the rule's number for the request.
@@ -34,13 +36,15 @@ class StateTable:
         host: row -> its RowInit, for choices that the host makes.
     """
 
-    def __init__(self, num_rows: int, max_len: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, max_len: int, device: torch.device, ends: int = 1) -> None:
         rows, width = num_rows + 1, max_len + 1
         self.device = device
         self.max_len = max_len
         self.trash_row = num_rows
         self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self.masked = torch.zeros(rows, width, dtype=torch.bool, device=device)
+        self.open = torch.zeros(rows, width, dtype=torch.bool, device=device)
+        self.last = torch.full((rows, max(ends, 1)), -1, dtype=torch.int64, device=device)
         self.floats = torch.zeros(rows, len(FLOATS), dtype=torch.float64, device=device)
         self.ints = torch.zeros(rows, len(IntField), dtype=torch.int64, device=device)
         quotas = min(max_len, MAX_GEN_LENGTH)
@@ -53,11 +57,15 @@ class StateTable:
 
     def write_row(self, init: RowInit) -> None:
         """Fill a row for a newly admitted request."""
-        row, prompt_len = init.row, len(init.prompt)
-        end = prompt_len + init.gen_length
-        self.tokens[row, :prompt_len] = host_to_device(init.prompt, self.device)
-        self.masked[row] = False
-        self.masked[row, prompt_len:end] = True
+        row = init.row
+        self.tokens[row, : len(init.ids)] = host_to_device(init.ids, self.device)
+        self.open[row] = False
+        for start, end in init.holes:
+            self.open[row, start:end] = True
+        self.masked[row] = self.open[row]
+        if init.last:
+            self.last[row] = -1
+            self.last[row, : len(init.last)] = host_to_device(init.last, self.device)
         self.floats[row] = host_to_device(init.floats, self.device, torch.float64)
         self.ints[row] = host_to_device(init.ints, self.device)
         if init.quotas:
@@ -68,10 +76,9 @@ class StateTable:
         self.host[row] = init
 
     def answer(self, row: int) -> Tensor:
-        """Answer ids of a row, on the device: [gen_length] int64, a view."""
+        """Ids of a row from its first position to fill to its last: [length] int64, a view."""
         init = self.host[row]
-        start = len(init.prompt)
-        return self.tokens[row, start : start + init.gen_length]
+        return self.tokens[row, init.start : init.start + init.length]
 
     def read_answer(self, row: int, count: int) -> list[int]:
         """The first ``count`` answer ids of a row, copied to the host."""
@@ -90,6 +97,5 @@ class StateTable:
     def read_masked(self, row: int) -> list[bool]:
         """Masked flags of a row's answer, copied to the host."""
         init = self.host[row]
-        start = len(init.prompt)
-        flags: list[bool] = fetch(self.masked[row, start : start + init.gen_length]).tolist()
+        flags: list[bool] = fetch(self.masked[row, init.start : init.start + init.length]).tolist()
         return flags

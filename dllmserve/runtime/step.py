@@ -7,19 +7,21 @@ bit, in a few launches. Neither waits for the device, and all sizes come from th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import SpanField
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import TokenStats
 from dllmserve.device import host_to_device
-from dllmserve.runtime.decide import StepDecision, apply_rules
+from dllmserve.runtime.decide import HeadCells, StepDecision, apply_rules
 from dllmserve.runtime.graphs import StepOutputs
-from dllmserve.runtime.inputs import build_inputs
-from dllmserve.runtime.shape import SPAN_FIELDS, StepShape
+from dllmserve.runtime.inputs import build_inputs, entry_fields, span_fields
+from dllmserve.runtime.shape import EntryField, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.tensors import StepTensors
 
@@ -57,11 +59,6 @@ class StepOps(Protocol):
         ...
 
 
-def span_fields(packed: Tensor, shape: StepShape) -> Tensor:
-    """[S, 10] int32, the spans at the start of a packing."""
-    return packed[: shape.spans * SPAN_FIELDS].view(shape.spans, SPAN_FIELDS)
-
-
 def step_ops(
     kernels: str, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec
 ) -> StepOps:
@@ -86,8 +83,7 @@ class TorchStep:
     def begin(self, packed: Tensor, shape: StepShape) -> TorchWork:
         """See :class:`StepOps`."""
         spec, table = self._spec, self._table
-        spans = span_fields(packed, shape)
-        inputs = build_inputs(spans, shape, table, spec.mask_id, spec.logit_shift)
+        inputs = build_inputs(packed, shape, table, spec.mask_id, spec.logit_shift)
         decision = StepDecision(table, self._rules, self._eos, shape, inputs)
         tensors = StepTensors(
             ids=inputs.ids,
@@ -97,7 +93,7 @@ class TorchStep:
             head_uncond=inputs.head_uncond,
             cfg_scale=decision.cfg_scale,
             row_params=decision.row_params,
-            cells=None if shape.plain else decision.cells(),
+            cells=decision.cells() if shape.edited else None,
             owners=None if shape.plain else inputs.owners,
         )
         return TorchWork(tensors, decision)
@@ -141,7 +137,32 @@ class TritonStep:
 
         spec = self.spec
         tensors = begin_step(packed, shape, self.table, spec.mask_id, spec.logit_shift)
+        if shape.edited:
+            cells = head_cells(packed, shape, self.table, tensors, spec.logit_shift)
+            tensors = replace(tensors, cells=cells)
         return TritonWork(self, packed, shape, tensors)
+
+
+def head_cells(
+    packed: Tensor, shape: StepShape, table: StateTable, tensors: StepTensors, shift: int
+) -> HeadCells:
+    """Whose LM-head rows a step's are, from what the host knows of them."""
+    spans, entries = span_fields(packed, shape).long(), entry_fields(packed, shape)
+    index = torch.arange(shape.rows, dtype=torch.int32, device=packed.device)
+    # of entries that begin at the same row all but the last are empty
+    first = entries[:, EntryField.FIRST_ROW].contiguous()
+    entry = torch.searchsorted(first, index, right=True) - 1
+    last_row = (first + entries[:, EntryField.ROWS]).index_select(0, entry)
+    real, own = index < last_row, spans.index_select(0, entry)
+    block = own[:, SpanField.Q_START] + own[:, SpanField.BLK_OFF]
+    row = own[:, SpanField.ROW].masked_fill(~real, table.trash_row)
+    return HeadCells(
+        row=row,
+        column=tensors.positions[tensors.head_rows] + shift - block,
+        entering=entries[:, EntryField.ENTERING].index_select(0, entry) > 0,
+        forward=table.forwards[row],
+        real=real,
+    )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, Field
 
 from dllmserve._values import MAX_GEN_LENGTH
-from dllmserve.core.scheduler import Limits
+from dllmserve.core.limits import Limits
 from dllmserve.messages import template_messages
 from dllmserve.presets import steps_for
 from dllmserve.sampling_params import SamplingParams

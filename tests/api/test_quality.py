@@ -123,7 +123,7 @@ def test_kept_distributions_are_limited(tmp_path: Path) -> None:
         llm.generate(prompts, params(12), use_tqdm=False)
     alone = [llm.generate([p], params(8), use_tqdm=False)[0] for p in prompts]
     assert llm.generate(prompts, params(8), use_tqdm=False) == alone
-    assert llm._engine.scheduler.history.num_free == 10
+    assert llm._engine.scheduler.storage.history.num_free == 10
     check_idle(llm)
 
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from dllmserve.attention.backend import AttentionBackend, KVStore, unpadded_step
 from dllmserve.catalog import BACKENDS
-from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from dllmserve.core.plan import Mask, Span, StepEntry, StepPlan, Store
 from dllmserve.core.rows import RowSelect
 from tests.attention.naive import Slots, attend, keep
 from tests.helpers import PLAIN
 
 LENGTH = 24  # slots of a row
 HEADS = [(4, 4, 8), (4, 2, 8), (3, 1, 6), (6, 2, 4), (1, 1, 16)]
-FIRST, SHADOW = Write.FIRST, Write.SHADOW
+AHEAD = Store.AHEAD
 CPU = torch.device("cpu")
 
 
@@ -90,8 +90,8 @@ class Bench:
         ends = [0]
         for span in spans:
             ends.append(ends[-1] + span.q_len)
-        # what is stored first is there for all spans, shadows of the same row among them
-        order = sorted(zip(spans, pairwise(ends), strict=True), key=lambda s: s[0].write != FIRST)
+        # what is stored first is there for all spans, blind ones of the same row among them
+        order = sorted(zip(spans, pairwise(ends), strict=True), key=lambda s: s[0].store != AHEAD)
         for span, (low, high) in order:
             mine = slice(low, high)
             slots = self.rows.setdefault(span.row, {})
@@ -118,29 +118,35 @@ class Bench:
         assert bool(stored_v[~written].isnan().all())
 
 
-def span(row: int, start: int, length: int, ctx: int, write: Write, **more: int) -> Span:
-    base = {"keep": 0, "blk_off": 0, "blk_len": length, "stair": 0} | more
-    return Span(row, start, length, ctx, int(write), **base)
+def span(row: int, start: int, length: int, ctx: int, store: Store, **more: int) -> Span:
+    """A span; ``stair`` and ``blind`` say its mask."""
+    base = {"blk_len": length} | more
+    for name, mask in (("stair", Mask.STAIR), ("blind", Mask.BLIND)):
+        if name in base:
+            base |= {"mask": mask, "mask_arg": base.pop(name)}
+    return Span(row, start, length, ctx, store, **base)
 
 
-def first_and_shadows(bench: Bench) -> None:
-    """Spans that are stored first, and shadows of them, between spans of other kinds."""
+def ahead_and_blind(bench: Bench) -> None:
+    """Spans that are stored ahead, and blind ones of them, between spans of other kinds."""
     for row, length in ((1, 20), (2, 20), (3, LENGTH), (4, 13)):
         bench.fill(row, length)
     bench.check(
         [
-            span(0, 0, 13, 13, FIRST),  # a whole canvas
-            span(1, 9, 5, 20, FIRST),  # a block of one, twice the same shape
-            span(2, 9, 5, 20, FIRST),
-            span(3, 6, 7, LENGTH, Write.ALL),
-            span(4, 8, 3, 8, Write.NONE),
-            span(0, 8, 4, 13, SHADOW, blk_len=0),
-            span(1, 9, 5, 20, SHADOW, blk_len=0, keep=1),
-            span(2, 9, 5, 20, SHADOW, blk_len=0, keep=1),
+            span(0, 0, 13, 13, AHEAD),  # a whole canvas
+            span(1, 9, 5, 20, AHEAD),  # a block of one, twice the same shape
+            span(2, 9, 5, 20, AHEAD),
+            span(3, 6, 7, LENGTH, Store.POSITIONS),
+            span(4, 8, 3, 8, Store.NONE),
+            span(0, 8, 4, 13, Store.NONE, blk_len=0, blind=0),
+            span(1, 9, 5, 20, Store.NONE, blk_len=0, blind=1),
+            span(2, 9, 5, 20, Store.NONE, blk_len=0, blind=1),
         ],
         {},
     )
-    bench.check([span(3, 0, 1, LENGTH, FIRST), span(3, 0, 9, 9, SHADOW, blk_len=0)], {})
+    bench.check(
+        [span(3, 0, 1, LENGTH, AHEAD), span(3, 0, 9, 9, Store.NONE, blk_len=0, blind=0)], {}
+    )
 
 
 def mixed_plans(bench: Bench) -> None:
@@ -150,24 +156,24 @@ def mixed_plans(bench: Bench) -> None:
     selects = {5: RowSelect(3, 4), 6: RowSelect(3, 4), 7: RowSelect(2, 8)}
     bench.check(
         [
-            span(0, 0, 7, 0, Write.NONE),  # nothing cached
-            span(1, 9, 5, 9, Write.NONE),  # prefix reuse, twice the same shape
-            span(2, 9, 5, 9, Write.NONE),
-            span(3, 6, 7, LENGTH, Write.ALL),  # dual reuse in the middle
-            span(4, 0, 13, 0, Write.ALL),  # refresh over what was there
-            span(5, 0, 17, 0, Write.SELECT_PER_HEAD, keep=6, blk_off=5, blk_len=4),
-            span(6, 0, 17, 0, Write.SELECT_PER_HEAD, keep=6, blk_off=5, blk_len=4),
-            span(7, 0, 15, 0, Write.SELECT_SHARED, keep=4, blk_off=9, blk_len=3),
+            span(0, 0, 7, 0, Store.NONE),  # nothing cached
+            span(1, 9, 5, 9, Store.NONE),  # prefix reuse, twice the same shape
+            span(2, 9, 5, 9, Store.NONE),
+            span(3, 6, 7, LENGTH, Store.POSITIONS),  # dual reuse in the middle
+            span(4, 0, 13, 0, Store.POSITIONS),  # refresh over what was there
+            span(5, 0, 17, 0, Store.SELECT_PER_HEAD, keep=6, blk_off=5, blk_len=4),
+            span(6, 0, 17, 0, Store.SELECT_PER_HEAD, keep=6, blk_off=5, blk_len=4),
+            span(7, 0, 15, 0, Store.SELECT_SHARED, keep=4, blk_off=9, blk_len=3),
         ],
         selects,
     )
     bench.check(
         [
-            span(4, 11, 2, 13, Write.ALL),  # dual reuse at the end
-            span(5, 5, 4, 6, Write.NONE),  # sparse reuse of what was kept
-            span(6, 4, 5, 6, Write.NONE, blk_off=1, blk_len=4),
-            span(7, 9, 3, 4, Write.NONE),
-            span(0, 3, 1, 0, Write.NONE),  # one query that sees itself only
+            span(4, 11, 2, 13, Store.POSITIONS),  # dual reuse at the end
+            span(5, 5, 4, 6, Store.NONE),  # sparse reuse of what was kept
+            span(6, 4, 5, 6, Store.NONE, blk_off=1, blk_len=4),
+            span(7, 9, 3, 4, Store.NONE),
+            span(0, 3, 1, 0, Store.NONE),  # one query that sees itself only
         ],
         selects,
     )

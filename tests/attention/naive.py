@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Mask, Span, Store
 from dllmserve.core.rows import RowSelect
 from tests.oracles import sparse_dllm
 
@@ -11,23 +11,24 @@ Slots = dict[int, tuple[Tensor, Tensor]]  # slot of a row -> K [Hkv, D], V [Hkv,
 
 
 def attend(span: Span, q: Tensor, k: Tensor, v: Tensor, slots: Slots) -> Tensor:
-    """Output [q_len, Hq, D] of q, k, v [q_len, H, D]; ALL and FIRST fill the row's slots."""
+    """Output [q_len, Hq, D] of q, k, v [q_len, H, D]; POSITIONS and AHEAD fill the row's slots."""
     positions = range(span.q_start, span.q_start + span.q_len)
-    if span.write in (Write.ALL, Write.FIRST):
+    if span.store in (Store.POSITIONS, Store.AHEAD):
         slots.update({p: (k[i], v[i]) for i, p in enumerate(positions)})
         seen = [p for p in range(span.ctx_len) if p not in positions]
     else:
         seen = list(range(span.ctx_len))
     own = [(p, k[i], v[i]) for i, p in enumerate(positions)]
-    if span.write == Write.FIRST:
+    if span.store == Store.AHEAD:
         seen, own = list(range(span.ctx_len)), []
     keys = [(s, *slots[s]) for s in seen] + own
+    stair = span.mask_arg if span.mask == Mask.STAIR else 0
     out = torch.empty_like(q)
     group = q.shape[1] // k.shape[1]
     for i, p in enumerate(positions):
-        visible = [e for e in keys if not span.stair or e[0] // span.stair <= p // span.stair]
-        if span.write == Write.SHADOW:  # all but the token that the query predicts, and itself
-            visible = [(s, *slots[s]) for s in seen if s != p + span.keep] + own
+        visible = [e for e in keys if not stair or e[0] // stair <= p // stair]
+        if span.mask == Mask.BLIND:  # all but the token that the query predicts, and itself
+            visible = [(s, *slots[s]) for s in seen if s != p + span.mask_arg] + own
         for head in range(q.shape[1]):
             own_k = torch.stack([e[1][head // group] for e in visible])
             own_v = torch.stack([e[2][head // group] for e in visible])
@@ -43,7 +44,7 @@ def keep(
     until = min(span.blk_off + max(span.blk_len, how.window), span.q_len)
     inside = range(max(span.blk_off - shift, 0), until)
     outside = [i for i in range(span.q_len) if i not in inside]
-    per_head = span.write == Write.SELECT_PER_HEAD
+    per_head = span.store == Store.SELECT_PER_HEAD
     if how.attention:
         count, block = span.keep, q[span.blk_off : until]
         by_head = sparse_dllm.by_attention(block, k, outside, count, how.pool_kernel, per_head)

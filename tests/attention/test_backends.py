@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from dllmserve.catalog import BACKENDS
-from dllmserve.core.plan import Write
+from dllmserve.core.plan import Store
 from dllmserve.core.rows import RowSelect
-from tests.attention.bench import HEADS, LENGTH, Bench, first_and_shadows, mixed_plans, span
+from tests.attention.bench import HEADS, LENGTH, Bench, ahead_and_blind, mixed_plans, span
 
 Setup = tuple[str, int, int]  # backend, logit_shift, page size
 SETUPS: list[Setup] = [(b, s, p) for b in BACKENDS for s, p in ((0, 1), (1, 5), (0, 32))]
@@ -36,8 +36,8 @@ def test_all_modes_in_one_ragged_plan(setup: Setup, heads: tuple[int, int, int])
 
 
 @pytest.mark.parametrize(("setup", "heads"), share(product(SETUPS, HEADS), 3))
-def test_stored_first_and_shadows(setup: Setup, heads: tuple[int, int, int]) -> None:
-    first_and_shadows(Bench(heads, *setup))
+def test_stored_ahead_and_blind(setup: Setup, heads: tuple[int, int, int]) -> None:
+    ahead_and_blind(Bench(heads, *setup))
 
 
 @pytest.mark.parametrize(("setup", "heads"), share(product(SETUPS, HEADS[:3]), 4))
@@ -47,36 +47,36 @@ def test_stairs(setup: Setup, heads: tuple[int, int, int]) -> None:
     bench.fill(2, 20)
     bench.check(
         [
-            span(0, 0, 11, 0, Write.ALL, stair=4),
-            span(1, 9, 6, 9, Write.NONE, stair=5),
-            span(2, 4, 8, 20, Write.ALL, stair=4),
+            span(0, 0, 11, 0, Store.POSITIONS, stair=4),
+            span(1, 9, 6, 9, Store.NONE, stair=5),
+            span(2, 4, 8, 20, Store.POSITIONS, stair=4),
         ],
         {},
     )
 
 
 @pytest.mark.parametrize(
-    ("setup", "write", "kernel", "window"),
+    ("setup", "store", "kernel", "window"),
     share(
         product(
             SETUPS,
-            [Write.SELECT_PER_HEAD, Write.SELECT_SHARED],
+            [Store.SELECT_PER_HEAD, Store.SELECT_SHARED],
             [1, 2, 3, 4, 5, 41],
             [0, 3, 6, 100],
         ),
         11,
     ),
 )
-def test_selection_windows(setup: Setup, write: Write, kernel: int, window: int) -> None:
+def test_selection_windows(setup: Setup, store: Store, kernel: int, window: int) -> None:
     bench = Bench((4, 2, 8), *setup)
     offset, width, total = 8, 3, 19
     until = min(offset + max(width, window), total)
     candidates = total - (until - offset) - setup[1]
     for place, count in enumerate(sorted({0, 1, candidates // 2, candidates})):
         how = {place: RowSelect(kernel, window)}
-        one = span(place, 0, total, 0, write, keep=count, blk_off=offset, blk_len=width)
+        one = span(place, 0, total, 0, store, keep=count, blk_off=offset, blk_len=width)
         bench.check([one], how)
-        bench.check([span(place, offset, width, count, Write.NONE)], how)
+        bench.check([span(place, offset, width, count, Store.NONE)], how)
 
 
 @pytest.mark.parametrize("heads", HEADS[:3])
@@ -86,15 +86,15 @@ def test_selection_by_attention(setup: Setup, heads: tuple[int, int, int]) -> No
     selects = {0: RowSelect(1, 4, True), 1: RowSelect(1, 4, True), 3: RowSelect(3, 7, True)}
     bench.check(
         [
-            span(0, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
-            span(1, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
-            span(2, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
-            span(4, 0, 9, 0, Write.NONE),
-            span(3, 0, 18, 0, Write.SELECT_SHARED, keep=7, blk_off=3, blk_len=2),
+            span(0, 0, 16, 0, Store.SELECT_PER_HEAD, **both),
+            span(1, 0, 16, 0, Store.SELECT_PER_HEAD, **both),
+            span(2, 0, 16, 0, Store.SELECT_PER_HEAD, **both),
+            span(4, 0, 9, 0, Store.NONE),
+            span(3, 0, 18, 0, Store.SELECT_SHARED, keep=7, blk_off=3, blk_len=2),
         ],
         {**selects, 2: RowSelect(1, 4)},
     )
-    bench.check([span(3, 3, 4, 7, Write.NONE), span(1, 6, 4, 5, Write.NONE)], {})
+    bench.check([span(3, 3, 4, 7, Store.NONE), span(1, 6, 4, 5, Store.NONE)], {})
 
 
 def test_equal_shapes_with_other_settings_are_kept_apart(setup: Setup) -> None:
@@ -102,9 +102,9 @@ def test_equal_shapes_with_other_settings_are_kept_apart(setup: Setup) -> None:
     both = {"keep": 4, "blk_off": 6, "blk_len": 4}
     bench.check(
         [
-            span(0, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
-            span(1, 0, 16, 0, Write.SELECT_PER_HEAD, **both),
-            span(2, 0, 16, 0, Write.SELECT_SHARED, **both),
+            span(0, 0, 16, 0, Store.SELECT_PER_HEAD, **both),
+            span(1, 0, 16, 0, Store.SELECT_PER_HEAD, **both),
+            span(2, 0, 16, 0, Store.SELECT_SHARED, **both),
         ],
         {0: RowSelect(1, 4), 1: RowSelect(3, 4), 2: RowSelect(3, 4)},
     )
@@ -121,9 +121,9 @@ def test_random_plans(setup: Setup) -> None:
             if known == LENGTH and rng.random() < 0.7:
                 start = rng.randrange(LENGTH)
                 length = rng.randint(1, LENGTH - start)
-                mode = rng.choice([Write.NONE, Write.ALL])
-                ctx = LENGTH if mode == Write.ALL else start
+                mode = rng.choice([Store.NONE, Store.POSITIONS])
+                ctx = LENGTH if mode == Store.POSITIONS else start
                 spans.append(span(row, start, length, ctx, mode))
             else:
-                spans.append(span(row, 0, LENGTH, 0, Write.ALL))
+                spans.append(span(row, 0, LENGTH, 0, Store.POSITIONS))
         bench.check(spans, {})

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dllmserve.attention import triton as backend
 from dllmserve.attention.backend import AttentionStep, unpadded_step, whole
-from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from dllmserve.core.plan import Span, StepEntry, StepPlan, Store
 from dllmserve.core.rows import RowSelect
 from tests.attention.bench import Bench, span
 
-PER_HEAD = Write.SELECT_PER_HEAD
+PER_HEAD = Store.SELECT_PER_HEAD
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -22,7 +22,7 @@ def padded(step: AttentionStep, trash_row: int) -> AttentionStep:
     empty[:, 0] = trash_row
     spans = torch.stack((empty, step.spans), dim=1).flatten(0, 1)
     starts = torch.stack((torch.zeros_like(step.starts), step.starts), dim=1).flatten()
-    places = tuple(2 * i + 1 for i in step.places)
+    places = tuple(2 * i + 1 for i in step.indices)
     tokens, longest = step.tokens + 3, step.max_q + 5
     return replace(step, spans=spans, starts=starts, places=places, tokens=tokens, max_q=longest)
 
@@ -41,15 +41,15 @@ def stand_in(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, max_q: int) -> Tenso
 
 PLANS: dict[str, list[Span]] = {
     "mixed": [
-        span(0, 0, 17, 17, Write.ALL),
-        span(1, 9, 5, 9, Write.NONE),
+        span(0, 0, 17, 17, Store.POSITIONS),
+        span(1, 9, 5, 9, Store.NONE),
         span(5, 0, 15, 0, PER_HEAD, keep=5, blk_off=8, blk_len=4),
-        span(2, 3, 4, 9, Write.ALL),
-        span(3, 0, 9, 4, Write.NONE),  # reads slots 0 .. 3, which hold other tokens
-        span(6, 0, 11, 0, Write.SELECT_SHARED, keep=4, blk_off=2, blk_len=4),
+        span(2, 3, 4, 9, Store.POSITIONS),
+        span(3, 0, 9, 4, Store.NONE),  # reads slots 0 .. 3, which hold other tokens
+        span(6, 0, 11, 0, Store.SELECT_SHARED, keep=4, blk_off=2, blk_len=4),
     ],
-    "whole": [span(0, 0, 17, 17, Write.ALL), span(4, 0, 5, 0, Write.NONE)],
-    "reuse": [span(1, 9, 5, 9, Write.NONE), span(2, 3, 4, 9, Write.ALL)],
+    "whole": [span(0, 0, 17, 17, Store.POSITIONS), span(4, 0, 5, 0, Store.NONE)],
+    "reuse": [span(1, 9, 5, 9, Store.NONE), span(2, 3, 4, 9, Store.POSITIONS)],
 }
 
 
@@ -85,8 +85,10 @@ def test_flash_and_the_kernel_share_a_step(
 
 def test_flash_attends_whole_spans_only() -> None:
     assert [whole(s) for s in PLANS["mixed"]] == [True, False, True, False, False, True]
-    assert whole(span(0, 0, 9, 9, Write.ALL)) and not whole(span(0, 0, 9, 9, Write.ALL, stair=4))
-    assert not whole(span(0, 0, 9, 10, Write.ALL)) and not whole(span(0, 1, 9, 0, Write.NONE))
+    assert whole(span(0, 0, 9, 9, Store.POSITIONS)) and not whole(
+        span(0, 0, 9, 9, Store.POSITIONS, stair=4)
+    )
+    assert not whole(span(0, 0, 9, 10, Store.POSITIONS)) and not whole(span(0, 1, 9, 0, Store.NONE))
     assert all(s.refresh for plan in PLANS.values() for s in plan if whole(s))
 
 

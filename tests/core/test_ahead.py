@@ -2,8 +2,9 @@
 
 import pytest
 
+from dllmserve.core.plan import EntryReport
 from dllmserve.core.request import Request, Status
-from dllmserve.core.scheduler import EntryReport, Scheduler
+from dllmserve.core.scheduler import Scheduler
 from dllmserve.errors import EngineError
 from tests.core.test_scheduler import add_all, request, scheduler
 

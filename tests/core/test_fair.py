@@ -57,14 +57,14 @@ class Clients(Device):
 def first_come(under_test: Scheduler) -> list[int]:
     """What a plain queue would admit, in a few lines."""
     queue = list(under_test.waiting)
-    rows, pages = len(under_test._free_rows), under_test.allocator.num_free
+    rows, pages = len(under_test.storage.rows), under_test.storage.pages.num_free
     admitted: list[int] = []
     blocked: list[Request] = []
     skipped = {r.id: r.skipped for r in queue}
     for r in queue:
         if not rows or len(blocked) == MAX_LOOKED_PAST:
             break
-        needed = under_test.pages_needed(r) * r.rows_needed
+        needed = under_test.storage.most_pages(r) * r.rows_needed
         if r.rows_needed <= rows and needed <= pages:
             rows, pages = rows - r.rows_needed, pages - needed
             admitted.append(r.id)
@@ -161,7 +161,7 @@ def test_one_owner_always_gets_something(rows: int) -> None:
     under_test = scheduler(max_num_seqs=rows, num_pages=4)
     device = Clients(under_test)
     whole = request(0, prompt=20, gen=12, cache="dual", cfg=0.0)
-    assert under_test.pages_needed(whole) == 4
+    assert under_test.storage.most_pages(whole) == 4
     device.add("ann", whole)
     device.step()
     assert whole.status is Status.RUNNING

@@ -1,12 +1,12 @@
-"""A plan checks its own contract, and packs to ten integers a span."""
+"""A plan checks its own contract."""
 
 from typing import Any
 
 import pytest
 
-from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from dllmserve.core.plan import Mask, NewPage, Span, SpanField, StepEntry, StepPlan, Store
 
-GOOD = Span(0, 2, 6, 8, int(Write.ALL), 0, 1, 4, 0)
+GOOD = Span(0, 2, 6, 8, int(Store.POSITIONS), 0, 1, 4)
 
 
 def entry(uncond: bool = False, masks: int = 2, **changes: Any) -> StepEntry:
@@ -39,9 +39,14 @@ def test_order_of_spans_and_totals() -> None:
         ((entry(q_start=11),), "query range outside the canvas"),
         ((entry(blk_off=-1),), "block outside the query range"),
         ((entry(blk_len=6),), "block outside the query range"),
-        ((entry(write=9),), "bad write mode"),
-        ((entry(keep=-1),), "bad write mode, keep"),
-        ((entry(ctx_len=-1),), "bad write mode, keep or ctx_len"),
+        ((entry(store=9),), "bad store"),
+        ((entry(keep=-1),), "bad store, keep"),
+        ((entry(ctx_len=-1),), "bad store, keep or ctx_len"),
+        ((entry(mask=3),), "bad mask"),
+        ((entry(mask=Mask.STAIR),), "bad mask"),
+        ((entry(head=3),), "bad part"),
+        ((entry(must=-1),), "bad part"),
+        ((entry(pick=9),), "bad choice of queries"),
         ((entry(masks=5),), "5 masks in a block of 4"),
         ((entry(masks=-1),), "-1 masks in a block of 4"),
     ],
@@ -49,3 +54,14 @@ def test_order_of_spans_and_totals() -> None:
 def test_broken_plans(entries: tuple[StepEntry, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StepPlan(entries).validate(16)
+
+
+def test_columns_are_the_fields_in_order() -> None:
+    assert tuple(field.name.lower() for field in SpanField) == Span._fields
+    assert [*SpanField] == [*range(len(Span._fields))]
+
+
+def test_a_part_of_a_plan_keeps_its_pages() -> None:
+    """Whichever part of a step runs first, the pages have to be there."""
+    plan = StepPlan((entry(), entry(row=1)), (NewPage(1, 0, 7),))
+    assert plan.part(1) == StepPlan((entry(row=1),), (NewPage(1, 0, 7),))

@@ -9,11 +9,11 @@ from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import IntField, RowSelect, row_inits
 from dllmserve.sampling_params import FLOATS, SamplingParams, with_sparse
 from dllmserve.sparse.state import SparseConfig
-from tests.helpers import PLAIN
+from tests.helpers import PLAIN, prompt_request
 
 
 def make(params: SamplingParams, sparse: SparseConfig | None = None) -> Request:
-    return Request(3, [5, 6, 7], with_sparse(params, sparse), seed=9)
+    return prompt_request(3, [5, 6, 7], with_sparse(params, sparse), seed=9)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +30,9 @@ def test_blocks(
     block_length: int | None, sparse: SparseConfig | None, blocks: tuple[int, ...]
 ) -> None:
     one = make(SamplingParams(gen_length=20, steps=20, block_length=block_length), sparse)
-    assert one.blocks == blocks
+    assert one.masks == blocks
     assert one.progress.masks_left == blocks[0]
-    ranges = [one.block_range(i) for i in range(len(blocks))]
+    ranges = one.blocks
     assert ranges[0][0] == one.prompt_len == 3
     assert ranges[-1][1] == one.canvas_len == 23
     assert all(a[1] == b[0] for a, b in pairwise(ranges))
@@ -46,11 +46,11 @@ def test_only_the_steps_rule_has_quotas() -> None:
 
 def test_guidance_takes_a_second_row_whose_prompt_is_masked() -> None:
     one = make(SamplingParams(gen_length=8, steps=8, cfg_scale=0.5, temperature=0.7, top_k=4))
-    one.row, one.uncond_row, one.pages, one.uncond_pages = 4, 2, [1], [9]
+    one.row, one.uncond_row = 4, 2
     assert one.rows_needed == 2
     first, second = row_inits(one, replace(PLAIN, mask_id=99))
-    assert (first.row, first.prompt, first.pages) == (4, [5, 6, 7], [1])
-    assert (second.row, second.prompt, second.pages) == (2, [99] * 3, [9])
+    assert (first.row, first.ids) == (4, [5, 6, 7])
+    assert (second.row, second.ids) == (2, [99] * 3)
     assert first.floats == second.floats
     assert first.floats[FLOATS.index("cfg_scale")] == 0.5
     assert first.ints[IntField.SEED] == 9

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dllmserve.core.canvas import answer_canvas
 from dllmserve.core.schedule import (
-    block_lengths,
     block_quotas,
     dream_split,
     split,
@@ -14,14 +14,6 @@ from dllmserve.core.schedule import (
 from tests.oracles import rules
 
 SIZES = st.integers(1, 300)
-
-
-@given(SIZES, SIZES)
-def test_blocks(gen_length: int, block_length: int) -> None:
-    blocks = block_lengths(gen_length, block_length)
-    assert sum(blocks) == gen_length
-    assert all(length == block_length for length in blocks[:-1])
-    assert 1 <= blocks[-1] <= block_length
 
 
 @given(SIZES, st.integers(1, 40))
@@ -64,7 +56,7 @@ def test_dream_split_of_long_answers(steps: int) -> None:
 def test_quotas_fill_every_block(
     gen_length: int, block_length: int, steps: int, schedule: str
 ) -> None:
-    blocks = block_lengths(gen_length, block_length)
+    blocks = answer_canvas([1], gen_length, block_length).masks
     quotas = block_quotas(blocks, steps, schedule, 1e-3)
     assert [sum(q) for q in quotas] == list(blocks)
     assert all(k > 0 for q in quotas for k in q)

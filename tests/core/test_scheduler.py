@@ -8,19 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllmserve.catalog import CACHES
+from dllmserve.core.limits import Limits
+from dllmserve.core.plan import EntryReport, Part, Span, Store
 from dllmserve.core.request import Request, Status
-from dllmserve.core.scheduler import (
-    HEAD_CHUNKS,
-    MAX_LOOKED_PAST,
-    MAX_SKIPS,
-    EntryReport,
-    Limits,
-    Scheduler,
-)
+from dllmserve.core.scheduler import HEAD_CHUNKS, MAX_LOOKED_PAST, MAX_SKIPS, Scheduler
 from dllmserve.errors import CapacityError, EngineError
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
-from tests.helpers import PLAIN
+from tests.helpers import PLAIN, prompt_request
+from tests.paged import paged_request
+
+pytestmark = pytest.mark.usefixtures("paged")
 
 LIMITS = {
     "max_model_len": 128,
@@ -56,7 +54,9 @@ def request(
         cache="none" if sparse else cache,
         sparse=sparse,
     )
-    return Request(number, [1] * prompt, params, seed=0)
+    if cache == "paged":
+        return paged_request(number, [1] * prompt, params)
+    return prompt_request(number, [1] * prompt, params)
 
 
 REQUESTS = st.lists(
@@ -84,6 +84,10 @@ class Device:
         self.order: list[int] = []  # ids by admission
         self.last_seen: dict[int, int] = {}
         self.longest_wait = 0
+        self.stored = 0
+        #: pages of each row; what stands in each slot of the store: whose position
+        self.table: dict[int, dict[int, int]] = {}
+        self.slots: dict[int, tuple[int, int]] = {}
 
     def step(self) -> list[Request]:
         plan, requests, admitted = self.scheduler.schedule()
@@ -101,6 +105,12 @@ class Device:
             self.last_seen[r.id] = self.steps
         for r in admitted:
             self.last_seen.setdefault(r.id, self.steps)
+        for new in plan.pages:
+            self.table.setdefault(new.row, {})[new.column] = new.page
+        for r, entry in zip(requests, plan.entries, strict=True):
+            for span in (entry.span, entry.uncond):
+                if span is not None and r.policy != "sparse":  # which keeps what it selects
+                    self.attend(r, span)
         self.steps += 1
         finished = self.scheduler.commit(requests, [report(r) for r in requests])
         for r in finished:
@@ -108,8 +118,25 @@ class Device:
         self.scheduler.check_integrity()
         return finished
 
+    def slot(self, row: int, position: int) -> int:
+        size = self.scheduler.limits.page_size
+        return self.table[row][position // size] * size + position % size
+
+    def attend(self, r: Request, span: Span) -> None:
+        """Every slot that a span reads holds its own request's position; it may store others."""
+        queries = range(span.q_start, span.q_start + span.reach)
+        stores = span.store in (Store.POSITIONS, Store.AHEAD)
+        for position in range(span.ctx_len):
+            if not (stores and position in queries):
+                assert self.slots[self.slot(span.row, position)] == (r.id, position)
+        if stores:
+            self.slots |= {self.slot(span.row, p): (r.id, p) for p in queries}
+        self.stored += span.q_len if span.head == Part.NONE else 0
+
 
 def report(r: Request) -> EntryReport:
+    if r.progress.storing:
+        return EntryReport(0, frontier=0, eos=-1)
     wrote = 1
     if r.quotas:
         wrote = r.quotas[r.progress.block][r.progress.step_in_block]
@@ -134,8 +161,9 @@ def add_all(under_test: Scheduler, requests: Sequence[Request]) -> list[Request]
 def fits(under_test: Scheduler, r: Request) -> bool:
     limits = under_test.limits
     rows = 2 if r.params.cfg_scale else 1
-    pages = under_test.pages_needed(r) * rows
-    tokens = r.canvas_len * rows
+    pages = under_test.storage.most_pages(r) * rows
+    longest = max(end - start for start, end in r.blocks)
+    tokens = (longest if r.policy == "paged" else r.canvas_len) * rows
     return (
         tokens <= limits.max_num_batched_tokens
         and rows <= limits.max_num_seqs
@@ -178,13 +206,106 @@ def test_everything_ends_and_nothing_starves(
     assert all(r.status is Status.FINISHED for r in accepted)
     assert all(r.finish_reason == "length" for r in accepted)
     assert device.longest_wait <= rows  # at worst, one running request a step
-    assert under_test.allocator.num_free == pages
+    assert under_test.storage.pages.num_free == pages
     for r in accepted:
         younger = device.order[: device.order.index(r.id)]
         # once it has been skipped MAX_SKIPS times, nobody passes it any more
         assert sum(other > r.id for other in younger) <= MAX_SKIPS
         expected = sum(len(q) for q in r.quotas) if r.quotas else r.params.gen_length
         assert r.progress.forwards == expected
+
+
+GROWING = st.builds(
+    request,
+    st.just(0),
+    prompt=st.integers(1, 90),
+    gen=st.integers(1, 30),
+    cache=st.sampled_from(["paged", "paged", "paged", "dual", "none"]),
+    cfg=st.sampled_from([0.0, 0.0, 1.0]),
+    block=st.sampled_from([1, 3, 8]),
+    unmask=st.sampled_from(["steps", "threshold"]),
+)
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(GROWING, min_size=1, max_size=20),
+    st.integers(1, 6),
+    st.integers(20, 200),
+    st.integers(1, 30),
+    st.sampled_from(["auto", "mixed", "separate"]),
+    st.sampled_from([1, 40, 10**6]),
+    st.booleans(),
+)
+def test_requests_that_grow_end_beside_others_however_few_pages_there_are(
+    requests: list[Request],
+    rows: int,
+    tokens: int,
+    pages: int,
+    phases: str,
+    refresh_tokens: int,
+    owned: bool,
+) -> None:
+    """What an older request takes from a younger one is computed anew, and all come to an end."""
+    under_test = scheduler(
+        max_num_seqs=rows,
+        max_num_batched_tokens=tokens,
+        num_pages=pages,
+        phases=phases,
+        max_refresh_tokens=refresh_tokens,
+        cheap_tokens=16 if owned else 0,
+    )
+    for r in requests:
+        r.owner = "ab"[r.prompt_len % 2] if owned else ""
+    accepted = add_all(under_test, requests)
+    device = Device(under_test)
+    while under_test.has_work:
+        device.step()
+        assert device.steps < 100 * sum(len(r.canvas) for r in accepted)
+    assert sorted(device.order) == [r.id for r in accepted]
+    assert all(r.finish_reason == "length" for r in accepted)
+    assert under_test.storage.pages.num_free == pages
+    for r in accepted:
+        expected = sum(len(q) for q in r.quotas) if r.quotas else r.params.gen_length
+        assert r.progress.forwards == expected
+
+
+def test_an_older_request_takes_the_pages_of_a_younger_one() -> None:
+    under_test = scheduler(num_pages=6, max_num_seqs=3)
+    made = [request(0, prompt=15, gen=30, cache="paged", block=8) for _ in range(2)]
+    old, young = add_all(under_test, made)
+    device = Device(under_test)
+    taken = 0
+    while under_test.has_work:
+        before = len(young.pages)
+        device.step()
+        taken += len(young.pages) < before and young.status is Status.RUNNING
+    assert taken
+    assert device.stored > old.blocks[-1][0] + young.blocks[-1][0]  # some of it twice
+    assert device.order == [0, 1]
+
+
+def test_pages_are_taken_as_they_are_needed() -> None:
+    under_test = scheduler()
+    (one,) = add_all(under_test, [request(0, prompt=20, gen=30, cache="paged", block=8)])
+    device, held = Device(under_test), []
+    while under_test.has_work:
+        device.step()
+        held.append(len(one.pages))
+    assert held[0] == 2  # the prompt's two whole blocks
+    assert max(held) == 6 and held[:-1] == sorted(held[:-1])  # the last block is not stored
+
+
+def test_a_long_prompt_is_stored_in_chunks_that_end_at_blocks() -> None:
+    under_test = scheduler(max_num_batched_tokens=37, num_pages=20)
+    add_all(under_test, [request(0, prompt=90, gen=8, cache="paged", block=8)])
+    chunks = []
+    while under_test.has_work:
+        plan, requests, _ = under_test.schedule()
+        chunks += [(e.span.q_start, e.span.q_len) for e in plan.entries if not e.head_rows]
+        for r in under_test.commit(requests, [report(r) for r in requests]):
+            under_test.release(r)
+    assert chunks == [(0, 32), (32, 32), (64, 24), (88, 8)]
 
 
 @settings(max_examples=60)
@@ -208,7 +329,7 @@ def test_abort_in_every_state(requests: list[Request], victims: list[int]) -> No
         under_test.abort(r)  # a second time changes nothing
     assert not under_test.has_work
     under_test.check_integrity()
-    assert under_test.allocator.num_free == LIMITS["num_pages"]
+    assert under_test.storage.pages.num_free == LIMITS["num_pages"]
 
 
 def test_first_come_first_served() -> None:
@@ -246,13 +367,13 @@ def test_a_long_queue_costs_no_more_than_a_short_one() -> None:
     add_all(under_test, [request(0, 20, 8, "dual") for _ in range(500)])
     under_test.schedule()
     looked_at: list[int] = []
-    fits_ = under_test._fits
+    fits_ = under_test.storage.fits
 
     def counted(r: Request) -> bool:
         looked_at.append(r.id)
         return fits_(r)
 
-    under_test._fits = counted  # type: ignore[method-assign]
+    under_test.storage.fits = counted  # type: ignore[method-assign]
     under_test.schedule()
     assert looked_at == list(range(1, 1 + MAX_LOOKED_PAST))
     assert [r.id for r in under_test.waiting] == list(range(1, 500))
@@ -342,8 +463,8 @@ def test_check_integrity_sees_leaks(damage: str) -> None:
     under_test.add(request(0, cache="dual"))
     under_test.schedule()
     if damage == "row":
-        under_test._free_rows.pop()
+        under_test.storage.rows.pop()
     else:
-        under_test.allocator._used.pop()
+        under_test.storage.pages._holders.popitem()
     with pytest.raises(ValueError, match=r"rows|pages"):
         under_test.check_integrity()

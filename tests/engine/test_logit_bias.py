@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, SamplingParams, SparseConfig
-from dllmserve.runtime.bias import StepBias
+from dllmserve.runtime.edits import BiasEdit
 from tests.conftest import SHAPES, Engines
 from tests.helpers import answer, check_idle, need_interpreter, random_prompt
 from tests.oracles import models
@@ -165,7 +165,7 @@ def test_padded_steps_in_flight(
     params = [SamplingParams(ignore_eos=True, **base | given) for given in variants]
     batch: list[Job] = [(random_prompt(n, 1 + 2 * n), one, None) for n, one in enumerate(params)]
     assert run(llm, batch) == [answer(engines(checkpoints["llada"]), *job) for job in batch]
-    assert any(s.bias for shape in pool.shapes for s in shape.segments)
+    assert any(s.edits for shape in pool.shapes for s in shape.segments)
     assert any(s.last for shape in pool.shapes for s in shape.segments)
 
 
@@ -235,8 +235,8 @@ def test_requests_without_a_bias_cause_no_work(
 ) -> None:
     llm = engines(checkpoints["llada"])
     chunks: list[int] = []
-    add = StepBias.add
-    monkeypatch.setattr(StepBias, "add", lambda self, *args: chunks.append(1) or add(self, *args))
+    apply = BiasEdit.apply
+    monkeypatch.setattr(BiasEdit, "apply", lambda *args: chunks.append(1) or apply(*args))
     plain = jobs(biased=100)[1:]
     expected = run(llm, plain)
     assert not chunks

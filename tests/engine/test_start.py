@@ -10,8 +10,8 @@ import torch
 
 from dllmserve import SamplingParams
 from dllmserve.config import EngineConfig
+from dllmserve.core.limits import Limits
 from dllmserve.core.rows import RowInit
-from dllmserve.core.scheduler import Limits
 from dllmserve.engine import machine, setup
 from dllmserve.engine.profile import worst_step
 from dllmserve.errors import CapacityError, ConfigError
@@ -91,7 +91,7 @@ def test_the_measured_step_is_as_large_as_any(
 
 def kept_bytes(runner: ModelRunner) -> int:
     """Bytes of all tensors that the runner's states hold."""
-    states = [vars(state).values() for state in runner._states.values()]
+    states = [vars(edit).values() for edit in runner._edits.values()]
     return sum(x.nbytes for values in states for x in values if isinstance(x, torch.Tensor))
 
 

@@ -59,7 +59,7 @@ def test_graphs_kernels_and_devices_agree(checkpoints: dict[str, Path], name: st
         assert run(llm) == expected
     graphs = llm._engine._runner.graphs
     assert graphs is not None
-    assert any(s.bias for shape in graphs._graphs for s in shape.segments)
+    assert any(s.edits for shape in graphs._graphs for s in shape.segments)
     assert any(s.last for shape in graphs._graphs for s in shape.segments)
     more: dict[str, Any]
     for more in ({"enforce_eager": True}, {"max_logit_rows": 7}):

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Mask, Span, SpanField
+from dllmserve.core.plan import Store as How
 from dllmserve.kernels.attention import span_attention, store_pages
 
 Slots = dict[int, tuple[Tensor, Tensor]]
@@ -87,8 +88,8 @@ class Store:
         return out.cpu()
 
     def packed(self, spans: list[Span], padding: int = 0) -> tuple[Tensor, Tensor]:
-        """Fields [S, 10] and starts [S] int32, the padding spans last."""
-        empty = Span(len(self.table) - 1, *[0] * 9)
+        """Fields [S, len(SpanField)] and starts [S] int32, the padding spans last."""
+        empty = Span(len(self.table) - 1, *[0] * (len(SpanField) - 1))
         starts = [0]
         for span in spans:
             starts.append(starts[-1] + span.q_len)
@@ -107,6 +108,10 @@ class Store:
             assert torch.equal(cache.nan_to_num(nan=9e9), expected.nan_to_num(nan=9e9))
 
 
-def span(row: int, start: int, length: int, ctx: int, write: Write, **more: int) -> Span:
-    base = {"keep": 0, "blk_off": 0, "blk_len": length, "stair": 0} | more
-    return Span(row, start, length, ctx, int(write), **base)
+def span(row: int, start: int, length: int, ctx: int, store: How, **more: int) -> Span:
+    """A span; ``stair`` and ``blind`` say its mask."""
+    base = {"blk_len": length} | more
+    for name, mask in (("stair", Mask.STAIR), ("blind", Mask.BLIND)):
+        if name in base:
+            base |= {"mask": mask, "mask_arg": base.pop(name)}
+    return Span(row, start, length, ctx, store, **base)

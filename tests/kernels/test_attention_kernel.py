@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from dllmserve.attention.backend import whole
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Span
+from dllmserve.core.plan import Store as How
 from dllmserve.kernels import attention
 from tests.attention.naive import attend
 from tests.kernels.store import Store, span
@@ -22,7 +23,7 @@ def expected(store: Store, spans: list[Span], fresh: tuple[Tensor, Tensor, Tenso
         slots = store.rows.setdefault(one.row, {})
         wide = {slot: (k.double(), v.double()) for slot, (k, v) in slots.items()}
         outs.append(attend(one, q.double(), k.double(), v.double(), wide))
-        if one.write == Write.ALL:
+        if one.write == How.POSITIONS:
             slots.update({one.q_start + i: (k[i], v[i]) for i in range(one.q_len)})
     return torch.cat(outs).to(fresh[0].dtype)
 
@@ -40,9 +41,9 @@ def check(
 def test_odd_lengths(length: int, device: torch.device) -> None:
     """Refresh, then reuse behind, inside and instead of what is cached; pages of 5 and 7."""
     store = Store((2, 1, 8), device, page=5 if length % 2 else 7)
-    check(store, [span(0, 0, length, 0, Write.ALL)])
-    check(store, [span(0, length // 2, 1, length, Write.ALL)])
-    check(store, [span(0, length // 2, length - length // 2, length // 2, Write.NONE)])
+    check(store, [span(0, 0, length, 0, How.POSITIONS)])
+    check(store, [span(0, length // 2, 1, length, How.POSITIONS)])
+    check(store, [span(0, length // 2, length - length // 2, length // 2, How.NONE)])
 
 
 @pytest.mark.parametrize("heads", [(7, 1, 6), (14, 2, 20), (3, 3, 5)])
@@ -51,10 +52,10 @@ def test_ragged_batch_of_grouped_heads(heads: tuple[int, int, int], device: torc
     for row, count in ((0, 70), (1, 9)):
         store.fill(row, count)
     plan = [
-        span(0, 30, 9, 70, Write.ALL),  # keys before and behind what it overwrites
-        span(1, 9, 3, 9, Write.NONE),
-        span(2, 0, 1, 0, Write.NONE),  # sees itself only
-        span(3, 0, 21, 0, Write.ALL),
+        span(0, 30, 9, 70, How.POSITIONS),  # keys before and behind what it overwrites
+        span(1, 9, 3, 9, How.NONE),
+        span(2, 0, 1, 0, How.NONE),  # sees itself only
+        span(3, 0, 21, 0, How.POSITIONS),
     ]
     check(store, plan, padding=2, strided=True)
 
@@ -64,7 +65,7 @@ def test_overlaps_of_context_and_span(device: torch.device) -> None:
     store = Store((4, 2, 8), device, page=4, slots=40)
     for row in range(4):
         store.fill(row, 30)
-    for mode in (Write.NONE, Write.ALL):
+    for mode in (How.NONE, How.POSITIONS):
         for start in (0, 5):
             ends = (start + 3, start, max(start - 2, 0), start + 20)
             check(store, [span(r, start, 7, ctx, mode) for r, ctx in enumerate(ends)])
@@ -77,9 +78,9 @@ def test_stairs(device: torch.device) -> None:
     check(
         store,
         [
-            span(0, 0, 70, 0, Write.ALL, stair=16),
-            span(1, 3, 5, 80, Write.ALL, stair=4),  # whole tiles of keys that none may see
-            span(2, 20, 9, 20, Write.NONE, stair=7),
+            span(0, 0, 70, 0, How.POSITIONS, stair=16),
+            span(1, 3, 5, 80, How.POSITIONS, stair=4),  # whole tiles of keys that none may see
+            span(2, 20, 9, 20, How.NONE, stair=7),
         ],
     )
 
@@ -89,10 +90,10 @@ def test_whole_spans_are_left_to_others(device: torch.device) -> None:
     for row, count in ((1, 12), (2, 8)):
         store.fill(row, count)
     plan = [
-        span(0, 0, 33, 33, Write.ALL),
-        span(1, 0, 12, 4, Write.NONE),  # covers its context but must read it
-        span(2, 0, 6, 8, Write.ALL),
-        span(3, 0, 5, 0, Write.NONE),
+        span(0, 0, 33, 33, How.POSITIONS),
+        span(1, 0, 12, 4, How.NONE),  # covers its context but must read it
+        span(2, 0, 6, 8, How.POSITIONS),
+        span(3, 0, 5, 0, How.NONE),
     ]
     assert [whole(s) for s in plan] == [True, False, False, True]
     fresh = store.fresh(sum(s.q_len for s in plan))
@@ -113,7 +114,7 @@ def test_half_precision(
     for row in range(2):
         store.fill(row, 650)
     step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
-    plan = [span(0, 100, 9, 650, Write.ALL), span(1, 0, 3, 0, Write.NONE)]
+    plan = [span(0, 100, 9, 650, How.POSITIONS), span(1, 0, 3, 0, How.NONE)]
     check(store, plan, tolerance={"atol": 2 * step, "rtol": 2 * step})
 
 
@@ -133,10 +134,10 @@ def test_float32_does_not_depend_on_the_batch(device: torch.device) -> None:
     for row, count in ((0, 90), (1, 20), (2, 44)):
         store.fill(row, count)
     plan = [
-        span(1, 20, 3, 20, Write.NONE),
-        span(0, 30, 13, 90, Write.NONE),
-        span(2, 0, 70, 44, Write.NONE),
-        span(3, 0, 5, 0, Write.NONE),
+        span(1, 20, 3, 20, How.NONE),
+        span(0, 30, 13, 90, How.NONE),
+        span(2, 0, 70, 44, How.NONE),
+        span(3, 0, 5, 0, How.NONE),
     ]
     fresh = store.fresh(sum(s.q_len for s in plan))
     together, low = store.attend(plan, fresh, padding=3), 0

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllmserve.core.plan import Span, Write
+from dllmserve.core.plan import Span
+from dllmserve.core.plan import Store as How
 from dllmserve.core.rows import RowSelect
 from dllmserve.kernels.select import keep_best, plan_selection
 from tests.attention.naive import keep
 from tests.kernels.store import Store, span
 
-PER_HEAD, SHARED = Write.SELECT_PER_HEAD, Write.SELECT_SHARED
+PER_HEAD, SHARED = How.SELECT_PER_HEAD, How.SELECT_SHARED
 
 
 def run(
@@ -57,7 +58,7 @@ def test_mixed_plan(heads: tuple[int, int, int], shift: int, device: torch.devic
         store,
         [
             span(0, 0, 63, 0, PER_HEAD, keep=20, blk_off=17, blk_len=5),
-            span(1, 4, 3, 0, Write.NONE),
+            span(1, 4, 3, 0, How.NONE),
             span(2, 0, 100, 0, SHARED, keep=49, blk_off=0, blk_len=1),
             span(3, 0, 17, 0, PER_HEAD, keep=0, blk_off=15, blk_len=2),
         ],

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dllmserve.catalog import RULES
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, StepEntry, StepPlan
+from dllmserve.core.plan import Part, Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, RowSelect
 from dllmserve.decoding.rule import RuleView, UnmaskRule, Update, write_best
 from dllmserve.decoding.stats import TokenStats
@@ -22,7 +22,7 @@ from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.kernels.finish import pick_best
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, StepShape, empty_ints, lay_out
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.step import TorchStep, TritonStep, span_fields
+from dllmserve.runtime.step import TorchStep, TritonStep
 from dllmserve.runtime.tensors import StepTensors
 from dllmserve.sampling_params import CONFIDENCE
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 MASK, VOCABULARY = 7, 24
 NEEDS = {"margin": {"margin"}, "neg_entropy": {"entropy"}}
 #: rules whose steps the kernels take; the others keep something between forwards
-PLAIN = tuple(name for name, rule in RULES.items() if rule.plain)
+PLAIN = tuple(n for n, rule in RULES.items() if not rule.memory and rule.needs <= {"entropy"})
 #: More padding than an engine ever has: whole entries, tokens and rows of it.
 MUCH = Padding(tokens=lambda n: n + 300, rows=lambda n: n + 150, other=lambda n: n + 3)
 
@@ -73,17 +73,24 @@ def init_of(dice: random.Random, row: int, rule: str, longest: int) -> RowInit:
     )
     return RowInit(
         row=row,
-        prompt=prompt,
-        gen_length=gen,
+        ids=prompt,
+        holes=holes_of(dice, len(prompt), len(prompt) + gen),
         floats=floats,
         ints=ints,
         quotas=tuple(dice.randrange(1, 5) for _ in range(9)),
-        pages=[],
         confidence=confidence,
         sampled=dice.random() < 0.3,
         filtered=dice.random() < 0.3,
         select=RowSelect(),
     )
+
+
+def holes_of(dice: random.Random, start: int, end: int) -> tuple[tuple[int, int], ...]:
+    """The answer, in some cases with a given token in its middle."""
+    if end - start < 3 or dice.random() < 0.6:
+        return ((start, end),)
+    given = dice.randrange(start + 1, end - 1)
+    return (start, given), (given + 1, end)
 
 
 @dataclass(frozen=True)
@@ -144,24 +151,26 @@ def make_case(
         rule = dice.choice(rules)
         init = init_of(dice, rows.pop(), rule, longest)
         first.write_row(init)
-        start = len(init.prompt) + dice.randrange(init.gen_length)
-        stop = dice.randrange(start, len(init.prompt) + init.gen_length) + 1
+        start = len(init.ids) + dice.randrange(init.length)
+        stop = dice.randrange(start, len(init.ids) + init.length) + 1
         low = dice.choice([0, start - shift])
-        high = dice.choice([stop, len(init.prompt) + init.gen_length])
-        span = Span(init.row, low, high - low, 0, 0, 0, start - low, stop - start, 0)
+        high = dice.choice([stop, len(init.ids) + init.length])
+        span = Span(init.row, low, high - low, 0, 0, 0, start - low, stop - start)
+        if dice.random() < 0.2:  # it only stores
+            span = span._replace(blk_off=0, blk_len=0, head=Part.NONE)
         other = None
         committed = torch.rand(stop - start, generator=numbers) < dice.choice([0.0, 0.5, 0.9])
         committed[dice.randrange(stop - start)] = False
-        first.masked[init.row, len(init.prompt) : start] = False
+        first.masked[init.row, len(init.ids) : start] = False
         first.masked[init.row, start:stop] &= ~committed.to(device)
         first.forwards[init.row] = dice.choice([0, 1, 5, 10**4])
         if twin:
             other = span._replace(row=rows.pop())
-            first.write_row(replace(init, row=other.row, prompt=[MASK] * len(init.prompt)))
+            first.write_row(replace(init, row=other.row, ids=[MASK] * len(init.ids)))
             first.masked[other.row] = first.masked[init.row]
         spans.append((span, other, rule))
     second = StateTable(2 * entries + 1, longest + 20, device)
-    for name in ("tokens", "masked", "floats", "ints", "quotas", "forwards"):
+    for name in ("tokens", "masked", "open", "floats", "ints", "quotas", "forwards"):
         getattr(second, name).copy_(getattr(first, name))
     return Case(spec_with(shift, eos), (first, second), spans)
 
@@ -169,8 +178,7 @@ def make_case(
 def make_stats(case: Case, shape: StepShape, packed: Tensor, seed: int, nan: bool) -> TokenStats:
     """Statistics with many ties; rows of the same cell have the same, as in an engine."""
     table, spec = case.tables[0], case.spec
-    spans = span_fields(packed, shape)
-    cells = build_inputs(spans, shape, table, spec.mask_id, spec.logit_shift).head_cells.cpu()
+    cells = build_inputs(packed, shape, table, spec.mask_id, spec.logit_shift).head_cells.cpu()
     numbers = torch.Generator().manual_seed(seed)
     count = shape.entries * shape.width
 

@@ -28,7 +28,7 @@ def logits(folder: Path, sequences: list[list[int]]) -> list[Tensor]:
     kv = KVStore.create(
         spec, num_pages=0, page_size=1, num_rows=8, pages_per_row=1, dtype=torch.float32, device=CPU
     )
-    spans = [Span(i, 0, len(s), 0, 0, 0, 0, len(s), 0) for i, s in enumerate(sequences)]
+    spans = [Span(i, 0, len(s), 0, 0, 0, 0, len(s)) for i, s in enumerate(sequences)]
     plan = StepPlan(tuple(StepEntry(s, None, 0, "steps") for s in spans))
     context = BACKENDS["sdpa"].load()(spec).prepare(unpadded_step(plan, kv))
     ids = torch.tensor([token for s in sequences for token in s])

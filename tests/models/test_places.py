@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from dllmserve.decoding.stats import log_sum
 from dllmserve.layers.ops import rms_norm, silu
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.decide import HeadCells
-from dllmserve.runtime.states import CreditTable, KlHistory, LogitState
+from dllmserve.runtime.edits import CreditEdit, EditSizes, KlObserver, LogitEdit
 from tests import ordered
+from tests.helpers import PLAIN
 from tools.capabilities import LADDER, below
 
 CPU = torch.device("cpu")
@@ -117,12 +119,13 @@ def test_what_rules_keep(kind: str) -> None:
 
     def forwards(step: int) -> list[Tensor]:
         vocab, rows = VocabShard(40), 200
-        state: LogitState
+        edit: LogitEdit
+        spec = replace(PLAIN, vocab_size=40, mask_id=39)
         if kind == "kl":
-            state = KlHistory(rows, rows, vocab, 1, CPU)
-            state.slots[:, 0] = torch.arange(rows)
+            edit = KlObserver(EditSizes(rows, rows, 1, 40, spec), vocab, CPU)
+            edit.slots[:, 0] = torch.arange(rows)
         else:
-            state = CreditTable(rows, 1, vocab, 39, CPU)
+            edit = CreditEdit(EditSizes(rows, 1, 1, 40, spec), vocab, CPU)
         row = torch.arange(rows)
         seen = []
         for forward in range(3):
@@ -135,11 +138,10 @@ def test_what_rules_keep(kind: str) -> None:
             )
             z = numbers(rows + forward, 40)[:rows]
             parts = [
-                state.observe(z[low : low + step], cells, slice(low, low + step))
+                edit.apply(z[low : low + step], cells, slice(low, low + step), 0)
                 for low in range(0, rows, step)
             ]
-            seen += [torch.cat([part[0] for part in parts])]
-            seen += [torch.cat([part[1] for part in parts if part[1] is not None] or [row])]
+            seen.append(torch.cat(parts))
         return seen
 
     whole = forwards(200)

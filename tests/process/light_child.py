@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.scheduler import Limits
 from dllmserve.outputs import RequestOutput
 from dllmserve.process.channel import Channel, ChannelClosed
 from dllmserve.process.messages import (

@@ -16,16 +16,19 @@ from dllmserve import SamplingParams, SparseConfig
 from dllmserve.attention.backend import KVStore
 from dllmserve.attention.sdpa import SdpaBackend
 from dllmserve.catalog import CACHES
+from dllmserve.core.limits import Limits
+from dllmserve.core.plan import EntryReport
 from dllmserve.core.request import Request
 from dllmserve.core.rows import row_inits
-from dllmserve.core.scheduler import EntryReport, Limits, Scheduler
+from dllmserve.core.scheduler import Scheduler
 from dllmserve.models.loader import empty_decoder, find_model, read_config, read_spec
 from dllmserve.parallel.partition import Partition
+from dllmserve.runtime.edits import EditSizes, make_edits
 from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.states import make_states
 from dllmserve.sampling_params import with_sparse
+from tests.helpers import prompt_request
 
 META = torch.device("meta")
 LENGTH = 256
@@ -70,19 +73,19 @@ def _requests() -> list[Request]:
         (SamplingParams(unmask="threshold_strict", cache="dual", early_end=True, **block), None),
         (SamplingParams(unmask="factor_strict", cache="rolling", suffix_window=9, **block), None),
         (SamplingParams(unmask="hierarchy", cache="delayed", **block), None),
-        (SamplingParams(unmask="credit", cache="drift", refresh_every=2, **block), None),
+        (
+            SamplingParams(
+                unmask="credit", cache="drift", refresh_every=2, logit_bias=bias, **block
+            ),
+            None,
+        ),
         (SamplingParams(unmask="klass", cache="dual", refresh_window=4, **block), None),
         (SamplingParams(unmask="wino", cache="dual", **block), None),
         (SamplingParams(steps=32, cfg_scale=1.0, cache="delayed", **block), None),
         (SamplingParams(steps=32, **block), SparseConfig(score="attention", min_keep=8)),
     ]
     return [
-        Request(
-            id=i,
-            prompt_ids=[5] * (10 + i),
-            params=with_sparse(params, sparse),
-            seed=i,
-        )
+        prompt_request(i, [5] * (10 + i), with_sparse(params, sparse), seed=i)
         for i, (params, sparse) in enumerate(given)
     ]
 
@@ -112,15 +115,15 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
     table = StateTable(limits.max_num_seqs, LENGTH, META)
     decoder = empty_decoder(Partition(spec), dtype=torch.bfloat16, device=META, max_len=LENGTH)
     head = LogitsHead(decoder.head.weight, limits.max_logit_rows, spec.mask_id)
-    states = make_states(
-        limits.max_num_seqs + 1,
-        limits.max_history_rows,
-        LENGTH,
-        decoder.vocab,
-        spec.mask_id,
-        META,
+    sizes = EditSizes(
+        rows=limits.max_num_seqs + 1,
+        slots=limits.max_history_rows,
+        max_len=LENGTH,
+        ids=spec.embedding_size,
+        spec=spec,
     )
-    runner = ModelRunner(decoder, table, kv, SdpaBackend(spec), head, states=states)
+    edits = make_edits(sizes, decoder.vocab, META)
+    runner = ModelRunner(decoder, table, kv, SdpaBackend(spec), head, edits=edits)
     requests = _requests()
     for request in requests:
         scheduler.add(request)

@@ -1,5 +1,6 @@
 """The state table, the packed inputs and the chunked head."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import IntField, RowInit, RowSelect
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.runtime.bias import StepBias
+from dllmserve.runtime.decide import HeadCells
+from dllmserve.runtime.edits import BiasEdit, EditSizes
 from dllmserve.runtime.inputs import StepInputs, build_inputs, compact
-from dllmserve.runtime.logits import LogitsHead, TorchReducer
+from dllmserve.runtime.logits import LogitsHead, StepEdits, TorchReducer
 from dllmserve.runtime.shape import (
     EXACT,
     LADDER,
@@ -26,8 +28,8 @@ from dllmserve.runtime.shape import (
     lay_out,
 )
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.step import span_fields
 from dllmserve.sampling_params import FLOATS
+from tests.helpers import PLAIN
 
 CPU = torch.device("cpu")
 MASK = 99
@@ -36,12 +38,11 @@ MASK = 99
 def init(row: int, prompt: list[int], gen: int, quotas: tuple[int, ...] = ()) -> RowInit:
     return RowInit(
         row=row,
-        prompt=prompt,
-        gen_length=gen,
+        ids=prompt,
+        holes=((len(prompt), len(prompt) + gen),),
         floats=tuple(0.4 if name == "cfg_scale" else 0.5 for name in FLOATS),
         ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, RULES.index("steps"), 0, 0, 0),
         quotas=quotas,
-        pages=[],
         confidence="probability",
         sampled=False,
         filtered=False,
@@ -89,9 +90,9 @@ def two_widths(shift: int) -> tuple[StateTable, StepPlan]:
     table.tokens[:, 2:5] = 50
     table.masked[0, 4] = False  # a committed token
     table.masked[1:3, 3] = False
-    first = Span(0, 0, 9, 0, 0, 0, 3, 4, 0)
+    first = Span(0, 0, 9, 0, 0, 0, 3, 4)
     start = 2 - shift
-    guided = Span(1, start, 3 + shift, 2, 0, 0, shift, 3, 0)
+    guided = Span(1, start, 3 + shift, 2, 0, 0, shift, 3)
     plan = StepPlan(
         (
             StepEntry(first, None, 3, "steps"),
@@ -105,8 +106,9 @@ def inputs_of(
     table: StateTable, plan: StepPlan, shift: int, pad: Padding = EXACT
 ) -> tuple[StepInputs, StepShape, tuple[int, ...]]:
     packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
-    spans = span_fields(torch.tensor(packing.ints, dtype=torch.int32), packing.shape)
-    return build_inputs(spans, packing.shape, table, MASK, shift), packing.shape, packing.places
+    ints = torch.tensor(packing.ints, dtype=torch.int32)
+    inputs = build_inputs(ints, packing.shape, table, MASK, shift)
+    return inputs, packing.shape, packing.indices
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -171,15 +173,15 @@ def test_the_host_knows_where_head_rows_lie() -> None:
     packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
     shape = packing.shape
     heads = list(packing.ints[shape.spans * SPAN_FIELDS :])
-    none = [3, 0, 0, 0]
-    assert heads == [0, 3, 3, 2, *none, *none, 5, 2, 7, 2, *[7, 0, 0, 0] * 2]
+    none = [3, 0, 0, 0, 0]
+    assert heads == [0, 3, 3, 2, 0, *none, *none, 5, 2, 7, 2, 0, *[7, 0, 0, 0, 0] * 2]
     empty = empty_ints(shape, table.trash_row)
     assert len(empty) == len(packing.ints)
-    assert list(empty[:SPAN_FIELDS]) == [table.trash_row] + [0] * 9
-    none = [0] * 4
+    assert list(empty[:SPAN_FIELDS]) == [table.trash_row] + [0] * (SPAN_FIELDS - 1)
+    none = [0] * 5
     assert list(empty[shape.spans * SPAN_FIELDS :]) == [
-        *(0, 0, 0, 5, *none, *none),
-        *(5, 0, 5, 4, *[5, 0, 0, 0] * 2),
+        *(0, 0, 0, 5, 0, *none, *none),
+        *(5, 0, 5, 4, 0, *[5, 0, 0, 0, 0] * 2),
     ]
 
 
@@ -243,10 +245,13 @@ def test_a_bias_in_chunks(max_rows: int, dtype: torch.dtype) -> None:
     values[1], values[2, 0] = torch.tensor([-100.0, 2.25, 0.5, 0.0]), 0.125
     ids = torch.tensor([[0, 1, 2, 3], [4, 0, 9, 5], [7, 0, 1, 2]])
     rows = torch.tensor([0, 1, 1, 0, 2, 1, 2, 0, 1, 2])
-    bias = StepBias(ids, values, rows, VocabShard(13))
+    sizes = EditSizes(rows=3, slots=0, max_len=9, ids=13, spec=replace(PLAIN, vocab_size=13))
+    bias = BiasEdit(sizes, VocabShard(13), CPU)
+    bias.ids[:, :4], bias.values[:, :4] = ids, values
+    cells = HeadCells(rows, rows * 0, rows < 0, rows * 0, rows >= 0)
     segments = (
-        SegmentShape(1, 7, False, False, False, 4),
-        SegmentShape(1, 3, True, False, False, 3),
+        SegmentShape(1, 7, False, False, False, edits=(("bias", 4),)),
+        SegmentShape(1, 3, True, False, False, edits=(("bias", 3),)),
     )
     seen: list[torch.Tensor] = []
 
@@ -264,11 +269,11 @@ def test_a_bias_in_chunks(max_rows: int, dtype: torch.dtype) -> None:
     )
     scale = torch.full((10,), 1.0, dtype=torch.float64)
     head = LogitsHead(weight, max_rows, 12, Seeing(VocabShard(13)))
-    head.stats(hidden, scale, params, segments, frozenset(), bias)
+    head.stats(hidden, scale, params, segments, frozenset(), StepEdits(cells, {"bias": bias}))
     z = (hidden[:10] @ weight.t()).float()
     twin = (hidden[10:] @ weight.t()).float()
     z[7:] = twin + 2 * (z[7:] - twin)
-    for row, owner in enumerate(bias.rows.tolist()):
+    for row, owner in enumerate(rows.tolist()):
         z[row].index_add_(0, ids[owner], values[owner])
     assert torch.equal(torch.cat(seen), z)
     limit = max_rows if dtype == torch.float32 else max(max_rows // 2, 1)

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp, Message
 
 from dllmserve.config import EngineConfig
-from dllmserve.core.scheduler import Limits
+from dllmserve.core.limits import Limits
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer, load_tokenizer
 from dllmserve.errors import DllmServeError, EngineError, RequestAbortedError
 from dllmserve.outputs import CanvasStep, RequestOutput

@@ -17,7 +17,7 @@ from dllmserve.core.rows import IntField
 from dllmserve.decoding.stats import RowParams
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_LEN, Q_START, ROW
 from dllmserve.kernels.stats import mix
-from dllmserve.runtime.shape import HEAD_FIELDS, StepShape
+from dllmserve.runtime.shape import ENTRY_FIELDS, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.tensors import StepTensors
 
@@ -31,7 +31,7 @@ _TOP_K = tl.constexpr(int(IntField.TOP_K))
 _SEED = tl.constexpr(int(IntField.SEED))
 _TEMPERED = tl.constexpr(int(IntField.TEMPERED))
 
-_HEADS = tl.constexpr(HEAD_FIELDS)
+_ENTRY = tl.constexpr(ENTRY_FIELDS)
 
 #: Tokens of one program, and spans whose lengths are added up at once.
 _TOKENS, _SPANS = 256, 256
@@ -47,7 +47,7 @@ def head_rows_of(
     packed: tl.tensor, spans: tl.tensor, entry: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The entry's first LM-head row and their number, and the same of padding rows."""
-    place = packed + spans * FIELDS + entry * _HEADS
+    place = packed + spans * FIELDS + entry * _ENTRY
     return tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
 
 

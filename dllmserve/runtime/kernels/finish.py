@@ -16,15 +16,15 @@ from torch import Tensor
 from dllmserve.core.rows import IntField
 from dllmserve.decoding.rule import RuleView, Update
 from dllmserve.decoding.stats import TokenStats
-from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_START, ROW
+from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, HEAD, Q_START, ROW
 from dllmserve.kernels.stats import uniform
 from dllmserve.runtime.kernels.begin import FLOATS, INTS, block_tile, find_masked, head_rows_of
 from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.sampling_params import CONFIDENCE
 
-_PROMPT_LEN = tl.constexpr(int(IntField.PROMPT_LEN))
-_GEN_LENGTH = tl.constexpr(int(IntField.GEN_LENGTH))
+_START = tl.constexpr(int(IntField.START))
+_LENGTH = tl.constexpr(int(IntField.LENGTH))
 _CONFIDENCE = tl.constexpr(int(IntField.CONFIDENCE))
 _RANDOM = tl.constexpr(int(IntField.RANDOM_REMASKING))
 _IGNORE_EOS = tl.constexpr(int(IntField.IGNORE_EOS))
@@ -182,6 +182,7 @@ def _write_block(
     packed: tl.tensor,
     tokens: tl.tensor,
     masked: tl.tensor,
+    open_flags: tl.tensor,
     new: tl.tensor,  # pointers to the entry's [W]
     write: tl.tensor,
     entry: tl.tensor,
@@ -190,7 +191,7 @@ def _write_block(
     width: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tl.tensor:
-    """Write an entry's block to its row, and all of it to the twin's; masks left."""
+    """Write an entry's block to its row, and what is not given to the twin's; masks left."""
     row, start, length = _block(packed, entry)
     guided = spans - entries
     twin = entry >= entries - guided
@@ -209,8 +210,9 @@ def _write_block(
         tl.store(tokens + place, token, mask=chosen)
         tl.store(masked + place, hidden, mask=chosen)
         place = other * width + start + column
-        tl.store(tokens + place, token, mask=column < shared)
-        tl.store(masked + place, hidden, mask=column < shared)
+        own = tl.load(open_flags + place, mask=column < shared, other=0) != 0
+        tl.store(tokens + place, token, mask=own)
+        tl.store(masked + place, hidden, mask=own)
     return left
 
 
@@ -239,6 +241,7 @@ def _frontier(
     packed: tl.tensor,
     tokens: tl.tensor,
     masked: tl.tensor,
+    open_flags: tl.tensor,
     ints: tl.tensor,  # pointer to the row's
     new: tl.tensor,
     write: tl.tensor,
@@ -250,8 +253,8 @@ def _frontier(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Answer places unmasked without a gap; the first end id written, or the length; its token."""
     row, start, blk_len = _block(packed, entry)
-    prompt = tl.load(ints + _PROMPT_LEN).to(tl.int32)
-    length = tl.load(ints + _GEN_LENGTH).to(tl.int32)
+    answer = tl.load(ints + _START).to(tl.int32)
+    length = tl.load(ints + _LENGTH).to(tl.int32)
     frontier = length
     first = length
     token_there = tl.load(eos)
@@ -259,8 +262,8 @@ def _frontier(
     for low in range(0, length, BLOCK):
         place = low + tl.arange(0, BLOCK)
         inside = place < length
-        source = row * width + prompt + place
-        column = prompt + place - start
+        source = row * width + answer + place
+        column = answer + place - start
         _, chosen, hidden = _open_places(masked, write, source, column, inside, blk_len)
         fresh = tl.load(new + column, mask=chosen, other=0)
         token = tl.where(chosen, fresh, tl.load(tokens + source, mask=inside, other=0))
@@ -268,8 +271,9 @@ def _frontier(
         end = place < 0
         for i in range(ends):
             end = end | (token == tl.load(eos + i))
-        # a masked position's token is left over from before
-        end = end & inside & (hidden == 0) & heeds
+        # a masked position's token is left over from before, and a given one ends nothing
+        filled = tl.load(open_flags + source, mask=inside, other=0) != 0
+        end = end & filled & (hidden == 0) & heeds
         found = tl.min(tl.where(end, place, length), 0)
         here = tl.sum(tl.where(end & (place == found), token, 0), 0)
         token_there = tl.where(found < first, here, token_there)
@@ -298,20 +302,20 @@ def _fill(
     guided = spans - entries
     twin = entry >= entries - guided
     other = tl.load(packed + (entry + tl.where(twin, guided, 0)) * FIELDS + ROW).to(tl.int64)
-    prompt = tl.load(ints + _PROMPT_LEN).to(tl.int32)
-    length = tl.load(ints + _GEN_LENGTH).to(tl.int32)
+    answer = tl.load(ints + _START).to(tl.int32)
+    length = tl.load(ints + _LENGTH).to(tl.int32)
     shared = tl.where(twin, length, 0)
     left = length * 0
     frontier = length
     for low in range(0, length, BLOCK):
         place = low + tl.arange(0, BLOCK)
-        source = row * width + prompt + place
-        column = prompt + place - start
+        source = row * width + answer + place
+        column = answer + place - start
         recent, _, hidden = _open_places(masked, write, source, column, place < length, blk_len)
         fill = hidden & (place > first)
         tl.store(tokens + source, place.to(tl.int64) * 0 + end, mask=fill)
         tl.store(masked + source, fill == 0, mask=fill)
-        source = other * width + prompt + place
+        source = other * width + answer + place
         tl.store(tokens + source, place.to(tl.int64) * 0 + end, mask=fill & (place < shared))
         tl.store(masked + source, fill == 0, mask=fill & (place < shared))
         open_ = hidden & (fill == 0)
@@ -337,6 +341,7 @@ def _commit(
     packed: tl.tensor,
     tokens: tl.tensor,
     masked: tl.tensor,
+    open_flags: tl.tensor,
     ints: tl.tensor,
     forwards: tl.tensor,
     new: tl.tensor,
@@ -356,12 +361,14 @@ def _commit(
     row = tl.load(packed + entry * FIELDS + ROW).to(tl.int64)
     new += entry.to(tl.int64) * columns
     write += entry.to(tl.int64) * columns
-    left = _write_block(packed, tokens, masked, new, write, entry, spans, entries, width, BLOCK)
+    left = _write_block(
+        packed, tokens, masked, open_flags, new, write, entry, spans, entries, width, BLOCK
+    )
     ints += row * INTS
     frontier, end, token = _frontier(
-        packed, tokens, masked, ints, new, write, eos, ends, entry, width, BLOCK
+        packed, tokens, masked, open_flags, ints, new, write, eos, ends, entry, width, BLOCK
     )
-    length = tl.load(ints + _GEN_LENGTH).to(tl.int32)
+    length = tl.load(ints + _LENGTH).to(tl.int32)
     if (tl.load(ints + _EARLY_END) > 0) & (end < length) & (row != trash_row):
         tl.debug_barrier()  # the twin's block was written whole, and some of it is filled now
         left, frontier = _fill(
@@ -371,7 +378,8 @@ def _commit(
     first, count, pad_first, pad_count = head_rows_of(packed, spans, entry)
     broken = _count_nan(prob, first, count, BLOCK) + _count_nan(prob, pad_first, pad_count, BLOCK)
     # all padding entries lie on the trash row, and programs must not share what they write
-    tl.store(forwards + row, tl.load(forwards + row) + 1, mask=row != trash_row)
+    fills = tl.load(packed + entry * FIELDS + HEAD) != 0
+    tl.store(forwards + row, tl.load(forwards + row) + 1, mask=fills & (row != trash_row))
     report += entry * 5
     tl.store(report, left.to(tl.int64))
     tl.store(report + 1, frontier.to(tl.int64))
@@ -392,7 +400,7 @@ def commit_step(
     """Write the update to the state table, after ``before`` and without taking memory for it.
 
     Returns:
-        [n, 5] int64, see :class:`dllmserve.core.scheduler.EntryReport`.
+        [n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`.
     """
     count = shape.entries
     report = torch.empty((count, 5), dtype=torch.int64, device=table.device)
@@ -400,7 +408,7 @@ def commit_step(
     if before is not None:
         before()
     _commit[(count,)](
-        *(packed, table.tokens, table.masked, table.ints, table.forwards),
+        *(packed, table.tokens, table.masked, table.open, table.ints, table.forwards),
         *(tokens, write, prob, eos, report),
         *(len(eos), shape.spans, count, shape.width, table.tokens.shape[1], table.trash_row),
         BLOCK=block_tile(max(shape.width, shape.answer)),

@@ -1,0 +1,150 @@
+"""Storage: the rows, pages and kept distributions that running requests hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from dllmserve.core.limits import Limits
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.pages import PageAllocator
+from dllmserve.core.plan import NewPage, Span, Store
+from dllmserve.core.request import Request
+
+
+class SpanSource(Protocol):
+    """The part of a cache policy that the scheduler uses."""
+
+    def slots(self, request: Request, spec: ModelSpec) -> int:
+        """K,V slots that one row needs at most."""
+        ...
+
+    def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
+        """The request's next span."""
+        ...
+
+
+class Storage:
+    """What is free, and who holds the rest.
+
+    A request holds all pages that it will ever need from its start on, unless its cache policy
+    grows: then it gets pages when it stores something, and may be told to give them back.
+
+    Args:
+        spec: the model's dimensions.
+        limits: the engine's sizes.
+        policy: maps a policy name to its policy.
+
+    Attributes:
+        pages: of the K,V store.
+        history: kept distributions.
+        rows: free rows of the state table.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, limits: Limits, policy: Callable[[str], SpanSource]
+    ) -> None:
+        self.pages = PageAllocator(limits.num_pages)
+        self.history = PageAllocator(limits.max_history_rows)
+        self.rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self._spec, self._limits, self._policy = spec, limits, policy
+
+    def pages_of(self, slots: int) -> int:
+        """Pages that hold so many slots."""
+        return -(-slots // self._limits.page_size)
+
+    def most_pages(self, request: Request) -> int:
+        """Pages that one row of the request needs at most."""
+        return self.pages_of(self._policy(request.policy).slots(request, self._spec))
+
+    def needs(self, request: Request) -> tuple[int, ...]:
+        """Rows, pages and kept distributions that the request holds at most."""
+        pages = self.most_pages(request) * request.rows_needed
+        return request.rows_needed, pages, request.history_needed
+
+    def free(self) -> tuple[int, ...]:
+        """The same, of what nobody holds."""
+        return len(self.rows), self.pages.num_free, self.history.num_free
+
+    def fits(self, request: Request) -> bool:
+        """Whether the request can start. One that grows needs room for its given tokens."""
+        rows, pages, history = self.needs(request)
+        if request.grows:
+            pages = min(pages, self.pages_of(request.canvas.start) * request.rows_needed)
+        return all(n <= f for n, f in zip((rows, pages, history), self.free(), strict=True))
+
+    def start(self, request: Request) -> None:
+        """Give a request its rows and what it reserves."""
+        pages = 0 if request.grows else self.most_pages(request)
+        request.row = self.rows.pop()
+        request.pages = self.pages.reserve(pages)
+        request.history = self.history.reserve(request.history_needed)
+        if request.guided:
+            request.uncond_row = self.rows.pop()
+            request.uncond_pages = self.pages.reserve(pages)
+
+    def end(self, request: Request) -> None:
+        """Take back all that a request holds."""
+        self.rows.append(request.row)
+        if request.guided:
+            self.rows.append(request.uncond_row)
+        self.history.free(request.history)
+        request.history = []
+        self.take_pages(request)
+
+    def take_pages(self, request: Request) -> None:
+        """Take back a request's pages; what it stored has to be computed anew."""
+        self.pages.free(request.pages)
+        self.pages.free(request.uncond_pages)
+        request.pages, request.uncond_pages, request.sent = [], [], 0
+        request.progress.stored = 0
+
+    def grow(self, request: Request, span: Span, victims: Iterable[Request]) -> bool:
+        """Give a request the pages that a span stores to; False if there is no room for them.
+
+        Args:
+            request: one that grows.
+            span: of its next forward.
+            victims: running requests whose pages may be taken for it, the first first.
+        """
+        end = span.q_start + span.q_len if span.store in (Store.POSITIONS, Store.AHEAD) else 0
+        missing = self.pages_of(end) - len(request.pages)
+        if missing <= 0:
+            return True
+        short, taken = missing * request.rows_needed - self.pages.num_free, []
+        for victim in victims:
+            if short <= 0:
+                break
+            taken.append(victim)
+            short -= len(victim.pages) + len(victim.uncond_pages)
+        if short > 0:
+            return False
+        for victim in taken:
+            self.take_pages(victim)
+        request.pages += self.pages.reserve(missing)
+        if request.guided:
+            request.uncond_pages += self.pages.reserve(missing)
+        return True
+
+    def check_integrity(self, running: list[Request]) -> None:
+        """Raise ValueError unless rows and pages add up."""
+        self.pages.check_integrity()
+        self.history.check_integrity()
+        rows = sum(r.rows_needed for r in running) + len(self.rows)
+        if rows != self._limits.max_num_seqs:
+            raise ValueError(f"{rows} rows held and free, expected {self._limits.max_num_seqs}")
+        held = sum(len(r.pages) + len(r.uncond_pages) for r in running) + self.pages.num_free
+        if held < self.pages.num_pages:
+            raise ValueError(f"{held} pages held and free, of {self.pages.num_pages}")
+
+
+def new_pages(requests: Iterable[Request]) -> tuple[NewPage, ...]:
+    """Pages that requests have got since this was last asked; they count as sent then."""
+    found = []
+    for request in requests:
+        for column in range(request.sent, len(request.pages)):
+            found.append(NewPage(request.row, column, request.pages[column]))
+            if request.guided:
+                found.append(NewPage(request.uncond_row, column, request.uncond_pages[column]))
+        request.sent = len(request.pages)
+    return tuple(found)
