@@ -41,12 +41,12 @@ class LeftmostRule:
     "periodic.py": """
 from dllmserve.cache.dual import DualCache
 from dllmserve.cache.policy import whole_canvas
-from dllmserve.core.plan import Write
+from dllmserve.core.plan import Store
 
 class PeriodicCache(DualCache):
     def span(self, request, spec, row):
         if request.progress.step_in_block % 4 == 0:
-            return whole_canvas(request, row, Write.ALL)
+            return whole_canvas(request, row, Store.POSITIONS)
         return super().span(request, spec, row)
 """,
     "model.py": """

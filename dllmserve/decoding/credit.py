@@ -2,7 +2,7 @@
 
 A token that keeps being a position's favourite earns credit, which raises its logit, so that a
 stable but lukewarm prediction passes the threshold sooner. The credits are kept by
-:class:`dllmserve.runtime.states.CreditTable`; this rule sees the raised confidences.
+:class:`dllmserve.runtime.edits.CreditEdit`; this rule sees the raised confidences.
 """
 
 from __future__ import annotations

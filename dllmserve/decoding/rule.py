@@ -34,7 +34,7 @@ class RuleView:
         pick: what :func:`write_best` picks positions with; None for torch operations.
         kl: [n, W] float64 in nats, divergence of the position's distribution from that of the
             block's last forward; +inf where there is none. None unless asked for.
-        back: [n, W] float64, probability of a written position's token as the shadow sees it;
+        back: [n, W] float64, probability of a written position's token as a blind span sees it;
             +inf where nothing is scored. None unless asked for.
         memory: what the rule left behind in the block's last forward; None unless it has a
             memory.

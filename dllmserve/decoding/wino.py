@@ -1,7 +1,8 @@
 """WINO: wide in, narrow out (arXiv 2507.18578).
 
-Accept boldly, and check what was accepted: a shadow of the block, all masks, predicts every
-written token from the rest of the canvas. What it finds unlikely is masked again.
+Accept boldly, and check what was accepted: a blind span, the block once more as masks alone (the
+paper's shadow), predicts every written token from the rest of the canvas. What it finds unlikely
+is masked again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ class WinoRule:
     """Accept above the threshold, at most 70 % of the masks (5 to 20); re-mask what is doubted.
 
     If more than one position was accepted, those written in earlier forwards whose probability
-    in the shadow is below threshold_back are masked again: all of them, but fewer than were
+    in the blind span is below threshold_back are masked again: all of them, but fewer than were
     accepted in the forward before, the least likely first. So masks do come to an end.
     """
 

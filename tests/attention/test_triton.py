@@ -24,7 +24,7 @@ def padded(step: AttentionStep, trash_row: int) -> AttentionStep:
     starts = torch.stack((torch.zeros_like(step.starts), step.starts), dim=1).flatten()
     places = tuple(2 * i + 1 for i in step.indices)
     tokens, longest = step.tokens + 3, step.max_q + 5
-    return replace(step, spans=spans, starts=starts, places=places, tokens=tokens, max_q=longest)
+    return replace(step, spans=spans, starts=starts, indices=places, tokens=tokens, max_q=longest)
 
 
 def stand_in(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, max_q: int) -> Tensor:

@@ -153,6 +153,50 @@ def test_engine_equals_the_slow_twins(
             assert output["token_ids"] == ids, (case, options)
 
 
+class Biased(models.OracleModel):
+    """A model whose head adds a request's bias."""
+
+    def __init__(self, model: models.OracleModel, bias: dict[int, float]) -> None:
+        self.__dict__.update(vars(model))
+        self._bias = bias
+
+    def forward(self, *args: Any, **given: Any) -> models.Forward:
+        found = super().forward(*args, **given)
+        logits = found.logits.clone()
+        for token, value in self._bias.items():
+            logits[..., token] += value
+        return found._replace(logits=logits)
+
+
+@pytest.mark.parametrize("name", ["llada", "dream"])
+def test_a_bias_and_what_a_rule_does_to_logits_in_one_request(
+    engines: Engines, folders: dict[str, Path], name: str
+) -> None:
+    """Edits and observers follow one another: bias, then credit; bias, then the divergence."""
+    llm, prompts, given, answers, moved = engines(folders[name]), [], [], [], 0
+    for place, rule in enumerate(("credit", "klass", "wino", "threshold", "credit", "klass")):
+        bias = {(11 * place + 7 * k) % 59: (2.0, -3.0, 1.5, 4.0)[k % 4] for k in range(5 + place)}
+        options = {"unmask": rule, **RULES[rule], "cache": "dual" if place % 2 else "none"}
+        prompt, settings = random_prompt(place, 3 + place), {**LENGTHS, **options}
+        [result] = policies.generate(
+            Biased(oracle(folders[name]), bias),
+            [prompt],
+            eos_ids=SHAPES[name].eos_ids,
+            entropy_bound=0.1,
+            **settings,
+        )
+        params = SamplingParams(temperature=0.0, ignore_eos=True, logit_bias=bias, **settings)
+        assert computed(llm, prompt, params)[0]["token_ids"] == result.tokens, rule
+        without = expected(folders[name], prompt, options, SHAPES[name])
+        moved += without.tokens != result.tokens
+        prompts.append(prompt)
+        given.append(params)
+        answers.append(result.tokens)
+    assert moved >= 4
+    outputs = llm.generate(prompts, given, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == answers
+
+
 def test_shadows_beside_guided_requests(engines: Engines, folders: dict[str, Path]) -> None:
     """A shadow's span lies behind the unconditional ones."""
     llm = engines(folders["dream"], page_size=5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dllmserve import SamplingParams
+from dllmserve.catalog import EDITS
 from dllmserve.config import EngineConfig
 from dllmserve.core.limits import Limits
 from dllmserve.core.rows import RowInit
@@ -82,17 +83,18 @@ def test_the_measured_step_is_as_large_as_any(
     assert plan.tokens == min(tokens, rows * max_len)
     for entry in plan.entries:
         init = runner.rows[entry.span.row]
-        assert len(init.prompt) + init.gen_length == entry.span.q_len
-        assert entry.span.blk_start >= len(init.prompt)
+        assert len(init.ids) + init.length == entry.span.q_len
+        assert entry.span.blk_start >= len(init.ids)
         assert entry.masks == entry.span.blk_len
         assert entry.rule == rule
     assert runner.rows[plan.entries[-1].span.row].filtered == (rule == "entropy_bound")
 
 
 def kept_bytes(runner: ModelRunner) -> int:
-    """Bytes of all tensors that the runner's states hold."""
-    states = [vars(edit).values() for edit in runner._edits.values()]
-    return sum(x.nbytes for values in states for x in values if isinstance(x, torch.Tensor))
+    """Bytes of all tensors of edits that keep something of logits."""
+    edits = [edit for name, edit in runner._edits.items() if EDITS[name].keeps]
+    values = [value for edit in edits for value in vars(edit).values()]
+    return sum(x.nbytes for x in values if isinstance(x, torch.Tensor))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

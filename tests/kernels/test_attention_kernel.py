@@ -23,7 +23,7 @@ def expected(store: Store, spans: list[Span], fresh: tuple[Tensor, Tensor, Tenso
         slots = store.rows.setdefault(one.row, {})
         wide = {slot: (k.double(), v.double()) for slot, (k, v) in slots.items()}
         outs.append(attend(one, q.double(), k.double(), v.double(), wide))
-        if one.write == How.POSITIONS:
+        if one.store == How.POSITIONS:
             slots.update({one.q_start + i: (k[i], v[i]) for i in range(one.q_len)})
     return torch.cat(outs).to(fresh[0].dtype)
 

@@ -22,7 +22,7 @@ def run(
     shift: int,
 ) -> None:
     """The launches for the selecting spans of a plan."""
-    chosen = [(i, s, selects[s.row]) for i, s in enumerate(spans) if s.write >= PER_HEAD]
+    chosen = [(i, s, selects[s.row]) for i, s in enumerate(spans) if s.store >= PER_HEAD]
     plan = plan_selection(chosen, (store.heads, store.kv_heads, store.dim), shift, store.device)
     q, k, v = (x.to(store.device) for x in fresh)
     fields, starts = store.packed(spans)
@@ -42,7 +42,7 @@ def check(
     for one in spans:
         q, k, v = (x[low : low + one.q_len].float() for x in fresh)
         low += one.q_len
-        if one.write >= PER_HEAD:
+        if one.store >= PER_HEAD:
             kept = keep(one, q, k, v, selects[one.row], shift, "position")
             same = {slot: (a.to(store.dtype), b.to(store.dtype)) for slot, (a, b) in kept.items()}
             store.rows.setdefault(one.row, {}).update(same)
