@@ -53,7 +53,7 @@ def poison_steps() -> None:
 
     def faulty(self: ModelRunner, plan: StepPlan) -> StepHandle:
         for span in plan.spans:
-            prompt = self.table.host[span.row].prompt
+            prompt = self.table.host[span.row].ids
             if prompt[0] == POISON and len(prompt) == 2:
                 fail(FAULTS[prompt[1]])
         return execute(self, plan)

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.attention.backend import AheadStore, AttentionStep, KVStore
-from dllmserve.attention.select import Selection, build_selection, row_numbers
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Mask, Span, Store
 from dllmserve.core.rows import RowSelect
+from dllmserve.device import host_to_device
 from dllmserve.layers.modules import AttentionContext
+
+if TYPE_CHECKING:
+    from dllmserve.attention.select import Selection
 
 
 @dataclass
@@ -100,7 +104,7 @@ def _shape(span: Span, selects: dict[int, RowSelect]) -> tuple[int, ...]:
 def _build(spans: list[Span], start: int, step: AttentionStep, shift: int) -> _Group:
     kv, selects = step.kv, step.selects
     span, batch, device = spans[0], len(spans), kv.k.device
-    rows = row_numbers(spans, device)
+    rows = host_to_device([s.row for s in spans], device)  # [b] int64
     positions = torch.arange(span.q_start, span.q_start + span.q_len, device=device)
     end = span.q_start + span.q_len
     cached, fresh, writes = span.ctx_len, True, None
@@ -113,6 +117,11 @@ def _build(spans: list[Span], start: int, step: AttentionStep, shift: int) -> _G
     elif span.store == Store.AHEAD:
         fresh = False  # they have been stored already
     reads = kv.slots(rows, torch.arange(cached, device=device)) if cached else None
+    select = None
+    if span.selects and span.keep:
+        from dllmserve.attention.select import build_selection
+
+        select = build_selection(span, rows, step, selects[span.row], shift)
     return _Group(
         tokens=slice(start, start + batch * span.q_len),
         batch=batch,
@@ -121,9 +130,7 @@ def _build(spans: list[Span], start: int, step: AttentionStep, shift: int) -> _G
         read_slots=reads,
         fresh=fresh,
         mask=_mask(span, cached, fresh, device),
-        select=build_selection(span, rows, step, selects[span.row], shift)
-        if span.selects and span.keep
-        else None,
+        select=select,
     )
 
 

@@ -17,7 +17,6 @@ from dllmserve.core.plan import EntryReport, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, Track
 from dllmserve.device import host_to_device
 from dllmserve.models.decoder import Decoder
-from dllmserve.runtime.drift import DriftMeter
 from dllmserve.runtime.edits import LogitEdit
 from dllmserve.runtime.graphs import GraphPool, StepOutputs
 from dllmserve.runtime.inputs import span_fields
@@ -341,6 +340,8 @@ class ModelRunner:
         context = self._backend.prepare(step)
         meter = None
         if "drift" in shape.needs:
+            from dllmserve.runtime.drift import DriftMeter
+
             context = meter = DriftMeter(context, step, table, self.spec.num_layers // 2)
         hidden = self._decoder(given.ids, given.positions, context, rows)
         stats = self._head.stats(

@@ -69,6 +69,8 @@ NOT_FOR_ALL = {
     "GPUs": "engine.profile layers.triton kernels.activation",
     "too little memory": "engine.advice",
     "top-p and top-k": "decoding.transforms",
+    "sparse attention": "attention.select",
+    "caches that measure drift": "runtime.drift",
 }
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dllmserve.core.plan import Span, StepEntry, StepPlan, Write
+from dllmserve.core.plan import Span, StepEntry, StepPlan, Store
 from dllmserve.models.loader import count_weights
 from dllmserve.parallel.partition import Partition
 from dllmserve.tools.bench.roofline import (
@@ -35,8 +35,8 @@ HEAD = 32 * 8
 COST = ModelCost.of(SPEC, weight_bytes=2)
 
 
-def span(q_start: int, q_len: int, ctx_len: int, write: Write, row: int = 0) -> Span:
-    return Span(row, q_start, q_len, ctx_len, int(write), 0, 0, min(q_len, 4), 0)
+def span(q_start: int, q_len: int, ctx_len: int, store: Store, row: int = 0) -> Span:
+    return Span(row, q_start, q_len, ctx_len, store, 0, 0, min(q_len, 4))
 
 
 def step(*spans: Span, masks: int, guided: bool = False) -> StepPlan:
@@ -44,8 +44,8 @@ def step(*spans: Span, masks: int, guided: bool = False) -> StepPlan:
     return StepPlan(tuple(entries))
 
 
-REFRESH = step(span(0, 10, 0, Write.ALL), masks=4)
-REUSE = step(span(4, 4, 10, Write.ALL), masks=2)
+REFRESH = step(span(0, 10, 0, Store.POSITIONS), masks=4)
+REUSE = step(span(4, 4, 10, Store.POSITIONS), masks=2)
 
 
 def test_costs_of_the_model() -> None:
@@ -58,14 +58,14 @@ def test_costs_of_the_model() -> None:
 @pytest.mark.parametrize(
     ("shape", "keys"),
     [
-        (span(0, 10, 0, Write.NONE), 10),  # no cache
-        (span(0, 10, 0, Write.SELECT_PER_HEAD), 10),
-        (span(6, 4, 6, Write.NONE), 10),  # prefix: the cache ends where the span begins
-        (span(3, 4, 10, Write.ALL), 10),  # dual, in the middle: 4 slots are overwritten
-        (span(6, 4, 10, Write.ALL), 10),  # dual, last block
-        (span(6, 4, 8, Write.ALL), 10),  # overwrites the context's end and goes on behind it
-        (span(6, 4, 5, Write.NONE), 9),  # sparse: 5 kept tokens, whatever their slots
-        (span(0, 4, 5, Write.NONE), 9),  # sparse at the canvas's start
+        (span(0, 10, 0, Store.NONE), 10),  # no cache
+        (span(0, 10, 0, Store.SELECT_PER_HEAD), 10),
+        (span(6, 4, 6, Store.NONE), 10),  # prefix: the cache ends where the span begins
+        (span(3, 4, 10, Store.POSITIONS), 10),  # dual, in the middle: 4 slots are overwritten
+        (span(6, 4, 10, Store.POSITIONS), 10),  # dual, last block
+        (span(6, 4, 8, Store.POSITIONS), 10),  # overwrites the context's end and goes on behind it
+        (span(6, 4, 5, Store.NONE), 9),  # sparse: 5 kept tokens, whatever their slots
+        (span(0, 4, 5, Store.NONE), 9),  # sparse at the canvas's start
     ],
 )
 def test_attended_keys(shape: Span, keys: int) -> None:
@@ -79,7 +79,7 @@ def test_flop() -> None:
 
 
 def test_guidance_counts_twice() -> None:
-    guided = step(span(4, 4, 10, Write.ALL), masks=2, guided=True)
+    guided = step(span(4, 4, 10, Store.POSITIONS), masks=2, guided=True)
     assert head_rows(guided) == 4
     assert COST.flop(guided) == 2 * 12800
     assert COST.bytes_read(guided) == COST.bytes_read(REUSE)
@@ -87,7 +87,7 @@ def test_guidance_counts_twice() -> None:
 
 def test_bytes() -> None:
     assert COST.bytes_read(REFRESH) == (1152 + 256) * 2 == 2816
-    assert COST.bytes_read(step(span(0, 10, 0, Write.ALL), masks=0)) == 1152 * 2
+    assert COST.bytes_read(step(span(0, 10, 0, Store.POSITIONS), masks=0)) == 1152 * 2
 
 
 def test_floor_is_the_longer_time_of_each_step() -> None:

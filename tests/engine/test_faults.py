@@ -84,7 +84,7 @@ def test_out_of_memory_at_admission(llm: LLM, monkeypatch: pytest.MonkeyPatch) -
     tries: list[int] = []
 
     def tight(init: RowInit) -> None:
-        if len(init.prompt) > 9 or len(tries) == 0:
+        if len(init.ids) > 9 or len(tries) == 0:
             tries.append(init.row)
             raise CUDA_FULL
         admit(init)
@@ -113,7 +113,7 @@ def test_an_interrupt_inside_admission(llm: LLM, monkeypatch: pytest.MonkeyPatch
     def interrupted(_: object) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scheduler, "_fits", interrupted)
+    monkeypatch.setattr(scheduler.storage, "fits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         llm.generate([[5], [6], [7]], GREEDY, use_tqdm=False)
     monkeypatch.undo()

@@ -23,7 +23,7 @@ def break_steps(how: str) -> None:
     execute = ModelRunner.execute
 
     def faulty(self: ModelRunner, plan: StepPlan) -> StepHandle:
-        prompts = (self.table.host[span.row].prompt for span in plan.spans)
+        prompts = (self.table.host[span.row].ids for span in plan.spans)
         if any(prompt[0] == POISON for prompt in prompts):
             if how == "raise":
                 raise RuntimeError("a fault on purpose")
