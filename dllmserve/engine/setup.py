@@ -39,8 +39,7 @@ from dllmserve.models.loader import (
 from dllmserve.parallel.group import Group, smallest
 from dllmserve.parallel.partition import Partition
 from dllmserve.runtime.edits import LogitEdit, make_edits
-from dllmserve.runtime.graphs import GraphPool
-from dllmserve.runtime.logits import LogitsHead, TorchReducer, TritonReducer
+from dllmserve.runtime.logits import LogitsHead, TorchReducer
 from dllmserve.runtime.platform import is_out_of_memory, on_device, release_cached_memory
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
@@ -118,7 +117,7 @@ class RunnerParts:
             decoder.head.weight,
             limits.max_logit_rows,
             plan.spec.mask_id,
-            (TritonReducer if triton else TorchReducer)(decoder.vocab),
+            _reducer(plan.kernels)(decoder.vocab),
             exact,
         )
         ends = len(plan.spec.eos_ids)
@@ -141,6 +140,8 @@ class RunnerParts:
         )
         graphs = None
         if plan.device.type == "cuda" and not options.enforce_eager:
+            from dllmserve.runtime.graphs import GraphPool  # nothing else needs it
+
             graphs = GraphPool(options.max_graphs)
         return ModelRunner(
             self.decoder,
@@ -152,6 +153,15 @@ class RunnerParts:
             kernels=plan.kernels,
             edits=self.edits,
         )
+
+
+def _reducer(kernels: str) -> type[TorchReducer]:
+    """What reduces logits with "torch" or "triton"."""
+    if kernels == "triton":
+        from dllmserve.runtime.kernels.reducer import TritonReducer
+
+        return TritonReducer
+    return TorchReducer
 
 
 def _read_model(options: EngineConfig) -> tuple[Path, ModelSpec, Tokenizer | None]:

@@ -14,30 +14,11 @@ from dllmserve.core.rows import IntField, Track
 from dllmserve.decoding.noise import position_uniforms, row_keys
 from dllmserve.decoding.rule import Memory, RuleView, UnmaskRule, Update
 from dllmserve.decoding.stats import RowParams, TokenStats
-from dllmserve.runtime.graphs import StepOutputs
 from dllmserve.runtime.inputs import StepInputs
 from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import REWRITTEN, StateTable
+from dllmserve.runtime.tensors import HeadCells, StepOutputs
 from dllmserve.sampling_params import CONFIDENCE, FLOATS
-
-
-@dataclass(frozen=True)
-class HeadCells:
-    """Whose the M LM-head rows of a step are.
-
-    Attributes:
-        row: [M] int64, row of the state table; the trash row for padding.
-        column: [M] int64, place in the block.
-        entering: [M] bool, whether this is the block's first forward.
-        forward: [M] int64, forwards that the request has had.
-        real: [M] bool, False for padding.
-    """
-
-    row: Tensor
-    column: Tensor
-    entering: Tensor
-    forward: Tensor
-    real: Tensor
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dllmserve.core.rows import RowInit
 from dllmserve.decoding.stats import log_sum, without
 from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard, best_of
-from dllmserve.runtime.decide import HeadCells
+from dllmserve.runtime.tensors import HeadCells
 
 
 @dataclass(frozen=True)

@@ -13,30 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dllmserve.runtime.platform import is_out_of_memory
 from dllmserve.runtime.shape import StepShape
+from dllmserve.runtime.tensors import StepOutputs
 
 #: A shape seen this often gets a graph: one that never returns is not worth the capture.
 CAPTURE_AT = 2
 #: Steps for which no graph is captured after one ran out of memory.
 PAUSE = 256
-
-
-@dataclass(frozen=True)
-class StepOutputs:
-    """What a step leaves on the device for the host.
-
-    Attributes:
-        report: [n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`.
-        tokens: [n, W] int64, proposals.
-        confidence: [n, W] float64, -inf where nothing was proposed.
-    """
-
-    report: Tensor
-    tokens: Tensor
-    confidence: Tensor
 
 
 @dataclass(frozen=True)

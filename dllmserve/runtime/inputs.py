@@ -14,6 +14,7 @@ from dllmserve.core.plan import Mask, Part, SpanField
 from dllmserve.decoding.rule import rank_of
 from dllmserve.runtime.shape import ENTRY_FIELDS, SPAN_FIELDS, EntryField, StepShape
 from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.tensors import HeadCells, StepTensors
 
 _QUERIES = (SpanField.ROW, SpanField.Q_START, SpanField.Q_LEN)
 
@@ -215,3 +216,25 @@ def compact(flags: Tensor, count: int) -> Tensor:
     out = torch.zeros(count + 1, dtype=torch.int64, device=flags.device)
     out.scatter_(0, target, torch.arange(len(flags), device=flags.device))
     return out[:count]
+
+
+def head_cells(
+    packed: Tensor, shape: StepShape, table: StateTable, tensors: StepTensors, shift: int
+) -> HeadCells:
+    """Whose LM-head rows a step's are, from what the host knows of them."""
+    spans, entries = span_fields(packed, shape).long(), entry_fields(packed, shape)
+    index = torch.arange(shape.rows, dtype=torch.int32, device=packed.device)
+    # of entries that begin at the same row all but the last are empty
+    first = entries[:, EntryField.FIRST_ROW].contiguous()
+    entry = torch.searchsorted(first, index, right=True) - 1
+    last_row = (first + entries[:, EntryField.ROWS]).index_select(0, entry)
+    real, own = index < last_row, spans.index_select(0, entry)
+    block = own[:, SpanField.Q_START] + own[:, SpanField.BLK_OFF]
+    row = own[:, SpanField.ROW].masked_fill(~real, table.trash_row)
+    return HeadCells(
+        row=row,
+        column=tensors.positions[tensors.head_rows] + shift - block,
+        entering=(entries[:, EntryField.ENTERING].index_select(0, entry) > 0) | ~real,
+        forward=table.forwards[row],
+        real=real,
+    )

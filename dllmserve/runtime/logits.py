@@ -14,13 +14,11 @@ from dllmserve.decoding.stats import (
     RowParams,
     TokenStats,
     row_stats,
-    strike,
-    without_confidence,
 )
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.runtime.decide import HeadCells
 from dllmserve.runtime.edits import LogitEdit
 from dllmserve.runtime.shape import SegmentShape
+from dllmserve.runtime.tensors import HeadCells
 
 #: ``x [n, d], weight [out, d], bias [out] or None -> [n, out]``
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -79,40 +77,6 @@ class TorchReducer:
             needs=needs,
             shard=self.vocab,
         )
-
-
-class TritonReducer(TorchReducer):
-    """One pass over the logits by a Triton kernel; filtered rows still sort with torch."""
-
-    sampled_cost = 1
-    filtered_cost = 16  # the sort's keys, indices and float64 sums, beside a bf16 row
-    kept_cost = 16  # the same copies, beside a row that needs no others
-
-    def reduce(
-        self,
-        z: Tensor,  # [n, v], of this rank's ids
-        params: RowParams,
-        mask_id: int,
-        segment: SegmentShape,
-        needs: frozenset[str],
-    ) -> TokenStats:
-        """See :class:`RowReducer`."""
-        if segment.filtered or segment.keeps or segment.blind:
-            return super().reduce(z, params, mask_id, segment, needs)
-        from dllmserve.kernels.stats import fused_row_stats
-
-        def stats() -> TokenStats:
-            return fused_row_stats(
-                z, params, mask_id=mask_id, sampled=segment.sampled, needs=needs, shard=self.vocab
-            )
-
-        found = stats()
-        if params.last is None:
-            return found
-        # striking ids off does not change which of the others is best, or drawn
-        strike(z, params.last, self.vocab)
-        again = replace(stats(), token=found.token)
-        return without_confidence(again, params.last, found.prob.isnan())
 
 
 @dataclass(frozen=True)

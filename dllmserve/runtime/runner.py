@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from dllmserve.catalog import RULES, Made
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import EntryReport, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, Track
+from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.device import host_to_device
 from dllmserve.models.decoder import Decoder
 from dllmserve.runtime.edits import LogitEdit
-from dllmserve.runtime.graphs import GraphPool, StepOutputs
 from dllmserve.runtime.inputs import span_fields
 from dllmserve.runtime.logits import LogitsHead, StepEdits
 from dllmserve.runtime.platform import (
@@ -39,7 +39,11 @@ from dllmserve.runtime.shape import (
     lay_out,
 )
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.step import step_ops
+from dllmserve.runtime.step import StepOps, TorchStep
+from dllmserve.runtime.tensors import StepOutputs
+
+if TYPE_CHECKING:
+    from dllmserve.runtime.graphs import GraphPool
 
 #: Larger steps keep the device busy without a graph, and a graph for them would take much memory.
 MAX_GRAPH_TOKENS = 4096
@@ -162,6 +166,17 @@ class StepRunner(Protocol):
         ...
 
 
+def _step_ops(
+    kernels: str, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec
+) -> StepOps:
+    """The twin that ``kernels`` names: "torch" or "triton"."""
+    if kernels == "triton":
+        from dllmserve.runtime.kernels.step import TritonStep
+
+        return TritonStep(table, rules, spec)
+    return TorchStep(table, rules, spec)
+
+
 class ModelRunner:
     """Model, state, K,V pages and LM head of one device.
 
@@ -198,7 +213,7 @@ class ModelRunner:
         self._backend = backend
         self._head = head
         self._edits = edits or {}
-        self._ops = step_ops(kernels, table, Made(RULES), decoder.spec)
+        self._ops = _step_ops(kernels, table, Made(RULES), decoder.spec)
         # padding at most doubles the number of spans
         capacity = (4 * table.trash_row + 64) * (SPAN_FIELDS + ENTRY_FIELDS)
         self._packed = torch.zeros(capacity, dtype=torch.int32, device=table.device)

@@ -7,23 +7,20 @@ bit, in a few launches. Neither waits for the device, and all sizes come from th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import SpanField
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import TokenStats
 from dllmserve.device import host_to_device
-from dllmserve.runtime.decide import HeadCells, StepDecision, apply_rules
-from dllmserve.runtime.graphs import StepOutputs
-from dllmserve.runtime.inputs import build_inputs, entry_fields, span_fields
-from dllmserve.runtime.shape import EntryField, StepShape
+from dllmserve.runtime.decide import StepDecision
+from dllmserve.runtime.inputs import build_inputs
+from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.tensors import StepTensors
+from dllmserve.runtime.tensors import StepOutputs, StepTensors
 
 
 class StepWork(Protocol):
@@ -57,14 +54,6 @@ class StepOps(Protocol):
             shape: the packing's.
         """
         ...
-
-
-def step_ops(
-    kernels: str, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec
-) -> StepOps:
-    """The twin that ``kernels`` names: "torch" or "triton"."""
-    kind = TritonStep if kernels == "triton" else TorchStep
-    return kind(table, rules, spec)
 
 
 class TorchStep:
@@ -109,78 +98,3 @@ class TorchWork:
     def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
         """See :class:`StepWork`."""
         return self.decision.finish(stats, before)
-
-
-class TritonStep:
-    """Three launches besides what the rules do.
-
-    Steps that keep something between forwards, or choose their queries on the device, are left
-    to the other twin.
-
-    Args:
-        table: state rows.
-        rules: unmask rules by name.
-        spec: the model.
-    """
-
-    def __init__(self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec) -> None:
-        self.table, self.rules, self.spec = table, rules, spec
-        # never empty: no token is -1
-        self.eos = host_to_device((*spec.eos_ids, -1), table.device)
-        self._other = TorchStep(table, rules, spec)
-
-    def begin(self, packed: Tensor, shape: StepShape) -> StepWork:
-        """See :class:`StepOps`."""
-        if not shape.plain:
-            return self._other.begin(packed, shape)
-        from dllmserve.runtime.kernels.begin import begin_step
-
-        spec = self.spec
-        tensors = begin_step(packed, shape, self.table, spec.mask_id, spec.logit_shift)
-        if shape.edited:
-            cells = head_cells(packed, shape, self.table, tensors, spec.logit_shift)
-            tensors = replace(tensors, cells=cells)
-        return TritonWork(self, packed, shape, tensors)
-
-
-def head_cells(
-    packed: Tensor, shape: StepShape, table: StateTable, tensors: StepTensors, shift: int
-) -> HeadCells:
-    """Whose LM-head rows a step's are, from what the host knows of them."""
-    spans, entries = span_fields(packed, shape).long(), entry_fields(packed, shape)
-    index = torch.arange(shape.rows, dtype=torch.int32, device=packed.device)
-    # of entries that begin at the same row all but the last are empty
-    first = entries[:, EntryField.FIRST_ROW].contiguous()
-    entry = torch.searchsorted(first, index, right=True) - 1
-    last_row = (first + entries[:, EntryField.ROWS]).index_select(0, entry)
-    real, own = index < last_row, spans.index_select(0, entry)
-    block = own[:, SpanField.Q_START] + own[:, SpanField.BLK_OFF]
-    row = own[:, SpanField.ROW].masked_fill(~real, table.trash_row)
-    return HeadCells(
-        row=row,
-        column=tensors.positions[tensors.head_rows] + shift - block,
-        entering=(entries[:, EntryField.ENTERING].index_select(0, entry) > 0) | ~real,
-        forward=table.forwards[row],
-        real=real,
-    )
-
-
-@dataclass(frozen=True)
-class TritonWork:
-    """See :class:`StepWork`."""
-
-    ops: TritonStep
-    packed: Tensor
-    shape: StepShape
-    tensors: StepTensors
-
-    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
-        """See :class:`StepWork`."""
-        from dllmserve.runtime.kernels.finish import commit_step, spread_stats
-
-        table, shape = self.ops.table, self.shape
-        keys = self.tensors.row_params.keys
-        view, kind = spread_stats(self.packed, shape, table, stats, keys)
-        update = apply_rules(self.ops.rules, shape.rules, view, kind)
-        report = commit_step(self.packed, shape, table, update, stats.prob, self.ops.eos, before)
-        return StepOutputs(report, view.tokens, view.confidence)

@@ -1,4 +1,4 @@
-"""StepTensors: what either twin of a step's work gives the model and the LM head."""
+"""What either twin of a step's work gives the model and the LM head, and leaves for the host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,25 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dllmserve.decoding.stats import RowParams
-from dllmserve.runtime.decide import HeadCells
+
+
+@dataclass(frozen=True)
+class HeadCells:
+    """Whose the M LM-head rows of a step are.
+
+    Attributes:
+        row: [M] int64, row of the state table; the trash row for padding.
+        column: [M] int64, place in the block.
+        entering: [M] bool, whether this is the block's first forward.
+        forward: [M] int64, forwards that the request has had.
+        real: [M] bool, False for padding.
+    """
+
+    row: Tensor
+    column: Tensor
+    entering: Tensor
+    forward: Tensor
+    real: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,3 +52,18 @@ class StepTensors:
     row_params: RowParams
     cells: HeadCells | None = None
     owners: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """What a step leaves on the device for the host.
+
+    Attributes:
+        report: [n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`.
+        tokens: [n, W] int64, proposals.
+        confidence: [n, W] float64, -inf where nothing was proposed.
+    """
+
+    report: Tensor
+    tokens: Tensor
+    confidence: Tensor

@@ -11,7 +11,7 @@ from dllmserve.decoding.noise import token_uniforms
 from dllmserve.decoding.stats import RowParams, TokenStats, row_stats
 from dllmserve.kernels import missing
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.runtime.logits import TritonReducer
+from dllmserve.runtime.kernels.reducer import TritonReducer
 from dllmserve.runtime.shape import SegmentShape
 
 triton = pytest.importorskip("triton")

@@ -20,9 +20,10 @@ from dllmserve.decoding.stats import TokenStats
 from dllmserve.models.loader import find_model, read_config, read_spec
 from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.kernels.finish import pick_best
+from dllmserve.runtime.kernels.step import TritonStep
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, StepShape, empty_ints, lay_out
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.step import TorchStep, TritonStep
+from dllmserve.runtime.step import TorchStep
 from dllmserve.runtime.tensors import StepTensors
 from dllmserve.sampling_params import CONFIDENCE
 

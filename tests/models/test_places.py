@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from dllmserve.decoding.stats import log_sum
 from dllmserve.layers.ops import rms_norm, silu
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.runtime.decide import HeadCells
 from dllmserve.runtime.edits import CreditEdit, EditSizes, KlObserver, LogitEdit
+from dllmserve.runtime.tensors import HeadCells
 from tests import ordered
 from tests.helpers import PLAIN
 from tools.capabilities import LADDER, below

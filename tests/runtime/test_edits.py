@@ -10,12 +10,13 @@ from dllmserve.catalog import RULES
 from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, RowSelect
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.runtime.decide import HeadCells
 from dllmserve.runtime.edits import BiasEdit, EditSizes
+from dllmserve.runtime.inputs import head_cells
 from dllmserve.runtime.logits import StepEdits
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, SegmentShape, empty_ints, lay_out
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.step import TorchStep, head_cells
+from dllmserve.runtime.step import TorchStep
+from dllmserve.runtime.tensors import HeadCells
 from tests.helpers import PLAIN
 
 CPU = torch.device("cpu")

@@ -13,7 +13,6 @@ from dllmserve.core.plan import Span, StepEntry, StepPlan
 from dllmserve.core.rows import IntField, RowInit, RowSelect
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.runtime.decide import HeadCells
 from dllmserve.runtime.edits import BiasEdit, EditSizes
 from dllmserve.runtime.inputs import StepInputs, build_inputs, compact
 from dllmserve.runtime.logits import LogitsHead, StepEdits, TorchReducer
@@ -28,6 +27,7 @@ from dllmserve.runtime.shape import (
     lay_out,
 )
 from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.tensors import HeadCells
 from dllmserve.sampling_params import FLOATS
 from tests.helpers import PLAIN
 
