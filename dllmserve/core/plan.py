@@ -156,6 +156,7 @@ class StepEntry:
         masks: masked positions in the block.
         rule: name of the unmask rule.
         entering: True in the block's first forward, where rules begin anew.
+        quota: tokens that a schedule writes in this forward; 0 for rules without one.
         last: True if the request's answer is known to be complete after this step.
         blind: the block once more, with Mask.BLIND, where the written positions are scored; or
             None.
@@ -166,6 +167,7 @@ class StepEntry:
     masks: int
     rule: str
     entering: bool = False
+    quota: int = 0
     last: bool = False
     blind: Span | None = None
 

@@ -34,13 +34,12 @@ class IntField(IntEnum):
     CONFIDENCE = 4
     TEMPERED = 5
     RANDOM_REMASKING = 6
-    IGNORE_EOS = 7
-    RULE = 8
+    RULE = 7
     #: end ids end everything behind them
-    EARLY_END = 9
+    EARLY_END = 8
     #: a block is final when all of it is written, not position by position
-    REVOKES = 10
-    TRACK = 11
+    REVOKES = 9
+    TRACK = 10
 
 
 class Track(IntEnum):
@@ -83,7 +82,7 @@ class RowInit:
             ids.
         holes: positions to fill.
         floats, ints: parameters in the order of FLOATS and IntField.
-        quotas: tokens to write in each forward of a fixed schedule, all blocks in a row.
+        ends: ids that end the answer.
         confidence: name of the confidence, for the host's choice of statistics.
         sampled, filtered: whether the row has a temperature, or top-p or top-k.
         select: settings of sparse attention.
@@ -98,7 +97,7 @@ class RowInit:
     holes: tuple[Range, ...]
     floats: tuple[float, ...]
     ints: tuple[int, ...]
-    quotas: tuple[int, ...]
+    ends: tuple[int, ...]
     confidence: str
     sampled: bool
     filtered: bool
@@ -166,13 +165,11 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
         CONFIDENCE.index(params.confidence),
         int(params.schedule == "dream"),
         int(params.remasking == "random"),
-        int(params.ignore_eos),
         RULES.index(params.unmask),
         int(params.early_end),
         int(request.revokes),
         int(track),
     )
-    quotas = tuple(k for block in request.quotas for k in block)
     given = request.canvas.ids
     rows = [(request.row, given, edits_of(params, spec))]
     if request.guided:
@@ -184,7 +181,7 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
             holes=request.canvas.holes,
             floats=floats,
             ints=ints,
-            quotas=quotas,
+            ends=() if params.ignore_eos else spec.eos_ids,
             confidence=params.confidence,
             sampled=params.temperature > 0,
             filtered=params.top_p < 1 or params.top_k > 0,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
@@ -107,11 +106,11 @@ class Sizing:
         return values * (self.dtype.itemsize + extra)
 
     def _tables(self) -> int:
-        """State table (ids, flags, what rules keep, quotas, biases), page and rotary tables."""
+        """State table (ids, flags, what rules keep, biases), page and rotary tables."""
         length = self.max_len
         pages = length // self.options.page_size
         ends = len(self.spec.eos_ids)
-        per_row = length * 22 + min(length, MAX_GEN_LENGTH) * 8 + pages * 8 + ends * 8
+        per_row = length * 22 + pages * 8 + ends * 16
         rows = (self.options.max_num_seqs + 1) * per_row
         edits = edit_bytes(self.edit_sizes, keeps=False)
         return rows + edits + length * self.spec.head_dim * 4

@@ -54,7 +54,6 @@ class StepDecision:
     Args:
         table: state rows.
         rules: unmask rules by name.
-        eos: [E] int64, ids that end an answer.
         shape, inputs: the step's.
 
     Attributes:
@@ -66,11 +65,10 @@ class StepDecision:
         self,
         table: StateTable,
         rules: Mapping[str, UnmaskRule],
-        eos: Tensor,
         shape: StepShape,
         inputs: StepInputs,
     ) -> None:
-        self._table, self._rules, self._eos = table, rules, eos
+        self._table, self._rules = table, rules
         self._shape, self._inputs = shape, inputs
         self._floats = table.floats[inputs.rows]  # [n, fields] float64
         self._ints = table.ints[inputs.rows]  # [n, fields] int64
@@ -138,7 +136,7 @@ class StepDecision:
 
     def _block_view(self, stats: TokenStats) -> tuple[RuleView, Tensor]:
         """Spread the [M] statistics over the [n, W] block cells."""
-        table, inputs = self._table, self._inputs
+        inputs = self._inputs
         kind = self._row_ints[:, IntField.CONFIDENCE]
         value = stats.prob
         if stats.margin is not None:
@@ -147,13 +145,12 @@ class StepDecision:
             value = torch.where(kind == CONFIDENCE.index("neg_entropy"), -stats.entropy, value)
         random = self._row_ints[:, IntField.RANDOM_REMASKING] > 0
         value = torch.where(random, position_uniforms(self._keys), value)
-        step = self._forwards.clamp(max=table.quotas.shape[1] - 1)
         view = RuleView(
             eligible=inputs.eligible,
             tokens=self._to_cells(stats.token, 0),
             confidence=self._spread(value, inputs.eligible, -torch.inf),
             entropy=self._spread_some(stats.entropy),
-            quota=table.quotas[inputs.rows, step],
+            quota=inputs.quota,
             floats=self._floats,
             kl=self._spread_some(stats.kl),
             back=self._spread(value, inputs.scored, torch.inf) if self._shape.blind else None,
@@ -238,8 +235,8 @@ class StepDecision:
     def _first_end(self, tokens: Tensor, written: Tensor) -> Tensor:
         """Answer position [n] of the first end id that is written; the width without one."""
         place = torch.arange(tokens.shape[1], device=tokens.device)
-        ends = (tokens[..., None] == self._eos).any(dim=-1) & written
-        ends &= self._ints[:, IntField.IGNORE_EOS, None] == 0
+        own = self._table.ends[self._inputs.rows]  # [n, E]
+        ends = (tokens[..., None] == own[:, None]).any(dim=-1) & written
         return torch.where(ends, place, tokens.shape[1]).amin(dim=-1)
 
     def _writings(self, update: Update, answer: _Answer) -> list[_Writing]:

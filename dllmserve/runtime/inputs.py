@@ -33,6 +33,7 @@ class StepInputs:
             block is shorter than W.
         eligible: [n, W] bool, masked block positions.
         entering: [n] bool, whether it is the block's first forward.
+        quota: [n] int64, tokens that a schedule writes.
         fills: [n] bool, whether the forward decides tokens.
         scored: [n, W] bool, written block positions whose tokens are scored.
         head_rows: [M] int64, index into ids of the hidden state of each LM-head row.
@@ -51,6 +52,7 @@ class StepInputs:
     block: Tensor
     eligible: Tensor
     entering: Tensor
+    quota: Tensor
     fills: Tensor
     scored: Tensor
     head_rows: Tensor
@@ -79,7 +81,7 @@ def build_inputs(
 ) -> StepInputs:
     """Gather a step's inputs from the state table."""
     device = table.device
-    wide = span_fields(packed, shape).long()
+    wide, entries = span_fields(packed, shape).long(), entry_fields(packed, shape)
     row, q_start, q_len = (wide[:, column] for column in _QUERIES)
     ends = q_len.cumsum(0)
     starts = ends - q_len  # first packed token of each span
@@ -122,7 +124,8 @@ def build_inputs(
         uncond_rows=row[count : count + shape.guided],
         block=block,
         eligible=eligible,
-        entering=entry_fields(packed, shape)[:, EntryField.ENTERING] > 0,
+        entering=entries[:, EntryField.ENTERING] > 0,
+        quota=entries[:, EntryField.QUOTA].long(),
         fills=wide[:count, SpanField.HEAD] != Part.NONE,
         scored=scored,
         head_rows=head_rows,

@@ -32,12 +32,14 @@ class EntryField(IntEnum):
     PADS = 3
     #: 1 in a block's first forward
     ENTERING = 4
+    #: tokens that a schedule writes
+    QUOTA = 5
 
 
 ENTRY_FIELDS = len(EntryField)
 #: LM-head rows of a padding entry, and that it enters a block: what is kept on the trash row, which
 #: may be anything, begins anew in every step
-_PADDING = (0, 1)
+_PADDING = (0, 1, 0)
 
 
 @dataclass(frozen=True)
@@ -291,11 +293,11 @@ class _Layout:
         pad = self._pad
         count = pad.other(len(entries))
         padding = count - len(entries)
-        heads = [(e.head_rows, int(e.entering)) for e in entries] + [_PADDING] * padding
+        heads = [(e.head_rows, int(e.entering), e.quota) for e in entries] + [_PADDING] * padding
         segment = SegmentShape(
             entries=count,
             # at least one, so that a step that only stores is no special case
-            rows=max(pad.rows(sum(rows for rows, _ in heads)), 1),
+            rows=max(pad.rows(sum(rows for rows, _, _ in heads)), 1),
             guided=kind.guided,
             sampled=kind.sampled,
             filtered=kind.filtered,
@@ -336,17 +338,17 @@ def empty_ints(shape: StepShape, trash_row: int) -> array[int]:
     return ints
 
 
-def _entry_fields(heads: list[tuple[int, int]], first: int, rows: int) -> array[int]:
+def _entry_fields(heads: list[tuple[int, int, int]], first: int, rows: int) -> array[int]:
     """:class:`EntryField` of a segment's entries, if it starts at LM-head row ``first``.
 
     Args:
-        heads: number of LM-head rows of each entry, and whether it enters its block.
+        heads: number of LM-head rows of each entry, whether it enters its block, and its quota.
         rows: LM-head rows of the segment.
     """
     ints = array("i")
     row = first
-    for count, entering in heads:
-        ints.extend((row, count, 0, 0, entering))
+    for count, entering, quota in heads:
+        ints.extend((row, count, 0, 0, entering, quota))
         row += count
     ints[EntryField.FIRST_PAD], ints[EntryField.PADS] = row, first + rows - row
     return ints

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.core.rows import IntField, RowInit, Track
 from dllmserve.device import host_to_device
 from dllmserve.runtime.platform import beside_steps, fetch
@@ -26,8 +25,8 @@ class StateTable:
         open: [R + 1, T + 1] bool, positions that the request fills; the others are given.
         floats: [R + 1, len(FLOATS)] float64, the numbers of SamplingParams that rules read.
         ints: [R + 1, len(IntField)] int64.
-        quotas: [R + 1, Q] int64, tokens to write in each forward of a fixed schedule.
-        forwards: [R + 1] int64, forwards done; index into quotas and noise counter.
+        forwards: [R + 1] int64, forwards done: the noise counter.
+        ends: [R + 1, E] int64, ids that end the answer; -1 is none.
         last: [R + 1, E] int64, ids whose proposals have no confidence; -1 is none.
         stale: [R + 1, T + 1] float32, how much a position's K,V are out of date; what the number
             is, the row's :class:`~dllmserve.core.rows.Track` says.
@@ -44,11 +43,10 @@ class StateTable:
         self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self.masked = torch.zeros(rows, width, dtype=torch.bool, device=device)
         self.open = torch.zeros(rows, width, dtype=torch.bool, device=device)
+        self.ends = torch.full((rows, max(ends, 1)), -1, dtype=torch.int64, device=device)
         self.last = torch.full((rows, max(ends, 1)), -1, dtype=torch.int64, device=device)
         self.floats = torch.zeros(rows, len(FLOATS), dtype=torch.float64, device=device)
         self.ints = torch.zeros(rows, len(IntField), dtype=torch.int64, device=device)
-        quotas = min(max_len, MAX_GEN_LENGTH)
-        self.quotas = torch.zeros(rows, quotas, dtype=torch.int64, device=device)
         self.forwards = torch.zeros(rows, dtype=torch.int64, device=device)
         self.stale = torch.zeros(rows, width, device=device)
         self.memory_row = torch.zeros(rows, dtype=torch.float64, device=device)
@@ -68,8 +66,9 @@ class StateTable:
             self.last[row, : len(init.last)] = host_to_device(init.last, self.device)
         self.floats[row] = host_to_device(init.floats, self.device, torch.float64)
         self.ints[row] = host_to_device(init.ints, self.device)
-        if init.quotas:
-            self.quotas[row, : len(init.quotas)] = host_to_device(init.quotas, self.device)
+        self.ends[row] = -1
+        if init.ends:
+            self.ends[row, : len(init.ends)] = host_to_device(init.ends, self.device)
         if init.track is not Track.NONE:
             self.stale[row] = NEVER_COMPUTED if init.track is Track.DRIFT else -1.0
         self.forwards[row : row + 1] = 0  # a single element would be copied, and waited for

@@ -15,7 +15,6 @@ from torch import Tensor
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import TokenStats
-from dllmserve.device import host_to_device
 from dllmserve.runtime.decide import StepDecision
 from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.shape import StepShape
@@ -67,13 +66,12 @@ class TorchStep:
 
     def __init__(self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec) -> None:
         self._table, self._rules, self._spec = table, rules, spec
-        self._eos = host_to_device(spec.eos_ids, table.device)
 
     def begin(self, packed: Tensor, shape: StepShape) -> TorchWork:
         """See :class:`StepOps`."""
         spec, table = self._spec, self._table
         inputs = build_inputs(packed, shape, table, spec.mask_id, spec.logit_shift)
-        decision = StepDecision(table, self._rules, self._eos, shape, inputs)
+        decision = StepDecision(table, self._rules, shape, inputs)
         tensors = StepTensors(
             ids=inputs.ids,
             positions=inputs.positions,

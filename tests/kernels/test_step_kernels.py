@@ -52,7 +52,9 @@ def spec_with(shift: int, eos: Sequence[int]) -> ModelSpec:
     return replace(spec, logit_shift=shift, mask_id=MASK, eos_ids=tuple(eos))
 
 
-def init_of(dice: random.Random, row: int, rule: str, longest: int) -> RowInit:
+def init_of(
+    dice: random.Random, row: int, rule: str, longest: int, eos: Sequence[int] = (3, 5)
+) -> RowInit:
     """A row with a setting of every parameter."""
     confidence = dice.choice(CONFIDENCE)
     prompt = [dice.randrange(VOCABULARY) for _ in range(dice.randrange(1, 12))]
@@ -70,7 +72,7 @@ def init_of(dice: random.Random, row: int, rule: str, longest: int) -> RowInit:
     ints = (
         *(len(prompt), gen, dice.choice([0, 5]), dice.getrandbits(63)),
         *(CONFIDENCE.index(confidence), dice.randrange(2), dice.randrange(2)),
-        *(int(goes_on), RULES.index(rule), int(not goes_on and dice.random() < 0.5), 0, 0),
+        *(RULES.index(rule), int(not goes_on and dice.random() < 0.5), 0, 0),
     )
     return RowInit(
         row=row,
@@ -78,7 +80,7 @@ def init_of(dice: random.Random, row: int, rule: str, longest: int) -> RowInit:
         holes=holes_of(dice, len(prompt), len(prompt) + gen),
         floats=floats,
         ints=ints,
-        quotas=tuple(dice.randrange(1, 5) for _ in range(9)),
+        ends=() if goes_on else tuple(eos),
         confidence=confidence,
         sampled=dice.random() < 0.3,
         filtered=dice.random() < 0.3,
@@ -104,13 +106,21 @@ class Case:
 
     def plan(self) -> StepPlan:
         """The plan that the scheduler would make of what the table holds."""
-        masked = self.tables[0].masked
         return StepPlan(
             tuple(
-                StepEntry(one, twin, int(masked[one.row, one.blk_start : one.blk_end].sum()), rule)
+                StepEntry(
+                    one,
+                    twin,
+                    self._masks(one),
+                    rule,
+                    quota=1 + one.row % 4,
+                )
                 for one, twin, rule in self.spans
             )
         )
+
+    def _masks(self, span: Span) -> int:
+        return int(self.tables[0].masked[span.row, span.blk_start : span.blk_end].sum())
 
     def shape(self, pad: Padding) -> tuple[StepShape, Tensor]:
         """The plan's shape and its packing on the device."""
@@ -140,7 +150,7 @@ def make_case(
 ) -> Case:
     dice = random.Random(seed)
     shift = seed % 2
-    first = StateTable(2 * entries + 1, longest + 20, device)
+    first = StateTable(2 * entries + 1, longest + 20, device, VOCABULARY)
     numbers = torch.Generator().manual_seed(seed)
     first.tokens.copy_(torch.randint(VOCABULARY, first.tokens.shape, generator=numbers))
     first.tokens[-1] = 0
@@ -150,7 +160,7 @@ def make_case(
     spans = []
     for twin in guided:
         rule = dice.choice(rules)
-        init = init_of(dice, rows.pop(), rule, longest)
+        init = init_of(dice, rows.pop(), rule, longest, eos)
         first.write_row(init)
         start = len(init.ids) + dice.randrange(init.length)
         stop = dice.randrange(start, len(init.ids) + init.length) + 1
@@ -170,8 +180,8 @@ def make_case(
             first.write_row(replace(init, row=other.row, ids=[MASK] * len(init.ids)))
             first.masked[other.row] = first.masked[init.row]
         spans.append((span, other, rule))
-    second = StateTable(2 * entries + 1, longest + 20, device)
-    for name in ("tokens", "masked", "open", "floats", "ints", "quotas", "forwards"):
+    second = StateTable(2 * entries + 1, longest + 20, device, VOCABULARY)
+    for name in ("tokens", "masked", "open", "floats", "ints", "ends", "forwards"):
         getattr(second, name).copy_(getattr(first, name))
     return Case(spec_with(shift, eos), (first, second), spans)
 
@@ -228,7 +238,7 @@ def same_tables(got: StateTable, expected: StateTable) -> None:
     """All but the trash, which padding may write."""
     for name in ("tokens", "masked"):
         same(getattr(got, name)[:-1, :-1], getattr(expected, name)[:-1, :-1], name)
-    for name in ("floats", "ints", "quotas"):
+    for name in ("floats", "ints", "ends"):
         same(getattr(got, name), getattr(expected, name), name)
     same(got.forwards[:-1], expected.forwards[:-1], "forwards")
 

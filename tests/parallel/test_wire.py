@@ -28,6 +28,7 @@ ENTRIES = st.builds(
     masks=NUMBERS,
     rule=st.sampled_from(list(RULES)),
     entering=st.booleans(),
+    quota=NUMBERS,
     last=st.booleans(),
     blind=st.none() | SPANS,
 )
@@ -39,7 +40,7 @@ ROWS = st.builds(
     holes=some(st.tuples(NUMBERS, NUMBERS)).map(tuple),
     floats=some(FLOATS).map(tuple),
     ints=some(WIDE).map(tuple),
-    quotas=some(NUMBERS).map(tuple),
+    ends=some(NUMBERS).map(tuple),
     confidence=st.sampled_from(CONFIDENCE),
     sampled=st.booleans(),
     filtered=st.booleans(),

@@ -112,7 +112,7 @@ def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
         dtype=torch.bfloat16,
         device=META,
     )
-    table = StateTable(limits.max_num_seqs, LENGTH, META)
+    table = StateTable(limits.max_num_seqs, LENGTH, META, len(spec.eos_ids))
     decoder = empty_decoder(Partition(spec), dtype=torch.bfloat16, device=META, max_len=LENGTH)
     head = LogitsHead(decoder.head.weight, limits.max_logit_rows, spec.mask_id)
     sizes = EditSizes(

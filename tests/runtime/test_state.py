@@ -35,14 +35,14 @@ CPU = torch.device("cpu")
 MASK = 99
 
 
-def init(row: int, prompt: list[int], gen: int, quotas: tuple[int, ...] = ()) -> RowInit:
+def init(row: int, prompt: list[int], gen: int, ends: tuple[int, ...] = ()) -> RowInit:
     return RowInit(
         row=row,
         ids=prompt,
         holes=((len(prompt), len(prompt) + gen),),
         floats=tuple(0.4 if name == "cfg_scale" else 0.5 for name in FLOATS),
-        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, 1, RULES.index("steps"), 0, 0, 0),
-        quotas=quotas,
+        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, RULES.index("steps"), 0, 0, 0),
+        ends=ends,
         confidence="probability",
         sampled=False,
         filtered=False,
@@ -52,7 +52,7 @@ def init(row: int, prompt: list[int], gen: int, quotas: tuple[int, ...] = ()) ->
 
 def test_rows_are_filled_and_reused() -> None:
     table = StateTable(2, 16, CPU)
-    table.write_row(init(1, [5, MASK, 7], 6, (2, 2, 2)))
+    table.write_row(init(1, [5, MASK, 7], 6, (9,)))
     assert table.read_masked(1) == [True] * 6
     table.tokens[1, 3:9] = torch.arange(6)
     table.masked[1, 3:5] = False
@@ -173,15 +173,15 @@ def test_the_host_knows_where_head_rows_lie() -> None:
     packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
     shape = packing.shape
     heads = list(packing.ints[shape.spans * SPAN_FIELDS :])
-    none = [3, 0, 0, 0, 1]
-    assert heads == [0, 3, 3, 2, 0, *none, *none, 5, 2, 7, 2, 0, *[7, 0, 0, 0, 1] * 2]
+    none = [3, 0, 0, 0, 1, 0]
+    assert heads == [0, 3, 3, 2, 0, 0, *none, *none, 5, 2, 7, 2, 0, 0, *[7, 0, 0, 0, 1, 0] * 2]
     empty = empty_ints(shape, table.trash_row)
     assert len(empty) == len(packing.ints)
     assert list(empty[:SPAN_FIELDS]) == [table.trash_row] + [0] * (SPAN_FIELDS - 1)
-    none = [0, 0, 0, 0, 1]
+    none = [0, 0, 0, 0, 1, 0]
     assert list(empty[shape.spans * SPAN_FIELDS :]) == [
-        *(0, 0, 0, 5, 1, *none, *none),
-        *(5, 0, 5, 4, 1, *[5, 0, 0, 0, 1] * 2),
+        *(0, 0, 0, 5, 1, 0, *none, *none),
+        *(5, 0, 5, 4, 1, 0, *[5, 0, 0, 0, 1, 0] * 2),
     ]
 
 

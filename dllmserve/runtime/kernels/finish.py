@@ -19,7 +19,7 @@ from dllmserve.decoding.stats import TokenStats
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, HEAD, Q_START, ROW
 from dllmserve.kernels.stats import uniform
 from dllmserve.runtime.kernels.begin import FLOATS, INTS, block_tile, find_masked, head_rows_of
-from dllmserve.runtime.shape import StepShape
+from dllmserve.runtime.shape import ENTRY_FIELDS, EntryField, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.sampling_params import CONFIDENCE
 
@@ -27,7 +27,8 @@ _START = tl.constexpr(int(IntField.START))
 _LENGTH = tl.constexpr(int(IntField.LENGTH))
 _CONFIDENCE = tl.constexpr(int(IntField.CONFIDENCE))
 _RANDOM = tl.constexpr(int(IntField.RANDOM_REMASKING))
-_IGNORE_EOS = tl.constexpr(int(IntField.IGNORE_EOS))
+_QUOTA = tl.constexpr(int(EntryField.QUOTA))
+_ENTRY = tl.constexpr(ENTRY_FIELDS)
 _RULE = tl.constexpr(int(IntField.RULE))
 _EARLY_END = tl.constexpr(int(IntField.EARLY_END))
 #: no fewer than the columns of floats; a power of two, as all tiles
@@ -56,31 +57,26 @@ def _block(packed: tl.tensor, entry: tl.tensor) -> tuple[tl.tensor, tl.tensor, t
 def _store_rule(
     floats: tl.tensor,  # pointers to the request's
     ints: tl.tensor,
-    quotas: tl.tensor,
-    forwards: tl.tensor,
-    quota_width: tl.tensor,
+    quota: tl.tensor,
     quota_out: tl.tensor,
     floats_out: tl.tensor,
     rule_out: tl.tensor,
     entry: tl.tensor,
 ) -> None:
     """The request's rule and what the rule reads."""
-    forward = tl.minimum(tl.load(forwards), quota_width - 1)
-    tl.store(quota_out + entry, tl.load(quotas + forward))
+    tl.store(quota_out + entry, quota.to(tl.int64))
     field = tl.arange(0, _FLOATS_TILE)
     own = tl.load(floats + field, mask=field < FLOATS)
     tl.store(floats_out + entry * FLOATS + field, own, mask=field < FLOATS)
     tl.store(rule_out + entry, tl.load(ints + _RULE))
 
 
-@triton.jit(do_not_specialize=["spans", "columns", "width", "quota_width"])
+@triton.jit(do_not_specialize=["spans", "columns", "width"])
 def _spread(
     packed: tl.tensor,
     masked: tl.tensor,
     floats: tl.tensor,
     ints: tl.tensor,
-    quotas: tl.tensor,
-    forwards: tl.tensor,
     token: tl.tensor,
     prob: tl.tensor,
     margin: tl.tensor,
@@ -96,7 +92,6 @@ def _spread(
     spans: tl.tensor,
     columns: tl.tensor,
     width: tl.tensor,
-    quota_width: tl.tensor,
     MARGIN: tl.constexpr,
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -105,10 +100,8 @@ def _spread(
     row, start, length = _block(packed, entry)
     first, count, _, _ = head_rows_of(packed, spans, entry)
     ints += row * INTS
-    _store_rule(
-        *(floats + row * FLOATS, ints, quotas + row * quota_width, forwards + row, quota_width),
-        *(quota_out, floats_out, rule_out, entry),
-    )
+    quota = tl.load(packed + spans * FIELDS + entry * _ENTRY + _QUOTA)
+    _store_rule(floats + row * FLOATS, ints, quota, quota_out, floats_out, rule_out, entry)
     masked += row * width + start
     kind = tl.load(ints + _CONFIDENCE)
     random = tl.load(ints + _RANDOM) > 0
@@ -162,14 +155,14 @@ def spread_stats(
     )
     kind = room(count, dtype=torch.int64)
     _spread[(count,)](
-        *(packed, table.masked, table.floats, table.ints, table.quotas, table.forwards),
+        *(packed, table.masked, table.floats, table.ints),
         *(stats.token, stats.prob),
         stats.prob if stats.margin is None else stats.margin,
         stats.prob if stats.entropy is None else stats.entropy,
         *(keys, view.eligible, view.tokens, view.confidence),
         view.confidence if view.entropy is None else view.entropy,
         *(view.quota, view.floats, kind),
-        *(shape.spans, columns, table.masked.shape[1], table.quotas.shape[1]),
+        *(shape.spans, columns, table.masked.shape[1]),
         MARGIN=stats.margin is not None,
         ENTROPY=stats.entropy is not None,
         BLOCK=block_tile(columns),
@@ -245,7 +238,7 @@ def _frontier(
     ints: tl.tensor,  # pointer to the row's
     new: tl.tensor,
     write: tl.tensor,
-    eos: tl.tensor,
+    eos: tl.tensor,  # pointer to the row's
     ends: tl.tensor,
     entry: tl.tensor,
     width: tl.tensor,
@@ -258,7 +251,6 @@ def _frontier(
     frontier = length
     first = length
     token_there = tl.load(eos)
-    heeds = tl.load(ints + _IGNORE_EOS) == 0
     for low in range(0, length, BLOCK):
         place = low + tl.arange(0, BLOCK)
         inside = place < length
@@ -273,7 +265,7 @@ def _frontier(
             end = end | (token == tl.load(eos + i))
         # a masked position's token is left over from before, and a given one ends nothing
         filled = tl.load(open_flags + source, mask=inside, other=0) != 0
-        end = end & filled & (hidden == 0) & heeds
+        end = end & filled & (hidden == 0)
         found = tl.min(tl.where(end, place, length), 0)
         here = tl.sum(tl.where(end & (place == found), token, 0), 0)
         token_there = tl.where(found < first, here, token_there)
@@ -366,7 +358,8 @@ def _commit(
     )
     ints += row * INTS
     frontier, end, token = _frontier(
-        packed, tokens, masked, open_flags, ints, new, write, eos, ends, entry, width, BLOCK
+        *(packed, tokens, masked, open_flags, ints, new, write),
+        *(eos + row * ends, ends, entry, width, BLOCK),
     )
     length = tl.load(ints + _LENGTH).to(tl.int32)
     if (tl.load(ints + _EARLY_END) > 0) & (end < length) & (row != trash_row):
@@ -394,7 +387,6 @@ def commit_step(
     table: StateTable,
     update: Update,
     prob: Tensor,  # [M] float64
-    eos: Tensor,  # [at least 1] int64
     before: Callable[[], None] | None = None,
 ) -> Tensor:
     """Write the update to the state table, after ``before`` and without taking memory for it.
@@ -409,8 +401,15 @@ def commit_step(
         before()
     _commit[(count,)](
         *(packed, table.tokens, table.masked, table.open, table.ints, table.forwards),
-        *(tokens, write, prob, eos, report),
-        *(len(eos), shape.spans, count, shape.width, table.tokens.shape[1], table.trash_row),
+        *(tokens, write, prob, table.ends, report),
+        *(
+            table.ends.shape[1],
+            shape.spans,
+            count,
+            shape.width,
+            table.tokens.shape[1],
+            table.trash_row,
+        ),
         BLOCK=block_tile(max(shape.width, shape.answer)),
     )
     return report

@@ -10,7 +10,6 @@ from torch import Tensor
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import TokenStats
-from dllmserve.device import host_to_device
 from dllmserve.runtime.decide import apply_rules
 from dllmserve.runtime.inputs import head_cells
 from dllmserve.runtime.kernels.begin import begin_step
@@ -35,8 +34,6 @@ class TritonStep:
 
     def __init__(self, table: StateTable, rules: Mapping[str, UnmaskRule], spec: ModelSpec) -> None:
         self.table, self.rules, self.spec = table, rules, spec
-        # never empty: no token is -1
-        self.eos = host_to_device((*spec.eos_ids, -1), table.device)
         self._other = TorchStep(table, rules, spec)
 
     def begin(self, packed: Tensor, shape: StepShape) -> StepWork:
@@ -66,5 +63,5 @@ class TritonWork:
         keys = self.tensors.row_params.keys
         view, kind = spread_stats(self.packed, shape, table, stats, keys)
         update = apply_rules(self.ops.rules, shape.rules, view, kind)
-        report = commit_step(self.packed, shape, table, update, stats.prob, self.ops.eos, before)
+        report = commit_step(self.packed, shape, table, update, stats.prob, before)
         return StepOutputs(report, view.tokens, view.confidence)
