@@ -288,6 +288,7 @@ CACHES = Catalog(
             "dllmserve.cache.drift:DriftCache", ("refresh_every", "refresh_share"), tracks="drift"
         ),
         "sparse": CacheInfo("dllmserve.cache.sparse:SparseCache", named=False),
+        "paged": CacheInfo("dllmserve.cache.paged:PagedCache", named=False, grows=True),
     },
 )
 

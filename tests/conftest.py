@@ -1,7 +1,7 @@
 """Settings of the whole suite, and engines that tests share."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from hypothesis import settings
 
 from dllmserve import LLM
 from tests.checkpoints import Shape, byte_tokenizer, constant_logits, write, write_random
-from tests.paged import paged_cache
 
 if not torch.cuda.is_available():
     # before anything loads triton, which reads it once: kernels then run on the CPU
@@ -81,10 +80,3 @@ def constant_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[l
         return write(root / str(next(count)), *constant_logits(logits))
 
     return make
-
-
-@pytest.fixture(scope="module")
-def paged() -> Iterator[None]:
-    """``cache="paged"``, a policy that grows."""
-    with paged_cache():
-        yield

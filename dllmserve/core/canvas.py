@@ -27,6 +27,9 @@ class Canvas:
         holes: ranges of positions to fill, ascending, none empty, no two adjacent.
         blocks: ranges in the order in which they are filled, ascending; each has a position to
             fill, and each position to fill is in one.
+        window: 0 where every position sees every other one; else positions see those of their own
+            window of so many positions, cut from 0 on, and of earlier ones (1: causal attention).
+        asked: positions of the answer that are wanted, from ``start`` on; None: all.
 
     Example:
         >>> answer_canvas([5, 6, 7], 20, 8).blocks
@@ -36,6 +39,8 @@ class Canvas:
     ids: Sequence[int]
     holes: tuple[Range, ...]
     blocks: tuple[Range, ...]
+    window: int = 0
+    asked: int | None = None
 
     def __len__(self) -> int:
         """Positions."""
@@ -50,6 +55,11 @@ class Canvas:
     def end(self) -> int:
         """Position behind the last to fill."""
         return self.holes[-1][1]
+
+    @property
+    def answer_len(self) -> int:
+        """Positions from ``start`` on that are wanted, given ones between holes included."""
+        return self.end - self.start if self.asked is None else self.asked
 
     @property
     def given(self) -> int:
@@ -94,3 +104,26 @@ def template_canvas(ids: Sequence[int], holes: Sequence[Range], block_length: in
     total = max(len(ids), edges[-1])
     cut = [(low, min(low + block_length, total)) for low in range(0, total, block_length)]
     return Canvas(ids, tuple(holes), tuple(block for block in cut if masks_in(holes, block)))
+
+
+def window_canvas(prompt: Sequence[int], gen_length: int, window: int, shift: int) -> Canvas:
+    """A prompt and an answer behind it, for block-causal (or, with a window of 1, causal) models.
+
+    The answer goes on to the end of its last window, since what is filled there takes part in it. A
+    model whose logits are read one position earlier (``shift``) decides the first position of a
+    window when it stores the window before: that position is a block of its own.
+
+    Example:
+        >>> window_canvas([5, 6, 7], 6, 4, 0).blocks
+        ((0, 4), (4, 8), (8, 12))
+        >>> window_canvas([5, 6, 7], 6, 4, 1).blocks
+        ((0, 4), (4, 5), (5, 8), (8, 9), (9, 12))
+    """
+    start = len(prompt)
+    end = -(-(start + gen_length) // window) * window
+    blocks: list[Range] = []
+    for low in range(start // window * window, end, window):
+        alone = low + 1 if shift and low >= start else low
+        blocks += [(low, alone), (alone, low + window)]
+    blocks = [(low, high) for low, high in blocks if low < high]
+    return Canvas(prompt, ((start, end),), tuple(blocks), window, gen_length)

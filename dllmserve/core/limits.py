@@ -58,7 +58,9 @@ class Limits:
 
     def _check_tokens(self, request: Request) -> None:
         """What cannot be divided has to fit a step: a block, or a canvas that sees itself."""
-        length = request.longest_block if request.grows else request.canvas_len
+        length = request.canvas_len
+        if request.grows:  # a finished window and the next one
+            length = min(2 * request.canvas.window, length)
         tokens = length * request.rows_needed + request.blind_len
         if tokens > self.max_num_batched_tokens:
             what = (

@@ -141,6 +141,19 @@ class Span(NamedTuple):
         return self.q_start == 0 and (self.ctx_len == 0 or overwritten)
 
     @property
+    def final(self) -> int:
+        """Position behind those whose K,V are final after the span; 0 with full attention.
+
+        Those are whole windows before the block: what a block still changes, its window sees.
+        """
+        if self.mask != Mask.STAIR or self.store != Store.POSITIONS:
+            return 0
+        end = self.q_start + self.q_len
+        if self.head == Part.NONE:
+            return end
+        return min(end, self.blk_start) // self.mask_arg * self.mask_arg
+
+    @property
     def selects(self) -> bool:
         """True if the span keeps a selection of its tokens."""
         return self.store in (Store.SELECT_PER_HEAD, Store.SELECT_SHARED)
@@ -271,11 +284,19 @@ class EntryReport:
     broken: int = 0
     end: int = -1
 
+    def within(self, length: int) -> EntryReport:
+        """The report of the answer's first ``length`` positions."""
+        eos = self.eos if self.eos < length else -1
+        end = self.end if self.end < length else -1
+        return replace(self, frontier=min(self.frontier, length), eos=eos, end=end)
+
 
 def _validate(span: Span, max_model_len: int) -> None:
     if span.q_len < 1 or span.q_start < 0 or span.q_start + span.reach > max_model_len:
         raise ValueError(f"query range outside the canvas: {span}")
-    if span.blk_off < 0 or span.blk_off + span.blk_len > span.reach:
+    # a causal model reads a token's logits one position earlier, and needs no query at the token
+    reach = span.reach + (span.mask == Mask.STAIR and span.mask_arg == 1)
+    if span.blk_off < 0 or span.blk_off + span.blk_len > reach:
         raise ValueError(f"block outside the query range: {span}")
     if span.pick and (span.store != Store.AHEAD or not span.q_len <= span.pick):
         raise ValueError(f"bad choice of queries: {span}")

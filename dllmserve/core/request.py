@@ -41,7 +41,8 @@ class Progress:
         seen_before: canvas positions that any forward of earlier blocks has seen.
         stored: canvas positions whose K,V are final, of a request that grows.
         storing: what ``stored`` will be after the forward that was planned last; 0 if that one
-            decides tokens.
+            stores nothing that stays.
+        deciding: whether that one decides tokens.
     """
 
     block: int = 0
@@ -55,6 +56,7 @@ class Progress:
     seen_before: int = 0
     stored: int = 0
     storing: int = 0
+    deciding: bool = True
 
 
 @dataclass(eq=False)
@@ -118,8 +120,8 @@ class Request:
 
     @property
     def policy(self) -> str:
-        """Name of the cache policy."""
-        return self.params.policy
+        """Name of the cache policy; block-causal models have one of their own."""
+        return "paged" if self.canvas.window else self.params.policy
 
     @property
     def predictable(self) -> bool:

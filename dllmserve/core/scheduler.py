@@ -135,8 +135,8 @@ class Scheduler:
             return
         budget.take(*amount, refresh=entry.span.refresh)
         request.last_step = self._step
-        stores = entry.kind is Kind.STORE
-        request.progress.storing = entry.span.q_start + entry.span.q_len if stores else 0
+        request.progress.storing = entry.span.final
+        request.progress.deciding = entry.kind is Kind.FILL
         picked[request] = entry
 
     def _victims(self, request: Request, picked: Container[Request]) -> Iterator[Request]:
@@ -174,7 +174,7 @@ class Scheduler:
             if not request.predictable:
                 continue
             progress = request.progress
-            left = None if progress.storing else progress.masks_left - request.quota
+            left = progress.masks_left - request.quota if progress.deciding else None
             request.assumed.append(left)
             self._forward_done(request, left)
 
@@ -204,7 +204,9 @@ class Scheduler:
             if report.eos >= 0:
                 request.finish_reason = "stop"
                 finished.append(request)
-            elif request.launched and not request.assumed:
+            elif report.frontier >= request.canvas.answer_len or (
+                request.launched and not request.assumed
+            ):
                 request.finish_reason = "length"
                 finished.append(request)
         return finished
@@ -228,7 +230,7 @@ class Scheduler:
                     f"schedule leaves {expected}"
                 )
             return
-        if request.progress.storing:
+        if not request.progress.deciding:
             self._forward_done(request, None)
             return
         if request.revokes:
@@ -242,8 +244,8 @@ class Scheduler:
     def _forward_done(self, request: Request, masks_left: int | None) -> None:
         """Advance by a forward that leaves so many masks in its block, or only stored (None)."""
         progress = request.progress
+        progress.stored = progress.storing or progress.stored
         if masks_left is None:
-            progress.stored = progress.storing
             return
         progress.forwards += 1
         progress.step_in_block += 1

@@ -255,7 +255,10 @@ class EngineCore:
         requests, handle = flight.requests, flight.handle
         if handle is None:
             return self._give_up(flight)
-        reports = handle.result()
+        reports = [
+            report.within(request.canvas.answer_len)
+            for request, report in zip(requests, handle.result(), strict=True)
+        ]
         live = [r.status is Status.RUNNING for r in requests]
         before = [request.progress.frontier for request in requests]
         finished = self.scheduler.commit(requests, reports)
@@ -326,9 +329,9 @@ class EngineCore:
     ) -> CanvasStep:
         """A picture of the answer after the step."""
         table = self._runner.table
-        length = request.canvas.end - request.canvas.start
+        length = request.canvas.answer_len
         ids: list[int | None] = list(table.read_answer(request.row, length))
-        masked = table.read_masked(request.row)
+        masked = table.read_masked(request.row)[:length]
         first, width = handle.blocks[index]
         block = first - request.canvas.start
         proposed, values = handle.proposed(index)
@@ -336,7 +339,7 @@ class EngineCore:
         shown: list[int | None] = [None if m else t for m, t in zip(masked, ids, strict=True)]
         for offset, (token, value) in enumerate(zip(proposed, values, strict=True)):
             column = block + offset
-            if value != float("-inf"):
+            if value != float("-inf") and 0 <= column < length:
                 confidence[column] = value
                 if masked[column]:
                     shown[column] = token

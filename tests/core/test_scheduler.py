@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dllmserve.catalog import CACHES
 from dllmserve.core.limits import Limits
-from dllmserve.core.plan import EntryReport, Part, Span, Store
+from dllmserve.core.plan import EntryReport, Span, Store
 from dllmserve.core.request import Request, Status
 from dllmserve.core.scheduler import HEAD_CHUNKS, MAX_LOOKED_PAST, MAX_SKIPS, Scheduler
 from dllmserve.errors import CapacityError, EngineError
@@ -17,8 +17,6 @@ from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 from tests.helpers import PLAIN, prompt_request
 from tests.paged import paged_request
-
-pytestmark = pytest.mark.usefixtures("paged")
 
 LIMITS = {
     "max_model_len": 128,
@@ -51,7 +49,7 @@ def request(
         block_length=block,
         cfg_scale=cfg,
         unmask=unmask,
-        cache="none" if sparse else cache,
+        cache="none" if cache in ("sparse", "paged") else cache,
         sparse=sparse,
     )
     if cache == "paged":
@@ -65,7 +63,7 @@ REQUESTS = st.lists(
         st.just(0),
         prompt=st.integers(1, 60),
         gen=st.integers(1, 20),
-        cache=st.sampled_from(sorted(CACHES)),
+        cache=st.sampled_from(sorted(n for n, info in CACHES.items() if not info.grows)),
         cfg=st.sampled_from([0.0, 0.0, 1.0]),
         block=st.sampled_from([None, 3, 8]),
         unmask=st.sampled_from(["steps", "threshold"]),
@@ -131,11 +129,11 @@ class Device:
                 assert self.slots[self.slot(span.row, position)] == (r.id, position)
         if stores:
             self.slots |= {self.slot(span.row, p): (r.id, p) for p in queries}
-        self.stored += span.q_len if span.head == Part.NONE else 0
+        self.stored += max(span.final - span.q_start, 0)
 
 
 def report(r: Request) -> EntryReport:
-    if r.progress.storing:
+    if not r.progress.deciding:
         return EntryReport(0, frontier=0, eos=-1)
     wrote = 1
     if r.quotas:
@@ -162,8 +160,8 @@ def fits(under_test: Scheduler, r: Request) -> bool:
     limits = under_test.limits
     rows = 2 if r.params.cfg_scale else 1
     pages = under_test.storage.most_pages(r) * rows
-    longest = max(end - start for start, end in r.blocks)
-    tokens = (longest if r.policy == "paged" else r.canvas_len) * rows
+    length = min(2 * r.canvas.window or r.canvas_len, r.canvas_len)
+    tokens = length * rows
     return (
         tokens <= limits.max_num_batched_tokens
         and rows <= limits.max_num_seqs
@@ -266,7 +264,7 @@ def test_requests_that_grow_end_beside_others_however_few_pages_there_are(
     assert all(r.finish_reason == "length" for r in accepted)
     assert under_test.storage.pages.num_free == pages
     for r in accepted:
-        expected = sum(len(q) for q in r.quotas) if r.quotas else r.params.gen_length
+        expected = sum(len(q) for q in r.quotas) if r.quotas else sum(r.masks)
         assert r.progress.forwards == expected
 
 
@@ -292,8 +290,8 @@ def test_pages_are_taken_as_they_are_needed() -> None:
     while under_test.has_work:
         device.step()
         held.append(len(one.pages))
-    assert held[0] == 2  # the prompt's two whole blocks
-    assert max(held) == 6 and held[:-1] == sorted(held[:-1])  # the last block is not stored
+    assert held[0] == 1  # one of the prompt's two whole windows; the other is stored with a block
+    assert max(held) == 7 and held[:-1] == sorted(held[:-1])
 
 
 def test_a_long_prompt_is_stored_in_chunks_that_end_at_blocks() -> None:
@@ -305,7 +303,7 @@ def test_a_long_prompt_is_stored_in_chunks_that_end_at_blocks() -> None:
         chunks += [(e.span.q_start, e.span.q_len) for e in plan.entries if not e.head_rows]
         for r in under_test.commit(requests, [report(r) for r in requests]):
             under_test.release(r)
-    assert chunks == [(0, 32), (32, 32), (64, 24), (88, 8)]
+    assert chunks == [(0, 32), (32, 32), (64, 16)]  # the last window is stored with a block
 
 
 @settings(max_examples=60)

@@ -4,7 +4,6 @@ import itertools
 import random
 from typing import Any
 
-import pytest
 import torch
 
 from dllmserve import LLM, SamplingParams
@@ -16,14 +15,12 @@ from tests.oracles.llada import confidences, top
 from tests.oracles.rules import split
 from tests.paged import paged_request
 
-pytestmark = pytest.mark.usefixtures("paged")
-
 NAME = "llada-kv2of4"
 NUMBERS = itertools.count(10**6)
 
 
 def request(prompt: list[int], **given: Any) -> Request:
-    base = {"temperature": 0.0, "ignore_eos": True, "cache": "paged"}
+    base = {"temperature": 0.0, "ignore_eos": True}
     return paged_request(next(NUMBERS), prompt, SamplingParams(**{**base, **given}), seed=5)
 
 
@@ -42,7 +39,8 @@ def run(llm: LLM, requests: list[Request]) -> list[tuple[list[int], int]]:
 
 def plain_loop(model: models.OracleModel, one: Request, per_block: int) -> list[int]:
     """Block-causal decoding from its definition: everything is computed in every forward."""
-    x = torch.tensor([[*one.canvas.ids, *[model.mask_id] * one.params.gen_length]])
+    x = torch.full((1, len(one.canvas)), model.mask_id)
+    x[0, : one.canvas.start] = torch.tensor(one.canvas.ids)
     masked = torch.zeros_like(x, dtype=torch.bool)
     masked[0, one.canvas.start :] = True
     size = one.params.resolved_block_length
@@ -59,7 +57,7 @@ def plain_loop(model: models.OracleModel, one: Request, per_block: int) -> list[
             chosen = top(confidences(z, x0, open_, None, 0), torch.tensor([count]))
             x[chosen], masked[chosen] = x0[chosen], False
     ids: list[int] = x[0, one.canvas.start :].tolist()
-    return ids
+    return ids[: one.params.gen_length]
 
 
 def jobs() -> list[tuple[Request, int]]:
@@ -95,9 +93,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"unmask": "klass", "kl_threshold": 0.5, "threshold": 0.05},
     {"unmask": "credit", "threshold": 0.2, "logit_bias": {3: 1.5}},
     {"unmask": "factor", "temperature": 0.7, "top_p": 0.8},
-    {"cache": "dual"},
-    {"cache": "none", "temperature": 1.0},
+    {"cache": "dual", "full": True},
+    {"temperature": 1.0, "full": True},
 ]
+
+
+def full_attention(options: dict[str, Any]) -> SamplingParams:
+    given = {name: value for name, value in options.items() if name != "full"}
+    return SamplingParams(gen_length=24, block_length=8, ignore_eos=True, **given)
 
 
 def test_alone_or_beside_others_when_pages_are_short(engines: Engines) -> None:
@@ -106,11 +109,11 @@ def test_alone_or_beside_others_when_pages_are_short(engines: Engines) -> None:
     def made() -> list[Request]:
         return [
             request(helpers.random_prompt(i, 20 + i), gen_length=24, block_length=4, **options)
-            if options.get("cache", "paged") == "paged"
+            if not options.get("full")
             else helpers.prompt_request(
                 next(NUMBERS),
                 helpers.random_prompt(i, 9),
-                SamplingParams(gen_length=24, block_length=8, ignore_eos=True, **options),
+                full_attention(options),
                 seed=5,
             )
             for i, options in enumerate(VARIANTS)

@@ -1,0 +1,57 @@
+"""Exact K,V in pages, for block-causal and autoregressive models.
+
+A window's K,V depend on itself and on what stands before it, so those of a finished window are
+final. They are stored once: the prompt's in chunks, an answer's window when all of it is written.
+That forward is also the first of the next window (or, of a model whose logits are read one
+position earlier, the one that decides the next position), which sees the same K,V as if it came
+after.
+"""
+
+from __future__ import annotations
+
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.plan import Mask, Part, Span, Store
+from dllmserve.core.request import Request
+
+
+class PagedCache:
+    """Store up to the block's window, then compute that window alone."""
+
+    def slots(self, request: Request, spec: ModelSpec) -> int:
+        """The canvas; K,V of the last window may be stored, and are not read."""
+        return len(request.canvas)
+
+    def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
+        """A chunk of finished windows, those and the next block, or the block's window."""
+        window, stored = request.canvas.window, request.progress.stored
+        start, end = request.blocks[request.progress.block]
+        first = start // window * window
+        if stored < first - window:  # more than one finished window: no block waits for its turn
+            return _stored(row, stored, first - window, window, (0, 0))
+        if stored == first:
+            span = Span(row, first, window, first)
+            return span._replace(blk_off=start - first, blk_len=end - start)
+        # of a shifted model, a block at a window's start is read at the position before it
+        alone = spec.logit_shift > 0 and start == first
+        return _stored(row, stored, first if alone else first + window, window, (start, end))
+
+    def unsupported(self, spec: ModelSpec) -> list[str]:
+        """Works with every model whose canvas is cut into windows."""
+        return []
+
+
+def _stored(row: int, first: int, last: int, window: int, block: tuple[int, int]) -> Span:
+    """Positions ``first .. last - 1``, whose K,V are stored, and a block behind or among them."""
+    start, end = block
+    return Span(
+        row,
+        first,
+        last - first,
+        first,
+        Store.POSITIONS,
+        blk_off=max(start - first, 0),
+        blk_len=end - start,
+        head=Part.MASKED if end > start else Part.NONE,
+        mask=Mask.STAIR,
+        mask_arg=window,
+    )
