@@ -83,11 +83,14 @@ class RuleInfo(Info):
         memory: what it keeps from forward to forward of a block: the numbers that a block begins
             with, for the request and for each position; None without a memory.
         confidence: what SamplingParams.confidence may be.
+        quota: whether a schedule says how many positions each forward writes: "exact", so that the
+            host knows the outcome, "least", or "" for a rule without one.
     """
 
     needs: frozenset[str] = frozenset()
     memory: tuple[float, float] | None = None
     confidence: tuple[str, ...] = ("probability", "margin", "neg_entropy")
+    quota: str = ""
 
     @property
     def revokes(self) -> bool:
@@ -232,7 +235,9 @@ RULES = Catalog(
     "dllmserve.rules",
     RuleInfo,
     {
-        "steps": RuleInfo("dllmserve.decoding.steps:StepsRule"),
+        "steps": RuleInfo("dllmserve.decoding.steps:StepsRule", quota="exact"),
+        "sequential": RuleInfo("dllmserve.decoding.sequential:SequentialRule", quota="exact"),
+        "dynamic": RuleInfo("dllmserve.decoding.dynamic:DynamicRule", quota="least"),
         "threshold": RuleInfo("dllmserve.decoding.threshold:ThresholdRule"),
         "factor": RuleInfo(
             "dllmserve.decoding.factor:FactorRule", confidence=("probability", "margin")

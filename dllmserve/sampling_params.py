@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dllmserve._checks import check_choice, check_float, check_known
+from dllmserve._combinations import refusals
 from dllmserve._values import (
     BLOCK_LENGTH,
     MAX_GEN_LENGTH,
@@ -27,8 +28,6 @@ CONFIDENCE = ("probability", "margin", "neg_entropy")
 SCHEDULES = ("uniform", "dream")
 #: forwards that unmask="klass" may look back
 MAX_KL_HISTORY = 64
-#: parameters that change nothing where they are 0 or None, which a cache reads or does not
-_REFRESH = ("refresh_delay", "refresh_every", "refresh_window")
 
 
 def cache_names() -> tuple[str, ...]:
@@ -43,7 +42,7 @@ def _qualities() -> tuple[str, ...]:
 
 
 #: max_tokens and gen_length, as documented
-_DEFAULT_LENGTHS = NotGiven(64), NotGiven(128)
+DEFAULT_LENGTHS = NotGiven(64), NotGiven(128)
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,17 @@ class SamplingParams:
         gen_length: length of the answer in tokens, 1 to 8192.
         steps: denoising steps for the whole answer, 1 to 8192, spread over the blocks as
             evenly as they can be, at least one a block. Only ``unmask="steps"`` reads it.
+        steps_per_block: forwards of the schedule in each block, in place of steps; None: from steps
+            with full attention, the block's length on block-causal models. For the rules with a
+            schedule, "steps", "sequential" and "dynamic".
         cfg_scale: classifier-free guidance, ``l = l_u + (s + 1)(l_c - l_u)``; 0 is off.
         remasking: "low_confidence" keeps the most confident proposals, "random" keeps
             random ones (only with ``unmask="steps"``).
         block_length: diffusion block; None means one block for the whole answer (with a
             SparseConfig: its default_block_len). The last block may be shorter.
-        unmask: which positions are written in a step: "steps", "threshold",
-            "threshold_strict", "factor", "factor_strict", "entropy_bound", "hierarchy",
-            "credit", "klass" or "wino"; docs/decoding.md explains each.
+        unmask: which positions are written in a step: "steps", "sequential", "dynamic" (SDAR),
+            "threshold", "threshold_strict", "factor", "factor_strict", "entropy_bound",
+            "hierarchy", "credit", "klass" or "wino"; docs/decoding.md explains each.
         threshold: least confidence for the rules that compare with one: "threshold"
             (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "hierarchy", "credit" (dInfer),
             "klass" (arXiv 2511.05664; 0.9 there) and "wino" (0.6 there).
@@ -134,7 +136,7 @@ class SamplingParams:
     )
     # not compared: gen_length is the length, under whatever name it was given
     max_tokens: int = knob(
-        _DEFAULT_LENGTHS[0],
+        DEFAULT_LENGTHS[0],
         "Another name of gen_length.",
         low=1,
         high=MAX_GEN_LENGTH,
@@ -143,7 +145,7 @@ class SamplingParams:
     )
     ignore_eos: bool = knob(False, "Keep decoding after the end of the answer.")
     gen_length: int = knob(
-        _DEFAULT_LENGTHS[1],
+        DEFAULT_LENGTHS[1],
         "Length of the answer in tokens, at most 8192.",
         low=1,
         high=MAX_GEN_LENGTH,
@@ -279,6 +281,13 @@ class SamplingParams:
     confidence_eos_eot_inf: bool = knob(
         False, "Write proposals that end the text or the turn last (LLaDA)."
     )
+    steps_per_block: int | None = knob(
+        None,
+        "Forwards of the schedule in each block; None follows from steps, or is the block's length "
+        "on block-causal models.",
+        low=1,
+        high=MAX_STEPS,
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
@@ -300,7 +309,7 @@ class SamplingParams:
         self._check_values()
         object.__setattr__(self, "stop", normal_stop(self.stop))
         object.__setattr__(self, "logit_bias", normal_bias(self.logit_bias))
-        if (why := next(self._refusals(), None)) is not None:
+        if (why := next(refusals(self), None)) is not None:
             raise InvalidParameterError(why)
 
     def __deepcopy__(self, _: Any) -> SamplingParams:
@@ -344,8 +353,8 @@ class SamplingParams:
             check_knobs(InvalidParameterError, self, name)
         # neither does a list of all fields mean anything by the two defaults
         every = len(self.__dict__["_given"]) == len(fields(self))
-        filler = self.__dict__["_filler"] or (every and self.gen_length == _DEFAULT_LENGTHS[1])
-        if filler and self.max_tokens == _DEFAULT_LENGTHS[0] and ranks["gen_length"] == 2:
+        filler = self.__dict__["_filler"] or (every and self.gen_length == DEFAULT_LENGTHS[1])
+        if filler and self.max_tokens == DEFAULT_LENGTHS[0] and ranks["gen_length"] == 2:
             ranks["max_tokens"] = 0
         named = [name for name in pair if ranks[name] and ranks[name] == max(ranks.values())]
         if len(named) == 2 and self.max_tokens != self.gen_length:
@@ -401,61 +410,6 @@ class SamplingParams:
         known = CACHES if self.cache in CACHES else cache_names()
         cache = check_choice(InvalidParameterError, "cache", self.cache, known)
         object.__setattr__(self, "cache", cache)
-
-    def _refusals(self) -> Iterator[str]:
-        """What would have to be ignored silently: why it is refused."""
-        rule, sparse, takes = self.unmask, self.sparse, CACHES[self.cache].takes
-        for name, value in (("remasking", "random"), ("schedule", "dream")):
-            if getattr(self, name) == value and rule != "steps":
-                yield f"{name}={value!r} works with unmask='steps' only, got unmask={rule!r}"
-        if self.confidence_eos_eot_inf and self.remasking == "random":
-            yield (
-                "confidence_eos_eot_inf=True changes confidences, which remasking='random' does "
-                "not read: leave one of them out"
-            )
-        if sparse is not None and self.cache != "none":
-            yield (
-                f"a SparseConfig and cache={self.cache!r} exclude each other: "
-                "use cache='none' with sparse attention, or no SparseConfig"
-            )
-        if sparse is not None and self._revokes:
-            yield (
-                f"unmask={rule!r} does not work with sparse attention, which keeps a part of the "
-                "canvas alone: leave the SparseConfig out"
-            )
-        if self.confidence not in RULES[rule].confidence:
-            named = " or ".join(map(repr, RULES[rule].confidence))
-            yield f"unmask={rule!r} needs confidence={named}, got {self.confidence!r}"
-        compares = rule in ("threshold", "threshold_strict")
-        if compares and self.confidence == "neg_entropy" and self.threshold > 0:
-            yield (
-                "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "
-                f"(for example -0.1), got {self.threshold:g}"
-            )
-        for name in _REFRESH:
-            if getattr(self, name) and name not in takes:
-                caches = " or ".join(repr(n) for n, info in CACHES.items() if name in info.takes)
-                yield f"{name}={getattr(self, name)} needs cache={caches}, got cache={self.cache!r}"
-        if self.early_end and self.ignore_eos:
-            yield (
-                "early_end=True and ignore_eos=True exclude each other: one stops at an end id, "
-                "the other goes on behind it"
-            )
-        if self._revokes:
-            yield from self._refusals_of_revoking()
-
-    def _refusals_of_revoking(self) -> Iterator[str]:
-        """A rule that masks positions again needs the K,V of the whole canvas at hand."""
-        rule = self.unmask
-        if self.cfg_scale > 0:
-            yield f"unmask={rule!r} works without guidance only, got cfg_scale={self.cfg_scale:g}"
-        if self.early_end:
-            yield (
-                f"early_end=True does not work with unmask={rule!r}, which may take an end id back"
-            )
-        if not CACHES[self.cache].whole:
-            caches = " or ".join(repr(name) for name, info in CACHES.items() if info.whole)
-            yield f"unmask={rule!r} works with cache={caches}, got {self.cache!r}"
 
 
 def with_sparse(params: SamplingParams, sparse: SparseConfig | None) -> SamplingParams:

@@ -20,6 +20,7 @@ LAYERS = (
         "foreign",
         "catalog",
         "_checks",
+        "_combinations",
         "_environment",
         "_needs",
         "_plugins",

@@ -18,6 +18,9 @@ class ModelSpec:
         eos_ids: every id that ends an answer.
         turn_end_ids: those of them that end a turn and no text, as chat templates write them
             after what the assistant said (``<|eot_id|>``, ``<|im_end|>``).
+        geometry: which positions see which: "full", all; "block", those of their own block and of
+            earlier ones; "causal", themselves and earlier ones.
+        block_length: the checkpoint's own block, in tokens; 1 if causal, 0 with full attention.
         weights: numbers in all weights, counted on the model's modules when config.json is read.
     """
 
@@ -41,6 +44,8 @@ class ModelSpec:
     tied_head: bool = False
     dtype: str = "bfloat16"
     weights: int = 0
+    geometry: str = "full"
+    block_length: int = 0
 
     @property
     def text_end_ids(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from enum import Enum
 from dllmserve._values import SparseConfig
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.canvas import Canvas, Range
-from dllmserve.core.schedule import block_quotas
+from dllmserve.core.schedule import block_quotas, window_split
 from dllmserve.sampling_params import SamplingParams
 
 
@@ -98,10 +98,20 @@ class Request:
     def __post_init__(self) -> None:
         params = self.params
         self.masks = self.canvas.masks
-        if params.unmask == "steps":
-            self.quotas = block_quotas(self.masks, params.steps, params.schedule, params.eps)
+        if RULES[params.unmask].quota:
+            self.quotas = self._schedule()
         self.progress.masks_left = self.masks[0]
         self.progress.seen = self.visible
+
+    def _schedule(self) -> tuple[tuple[int, ...], ...]:
+        """Tokens that each forward of each block writes, or writes at least."""
+        params, window, steps = self.params, self.canvas.window, self.params.steps_per_block
+        if window:
+            return tuple(window_split(n, window, steps or window) for n in self.masks)
+        if steps:
+            blocks = len(self.masks)
+            return block_quotas(self.masks, steps * blocks, params.schedule, params.eps)
+        return block_quotas(self.masks, params.steps, params.schedule, params.eps)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -127,7 +137,7 @@ class Request:
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
         free = not self.watch and not self.params.stop_strings and not self.params.early_end
-        return bool(self.quotas) and free
+        return RULES[self.params.unmask].quota == "exact" and free
 
     @property
     def revokes(self) -> bool:
@@ -166,8 +176,11 @@ class Request:
 
     @property
     def quota(self) -> int:
-        """Tokens that the next forward of a fixed schedule writes."""
-        return self.quotas[self.progress.block][self.progress.step_in_block]
+        """Tokens that the next forward of a schedule writes, or writes at least; 0 without one."""
+        if not self.quotas or self.launched:
+            return 0
+        block = self.quotas[self.progress.block]
+        return block[min(self.progress.step_in_block, len(block) - 1)]
 
     @property
     def guided(self) -> bool:

@@ -54,6 +54,22 @@ def dream_split(n: int, steps: int, eps: float) -> list[int]:
     return counts
 
 
+def window_split(masks: int, window: int, steps: int) -> tuple[int, ...]:
+    """SDAR's quotas of a block: a whole window's, whatever of it is masked, without empty steps.
+
+    Source: ``get_num_transfer_tokens`` of JetAstra/SDAR's generate.py.
+
+    Example:
+        >>> window_split(3, 4, 4), window_split(8, 8, 3)
+        ((1, 1, 1), (3, 3, 2))
+    """
+    shares, left = [], masks
+    for share in split(window, steps):
+        shares.append(min(share, left))
+        left -= shares[-1]
+    return tuple(share for share in shares if share)
+
+
 @lru_cache(maxsize=512)
 def block_quotas(
     masks: tuple[int, ...], steps: int, schedule: str, eps: float

@@ -351,7 +351,7 @@ class Scheduler:
             masks=progress.masks_left,
             rule=request.params.unmask,
             entering=progress.step_in_block == 0,
-            quota=request.quota if request.quotas else 0,
+            quota=request.quota,
             last=request.predictable
             and progress.block == len(request.blocks) - 1
             and progress.masks_left == request.quota,

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dllmserve.catalog import CACHES
-from dllmserve.core.canvas import answer_canvas
+from dllmserve._values import rank
+from dllmserve.catalog import CACHES, RULES
+from dllmserve.core.canvas import Canvas, answer_canvas, window_canvas
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.core.rows import written_last
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
-from dllmserve.sampling_params import SamplingParams
+from dllmserve.sampling_params import DEFAULT_LENGTHS, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class RequestValidator:
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
+        params = self._with_length(params)
         if not prompt_ids:
             raise PromptError(f"{name} is empty: give at least one token")
         if len(prompt_ids) >= self.limits.max_model_len:
@@ -66,18 +68,72 @@ class RequestValidator:
         self._check(params)
         request = Request(
             id=id,
-            canvas=answer_canvas(ids, params.gen_length, params.resolved_block_length),
+            canvas=self._canvas(ids, params),
             params=params,
             seed=seed,
             watch=watch,
             stream=stream,
             owner=owner,
         )
+        if len(request.canvas) > self.limits.max_model_len:
+            window, over = request.canvas.window, len(request.canvas)
+            raise ContextLengthError(
+                f"{name} and its answer fill {over} positions in blocks of {window}, over "
+                f"max_model_len={self.limits.max_model_len}: shorten {params.length_name} by "
+                f"{window} or less"
+            )
         policy = CACHES[request.policy].load()()
         if reasons := policy.unsupported(self.spec):
             raise InvalidParameterError(f"cache {request.policy!r}: {'; '.join(reasons)}")
         self.limits.check(request, policy.slots(request, self.spec))
         return request
+
+    def _with_length(self, params: SamplingParams) -> SamplingParams:
+        """An autoregressive model's answer has ``max_tokens``, whose default is another one."""
+        if self.spec.geometry != "causal" or rank(params.gen_length) or rank(params.max_tokens):
+            return params
+        return replace(params, max_tokens=DEFAULT_LENGTHS[0])
+
+    def _canvas(self, ids: list[int], params: SamplingParams) -> Canvas:
+        """The prompt and an answer behind it, in blocks as the model's geometry wants them."""
+        spec = self.spec
+        if spec.geometry == "full":
+            return answer_canvas(ids, params.gen_length, params.resolved_block_length)
+        window = 1 if spec.geometry == "causal" else params.block_length or spec.block_length
+        return window_canvas(ids, params.gen_length, window, spec.logit_shift)
+
+    def _check_geometry(self, params: SamplingParams) -> None:
+        """Refuse what block-causal and autoregressive models have no use for, or cannot do."""
+        spec = self.spec
+        if spec.geometry == "full":
+            return
+        kind = "an autoregressive model" if spec.geometry == "causal" else "a block-causal model"
+        if params.policy != "none" and params.quality is None:
+            raise InvalidParameterError(
+                f"cache={params.policy!r} approximates full attention, and this is {kind}, whose "
+                "K,V are exact in any case: leave it out"
+            )
+        if params.cfg_scale > 0:
+            raise InvalidParameterError(
+                f"cfg_scale={params.cfg_scale:g} does not work with {kind}: a second row would "
+                "need K,V of a prompt without content, which such models are not trained on"
+            )
+        for name in ("suffix_window", "early_end"):
+            if getattr(params, name):
+                raise InvalidParameterError(
+                    f"{name} leaves out what stands behind a block, and {kind} sees nothing of "
+                    "that: leave it out"
+                )
+        if RULES[params.unmask].revokes:
+            raise InvalidParameterError(
+                f"unmask={params.unmask!r} reads K,V of positions behind the block, and {kind} has "
+                "none: use another rule"
+            )
+        if spec.geometry == "causal" and params.block_length not in (None, 1):
+            raise InvalidParameterError(
+                f"block_length={params.block_length} does not work with an autoregressive model, "
+                "which writes one token after the other: leave it out"
+            )
 
     def _check_length(self, tokens: int, params: SamplingParams, name: str) -> None:
         limit = self.limits.max_model_len
@@ -105,6 +161,7 @@ class RequestValidator:
 
     def _check(self, params: SamplingParams) -> None:
         self._check_ends(params)
+        self._check_geometry(params)
         if params.stop_strings and not self.has_tokenizer:
             raise InvalidParameterError("stop needs a tokenizer, and this checkpoint has none")
         if params.logit_bias and max(params.logit_bias) >= self.spec.vocab_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dllmserve.catalog import RULES
 from dllmserve.core.request import Request
 
 #: forwards that a block may take beyond one a position, if its rule masks positions again (WINO)
@@ -10,7 +11,7 @@ REVOKED = 29
 
 def forwards_of(request: Request) -> int:
     """Forward passes that a request takes at most."""
-    if request.quotas:
+    if RULES[request.params.unmask].quota == "exact":
         return sum(len(block) for block in request.quotas)
     if request.revokes:
         return sum(request.masks) + REVOKED * len(request.blocks)

@@ -48,7 +48,8 @@ def plain_loop(model: models.OracleModel, one: Request, per_block: int) -> list[
     sees = place[None, :] // size <= place[:, None] // size
     for start, end in one.blocks:
         inside = (place >= start) & (place < end)
-        for count in split(int((masked & inside).sum()), per_block):
+        for quota in split(size, per_block):
+            count = min(quota, int((masked & inside).sum()))
             if not count:
                 continue
             z = model.forward(x, sees=sees).logits.clone()
@@ -66,9 +67,8 @@ def jobs() -> list[tuple[Request, int]]:
     for i in range(9):
         prompt = helpers.random_prompt(i, dice.choice([1, 3, 8, 30, 61]))
         block, gen, per_block = dice.choice([1, 4, 8]), dice.choice([5, 16, 33]), 1 + i % 3
-        one = request(prompt, gen_length=gen, block_length=block)
-        steps = per_block * len(one.blocks)
-        made.append((request(prompt, gen_length=gen, block_length=block, steps=steps), per_block))
+        options = {"gen_length": gen, "block_length": block, "steps_per_block": per_block}
+        made.append((request(prompt, **options), per_block))
     return made
 
 
