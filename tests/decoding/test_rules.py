@@ -39,6 +39,8 @@ Twin = Callable[[list[float], list[float], list[bool], Parameters], list[int]]
 
 TWINS: dict[str, Twin] = {
     "steps": lambda c, h, m, p: rules.steps(c, m, int(p["quota"])),
+    "sequential": lambda c, h, m, p: rules.sequential(m, int(p["quota"])),
+    "dynamic": lambda c, h, m, p: rules.dynamic(c, m, p["threshold"], int(p["quota"])),
     "threshold": lambda c, h, m, p: rules.threshold(c, m, p["threshold"]),
     "factor": lambda c, h, m, p: rules.factor(c, m, p["factor"]),
     "entropy_bound": lambda c, h, m, p: rules.entropy_bound(h, m, p["entropy_bound"]),

@@ -42,6 +42,19 @@ def steps(confidence: Sequence[float], masked: Sequence[bool], count: int) -> li
     return sorted(ranked(confidence, masked)[:count])
 
 
+def sequential(masked: Sequence[bool], count: int) -> list[int]:
+    """SDAR `sequential`: the `count` leftmost slots."""
+    return [i for i, open_ in enumerate(masked) if open_][:count]
+
+
+def dynamic(
+    confidence: Sequence[float], masked: Sequence[bool], tau: float, count: int
+) -> list[int]:
+    """SDAR `low_confidence_dynamic`: all above tau, or the `count` best if those are more."""
+    high = [i for i, open_ in enumerate(masked) if open_ and confidence[i] > tau]
+    return high if len(high) >= count else sorted(ranked(confidence, masked)[:count])
+
+
 def threshold(confidence: Sequence[float], masked: Sequence[bool], tau: float) -> list[int]:
     """Fast-dLLM `get_transfer_index`: the best slot always, any other iff c >= tau."""
     order = ranked(confidence, masked)
