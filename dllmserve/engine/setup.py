@@ -26,7 +26,12 @@ from dllmserve.engine.machine import (
 )
 from dllmserve.engine.sizing import OOM_ADVICE, Sizing
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, with_ends
-from dllmserve.errors import ConfigError, DllmServeError, OutOfMemoryError
+from dllmserve.errors import (
+    ConfigError,
+    DllmServeError,
+    OutOfMemoryError,
+    UnsupportedModelError,
+)
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
     check_files,
@@ -169,6 +174,11 @@ def _read_model(options: EngineConfig) -> tuple[Path, ModelSpec, Tokenizer | Non
     directory = find_model(options.model)
     config = read_config(directory)
     spec = read_spec(config)
+    if spec.geometry != "full":
+        kind = {"block": "block-causal", "causal": "autoregressive"}[spec.geometry]
+        raise UnsupportedModelError(
+            f"{spec.architecture}: the engine does not run {kind} models yet"
+        )
     if options.load_format != "dummy":
         check_files(directory, config)
     # before gigabytes of weights; every rank needs the end ids that it tells of
