@@ -226,6 +226,11 @@ MODELS = Catalog(
     {
         "LLaDAModelLM": ModelInfo("dllmserve.models.llada:Llada"),
         "DreamModel": ModelInfo("dllmserve.models.dream:Dream"),
+        "SDARForCausalLM": ModelInfo("dllmserve.models.sdar:Sdar"),
+        "Fast_dLLM_QwenForCausalLM": ModelInfo("dllmserve.models.fast_dllm:FastDllm"),
+        "LlamaForCausalLM": ModelInfo("dllmserve.models.llama:Llama"),
+        "Qwen2ForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen2"),
+        "Qwen3ForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen3"),
     },
 )
 

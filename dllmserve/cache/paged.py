@@ -32,7 +32,7 @@ class PagedCache:
             span = Span(row, first, window, first)
             return span._replace(blk_off=start - first, blk_len=end - start)
         # of a shifted model, a block at a window's start is read at the position before it
-        alone = spec.logit_shift > 0 and start == first
+        alone = spec.logit_shift > 0 and start == first >= request.canvas.start
         return _stored(row, stored, first if alone else first + window, window, (start, end))
 
     def unsupported(self, spec: ModelSpec) -> list[str]:

@@ -294,8 +294,8 @@ class EntryReport:
 def _validate(span: Span, max_model_len: int) -> None:
     if span.q_len < 1 or span.q_start < 0 or span.q_start + span.reach > max_model_len:
         raise ValueError(f"query range outside the canvas: {span}")
-    # a causal model reads a token's logits one position earlier, and needs no query at the token
-    reach = span.reach + (span.mask == Mask.STAIR and span.mask_arg == 1)
+    # logits may be read one position earlier, and then need no query at the last position itself
+    reach = span.reach + (span.mask == Mask.STAIR)
     if span.blk_off < 0 or span.blk_off + span.blk_len > reach:
         raise ValueError(f"block outside the query range: {span}")
     if span.pick and (span.store != Store.AHEAD or not span.q_len <= span.pick):

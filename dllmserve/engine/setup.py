@@ -26,7 +26,11 @@ from dllmserve.engine.machine import (
 )
 from dllmserve.engine.sizing import OOM_ADVICE, Sizing
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, with_ends
-from dllmserve.errors import ConfigError, DllmServeError, OutOfMemoryError
+from dllmserve.errors import (
+    ConfigError,
+    DllmServeError,
+    OutOfMemoryError,
+)
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
     check_files,

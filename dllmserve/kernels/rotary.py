@@ -1,4 +1,4 @@
-"""Rotary position embedding in place, with the tables' rows looked up in the kernel."""
+"""Norms of heads and rotary position embedding in place; the kernel looks up the tables' rows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ def _rotate_kernel(
     cos_ptr: tl.tensor,
     sin_ptr: tl.tensor,
     positions_ptr: tl.tensor,
+    query_ptr: tl.tensor,
+    key_ptr: tl.tensor,
     row_stride: tl.tensor,
     head_stride: tl.tensor,
     count: tl.tensor,
     half: tl.tensor,
+    queries: tl.tensor,
+    eps: tl.tensor,
+    NORM: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ) -> None:
@@ -35,6 +40,17 @@ def _rotate_kernel(
     second = tl.load(place + half, mask=inside, other=0.0)
     dtype = first.dtype
     first, second = first.to(tl.float32), second.to(tl.float32)
+    if NORM:
+        squares = tl.sum(first * first + second * second, axis=1)
+        scale = tl.rsqrt(squares / (2 * half) + eps)[:, None]
+        # a head's weight is the queries' or the keys'
+        query, key = (head < queries)[:, None] & inside, (head >= queries)[:, None] & inside
+        low = tl.load(query_ptr + pair[None, :], mask=query, other=0.0).to(tl.float32)
+        low += tl.load(key_ptr + pair[None, :], mask=key, other=0.0).to(tl.float32)
+        high = tl.load(query_ptr + half + pair[None, :], mask=query, other=0.0).to(tl.float32)
+        high += tl.load(key_ptr + half + pair[None, :], mask=key, other=0.0).to(tl.float32)
+        first = ((first * scale).to(dtype).to(tl.float32) * low).to(dtype).to(tl.float32)
+        second = ((second * scale).to(dtype).to(tl.float32) * high).to(dtype).to(tl.float32)
     tl.store(place, (first * cos - second * sin).to(dtype), mask=inside)
     tl.store(place + half, (second * cos + first * sin).to(dtype), mask=inside)
 
@@ -45,13 +61,18 @@ def rotate_(
     sin: Tensor,  # [max_len, D/2] float32
     positions: Tensor,  # [N] int64
     count: int,
+    norms: tuple[Tensor, Tensor, int, float] | None = None,
 ) -> None:
     """Rotate the first ``count`` heads in place, in float32, and cast back.
+
+    If there are norms, heads are normalised first, rounded as torch's calls round.
 
     Args:
         heads: [N, H, D], last dimension contiguous; a view of the fused q, k, v product.
         cos, sin: contiguous tables, row p for position p.
         positions: [N], each below max_len.
+        norms: weights [D] of the queries and of the keys, number of query heads, which come first,
+            and epsilon; see :class:`dllmserve.layers.ops.HeadNorms`.
 
     Example:
         ``rotate_(qkv.view(n, -1, 128), cos, sin, positions, num_heads + num_kv_heads)``
@@ -59,6 +80,7 @@ def rotate_(
     rows, _, dim = heads.shape
     if rows == 0 or count == 0:
         return
+    query, key, queries, eps = (cos, cos, 0, 0.0) if norms is None else norms
     half_block = triton.next_power_of_2(dim // 2)
     per_program = min(triton.next_power_of_2(count), max(_ELEMENTS // half_block, 1))
     _rotate_kernel[(rows, triton.cdiv(count, per_program))](
@@ -66,10 +88,15 @@ def rotate_(
         cos,
         sin,
         positions,
+        query,
+        key,
         heads.stride(0),
         heads.stride(1),
         count,
         dim // 2,
+        queries,
+        eps,
+        NORM=norms is not None,
         HEADS=per_program,
         HALF=half_block,
         num_warps=4,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.layers.ops import Angles, LayerOps
+from dllmserve.layers.ops import Angles, HeadNorms, LayerOps
 from dllmserve.parallel.group import Group, join
 from dllmserve.parallel.partition import Partition
 from dllmserve.parallel.vocab import VocabShard
@@ -232,15 +232,35 @@ class AttentionContext(Protocol):
 class Attention:
     """Heads with rotated queries and keys; the context attends. A rank has a share of the heads.
 
-    ``layer`` is the layer's index, by which the context finds its K and V.
+    Args:
+        build: the rank's.
+        layer: its index, by which the context finds its K and V.
+        q, k, v, out: names of the matrices.
+        norms: names of the norms over each head of the queries and of the keys, if there are any;
+            whole on every rank.
     """
 
-    def __init__(self, build: Build, layer: int, *, q: str, k: str, v: str, out: str) -> None:
-        spec, local = build.spec, build.partition.local
+    def __init__(
+        self,
+        build: Build,
+        layer: int,
+        *,
+        q: str,
+        k: str,
+        v: str,
+        out: str,
+        norms: tuple[str, str] | None = None,
+    ) -> None:
+        spec, local, self._ops = build.spec, build.partition.local, build.ops
         width, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
         self.qkv = Linear(build, spec.hidden_size, {q: width, k: kv, v: kv}, bias=spec.qkv_bias)
+        self.norms: HeadNorms | None = None
+        if norms is not None:
+            parts = [Part(f"{name}.weight", (spec.head_dim,), (_ALL,)) for name in norms]
+            of_q, of_k = (build.weight(part, ones=True) for part in parts)
+            self.norms = HeadNorms(of_q, of_k, local.num_heads, spec.norm_eps)
         self.out = JoinedLinear(build, width, spec.hidden_size, out)
-        self._layer, self._rotate = layer, build.ops.rotate
+        self._layer = layer
         self._heads, self._head_dim = local.num_heads, spec.head_dim
         self._rotated = local.num_heads + local.num_kv_heads
 
@@ -254,8 +274,9 @@ class Attention:
         """[N, d], or [M, d] of the tokens ``rows``; K and V of all N are stored in any case."""
         heads, count = self._heads, self._rotated
         vectors = self.qkv(x).view(x.shape[0], -1, self._head_dim)
-        turned = self._rotate(vectors, count, angles)  # q and k together
-        q, k, v = turned[:, :heads], turned[:, heads:], vectors[:, count:]
+        turned = self._ops.rotate(vectors, count, angles, self.norms)  # q and k together
+        q = self._ops.scale_queries(turned[:, :heads], angles)
+        k, v = turned[:, heads:], vectors[:, count:]
         flat = context.attend(self._layer, q, k, v).reshape(x.shape[0], heads * self._head_dim)
         return self.out(flat if rows is None else flat[rows])
 

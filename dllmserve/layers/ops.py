@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from dllmserve.core.model_spec import RopeScaling
+from dllmserve.layers.rotary import query_factors, rotary_tables
 
 #: what ``at`` gives and ``rotate`` takes; its content is the implementation's own
 Angles = tuple[Tensor, ...]
@@ -16,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     The order of the cast is LLaDA's and Qwen2's, so bf16 results round alike.
 
     Args:
-        x: [N, d] activations.
+        x: [.., d] activations.
         weight: [d].
     """
     if x.dtype == torch.float32:
@@ -48,6 +53,21 @@ def silu(x: Tensor) -> Tensor:
     return torch.div(x, below, out=below)
 
 
+class HeadNorms(NamedTuple):
+    """RMS norms over the dimension of each head, before it is rotated (Qwen3).
+
+    Attributes:
+        query, key: [D] weights.
+        queries: number of query heads; heads behind them are key heads.
+        eps: of both.
+    """
+
+    query: Tensor
+    key: Tensor
+    queries: int
+    eps: float
+
+
 class LayerOps:
     """The operations of a decoder layer, apart from attention: plain torch, on any device.
 
@@ -56,7 +76,8 @@ class LayerOps:
     not depend on them in float32.
 
     Rotary position embedding has the half-split layout: the first half of a head rotates with the
-    second. Its cos and sin tables are float32, for positions ``0 .. max_len - 1``.
+    second. Its cos and sin tables are float32, for positions ``0 .. max_len - 1``; see
+    :mod:`dllmserve.layers.rotary`.
 
     Example:
         >>> ops = LayerOps(head_dim=64, theta=1e4, max_len=128, device=torch.device("cpu"))
@@ -65,11 +86,16 @@ class LayerOps:
         torch.Size([3, 2, 64])
     """
 
-    def __init__(self, head_dim: int, theta: float, max_len: int, device: torch.device) -> None:
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        inv_freq = 1.0 / (theta**exponents)  # [D/2]
-        angles = torch.outer(torch.arange(max_len, dtype=torch.float32, device=device), inv_freq)
-        self.tables = angles.cos(), angles.sin()  # [max_len, D/2] float32 each
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        max_len: int,
+        device: torch.device,
+        scaling: RopeScaling | None = None,
+    ) -> None:
+        self.tables = rotary_tables(head_dim, theta, max_len, device, scaling)
+        self._query_factors = query_factors(max_len, device, scaling)
 
     def add_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
@@ -82,19 +108,32 @@ class LayerOps:
         return rms_norm(h, weight, eps), h
 
     def at(self, positions: Tensor) -> Angles:
-        """Once per forward: what ``rotate`` needs of positions [N] int64."""
+        """Once per forward: what ``rotate`` needs of positions [N] int64, which come last."""
         cos, sin = self.tables
-        return cos[positions][:, None, :], sin[positions][:, None, :]  # [N, 1, D/2] each
+        return cos[positions][:, None, :], sin[positions][:, None, :], positions  # [N, 1, D/2]
 
-    def rotate(self, heads: Tensor, count: int, angles: Angles) -> Tensor:
+    def rotate(
+        self, heads: Tensor, count: int, angles: Angles, norms: HeadNorms | None = None
+    ) -> Tensor:
         """The first ``count`` of heads [N, H, D] rotated, in float32: [N, count, D].
 
-        ``heads`` may be rotated in place.
+        They are normalised before that if there are norms. ``heads`` may be changed in place.
         """
-        cos, sin = angles
-        first, second = heads[:, :count].float().chunk(2, dim=-1)
+        cos, sin, _ = angles
+        turning = heads[:, :count]
+        if norms is not None:
+            query, key, first_key, eps = norms
+            queries, keys = turning[:, :first_key], turning[:, first_key:]
+            turning = torch.cat((rms_norm(queries, query, eps), rms_norm(keys, key, eps)), dim=1)
+        first, second = turning.float().chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
         return turned.to(heads.dtype)
+
+    def scale_queries(self, queries: Tensor, angles: Angles) -> Tensor:
+        """Rotated queries [N, Hq, D] times a factor of their positions, where the model has one."""
+        if self._query_factors is None:
+            return queries
+        return queries * self._query_factors[angles[-1]].to(queries.dtype)[:, None, None]
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """``silu(gate) * up`` of [N, 2m] -> [N, m]. The argument may be overwritten."""

@@ -10,7 +10,7 @@ from dllmserve.kernels.activation import silu_mul
 from dllmserve.kernels.linear import invariant_linear
 from dllmserve.kernels.norm import add_rms_norm
 from dllmserve.kernels.rotary import rotate_
-from dllmserve.layers.ops import Angles, LayerOps
+from dllmserve.layers.ops import Angles, HeadNorms, LayerOps
 
 
 class TritonOps(LayerOps):
@@ -33,10 +33,12 @@ class TritonOps(LayerOps):
         """The positions: the kernel reads the tables itself."""
         return (positions,)
 
-    def rotate(self, heads: Tensor, count: int, angles: Angles) -> Tensor:
+    def rotate(
+        self, heads: Tensor, count: int, angles: Angles, norms: HeadNorms | None = None
+    ) -> Tensor:
         """See :class:`LayerOps`; in place."""
         cos, sin = self.tables
-        rotate_(heads, cos, sin, angles[0], count)
+        rotate_(heads, cos, sin, angles[0], count, norms)
         return heads[:, :count]
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:

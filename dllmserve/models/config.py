@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dllmserve.core.model_spec import RopeScaling
 from dllmserve.errors import UnsupportedModelError
-
-#: kinds of rope_scaling that change nothing if their factor is 1
-_NEUTRAL_AT_ONE = ("linear", "dynamic", "yarn", "llama3")
 
 
 def need(config: Mapping[str, Any], name: str, architecture: str) -> Any:
@@ -16,6 +15,11 @@ def need(config: Mapping[str, Any], name: str, architecture: str) -> Any:
     if config.get(name) is None:
         raise UnsupportedModelError(f"config.json of {architecture} lacks the field {name!r}")
     return config[name]
+
+
+def one_of(config: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    """The first of these fields that is there, for what checkpoints call by several names."""
+    return next((config[name] for name in names if config.get(name) is not None), default)
 
 
 def refuse(config: Mapping[str, Any], architecture: str, allowed: Mapping[str, Any]) -> None:
@@ -43,39 +47,115 @@ def eos_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def rope_theta(config: Mapping[str, Any]) -> float:
-    """The rotary base: ``rope_theta``, or inside ``rope_parameters`` in newer files.
+    """The rotary base of a model whose angles nothing else changes; see :func:`rope`.
 
     Raises:
         UnsupportedModelError: ``rope_scaling`` or ``rope_parameters`` would change angles.
     """
-    inner = None
-    for field in ("rope_scaling", "rope_parameters"):
-        given = config.get(field) or {}
-        if not isinstance(given, Mapping):
-            raise TypeError(f"{field} must be an object or null, got {given!r}")
-        _check_rope(field, given, config)
-        inner = inner or given.get("rope_theta")
-    if (config.get("partial_rotary_factor") or 1.0) != 1.0:
+    theta, scaling = rope(config)
+    if scaling is not None:
         raise UnsupportedModelError(
-            f"partial_rotary_factor={config['partial_rotary_factor']} is not supported (only 1)"
+            f"rope_scaling or rope_parameters with rope_type={scaling.kind!r} is not supported "
+            f"(only 'default', or a factor of 1 that changes nothing), got {scaling!r}"
         )
-    return float(config.get("rope_theta") or inner or 10000.0)
+    return theta
 
 
-def _check_rope(field: str, given: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Raise unless a scaling leaves all angles as they are."""
+def rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """The rotary base, and what else angles depend on.
+
+    Files of transformers 4 have ``rope_theta`` and ``rope_scaling``, those of transformers 5
+    ``rope_parameters`` with the base inside.
+
+    Raises:
+        UnsupportedModelError: angles that no layer here computes.
+    """
+    field, inner = "rope_scaling", None
+    given: Mapping[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        value = config.get(name) or {}
+        if not isinstance(value, Mapping):
+            raise TypeError(f"{name} must be an object or null, got {value!r}")
+        if value:
+            field, given, inner = name, value, value.get("rope_theta") or inner
+    for part in (config.get("partial_rotary_factor"), given.get("partial_rotary_factor")):
+        if (part or 1) != 1:
+            raise UnsupportedModelError(
+                f"{field}: partial_rotary_factor={part} is not supported (only 1)"
+            )
+    theta = float(config.get("rope_theta") or inner or 10000.0)
+    return theta, _scaling(field, given, config, theta)
+
+
+def _scaling(
+    field: str, given: Mapping[str, Any], config: Mapping[str, Any], theta: float
+) -> RopeScaling | None:
+    """None if all angles stay as they are."""
     kind = given.get("rope_type") or given.get("type") or "default"
-    neutral = kind == "default" and not any(isinstance(value, dict) for value in given.values())
-    if kind in _NEUTRAL_AT_ONE:
-        # they stretch positions by the factor, or from a shorter length on
-        longest = config.get("max_position_embeddings") or config.get("max_sequence_length") or 0
-        shorter = (given.get("original_max_position_embeddings") or longest) < longest
-        neutral = given.get("factor") == 1 and not (kind == "dynamic" and shorter)
-        neutral = neutral and (given.get("attention_factor") or 1) == 1
-    if not neutral or (given.get("partial_rotary_factor") or 1) != 1:
+    longest = config.get("max_position_embeddings") or config.get("max_sequence_length") or 0
+    name = "original_max_position_embeddings"
+    original = config.get(name) or given.get(name)
+    length, factor = original or longest, given.get("factor")
+    if kind == "yarn" and factor is None and original:
+        factor = longest / original
+    low, high = given.get("low_freq_factor") or 0, given.get("high_freq_factor") or 0
+    if kind == "yarn":
+        low, high = given.get("beta_slow") or 1, given.get("beta_fast") or 32
+    runs = {
+        "default": not any(isinstance(value, dict) for value in given.values()),  # of each layer
+        "linear": (factor or 0) > 0,
+        "llama3": factor == 1 or ((factor or 0) > 0 and 0 < low < high and length > 0),
+        "yarn": (factor or 0) > 0 and length > 0 and theta > 1,
+        "dynamic": factor == 1 and length >= longest,  # it does nothing then
+    }
+    beta = float(given.get("llama_4_scaling_beta") or 0)
+    if not runs.get(kind, False) or (beta and not length):
         raise UnsupportedModelError(
-            f"{field} with rope_type={kind!r} is not supported (only 'default', or a factor of 1 "
-            f"that changes nothing), got {dict(given)!r}"
+            f"{field} with rope_type={kind!r} is not supported (only 'default', 'linear', "
+            f"'llama3' and 'yarn', each with its own fields), got {dict(given)!r}"
+        )
+    scaling = RopeScaling(
+        kind=kind,
+        factor=1.0 if kind == "default" else float(factor or 0),
+        original_len=int(length),
+        low=float(low),
+        high=float(high),
+        truncate=bool(given.get("truncate", True)),
+        attention_factor=_attention_factor(float(factor or 0), given) if kind == "yarn" else 1.0,
+        query_beta=beta,
+    )
+    return None if scaling.factor == scaling.attention_factor == 1 and not beta else scaling
+
+
+def _attention_factor(factor: float, given: Mapping[str, Any]) -> float:
+    """YaRN's: as given, or grown with the factor."""
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+
+    def grown(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    above, below = given.get("mscale"), given.get("mscale_all_dim")
+    return grown(above) / grown(below) if above and below else grown(1.0)
+
+
+def window(config: Mapping[str, Any], architecture: str) -> None:
+    """Raise if any position would not see all others; a window may be switched on and be none."""
+    types = set(config.get("layer_types") or ())
+    if types - {"full_attention", "sliding_attention"}:
+        raise UnsupportedModelError(
+            f"{architecture} with layer_types {', '.join(sorted(map(str, types)))} is not supported"
+        )
+    if not config.get("use_sliding_window") or types == {"full_attention"}:
+        return
+    size, first = config.get("sliding_window"), config.get("max_window_layers")
+    if "sliding_window" in config and size is None:
+        return
+    if first is not None and int(first) >= int(need(config, "num_hidden_layers", architecture)):
+        return  # it begins behind the last layer
+    if size is None or int(size) < int(need(config, "max_position_embeddings", architecture)):
+        raise UnsupportedModelError(
+            f"{architecture} with use_sliding_window and sliding_window={size} is not supported"
         )
 
 

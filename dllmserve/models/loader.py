@@ -173,13 +173,15 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
             raise UnsupportedModelError(
                 f"config.json: {name} is {value}; it must be over 0 and at most {most}"
             )
+    if spec.geometry != "full" and spec.block_length < 1:
+        raise UnsupportedModelError(f"the block size is {spec.block_length}; it must be over 0")
     if spec.head_dim % 2:
         raise UnsupportedModelError(f"head_dim={spec.head_dim} is odd, so it cannot be rotated")
     if spec.embedding_size < spec.vocab_size:
         raise UnsupportedModelError(
             f"embedding_size={spec.embedding_size} is under vocab_size={spec.vocab_size}"
         )
-    if not 0 <= spec.mask_id < spec.embedding_size:
+    if spec.geometry != "causal" and not 0 <= spec.mask_id < spec.embedding_size:
         raise UnsupportedModelError(
             f"mask_token_id={spec.mask_id} is outside the {spec.embedding_size} embeddings"
         )
@@ -224,7 +226,7 @@ def empty_decoder(
         from dllmserve.layers.triton import TritonOps
 
         kind = TritonOps
-    ops = kind(spec.head_dim, spec.rope_theta, max_len, device)
+    ops = kind(spec.head_dim, spec.rope_theta, max_len, device, spec.rope_scaling)
     return _compose(Build(partition, dtype, device, ops))
 
 

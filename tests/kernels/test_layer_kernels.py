@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.kernels import missing
-from dllmserve.layers.ops import LayerOps, rms_norm
+from dllmserve.layers.ops import HeadNorms, LayerOps, rms_norm
 from dllmserve.layers.triton import TritonOps
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import empty_decoder
@@ -63,7 +63,8 @@ def test_add_rms_norm(dtype: torch.dtype, width: int, add: bool) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "count", "dim"), [(5, 3, 6), (1, 1, 2), (40, 33, 64)])
-def test_rotate(dtype: torch.dtype, heads: int, count: int, dim: int) -> None:
+@pytest.mark.parametrize("queries", [None, 1, 25])
+def test_rotate(dtype: torch.dtype, heads: int, count: int, dim: int, queries: int | None) -> None:
     from dllmserve.kernels.rotary import rotate_
 
     ops = LayerOps(dim, 100.0, 50, DEVICE)
@@ -71,9 +72,13 @@ def test_rotate(dtype: torch.dtype, heads: int, count: int, dim: int) -> None:
     buffer = random(4, heads * dim + 5, dtype=dtype)  # a row is longer than its heads
     view = buffer[:, : heads * dim].view(4, heads, dim)
     before = buffer.clone()
-    expected = ops.rotate(view.clone(), count, ops.at(positions))
-    rotate_(view, *ops.tables, positions, count)
-    close(view[:, :count], expected)
+    norms = None
+    if queries is not None:  # heads are normalised first
+        weights = (random(dim, dtype=dtype, seed=seed) for seed in (1, 2))
+        norms = HeadNorms(*weights, min(queries, count), 1e-5)
+    expected = ops.rotate(view.clone(), count, ops.at(positions), norms)
+    rotate_(view, *ops.tables, positions, count, norms)
+    close(view[:, :count], expected, roundings=1 if norms is None else 4)
     assert torch.equal(buffer[:, count * dim :], before[:, count * dim :])
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,14 @@ from safetensors.torch import save_file
 
 from dllmserve import LLM, SamplingParams
 from dllmserve.cli.main import main
-from dllmserve.errors import DllmServeError, ModelNotFoundError, WeightsError
-from dllmserve.models.config import rope_theta
+from dllmserve.core.model_spec import RopeScaling
+from dllmserve.errors import (
+    DllmServeError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    WeightsError,
+)
+from dllmserve.models.config import rope, rope_theta
 from tests.checkpoints import Config, Shape, Tensors, byte_tokenizer, config, random_tensors, write
 from tests.helpers import answer
 
@@ -327,6 +335,11 @@ NEUTRAL: dict[str, Config] = {
         "sliding_window": 16,
         "max_window_layers": 2,
     },
+    "a window of no layer": {
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "layer_types": ["full_attention", "full_attention"],
+    },
     "rope null": {"rope_scaling": None, "rope_parameters": None},
     "rope empty": {"rope_scaling": {}},
     "rope default": {"rope_scaling": {"rope_type": "default"}},
@@ -349,10 +362,13 @@ def test_options_that_change_nothing(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"rope_scaling": {"type": "linear", "factor": 2.0}},
         {"rope_scaling": {"type": "linear"}},
+        {"rope_scaling": {"type": "linear", "factor": -1.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
         {"rope_scaling": {"type": "dynamic", "factor": 1, "original_max_position_embeddings": 16}},
-        {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.2}},
+        {"rope_scaling": {"rope_type": "yarn"}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}},
+        {"layer_types": ["chunked_attention", "full_attention"]},
         {"rope_scaling": {"rope_type": "longrope", "factor": 1.0}},
         {"rope_scaling": {"type": "mrope", "mrope_section": [1, 2]}},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -360,6 +376,7 @@ def test_options_that_change_nothing(tmp_path: Path, name: str) -> None:
         {"partial_rotary_factor": 0.5},
         {"use_sliding_window": True, "sliding_window": 16},
         {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention"]},
     ],
 )
 def test_options_that_change_something(tmp_path: Path, change: Config) -> None:
@@ -387,6 +404,22 @@ def test_the_rotary_base_may_be_in_either_place() -> None:
     assert rope_theta({"rope_scaling": {"type": "default", "rope_theta": 8.0}}) == 8.0
     assert rope_theta({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}}) == 5.0
     assert rope_theta({}) == 10000.0
+
+
+def test_scaled_angles() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 7.0, "original_max_position_embeddings": 16}
+    expected = RopeScaling(kind="yarn", factor=4.0, original_len=16, low=1.0, high=32.0)
+    grown = 0.1 * math.log(4.0) + 1
+    for given, factor in (({"factor": 4.0}, grown), ({"factor": None}, grown)):
+        config = {"max_position_embeddings": 64, "rope_parameters": yarn | given}
+        assert rope(config) == (7.0, replace(expected, attention_factor=factor))
+    exact = {"factor": 4.0, "attention_factor": 1.0}
+    assert rope({"rope_scaling": yarn | exact, "rope_theta": 9.0}) == (9.0, expected)
+    beta = {"rope_type": "default", "llama_4_scaling_beta": 0.1}
+    _, scaling = rope({"max_position_embeddings": 64, "rope_parameters": beta})
+    assert scaling is not None and (scaling.query_beta, scaling.original_len) == (0.1, 64)
+    with pytest.raises(UnsupportedModelError, match="'linear' is not supported"):
+        rope_theta({"rope_scaling": {"type": "linear", "factor": 2.0}})
 
 
 def test_byte_order_marks(tmp_path: Path) -> None:

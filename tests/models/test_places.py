@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.decoding.stats import log_sum
-from dllmserve.layers.ops import rms_norm, silu
+from dllmserve.layers.ops import HeadNorms, LayerOps, rms_norm, silu
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.edits import CreditEdit, EditSizes, KlObserver, LogitEdit
 from dllmserve.runtime.tensors import HeadCells
@@ -102,6 +102,21 @@ def test_a_row(name: str, width: int) -> None:
     for low, high in ((0, 1), (1, 2), (0, 40), (3, 20), (40, 41), (5, 41), (0, 16)):
         assert torch.equal(function(x[low:high]), whole[low:high]), (low, high)
         assert torch.equal(function(x[low:high].clone()), whole[low:high]), (low, high)
+
+
+def test_a_head() -> None:
+    """Normalised and rotated, whatever rows and heads are beside it."""
+    ops, heads, positions = LayerOps(16, 100.0, 64, CPU), numbers(9, 9, 16), torch.arange(9) * 7
+    norms = HeadNorms(numbers(16), numbers(2, 16)[1], 4, 1e-5)
+    whole = ops.rotate(heads, 6, ops.at(positions), norms)
+    for rows in (slice(0, 1), slice(3, 8), slice(8, 9)):
+        got = ops.rotate(heads[rows], 6, ops.at(positions[rows]), norms)
+        assert torch.equal(got, whole[rows])
+    for queries, keys in (([2, 3], [5]), ([0], [4, 5])):  # of a rank
+        mine = [*queries, *keys, 8]
+        some = norms._replace(queries=len(queries))
+        got = ops.rotate(heads[:, mine], len(mine) - 1, ops.at(positions), some)
+        assert torch.equal(got, whole[:, mine[:-1]])
 
 
 @pytest.mark.parametrize("x", [[-200.0, -89.0, 0.0, 89.0, 3e38], [-3e38, -0.0, 1e-30, 20.0, 200.0]])

@@ -41,7 +41,7 @@ class TritonStep:
         if not shape.plain:
             return self._other.begin(packed, shape)
         spec = self.spec
-        tensors = begin_step(packed, shape, self.table, spec.mask_id, spec.logit_shift)
+        tensors = begin_step(packed, shape, self.table, spec.fed_mask_id, spec.logit_shift)
         if shape.edited:
             cells = head_cells(packed, shape, self.table, tensors, spec.logit_shift)
             tensors = replace(tensors, cells=cells)
