@@ -8,16 +8,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllmserve._values import BLOCK_LENGTH, MAX_STEPS
+from dllmserve._values import MAX_STEPS
 
+#: a model with blocks of its own keeps those
+_BLOCK = NotGiven(BLOCK_LENGTH)
 #: what "exact" stands for besides its steps
-_EXACT: dict[str, Any] = {"unmask": "steps", "cache": "none", "block_length": BLOCK_LENGTH}
+_EXACT: dict[str, Any] = {
+    "unmask": "steps",
+    "cache": "none",
+    "block_length": _BLOCK,
+}
 
 #: what both faster presets share: cost that does not grow with gen_length, and blocks that end
 #: when the model is sure
 _SURE: dict[str, Any] = {
     "unmask": "threshold",
-    "block_length": BLOCK_LENGTH,
+    "block_length": _BLOCK,
     "suffix_window": 32,
     "early_end": True,
 }

@@ -306,7 +306,10 @@ class SamplingParams:
             self._apply_quality()
         else:  # out of a message or a store: another process has done so
             object.__setattr__(self, "max_tokens", NotGiven(self.gen_length))
+        filled = self.block_length
         self._check_values()
+        if isinstance(filled, NotGiven):  # a model with blocks of its own keeps those
+            object.__setattr__(self, "block_length", filled)
         object.__setattr__(self, "stop", normal_stop(self.stop))
         object.__setattr__(self, "logit_bias", normal_bias(self.logit_bias))
         if (why := next(refusals(self), None)) is not None:
@@ -442,7 +445,7 @@ def stepwise(given: Mapping[str, Any], tokens: int | None = None) -> SamplingPar
     from dllmserve.presets import steps_for
 
     quality = given.get("quality")
-    block = {} if quality or given.get("sparse") else {"block_length": BLOCK_LENGTH}
+    block = {} if quality or given.get("sparse") else {"block_length": NotGiven(BLOCK_LENGTH)}
     params = SamplingParams(**{**block, **given})
     if "steps" in given or (quality and tokens is None):
         return params

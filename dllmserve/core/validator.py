@@ -8,8 +8,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from dllmserve._values import rank
+from dllmserve._combinations import REFRESH
+from dllmserve._values import NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.canvas import Canvas, answer_canvas, window_canvas
 from dllmserve.core.limits import Limits
@@ -57,7 +59,7 @@ class RequestValidator:
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
-        params = self._with_length(params)
+        params = self._settled(params)
         if not prompt_ids:
             raise PromptError(f"{name} is empty: give at least one token")
         if len(prompt_ids) >= self.limits.max_model_len:
@@ -88,11 +90,23 @@ class RequestValidator:
         self.limits.check(request, policy.slots(request, self.spec))
         return request
 
-    def _with_length(self, params: SamplingParams) -> SamplingParams:
-        """An autoregressive model's answer has ``max_tokens``, whose default is another one."""
-        if self.spec.geometry != "causal" or rank(params.gen_length) or rank(params.max_tokens):
+    def _settled(self, params: SamplingParams) -> SamplingParams:
+        """Parameters with what depends on the model where nobody gave it.
+
+        Block-causal models have a block length of their own, and no use for caches. An
+        autoregressive model's answer has ``max_tokens``, whose default is not gen_length's.
+        """
+        spec, changed = self.spec, dict[str, Any]()
+        if spec.geometry == "full":
             return params
-        return replace(params, max_tokens=DEFAULT_LENGTHS[0])
+        if params.quality is not None:  # what a preset says of full attention
+            changed |= {"cache": "none", "suffix_window": None, "early_end": False}
+            changed |= {name: getattr(SamplingParams, name) for name in REFRESH}
+        if isinstance(params.block_length, NotGiven):
+            changed["block_length"] = spec.block_length
+        if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
+            changed["max_tokens"] = int(DEFAULT_LENGTHS[0])
+        return replace(params, **changed) if changed else params
 
     def _canvas(self, ids: list[int], params: SamplingParams) -> Canvas:
         """The prompt and an answer behind it, in blocks as the model's geometry wants them."""
@@ -108,7 +122,7 @@ class RequestValidator:
         if spec.geometry == "full":
             return
         kind = "an autoregressive model" if spec.geometry == "causal" else "a block-causal model"
-        if params.policy != "none" and params.quality is None:
+        if params.policy != "none":
             raise InvalidParameterError(
                 f"cache={params.policy!r} approximates full attention, and this is {kind}, whose "
                 "K,V are exact in any case: leave it out"

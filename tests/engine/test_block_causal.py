@@ -1,0 +1,175 @@
+"""Block-causal and autoregressive models: upstream's own outputs, alone and in any company."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from dllmserve import LLM, SamplingParams
+from dllmserve.errors import InvalidParameterError
+from tests import helpers
+from tests.conftest import Engines
+
+RULES = {
+    "low_confidence_static": "steps",
+    "low_confidence_dynamic": "dynamic",
+    "sequential": "sequential",
+}
+AUTOREGRESSIVE = (
+    *("llama-kv2of4", "llama3rope-tied-kv2of6", "qwen2-kv2of4", "qwen2-tied-kv1of6"),
+    *("qwen3-kv2of4", "qwen3-tied-kv1of3"),
+)
+SDAR = ("sdar-kv2of4", "sdar-tied-kv3of6")
+FAST_DLLM = ("fdv2-kv2of4", "fdv2-tied-kv1of3")
+MODELS = (*AUTOREGRESSIVE, *SDAR, *FAST_DLLM)
+Case = tuple[list[int], SamplingParams, list[int], dict[str, int]]
+
+
+def cases(name: str) -> list[Case]:
+    """Prompt, parameters, answer and forwards of each case that the parameters can say."""
+    found = []
+    config = json.loads((helpers.GOLDEN / name / "config.json").read_text())
+    for case in json.loads((helpers.GOLDEN / name / "cases.json").read_text())["cases"]:
+        params = sampling(case, config["eos_token_id"])
+        if params is not None:
+            forwards = case["forwards"]
+            counts = forwards if isinstance(forwards, dict) else {"denoise": forwards}
+            found.append((case["prompt_ids"], params, case["expected_trimmed"], counts))
+    return found
+
+
+def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
+    kind, given = case["kind"], case.get("settings", {})
+    if kind == "sdar":
+        ends = given["stopping_criteria_idx"]
+        if ends not in (None, [eos]):
+            return None
+        return SamplingParams(
+            temperature=0.0,
+            gen_length=given["gen_length"],
+            block_length=given["block_length"],
+            steps_per_block=given["denoising_steps"],
+            unmask=RULES[given["remasking_strategy"]],
+            threshold=given["confidence_threshold"],
+            ignore_eos=ends is None,
+        )
+    if kind == "ar-greedy":
+        ends = given["eos_token_id"]
+        if ends not in (None, [eos]):
+            return None
+        length = given["max_new_tokens"]
+        return SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=ends is None)
+    if kind == "fdv2-generate" and not given["use_block_cache"]:
+        ends = given["stop_token"]
+        if given["small_block_size"] != given["block_size"] or ends not in (None, eos):
+            return None
+        return SamplingParams(
+            temperature=0.0,
+            gen_length=len(case["expected_trimmed"]) if ends is None else given["max_new_tokens"],
+            block_length=given["block_size"],
+            unmask="threshold_strict",
+            threshold=given["threshold"],
+            ignore_eos=ends is None,
+        )
+    return None
+
+
+def answers(llm: LLM, batch: list[Case]) -> list[list[int]]:
+    prompts, params = [case[0] for case in batch], [case[1] for case in batch]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    helpers.check_idle(llm)
+    return [output["token_ids"] for output in outputs]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_alone(engines: Engines, name: str) -> None:
+    """Tokens and, where upstream computes the same, the number of forwards that decide."""
+    llm = engines(helpers.GOLDEN / name)
+    for prompt, params, expected, forwards in cases(name):
+        [output] = llm.generate([prompt], params, use_tqdm=False)
+        assert output["token_ids"] == expected, params
+        if name in AUTOREGRESSIVE:
+            assert output["usage"]["forward_passes"] == len(expected) == forwards["denoise"]
+        ended = not params.ignore_eos and output["finish_reason"] == "stop"
+        whole = (len(prompt) + params.gen_length) % (params.block_length or 1) == 0
+        if name in SDAR and whole and not ended:
+            assert output["usage"]["forward_passes"] == forwards["denoise"]
+
+
+#: engine options that must change nothing
+OPTIONS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "few-pages": {"kv_pages": 30, "page_size": 8, "max_num_seqs": 16},
+    "page-of-one": {"page_size": 1, "max_num_seqs": 5},
+    "small-steps": {"max_num_batched_tokens": 64, "page_size": 7, "max_logit_rows": 7},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("name", [*SDAR, "qwen3-kv2of4", "llama3rope-tied-kv2of6", "fdv2-kv2of4"])
+def test_mixed(engines: Engines, name: str, options: dict[str, Any]) -> None:
+    batch = cases(name)
+    batch = random.Random(str(options)).sample(batch, len(batch))
+    llm = engines(helpers.GOLDEN / name, **options)
+    assert answers(llm, batch) == [case[2] for case in batch]
+
+
+@pytest.mark.parametrize("name", ["qwen3-kv2of4", "sdar-kv2of4", "fdv2-kv2of4"])
+def test_every_rule_and_sampler_alone_or_together(engines: Engines, name: str) -> None:
+    """Drawn tokens, and what rules keep, depend on nothing else; not even on lost pages."""
+    variants: list[dict[str, Any]] = [
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 0.8, "top_p": 0.8, "seed": 4},
+        {"unmask": "threshold", "threshold": 0.3},
+        {"unmask": "factor", "logit_bias": {5: 3.0, 7: -100}},
+        {"unmask": "entropy_bound", "entropy_bound": 1.0},
+        {"unmask": "klass", "threshold": 0.2, "kl_threshold": 0.3},
+        {"unmask": "credit", "threshold": 0.4},
+        {"unmask": "hierarchy", "threshold": 0.5},
+        {"confidence": "margin", "top_k": 5, "temperature": 0.7, "seed": 1},
+    ]
+    batch: list[Case] = []
+    for index, given in enumerate(variants):
+        params = SamplingParams(
+            **{"temperature": 0.0, "gen_length": 40, "ignore_eos": True, **given}
+        )
+        batch.append((helpers.random_prompt(index, 3 + 9 * index), params, [], {}))
+    llm = engines(helpers.GOLDEN / name)
+    alone = [answers(llm, [case])[0] for case in batch]
+    assert all(len(ids) == 40 for ids in alone)
+    assert answers(llm, batch) == alone
+    few = engines(helpers.GOLDEN / name, kv_pages=18, page_size=8, max_num_batched_tokens=80)
+    assert answers(few, batch) == alone
+
+
+def test_defaults(engines: Engines) -> None:
+    """An autoregressive answer has 64 tokens, a checkpoint its own block; presets keep both."""
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    [output] = engines(helpers.GOLDEN / "qwen3-kv2of4").generate([[1, 2]], params, use_tqdm=False)
+    assert len(output["token_ids"]) == 64
+    sdar = engines(helpers.GOLDEN / "sdar-kv2of4")
+    base: dict[str, Any] = {"temperature": 0.0, "gen_length": 24, "ignore_eos": True}
+    own = SamplingParams(**base, unmask="threshold", block_length=4)
+    for other in ({"quality": "balanced"}, {"unmask": "threshold"}):
+        pair = [own, SamplingParams(**base, **other)]
+        first, second = sdar.generate([[5, 6, 7]] * 2, pair, use_tqdm=False)
+        assert first["token_ids"] == second["token_ids"], other
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("sdar-kv2of4", {"cache": "dual"}, "exact in any case: leave it out"),
+        ("sdar-kv2of4", {"cfg_scale": 1.0}, "cfg_scale=1 does not work with a block-causal model"),
+        ("qwen3-kv2of4", {"suffix_window": 4}, "sees nothing of that: leave it out"),
+        ("qwen3-kv2of4", {"early_end": True}, "early_end leaves out"),
+        ("qwen3-kv2of4", {"block_length": 8}, "writes one token after the other"),
+        ("sdar-kv2of4", {"unmask": "wino"}, "use another rule"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    engines: Engines, name: str, given: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InvalidParameterError, match=words):
+        engines(helpers.GOLDEN / name).generate([[1, 2]], SamplingParams(**given), use_tqdm=False)
