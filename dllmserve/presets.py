@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllmserve._values import MAX_STEPS
+from dllmserve._values import BLOCK_LENGTH, MAX_STEPS, NotGiven
 
 #: a model with blocks of its own keeps those
 _BLOCK = NotGiven(BLOCK_LENGTH)
