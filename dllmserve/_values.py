@@ -13,6 +13,8 @@ from dllmserve.knobs import check_knobs, knob
 #: longest answer and largest step count that a request may ask for
 MAX_GEN_LENGTH = 8192
 MAX_STEPS = 8192
+#: most ids of stop_token_ids
+MAX_STOP_IDS = 16
 #: diffusion block of the presets, and where neither a request nor an operator says another
 BLOCK_LENGTH = 32
 MAX_STOP_STRINGS = 16
@@ -54,6 +56,23 @@ class Kept(NotGiven):
 def rank(length: int) -> int:
     """Of a length's two names, which one counts: what is given now, then what was given before."""
     return 1 if isinstance(length, Kept) else 0 if isinstance(length, NotGiven) else 2
+
+
+def normal_ids(ids: Any) -> tuple[int, ...] | None:
+    """``stop_token_ids`` as it is kept. Raises InvalidParameterError."""
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if ids is None:
+        return None
+    if not isinstance(ids, (list, tuple)):
+        raise InvalidParameterError(
+            f"stop_token_ids must be a list of token ids, got {ids!r} ({type(ids).__name__})"
+        )
+    if len(ids) > MAX_STOP_IDS:
+        raise InvalidParameterError(
+            f"stop_token_ids takes at most {MAX_STOP_IDS} ids, got {len(ids)}"
+        )
+    return tuple(check_int(InvalidParameterError, "each of stop_token_ids", i, 0) for i in ids)
 
 
 def normal_stop(stop: Any) -> str | tuple[str, ...] | None:

@@ -16,6 +16,7 @@ from dllmserve._values import (
     NotGiven,
     SparseConfig,
     normal_bias,
+    normal_ids,
     normal_stop,
     rank,
 )
@@ -115,6 +116,10 @@ class SamplingParams:
         seed: makes the request's random draws repeatable, whatever else is in the batch.
             None draws a fresh seed.
         stop: string or strings that end the answer; the text is cut before the match.
+        sub_block_length: parts of a block that are filled one after another (Fast-dLLM v2's small
+            blocks); None: the block at once. Each forward computes the whole block.
+        stop_token_ids: ids that end the answer beside the model's end ids, at most 16, and with
+            ignore_eos alone. The id is the answer's last one.
         logit_bias: token id to a number in [-100, 100] that is added to the token's logit in
             every forward, as in OpenAI's API: after guidance, before temperature, top-p and
             top-k, and before confidences are taken. -100 bans a token, 100 all but forces
@@ -289,6 +294,16 @@ class SamplingParams:
         high=MAX_STEPS,
     )
 
+    sub_block_length: int | None = knob(
+        None,
+        "Tokens of the parts of a block that are filled one after another (block-causal models).",
+        low=1,
+        high=MAX_GEN_LENGTH,
+    )
+    stop_token_ids: Sequence[int] | None = knob(
+        None, "Token ids that end the answer, too; also with ignore_eos.", own_check=True
+    )
+
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
         names = [f.name for f in fields(cls)]
@@ -311,6 +326,7 @@ class SamplingParams:
         if isinstance(filled, NotGiven):  # a model with blocks of its own keeps those
             object.__setattr__(self, "block_length", filled)
         object.__setattr__(self, "stop", normal_stop(self.stop))
+        object.__setattr__(self, "stop_token_ids", normal_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", normal_bias(self.logit_bias))
         if (why := next(refusals(self), None)) is not None:
             raise InvalidParameterError(why)

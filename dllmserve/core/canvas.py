@@ -106,24 +106,27 @@ def template_canvas(ids: Sequence[int], holes: Sequence[Range], block_length: in
     return Canvas(ids, tuple(holes), tuple(block for block in cut if masks_in(holes, block)))
 
 
-def window_canvas(prompt: Sequence[int], gen_length: int, window: int, shift: int) -> Canvas:
+def window_canvas(
+    prompt: Sequence[int], gen_length: int, window: int, shift: int, sub_block: int | None = None
+) -> Canvas:
     """A prompt and an answer behind it, for block-causal (or, with a window of 1, causal) models.
 
     The answer goes on to the end of its last window, since what is filled there takes part in it. A
     model whose logits are read one position earlier (``shift``) decides the first position of a
-    window when it stores the window before: that position is a block of its own.
+    window when it stores the window before: that position is a block of its own. ``sub_block`` cuts
+    windows into smaller blocks, each filled before the next.
 
     Example:
         >>> window_canvas([5, 6, 7], 6, 4, 0).blocks
         ((0, 4), (4, 8), (8, 12))
-        >>> window_canvas([5, 6, 7], 6, 4, 1).blocks
-        ((0, 4), (4, 5), (5, 8), (8, 9), (9, 12))
+        >>> window_canvas([5, 6, 7], 6, 4, 1, 2).blocks
+        ((2, 4), (4, 5), (5, 6), (6, 8), (8, 9), (9, 10), (10, 12))
     """
     start = len(prompt)
     end = -(-(start + gen_length) // window) * window
-    blocks: list[Range] = []
-    for low in range(start // window * window, end, window):
-        alone = low + 1 if shift and low >= start else low
-        blocks += [(low, alone), (alone, low + window)]
-    blocks = [(low, high) for low, high in blocks if low < high]
-    return Canvas(prompt, ((start, end),), tuple(blocks), window, gen_length)
+    edges = set(range(start // window * window, end + 1, sub_block or window))
+    edges |= set(range(start // window * window, end + 1, window))
+    if shift:
+        edges |= {low + 1 for low in range(-(-start // window) * window, end, window)}
+    blocks = tuple((low, high) for low, high in pairwise(sorted(edges)) if high > start)
+    return Canvas(prompt, ((start, end),), blocks, window, gen_length)

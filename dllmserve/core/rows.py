@@ -118,6 +118,12 @@ class RowInit:
         return self.holes[-1][1] - self.start
 
 
+def ends_of(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
+    """Ids that end a request's answer."""
+    own = () if params.ignore_eos else spec.eos_ids
+    return (*own, *(i for i in params.stop_token_ids or () if i not in own))
+
+
 def written_last(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
     """Ids whose proposals have no confidence (``confidence_eos_eot_inf``).
 
@@ -181,7 +187,7 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
             holes=request.canvas.holes,
             floats=floats,
             ints=ints,
-            ends=() if params.ignore_eos else spec.eos_ids,
+            ends=ends_of(params, spec),
             confidence=params.confidence,
             sampled=params.temperature > 0,
             filtered=params.top_p < 1 or params.top_k > 0,

@@ -114,12 +114,18 @@ class RequestValidator:
         if spec.geometry == "full":
             return answer_canvas(ids, params.gen_length, params.resolved_block_length)
         window = 1 if spec.geometry == "causal" else params.block_length or spec.block_length
-        return window_canvas(ids, params.gen_length, window, spec.logit_shift)
+        sub_block = params.sub_block_length
+        return window_canvas(ids, params.gen_length, window, spec.logit_shift, sub_block)
 
     def _check_geometry(self, params: SamplingParams) -> None:
         """Refuse what block-causal and autoregressive models have no use for, or cannot do."""
         spec = self.spec
         if spec.geometry == "full":
+            if params.sub_block_length is not None:
+                raise InvalidParameterError(
+                    f"sub_block_length={params.sub_block_length} cuts the blocks of block-causal "
+                    "models, and this one has full attention: use block_length"
+                )
             return
         kind = "an autoregressive model" if spec.geometry == "causal" else "a block-causal model"
         if params.policy != "none":
@@ -178,6 +184,11 @@ class RequestValidator:
         self._check_geometry(params)
         if params.stop_strings and not self.has_tokenizer:
             raise InvalidParameterError("stop needs a tokenizer, and this checkpoint has none")
+        if params.stop_token_ids and max(params.stop_token_ids) >= self.spec.vocab_size:
+            raise InvalidParameterError(
+                f"stop_token_ids has token id {max(params.stop_token_ids)}, outside the vocabulary "
+                f"0..{self.spec.vocab_size - 1}"
+            )
         if params.logit_bias and max(params.logit_bias) >= self.spec.vocab_size:
             raise InvalidParameterError(
                 f"logit_bias has token id {max(params.logit_bias)}, outside the vocabulary "

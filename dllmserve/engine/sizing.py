@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dllmserve._values import MAX_STOP_IDS
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
@@ -110,7 +111,7 @@ class Sizing:
         length = self.max_len
         pages = length // self.options.page_size
         ends = len(self.spec.eos_ids)
-        per_row = length * 22 + pages * 8 + ends * 16
+        per_row = length * 22 + pages * 8 + (2 * ends + MAX_STOP_IDS) * 8
         rows = (self.options.max_num_seqs + 1) * per_row
         edits = edit_bytes(self.edit_sizes, keeps=False)
         return rows + edits + length * self.spec.head_dim * 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dllmserve._values import MAX_STOP_IDS
 from dllmserve.core.rows import IntField, RowInit, Track
 from dllmserve.device import host_to_device
 from dllmserve.runtime.platform import beside_steps, fetch
@@ -43,7 +44,7 @@ class StateTable:
         self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
         self.masked = torch.zeros(rows, width, dtype=torch.bool, device=device)
         self.open = torch.zeros(rows, width, dtype=torch.bool, device=device)
-        self.ends = torch.full((rows, max(ends, 1)), -1, dtype=torch.int64, device=device)
+        self.ends = torch.full((rows, ends + MAX_STOP_IDS), -1, dtype=torch.int64, device=device)
         self.last = torch.full((rows, max(ends, 1)), -1, dtype=torch.int64, device=device)
         self.floats = torch.zeros(rows, len(FLOATS), dtype=torch.float64, device=device)
         self.ints = torch.zeros(rows, len(IntField), dtype=torch.int64, device=device)

@@ -43,8 +43,6 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
     kind, given = case["kind"], case.get("settings", {})
     if kind == "sdar":
         ends = given["stopping_criteria_idx"]
-        if ends not in (None, [eos]):
-            return None
         return SamplingParams(
             temperature=0.0,
             gen_length=given["gen_length"],
@@ -52,25 +50,27 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
             steps_per_block=given["denoising_steps"],
             unmask=RULES[given["remasking_strategy"]],
             threshold=given["confidence_threshold"],
-            ignore_eos=ends is None,
+            ignore_eos=True,
+            stop_token_ids=ends,
         )
     if kind == "ar-greedy":
-        ends = given["eos_token_id"]
-        if ends not in (None, [eos]):
-            return None
-        length = given["max_new_tokens"]
-        return SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=ends is None)
+        ends, length = given["eos_token_id"], given["max_new_tokens"]
+        if ends == [eos]:
+            return SamplingParams(temperature=0.0, max_tokens=length)
+        return SamplingParams(
+            temperature=0.0, max_tokens=length, ignore_eos=True, stop_token_ids=ends
+        )
     if kind == "fdv2-generate" and not given["use_block_cache"]:
         ends = given["stop_token"]
-        if given["small_block_size"] != given["block_size"] or ends not in (None, eos):
-            return None
         return SamplingParams(
             temperature=0.0,
             gen_length=len(case["expected_trimmed"]) if ends is None else given["max_new_tokens"],
             block_length=given["block_size"],
+            sub_block_length=given["small_block_size"],
             unmask="threshold_strict",
             threshold=given["threshold"],
-            ignore_eos=ends is None,
+            ignore_eos=True,
+            stop_token_ids=None if ends is None else [ends],
         )
     return None
 
@@ -91,7 +91,7 @@ def test_alone(engines: Engines, name: str) -> None:
         assert output["token_ids"] == expected, params
         if name in AUTOREGRESSIVE:
             assert output["usage"]["forward_passes"] == len(expected) == forwards["denoise"]
-        ended = not params.ignore_eos and output["finish_reason"] == "stop"
+        ended = output["finish_reason"] == "stop"
         whole = (len(prompt) + params.gen_length) % (params.block_length or 1) == 0
         if name in SDAR and whole and not ended:
             assert output["usage"]["forward_passes"] == forwards["denoise"]
