@@ -97,8 +97,7 @@ def build_inputs(
     source = row[owner].masked_fill(padding, table.trash_row)
     hidden = table.masked[source, positions] | (wide[owner, SpanField.MASK] == Mask.BLIND)
     ids = table.tokens[source, positions].masked_fill(hidden, mask_id)
-    count = shape.entries
-    column = torch.arange(shape.width, device=device)
+    count, column = shape.entries, torch.arange(shape.width, device=device)
     inside = column < wide[:count, SpanField.BLK_LEN, None]
     first = (q_start + wide[:, SpanField.BLK_OFF])[:count, None]
     block = torch.where(inside, first + column, table.max_len)
