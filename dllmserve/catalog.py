@@ -226,8 +226,18 @@ MODELS = Catalog(
     {
         "LLaDAModelLM": ModelInfo("dllmserve.models.llada:Llada"),
         "DreamModel": ModelInfo("dllmserve.models.dream:Dream"),
+        "DreamForCausalLM": ModelInfo("dllmserve.models.dream:DreamReasoner"),
+        "ILLaDAForCausalLM": ModelInfo("dllmserve.models.illada:Illada"),
         "SDARForCausalLM": ModelInfo("dllmserve.models.sdar:Sdar"),
         "Fast_dLLM_QwenForCausalLM": ModelInfo("dllmserve.models.fast_dllm:FastDllm"),
+        "StableDiffcoderForCausalLM": ModelInfo(
+            "dllmserve.models.stable_diffcoder:StableDiffcoder"
+        ),
+        "NemotronLabsDiffusionModel": ModelInfo("dllmserve.models.nemotron:Nemotron"),
+        "MinistralDiffEncoderModel": ModelInfo("dllmserve.models.nemotron:Nemotron"),
+        "A2DLlamaLMHeadModel": ModelInfo("dllmserve.models.a2d:A2dLlama"),
+        "A2DQwen2LMHeadModel": ModelInfo("dllmserve.models.a2d:A2dQwen2"),
+        "A2DQwen3LMHeadModel": ModelInfo("dllmserve.models.a2d:A2dQwen3"),
         "LlamaForCausalLM": ModelInfo("dllmserve.models.llama:Llama"),
         "Qwen2ForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen2"),
         "Qwen3ForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen3"),

@@ -72,8 +72,9 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="Local directory, hub id, or tiny; llada-8b and dream-7b are the public "
-        "checkpoints' shapes, for --load-format dummy. (default tiny)",
+        help="Local directory, hub id, or tiny; llada-8b, illada-8b, dream-7b, sdar-4b, sdar-8b, "
+        "fast-dllm-v2-7b and qwen3-8b are the public checkpoints' shapes, for --load-format "
+        "dummy. (default tiny)",
         show_default=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Dream (DreamLM): Qwen2 layers without a causal mask, logits shifted by one.
+"""Dream (DreamLM): Qwen2 layers without a causal mask, logits shifted by one. DreamReasoner.
 
 Position i's hidden state predicts token i + 1, as in the autoregressive model that Dream
 was adapted from. Source of the fields and names: configuration_dream.py and
@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllmserve.models.config import need
+from dllmserve.models.config import need, one_of
 from dllmserve.models.llama import LlamaLike
+from dllmserve.models.qwen import Qwen3
 
 
 class Dream(LlamaLike):
@@ -24,3 +25,19 @@ class Dream(LlamaLike):
         """The mask, and what it has of Qwen2."""
         mask_id = int(need(config, "mask_token_id", cls.name))
         return {"mask_id": mask_id, "logit_shift": 1, "qkv_bias": True}
+
+
+class DreamReasoner(Qwen3):
+    """DreamForCausalLM, of Qwen3's layers with a block-causal mask; its logits are not shifted."""
+
+    name = "DreamForCausalLM"
+    default_head_dim = None
+
+    @classmethod
+    def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Block and mask."""
+        return {
+            "geometry": "block",
+            "block_length": int(one_of(config, ("block_size", "block_length"), 32)),
+            "mask_id": int(need(config, "mask_token_id", cls.name)),
+        }

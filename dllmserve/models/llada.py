@@ -31,6 +31,16 @@ _ONLY = {
     "alibi": False,
     "clip_qkv": None,
 }
+#: transformers' names of fields, which files that other programs wrote may have instead
+_NAMES = {
+    "hidden_size": "d_model",
+    "num_attention_heads": "n_heads",
+    "num_key_value_heads": "n_kv_heads",
+    "num_hidden_layers": "n_layers",
+    "intermediate_size": "mlp_hidden_size",
+    "max_position_embeddings": "max_sequence_length",
+    "tie_word_embeddings": "weight_tying",
+}
 
 
 class Llada(Decoder):
@@ -49,6 +59,8 @@ class Llada(Decoder):
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ModelSpec:
         """Read a LLaDA config.json."""
+        renamed = {own: config[name] for name, own in _NAMES.items() if name in config}
+        config = {**renamed, **config}
         refuse(config, cls.name, _ONLY)
         width = int(need(config, "d_model", cls.name))
         heads = int(need(config, "n_heads", cls.name))

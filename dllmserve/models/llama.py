@@ -82,7 +82,7 @@ class LlamaLike(Decoder):
             raise UnsupportedModelError(
                 f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv}"
             )
-        head_dim = config.get("head_dim") or cls.default_head_dim
+        head_dim = config.get("head_dim", cls.default_head_dim)
         if head_dim is None and width % heads:
             raise UnsupportedModelError(
                 f"hidden_size={width} is not a multiple of num_attention_heads={heads}"

@@ -31,7 +31,15 @@ from dllmserve.parallel.partition import Partition
 EMBEDDED = "tiny"
 ASSETS = Path(__file__).parent.parent / "assets"
 #: Inside the package too, as a bare config.json: the public checkpoints' shapes, for benchmarks.
-SHAPES_ONLY = ("llada-8b", "dream-7b")
+SHAPES_ONLY = (
+    "llada-8b",
+    "dream-7b",
+    "illada-8b",
+    "sdar-4b",
+    "sdar-8b",
+    "fast-dllm-v2-7b",
+    "qwen3-8b",
+)
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 #: what can be wrong with the tensors of a checkpoint, and how many names of each are shown

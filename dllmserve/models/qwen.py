@@ -28,7 +28,7 @@ class Qwen3(LlamaLike):
     name = "Qwen3ForCausalLM"
     only: ClassVar[Mapping[str, Any]] = {"hidden_act": "silu", "attention_bias": False}
     head_norms = True
-    default_head_dim = 128
+    default_head_dim: ClassVar[int | None] = 128
 
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -72,6 +72,11 @@ def test_counts() -> None:
     [
         ("llada-8b", "LLaDAModelLM", 8_015_581_184, 4096),
         ("dream-7b", "DreamModel", 7_615_616_512, 131072),
+        ("illada-8b", "ILLaDAForCausalLM", 7_615_025_152, 8192),
+        ("sdar-4b", "SDARForCausalLM", 4_411_424_256, 32768),
+        ("sdar-8b", "SDARForCausalLM", 8_190_735_360, 32768),
+        ("fast-dllm-v2-7b", "Fast_dLLM_QwenForCausalLM", 7_615_616_512, 32768),
+        ("qwen3-8b", "Qwen3ForCausalLM", 8_190_735_360, 40960),
     ],
 )
 def test_shapes_of_public_checkpoints(

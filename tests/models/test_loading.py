@@ -200,16 +200,41 @@ def test_block_causal_and_autoregressive_configs(
 
 
 def test_defaults_of_published_files() -> None:
-    """Fast-dLLM v2 and SDAR without a mask id; Qwen3 without a head size."""
+    """Without a mask id or a block size; Qwen3 without a head size."""
     large = {"vocab_size": 151936, "mask_token_id": None, "bd_size": None, "block_size": None}
-    for name, block, mask_id in (("fdv2-kv2of4", 32, 151665), ("sdar-kv2of4", 4, 151669)):
-        settings = json.loads((GOLDEN / name / "config.json").read_text())
-        spec = loader.read_spec(settings | large)
-        assert (spec.geometry, spec.block_length, spec.mask_id) == ("block", block, mask_id)
+    for name, architecture, block, mask_id in (
+        ("fdv2-kv2of4", None, 32, 151665),
+        ("sdar-kv2of4", None, 4, 151669),
+        ("llama-kv2of4", "StableDiffcoderForCausalLM", 4, 5),
+        ("llama-kv2of4", "ILLaDAForCausalLM", 0, 5),
+        ("qwen3-kv2of4", "A2DQwen3LMHeadModel", 0, 151669),
+    ):
+        settings = json.loads((GOLDEN / name / "config.json").read_text()) | large
+        if architecture is not None:
+            settings["architectures"] = [architecture]
+        spec = loader.read_spec(settings)
+        assert (spec.block_length, spec.mask_id) == (block, mask_id)
+        assert spec.geometry == ("block" if block else "full")
     settings = json.loads((GOLDEN / "qwen3-kv2of4" / "config.json").read_text())
     del settings["head_dim"]
     spec = loader.read_spec(settings)
     assert (spec.head_dim, spec.geometry, spec.mask_id) == (128, "causal", NO_MASK)
+
+
+def test_llada_with_the_names_of_transformers() -> None:
+    settings = config(LLADA) | {"n_kv_heads": 2, "mlp_hidden_size": 40}
+    other = dict(settings)
+    for own, name in (
+        ("d_model", "hidden_size"),
+        ("n_heads", "num_attention_heads"),
+        ("n_kv_heads", "num_key_value_heads"),
+        ("n_layers", "num_hidden_layers"),
+        ("mlp_hidden_size", "intermediate_size"),
+        ("max_sequence_length", "max_position_embeddings"),
+        ("weight_tying", "tie_word_embeddings"),
+    ):
+        other[name] = other.pop(own)
+    assert loader.read_spec(other) == loader.read_spec(settings)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dllmserve import LLM, SamplingParams
 from dllmserve.core.plan import Store
+from dllmserve.errors import UnsupportedModelError
+from dllmserve.models.loader import read_config, read_spec
+from tests.helpers import answer
 from tests.models.test_causal_forward import Forwards, chunk, load
 
 transformers = pytest.importorskip("transformers")
@@ -107,16 +111,68 @@ def test_tied_heads(tmp_path: Path, kind: str, tied: bool) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name", "block"),
-    [("Qwen3", "SDARForCausalLM", 4), ("Qwen2", "Fast_dLLM_QwenForCausalLM", 32)],
+    [
+        ("Qwen3", "SDARForCausalLM", 4),
+        ("Qwen2", "Fast_dLLM_QwenForCausalLM", 32),
+        ("Llama", "StableDiffcoderForCausalLM", 4),
+        ("Qwen3", "DreamForCausalLM", 32),
+        ("Llama", "ILLaDAForCausalLM", LENGTH),  # one block: every token sees all
+        ("Qwen2", "DreamModel", LENGTH),
+        ("Llama", "A2DLlamaLMHeadModel", LENGTH),
+        ("Qwen2", "A2DQwen2LMHeadModel", LENGTH),
+        ("Qwen3", "A2DQwen3LMHeadModel", LENGTH),
+    ],
 )
-def test_a_block_causal_mask(tmp_path: Path, kind: str, name: str, block: int) -> None:
+def test_other_masks(tmp_path: Path, kind: str, name: str, block: int) -> None:
     """The layers are those of the autoregressive model."""
-    more = {"head_dim": 10} if kind == "Qwen2" else {}
+    more = {} if kind == "Qwen3" else {"head_dim": 10}
     model = saved(tmp_path, kind, **more)
     rewrite(tmp_path, architectures=[name], mask_token_id=96)
     same(tmp_path, model, block)
+    spec = read_spec(read_config(tmp_path))
+    if block == LENGTH:
+        assert (spec.geometry, spec.block_length) == ("full", 0)
+    else:
+        assert (spec.geometry, spec.block_length) == ("block", block)
 
 
-def renamed(folder: Path, change: Any) -> None:
-    path = folder / "model.safetensors"
-    save_file({change(name): x.clone() for name, x in load_file(path).items()}, path)
+@pytest.mark.parametrize("name", ["NemotronLabsDiffusionModel", "MinistralDiffEncoderModel"])
+def test_nemotron(tmp_path: Path, name: str) -> None:
+    """Ministral 3 with other names: YaRN, and queries that grow with their position."""
+    rope = YARN | {"rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0}
+    rope |= {"llama_4_scaling_beta": 0.4, "beta_fast": 32.0, "beta_slow": 1.0}
+    model = saved(tmp_path, "Ministral3", rope_parameters=rope)
+
+    def new(old: str) -> str:
+        return old.replace("model.", "encoder.").replace("lm_head", "diffusion_head")
+
+    path = tmp_path / "model.safetensors"
+    save_file({new(old): x.clone() for old, x in load_file(path).items()}, path)
+    rewrite(tmp_path, architectures=[name], block_size=32, mask_token_id=96)
+    same(tmp_path, model)
+    same(tmp_path, model, 32)
+    spec = read_spec(read_config(tmp_path))
+    assert (spec.geometry, spec.block_length, spec.causal_context) == ("block", 32, True)
+    rewrite(tmp_path, rope_parameters="absent")
+    with pytest.raises(UnsupportedModelError, match="lacks the field 'rope_parameters'"):
+        read_spec(read_config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("Llama", "ILLaDAForCausalLM"), ("Qwen3", "A2DQwen3LMHeadModel")]
+)
+def test_full_attention_is_served(tmp_path: Path, kind: str, name: str) -> None:
+    """The first forward's probabilities, and the same answer with K,V that are kept."""
+    model = saved(tmp_path, kind, head_dim=10, tie_word_embeddings=True)
+    rewrite(tmp_path, architectures=[name], mask_token_id=96)
+    llm = LLM(str(tmp_path), device="cpu")
+    params = SamplingParams(temperature=0.0, gen_length=16, block_length=8, ignore_eos=True)
+    prompt = tokens()[:9]
+    canvas = torch.tensor([prompt + [96] * 16])
+    with torch.no_grad():
+        logits = model(canvas, attention_mask=torch.ones(1, 1, 25, 25).bool()).logits[0, 9:]
+    best = logits.softmax(dim=-1)[:, :96].amax(dim=-1)  # the mask is never proposed
+    first = next(llm.stream(prompt, params))
+    got = torch.tensor([c for c in first.confidence[:8] if c is not None])
+    torch.testing.assert_close(got, best[:8], atol=1e-5, rtol=0)
+    assert len(answer(llm, prompt, params)) == 16

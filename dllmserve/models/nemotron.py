@@ -1,0 +1,34 @@
+"""Nemotron-Labs-Diffusion (NVIDIA): Ministral 3's layers, which are Llama's with scaled angles.
+
+A block is filled as a whole, and everything before it has K and V of a causal mask. Source of the
+fields and names: modeling_nemotron_labs_diffusion.py of the public checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from dllmserve.models.config import need, one_of
+from dllmserve.models.llama import LLAMA_ONLY, LlamaLike
+
+
+class Nemotron(LlamaLike):
+    """NemotronLabsDiffusionModel, earlier MinistralDiffEncoderModel."""
+
+    name = "NemotronLabsDiffusionModel"
+    only: ClassVar[Mapping[str, Any]] = {**LLAMA_ONLY, "sliding_window": None}
+    inside = "encoder"
+    head_name = "diffusion_head"
+
+    @classmethod
+    def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Block and mask; angles are always scaled, so a file must say how."""
+        if not config.get("rope_scaling"):
+            need(config, "rope_parameters", cls.name)
+        return {
+            "geometry": "block",
+            "block_length": int(one_of(config, ("block_size", "canvas_length"), 32)),
+            "causal_context": True,
+            "mask_id": int(one_of(config, ("mask_token_id", "mask_id"), 100)),
+        }
