@@ -335,6 +335,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.running.remove(request)
+        self._short = self._short and bool(self.running)
         self.waiting.end(request, self.storage.needs(request))
         self.storage.end(request)
 

@@ -89,3 +89,15 @@ def test_pages_that_others_hold_too_are_not_gained_by_taking_them() -> None:
     assert len(young.pages) == 4
     assert storage.grow(old, stores, [young])
     assert len(old.pages) == 1 and not young.pages
+
+
+def test_who_is_dropped_waits_for_no_pages() -> None:
+    under_test = scheduler(num_pages=6, max_num_seqs=2)
+    made = [request(0, 1, 40, "paged", block=8), *(request(0, 2, 30, "dual") for _ in range(2))]
+    grows, holds, last = add_all(under_test, made)
+    device = Device(under_test)
+    while not under_test._short:
+        device.step()
+    under_test.abort(grows)
+    under_test.abort(holds)
+    assert under_test.schedule()[2] == [last]
