@@ -92,7 +92,8 @@ class Span(NamedTuple):
         keep: tokens that a selection keeps.
         blk_off, blk_len: the block's positions start at ``q_start + blk_off``.
         head: :class:`Part` of the block whose logits are computed; NONE in a forward that only
-            stores, which has no block either. BLOCK adds the written positions, whose tokens are scored.
+            stores, which has no block either. BLOCK adds the written positions, whose tokens are
+            scored.
         mask, mask_arg: see :class:`Mask`.
         pick: 0, or the device chooses the ``q_len`` queries among the ``pick`` positions from
             q_start on (with Store.AHEAD), those whose K,V are most out of date, and computes them

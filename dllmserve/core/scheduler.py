@@ -386,10 +386,11 @@ def with_blind(span: Span, seen: int, shift: int) -> tuple[Span, Span]:
         seen: canvas positions that are seen.
         shift: 1 for models that read the logits of position p at p - 1.
     """
+    start = max(span.blk_start - shift, 0)  # position 0 has nothing before it
     blind = Span(
         row=span.row,
-        q_start=span.blk_start - shift,
-        q_len=span.blk_len,
+        q_start=start,
+        q_len=max(span.blk_end - shift - start, 1),
         ctx_len=seen,
         head=Part.NONE,
         mask=Mask.BLIND,

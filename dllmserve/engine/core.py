@@ -317,7 +317,7 @@ class EngineCore:
             token_ids=ids[:used],
             finish_reason=request.finish_reason or "length",
             prompt_tokens=request.prompt_len,
-            completion_tokens=used,
+            completion_tokens=request.canvas.filled(used),
             forward_passes=request.reported_forwards,
         )
 
@@ -344,7 +344,8 @@ class EngineCore:
             token_ids=shown,
             committed=[not m for m in masked],
             confidence=confidence,
-            block=(block, block + width),
+            # a block may hold given tokens before the answer's start and behind its end
+            block=(min(max(block, 0), length), min(max(block + width, 0), length)),
             forward_passes=request.progress.forwards,
             output=output,
         )
