@@ -57,8 +57,13 @@ class Limits:
             )
 
     def _check_tokens(self, request: Request) -> None:
-        """What cannot be divided has to fit a step: a block, or a canvas that sees itself."""
-        length = request.longest_block if request.grows else request.canvas_len
+        """What cannot be divided has to fit a step: a block, or a canvas that sees itself.
+
+        Blocks of a request that grows are also those of what is stored before its first one.
+        """
+        length = request.canvas_len
+        if request.grows:
+            length = min(length, max(request.longest_block, request.params.resolved_block_length))
         tokens = length * request.rows_needed + request.blind_len
         if tokens > self.max_num_batched_tokens:
             what = (
