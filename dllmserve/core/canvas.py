@@ -71,6 +71,10 @@ class Canvas:
         """Positions to fill in each block."""
         return tuple(masks_in(self.holes, block) for block in self.blocks)
 
+    def filled(self, length: int) -> int:
+        """Positions to fill among the first ``length`` of the answer; the others are given."""
+        return masks_in(self.holes, (self.start, self.start + length))
+
 
 def masks_in(holes: Iterable[Range], block: Range) -> int:
     """Positions of holes in a block."""

@@ -58,6 +58,10 @@ class PageAllocator:
                 del self._holders[page]
                 self._free.append(page)
 
+    def sole(self, pages: Iterable[int]) -> int:
+        """How many of these pages would be free if one of their holders let them go."""
+        return sum(self._holders[page] == 1 for page in pages)
+
     def check_integrity(self) -> None:
         """Raise ValueError unless every page is either free or held, once."""
         if len(self._free) + len(self._holders) != self.num_pages:

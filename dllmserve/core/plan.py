@@ -18,7 +18,7 @@ class Store(IntEnum):
     #: those of every query position p go to slot p, while the span attends
     POSITIONS = 1
     #: the same, before any span of the step attends; the span then sees slots 0..ctx_len-1 and
-    #: nothing else
+    #: nothing else. For spans with ``pick``, and entries with a blind span
     AHEAD = 2
     #: after attention, each K,V head keeps its own ``keep`` best tokens in slots 0..keep-1
     SELECT_PER_HEAD = 3
@@ -92,7 +92,8 @@ class Span(NamedTuple):
         keep: tokens that a selection keeps.
         blk_off, blk_len: the block's positions start at ``q_start + blk_off``.
         head: :class:`Part` of the block whose logits are computed; NONE in a forward that only
-            stores. BLOCK adds the written positions, whose tokens are scored.
+            stores, which has no block either. BLOCK adds the written positions, whose tokens are
+            scored.
         mask, mask_arg: see :class:`Mask`.
         pick: 0, or the device chooses the ``q_len`` queries among the ``pick`` positions from
             q_start on (with Store.AHEAD), those whose K,V are most out of date, and computes them
@@ -264,6 +265,8 @@ class StepPlan:
         for entry in self.entries:
             if not 0 <= entry.masks <= entry.span.blk_len:
                 raise ValueError(f"{entry.masks} masks in a block of {entry.span.blk_len}")
+            if entry.span.store == Store.AHEAD and not (entry.span.pick or entry.blind):
+                raise ValueError(f"nothing of the step reads what is stored ahead: {entry.span}")
 
 
 @dataclass(frozen=True)
@@ -306,3 +309,5 @@ def _validate(span: Span, max_model_len: int) -> None:
         raise ValueError(f"bad mask: {span}")
     if span.head not in tuple(Part) or span.must not in tuple(Part):
         raise ValueError(f"bad part of the block: {span}")
+    if span.head == Part.NONE and span.blk_len:
+        raise ValueError(f"a span that decides nothing has a block: {span}")

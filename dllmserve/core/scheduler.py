@@ -56,6 +56,8 @@ class Scheduler:
         self.storage = Storage(spec, limits, policy)
         self._policy = policy
         self._step = 0
+        #: in the last step a running request had to wait for pages
+        self._short = False
 
     @property
     def has_work(self) -> bool:
@@ -96,25 +98,37 @@ class Scheduler:
             rows=limits.max_num_seqs,
             refresh_tokens=limits.max_refresh_tokens,
         )
-        # whoever was left out of the last steps comes first: nobody starves
-        order = sorted(self.running, key=lambda r: (r.last_step, r.id))
-        ready = [
-            (r, self._fitted(r, limits.max_num_batched_tokens)) for r in order if not r.launched
-        ]
+        ready = self._ready()
         rationed = self.waiting.ration(ready, limits.cheap_tokens)
         picked: dict[Request, StepEntry] = {}
         phase = self._phase([entry for _, entry in rationed])
         for request, entry in rationed:
             if phase is None or entry.span.refresh is phase:
                 self._pick(request, entry, budget, picked)
-        if not picked:  # all of those wait for pages that others hold
-            for request, entry in ready:
-                self._pick(request, entry, budget, picked)
         self.waiting.settle(picked.items())
         self._step += 1
         packed = sorted(picked.items(), key=lambda pair: _packing_order(*pair))
         requests = [r for r, _ in packed]
         return StepPlan(tuple(e for _, e in packed), new_pages(requests)), requests, admitted
+
+    def _ready(self) -> list[tuple[Request, StepEntry]]:
+        """Who may be in the step, with what, the one that was left out longest first.
+
+        One that grows and cannot have the pages that it needs waits, and so does whoever came after
+        it and needs some: pages that are free then are the older one's.
+        """
+        entries, self._short = {}, False
+        for request in self.running:
+            if request.launched:
+                continue
+            entry = self._fitted(request, self.limits.max_num_batched_tokens)
+            missing = self.storage.missing(request, entry.span) if request.grows else 0
+            if missing and not self._short:
+                pages, victims = missing * request.rows_needed, self._victims(request, ())
+                self._short = self.storage.to_take(pages, victims) is None
+            if not (missing and self._short):
+                entries[request] = entry
+        return sorted(entries.items(), key=lambda pair: (pair[0].last_step, pair[0].id))
 
     def _pick(
         self,
@@ -132,6 +146,7 @@ class Scheduler:
         if request.grows and not self.storage.grow(
             request, entry.span, self._victims(request, picked)
         ):
+            self._short = True
             return
         budget.take(*amount, refresh=entry.span.refresh)
         request.last_step = self._step
@@ -278,7 +293,7 @@ class Scheduler:
             if request is None:
                 break
             beyond = self._beyond_share(request)
-            if not beyond and self.storage.fits(request):
+            if not beyond and self._has_room(request):
                 self._start(request)
                 admitted.append(request)
                 for other, own in passed:
@@ -294,6 +309,12 @@ class Scheduler:
                 worn = worn or (not own and other.skipped >= MAX_SKIPS)
         self.waiting.put_back(request for request, _ in passed)
         return admitted
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether a request can start. What runs and waits for pages gets those that are free."""
+        if self._short and self.storage.first_pages(request):
+            return False
+        return self.storage.fits(request)
 
     def _beyond_share(self, request: Request) -> bool:
         """Whether its owner would have too much; nobody has who is alone and has no name."""
@@ -316,6 +337,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self.running.remove(request)
+        self._short = self._short and bool(self.running)
         self.waiting.end(request, self.storage.needs(request))
         self.storage.end(request)
 
@@ -367,10 +389,11 @@ def with_blind(span: Span, seen: int, shift: int) -> tuple[Span, Span]:
         seen: canvas positions that are seen.
         shift: 1 for models that read the logits of position p at p - 1.
     """
+    start = max(span.blk_start - shift, 0)  # position 0 has nothing before it
     blind = Span(
         row=span.row,
-        q_start=span.blk_start - shift,
-        q_len=span.blk_len,
+        q_start=start,
+        q_len=max(span.blk_end - shift - start, 1),
         ctx_len=seen,
         head=Part.NONE,
         mask=Mask.BLIND,

@@ -28,7 +28,8 @@ class Storage:
     """What is free, and who holds the rest.
 
     A request holds all pages that it will ever need from its start on, unless its cache policy
-    grows: then it gets pages when it stores something, and may be told to give them back.
+    grows: then it starts with those of its given tokens, gets more when it stores more, and may be
+    told to give all of them back.
 
     Args:
         spec: the model's dimensions.
@@ -57,6 +58,11 @@ class Storage:
         """Pages that one row of the request needs at most."""
         return self.pages_of(self._policy(request.policy).slots(request, self._spec))
 
+    def first_pages(self, request: Request) -> int:
+        """Pages that one row of the request starts with."""
+        most = self.most_pages(request)
+        return min(most, self.pages_of(request.blocks[0][0])) if request.grows else most
+
     def needs(self, request: Request) -> tuple[int, ...]:
         """Rows, pages and kept distributions that the request holds at most."""
         pages = self.most_pages(request) * request.rows_needed
@@ -67,15 +73,14 @@ class Storage:
         return len(self.rows), self.pages.num_free, self.history.num_free
 
     def fits(self, request: Request) -> bool:
-        """Whether the request can start. One that grows needs room for its given tokens."""
-        rows, pages, history = self.needs(request)
-        if request.grows:
-            pages = min(pages, self.pages_of(request.canvas.start) * request.rows_needed)
-        return all(n <= f for n, f in zip((rows, pages, history), self.free(), strict=True))
+        """Whether the request can start."""
+        pages = self.first_pages(request) * request.rows_needed
+        needs = request.rows_needed, pages, request.history_needed
+        return all(n <= f for n, f in zip(needs, self.free(), strict=True))
 
     def start(self, request: Request) -> None:
-        """Give a request its rows and what it reserves."""
-        pages = 0 if request.grows else self.most_pages(request)
+        """Give a request its rows and the pages that it starts with."""
+        pages = self.first_pages(request)
         request.row = self.rows.pop()
         request.pages = self.pages.reserve(pages)
         request.history = self.history.reserve(request.history_needed)
@@ -99,6 +104,12 @@ class Storage:
         request.pages, request.uncond_pages, request.sent = [], [], 0
         request.progress.stored = 0
 
+    def missing(self, request: Request, span: Span) -> int:
+        """Pages that each row of a request lacks for what a span stores."""
+        stores = span.store in (Store.POSITIONS, Store.AHEAD)
+        end = span.q_start + span.reach if stores else 0
+        return max(self.pages_of(end) - len(request.pages), 0)
+
     def grow(self, request: Request, span: Span, victims: Iterable[Request]) -> bool:
         """Give a request the pages that a span stores to; False if there is no room for them.
 
@@ -107,17 +118,9 @@ class Storage:
             span: of its next forward.
             victims: running requests whose pages may be taken for it, the first first.
         """
-        end = span.q_start + span.q_len if span.store in (Store.POSITIONS, Store.AHEAD) else 0
-        missing = self.pages_of(end) - len(request.pages)
-        if missing <= 0:
-            return True
-        short, taken = missing * request.rows_needed - self.pages.num_free, []
-        for victim in victims:
-            if short <= 0:
-                break
-            taken.append(victim)
-            short -= len(victim.pages) + len(victim.uncond_pages)
-        if short > 0:
+        missing = self.missing(request, span)
+        taken = self.to_take(missing * request.rows_needed, victims)
+        if taken is None:
             return False
         for victim in taken:
             self.take_pages(victim)
@@ -125,6 +128,16 @@ class Storage:
         if request.guided:
             request.uncond_pages += self.pages.reserve(missing)
         return True
+
+    def to_take(self, pages: int, victims: Iterable[Request]) -> list[Request] | None:
+        """Whose pages have to be taken so that so many are free; None if there are too few."""
+        short, taken = pages - self.pages.num_free, list[Request]()
+        for victim in victims if short > 0 else ():
+            taken.append(victim)
+            short -= self.pages.sole(victim.pages) + self.pages.sole(victim.uncond_pages)
+            if short <= 0:
+                break
+        return taken if short <= 0 else None
 
     def check_integrity(self, running: list[Request]) -> None:
         """Raise ValueError unless rows and pages add up."""

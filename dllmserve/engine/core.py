@@ -50,7 +50,7 @@ class StepEvents:
 
 
 @dataclass(frozen=True)
-class _Flight:
+class _InFlightStep:
     """A step that was launched and not yet taken in; without a handle, one that failed."""
 
     requests: list[Request]
@@ -104,7 +104,7 @@ class EngineCore:
         self._text = AnswerText(tokenizer)
         self._depth = depth
         self._threads = threads
-        self._flights: deque[_Flight] = deque()
+        self._in_flight: deque[_InFlightStep] = deque()
         self.observers: list[Callable[[StepPlan], None]] = []
         self.on_admitted: Callable[[list[Request]], None] | None = None
 
@@ -145,7 +145,7 @@ class EngineCore:
 
     def abandon(self) -> None:
         """Forget the steps in flight, after an error that left their requests in doubt."""
-        self._flights.clear()
+        self._in_flight.clear()
 
     def close(self) -> None:
         """Let go of what the engine holds beside memory; nothing can be run any more."""
@@ -166,18 +166,18 @@ class EngineCore:
             return self._step()
 
     def _step(self) -> StepEvents:
-        while len(self._flights) < self._depth:
+        while len(self._in_flight) < self._depth:
             # the next step of a request that cannot be foreseen needs its last report
-            if self._flights and not self._flights[-1].foreseen:
+            if not all(step.foreseen for step in self._in_flight):
                 break
             if not self._launch():
                 break
-        if not self._flights:
+        if not self._in_flight:
             return StepEvents()
-        events = self._land(self._flights.popleft())
+        events = self._land(self._in_flight.popleft())
         # launched for answers that have ended early: nobody waits for their reports
-        while self._flights and self._flights[0].over:
-            self._flights.popleft()
+        while self._in_flight and self._in_flight[0].over:
+            self._in_flight.popleft()
         return events
 
     def _launch(self) -> bool:
@@ -197,9 +197,9 @@ class EngineCore:
         for part, members, error in self._execute(plan, requests):
             if isinstance(part, StepHandle):
                 self.scheduler.assume(members)
-                self._flights.append(_Flight(members, part))
+                self._in_flight.append(_InFlightStep(members, part))
             else:
-                self._flights.append(_Flight(members, None, error))
+                self._in_flight.append(_InFlightStep(members, None, error))
         return True
 
     def _fill_rows(self, request: Request) -> bool:
@@ -216,7 +216,7 @@ class EngineCore:
             if attempt == 0:
                 release_cached_memory()
         failure = OutOfMemoryError(f"out of memory at admission ({reason}): {OOM_ADVICE}")
-        self._flights.append(_Flight([request], None, failure))
+        self._in_flight.append(_InFlightStep([request], None, failure))
         return False
 
     def _can_recover(self, error: BaseException) -> bool:
@@ -250,11 +250,11 @@ class EngineCore:
                 handle.keep_proposals()
         return [*first, *self._execute(plan.part(half), requests[half:])]
 
-    def _land(self, flight: _Flight) -> StepEvents:
+    def _land(self, step: _InFlightStep) -> StepEvents:
         """Wait for a step's report and act on it."""
-        requests, handle = flight.requests, flight.handle
+        requests, handle = step.requests, step.handle
         if handle is None:
-            return self._give_up(flight)
+            return self._give_up(step)
         reports = [
             report.within(request.canvas.answer_len)
             for request, report in zip(requests, handle.result(), strict=True)
@@ -289,12 +289,12 @@ class EngineCore:
             self.scheduler.release(request)
         return replace(events, committed=committed)
 
-    def _give_up(self, flight: _Flight) -> StepEvents:
+    def _give_up(self, step: _InFlightStep) -> StepEvents:
         """End the requests of a step that could not be launched."""
         events = StepEvents()
-        for request in flight.requests:
+        for request in step.requests:
             if request.status is Status.RUNNING:
-                request.error = flight.error
+                request.error = step.error
                 self.scheduler.release(request)
                 events.failed.append(request)
         return events
@@ -320,7 +320,7 @@ class EngineCore:
             token_ids=ids[:used],
             finish_reason=request.finish_reason or "length",
             prompt_tokens=request.prompt_len,
-            completion_tokens=used,
+            completion_tokens=request.canvas.filled(used),
             forward_passes=request.reported_forwards,
         )
 
@@ -347,7 +347,8 @@ class EngineCore:
             token_ids=shown,
             committed=[not m for m in masked],
             confidence=confidence,
-            block=(block, block + width),
+            # a block may hold given tokens before the answer's start and behind its end
+            block=(min(max(block, 0), length), min(max(block + width, 0), length)),
             forward_passes=request.progress.forwards,
             output=output,
         )

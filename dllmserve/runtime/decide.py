@@ -245,7 +245,9 @@ class StepDecision:
         writings: list[_Writing] = [(table.forwards, inputs.rows, self._forwards + inputs.fills)]
         if update.memory is not None:
             cells = self._cells(inputs.rows, inputs.block)
-            writings.append((table.memory_row, inputs.rows, update.memory.row))
+            # a forward that only stores, between two that decide, is none of the rule's business
+            row = torch.where(inputs.fills, update.memory.row, table.memory_row[inputs.rows])
+            writings.append((table.memory_row, inputs.rows, row))
             writings.append((table.memory_cells, cells, update.memory.cells))
         owners = [(inputs.rows, slice(None))]
         if guided:  # both rows of a guided request hold the same answer

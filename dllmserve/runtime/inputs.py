@@ -112,7 +112,9 @@ def build_inputs(
         offset, above = order.query_of(entry, offset), order.query_of(pair, above)
     head_rows = starts[entry] + offset
     if shape.blind:
-        blind = starts[_blind_spans(entry, shape)] + cells % shape.width
+        query = first[entry, 0] + cells % shape.width - logit_shift  # its position
+        number = _blind_spans(entry, shape)
+        blind = starts[number] + (query - q_start[number]).clamp(min=0)
         head_rows = torch.where(scored.flatten()[cells], blind, head_rows)
     return StepInputs(
         starts=starts,

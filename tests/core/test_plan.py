@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dllmserve.core.plan import Mask, NewPage, Span, SpanField, StepEntry, StepPlan, Store
+from dllmserve.core.plan import Mask, NewPage, Part, Span, SpanField, StepEntry, StepPlan, Store
 
 GOOD = Span(0, 2, 6, 8, int(Store.POSITIONS), 0, 1, 4)
 
@@ -46,6 +46,8 @@ def test_order_of_spans_and_totals() -> None:
         ((entry(mask=Mask.STAIR),), "bad mask"),
         ((entry(head=3),), "bad part"),
         ((entry(must=-1),), "bad part"),
+        ((entry(head=Part.NONE),), "decides nothing has a block"),
+        ((entry(store=Store.AHEAD),), "nothing of the step reads what is stored ahead"),
         ((entry(pick=9),), "bad choice of queries"),
         ((entry(masks=5),), "5 masks in a block of 4"),
         ((entry(masks=-1),), "-1 masks in a block of 4"),

@@ -43,6 +43,7 @@ def run(llm: LLM, requests: list[Request]) -> dict[int, tuple[list[int], int]]:
             row[one.canvas.start : one.canvas.end] = output.token_ids
             found[one.id] = row, output.forward_passes
             assert output.prompt_tokens == one.canvas.given
+            assert output.completion_tokens == sum(end - start for start, end in one.canvas.holes)
     helpers.check_idle(llm)
     return found
 
@@ -160,6 +161,37 @@ def test_every_cache_and_rule_alone_or_in_any_batch(engines: Engines) -> None:
         together = made()
         found = run(engines(path, **options), together)
         assert [found[r.id] for r in together] == alone, options
+
+
+@pytest.mark.parametrize("holes", [[(0, 1), (3, 6)], [(1, 3), (5, 7)], [(0, 5)]])
+def test_a_shifted_model_fills_from_the_first_position_on(
+    engines: Engines, holes: list[tuple[int, int]]
+) -> None:
+    """Nothing stands before it: its logits are its own, also where written tokens are scored."""
+    canvas = template_canvas([7] * 9, holes, 4)
+    wino = {"unmask": "wino", "threshold": 0.01, "threshold_back": 0.9}
+    made = [wino, {**wino, "cache": "dual"}, {"cache": "dual"}, {"cache": "delayed"}]
+    llm = engines(helpers.GOLDEN / "dream-kv2of4")
+    alone = []
+    for options in made:
+        one = request(canvas, **options)
+        alone.append(run(llm, [one])[one.id])
+    together = [request(canvas, **options) for options in made]
+    found = run(llm, together)
+    assert [found[one.id] for one in together] == alone
+
+
+def test_watched_blocks_lie_in_the_answer(engines: Engines) -> None:
+    """What is given before and behind it in its blocks is not shown."""
+    llm = engines(helpers.GOLDEN / MODELS[0])
+    engine = llm._engine
+    one = request(template_canvas([7] * 12, [(3, 5), (8, 10)], 4), steps=4)
+    one.watch, seen = True, []
+    engine.add(one)
+    while engine.has_work:
+        seen += [step for _, step in engine.step().watched]
+    assert [step.block for step in seen] == [(0, 1), (1, 5), (5, 7)]
+    assert all(len(step.token_ids) == len(step.committed) == 7 for step in seen)
 
 
 def test_given_ends_end_nothing(engines: Engines) -> None:

@@ -106,6 +106,28 @@ def test_out_of_memory_splits_the_step(deep: LLM, monkeypatch: pytest.MonkeyPatc
     helpers.check_idle(deep)
 
 
+def test_a_step_that_was_split_is_reported_whole_before_the_next_is_planned(
+    deep: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last part may hold only what can be foreseen, an earlier part may not."""
+    adaptive = SamplingParams(
+        temperature=0.0, gen_length=8, block_length=1, unmask="threshold", ignore_eos=True
+    )
+    asked = [([1, 2], adaptive), *((helpers.random_prompt(i, 9), GREEDY) for i in range(3))]
+    expected = [helpers.answer(deep, *one) for one in asked]
+    execute = deep._engine._runner.execute
+
+    def tight(plan: StepPlan) -> StepHandle:
+        if len(plan.entries) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return execute(plan)
+
+    monkeypatch.setattr(deep._engine._runner, "execute", tight)
+    prompts, params = zip(*asked, strict=True)
+    outputs = deep.generate(list(prompts), list(params), use_tqdm=False)
+    assert [o["token_ids"] for o in outputs] == expected
+
+
 def test_observers_see_every_plan(deep: LLM) -> None:
     plans: list[StepPlan] = []
     with deep.observe(plans.append):

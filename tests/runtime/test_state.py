@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllmserve.catalog import RULES
-from dllmserve.core.plan import Span, StepEntry, StepPlan
+from dllmserve.core.plan import Part, Span, StepEntry, StepPlan, Store
 from dllmserve.core.rows import IntField, RowInit, RowSelect
+from dllmserve.decoding.rule import RuleView, Update
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.edits import BiasEdit, EditSizes
@@ -27,6 +28,7 @@ from dllmserve.runtime.shape import (
     lay_out,
 )
 from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.step import TorchStep
 from dllmserve.runtime.tensors import HeadCells
 from dllmserve.sampling_params import FLOATS
 from tests.helpers import PLAIN
@@ -131,6 +133,36 @@ def test_inputs(shift: int) -> None:
     second, third = 9, 9 + 3 + shift
     assert inputs.head_rows.tolist() == [3 - shift, 5 - shift, 6 - shift, second, second + 2]
     assert inputs.head_uncond.tolist() == [third, third + 2]
+
+
+class Counts:
+    """A rule that counts its forwards, and writes nothing."""
+
+    def apply(self, view: RuleView) -> Update:
+        assert view.memory is not None
+        return Update(
+            view.tokens, view.eligible & False, memory=replace(view.memory, row=view.memory.row + 1)
+        )
+
+
+@pytest.mark.parametrize(("fills", "counted"), [(True, 8.0), (False, 7.0)])
+def test_a_forward_that_only_stores_is_none_of_a_rules(fills: bool, counted: float) -> None:
+    table = StateTable(2, 8, CPU)
+    table.write_row(init(0, [1, 2], 4))
+    table.memory_row[0] = 7.0
+    span = Span(0, 0, 2, 0, Store.POSITIONS, head=Part.NONE)
+    if fills:
+        span = Span(0, 0, 6, 0, blk_off=2, blk_len=4)
+    plan = StepPlan((StepEntry(span, None, 4 * fills, "wino"),))
+    packing = lay_out(plan, table.host, lambda _: frozenset({"memory"}), table.trash_row)
+    work = TorchStep(table, {"wino": Counts()}, PLAIN).begin(
+        torch.tensor(packing.ints, dtype=torch.int32), packing.shape
+    )
+    rows = packing.shape.rows
+    tokens, prob = torch.zeros(rows, dtype=torch.int64), torch.full((rows,), 0.5).double()
+    work.finish(TokenStats(tokens, prob, None, None))
+    assert float(table.memory_row[0]) == counted
+    assert int(table.forwards[0]) == fills
 
 
 @pytest.mark.parametrize("shift", [0, 1])

@@ -1,0 +1,101 @@
+"""Requests that grow, under a load that does not end: nobody waits for ever for pages."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dllmserve.core.plan import Span, Store
+from dllmserve.core.request import Request, Status
+from dllmserve.core.scheduler import Scheduler
+from dllmserve.errors import CapacityError
+from tests.core.test_scheduler import Device, add_all, request, scheduler
+
+
+def steps_until(
+    under_test: Scheduler, wanted: list[Request], more: Callable[[int], Request], waiting: int = 2
+) -> int:
+    """Steps until some requests have ended, while others arrive so that some always wait."""
+    device, number = Device(under_test), 1000
+    while any(r.status is not Status.FINISHED for r in wanted):
+        while len(under_test.waiting) < waiting:
+            number += 1
+            one = more(number)
+            one.id = number
+            under_test.add(one)
+        device.step()
+        assert device.steps < 500, "it waits for ever"
+    return device.steps
+
+
+def test_who_runs_gets_pages_before_who_waits() -> None:
+    """Requests that reserve take all that is free as they are admitted, one after the other."""
+    under_test = scheduler(num_pages=6, max_num_seqs=8, max_num_batched_tokens=1000)
+    (grows,) = add_all(under_test, [request(0, prompt=8, gen=40, cache="paged", block=8)])
+    steps_until(under_test, [grows], lambda n: request(n, 2, 3 + n % 4, "dual"), waiting=8)
+
+
+OWNERS: list[dict[str, Any]] = [{"phases": "separate"}, {"cheap_tokens": 16}]
+
+
+@pytest.mark.parametrize("options", OWNERS)
+def test_who_waits_for_pages_holds_up_nobody(options: dict[str, Any]) -> None:
+    """Neither by the phase that it would have, nor by its owner's tokens."""
+    under_test = scheduler(num_pages=18, max_num_seqs=6, **options)
+    made = [request(0, prompt=1, gen=72, cache="paged", block=8) for _ in range(4)]
+
+    def other(number: int) -> Request:
+        one = request(number, prompt=1, gen=6)
+        one.owner = "b" if "cheap_tokens" in options else ""
+        return one
+
+    if "cheap_tokens" in options:
+        for one, owner in zip(made, "caaa", strict=True):
+            one.owner = owner
+    steps_until(under_test, add_all(under_test, made), other)
+
+
+def test_what_a_stair_sees_together_has_to_fit_a_step() -> None:
+    """The answer's block is shorter than those of the prompt."""
+    under_test = scheduler(max_num_batched_tokens=20)
+    long = request(0, prompt=32, gen=5, cache="paged", block=32)
+    with pytest.raises(CapacityError, match=r"32 tokens in one step.*raise it to 32 or shorten"):
+        under_test.add(long)
+    enough = scheduler(max_num_batched_tokens=32)
+    enough.add(long)
+    device = Device(enough)
+    while enough.has_work:
+        device.step()
+
+
+def test_no_more_start_than_there_are_pages_for_their_prompts() -> None:
+    under_test = scheduler(num_pages=9, max_num_seqs=4, max_num_batched_tokens=1000)
+    add_all(under_test, [request(0, prompt=32, gen=8, cache="paged", block=8) for _ in range(4)])
+    _, _, admitted = under_test.schedule()
+    assert [r.id for r in admitted] == [0, 1]  # of four pages each
+
+
+def test_pages_that_others_hold_too_are_not_gained_by_taking_them() -> None:
+    under_test = scheduler(num_pages=4)
+    old, young = add_all(under_test, [request(0, 1, 15, "paged", block=8) for _ in range(2)])
+    under_test.schedule()
+    storage = under_test.storage
+    young.pages = storage.pages.reserve(4)
+    storage.pages.share(young.pages[:3])
+    stores = Span(old.row, 0, 8, 0, Store.POSITIONS)
+    assert storage.grow(old, stores._replace(q_len=16), [young]) is False
+    assert len(young.pages) == 4
+    assert storage.grow(old, stores, [young])
+    assert len(old.pages) == 1 and not young.pages
+
+
+def test_who_is_dropped_waits_for_no_pages() -> None:
+    under_test = scheduler(num_pages=6, max_num_seqs=2)
+    made = [request(0, 1, 40, "paged", block=8), *(request(0, 2, 30, "dual") for _ in range(2))]
+    grows, holds, last = add_all(under_test, made)
+    device = Device(under_test)
+    while not under_test._short:
+        device.step()
+    under_test.abort(grows)
+    under_test.abort(holds)
+    assert under_test.schedule()[2] == [last]
