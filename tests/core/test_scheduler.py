@@ -290,7 +290,7 @@ def test_pages_are_taken_as_they_are_needed() -> None:
     while under_test.has_work:
         device.step()
         held.append(len(one.pages))
-    assert held[0] == 1  # one of the prompt's two whole windows; the other is stored with a block
+    assert held[0] == 2  # those of the prompt's whole windows
     assert max(held) == 7 and held[:-1] == sorted(held[:-1])
 
 
