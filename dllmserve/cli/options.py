@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
@@ -89,7 +89,7 @@ class Group:
                 rich_help_panel=panel or self.panel,
             )
             if item.name in self.lists:
-                kind = list[str]
+                kind = list[get_args(kind)[0]] if get_args(kind) else list[str]  # type: ignore[misc]
             annotation = Annotated[kind | None, declared]
             option, place = self.option(item.name), inspect.Parameter.KEYWORD_ONLY
             found.append(inspect.Parameter(option, place, default=None, annotation=annotation))
@@ -131,7 +131,7 @@ SAMPLING = Group(
         "block_length": str(BLOCK_LENGTH),
     },
     flags=frozenset({"ignore_eos"}),
-    lists={"stop": "TEXT", "logit_bias": "ID=VALUE"},
+    lists={"stop": "TEXT", "logit_bias": "ID=VALUE", "stop_token_ids": "ID"},
 )
 SPARSE = Group(SparseConfig, "Sparse attention", names={"enabled": "--sparse"})
 ENGINE = Group(

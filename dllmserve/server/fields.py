@@ -26,7 +26,13 @@ from pydantic import (
     model_validator,
 )
 
-from dllmserve._values import LOGIT_BIAS_BOUND, MAX_LOGIT_BIAS, MAX_STOP_STRINGS, SparseConfig
+from dllmserve._values import (
+    LOGIT_BIAS_BOUND,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_IDS,
+    MAX_STOP_STRINGS,
+    SparseConfig,
+)
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import knobs, types
 from dllmserve.sampling_params import SamplingParams
@@ -107,6 +113,10 @@ Biases = Annotated[
 ]
 
 
+#: fields of lists, whose elements are checked as they are read
+_LISTS = {"stop_token_ids": Annotated[Listed[TokenId], Field(max_length=MAX_STOP_IDS)]}
+
+
 def _fields(kind: type[Any], parent: str = "") -> dict[str, tuple[Any, Any]]:
     """Types and fields of a body for the knobs of a dataclass; None is "not given" for all of them.
 
@@ -116,7 +126,7 @@ def _fields(kind: type[Any], parent: str = "") -> dict[str, tuple[Any, Any]]:
     """
     found = {}
     for name, it in knobs(kind).items():
-        plain, _ = types(kind)[name]
+        plain = _LISTS.get(name, types(kind)[name][0])
         text = f"As {parent}.{name}; implies {parent}." if parent else it.help
         bounds = {"gt" if it.low_open else "ge": it.low, "le": it.high}
         if it.most_asked is not None:

@@ -61,7 +61,7 @@ def test_what_a_stair_sees_together_has_to_fit_a_step() -> None:
     long = request(0, prompt=32, gen=5, cache="paged", block=32)
     with pytest.raises(CapacityError, match=r"64 tokens in one step.*raise it to 64 or shorten"):
         under_test.add(long)
-    enough = scheduler(max_num_batched_tokens=32)
+    enough = scheduler(max_num_batched_tokens=64)
     enough.add(long)
     device = Device(enough)
     while enough.has_work:

@@ -10,6 +10,7 @@ from dllmserve import LLM, SamplingParams
 from dllmserve.errors import InvalidParameterError
 from tests import helpers
 from tests.conftest import Engines
+from tests.parallel.threads import threaded_llm
 
 RULES = {
     "low_confidence_static": "steps",
@@ -141,6 +142,23 @@ def test_every_rule_and_sampler_alone_or_together(engines: Engines, name: str) -
     assert answers(llm, batch) == alone
     few = engines(helpers.GOLDEN / name, kv_pages=18, page_size=8, max_num_batched_tokens=80)
     assert answers(few, batch) == alone
+
+
+@pytest.mark.parametrize("name", ["qwen3-kv2of4", "sdar-kv2of4", "fdv2-kv2of4"])
+def test_on_two_ranks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    folder = str(helpers.GOLDEN / name)
+    llm, _, _ = threaded_llm(monkeypatch, folder, 2, kv_pages=40, page_size=8, max_num_seqs=8)
+    batch = cases(name)[::3]
+    assert answers(llm, batch) == [case[2] for case in batch]
+
+
+@pytest.mark.parametrize("name", ["qwen3-kv2of4", "sdar-kv2of4"])
+def test_on_triton_kernels(engines: Engines, name: str) -> None:
+    """Under the interpreter on a CPU."""
+    helpers.need_interpreter()
+    llm = engines(helpers.GOLDEN / name, attention="triton", kernels="triton", page_size=16)
+    batch = sorted(cases(name), key=lambda case: len(case[2]) + len(case[0]))[:1]
+    assert answers(llm, batch) == [case[2] for case in batch]
 
 
 def test_defaults(engines: Engines) -> None:
