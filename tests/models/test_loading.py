@@ -219,6 +219,7 @@ def test_defaults_of_published_files() -> None:
     del settings["head_dim"]
     spec = loader.read_spec(settings)
     assert (spec.head_dim, spec.geometry, spec.mask_id) == (128, "causal", NO_MASK)
+    assert spec.fed_mask_id == 0  # an embedding, which nothing looks at
 
 
 def test_llada_with_the_names_of_transformers() -> None:
