@@ -137,6 +137,13 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(file), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("architecture*.md")), ids=ids)
+def test_files_that_the_architecture_names_exist(page: Path) -> None:
+    for name in re.findall(r"`([\w/]+\.py)`", page.read_text(encoding="utf-8")):
+        found = (ROOT / name).is_file() or (ROOT / "dllmserve" / name).is_file()
+        assert found, f"{page.name} names {name}"
+
+
 def anchors(page: Path) -> set[str]:
     """What a reader of the rendered page can jump to."""
     heads = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)

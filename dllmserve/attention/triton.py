@@ -65,8 +65,8 @@ class _TritonContext:
             self._ends = F.pad(ends, (1, 0))
         self._rest = self._ends is None or alone < len(spans)
         chosen = [
-            (place, span, step.selects[span.row])
-            for place, span in zip(step.indices, spans, strict=True)
+            (index, span, step.selects[span.row])
+            for index, span in zip(step.indices, spans, strict=True)
             if span.selects and span.keep and not step.selects[span.row].attention
         ]
         self._by_attention = _attention_groups(step, spec.logit_shift)

@@ -107,8 +107,8 @@ class FairQueue:
             without: owners who are passed over.
         """
         shares = [
-            (share.served, share.held, place, share)
-            for place, (owner, share) in enumerate(self._shares.items())
+            (share.served, share.held, index, share)
+            for index, (owner, share) in enumerate(self._shares.items())
             if share.line and owner not in without
         ]
         return min(shares)[-1].line.popleft() if shares else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dllmserve.catalog import RULES
 from dllmserve.core.budget import NO_LIMIT
 from dllmserve.core.request import Request
-from dllmserve.errors import CapacityError
+from dllmserve.errors import CapacityError, ContextLengthError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,20 @@ class Limits:
     cheap_tokens: int = 0
 
     def check(self, request: Request, slots: int) -> None:
-        """Raise CapacityError if the request can never run within these sizes.
+        """Raise an error that says why if the request can never run within these sizes.
 
         Args:
             request: the request.
             slots: K,V slots that one of its rows needs.
+
+        Raises:
+            ContextLengthError, CapacityError.
         """
+        if request.canvas_len > self.max_model_len:
+            raise ContextLengthError(
+                f"the request's canvas has {request.canvas_len} tokens, over "
+                f"max_model_len={self.max_model_len}"
+            )
         self._check_tokens(request)
         if request.rows_needed > self.max_num_seqs:
             raise CapacityError(

@@ -65,11 +65,11 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def check(self, request: Request) -> None:
-        """Raise CapacityError if the request can never run on this engine."""
+        """Raise what :meth:`Limits.check` does if the request can never run on this engine."""
         self.limits.check(request, self._policy(request.policy).slots(request, self.spec))
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises CapacityError if it can never run."""
+        """Queue a request, once it is checked."""
         self.check(request)
         self.waiting.append(request)
 

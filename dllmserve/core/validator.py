@@ -201,12 +201,12 @@ def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]
     if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < spec.vocab_size:
         return list(ids)  # nearly always; what follows takes ten times as long
     checked = []
-    for place, token in enumerate(ids):
+    for index, token in enumerate(ids):
         if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise PromptError(f"{name}[{place}] must be an integer token id, got {token!r}")
+            raise PromptError(f"{name}[{index}] must be an integer token id, got {token!r}")
         if not 0 <= token < spec.vocab_size:
             raise PromptError(
-                f"{name}[{place}] is {token}, outside the vocabulary 0..{spec.vocab_size - 1}"
+                f"{name}[{index}] is {token}, outside the vocabulary 0..{spec.vocab_size - 1}"
             )
         checked.append(operator.index(token))
     return checked

@@ -30,7 +30,7 @@ class _Answer:
         tokens: [n, A] int64, undefined where masked.
         masked: [n, A] bool.
         left: [n] int64, masks left in the block.
-        first_end: [n] int64, place of the first end id that is written; A without one.
+        first_end: [n] int64, answer index of the first end id that is written; A without one.
         changed: [n, A] bool, what the step wrote, or filled because it lies behind an end id.
         touched: [n, A] bool, that and the rest of the block, but for given tokens.
     """
@@ -193,10 +193,10 @@ class StepDecision:
     def _answer(self, update: Update) -> _Answer:
         """What the step makes of the answers: the rules' update, and what follows an end id."""
         table, inputs, longest = self._table, self._inputs, self._shape.answer
-        place = torch.arange(longest, device=table.device)
+        index = torch.arange(longest, device=table.device)
         start = self._ints[:, IntField.START, None]
-        inside = place < self._ints[:, IntField.LENGTH, None]
-        columns = torch.where(inside, start + place, table.max_len)
+        inside = index < self._ints[:, IntField.LENGTH, None]
+        columns = torch.where(inside, start + index, table.max_len)
         rows = inputs.rows[:, None]
         written = self._laid_over(torch.zeros_like(inside), update.write)
         tokens = self._laid_over(table.tokens[rows, columns], update.tokens, update.write)
@@ -206,7 +206,7 @@ class StepDecision:
         open_ = table.open[rows, columns] & inside
         first = self._first_end(tokens, open_ & ~masked)
         asked = self._ints[:, IntField.EARLY_END, None] > 0
-        fill = masked & (place > first[:, None]) & asked
+        fill = masked & (index > first[:, None]) & asked
         end = tokens.gather(1, first[:, None].clamp(max=longest - 1))
         # what is filled lies behind the first end id, so that stays where it is
         masked = masked & ~fill
@@ -224,20 +224,20 @@ class StepDecision:
     def _laid_over(self, whole: Tensor, block: Tensor, where: Tensor | None = None) -> Tensor:
         """[n, A] of the answers with the [n, W] of their blocks laid over, or a part of that."""
         inputs, longest = self._inputs, self._shape.answer
-        place = inputs.block - self._ints[:, IntField.START, None]
+        index = inputs.block - self._ints[:, IntField.START, None]
         # a block may hold given tokens before the answer's start and behind its end
-        inside = (inputs.block < self._table.max_len) & (place >= 0) & (place < longest)
+        inside = (inputs.block < self._table.max_len) & (index >= 0) & (index < longest)
         if where is not None:
             inside &= where
         room = F.pad(whole, (0, 1))  # for what lies outside
-        return room.scatter_(1, torch.where(inside, place, longest), block)[:, :-1]
+        return room.scatter_(1, torch.where(inside, index, longest), block)[:, :-1]
 
     def _first_end(self, tokens: Tensor, written: Tensor) -> Tensor:
         """Answer position [n] of the first end id that is written; the width without one."""
-        place = torch.arange(tokens.shape[1], device=tokens.device)
+        index = torch.arange(tokens.shape[1], device=tokens.device)
         own = self._table.ends[self._inputs.rows]  # [n, E]
         ends = (tokens[..., None] == own[:, None]).any(dim=-1) & written
-        return torch.where(ends, place, tokens.shape[1]).amin(dim=-1)
+        return torch.where(ends, index, tokens.shape[1]).amin(dim=-1)
 
     def _writings(self, update: Update, answer: _Answer) -> list[_Writing]:
         """All that the step leaves in the state table; what is not the step's goes to trash."""
@@ -281,9 +281,9 @@ class StepDecision:
     def _report(self, stats: TokenStats, answer: _Answer) -> Tensor:
         """[n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`."""
         inputs, longest, left = self._inputs, self._shape.answer, answer.left
-        place = torch.arange(longest, device=left.device)
-        open_ = answer.masked | (place >= self._ints[:, IntField.LENGTH, None])
-        frontier = torch.where(open_, place, longest).amin(dim=-1)
+        index = torch.arange(longest, device=left.device)
+        open_ = answer.masked | (index >= self._ints[:, IntField.LENGTH, None])
+        frontier = torch.where(open_, index, longest).amin(dim=-1)
         # what may be masked again is not settled before its whole block is
         start = (inputs.block[:, 0] - self._ints[:, IntField.START]).clamp(min=0)
         held = (self._ints[:, IntField.REVOKES] > 0) & (left > 0)
@@ -300,7 +300,7 @@ def apply_rules(
     rules: Mapping[str, UnmaskRule],
     names: tuple[str, ...],
     view: RuleView,
-    kind: Tensor,  # [n] int64, place of each entry's rule in RULES
+    kind: Tensor,  # [n] int64, index of each entry's rule in RULES
 ) -> Update:
     """Each entry gets what its own rule says.
 

@@ -171,11 +171,11 @@ class CreditEdit:
     def apply(self, z: Tensor, cells: HeadCells, rows: slice, size: int) -> Tensor:
         """Logits [n, v] float32 with the credits added."""
         z, vocab = z.float(), self._vocab
-        row, place = cells.row[rows], cells.column[rows].clamp(max=self.ids.shape[2] - 1)
+        row, column = cells.row[rows], cells.column[rows].clamp(max=self.ids.shape[2] - 1)
         entering = cells.entering[rows][:, None]
         odd = cells.forward[rows] % 2
-        ids = torch.where(entering, -1, self.ids[1 - odd, row, place].long())  # [n, 16]
-        before = self.credits[1 - odd, row, place]
+        ids = torch.where(entering, -1, self.ids[1 - odd, row, column].long())  # [n, 16]
+        before = self.credits[1 - odd, row, column]
         credits = torch.where(entering, 0.0, before) * self.DECAY
         best, token = self._best(z)  # [n, 1]
         # p ** POWER; torch's power rounds by an element's place on a CPU, exp does not
@@ -183,14 +183,14 @@ class CreditEdit:
         known = ids == token
         # a new token takes a free place, or that of the smallest credit
         least = torch.where(ids < 0, -1.0, credits).argmin(dim=-1, keepdim=True)
-        column = torch.arange(self.KEPT, device=z.device)
-        here = torch.where(known.any(dim=-1, keepdim=True), known, column == least)
+        kept = torch.arange(self.KEPT, device=z.device)
+        here = torch.where(known.any(dim=-1, keepdim=True), known, kept == least)
         here &= ~entering
         fresh = torch.where(known, credits, 0.0) + earned
         credits = torch.where(here, fresh, credits)
         ids = torch.where(here, token, ids)
-        self.ids[odd, row, place] = ids.int()
-        self.credits[odd, row, place] = credits
+        self.ids[odd, row, column] = ids.int()
+        self.credits[odd, row, column] = credits
         raised = torch.where(ids >= 0, self.WEIGHT * credits.log1p(), 0.0)
         columns, mine = vocab.locate(ids)
         return z.scatter_add(1, columns, raised.masked_fill(~mine, 0.0))

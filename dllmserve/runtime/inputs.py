@@ -85,11 +85,11 @@ def build_inputs(
     row, q_start, q_len = (wide[:, column] for column in _QUERIES)
     ends = q_len.cumsum(0)
     starts = ends - q_len  # first packed token of each span
-    place = torch.arange(shape.tokens, device=device)
-    owner = torch.searchsorted(ends, place, right=True)  # spans of length 0 own nothing
+    token = torch.arange(shape.tokens, device=device)
+    owner = torch.searchsorted(ends, token, right=True)  # spans of length 0 own nothing
     padding = owner >= shape.spans
     owner = owner.clamp(max=shape.spans - 1)
-    offset = place - starts[owner]
+    offset = token - starts[owner]
     order = choose_queries(wide, shape, table, logit_shift) if shape.pick else None
     if order is not None:
         offset = order.offset_of(owner, offset)
@@ -112,9 +112,8 @@ def build_inputs(
         offset, above = order.query_of(entry, offset), order.query_of(pair, above)
     head_rows = starts[entry] + offset
     if shape.blind:
-        query = first[entry, 0] + cells % shape.width - logit_shift  # its position
-        number = _blind_spans(entry, shape)
-        blind = starts[number] + (query - q_start[number]).clamp(min=0)
+        read = first[entry, 0] + cells % shape.width - logit_shift  # the position that is read
+        blind = _blind_rows(wide, starts, entry, read, shape)
         head_rows = torch.where(scored.flatten()[cells], blind, head_rows)
     return StepInputs(
         starts=starts,
@@ -189,9 +188,15 @@ def choose_queries(
     return QueryOrder(pick > 0, offsets, queries.clamp(min=0))
 
 
-def _blind_spans(entry: Tensor, shape: StepShape) -> Tensor:
-    """The blind span [k] of entries [k]; of one without, some other span, which is not read."""
-    return (entry + 2 * shape.guided + shape.blind).clamp(max=shape.spans - 1)
+def _blind_rows(
+    spans: Tensor, starts: Tensor, entry: Tensor, position: Tensor, shape: StepShape
+) -> Tensor:
+    """Packed tokens [k] of positions [k] in the blind spans of entries [k].
+
+    Of an entry without a blind span it is some other token, which is not read.
+    """
+    span = (entry + 2 * shape.guided + shape.blind).clamp(max=shape.spans - 1)
+    return starts[span] + (position - spans[span, SpanField.Q_START]).clamp(min=0)
 
 
 def _head_cells(flags: Tensor, shape: StepShape) -> tuple[Tensor, Tensor]:

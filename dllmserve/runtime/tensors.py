@@ -15,7 +15,7 @@ class HeadCells:
 
     Attributes:
         row: [M] int64, row of the state table; the trash row for padding.
-        column: [M] int64, place in the block.
+        column: [M] int64, index in the block.
         entering: [M] bool, whether this is the block's first forward.
         forward: [M] int64, forwards that the request has had.
         real: [M] bool, False for padding.

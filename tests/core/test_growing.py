@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
+from dllmserve.core.canvas import template_canvas
 from dllmserve.core.plan import Span, Store
 from dllmserve.core.request import Request, Status
 from dllmserve.core.scheduler import Scheduler
-from dllmserve.errors import CapacityError
+from dllmserve.errors import CapacityError, ContextLengthError
+from dllmserve.sampling_params import SamplingParams
 from tests.core.test_scheduler import Device, add_all, request, scheduler
 
 
@@ -99,3 +101,10 @@ def test_who_is_dropped_waits_for_no_pages() -> None:
     under_test.abort(grows)
     under_test.abort(holds)
     assert under_test.schedule()[2] == [last]
+
+
+def test_a_canvas_may_be_longer_than_what_was_asked_for() -> None:
+    """Blocks that are cut from 0 on end behind the answer; all of them have to have room."""
+    canvas = template_canvas([1] * 120, [(120, 136)], 8)
+    with pytest.raises(ContextLengthError, match="136 tokens, over max_model_len=128"):
+        scheduler().add(Request(0, canvas, SamplingParams(gen_length=8), 0))

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from dllmserve import LLM, SamplingParams
 from dllmserve.core.request import Request
 from tests import helpers
 from tests.conftest import Engines
+from tests.engine.test_triton_engine import Rehearsing
 from tests.oracles import models
 from tests.oracles.llada import confidences, top
 from tests.oracles.rules import split
@@ -140,3 +142,38 @@ def count_taken(llm: LLM) -> list[int]:
 
     storage.take_pages = counted  # type: ignore[method-assign]
     return taken
+
+
+# padding tokens hold whatever lay in the memory, which numpy complains about
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_padded_steps_in_flight_when_pages_are_short(
+    engines: Engines, checkpoints: dict[str, Path]
+) -> None:
+    """On kernels: what graphs replay, four steps ahead, while pages change hands."""
+    helpers.need_interpreter()
+
+    def made() -> list[Request]:
+        options: list[dict[str, Any]] = [{}, {"cfg_scale": 0.5, "temperature": 0.8}]
+        return [
+            request(helpers.random_prompt(3, 5), gen_length=8, block_length=4, steps=3, **given)
+            for given in options
+        ]
+
+    path = checkpoints["llada"]
+    alone = [run(engines(path), [one])[0] for one in made()]
+    llm = LLM(
+        str(path),
+        device="cpu",
+        attention="triton",
+        kernels="triton",
+        max_model_len=32,
+        max_num_seqs=3,
+        page_size=4,
+        kv_pages=6,
+        max_logit_rows=8,
+    )
+    pool: Any = Rehearsing()
+    llm._engine._depth, llm._engine._runner.graphs = 4, pool
+    taken = count_taken(llm)
+    assert run(llm, made()) == alone
+    assert pool.replays > 0 and taken
