@@ -30,6 +30,7 @@ from dllmserve.errors import (
     ConfigError,
     DllmServeError,
     OutOfMemoryError,
+    UnsupportedModelError,
 )
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (

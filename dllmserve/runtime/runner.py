@@ -13,7 +13,7 @@ from torch import Tensor
 from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore
 from dllmserve.catalog import RULES, Made
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import EntryReport, StepEntry, StepPlan
+from dllmserve.core.plan import EntryReport, Kind, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, Track
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.device import host_to_device
@@ -288,11 +288,12 @@ class ModelRunner:
         return self._step(plan, packing)
 
     def _graphable(self, plan: StepPlan) -> bool:
-        """True if no span is a refresh: sizes then repeat from step to step."""
+        """True if no span is a refresh or only stores: sizes then repeat from step to step."""
         return (
             self.graphs is not None
             and plan.tokens <= MAX_GRAPH_TOKENS
             and not any(s.refresh or s.selects for s in plan.spans)
+            and all(entry.kind is Kind.FILL for entry in plan.entries)
         )
 
     def _lay_out(self, plan: StepPlan, *, padded: bool) -> Packing:

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from dllmserve import LLM, SamplingParams
