@@ -40,6 +40,7 @@ class Storage:
         pages: of the K,V store.
         history: kept distributions.
         rows: free rows of the state table.
+        preempted: times that pages were taken from a running request.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Storage:
         self.pages = PageAllocator(limits.num_pages)
         self.history = PageAllocator(limits.max_history_rows)
         self.rows = list(range(limits.max_num_seqs - 1, -1, -1))
+        self.preempted = 0
         self._spec, self._limits, self._policy = spec, limits, policy
 
     def pages_of(self, slots: int) -> int:
@@ -123,6 +125,7 @@ class Storage:
         if taken is None:
             return False
         for victim in taken:
+            self.preempted += bool(victim.pages)
             self.take_pages(victim)
         request.pages += self.pages.reserve(missing)
         if request.guided:

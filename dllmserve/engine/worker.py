@@ -159,6 +159,7 @@ class EngineLoop:
             positions=self._positions,
             committed=self._committed,
             busy=self._busy,
+            preempted=scheduler.storage.preempted,
         )
 
     def _count(self, plan: StepPlan) -> None:

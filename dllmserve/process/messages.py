@@ -172,6 +172,7 @@ class Counters(msgspec.Struct, array_like=True, frozen=True):
         positions: positions of active blocks in them, summed.
         committed: positions that joined a committed prefix.
         busy: seconds with a request under way.
+        preempted: times that a request gave its pages to an older one.
     """
 
     waiting: int = 0
@@ -182,6 +183,7 @@ class Counters(msgspec.Struct, array_like=True, frozen=True):
     positions: int = 0
     committed: int = 0
     busy: float = 0.0
+    preempted: int = 0
 
 
 def added(*parts: Counters) -> Counters:

@@ -233,7 +233,7 @@ class _Current(Collector):
         ):
             yield self._family(GaugeMetricFamily, PREFIX + name, text, value)
         for name, text, value in (
-            ("num_preemptions", "Always 0: what was admitted is never preempted.", 0),
+            ("num_preemptions", "Times that a request gave its K,V pages up.", engine.preempted),
             ("engine_restarts", "Engines started after the first.", now.restarts),
             ("engine_steps", "Forward passes.", engine.steps),
             ("engine_busy_seconds", "Seconds with a request under way.", engine.busy),
