@@ -251,8 +251,6 @@ RULES = Catalog(
     RuleInfo,
     {
         "steps": RuleInfo("dllmserve.decoding.steps:StepsRule", quota="exact"),
-        "sequential": RuleInfo("dllmserve.decoding.sequential:SequentialRule", quota="exact"),
-        "dynamic": RuleInfo("dllmserve.decoding.dynamic:DynamicRule", quota="least"),
         "threshold": RuleInfo("dllmserve.decoding.threshold:ThresholdRule"),
         "factor": RuleInfo(
             "dllmserve.decoding.factor:FactorRule", confidence=("probability", "margin")
@@ -286,6 +284,8 @@ RULES = Catalog(
             memory=(30.0, 0.0),
             confidence=_PROBABILITY,
         ),
+        "sequential": RuleInfo("dllmserve.decoding.sequential:SequentialRule", quota="exact"),
+        "dynamic": RuleInfo("dllmserve.decoding.dynamic:DynamicRule", quota="least"),
     },
 )
 

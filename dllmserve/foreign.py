@@ -98,8 +98,8 @@ _NOT_OFFERED: tuple[tuple[str, str], ...] = (
         "min_tokens min_length min_new_tokens",
     ),
     (
-        "an answer ends at the checkpoint's end ids; stop takes texts that end it too",
-        "eos_token_id stop_token_ids stopping_criteria eos_id",
+        "an answer ends at the checkpoint's end ids; stop and stop_token_ids take more",
+        "eos_token_id stopping_criteria eos_id",
     ),
     ("config.json has the id, and requests are not padded", "mask_id mask_token_id pad_token_id"),
     ("config.json has the id", "bos_token_id"),

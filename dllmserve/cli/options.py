@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 
@@ -89,7 +89,7 @@ class Group:
                 rich_help_panel=panel or self.panel,
             )
             if item.name in self.lists:
-                kind = list[get_args(kind)[0]] if get_args(kind) else list[str]  # type: ignore[misc]
+                kind = list[get_args(kind)[0]] if get_origin(kind) is Sequence else list[str]  # type: ignore[misc]
             annotation = Annotated[kind | None, declared]
             option, place = self.option(item.name), inspect.Parameter.KEYWORD_ONLY
             found.append(inspect.Parameter(option, place, default=None, annotation=annotation))

@@ -80,12 +80,11 @@ def build_inputs(
     logit_shift: int,
 ) -> StepInputs:
     """Gather a step's inputs from the state table."""
-    device = table.device
     wide, entries = span_fields(packed, shape).long(), entry_fields(packed, shape)
     row, q_start, q_len = (wide[:, column] for column in _QUERIES)
     ends = q_len.cumsum(0)
     starts = ends - q_len  # first packed token of each span
-    token = torch.arange(shape.tokens, device=device)
+    token = torch.arange(shape.tokens, device=table.device)
     owner = torch.searchsorted(ends, token, right=True)  # spans of length 0 own nothing
     padding = owner >= shape.spans
     owner = owner.clamp(max=shape.spans - 1)
@@ -97,7 +96,7 @@ def build_inputs(
     source = row[owner].masked_fill(padding, table.trash_row)
     hidden = table.masked[source, positions] | (wide[owner, SpanField.MASK] == Mask.BLIND)
     ids = table.tokens[source, positions].masked_fill(hidden, mask_id)
-    count, column = shape.entries, torch.arange(shape.width, device=device)
+    count, column = shape.entries, torch.arange(shape.width, device=table.device)
     inside = column < wide[:count, SpanField.BLK_LEN, None]
     first = (q_start + wide[:, SpanField.BLK_OFF])[:count, None]
     block = torch.where(inside, first + column, table.max_len)

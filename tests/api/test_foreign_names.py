@@ -45,7 +45,7 @@ REFUSED = [
         ),
         ("there is no search", "num_beams best_of length_penalty early_stopping penalty_alpha"),
         ("a request has one answer", "n num_return_sequences"),
-        ("an answer ends at the checkpoint's end ids", "eos_token_id stop_token_ids"),
+        ("an answer ends at the checkpoint's end ids", "eos_token_id stopping_criteria"),
         ("answers are not constrained", "guided_json guided_choice"),
         ("no log-probabilities", "logprobs prompt_logprobs"),
         ("text leaves", "skip_special_tokens detokenize include_stop_str_in_output"),

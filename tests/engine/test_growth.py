@@ -154,7 +154,8 @@ def test_padded_steps_in_flight_when_pages_are_short(
     helpers.need_interpreter()
 
     def made() -> list[Request]:
-        options: list[dict[str, Any]] = [{}, {"cfg_scale": 0.5, "temperature": 0.8}]
+        guided = {"cfg_scale": 0.5, "temperature": 0.8}
+        options: list[dict[str, Any]] = [{}, guided, {"temperature": 0.5}]
         return [
             request(helpers.random_prompt(3, 5), gen_length=8, block_length=4, steps=3, **given)
             for given in options
@@ -168,9 +169,9 @@ def test_padded_steps_in_flight_when_pages_are_short(
         attention="triton",
         kernels="triton",
         max_model_len=32,
-        max_num_seqs=3,
+        max_num_seqs=4,
         page_size=4,
-        kv_pages=6,
+        kv_pages=8,
         max_logit_rows=8,
     )
     pool: Any = Rehearsing()

@@ -188,8 +188,6 @@ def test_configs_that_we_do_not_run(
         ("sdar-kv2of4", {"block_size": -4}, ["block size is -4"]),
         ("sdar-kv2of4", {"mask_token_id": None}, ["mask_token_id=151669 is outside the 151"]),
         ("fdv2-kv2of4", {"mask_token_id": -1}, ["mask_token_id=-1 is outside"]),
-        ("sdar-kv2of4", {}, ["SDARForCausalLM", "does not run block-causal models yet"]),
-        ("llama-kv2of4", {}, ["LlamaForCausalLM", "does not run autoregressive models yet"]),
     ],
 )
 def test_block_causal_and_autoregressive_configs(

@@ -365,6 +365,8 @@ def _rule(name: str, field: str, *values: float, **more: Any) -> Settings:
 _FRONTIER: Settings = {
     **_ONE,
     **{f"{n} tokens a step": {**_STEPS, TOKENS_PER_STEP: n} for n in (2, 4, 8, 16, 32)},
+    "left to right": {"unmask": "sequential"},
+    **_rule("dynamic", "threshold", 0.9),
     **_rule("threshold", "threshold", 0.99, 0.9, 0.8, 0.6, 0.2),
     **_rule("threshold_strict", "threshold", 0.9),
     **_rule("factor", "factor", 1.0),
