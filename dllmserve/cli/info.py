@@ -14,6 +14,7 @@ from dllmserve import __version__
 from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import ENGINE, ModelOption, engine_config, with_options
+from dllmserve.core.model_spec import NO_MASK
 
 if TYPE_CHECKING:
     from torch import device
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from dllmserve.engine.setup import EnginePlan
 
 _SPEC = (
-    "num_layers hidden_size num_heads num_kv_heads vocab_size mask_id eos_ids turn_end_ids".split()
-)
+    "geometry block_length num_layers hidden_size num_heads num_kv_heads vocab_size mask_id "
+    "eos_ids turn_end_ids"
+).split()
+#: what a model has none of
+_ABSENT = {"mask_id": NO_MASK, "block_length": 0}
 _MEMORY = "weights activations logits tables history pages planned allowed".split()
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub")
 
@@ -82,7 +86,7 @@ def _model(name: str, plan: EnginePlan) -> dict[str, Any]:
         "directory": str(plan.directory),
         "architecture": spec["architecture"],
         "parameters": plan.spec.parameters(),
-        **{name.removeprefix("num_"): spec[name] for name in _SPEC},
+        **{n.removeprefix("num_"): spec[n] for n in _SPEC if spec[n] != _ABSENT.get(n)},
         "max_model_len": plan.limits.max_model_len,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "tokenizer": tokenizer is not None,
