@@ -12,11 +12,11 @@ from dllmserve import LLM, SamplingParams
 from dllmserve.core.request import Request
 from tests import helpers
 from tests.conftest import Engines
-from tests.engine.test_triton_engine import Rehearsing
 from tests.oracles import models
 from tests.oracles.llada import confidences, top
 from tests.oracles.rules import split
 from tests.paged import paged_request
+from tests.rehearsal import rehearsing
 
 NAME = "llada-kv2of4"
 NUMBERS = itertools.count(10**6)
@@ -163,10 +163,9 @@ def test_padded_steps_in_flight_when_pages_are_short(
 
     path = checkpoints["llada"]
     alone = [run(engines(path), [one])[0] for one in made()]
-    llm = LLM(
-        str(path),
-        device="cpu",
-        attention="triton",
+    llm, pool = rehearsing(
+        path,
+        depth=4,
         kernels="triton",
         max_model_len=32,
         max_num_seqs=4,
@@ -174,8 +173,6 @@ def test_padded_steps_in_flight_when_pages_are_short(
         kv_pages=10,
         max_logit_rows=8,
     )
-    pool: Any = Rehearsing()
-    llm._engine._depth, llm._engine._runner.graphs = 4, pool
     taken = count_taken(llm)
     assert run(llm, made()) == alone
     assert pool.replays > 0 and taken

@@ -14,6 +14,7 @@ from tests.conftest import SHAPES, Engines
 from tests.helpers import answer, check_idle, need_interpreter, random_prompt
 from tests.oracles import models
 from tests.reference import decode
+from tests.rehearsal import rehearsing
 
 Options = dict[str, Any]
 Job = tuple[list[int], SamplingParams, SparseConfig | None]
@@ -115,21 +116,6 @@ def test_on_triton_kernels(engines: Engines, checkpoints: dict[str, Path], name:
     assert run(llm, batch) == expected
 
 
-class Rehearsing:
-    """A pool of graphs that runs the padded step, after its rehearsal, as a capture would."""
-
-    def __init__(self) -> None:
-        self.shapes: list[Any] = []
-
-    def wanted(self, _: object) -> bool:
-        return True
-
-    def run(self, shape: Any, step: Callable[[], Any], rehearse: Callable[[], None]) -> Any:
-        self.shapes.append(shape)
-        rehearse()
-        return step()
-
-
 # padding tokens hold whatever lay in the memory, which numpy complains about
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -138,10 +124,9 @@ def test_padded_steps_in_flight(
 ) -> None:
     """What graphs replay, four steps in flight; rows pass from one request to the next."""
     need_interpreter()
-    llm = LLM(
-        str(checkpoints["llada"]),
-        device="cpu",
-        attention="triton",
+    llm, pool = rehearsing(
+        checkpoints["llada"],
+        depth=4,
         kernels=kernels,
         max_model_len=64,
         max_num_seqs=4,
@@ -149,8 +134,6 @@ def test_padded_steps_in_flight(
         kv_pages=60,
         max_logit_rows=3,
     )
-    pool: Any = Rehearsing()
-    llm._engine._depth, llm._engine._runner.graphs = 4, pool
     base = {"temperature": 0.0, "gen_length": 8, "block_length": 4, "cache": "dual"}
     variants: list[Options] = [
         {"steps": 4, "logit_bias": bias_of(3)},

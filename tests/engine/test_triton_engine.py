@@ -1,6 +1,5 @@
 """The whole engine on Triton kernels, under the interpreter (a GPU runs tests/gpu)."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 from dllmserve import LLM, SamplingParams, SparseConfig
 from tests import helpers
 from tests.conftest import Engines
+from tests.rehearsal import rehearsing
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -48,21 +48,6 @@ def test_the_same_tokens(engines: Engines, checkpoints: dict[str, Path], name: s
     helpers.check_idle(triton)
 
 
-class Rehearsing:
-    """A pool of graphs that runs the padded step, after its rehearsal, as a capture would."""
-
-    def __init__(self) -> None:
-        self.replays = 0
-
-    def wanted(self, _: object) -> bool:
-        return True
-
-    def run(self, _: object, step: Callable[[], Any], rehearse: Callable[[], None]) -> Any:
-        self.replays += 1
-        rehearse()
-        return step()
-
-
 # padding tokens hold whatever lay in the memory, which numpy complains about
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -70,10 +55,9 @@ def test_padded_steps_in_flight(
     engines: Engines, checkpoints: dict[str, Path], kernels: str
 ) -> None:
     """What graphs replay: padded shapes, rehearsed on padding alone, four steps in flight."""
-    llm = LLM(
-        str(checkpoints["llada"]),
-        device="cpu",
-        attention="triton",
+    llm, pool = rehearsing(
+        checkpoints["llada"],
+        depth=4,
         kernels=kernels,
         max_model_len=64,
         max_num_seqs=6,
@@ -81,8 +65,6 @@ def test_padded_steps_in_flight(
         kv_pages=80,
         max_logit_rows=3,
     )
-    pool: Any = Rehearsing()
-    llm._engine._depth, llm._engine._runner.graphs = 4, pool
     torch = engines(checkpoints["llada"])
     base = {"temperature": 0.0, "gen_length": 8, "block_length": 4, "cache": "dual"}
     params = [
@@ -102,18 +84,14 @@ def test_padded_steps_in_flight(
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_padded_steps_that_keep_something(engines: Engines, checkpoints: dict[str, Path]) -> None:
     """Queries picked on the device, shadows, distributions and credits, in padded shapes."""
-    llm = LLM(
-        str(checkpoints["dream"]),
-        device="cpu",
-        attention="triton",
+    llm, pool = rehearsing(
+        checkpoints["dream"],
         kernels="torch",
         max_model_len=32,
         max_num_seqs=6,
         page_size=3,
         kv_pages=80,
     )
-    pool: Any = Rehearsing()
-    llm._engine._runner.graphs = pool
     torch = engines(checkpoints["dream"])
     base = {"temperature": 0.0, "gen_length": 8, "block_length": 4, "ignore_eos": True}
     params = [
