@@ -34,6 +34,10 @@ class Limits:
     max_history_rows: int = 0
     cheap_tokens: int = 0
 
+    def pages_of(self, slots: int) -> int:
+        """Pages that hold so many slots."""
+        return -(-slots // self.page_size)
+
     def check(self, request: Request, slots: int) -> None:
         """Raise an error that says why if the request can never run within these sizes.
 
@@ -56,7 +60,7 @@ class Limits:
                 f"max_num_seqs={self.max_num_seqs}: raise it to {request.rows_needed}"
             )
         self._check_history(request)
-        pages = -(-slots // self.page_size) * request.rows_needed
+        pages = self.pages_of(slots) * request.rows_needed
         if pages > self.num_pages:
             raise CapacityError(
                 f"the request needs {pages} K,V pages of {self.page_size} tokens, the engine "

@@ -138,7 +138,8 @@ class Scheduler:
         picked: dict[Request, StepEntry],
     ) -> None:
         """Take a request's forward into the step, if the step and the pages have room for it."""
-        if request.grows:  # its pages may have been taken since the entry was made
+        # a chunk may have to be shorter, or begin anew: an older one may have taken the pages
+        if request.grows and (entry.tokens > budget.tokens or not request.pages):
             entry = self._fitted(request, budget.tokens)
         amount = entry.tokens, entry.logit_rows, request.rows_needed
         if not budget.has(*amount, refresh=entry.span.refresh):

@@ -52,18 +52,14 @@ class Storage:
         self.preempted = 0
         self._spec, self._limits, self._policy = spec, limits, policy
 
-    def pages_of(self, slots: int) -> int:
-        """Pages that hold so many slots."""
-        return -(-slots // self._limits.page_size)
-
     def most_pages(self, request: Request) -> int:
         """Pages that one row of the request needs at most."""
-        return self.pages_of(self._policy(request.policy).slots(request, self._spec))
+        return self._limits.pages_of(self._policy(request.policy).slots(request, self._spec))
 
     def first_pages(self, request: Request) -> int:
         """Pages that one row of the request starts with."""
         most = self.most_pages(request)
-        return min(most, self.pages_of(request.blocks[0][0])) if request.grows else most
+        return min(most, self._limits.pages_of(request.blocks[0][0])) if request.grows else most
 
     def needs(self, request: Request) -> tuple[int, ...]:
         """Rows, pages and kept distributions that the request holds at most."""
@@ -110,7 +106,7 @@ class Storage:
         """Pages that each row of a request lacks for what a span stores."""
         stores = span.store in (Store.POSITIONS, Store.AHEAD)
         end = span.q_start + span.reach if stores else 0
-        return max(self.pages_of(end) - len(request.pages), 0)
+        return max(self._limits.pages_of(end) - len(request.pages), 0)
 
     def grow(self, request: Request, span: Span, victims: Iterable[Request]) -> bool:
         """Give a request the pages that a span stores to; False if there is no room for them.

@@ -184,16 +184,13 @@ class RequestValidator:
         self._check_geometry(params)
         if params.stop_strings and not self.has_tokenizer:
             raise InvalidParameterError("stop needs a tokenizer, and this checkpoint has none")
-        if params.stop_token_ids and max(params.stop_token_ids) >= self.spec.vocab_size:
-            raise InvalidParameterError(
-                f"stop_token_ids has token id {max(params.stop_token_ids)}, outside the vocabulary "
-                f"0..{self.spec.vocab_size - 1}"
-            )
-        if params.logit_bias and max(params.logit_bias) >= self.spec.vocab_size:
-            raise InvalidParameterError(
-                f"logit_bias has token id {max(params.logit_bias)}, outside the vocabulary "
-                f"0..{self.spec.vocab_size - 1}"
-            )
+        for name in ("stop_token_ids", "logit_bias"):
+            largest = max(getattr(params, name) or (0,))
+            if largest >= self.spec.vocab_size:
+                raise InvalidParameterError(
+                    f"{name} has token id {largest}, outside the vocabulary "
+                    f"0..{self.spec.vocab_size - 1}"
+                )
 
 
 def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:

@@ -139,7 +139,7 @@ class RunnerParts:
             num_pages=num_pages,
             page_size=limits.page_size,
             num_rows=limits.max_num_seqs,
-            pages_per_row=-(-limits.max_model_len // limits.page_size),
+            pages_per_row=limits.pages_of(limits.max_model_len),
             dtype=plan.dtype,
             device=plan.device,
         )

@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllmserve.models.config import need, one_of
-from dllmserve.models.llama import Llama
+from dllmserve.models.llama import Llama, blocks, mask_id
 from dllmserve.models.qwen import Qwen2, Qwen3
-
-_MASK_NAMES = ("mask_token_id", "mask_id")
 
 
 def _seen(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The geometry: with blocks where config.json has their size, as its BD3LM models need."""
-    block = one_of(config, ("block_size", "block_length"), None)
-    return {} if block is None else {"geometry": "block", "block_length": int(block)}
+    given = one_of(config, ("block_size", "block_length"), None)
+    return {} if given is None else blocks(config, given)
 
 
 class A2dLlama(Llama):
@@ -40,8 +38,7 @@ class A2dQwen2(Qwen2):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The mask, and blocks if there are any."""
-        mask_id = int(one_of(config, _MASK_NAMES, 151665))
-        return {**_seen(config), "mask_id": mask_id, "qkv_bias": True}
+        return {**_seen(config), "mask_id": mask_id(config, 151665), "qkv_bias": True}
 
 
 class A2dQwen3(Qwen3):
@@ -52,4 +49,4 @@ class A2dQwen3(Qwen3):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The mask, and blocks if there are any."""
-        return {**_seen(config), "mask_id": int(one_of(config, _MASK_NAMES, 151669))}
+        return {**_seen(config), "mask_id": mask_id(config, 151669)}

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllmserve.models.config import need, one_of
-from dllmserve.models.llama import LlamaLike
+from dllmserve.models.config import need
+from dllmserve.models.llama import LlamaLike, blocks
 from dllmserve.models.qwen import Qwen3
 
 
@@ -36,8 +36,4 @@ class DreamReasoner(Qwen3):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Block and mask."""
-        return {
-            "geometry": "block",
-            "block_length": int(one_of(config, ("block_size", "block_length"), 32)),
-            "mask_id": int(need(config, "mask_token_id", cls.name)),
-        }
+        return {**blocks(config, 32), "mask_id": int(need(config, "mask_token_id", cls.name))}

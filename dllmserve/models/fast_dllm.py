@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllmserve.models.config import one_of
+from dllmserve.models.llama import blocks, mask_id
 from dllmserve.models.qwen import Qwen2
 
 
@@ -21,9 +21,8 @@ class FastDllm(Qwen2):
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Block and mask; published files have no mask id, upstream's code has this one."""
         return {
-            "geometry": "block",
-            "block_length": int(one_of(config, ("bd_size", "block_size"), 32)),
-            "mask_id": int(one_of(config, ("mask_token_id", "mask_id"), 151665)),
+            **blocks(config, 32, ("bd_size", "block_size")),
+            "mask_id": mask_id(config, 151665),
             "logit_shift": 1,
             "qkv_bias": True,
         }

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from dllmserve.models.config import one_of
-from dllmserve.models.llama import LLAMA_ONLY, LlamaLike
+from dllmserve.models.llama import LLAMA_ONLY, LlamaLike, mask_id
 
 
 class Illada(LlamaLike):
@@ -21,4 +20,4 @@ class Illada(LlamaLike):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The mask, which published files do not name."""
-        return {"mask_id": int(one_of(config, ("mask_token_id", "mask_id"), 5))}
+        return {"mask_id": mask_id(config, 5)}

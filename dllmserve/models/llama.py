@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from dllmserve.core.model_spec import NO_MASK, ModelSpec
 from dllmserve.errors import UnsupportedModelError
 from dllmserve.layers.modules import Attention, Build, Embedding, Head, Mlp, RMSNorm
-from dllmserve.models.config import eos_ids, need, refuse, rope, window
+from dllmserve.models.config import eos_ids, need, one_of, refuse, rope, window
 from dllmserve.models.decoder import Block, Decoder
 
 #: traits of an autoregressive model
@@ -22,6 +22,18 @@ CAUSAL: Mapping[str, Any] = {
     "mask_id": NO_MASK,
     "logit_shift": 1,
 }
+
+
+def blocks(
+    config: Mapping[str, Any], default: int, names: tuple[str, ...] = ("block_size", "block_length")
+) -> dict[str, Any]:
+    """Traits of a block-causal model: its geometry, and the length by one of these names."""
+    return {"geometry": "block", "block_length": int(one_of(config, names, default))}
+
+
+def mask_id(config: Mapping[str, Any], default: int) -> int:
+    """The mask id of a model whose published files lack it, or call it by either name."""
+    return int(one_of(config, ("mask_token_id", "mask_id"), default))
 
 
 class LlamaLike(Decoder):

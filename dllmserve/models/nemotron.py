@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from dllmserve.models.config import need, one_of
-from dllmserve.models.llama import LLAMA_ONLY, LlamaLike
+from dllmserve.models.config import need
+from dllmserve.models.llama import LLAMA_ONLY, LlamaLike, blocks, mask_id
 
 
 class Nemotron(LlamaLike):
@@ -27,8 +27,7 @@ class Nemotron(LlamaLike):
         if not config.get("rope_scaling"):
             need(config, "rope_parameters", cls.name)
         return {
-            "geometry": "block",
-            "block_length": int(one_of(config, ("block_size", "canvas_length"), 32)),
+            **blocks(config, 32, ("block_size", "canvas_length")),
             "causal_context": True,
-            "mask_id": int(one_of(config, ("mask_token_id", "mask_id"), 100)),
+            "mask_id": mask_id(config, 100),
         }

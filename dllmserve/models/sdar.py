@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dllmserve.models.config import one_of
+from dllmserve.models.llama import blocks
 from dllmserve.models.qwen import Qwen3
 
 
@@ -20,8 +21,5 @@ class Sdar(Qwen3):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Block and mask; those of the published checkpoints where config.json has none."""
-        return {
-            "geometry": "block",
-            "block_length": int(one_of(config, ("block_size", "block_length"), 4)),
-            "mask_id": int(one_of(config, ("mask_token_id",), 151669)),
-        }
+        mask_id = int(one_of(config, ("mask_token_id",), 151669))
+        return {**blocks(config, 4), "mask_id": mask_id}

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllmserve.models.config import one_of
-from dllmserve.models.llama import LLAMA_ONLY, LlamaLike
+from dllmserve.models.llama import LLAMA_ONLY, LlamaLike, blocks, mask_id
 
 
 class StableDiffcoder(LlamaLike):
@@ -22,8 +21,4 @@ class StableDiffcoder(LlamaLike):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Block and mask, which published files do not name."""
-        return {
-            "geometry": "block",
-            "block_length": int(one_of(config, ("block_size", "block_length"), 4)),
-            "mask_id": int(one_of(config, ("mask_token_id", "mask_id"), 5)),
-        }
+        return {**blocks(config, 4), "mask_id": mask_id(config, 5)}
