@@ -64,6 +64,11 @@ class EngineConfig:
         max_graphs: CUDA graphs that are kept; the least recently used are dropped.
         page_size: tokens per K,V page.
         kv_pages: pages of the K,V store; None sizes it from memory.
+        prefix_caching: requests of a block-causal or an autoregressive model that begin alike share
+            the K,V of their equal full pages, and pages that nobody holds keep their content until
+            their place is needed. With full attention there is nothing to share.
+        prefix_isolation: only requests of one owner (in a server: of one API key) share pages, so
+            that nobody can learn from the time of an answer what others have asked.
         gpu_memory_utilization: share of the device's memory that the engine may plan with.
         seed: base of the seeds of requests that bring none; None is random.
         threads: threads of an engine on a CPU, and only there; ranks and engines divide them. None
@@ -133,6 +138,12 @@ class EngineConfig:
     page_size: int = knob(32, "Tokens per K,V page.", low=1)
     kv_pages: int | None = knob(
         None, "Pages of the K,V store (sized by memory, if not given).", low=0
+    )
+    prefix_caching: bool = knob(
+        True, "Share K,V pages of equal beginnings (block-causal and autoregressive models)."
+    )
+    prefix_isolation: bool = knob(
+        False, "Share them between requests of one API key alone, not of different ones."
     )
     gpu_memory_utilization: float = knob(
         0.9, "Share of the device's memory to plan with.", low=0, low_open=True, high=1

@@ -164,7 +164,7 @@ class LLM:
         Returns:
             One dictionary per prompt, in the order of the prompts: ``text``, ``token_ids``,
             ``finish_reason`` ("stop" or "length") and ``usage`` (prompt_tokens,
-            completion_tokens, forward_passes).
+            completion_tokens, forward_passes, cached_tokens).
 
         Raises:
             InvalidRequestError, CapacityError, TokenizerError: one bad request raises

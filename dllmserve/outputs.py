@@ -16,6 +16,7 @@ class RequestOutput:
         finish_reason: "stop" (an end id or a stop string) or "length".
         prompt_tokens, completion_tokens: lengths in tokens.
         forward_passes: forwards that the request took part in; guidance counts once.
+        cached_tokens: tokens of the prompt whose K and V were found, from requests before.
     """
 
     text: str
@@ -24,6 +25,7 @@ class RequestOutput:
     prompt_tokens: int
     completion_tokens: int
     forward_passes: int
+    cached_tokens: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The dictionary that LLM.generate returns."""
@@ -35,6 +37,7 @@ class RequestOutput:
                 "prompt_tokens": self.prompt_tokens,
                 "completion_tokens": self.completion_tokens,
                 "forward_passes": self.forward_passes,
+                "cached_tokens": self.cached_tokens,
             },
         }
 

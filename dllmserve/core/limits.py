@@ -20,7 +20,8 @@ class Limits:
     a step run by themselves, fewer share a step with reuse spans. ``max_history_rows`` is how
     many positions may have their last distribution kept; with 0 nothing is kept of logits.
     ``cheap_tokens`` is with how many a step computes half as many a second as it can: steps that
-    owners share are not made smaller than that.
+    owners share are not made smaller than that. ``prefix_caching`` lets requests share pages of
+    equal beginnings, ``prefix_isolation`` those of one owner alone.
     """
 
     max_model_len: int
@@ -33,6 +34,8 @@ class Limits:
     phases: str = "auto"
     max_history_rows: int = 0
     cheap_tokens: int = 0
+    prefix_caching: bool = True
+    prefix_isolation: bool = False
 
     def pages_of(self, slots: int) -> int:
         """Pages that hold so many slots."""

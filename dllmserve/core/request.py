@@ -9,6 +9,7 @@ from enum import Enum
 from dllmserve._values import SparseConfig
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.canvas import Canvas, Range
+from dllmserve.core.prefix import Prefix
 from dllmserve.core.schedule import block_quotas, window_split
 from dllmserve.sampling_params import SamplingParams
 
@@ -63,8 +64,9 @@ class Progress:
 class Request:
     """Host record of one job. It holds no tensors.
 
-    ``row``, ``uncond_row``, ``pages`` and ``history`` are set by the scheduler, ``error`` and
-    ``finish_reason`` when the request ends. ``sent`` pages of a row are in the page table.
+    ``row``, ``uncond_row``, ``pages``, ``history`` and ``prefix`` (None where K,V cannot be shared)
+    are set by the scheduler, ``error`` and ``finish_reason`` when the request ends. ``sent`` pages
+    of a row are in the page table, ``preempted`` counts how often its pages were taken.
     ``assumed`` holds the masks that each forward launched ahead of its report is expected to leave
     in its block; None for one that decides nothing. ``watch``
     asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
@@ -91,6 +93,8 @@ class Request:
     skipped: int = 0
     history: list[int] = field(default_factory=list)
     sent: int = 0
+    preempted: int = 0
+    prefix: Prefix | None = None
     assumed: deque[int | None] = field(default_factory=deque)
     masks: tuple[int, ...] = ()
     quotas: tuple[tuple[int, ...], ...] = ()

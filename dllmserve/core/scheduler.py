@@ -58,6 +58,8 @@ class Scheduler:
         self._step = 0
         #: in the last step a running request had to wait for pages
         self._short = False
+        #: names of the pages that the step being planned fills
+        self._filling: set[bytes] = set()
 
     @property
     def has_work(self) -> bool:
@@ -71,6 +73,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request, once it is checked."""
         self.check(request)
+        request.prefix = self.storage.prefix_of(request)
         self.waiting.append(request)
 
     def abort(self, request: Request) -> None:
@@ -101,6 +104,7 @@ class Scheduler:
         ready = self._ready()
         rationed = self.waiting.ration(ready, limits.cheap_tokens)
         picked: dict[Request, StepEntry] = {}
+        self._filling.clear()
         phase = self._phase([entry for _, entry in rationed])
         for request, entry in rationed:
             if phase is None or entry.span.refresh is phase:
@@ -142,6 +146,9 @@ class Scheduler:
         if request.grows and (entry.tokens > budget.tokens or not request.pages):
             entry = self._fitted(request, budget.tokens)
         amount = entry.tokens, entry.logit_rows, request.rows_needed
+        filling = self.storage.next_names(request, entry.span.final)
+        if filling and filling[0] in self._filling:
+            return  # another does the same in this step: what it stores is found in the next one
         if not budget.has(*amount, refresh=entry.span.refresh):
             return
         if request.grows and not self.storage.grow(
@@ -150,6 +157,7 @@ class Scheduler:
             self._short = True
             return
         budget.take(*amount, refresh=entry.span.refresh)
+        self._filling.update(filling)
         request.last_step = self._step
         request.progress.storing = entry.span.final
         request.progress.deciding = entry.kind is Kind.FILL
@@ -167,8 +175,9 @@ class Scheduler:
         """A request's next forward; one that stores may be cut to ``tokens`` tokens.
 
         A chunk ends where a block of a stair ends: a block sees all of itself. What cannot be cut
-        stays as it is.
+        stays as it is. What is in pages already is not stored again.
         """
+        self.storage.adopt(request)
         entry = self._entry(request)
         span, most = entry.span, tokens // request.rows_needed
         if entry.kind is not Kind.STORE or span.q_len <= most:
@@ -227,6 +236,12 @@ class Scheduler:
                 finished.append(request)
         return finished
 
+    def learn(self, request: Request, answer: Sequence[int]) -> None:
+        """Take the first ids of an answer, so that a request that goes on from it finds its K,V."""
+        if request.prefix is not None:
+            request.prefix.names.learn([*request.canvas.ids[: request.canvas.start], *answer])
+            self.storage.publish(request)
+
     def release(self, request: Request) -> None:
         """Mark a request finished and free its rows and pages."""
         self._release(request)
@@ -260,7 +275,9 @@ class Scheduler:
     def _forward_done(self, request: Request, masks_left: int | None) -> None:
         """Advance by a forward that leaves so many masks in its block, or only stored (None)."""
         progress = request.progress
-        progress.stored = progress.storing or progress.stored
+        if progress.storing:
+            progress.stored = progress.storing
+            self.storage.publish(request)
         if masks_left is None:
             return
         progress.forwards += 1

@@ -9,6 +9,7 @@ from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.pages import PageAllocator
 from dllmserve.core.plan import NewPage, Span, Store
+from dllmserve.core.prefix import PageNames, Prefix
 from dllmserve.core.request import Request
 
 
@@ -29,7 +30,8 @@ class Storage:
 
     A request holds all pages that it will ever need from its start on, unless its cache policy
     grows: then it starts with those of its given tokens, gets more when it stores more, and may be
-    told to give all of them back.
+    told to give all of them back. Pages that hold what a request would store next are shared with
+    it, where its geometry allows that.
 
     Args:
         spec: the model's dimensions.
@@ -41,6 +43,8 @@ class Storage:
         history: kept distributions.
         rows: free rows of the state table.
         preempted: times that pages were taken from a running request.
+        prompts, cached: given tokens of requests that may share pages, and those of them whose K
+            and V were found there.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class Storage:
         self.pages = PageAllocator(limits.num_pages)
         self.history = PageAllocator(limits.max_history_rows)
         self.rows = list(range(limits.max_num_seqs - 1, -1, -1))
-        self.preempted = 0
+        self.preempted = self.prompts = self.cached = 0
         self._spec, self._limits, self._policy = spec, limits, policy
 
     def most_pages(self, request: Request) -> int:
@@ -73,6 +77,8 @@ class Storage:
     def fits(self, request: Request) -> bool:
         """Whether the request can start."""
         pages = self.first_pages(request) * request.rows_needed
+        # pages with the right content that nobody holds are not free for it, they become its own
+        pages -= sum(self.pages.held(page) for page in self._found(request))
         needs = request.rows_needed, pages, request.history_needed
         return all(n <= f for n, f in zip(needs, self.free(), strict=True))
 
@@ -80,7 +86,9 @@ class Storage:
         """Give a request its rows and the pages that it starts with."""
         pages = self.first_pages(request)
         request.row = self.rows.pop()
-        request.pages = self.pages.reserve(pages)
+        self.prompts += request.prompt_len if request.prefix else 0
+        self.adopt(request)
+        request.pages += self.pages.reserve(pages - len(request.pages))
         request.history = self.history.reserve(request.history_needed)
         if request.guided:
             request.uncond_row = self.rows.pop()
@@ -96,11 +104,77 @@ class Storage:
         self.take_pages(request)
 
     def take_pages(self, request: Request) -> None:
-        """Take back a request's pages; what it stored has to be computed anew."""
-        self.pages.free(request.pages)
+        """Take back a request's pages; what it stored has to be computed anew, or found."""
+        # a page is of use to others only with those before it, so it is to be reused before them
+        self.pages.free(reversed(request.pages))
         self.pages.free(request.uncond_pages)
         request.pages, request.uncond_pages, request.sent = [], [], 0
         request.progress.stored = 0
+        if request.prefix is not None:
+            request.prefix.named = 0
+
+    def prefix_of(self, request: Request) -> Prefix | None:
+        """What a request may share of its pages; None if that is nothing."""
+        canvas, size = request.canvas, self._limits.page_size
+        if not canvas.window or request.guided or not self._limits.prefix_caching:
+            return None
+        salt = request.owner if self._limits.prefix_isolation else ""
+        causal = 1 if self._spec.causal_context else canvas.window
+        names = PageNames(size, causal, salt)
+        names.learn(canvas.ids[: canvas.start])
+        first = request.blocks[0][0] // canvas.window * canvas.window
+        # what is read at the position before the answer has to be computed
+        return Prefix(names, min(first, canvas.start - self._spec.logit_shift) // size)
+
+    def adopt(self, request: Request) -> None:
+        """Take over pages that hold what a request is to store next."""
+        prefix, pages = request.prefix, request.pages
+        found = self._found(request)
+        if prefix is None or not found:
+            return
+        self.pages.share(found)
+        column = request.progress.stored // self._limits.page_size
+        own = pages[column : column + len(found)]
+        self.pages.free(own)
+        pages[column : column + len(found)] = found
+        request.sent = min(request.sent, column)
+        gained = len(found) * self._limits.page_size
+        request.progress.stored += gained
+        prefix.named = max(prefix.named, column + len(found))
+        if not request.preempted:
+            prefix.cached += gained
+            self.cached += gained
+
+    def publish(self, request: Request) -> None:
+        """Let others find the full pages that a request has stored and whose tokens are known."""
+        prefix = request.prefix
+        if prefix is None:
+            return
+        stored = request.progress.stored // self._limits.page_size
+        for column in range(prefix.named, min(stored, len(prefix.names))):
+            self.pages.name(request.pages[column], prefix.names[column])
+            prefix.named = column + 1
+
+    def next_names(self, request: Request, final: int) -> list[bytes]:
+        """Names of the pages that a request fills if it stores up to position ``final``."""
+        if request.prefix is None:
+            return []
+        size, names = self._limits.page_size, request.prefix.names
+        last = min(final // size, len(names))
+        return [names[page] for page in range(request.progress.stored // size, last)]
+
+    def _found(self, request: Request) -> list[int]:
+        """Pages, in order, that hold what a request is to store next."""
+        column, inside = divmod(request.progress.stored, self._limits.page_size)
+        found = list[int]()
+        if request.prefix is None or inside:
+            return found
+        for index in range(column, request.prefix.end):
+            page = self.pages.find(request.prefix.names[index])
+            if page is None:
+                break
+            found.append(page)
+        return found
 
     def missing(self, request: Request, span: Span) -> int:
         """Pages that each row of a request lacks for what a span stores."""
@@ -122,6 +196,7 @@ class Storage:
             return False
         for victim in taken:
             self.preempted += bool(victim.pages)
+            victim.preempted += bool(victim.pages)
             self.take_pages(victim)
         request.pages += self.pages.reserve(missing)
         if request.guided:

@@ -146,6 +146,7 @@ class EngineCore:
     def abandon(self) -> None:
         """Forget the steps in flight, after an error that left their requests in doubt."""
         self._in_flight.clear()
+        self.scheduler.storage.pages.forget()
 
     def close(self) -> None:
         """Let go of what the engine holds beside memory; nothing can be run any more."""
@@ -315,6 +316,7 @@ class EngineCore:
             request.finish_reason = "stop"
         elif not finished:
             return None
+        self.scheduler.learn(request, ids)
         return RequestOutput(
             text=text,
             token_ids=ids[:used],
@@ -322,6 +324,7 @@ class EngineCore:
             prompt_tokens=request.prompt_len,
             completion_tokens=request.canvas.filled(used),
             forward_passes=request.reported_forwards,
+            cached_tokens=0 if request.prefix is None else request.prefix.cached,
         )
 
     def _canvas(

@@ -230,6 +230,8 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
         phases=options.phases,
         max_history_rows=options.max_history_rows,
         cheap_tokens=_CHEAP_TOKENS.get(device.type, 0),
+        prefix_caching=options.prefix_caching,
+        prefix_isolation=options.prefix_isolation,
     )
     return EnginePlan(
         directory,

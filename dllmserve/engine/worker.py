@@ -160,6 +160,8 @@ class EngineLoop:
             committed=self._committed,
             busy=self._busy,
             preempted=scheduler.storage.preempted,
+            prompts=scheduler.storage.prompts,
+            cached=scheduler.storage.cached,
         )
 
     def _count(self, plan: StepPlan) -> None:

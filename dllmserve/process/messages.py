@@ -173,6 +173,8 @@ class Counters(msgspec.Struct, array_like=True, frozen=True):
         committed: positions that joined a committed prefix.
         busy: seconds with a request under way.
         preempted: times that a request gave its pages to an older one.
+        prompts, cached: tokens of prompts that were started, and those of them whose K and V were
+            found in pages.
     """
 
     waiting: int = 0
@@ -184,6 +186,8 @@ class Counters(msgspec.Struct, array_like=True, frozen=True):
     committed: int = 0
     busy: float = 0.0
     preempted: int = 0
+    prompts: int = 0
+    cached: int = 0
 
 
 def added(*parts: Counters) -> Counters:

@@ -73,6 +73,7 @@ class Details(msgspec.Struct, frozen=True):
     completion_tokens: int
     forward_passes: int
     queue_time: Annotated[float, msgspec.Meta(ge=0, le=1e12)] | None = None
+    cached_tokens: int = 0
 
 
 class _Live:
@@ -363,6 +364,7 @@ def _finished(output: RequestOutput, queue_time: float | None) -> JobResult:
         output.completion_tokens,
         output.forward_passes,
         queue_time,
+        output.cached_tokens,
     )
     packed = msgspec.msgpack.encode(details)
     return JobResult("finished", output.text, None, packed, time.time())

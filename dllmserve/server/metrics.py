@@ -234,6 +234,8 @@ class _Current(Collector):
             yield self._family(GaugeMetricFamily, PREFIX + name, text, value)
         for name, text, value in (
             ("num_preemptions", "Times that a request gave its K,V pages up.", engine.preempted),
+            ("prefix_cache_queries", "Tokens of prompts that could be cached.", engine.prompts),
+            ("prefix_cache_hits", "Those of them whose K,V were found.", engine.cached),
             ("engine_restarts", "Engines started after the first.", now.restarts),
             ("engine_steps", "Forward passes.", engine.steps),
             ("engine_busy_seconds", "Seconds with a request under way.", engine.busy),

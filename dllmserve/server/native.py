@@ -75,6 +75,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     forward_passes: int
+    cached_tokens: int
     queue_time: float | None = None
 
 

@@ -27,10 +27,17 @@ FINGERPRINT = f"dllmserve-{__version__}"
 DONE = b"data: [DONE]\n\n"
 
 
+class PromptTokens(BaseModel):
+    """More about the tokens of prompts."""
+
+    cached_tokens: int
+
+
 class UsageAnswer(BaseModel):
     """Tokens, forward passes and waiting time of an answer."""
 
     prompt_tokens: int
+    prompt_tokens_details: PromptTokens
     completion_tokens: int
     total_tokens: int
     forward_passes: int
@@ -142,11 +149,13 @@ class Reply:
             unfinished: tokens that the other runs have given out so far.
         """
         prompt = sum(run.request.prompt_len for run in runs[:: self.choices])
+        cached = sum(output.cached_tokens for output in outputs[:: self.choices])
         completion = sum(output.completion_tokens for output in outputs) + unfinished
         forwards = sum(output.forward_passes for output in outputs)
         waits = [run.queue_time for run in runs if run.queue_time is not None]
         return {
             "prompt_tokens": prompt,
+            "prompt_tokens_details": {"cached_tokens": min(cached, prompt)},
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "forward_passes": forwards,

@@ -103,6 +103,7 @@ def test_forward_passes(
         "prompt_tokens": 9,
         "completion_tokens": 12,
         "forward_passes": forwards,
+        "cached_tokens": 0,
     }
     assert sorted(output) == ["finish_reason", "text", "token_ids", "usage"]
 

@@ -80,7 +80,8 @@ def test_json_schema(run: Run, checkpoint: Path, answer: Callable[[str], dict[st
     assert [line["prompt"] for line in lines] == ["one", "zwei ü", "3\n4"]
     for line in lines:
         assert list(line) == ["prompt", "text", "token_ids", "finish_reason", "usage", "seconds"]
-        assert set(line["usage"]) == {"prompt_tokens", "completion_tokens", "forward_passes"}
+        counts = {"prompt_tokens", "completion_tokens", "forward_passes", "cached_tokens"}
+        assert set(line["usage"]) == counts
         assert line["seconds"] > 0
         wanted = answer(line["prompt"])
         assert {k: line[k] for k in wanted} == wanted

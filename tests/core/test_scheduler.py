@@ -41,7 +41,10 @@ def request(
     cfg: float = 0.0,
     block: int | None = None,
     unmask: str = "steps",
+    fork: int = 90,
 ) -> Request:
+    """Prompts are alike up to ``fork``."""
+    ids = ([1] * fork + [2] * prompt)[:prompt]
     sparse = SparseConfig(default_block_len=4) if cache == "sparse" else None
     params = SamplingParams(
         gen_length=gen,
@@ -53,8 +56,8 @@ def request(
         sparse=sparse,
     )
     if cache == "paged":
-        return paged_request(number, [1] * prompt, params)
-    return prompt_request(number, [1] * prompt, params)
+        return paged_request(number, ids, params)
+    return prompt_request(number, ids, params)
 
 
 REQUESTS = st.lists(
@@ -83,9 +86,9 @@ class Device:
         self.last_seen: dict[int, int] = {}
         self.longest_wait = 0
         self.stored = 0
-        #: pages of each row; what stands in each slot of the store: whose position
+        #: pages of each row; what stands in each slot of the store, see :meth:`kept`
         self.table: dict[int, dict[int, int]] = {}
-        self.slots: dict[int, tuple[int, int]] = {}
+        self.slots: dict[int, tuple[object, int]] = {}
 
     def step(self) -> list[Request]:
         plan, requests, admitted = self.scheduler.schedule()
@@ -112,23 +115,36 @@ class Device:
         self.steps += 1
         finished = self.scheduler.commit(requests, [report(r) for r in requests])
         for r in finished:
+            self.scheduler.learn(r, self.answer(r))
             self.scheduler.release(r)
         self.scheduler.check_integrity()
         return finished
+
+    def answer(self, r: Request) -> list[int]:
+        """What it is: the same of all requests that are alike."""
+        return [1] * r.canvas.answer_len
+
+    def kept(self, r: Request, position: int, final: int) -> tuple[object, int]:
+        """K and V of a position: final ones follow from the tokens that it sees, others from r."""
+        if position >= final:
+            return r.id, position
+        seen = -(-(position + 1) // r.canvas.window) * r.canvas.window
+        return tuple([*r.canvas.ids, *self.answer(r)][:seen]), position
 
     def slot(self, row: int, position: int) -> int:
         size = self.scheduler.limits.page_size
         return self.table[row][position // size] * size + position % size
 
     def attend(self, r: Request, span: Span) -> None:
-        """Every slot that a span reads holds its own request's position; it may store others."""
+        """Every slot that a span reads holds what its request's position has; it may store."""
         queries = range(span.q_start, span.q_start + span.reach)
         stores = span.store in (Store.POSITIONS, Store.AHEAD)
         for position in range(span.ctx_len):
             if not (stores and position in queries):
-                assert self.slots[self.slot(span.row, position)] == (r.id, position)
+                kept = self.kept(r, position, len(r.canvas) if r.canvas.window else 0)
+                assert self.slots[self.slot(span.row, position)] == kept
         if stores:
-            self.slots |= {self.slot(span.row, p): (r.id, p) for p in queries}
+            self.slots |= {self.slot(span.row, p): self.kept(r, p, span.final) for p in queries}
         self.stored += max(span.final - span.q_start, 0)
 
 
@@ -222,6 +238,7 @@ GROWING = st.builds(
     cfg=st.sampled_from([0.0, 0.0, 1.0]),
     block=st.sampled_from([1, 3, 8]),
     unmask=st.sampled_from(["steps", "threshold"]),
+    fork=st.sampled_from([0, 21, 90]),
 )
 
 
@@ -234,6 +251,8 @@ GROWING = st.builds(
     st.sampled_from(["auto", "mixed", "separate"]),
     st.sampled_from([1, 40, 10**6]),
     st.booleans(),
+    st.sampled_from([(False, False), (True, False), (True, True)]),
+    st.dictionaries(st.integers(1, 60), st.integers(0, 19), max_size=3),
 )
 def test_requests_that_grow_end_beside_others_however_few_pages_there_are(
     requests: list[Request],
@@ -243,8 +262,13 @@ def test_requests_that_grow_end_beside_others_however_few_pages_there_are(
     phases: str,
     refresh_tokens: int,
     owned: bool,
+    prefix: tuple[bool, bool],
+    aborted: dict[int, int],
 ) -> None:
-    """What an older request takes from a younger one is computed anew, and all come to an end."""
+    """What an older request takes from a younger one is computed anew, and all come to an end.
+
+    What is shared, is shared with those alone whose position has the same K and V.
+    """
     under_test = scheduler(
         max_num_seqs=rows,
         max_num_batched_tokens=tokens,
@@ -252,6 +276,8 @@ def test_requests_that_grow_end_beside_others_however_few_pages_there_are(
         phases=phases,
         max_refresh_tokens=refresh_tokens,
         cheap_tokens=16 if owned else 0,
+        prefix_caching=prefix[0],
+        prefix_isolation=prefix[1],
     )
     for r in requests:
         r.owner = "ab"[r.prompt_len % 2] if owned else ""
@@ -260,7 +286,13 @@ def test_requests_that_grow_end_beside_others_however_few_pages_there_are(
     while under_test.has_work:
         device.step()
         assert device.steps < 100 * sum(len(r.canvas) for r in accepted)
-    assert sorted(device.order) == [r.id for r in accepted]
+        for r in accepted:
+            if aborted.get(device.steps) == r.id:
+                under_test.abort(r)
+                under_test.check_integrity()
+    accepted = [r for r in accepted if r.status is not Status.ABORTED]
+    assert {r.id for r in accepted} <= {*device.order}
+    assert len({*device.order}) == len(device.order)
     assert all(r.finish_reason == "length" for r in accepted)
     assert under_test.storage.pages.num_free == pages
     for r in accepted:

@@ -71,7 +71,12 @@ def test_details_on_request(served: Callable[..., None]) -> None:
             "status": "finished",
             "text": "ababa",
             "finish_reason": "length",
-            "usage": {"prompt_tokens": 2, "completion_tokens": 5, "forward_passes": 5},
+            "usage": {
+                "prompt_tokens": 2,
+                "completion_tokens": 5,
+                "forward_passes": 5,
+                "cached_tokens": 0,
+            },
         }
 
     served(body)

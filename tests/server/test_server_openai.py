@@ -122,6 +122,7 @@ def test_the_answer_of_a_completion(byte_checkpoint: Path) -> None:
             assert usage == {
                 # each prompt counts once, every answer
                 "prompt_tokens": 3,
+                "prompt_tokens_details": {"cached_tokens": 0},
                 "completion_tokens": 12,
                 "total_tokens": 15,
                 "forward_passes": 12,
