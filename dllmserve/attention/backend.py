@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Mask, Span, SpanField, StepPlan, Store
+from dllmserve.core.plan import Mask, SpanField, StepPlan, Store
 from dllmserve.core.rows import RowSelect
 from dllmserve.device import host_to_device
 from dllmserve.layers.modules import AttentionContext
@@ -157,11 +157,6 @@ def unpadded_step(
         owners=host_to_device(owners, device),
         ahead=ahead,
     )
-
-
-def whole(span: Span) -> bool:
-    """True if the span attends to itself alone, and every query to all of it."""
-    return span.refresh and span.mask == Mask.FULL
 
 
 class AttentionBackend(Protocol):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import AheadStore, AttentionStep, whole
+from dllmserve.attention.backend import AheadStore, AttentionStep
 from dllmserve.attention.select import Selection, build_selection, row_numbers
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, SpanField
@@ -55,8 +55,9 @@ class _TritonContext:
         self._keep_best = select.keep_best
         self._step = step
         self._ahead = AheadStore(step) if step.ahead else None
+        self._turns = attention.room_for_turns(step.kv.k.device)  # of all layers, one by one
         spans, device = step.plan.spans, step.kv.k.device
-        alone = sum(whole(span) for span in spans)
+        alone = sum(span.refresh for span in spans)
         # ends [S + 1] int32 of the spans, for flash attention
         self._ends: Tensor | None = None
         if alone and _flash_runs(step.kv.k, spec.head_dim):
@@ -93,7 +94,9 @@ class _TritonContext:
         if self._rest:
             skip = self._ends is not None
             blind = step.ahead  # there may be such spans
-            self._span_attention(q, k, v, out, *caches, *where, page, longest, skip, blind)
+            self._span_attention(
+                *(q, k, v, out, *caches, *where, page, longest, skip, blind, self._turns)
+            )
         if self._selection is not None:
             self._keep_best(self._selection, q, k, v, *caches, *where, page)
         for tokens, length, selection in self._by_attention:

@@ -205,12 +205,16 @@ def _report(
 
 
 def _fitting(config: EngineConfig, work: Workload) -> EngineConfig:
-    """The engine options, with an engine that is as long as the workload needs."""
+    """The engine options, with an engine that is as long as the workload needs.
+
+    It finds nothing of the run before, which had the same prompts.
+    """
     from dllmserve.models.loader import find_model, read_config, read_spec, require_weights
 
     directory = find_model(config.model)
     if config.load_format != "dummy":
         require_weights(directory)  # before anything is measured
+    config = replace(config, prefix_caching=False)
     if config.max_model_len is not None:
         return config
     spec = read_spec(read_config(directory))

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 GIB = 1024**3
 #: More tokens than any step holds.
 NO_LIMIT = 2**31 - 1
+
+
+@dataclass
+class SoftLimit:
+    """Tokens that are left for one kind of forward; the first of a step always fits."""
+
+    tokens: int = NO_LIMIT
+    used: bool = False
+
+    def has(self, tokens: int) -> bool:
+        """Whether there is room for so many."""
+        return not self.used or tokens <= self.tokens
+
+    def take(self, tokens: int) -> None:
+        """Take them."""
+        self.tokens, self.used = self.tokens - tokens, True
 
 
 @dataclass
@@ -18,30 +34,29 @@ class StepBudget:
         logit_rows: LM-head rows, soft: one entry always fits an empty step, because the
             head runs in chunks whatever the number of rows.
         rows: rows of the state table.
-        refresh_tokens: tokens that may be refreshes, soft: one refresh always fits.
+        refreshes, stores: tokens that may be refreshes, or prompts that are stored.
     """
 
     tokens: int
     logit_rows: int
     rows: int
-    refresh_tokens: int = NO_LIMIT
+    refreshes: SoftLimit = field(default_factory=SoftLimit)
+    stores: SoftLimit = field(default_factory=SoftLimit)
     empty: bool = True
-    refreshed: bool = False
 
-    def has(self, tokens: int, logit_rows: int, rows: int, *, refresh: bool = False) -> bool:
+    def has(self, tokens: int, logit_rows: int, rows: int, limit: SoftLimit | None = None) -> bool:
         """Whether there is room for a share."""
         fits = tokens <= self.tokens and rows <= self.rows
         if not fits or (logit_rows > self.logit_rows and not self.empty):
             return False
-        return not (refresh and self.refreshed and tokens > self.refresh_tokens)
+        return limit is None or limit.has(tokens)
 
-    def take(self, tokens: int, logit_rows: int, rows: int, *, refresh: bool = False) -> bool:
+    def take(self, tokens: int, logit_rows: int, rows: int, limit: SoftLimit | None = None) -> bool:
         """Take a share if there is room for it; return whether there was."""
-        if not self.has(tokens, logit_rows, rows, refresh=refresh):
+        if not self.has(tokens, logit_rows, rows, limit):
             return False
-        if refresh:
-            self.refresh_tokens -= tokens
-            self.refreshed = True
+        if limit is not None:
+            limit.take(tokens)
         self.tokens -= tokens
         self.logit_rows -= logit_rows
         self.rows -= rows

@@ -132,14 +132,15 @@ class Span(NamedTuple):
 
     @property
     def refresh(self) -> bool:
-        """True if the span is the canvas from its start and attends to itself alone.
+        """True if the span is the canvas from its start, and all of it attends to itself alone.
 
         A span that stores nothing reads its cached slots even where it covers their positions: a
         sparse reuse at the canvas's start finds there what was kept from elsewhere.
         """
         overwrites = self.store in (Store.POSITIONS, Store.AHEAD) and not self.pick
         overwritten = overwrites and self.ctx_len <= self.q_len
-        return self.q_start == 0 and (self.ctx_len == 0 or overwritten)
+        alone = self.q_start == 0 and self.mask == Mask.FULL
+        return alone and (self.ctx_len == 0 or overwritten)
 
     @property
     def final(self) -> int:

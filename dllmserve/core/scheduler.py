@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 
 from dllmserve.catalog import EDITS, RULES
-from dllmserve.core.budget import StepBudget
+from dllmserve.core.budget import NO_LIMIT, SoftLimit, StepBudget
 from dllmserve.core.fair import FairQueue, within_share
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
@@ -99,9 +99,10 @@ class Scheduler:
             tokens=limits.max_num_batched_tokens,
             logit_rows=limits.max_logit_rows * HEAD_CHUNKS,
             rows=limits.max_num_seqs,
-            refresh_tokens=limits.max_refresh_tokens,
+            refreshes=SoftLimit(limits.max_refresh_tokens),
         )
         ready = self._ready()
+        budget.stores.tokens = self._store_tokens([entry for _, entry in ready])
         rationed = self.waiting.ration(ready, limits.cheap_tokens)
         picked: dict[Request, StepEntry] = {}
         self._filling.clear()
@@ -134,6 +135,19 @@ class Scheduler:
                 entries[request] = entry
         return sorted(entries.items(), key=lambda pair: (pair[0].last_step, pair[0].id))
 
+    def _store_tokens(self, entries: list[StepEntry]) -> int:
+        """Tokens of prompts that a step stores while others decode, so that those do not stall.
+
+        Requests that decode count four times those that store; and what costs a step little, or no
+        more than the others' own tokens, is stored in any case.
+        """
+        filling = [entry.tokens for entry in entries if entry.kind is Kind.FILL]
+        storing = len(entries) - len(filling)
+        if not filling:
+            return NO_LIMIT
+        share = self.limits.max_num_batched_tokens * storing // (storing + 4 * len(filling))
+        return max(share, sum(filling), self.limits.cheap_tokens)
+
     def _pick(
         self,
         request: Request,
@@ -142,21 +156,24 @@ class Scheduler:
         picked: dict[Request, StepEntry],
     ) -> None:
         """Take a request's forward into the step, if the step and the pages have room for it."""
+        stores = entry.kind is Kind.STORE
+        room = min(budget.tokens, budget.stores.tokens) if stores else budget.tokens
         # a chunk may have to be shorter, or begin anew: an older one may have taken the pages
-        if request.grows and (entry.tokens > budget.tokens or not request.pages):
-            entry = self._fitted(request, budget.tokens)
+        if (stores and entry.tokens > room) or (request.grows and not request.pages):
+            entry = self._fitted(request, room)
+        limit = budget.stores if stores else budget.refreshes if entry.span.refresh else None
         amount = entry.tokens, entry.logit_rows, request.rows_needed
         filling = self.storage.next_names(request, entry.span.final)
         if filling and filling[0] in self._filling:
             return  # another does the same in this step: what it stores is found in the next one
-        if not budget.has(*amount, refresh=entry.span.refresh):
+        if not budget.has(*amount, limit):
             return
         if request.grows and not self.storage.grow(
             request, entry.span, self._victims(request, picked)
         ):
             self._short = True
             return
-        budget.take(*amount, refresh=entry.span.refresh)
+        budget.take(*amount, limit)
         self._filling.update(filling)
         request.last_step = self._step
         request.progress.storing = entry.span.final

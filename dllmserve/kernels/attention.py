@@ -39,7 +39,7 @@ from dllmserve.kernels.pages import (
     store_fresh,
     vectors,
 )
-from dllmserve.kernels.tiles import parts_for, tile_for
+from dllmserve.kernels.tiles import MAX_PROGRAMS, parts_for, tile_for
 
 #: Position of a key that no query sees, and horizon of a query that sees every other key.
 _HIDDEN = tl.constexpr(2**31 - 1)
@@ -62,13 +62,15 @@ def span_attention(
     max_q: int,
     skip_whole: bool,
     blind: bool = False,
+    turns: Tensor | None = None,  # [MAX_PROGRAMS] int32, zeros; they are zeros again afterwards
 ) -> None:
     """Attend every span; store the fresh K,V of those that store POSITIONS (AHEAD is done).
 
     Args:
         max_q: upper bound of q_len, for which the grid is made.
         blind: whether there may be blind spans.
-        skip_whole: leave out the spans that :func:`dllmserve.attention.backend.whole` names:
+        turns: room for counters, which launches that follow one another may share; None makes it.
+        skip_whole: leave out the spans that are a :attr:`dllmserve.core.plan.Span.refresh`:
             neither ``out`` nor pages are written for them (see :func:`store_pages`).
 
     Raises:
@@ -86,13 +88,20 @@ def span_attention(
     if tiles == 0 or count == 0:
         return
     parts = parts_for(q.dtype, tiles * kv_heads * count, page_table.shape[1] * page_size)
-    target, sums = _room(out, parts)
-    shape = {"GROUP": group, "HEADS": kv_heads, "DIM": dim, "D": padded(dim), "PARTS": parts}
+    found, sums = _room(out, parts)
+    if parts == 1:
+        turns = sums  # of no use
+    elif turns is None:
+        turns = room_for_turns(q.device)
     _attend[(tiles * parts, kv_heads, count)](
-        *(q, k, v, target, sums, k_cache, v_cache, spans, starts, page_table),
+        *(q, k, v, out, found, sums, turns, k_cache, v_cache, spans, starts, page_table),
         *(tokens, q.stride(0), k.stride(0), v.stride(0), page_table.stride(0)),
         log2(e) / dim**0.5,
-        **shape,
+        GROUP=group,
+        HEADS=kv_heads,
+        DIM=dim,
+        D=padded(dim),
+        PARTS=parts,
         M=tile.block_m,
         N=tile.block_n,
         PAGE=page_size,
@@ -102,19 +111,19 @@ def span_attention(
         num_stages=tile.num_stages,
         maxnreg=tile.max_registers,
     )
-    if parts > 1:
-        grid = (triton.cdiv(max_q * group, 16), kv_heads, count)
-        _combine[grid](
-            *(target, sums, out, spans, starts, tokens), **shape, M=16, SKIP_WHOLE=skip_whole
-        )
+
+
+def room_for_turns(device: torch.device) -> Tensor:
+    """Counters [MAX_PROGRAMS] int32 of the parts that are done, one for each tile of queries."""
+    return torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
 
 
 def _room(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     """Where the parts of the keys leave their outputs, and the sums of their weights."""
     if parts == 1:
         return out, out
-    target = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
-    return target, torch.empty(target.shape[:-1], dtype=torch.float32, device=out.device)
+    found = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+    return found, torch.empty(found.shape[:-1], dtype=torch.float32, device=out.device)
 
 
 def store_pages(
@@ -324,13 +333,51 @@ def _share(span: tl.tensor, first: tl.tensor, GROUP: tl.constexpr, M: tl.constex
     return low, tl.where(writes, high, low)
 
 
+@triton.jit
+def _combine(
+    found: tl.tensor,
+    sums: tl.tensor,
+    out: tl.tensor,
+    place: tl.tensor,  # [M] int64, token and head of a tile's rows
+    step: tl.tensor,  # from part to part
+    real: tl.tensor,  # [M]
+    DIM: tl.constexpr,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> None:
+    """Weigh the parts of a tile, in their order: the program that was done last does it."""
+    peak = tl.full([M], _NEVER, dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        seen = tl.load(sums + part * step + place, mask=real, other=0.0, cache_modifier=".cg")
+        peak = tl.maximum(peak, seen)
+    acc = tl.zeros([M, D], dtype=tl.float32)
+    total = tl.zeros([M], dtype=tl.float32)
+    d = tl.arange(0, D)[None, :]
+    for part in tl.static_range(PARTS):
+        seen = tl.load(sums + part * step + place, mask=real, other=0.0, cache_modifier=".cg")
+        weight = tl.exp2(seen - peak)
+        # others wrote it a moment ago: it is read from where they wrote, not from a nearer cache
+        value = tl.load(
+            found + (part * step + place)[:, None] * DIM + d,
+            mask=real[:, None] & (d < DIM),
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        acc += value * weight[:, None]
+        total += weight
+    put(out, place * DIM, real, acc / total[:, None], DIM, D)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _attend(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
     out: tl.tensor,
-    sums: tl.tensor,
+    found: tl.tensor,  # [PARTS, N, Hq, D] float32, the parts' outputs
+    sums: tl.tensor,  # [PARTS, N, Hq] float32, log2 of the sum of their weights
+    turns: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
     spans: tl.tensor,
@@ -364,12 +411,6 @@ def _attend(
     k_cache += tl.program_id(1) * DIM
     v_cache += tl.program_id(1) * DIM
     table = page_table + tl.load(span + ROW).to(tl.int64) * pages
-    low, high = _share(span, first, GROUP, M)
-    last = tl.where(part == 0, high, low)
-    store_fresh(
-        k, v, k_cache, v_cache, table, tl.load(span + Q_START), low, last,
-        k_token, v_token, HEADS * DIM, DIM, D, N, PAGE,
-    )  # fmt: skip
     row = first + tl.arange(0, M)
     real = row < tl.load(span + Q_LEN) * GROUP
     head = tl.program_id(1) * GROUP + row % GROUP
@@ -379,12 +420,28 @@ def _attend(
         q_tile, row // GROUP, k, v, k_cache, v_cache, table, span, part, k_token, v_token, scale,
         PARTS, HEADS * DIM, DIM, D, M, N, PAGE, BLIND,
     )  # fmt: skip
-    place = (part.to(tl.int64) * tokens + token) * (HEADS * GROUP) + head
-    if PARTS > 1:
-        # a part of an empty context has seen nothing: its sum stays -inf, its weight is 0
-        total = tl.where(total == 0.0, 1.0, total)
-        tl.store(sums + place, peak + tl.log2(total), mask=real)
-    put(out, place * DIM, real, acc / total[:, None], DIM, D)
+    low, high = _share(span, first, GROUP, M)
+    last = tl.where(part == PARTS - 1, high, low)  # it has just read them
+    store_fresh(
+        k, v, k_cache, v_cache, table, tl.load(span + Q_START), low, last,
+        k_token, v_token, HEADS * DIM, DIM, D, N, PAGE,
+    )  # fmt: skip
+    place = token * (HEADS * GROUP) + head
+    if PARTS == 1:
+        put(out, place * DIM, real, acc / total[:, None], DIM, D)
+        return
+    # a part of an empty context has seen nothing: its sum stays -inf, its weight is 0
+    total = tl.where(total == 0.0, 1.0, total)
+    step = tokens.to(tl.int64) * (HEADS * GROUP)
+    own = part * step + place
+    tl.store(sums + own, peak + tl.log2(total), mask=real)
+    put(found, own * DIM, real, acc / total[:, None], DIM, D)
+    tile = tl.program_id(0) // PARTS * HEADS + tl.program_id(1)
+    turn = turns + tile * tl.num_programs(2) + tl.program_id(2)
+    tl.debug_barrier()  # what all threads have stored comes before the count
+    if tl.atomic_add(turn, 1, sem="acq_rel") == PARTS - 1:
+        tl.store(turn, 0)
+        _combine(found, sums, out, place, step, real, DIM, D, M, PARTS)
 
 
 @triton.jit
@@ -394,44 +451,6 @@ def _done(span: tl.tensor, first: tl.tensor, GROUP: tl.constexpr, SKIP_WHOLE: tl
     if SKIP_WHOLE:
         done = done | reads_nothing(span)
     return done
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def _combine(
-    parts: tl.tensor,  # [PARTS, N, Hq, D] float32, the parts' outputs
-    sums: tl.tensor,  # [PARTS, N, Hq] float32, log2 of the sum of their weights
-    out: tl.tensor,
-    spans: tl.tensor,
-    starts: tl.tensor,
-    tokens: tl.tensor,
-    GROUP: tl.constexpr,
-    HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    PARTS: tl.constexpr,
-    SKIP_WHOLE: tl.constexpr,
-) -> None:
-    span = spans + tl.program_id(2) * FIELDS
-    first = tl.program_id(0) * M
-    if _done(span, first, GROUP, SKIP_WHOLE):
-        return
-    row = first + tl.arange(0, M)
-    real = row < tl.load(span + Q_LEN) * GROUP
-    token = tl.load(starts + tl.program_id(2)).to(tl.int64) + row // GROUP
-    place = token * (HEADS * GROUP) + tl.program_id(1) * GROUP + row % GROUP
-    step = tokens.to(tl.int64) * (HEADS * GROUP)
-    peak = tl.full([M], _NEVER, dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        peak = tl.maximum(peak, tl.load(sums + part * step + place, mask=real, other=0.0))
-    acc = tl.zeros([M, D], dtype=tl.float32)
-    total = tl.zeros([M], dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        seen = tl.load(sums + part * step + place, mask=real, other=0.0)
-        weight = tl.exp2(seen - peak)
-        acc += vectors(parts, (part * step + place) * DIM, real, DIM, D) * weight[:, None]
-        total += weight
-    put(out, place * DIM, real, acc / total[:, None], DIM, D)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ def padded(dim: int) -> int:
 
 @triton.jit
 def reads_nothing(span: tl.tensor) -> Any:
-    """True for the spans that attention.backend.whole names."""
+    """True for spans that are a refresh, see :attr:`dllmserve.core.plan.Span.refresh`."""
     ctx_len = tl.load(span + CTX_LEN)
     store = tl.load(span + STORE)
     stores = (store == STORE_POSITIONS) | ((store == STORE_AHEAD) & (tl.load(span + PICK) == 0))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dllmserve.attention import triton as backend
-from dllmserve.attention.backend import AttentionStep, unpadded_step, whole
+from dllmserve.attention.backend import AttentionStep, unpadded_step
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Store
 from dllmserve.core.rows import RowSelect
 from tests.attention.bench import Bench, span
@@ -84,12 +84,11 @@ def test_flash_and_the_kernel_share_a_step(
 
 
 def test_flash_attends_whole_spans_only() -> None:
-    assert [whole(s) for s in PLANS["mixed"]] == [True, False, True, False, False, True]
-    assert whole(span(0, 0, 9, 9, Store.POSITIONS)) and not whole(
-        span(0, 0, 9, 9, Store.POSITIONS, stair=4)
-    )
-    assert not whole(span(0, 0, 9, 10, Store.POSITIONS)) and not whole(span(0, 1, 9, 0, Store.NONE))
-    assert all(s.refresh for plan in PLANS.values() for s in plan if whole(s))
+    assert [s.refresh for s in PLANS["mixed"]] == [True, False, True, False, False, True]
+    assert span(0, 0, 9, 9, Store.POSITIONS).refresh
+    assert not span(0, 0, 9, 9, Store.POSITIONS, stair=4).refresh
+    assert not span(0, 0, 9, 10, Store.POSITIONS).refresh
+    assert not span(0, 1, 9, 0, Store.NONE).refresh
 
 
 def test_what_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:

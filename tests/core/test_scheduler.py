@@ -498,3 +498,34 @@ def test_check_integrity_sees_leaks(damage: str) -> None:
         under_test.storage.pages._holders.popitem()
     with pytest.raises(ValueError, match=r"rows|pages"):
         under_test.check_integrity()
+
+
+def test_a_long_prompt_does_not_stall_those_that_decode() -> None:
+    """Eight decode; a ninth stores its prompt in chunks that are no larger than their own share."""
+    big = {"max_model_len": 900, "max_num_batched_tokens": 900, "num_pages": 300}
+    under_test = scheduler(**big, max_num_seqs=9, cheap_tokens=30)
+    add_all(under_test, [request(i, prompt=3, gen=80, cache="paged", block=4) for i in range(8)])
+    device = Device(under_test)
+    device.step()
+    late = request(8, prompt=800, gen=4, cache="paged", block=4)
+    add_all(under_test, [late])
+    chunks = []
+    while late.progress.stored < 792:
+        plan, requests, _ = under_test.schedule()
+        under_test.commit(requests, [report(r) for r in requests])
+        assert len(requests) == 9
+        chunks.append(
+            next(e.tokens for r, e in zip(requests, plan.entries, strict=True) if r is late)
+        )
+    # what eight decode is at least 8 * 4 tokens and at most 8 * 8
+    assert all(28 <= tokens <= 64 for tokens in chunks[:-1])
+
+
+def test_many_prompts_are_not_held_up_by_one_that_decodes() -> None:
+    big = {"max_model_len": 900, "max_num_batched_tokens": 900, "num_pages": 900}
+    under_test = scheduler(**big, max_num_seqs=9, cheap_tokens=30)
+    add_all(under_test, [request(0, prompt=3, gen=80, cache="paged", block=4)])
+    Device(under_test).step()
+    add_all(under_test, [request(i, prompt=800, cache="paged", block=4, fork=i) for i in range(8)])
+    plan, _, _ = under_test.schedule()
+    assert plan.tokens >= 900 * 8 // 12

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dllmserve.attention.backend import whole
 from dllmserve.core.plan import Span
 from dllmserve.core.plan import Store as How
 from dllmserve.kernels import attention
@@ -95,7 +94,7 @@ def test_whole_spans_are_left_to_others(device: torch.device) -> None:
         span(2, 0, 6, 8, How.POSITIONS),
         span(3, 0, 5, 0, How.NONE),
     ]
-    assert [whole(s) for s in plan] == [True, False, False, True]
+    assert [s.refresh for s in plan] == [True, False, False, True]
     fresh = store.fresh(sum(s.q_len for s in plan))
     out = store.attend(plan, fresh, skip_whole=True)
     wanted = expected(store, plan, fresh)
