@@ -138,14 +138,14 @@ class Scheduler:
     def _store_tokens(self, entries: list[StepEntry]) -> int:
         """Tokens of prompts that a step stores while others decode, so that those do not stall.
 
-        Requests that decode count four times those that store; and what costs a step little, or no
-        more than the others' own tokens, is stored in any case.
+        Requests that decode count twice as much as those that store; and what costs a step little,
+        or no more than the others' own tokens, is stored in any case.
         """
         filling = [entry.tokens for entry in entries if entry.kind is Kind.FILL]
         storing = len(entries) - len(filling)
         if not filling:
             return NO_LIMIT
-        share = self.limits.max_num_batched_tokens * storing // (storing + 4 * len(filling))
+        share = self.limits.max_num_batched_tokens * storing // (storing + 2 * len(filling))
         return max(share, sum(filling), self.limits.cheap_tokens)
 
     def _pick(

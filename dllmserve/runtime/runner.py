@@ -30,11 +30,13 @@ from dllmserve.runtime.platform import (
     to_host,
 )
 from dllmserve.runtime.shape import (
+    COARSE,
     ENTRY_FIELDS,
     EXACT,
     LADDER,
     SPAN_FIELDS,
     Packing,
+    Padding,
     empty_ints,
     lay_out,
 )
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 
 #: Larger steps keep the device busy without a graph, and a graph for them would take much memory.
 MAX_GRAPH_TOKENS = 4096
+#: The same of steps that store prompts, which are padded more.
+MAX_STORING_GRAPH_TOKENS = 1024
 #: statistics that a confidence is made of, besides the probability
 _CONFIDENCE_NEEDS = {"margin": frozenset({"margin"}), "neg_entropy": frozenset({"entropy"})}
 #: what keeping track of out-of-date positions takes
@@ -275,11 +279,12 @@ class ModelRunner:
 
     def _pack(self, plan: StepPlan) -> tuple[Packing, GraphPool | None]:
         """How a plan is laid out, and the graphs that run it; None for kernel by kernel."""
-        if self._graphable(plan):
-            packing = self._lay_out(plan, padded=True)
+        storing = any(entry.kind is Kind.STORE for entry in plan.entries)
+        if self._graphable(plan, MAX_STORING_GRAPH_TOKENS if storing else MAX_GRAPH_TOKENS):
+            packing = self._lay_out(plan, COARSE if storing else LADDER)
             if self.graphs is not None and self.graphs.wanted(packing.shape):
                 return packing, self.graphs
-        return self._lay_out(plan, padded=False), None
+        return self._lay_out(plan, EXACT), None
 
     def _run(self, plan: StepPlan, packing: Packing, graphs: GraphPool | None) -> StepOutputs:
         if graphs is not None:
@@ -287,17 +292,15 @@ class ModelRunner:
         self._upload(packing.ints)
         return self._step(plan, packing)
 
-    def _graphable(self, plan: StepPlan) -> bool:
-        """True if no span is a refresh or only stores: sizes then repeat from step to step."""
+    def _graphable(self, plan: StepPlan, most: int) -> bool:
+        """True if the plan is small and no span is a refresh: sizes then come back."""
         return (
             self.graphs is not None
-            and plan.tokens <= MAX_GRAPH_TOKENS
+            and plan.tokens <= most
             and not any(s.refresh or s.selects for s in plan.spans)
-            and all(entry.kind is Kind.FILL for entry in plan.entries)
         )
 
-    def _lay_out(self, plan: StepPlan, *, padded: bool) -> Packing:
-        pad = LADDER if padded else EXACT
+    def _lay_out(self, plan: StepPlan, pad: Padding) -> Packing:
         return lay_out(plan, self.table.host, self._needs, self.table.trash_row, pad)
 
     def _needs(self, entry: StepEntry) -> frozenset[str]:

@@ -200,6 +200,12 @@ LADDER = Padding(
     rows=lambda n: ladder(max(n, 16), 128 if n > 512 else 64),
     other=lambda n: ladder(n, 16),
 )
+#: Fewer still, for steps that store prompts too, whose sizes hardly ever come back otherwise.
+COARSE = Padding(
+    tokens=lambda n: -(-n // 128) * 128,
+    rows=lambda n: -(-max(n, 1) // 128) * 128,
+    other=lambda n: 1 << (n - 1).bit_length(),
+)
 
 
 def lay_out(
