@@ -55,6 +55,25 @@ def test_stairs(setup: Setup, heads: tuple[int, int, int]) -> None:
     )
 
 
+@pytest.mark.parametrize(("setup", "heads"), share(product(SETUPS, HEADS[:3]), 4))
+def test_three_geometries_in_one_plan(setup: Setup, heads: tuple[int, int, int]) -> None:
+    """Full attention, block-causal and autoregressive requests, in every state that they have."""
+    bench = Bench(heads, *setup)
+    for row, count in ((1, 20), (2, 8), (3, 8), (4, 9), (5, 14)):
+        bench.fill(row, count)
+    bench.check(
+        [
+            span(0, 0, 13, 13, Store.POSITIONS),  # full: a refresh
+            span(1, 8, 4, 20, Store.POSITIONS),  # full: a block beside the rest of its canvas
+            span(2, 8, 8, 8, Store.POSITIONS, stair=4),  # block-causal: a chunk, or a block and
+            span(3, 8, 4, 8, Store.NONE),  # ... the next; a block against what is stored
+            span(4, 9, 5, 9, Store.POSITIONS, stair=1),  # autoregressive: a chunk
+            span(5, 14, 1, 14, Store.POSITIONS, stair=1),  # the next token
+        ],
+        {},
+    )
+
+
 @pytest.mark.parametrize(
     ("setup", "store", "kernel", "window"),
     share(

@@ -84,6 +84,24 @@ def test_stairs(device: torch.device) -> None:
     )
 
 
+def test_three_geometries_in_one_plan(device: torch.device) -> None:
+    """Full attention, block-causal and autoregressive requests, in one launch."""
+    store = Store((4, 2, 8), device, page=6, rows=6)
+    for row, count in ((0, 60), (1, 24), (2, 24), (3, 33)):
+        store.fill(row, count)
+    check(
+        store,
+        [
+            span(0, 20, 8, 60, How.POSITIONS),
+            span(1, 24, 8, 24, How.POSITIONS, stair=4),
+            span(2, 24, 4, 24, How.NONE),
+            span(3, 33, 1, 33, How.POSITIONS, stair=1),
+            span(4, 0, 40, 0, How.POSITIONS, stair=1),
+            span(5, 0, 40, 40, How.POSITIONS),
+        ],
+    )
+
+
 def test_whole_spans_are_left_to_others(device: torch.device) -> None:
     store = Store((2, 2, 8), device, page=3)
     for row, count in ((1, 12), (2, 8)):
