@@ -9,5 +9,6 @@ def paged_request(
     number: int, ids: list[int], params: SamplingParams, seed: int = 0, shift: int = 0
 ) -> Request:
     """An answer behind a prompt, in windows of ``block_length``."""
-    canvas = window_canvas(ids, params.gen_length, params.resolved_block_length, shift)
+    length, part = params.resolved_block_length, params.sub_block_length
+    canvas = window_canvas(ids, params.gen_length, length, shift, part)
     return Request(number, canvas, params, seed)

@@ -134,14 +134,16 @@ class Request:
 
     @property
     def policy(self) -> str:
-        """Name of the cache policy; block-causal models have one of their own."""
-        return "paged" if self.canvas.window else self.params.policy
+        """Name of the cache policy; block-causal models have policies of their own."""
+        named = self.params.policy
+        return named if CACHES[named].windowed or not self.canvas.window else "paged"
 
     @property
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
         free = not self.watch and not self.params.stop_strings and not self.params.early_end
-        return RULES[self.params.unmask].quota == "exact" and free
+        exact = RULES[self.params.unmask].quota == "exact" and not CACHES[self.policy].follows
+        return exact and free
 
     @property
     def revokes(self) -> bool:

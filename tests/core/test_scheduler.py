@@ -54,8 +54,9 @@ def request(
         unmask=unmask,
         cache="none" if cache in ("sparse", "paged") else cache,
         sparse=sparse,
+        sub_block_length=(block or 2) // 2 or 1 if cache == "sub_block" else None,
     )
-    if cache == "paged":
+    if CACHES[cache].windowed:
         return paged_request(number, ids, params)
     return prompt_request(number, ids, params)
 
@@ -66,7 +67,7 @@ REQUESTS = st.lists(
         st.just(0),
         prompt=st.integers(1, 60),
         gen=st.integers(1, 20),
-        cache=st.sampled_from(sorted(n for n, info in CACHES.items() if not info.grows)),
+        cache=st.sampled_from(sorted(n for n, info in CACHES.items() if not info.windowed)),
         cfg=st.sampled_from([0.0, 0.0, 1.0]),
         block=st.sampled_from([None, 3, 8]),
         unmask=st.sampled_from(["steps", "threshold"]),
@@ -154,7 +155,11 @@ def report(r: Request) -> EntryReport:
     wrote = 1
     if r.quotas:
         wrote = r.quotas[r.progress.block][r.progress.step_in_block]
-    return EntryReport(r.progress.masks_left - wrote, frontier=0, eos=-1)
+    left, frontier = r.progress.masks_left - wrote, 0
+    if r.policy == "sub_block":  # whose spans follow it
+        written = sum(r.masks[: r.progress.block + 1]) - left
+        frontier = min(written, r.canvas.answer_len - 1)
+    return EntryReport(left, frontier=frontier, eos=-1)
 
 
 def add_all(under_test: Scheduler, requests: Sequence[Request]) -> list[Request]:
@@ -234,7 +239,7 @@ GROWING = st.builds(
     st.just(0),
     prompt=st.integers(1, 90),
     gen=st.integers(1, 30),
-    cache=st.sampled_from(["paged", "paged", "paged", "dual", "none"]),
+    cache=st.sampled_from(["paged", "paged", "paged", "sub_block", "dual", "none"]),
     cfg=st.sampled_from([0.0, 0.0, 1.0]),
     block=st.sampled_from([1, 3, 8]),
     unmask=st.sampled_from(["steps", "threshold"]),
