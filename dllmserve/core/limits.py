@@ -73,12 +73,14 @@ class Limits:
 
     def _check_tokens(self, request: Request) -> None:
         """What cannot be divided has to fit a step: a block, or a canvas that sees itself."""
-        length, window = request.canvas_len, request.canvas.window
-        if window:  # a finished one and the next
-            length = min(2 * window, length)
+        length, canvas = request.canvas_len, request.canvas
+        if canvas.window:  # a frame, or a finished window and the next
+            length = min(canvas.frame or 2 * canvas.window, length)
         tokens = length * request.rows_needed + request.blind_len
         if tokens > self.max_num_batched_tokens:
-            what = "block_length" if window else "the prompt or " + request.params.length_name
+            what = (
+                "block_length" if canvas.window else f"the prompt or {request.params.length_name}"
+            )
             raise CapacityError(
                 f"the request needs {tokens} tokens in one step, over "
                 f"max_num_batched_tokens={self.max_num_batched_tokens}: raise it to {tokens} "

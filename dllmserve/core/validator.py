@@ -13,7 +13,7 @@ from typing import Any
 from dllmserve._combinations import REFRESH
 from dllmserve._values import NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
-from dllmserve.core.canvas import Canvas, answer_canvas, window_canvas
+from dllmserve.core.canvas import Canvas, answer_canvas, framed_canvas, window_canvas
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
@@ -116,8 +116,10 @@ class RequestValidator:
         if spec.geometry == "full":
             return answer_canvas(ids, params.gen_length, params.resolved_block_length)
         window = 1 if spec.geometry == "causal" else params.block_length or spec.block_length
-        sub_block = params.sub_block_length
-        return window_canvas(ids, params.gen_length, window, spec.logit_shift, sub_block)
+        length, part, short = params.gen_length, params.sub_block_length, spec.short_blocks
+        if spec.causal_context:
+            return framed_canvas(ids, length, window)
+        return window_canvas(ids, length, window, spec.logit_shift, part, short=short)
 
     def _check_geometry(self, params: SamplingParams) -> None:
         """Refuse what block-causal and autoregressive models have no use for, or cannot do."""
@@ -166,6 +168,11 @@ class RequestValidator:
     def _check_cache(self, params: SamplingParams) -> None:
         """Refuse caches of another geometry, and sub-blocks that do not fill their block."""
         windowed = CACHES[params.policy].windowed
+        if params.sub_block_length is not None and self.spec.causal_context:
+            raise InvalidParameterError(
+                f"sub_block_length={params.sub_block_length} cuts blocks, and this model fills a "
+                "block as a whole: leave it out"
+            )
         if windowed and self.spec.geometry != "block":
             raise InvalidParameterError(
                 f"cache={params.policy!r} keeps K,V of a block that a block-causal model fills, "
