@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllmserve.catalog import CACHES
+from dllmserve.core.canvas import framed_canvas
 from dllmserve.core.limits import Limits
 from dllmserve.core.plan import EntryReport, Span, Store
 from dllmserve.core.request import Request, Status
@@ -52,10 +53,12 @@ def request(
         block_length=block,
         cfg_scale=cfg,
         unmask=unmask,
-        cache="none" if cache in ("sparse", "paged") else cache,
+        cache="none" if cache in ("sparse", "paged", "framed") else cache,
         sparse=sparse,
         sub_block_length=(block or 2) // 2 or 1 if cache == "sub_block" else None,
     )
+    if cache == "framed":
+        return Request(number, framed_canvas([1] * prompt, gen, block or gen), params, 0)
     if CACHES[cache].windowed:
         return paged_request(number, ids, params)
     return prompt_request(number, ids, params)
@@ -181,7 +184,7 @@ def fits(under_test: Scheduler, r: Request) -> bool:
     limits = under_test.limits
     rows = 2 if r.params.cfg_scale else 1
     pages = under_test.storage.most_pages(r) * rows
-    length = min(2 * r.canvas.window or r.canvas_len, r.canvas_len)
+    length = min(r.canvas.frame or 2 * r.canvas.window or r.canvas_len, r.canvas_len)
     tokens = length * rows
     return (
         tokens <= limits.max_num_batched_tokens
@@ -239,7 +242,7 @@ GROWING = st.builds(
     st.just(0),
     prompt=st.integers(1, 90),
     gen=st.integers(1, 30),
-    cache=st.sampled_from(["paged", "paged", "paged", "sub_block", "dual", "none"]),
+    cache=st.sampled_from(["paged", "paged", "framed", "framed", "sub_block", "dual", "none"]),
     cfg=st.sampled_from([0.0, 0.0, 1.0]),
     block=st.sampled_from([1, 3, 8]),
     unmask=st.sampled_from(["steps", "threshold"]),

@@ -24,6 +24,7 @@ from tests.models.test_transformers import YARN, rewrite, saved
 from tests.oracles import rules
 from tests.oracles.generate import Choice, Logits, Loop, block_causal, framed
 from tests.parallel.threads import threaded_llm
+from tests.rehearsal import rehearsing
 
 MASK, END = 96, 78
 NEMOTRON, STABLE = "nemotron", "stable-diffcoder"
@@ -149,12 +150,14 @@ def test_on_two_ranks(monkeypatch: pytest.MonkeyPatch, made: Checkpoints, name: 
 # padding tokens hold whatever lay in the memory, which numpy complains about
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("name", LOOPS)
-def test_on_triton_kernels(engines: Engines, made: Checkpoints, name: str) -> None:
-    """Under the interpreter on a CPU."""
+def test_padded_steps_in_flight_on_triton_kernels(made: Checkpoints, name: str) -> None:
+    """Under the interpreter on a CPU: what graphs replay, four steps ahead."""
     helpers.need_interpreter()
-    llm = engines(made[name][0], attention="triton", kernels="triton", page_size=16)
-    batch = sorted(jobs(made, name), key=lambda job: len(job[0]) + 2 * job[3])[4:6]
+    batch = sorted(jobs(made, name), key=lambda job: len(job[0]) + 2 * job[3])[3:5]
+    sizes = {"max_model_len": 48, "max_num_seqs": 2, "page_size": 4, "max_logit_rows": 16}
+    llm, pool = rehearsing(made[name][0], depth=4, kernels="triton", **sizes)
     assert answers(llm, batch) == [job[2] for job in batch]
+    assert pool.replays
 
 
 def test_every_rule_and_sampler_alone_or_together(engines: Engines, made: Checkpoints) -> None:
