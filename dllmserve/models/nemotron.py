@@ -8,8 +8,8 @@ the prompt, whose last logits propose the first token of a block that begins beh
 over the block, which sees all of itself, and whose logits are those of the position itself; a
 causal forward over the finished block, whose last logits propose the next block's first token. With
 a threshold, a position is written whose confidence is at least that, and always the best one; else
-the masks that the block begins with are shared out over the steps. Answers whose length is no
-multiple of the block's end in a shorter block, as in mlx-vlm and Higgs; ``generate`` refuses them.
+the masks that the block begins with are shared out over the steps. An answer whose length is no
+multiple of the block's ends in a shorter block, as in mlx-vlm; ``generate`` refuses it.
 """
 
 from __future__ import annotations
