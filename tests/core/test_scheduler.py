@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllmserve.catalog import CACHES
-from dllmserve.core.canvas import framed_canvas
 from dllmserve.core.limits import Limits
 from dllmserve.core.plan import EntryReport, Span, Store
 from dllmserve.core.request import Request, Status
@@ -17,7 +16,7 @@ from dllmserve.errors import CapacityError, EngineError
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 from tests.helpers import PLAIN, prompt_request
-from tests.paged import paged_request
+from tests.paged import frontier, paged_request
 
 LIMITS = {
     "max_model_len": 128,
@@ -57,10 +56,8 @@ def request(
         sparse=sparse,
         sub_block_length=(block or 2) // 2 or 1 if cache == "sub_block" else None,
     )
-    if cache == "framed":
-        return Request(number, framed_canvas([1] * prompt, gen, block or gen), params, 0)
-    if CACHES[cache].windowed:
-        return paged_request(number, ids, params)
+    if cache == "framed" or CACHES[cache].windowed:
+        return paged_request(number, ids, params, framed=cache == "framed")
     return prompt_request(number, ids, params)
 
 
@@ -145,7 +142,7 @@ class Device:
         stores = span.store in (Store.POSITIONS, Store.AHEAD)
         for position in range(span.ctx_len):
             if not (stores and position in queries):
-                kept = self.kept(r, position, len(r.canvas) if r.canvas.window else 0)
+                kept = self.kept(r, position, r.progress.stored)
                 assert self.slots[self.slot(span.row, position)] == kept
         if stores:
             self.slots |= {self.slot(span.row, p): self.kept(r, p, span.final) for p in queries}
@@ -158,11 +155,8 @@ def report(r: Request) -> EntryReport:
     wrote = 1
     if r.quotas:
         wrote = r.quotas[r.progress.block][r.progress.step_in_block]
-    left, frontier = r.progress.masks_left - wrote, 0
-    if r.policy == "sub_block":  # whose spans follow it
-        written = sum(r.masks[: r.progress.block + 1]) - left
-        frontier = min(written, r.canvas.answer_len - 1)
-    return EntryReport(left, frontier=frontier, eos=-1)
+    left = r.progress.masks_left - wrote
+    return EntryReport(left, frontier=frontier(r, left), eos=-1)
 
 
 def add_all(under_test: Scheduler, requests: Sequence[Request]) -> list[Request]:
@@ -456,8 +450,7 @@ def test_what_can_never_fit(
     under_test = scheduler(**changes)
     with pytest.raises(CapacityError) as caught:
         under_test.add(request(0, **options))  # type: ignore[arg-type]
-    for part in parts:
-        assert part in str(caught.value)
+    assert all(part in str(caught.value) for part in parts)
     assert not under_test.has_work
 
 
@@ -472,8 +465,7 @@ def test_end_of_sequence_frees_the_request() -> None:
     under_test.add(request(7))
     _, (one,), _ = under_test.schedule()
     assert under_test.commit([one], [EntryReport(masks_left=5, frontier=3, eos=2)]) == [one]
-    assert one.finish_reason == "stop"
-    assert one.status is Status.RUNNING  # its tokens can still be read
+    assert (one.finish_reason, one.status) == ("stop", Status.RUNNING)  # its tokens can be read
     under_test.release(one)
     assert not under_test.has_work
 

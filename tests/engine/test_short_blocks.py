@@ -127,7 +127,11 @@ def test_against_the_plain_loop(engines: Engines, made: Checkpoints, name: str) 
         {"max_num_batched_tokens": 32, "page_size": 4, "max_logit_rows": 5},
         {"page_size": 1, "max_num_seqs": 5},
     ):
-        assert answers(engines(folder, **options), batch) == [job[2] for job in batch], options
+        llm = engines(folder, **options)
+        assert answers(llm, batch) == [job[2] for job in batch], options
+        cached = llm._engine.scheduler.storage.cached
+        assert answers(llm, batch) == [job[2] for job in batch], options
+        assert llm._engine.scheduler.storage.cached > cached  # of the same prompts
 
 
 @pytest.mark.parametrize("name", LOOPS)
