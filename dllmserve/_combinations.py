@@ -27,6 +27,11 @@ def refusals(params: Any) -> Iterator[str]:
             f"a SparseConfig and cache={params.cache!r} exclude each other: "
             "use cache='none' with sparse attention, or no SparseConfig"
         )
+    if params.cache == "sub_block" and params.sub_block_length is None:
+        yield (
+            "cache='sub_block' computes parts of a block alone: say how long they are, for example "
+            "sub_block_length=8"
+        )
     if sparse is not None and RULES[rule].revokes:
         yield (
             f"unmask={rule!r} does not work with sparse attention, which keeps a part of the "

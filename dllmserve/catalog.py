@@ -120,6 +120,9 @@ class CacheInfo(Info):
         named: SamplingParams.cache may be it; "sparse" is chosen by a SparseConfig.
         grows: what it stores is final, so a request gets pages as it goes, and may have to give
             them back and compute their content anew. Others reserve all pages before they start.
+        windowed: for block-causal and autoregressive models; others are for full attention.
+        follows: which positions a forward computes depends on which are written, so none is
+            planned before the report of the last.
     """
 
     takes: tuple[str, ...] = ()
@@ -127,6 +130,8 @@ class CacheInfo(Info):
     whole: bool = False
     named: bool = True
     grows: bool = False
+    windowed: bool = False
+    follows: bool = False
 
 
 _Kind = TypeVar("_Kind", bound=Info)
@@ -308,7 +313,12 @@ CACHES = Catalog(
             "dllmserve.cache.drift:DriftCache", ("refresh_every", "refresh_share"), tracks="drift"
         ),
         "sparse": CacheInfo("dllmserve.cache.sparse:SparseCache", named=False),
-        "paged": CacheInfo("dllmserve.cache.paged:PagedCache", named=False, grows=True),
+        "paged": CacheInfo(
+            "dllmserve.cache.paged:PagedCache", named=False, grows=True, windowed=True
+        ),
+        "sub_block": CacheInfo(
+            "dllmserve.cache.sub_block:SubBlockCache", windowed=True, follows=True
+        ),
     },
 )
 

@@ -89,8 +89,9 @@ class SamplingParams:
             the tempered, filtered distribution, as Dream does).
         eps: last time of the Dream schedule.
         cache: "none" (exact), "prefix" or "dual" (Fast-dLLM), "rolling", "delayed"
-            (dKV-Cache) or "drift"; docs/caching.md explains each. A SparseConfig given to
-            generate() selects sparse attention instead.
+            (dKV-Cache) or "drift"; docs/caching.md explains each. On block-causal models "none" or
+            "sub_block" (Fast-dLLM v2's block cache). A SparseConfig given to generate() selects
+            sparse attention instead.
         refresh_delay: forwards of a block over the whole canvas after the first; the K,V of
             the last of them are kept. For caches "prefix", "dual" and "delayed".
         refresh_every: refresh again after this many forwards of a block; None does once a
@@ -117,7 +118,8 @@ class SamplingParams:
             None draws a fresh seed.
         stop: string or strings that end the answer; the text is cut before the match.
         sub_block_length: parts of a block that are filled one after another (Fast-dLLM v2's small
-            blocks); None: the block at once. Each forward computes the whole block.
+            blocks); None: the block at once. Without ``cache="sub_block"`` each forward computes
+            the whole block.
         stop_token_ids: ids that end the answer beside the model's end ids, at most 16, and with
             ignore_eos alone. The id is the answer's last one.
         logit_bias: token id to a number in [-100, 100] that is added to the token's logit in

@@ -5,6 +5,10 @@ final. They are stored once: the prompt's in chunks, an answer's window when all
 That forward is also the first of the next window (or, of a model whose logits are read one
 position earlier, the one that decides the next position), which sees the same K,V as if it came
 after.
+
+Of a canvas with frames, what is kept of a frame differs from what it sees of itself while it is
+filled. So a forward that stores one decides nothing of the next but its first position, which it
+sees as a causal model does.
 """
 
 from __future__ import annotations
@@ -23,17 +27,22 @@ class PagedCache:
 
     def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
         """A chunk of finished windows, those and the next block, or the block's window."""
-        window, stored = request.canvas.window, request.progress.stored
-        start, end = request.blocks[request.progress.block]
-        first = start // window * window
-        if stored < first - window:  # more than one finished window: no block waits for its turn
-            return _stored(row, stored, first - window, window, (0, 0))
+        canvas, stored = request.canvas, request.progress.stored
+        window, start, end = canvas.window, *request.blocks[request.progress.block]
+        first, last = canvas.around(start)
+        before = first - canvas.unit
+        if stored < before:  # more than one finished window: no block waits for its turn
+            return _stored(row, stored, before, window, (0, 0))
         if stored == first:
-            span = Span(row, first, window, first)
+            span = Span(row, first, last - first, first)
             return span._replace(blk_off=start - first, blk_len=end - start)
-        # of a shifted model, a block at a window's start is read at the position before it
-        alone = spec.logit_shift > 0 and start == first >= request.canvas.start
-        return _stored(row, stored, first if alone else first + window, window, (start, end))
+        # a block that is read at the position before it, as all are of a shifted model
+        ahead = spec.logit_shift > 0 or canvas.frame > 0
+        if ahead and start == first >= canvas.start:
+            return _stored(row, stored, first, window, (start, end))
+        if canvas.frame:
+            return _stored(row, stored, first, window, (0, 0))
+        return _stored(row, stored, last, window, (start, end))
 
     def unsupported(self, spec: ModelSpec) -> list[str]:
         """Works with every model whose canvas is cut into windows."""

@@ -30,6 +30,9 @@ class Canvas:
         window: 0 where every position sees every other one; else positions see those of their own
             window of so many positions, cut from 0 on, and of earlier ones (1: causal attention).
         asked: positions of the answer that are wanted, from ``start`` on; None: all.
+        frame: 0, or the length of frames, cut from ``start`` on: a frame is filled as a whole that
+            sees itself and what is kept before it, and what is kept of it sees by ``window``.
+        quota_len: a schedule's quotas are those of a block of so many positions; 0: of its masks.
 
     Example:
         >>> answer_canvas([5, 6, 7], 20, 8).blocks
@@ -41,6 +44,8 @@ class Canvas:
     blocks: tuple[Range, ...]
     window: int = 0
     asked: int | None = None
+    frame: int = 0
+    quota_len: int = 0
 
     def __len__(self) -> int:
         """Positions."""
@@ -70,6 +75,17 @@ class Canvas:
     def masks(self) -> tuple[int, ...]:
         """Positions to fill in each block."""
         return tuple(masks_in(self.holes, block) for block in self.blocks)
+
+    @property
+    def unit(self) -> int:
+        """Positions that a forward of a block computes: a frame or a window; 0: the canvas."""
+        return self.frame or self.window
+
+    def around(self, position: int) -> Range:
+        """The frame or window of a position; the canvas may end inside the last one."""
+        origin = self.start if self.frame else 0
+        low = origin + (position - origin) // self.unit * self.unit
+        return low, min(low + self.unit, self.end)
 
     def filled(self, length: int) -> int:
         """Positions to fill among the first ``length`` of the answer; the others are given."""
@@ -111,14 +127,21 @@ def template_canvas(ids: Sequence[int], holes: Sequence[Range], block_length: in
 
 
 def window_canvas(
-    prompt: Sequence[int], gen_length: int, window: int, shift: int, sub_block: int | None = None
+    prompt: Sequence[int],
+    gen_length: int,
+    window: int,
+    shift: int,
+    sub_block: int | None = None,
+    *,
+    short: bool = False,
 ) -> Canvas:
     """A prompt and an answer behind it, for block-causal (or, with a window of 1, causal) models.
 
-    The answer goes on to the end of its last window, since what is filled there takes part in it. A
-    model whose logits are read one position earlier (``shift``) decides the first position of a
-    window when it stores the window before: that position is a block of its own. ``sub_block`` cuts
-    windows into smaller blocks, each filled before the next.
+    The answer goes on to the end of its last window, since what is filled there takes part in it,
+    unless its last block may be ``short``; quotas are then those of a block's masks. A model whose
+    logits are read one position earlier (``shift``) decides the first position of a window when it
+    stores the window before: that position is a block of its own. ``sub_block`` cuts windows into
+    smaller blocks, each filled before the next.
 
     Example:
         >>> window_canvas([5, 6, 7], 6, 4, 0).blocks
@@ -127,10 +150,27 @@ def window_canvas(
         ((2, 4), (4, 5), (5, 6), (6, 8), (8, 9), (9, 10), (10, 12))
     """
     start = len(prompt)
-    end = -(-(start + gen_length) // window) * window
-    edges = set(range(start // window * window, end + 1, sub_block or window))
+    end = start + gen_length if short else -(-(start + gen_length) // window) * window
+    edges = {end} | set(range(start // window * window, end + 1, sub_block or window))
     edges |= set(range(start // window * window, end + 1, window))
     if shift:
         edges |= {low + 1 for low in range(-(-start // window) * window, end, window)}
     blocks = tuple((low, high) for low, high in pairwise(sorted(edges)) if high > start)
-    return Canvas(prompt, ((start, end),), blocks, window, gen_length)
+    quota_len = 0 if short else window
+    return Canvas(prompt, ((start, end),), blocks, window, gen_length, quota_len=quota_len)
+
+
+def framed_canvas(prompt: Sequence[int], gen_length: int, frame: int) -> Canvas:
+    """A prompt and an answer behind it, for models that keep causal K,V and fill whole blocks.
+
+    The forward that stores what stands before a frame decides the frame's first position, which is
+    a block of its own.
+
+    Example:
+        >>> framed_canvas([5, 6, 7], 6, 4).blocks
+        ((3, 4), (4, 7), (7, 8), (8, 9))
+    """
+    start, end = len(prompt), len(prompt) + gen_length
+    edges = {edge for low in range(start, end, frame) for edge in (low, low + 1)} | {end}
+    blocks = tuple(pairwise(sorted(edges)))
+    return Canvas(prompt, ((start, end),), blocks, window=1, frame=frame)

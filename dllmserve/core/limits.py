@@ -73,13 +73,13 @@ class Limits:
 
     def _check_tokens(self, request: Request) -> None:
         """What cannot be divided has to fit a step: a block, or a canvas that sees itself."""
-        length = request.canvas_len
-        if request.grows:  # a finished window and the next one
-            length = min(2 * request.canvas.window, length)
+        length, canvas = request.canvas_len, request.canvas
+        if canvas.window:  # a frame, or a finished window and the next
+            length = min(canvas.frame or 2 * canvas.window, length)
         tokens = length * request.rows_needed + request.blind_len
         if tokens > self.max_num_batched_tokens:
             what = (
-                "block_length" if request.grows else "the prompt or " + request.params.length_name
+                "block_length" if canvas.window else f"the prompt or {request.params.length_name}"
             )
             raise CapacityError(
                 f"the request needs {tokens} tokens in one step, over "

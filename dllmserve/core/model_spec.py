@@ -54,6 +54,9 @@ class ModelSpec:
         causal_context: a "block" model sees a block whole while it fills it alone: K and V that are
             kept, of the prompt and of blocks that are filled, are computed with a causal mask, and
             blocks are cut from the prompt's end on (Nemotron-Labs-Diffusion).
+        short_blocks: a "block" model's answer ends where it was asked to, so its last block may be
+            shorter, and a schedule's quotas are those of a block's masks. Else the last block is
+            filled to its end, and quotas are those of a whole block (SDAR).
         eos_ids: every id that ends an answer.
         turn_end_ids: those of them that end a turn and no text, as chat templates write them
             after what the assistant said (``<|eot_id|>``, ``<|im_end|>``).
@@ -79,6 +82,7 @@ class ModelSpec:
     geometry: str = "full"
     block_length: int = 0
     causal_context: bool = False
+    short_blocks: bool = False
     rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     tied_head: bool = False

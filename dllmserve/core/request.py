@@ -109,13 +109,12 @@ class Request:
 
     def _schedule(self) -> tuple[tuple[int, ...], ...]:
         """Tokens that each forward of each block writes, or writes at least."""
-        params, window, steps = self.params, self.canvas.window, self.params.steps_per_block
-        if window:
-            return tuple(window_split(n, window, steps or window) for n in self.masks)
-        if steps:
-            blocks = len(self.masks)
-            return block_quotas(self.masks, steps * blocks, params.schedule, params.eps)
-        return block_quotas(self.masks, params.steps, params.schedule, params.eps)
+        params, whole = self.params, self.canvas.quota_len
+        steps = params.steps_per_block or self.canvas.unit
+        if whole:
+            return tuple(window_split(n, whole, steps) for n in self.masks)
+        total = steps * len(self.masks) or params.steps
+        return block_quotas(self.masks, total, params.schedule, params.eps)
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -134,14 +133,16 @@ class Request:
 
     @property
     def policy(self) -> str:
-        """Name of the cache policy; block-causal models have one of their own."""
-        return "paged" if self.canvas.window else self.params.policy
+        """Name of the cache policy; block-causal models have policies of their own."""
+        named = self.params.policy
+        return named if CACHES[named].windowed or not self.canvas.window else "paged"
 
     @property
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
         free = not self.watch and not self.params.stop_strings and not self.params.early_end
-        return RULES[self.params.unmask].quota == "exact" and free
+        exact = RULES[self.params.unmask].quota == "exact" and not CACHES[self.policy].follows
+        return exact and free
 
     @property
     def revokes(self) -> bool:

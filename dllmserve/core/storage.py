@@ -119,12 +119,12 @@ class Storage:
         if not canvas.window or request.guided or not self._limits.prefix_caching:
             return None
         salt = request.owner if self._limits.prefix_isolation else ""
-        causal = 1 if self._spec.causal_context else canvas.window
-        names = PageNames(size, causal, salt)
+        names = PageNames(size, canvas.window, salt)
         names.learn(canvas.ids[: canvas.start])
         first = request.blocks[0][0] // canvas.window * canvas.window
         # what is read at the position before the answer has to be computed
-        return Prefix(names, min(first, canvas.start - self._spec.logit_shift) // size)
+        before = self._spec.logit_shift > 0 or canvas.frame > 0
+        return Prefix(names, min(first, canvas.start - before) // size)
 
     def adopt(self, request: Request) -> None:
         """Take over pages that hold what a request is to store next."""

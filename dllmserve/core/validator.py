@@ -13,7 +13,7 @@ from typing import Any
 from dllmserve._combinations import REFRESH
 from dllmserve._values import NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
-from dllmserve.core.canvas import Canvas, answer_canvas, window_canvas
+from dllmserve.core.canvas import Canvas, answer_canvas, framed_canvas, window_canvas
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
@@ -100,7 +100,9 @@ class RequestValidator:
         if spec.geometry == "full":
             return params
         if params.quality is not None:  # what a preset says of full attention
-            changed |= {"cache": "none", "suffix_window": None, "early_end": False}
+            changed |= {"suffix_window": None, "early_end": False}
+            if not CACHES[params.cache].windowed:
+                changed["cache"] = "none"
             changed |= {name: getattr(SamplingParams, name) for name in REFRESH}
         if isinstance(params.block_length, NotGiven):
             changed["block_length"] = spec.block_length
@@ -114,12 +116,15 @@ class RequestValidator:
         if spec.geometry == "full":
             return answer_canvas(ids, params.gen_length, params.resolved_block_length)
         window = 1 if spec.geometry == "causal" else params.block_length or spec.block_length
-        sub_block = params.sub_block_length
-        return window_canvas(ids, params.gen_length, window, spec.logit_shift, sub_block)
+        length, part, short = params.gen_length, params.sub_block_length, spec.short_blocks
+        if spec.causal_context:
+            return framed_canvas(ids, length, window)
+        return window_canvas(ids, length, window, spec.logit_shift, part, short=short)
 
     def _check_geometry(self, params: SamplingParams) -> None:
         """Refuse what block-causal and autoregressive models have no use for, or cannot do."""
         spec = self.spec
+        self._check_cache(params)
         if spec.geometry == "full":
             if params.sub_block_length is not None:
                 raise InvalidParameterError(
@@ -127,12 +132,7 @@ class RequestValidator:
                     "models, and this one has full attention: use block_length"
                 )
             return
-        kind = "an autoregressive model" if spec.geometry == "causal" else "a block-causal model"
-        if params.policy != "none":
-            raise InvalidParameterError(
-                f"cache={params.policy!r} approximates full attention, and this is {kind}, whose "
-                "K,V are exact in any case: leave it out"
-            )
+        kind = self._kind
         if params.cfg_scale > 0:
             raise InvalidParameterError(
                 f"cfg_scale={params.cfg_scale:g} does not work with {kind}: a second row would "
@@ -149,10 +149,45 @@ class RequestValidator:
                 f"unmask={params.unmask!r} reads K,V of positions behind the block, and {kind} has "
                 "none: use another rule"
             )
-        if spec.geometry == "causal" and params.block_length not in (None, 1):
+        for name in ("block_length", "sub_block_length"):
+            if spec.geometry == "causal" and getattr(params, name) not in (None, 1):
+                raise InvalidParameterError(
+                    f"{name}={getattr(params, name)} does not work with {kind}, which writes one "
+                    "token after the other: leave it out"
+                )
+
+    @property
+    def _kind(self) -> str:
+        """The model, as errors call it."""
+        return {
+            "full": "a model with full attention",
+            "block": "a block-causal model",
+            "causal": "an autoregressive model",
+        }[self.spec.geometry]
+
+    def _check_cache(self, params: SamplingParams) -> None:
+        """Refuse caches of another geometry, and sub-blocks that do not fill their block."""
+        windowed = CACHES[params.policy].windowed
+        if params.sub_block_length is not None and self.spec.causal_context:
             raise InvalidParameterError(
-                f"block_length={params.block_length} does not work with an autoregressive model, "
-                "which writes one token after the other: leave it out"
+                f"sub_block_length={params.sub_block_length} cuts blocks, and this model fills a "
+                "block as a whole: leave it out"
+            )
+        if windowed and self.spec.geometry != "block":
+            raise InvalidParameterError(
+                f"cache={params.policy!r} keeps K,V of a block that a block-causal model fills, "
+                f"and this is {self._kind}: leave it out"
+            )
+        if self.spec.geometry != "full" and not windowed and params.policy != "none":
+            raise InvalidParameterError(
+                f"cache={params.policy!r} approximates full attention, and this is {self._kind}, "
+                "whose K,V are exact in any case: leave it out"
+            )
+        length, part = params.block_length or self.spec.block_length, params.sub_block_length
+        if windowed and part and length % part:
+            raise InvalidParameterError(
+                f"cache={params.policy!r} needs sub-blocks that fill a block of {length}: "
+                f"sub_block_length={part} does not divide it"
             )
 
     def _check_length(self, tokens: int, params: SamplingParams, name: str) -> None:

@@ -30,7 +30,6 @@ from dllmserve.errors import (
     ConfigError,
     DllmServeError,
     OutOfMemoryError,
-    UnsupportedModelError,
 )
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
@@ -174,11 +173,6 @@ def _read_model(options: EngineConfig) -> tuple[Path, ModelSpec, Tokenizer | Non
     directory = find_model(options.model)
     config = read_config(directory)
     spec = read_spec(config)
-    if spec.causal_context:
-        raise UnsupportedModelError(
-            f"{spec.architecture}: the engine does not decode models yet whose kept K,V are causal "
-            "and whose blocks are not"
-        )
     if options.load_format != "dummy":
         check_files(directory, config)
     # before gigabytes of weights; every rank needs the end ids that it tells of

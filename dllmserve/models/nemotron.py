@@ -2,6 +2,14 @@
 
 A block is filled as a whole, and everything before it has K and V of a causal mask. Source of the
 fields and names: modeling_nemotron_labs_diffusion.py of the public checkpoints.
+
+Its ``generate`` (causal_context=True, the default) is what the engine does: a causal forward over
+the prompt, whose last logits propose the first token of a block that begins behind it; forwards
+over the block, which sees all of itself, and whose logits are those of the position itself; a
+causal forward over the finished block, whose last logits propose the next block's first token. With
+a threshold, a position is written whose confidence is at least that, and always the best one; else
+the masks that the block begins with are shared out over the steps. An answer whose length is no
+multiple of the block's ends in a shorter block, as in mlx-vlm; ``generate`` refuses it.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ class Nemotron(LlamaLike):
     """NemotronLabsDiffusionModel, earlier MinistralDiffEncoderModel."""
 
     name = "NemotronLabsDiffusionModel"
-    only: ClassVar[Mapping[str, Any]] = {**LLAMA_ONLY, "sliding_window": None}
+    only: ClassVar[Mapping[str, Any]] = {**LLAMA_ONLY, "sliding_window": None, "dlm_type": "llada"}
     inside = "encoder"
     head_name = "diffusion_head"
 
@@ -29,5 +37,6 @@ class Nemotron(LlamaLike):
         return {
             **blocks(config, 32, ("block_size", "canvas_length")),
             "causal_context": True,
+            "short_blocks": True,
             "mask_id": mask_id(config, 100),
         }

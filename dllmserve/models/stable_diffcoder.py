@@ -2,6 +2,7 @@
 
 Source of the fields and names: modeling code of the public checkpoints, a subclass of
 transformers' LlamaForCausalLM whose ``generate`` has the block length and the mask id as defaults.
+It cuts the last block where the answer ends, and shares out the masks of each block over the steps.
 """
 
 from __future__ import annotations
@@ -21,4 +22,4 @@ class StableDiffcoder(LlamaLike):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Block and mask, which published files do not name."""
-        return {**blocks(config, 4), "mask_id": mask_id(config, 5)}
+        return {**blocks(config, 4), "short_blocks": True, "mask_id": mask_id(config, 5)}

@@ -104,7 +104,7 @@ def build_inputs(
     scored = inside & ~eligible & (wide[:count, SpanField.HEAD, None] == Part.BLOCK)
     cells, real = _head_cells(eligible | scored, shape)
     entry = cells // shape.width
-    offset = (wide[entry, SpanField.BLK_OFF] + cells % shape.width - logit_shift).clamp(min=0)
+    offset = _read_at(wide[entry], cells % shape.width, logit_shift)
     first_twin = len(cells) - shape.twins
     pair, above = entry[first_twin:] + shape.guided, offset[first_twin:]
     if order is not None:
@@ -187,6 +187,15 @@ def choose_queries(
     return QueryOrder(pick > 0, offsets, queries.clamp(min=0))
 
 
+def _read_at(spans: Tensor, column: Tensor, shift: int) -> Tensor:
+    """Offsets from q_start [k] at which the logits of block columns [k] of spans [k] are read.
+
+    What stands behind the last query is read at that one, whatever the shift.
+    """
+    last = torch.maximum(spans[:, SpanField.Q_LEN], spans[:, SpanField.PICK]) - 1
+    return torch.minimum(spans[:, SpanField.BLK_OFF] + column - shift, last).clamp(min=0)
+
+
 def _blind_rows(
     spans: Tensor, starts: Tensor, entry: Tensor, position: Tensor, shape: StepShape
 ) -> Tensor:
@@ -241,7 +250,7 @@ def head_cells(
     row = own[:, SpanField.ROW].masked_fill(~real, table.trash_row)
     return HeadCells(
         row=row,
-        column=tensors.positions[tensors.head_rows] + shift - block,
+        column=(tensors.positions[tensors.head_rows] + shift - block).clamp(min=0),
         entering=(entries[:, EntryField.ENTERING].index_select(0, entry) > 0) | ~real,
         forward=table.forwards[row],
         real=real,

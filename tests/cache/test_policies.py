@@ -97,7 +97,7 @@ def test_the_sparse_policy_needs_a_config() -> None:
 
 
 @given(
-    st.sampled_from(sorted(name for name, info in CACHES.items() if not info.grows)),
+    st.sampled_from(sorted(name for name, info in CACHES.items() if not info.windowed)),
     st.integers(1, 40),
     st.integers(1, 40),
     st.integers(1, 50),

@@ -16,7 +16,7 @@ from dllmserve.errors import CapacityError, EngineError
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 from tests.helpers import PLAIN, prompt_request
-from tests.paged import paged_request
+from tests.paged import frontier, paged_request
 
 LIMITS = {
     "max_model_len": 128,
@@ -52,11 +52,12 @@ def request(
         block_length=block,
         cfg_scale=cfg,
         unmask=unmask,
-        cache="none" if cache in ("sparse", "paged") else cache,
+        cache="none" if cache in ("sparse", "paged", "framed") else cache,
         sparse=sparse,
+        sub_block_length=(block or 2) // 2 or 1 if cache == "sub_block" else None,
     )
-    if cache == "paged":
-        return paged_request(number, ids, params)
+    if cache == "framed" or CACHES[cache].windowed:
+        return paged_request(number, ids, params, framed=cache == "framed")
     return prompt_request(number, ids, params)
 
 
@@ -66,7 +67,7 @@ REQUESTS = st.lists(
         st.just(0),
         prompt=st.integers(1, 60),
         gen=st.integers(1, 20),
-        cache=st.sampled_from(sorted(n for n, info in CACHES.items() if not info.grows)),
+        cache=st.sampled_from(sorted(n for n, info in CACHES.items() if not info.windowed)),
         cfg=st.sampled_from([0.0, 0.0, 1.0]),
         block=st.sampled_from([None, 3, 8]),
         unmask=st.sampled_from(["steps", "threshold"]),
@@ -141,7 +142,7 @@ class Device:
         stores = span.store in (Store.POSITIONS, Store.AHEAD)
         for position in range(span.ctx_len):
             if not (stores and position in queries):
-                kept = self.kept(r, position, len(r.canvas) if r.canvas.window else 0)
+                kept = self.kept(r, position, r.progress.stored)
                 assert self.slots[self.slot(span.row, position)] == kept
         if stores:
             self.slots |= {self.slot(span.row, p): self.kept(r, p, span.final) for p in queries}
@@ -154,7 +155,8 @@ def report(r: Request) -> EntryReport:
     wrote = 1
     if r.quotas:
         wrote = r.quotas[r.progress.block][r.progress.step_in_block]
-    return EntryReport(r.progress.masks_left - wrote, frontier=0, eos=-1)
+    left = r.progress.masks_left - wrote
+    return EntryReport(left, frontier=frontier(r, left), eos=-1)
 
 
 def add_all(under_test: Scheduler, requests: Sequence[Request]) -> list[Request]:
@@ -176,7 +178,7 @@ def fits(under_test: Scheduler, r: Request) -> bool:
     limits = under_test.limits
     rows = 2 if r.params.cfg_scale else 1
     pages = under_test.storage.most_pages(r) * rows
-    length = min(2 * r.canvas.window or r.canvas_len, r.canvas_len)
+    length = min(r.canvas.frame or 2 * r.canvas.window or r.canvas_len, r.canvas_len)
     tokens = length * rows
     return (
         tokens <= limits.max_num_batched_tokens
@@ -234,7 +236,7 @@ GROWING = st.builds(
     st.just(0),
     prompt=st.integers(1, 90),
     gen=st.integers(1, 30),
-    cache=st.sampled_from(["paged", "paged", "paged", "dual", "none"]),
+    cache=st.sampled_from(["paged", "paged", "framed", "framed", "sub_block", "dual", "none"]),
     cfg=st.sampled_from([0.0, 0.0, 1.0]),
     block=st.sampled_from([1, 3, 8]),
     unmask=st.sampled_from(["steps", "threshold"]),
@@ -448,8 +450,7 @@ def test_what_can_never_fit(
     under_test = scheduler(**changes)
     with pytest.raises(CapacityError) as caught:
         under_test.add(request(0, **options))  # type: ignore[arg-type]
-    for part in parts:
-        assert part in str(caught.value)
+    assert all(part in str(caught.value) for part in parts)
     assert not under_test.has_work
 
 
@@ -464,8 +465,7 @@ def test_end_of_sequence_frees_the_request() -> None:
     under_test.add(request(7))
     _, (one,), _ = under_test.schedule()
     assert under_test.commit([one], [EntryReport(masks_left=5, frontier=3, eos=2)]) == [one]
-    assert one.finish_reason == "stop"
-    assert one.status is Status.RUNNING  # its tokens can still be read
+    assert (one.finish_reason, one.status) == ("stop", Status.RUNNING)  # its tokens can be read
     under_test.release(one)
     assert not under_test.has_work
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
         return SamplingParams(
             temperature=0.0, max_tokens=length, ignore_eos=True, stop_token_ids=ends
         )
-    if kind == "fdv2-generate" and not given["use_block_cache"]:
+    if kind == "fdv2-generate":
         ends = given["stop_token"]
         return SamplingParams(
             temperature=0.0,
@@ -70,6 +71,7 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
             sub_block_length=given["small_block_size"],
             unmask="threshold_strict",
             threshold=given["threshold"],
+            cache="sub_block" if given["use_block_cache"] else "none",
             ignore_eos=True,
             stop_token_ids=None if ends is None else [ends],
         )
@@ -152,13 +154,19 @@ def test_on_two_ranks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     assert answers(llm, batch) == [case[2] for case in batch]
 
 
-@pytest.mark.parametrize("name", ["qwen3-kv2of4", "sdar-kv2of4"])
-def test_on_triton_kernels(engines: Engines, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "cache"),
+    [("qwen3-kv2of4", "none"), ("sdar-kv2of4", "none"), ("fdv2-kv2of4", "sub_block")],
+)
+def test_on_triton_kernels(engines: Engines, name: str, cache: str) -> None:
     """Under the interpreter on a CPU."""
     helpers.need_interpreter()
     llm = engines(helpers.GOLDEN / name, attention="triton", kernels="triton", page_size=16)
-    batch = sorted(cases(name), key=lambda case: len(case[2]) + len(case[0]))[:1]
-    assert answers(llm, batch) == [case[2] for case in batch]
+    found = [case for case in cases(name) if case[1].cache == cache]
+    prompt, params, expected, forwards = min(found, key=lambda case: len(case[2]) + len(case[0]))
+    length = min(12, len(expected))
+    case = (prompt, replace(params, gen_length=length), expected, forwards)
+    assert answers(llm, [case]) == [expected[:length]]
 
 
 def test_defaults(engines: Engines) -> None:
@@ -175,6 +183,9 @@ def test_defaults(engines: Engines) -> None:
         assert first["token_ids"] == second["token_ids"], other
 
 
+CACHED: dict[str, Any] = {"cache": "sub_block", "sub_block_length": 8}
+
+
 @pytest.mark.parametrize(
     ("name", "given", "words"),
     [
@@ -184,6 +195,12 @@ def test_defaults(engines: Engines) -> None:
         ("qwen3-kv2of4", {"early_end": True}, "early_end leaves out"),
         ("qwen3-kv2of4", {"block_length": 8}, "writes one token after the other"),
         ("sdar-kv2of4", {"unmask": "wino"}, "use another rule"),
+        ("qwen3-kv2of4", {"sub_block_length": 8}, "writes one token after the other"),
+        ("qwen3-kv2of4", CACHED, "and this is an autoregressive model: leave it out"),
+        ("llada-kv2of4", CACHED, "and this is a model with full attention: leave it out"),
+        ("fdv2-kv2of4", {**CACHED, "sub_block_length": 5}, "sub_block_length=5 does not divide it"),
+        ("sdar-kv2of4", {**CACHED, "block_length": 4}, "needs sub-blocks that fill a block of 4"),
+        ("fdv2-kv2of4", {"sub_block_length": None, "cache": "sub_block"}, "sub_block_length=8"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -35,7 +35,7 @@ def params(**given: Any) -> SamplingParams:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("options", [{}, {"kv_pages": 60, "max_num_batched_tokens": 70}])
+@pytest.mark.parametrize("options", [{}, {"kv_pages": 90, "max_num_batched_tokens": 70}])
 def test_goldens_on_a_warm_cache(engines: Engines, name: str, options: dict[str, Any]) -> None:
     """Upstream's tokens, whatever others have left in pages, or taken from them."""
     llm = engines(helpers.GOLDEN / name, page_size=PAGE, **options)

@@ -153,7 +153,15 @@ def test_nemotron(tmp_path: Path, name: str) -> None:
     same(tmp_path, model, 32)
     spec = read_spec(read_config(tmp_path))
     assert (spec.geometry, spec.block_length, spec.causal_context) == ("block", 32, True)
-    rewrite(tmp_path, rope_parameters="absent")
+    older = {"type" if name == "rope_type" else name: value for name, value in rope.items()}
+    rewrite(
+        tmp_path, rope_parameters="absent", rope_scaling=older, rope_theta=older.pop("rope_theta")
+    )
+    assert read_spec(read_config(tmp_path)) == spec
+    rewrite(tmp_path, rope_scaling=None, dlm_type="dream")
+    with pytest.raises(UnsupportedModelError, match="dlm_type='dream' is not supported"):
+        read_spec(read_config(tmp_path))
+    rewrite(tmp_path, dlm_type="llada")
     with pytest.raises(UnsupportedModelError, match="lacks the field 'rope_parameters'"):
         read_spec(read_config(tmp_path))
 

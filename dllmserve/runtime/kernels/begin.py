@@ -158,7 +158,7 @@ def _list_rows(
 ) -> None:
     """LM-head rows of an entry's block, and the padding rows that follow its segment."""
     fields = packed + entry * FIELDS
-    row = tl.load(fields + ROW).to(tl.int64)
+    row, last = tl.load(fields + ROW).to(tl.int64), tl.load(fields + Q_LEN) - 1
     blk_off, blk_len = tl.load(fields + BLK_OFF), tl.load(fields + BLK_LEN)
     # padding lies in the trash column
     place = tl.where(blk_len > 0, tl.load(fields + Q_START) + blk_off, width - 1)
@@ -185,7 +185,7 @@ def _list_rows(
         filler = tl.where(spare < count, first + spare, pad_first + spare - count)
         to = tl.where(hidden, first + rank, filler)
         column = tl.where(hidden, item, 0)
-        offset = tl.maximum(blk_off + column - shift, 0).to(tl.int64)
+        offset = tl.maximum(tl.minimum(blk_off + column - shift, last), 0).to(tl.int64)
         tl.store(head_rows + to, start + offset, mask=valid)
         tl.store(
             head_uncond + to - first_twin, twin_start + offset, mask=valid & (to >= first_twin)
