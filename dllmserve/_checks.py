@@ -80,6 +80,20 @@ def check_int(err: ErrorType, name: str, value: Any, low: int, high: int | None 
     return found
 
 
+def check_ids(err: ErrorType, name: str, ids: Any) -> tuple[int, ...]:
+    """Token ids as plain ints; raises ``err`` unless they are a list, a tuple or an array."""
+    if hasattr(ids, "tolist"):
+        ids = ids.tolist()
+    if not isinstance(ids, (list, tuple)):
+        raise err(f"{name} must be a list of token ids, got {ids!r} ({type(ids).__name__})")
+    return tuple(check_int(err, f"each of {name}", i, 0) for i in ids)
+
+
+def listed_ids(text: str) -> list[int]:
+    """Token ids of a text, with commas between them; ValueError if it is something else."""
+    return [int(part) for part in text.split(",")]
+
+
 def check_float(
     err: ErrorType,
     name: str,

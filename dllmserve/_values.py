@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from dllmserve._checks import check_float, check_int, check_known
+from dllmserve._checks import check_float, check_ids, check_int, check_known
 from dllmserve.errors import InvalidParameterError
 from dllmserve.knobs import check_knobs, knob
 
@@ -60,19 +60,14 @@ def rank(length: int) -> int:
 
 def normal_ids(ids: Any) -> tuple[int, ...] | None:
     """``stop_token_ids`` as it is kept. Raises InvalidParameterError."""
-    if hasattr(ids, "tolist"):
-        ids = ids.tolist()
     if ids is None:
         return None
-    if not isinstance(ids, (list, tuple)):
+    found = check_ids(InvalidParameterError, "stop_token_ids", ids)
+    if len(found) > MAX_STOP_IDS:
         raise InvalidParameterError(
-            f"stop_token_ids must be a list of token ids, got {ids!r} ({type(ids).__name__})"
+            f"stop_token_ids takes at most {MAX_STOP_IDS} ids, got {len(found)}"
         )
-    if len(ids) > MAX_STOP_IDS:
-        raise InvalidParameterError(
-            f"stop_token_ids takes at most {MAX_STOP_IDS} ids, got {len(ids)}"
-        )
-    return tuple(check_int(InvalidParameterError, "each of stop_token_ids", i, 0) for i in ids)
+    return found
 
 
 def normal_stop(stop: Any) -> str | tuple[str, ...] | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dllmserve._checks import check_known, true_or_false
+from dllmserve._checks import check_ids, check_known, true_or_false
+from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.catalog import BACKENDS
 from dllmserve.errors import ConfigError
 from dllmserve.knobs import check_knobs, knob
@@ -76,6 +77,12 @@ class EngineConfig:
             ``torch.set_num_threads`` before the load, and otherwise the cores that the process
             may use (affinity, cgroup quota). The load and every step set torch's number in the
             thread that calls, and then put back what was there.
+        mask_id: id fed to the model at masked positions, in place of config.json's.
+        eos_ids: ids that end an answer, in place of all that config.json,
+            generation_config.json, the tokenizer and the chat template name; one or a list.
+        default_block_length: block length of requests that give none: in place of config.json's
+            on block-causal models, of one block for the whole answer (or a quality's) with full
+            attention. A SparseConfig keeps its own.
 
     Raises:
         ConfigError: (a ValueError) a wrong value or type.
@@ -157,6 +164,20 @@ class EngineConfig:
         low=1,
         high=MAX_THREADS,
     )
+    mask_id: int | None = knob(None, "Id of the mask (config.json's, if not given).", low=0)
+    eos_ids: Sequence[int] | None = knob(
+        None,
+        "Ids that end an answer, and no others do (those of config.json, tokenizer and chat "
+        "template, if not given).",
+        own_check=True,
+    )
+    default_block_length: int | None = knob(
+        None,
+        "Block length where a request gives none (config.json's on block-causal models, else the "
+        "quality's or the whole answer, if not given).",
+        low=1,
+        high=MAX_GEN_LENGTH,
+    )
 
     def __post_init__(self) -> None:
         err = ConfigError
@@ -169,6 +190,10 @@ class EngineConfig:
         check_knobs(err, self)
         if self.attention not in ("auto", *BACKENDS.own):  # others are looked for only if need be
             check_knobs(err, self, "attention")
+        if (ends := self.eos_ids) is not None:
+            one = isinstance(ends, int) and not isinstance(ends, bool)
+            ends = check_ids(err, "eos_ids", [ends] if one else ends)
+            object.__setattr__(self, "eos_ids", tuple(dict.fromkeys(ends)))
         self.check_threads(self.device)
 
     def check_threads(self, device: str) -> None:

@@ -26,6 +26,10 @@ _SAME: tuple[tuple[str, str], ...] = (
     ("remasking", "remask remasking_strategy remask_strategy remasking_method"),
     ("block_length", "block_size block_len blk_len blocksize bd_size diffusion_block_size"),
     ("default_block_len", "block_length block_size block_len"),
+    ("default_block_length", "block_length"),
+    ("mask_id", "mask_token_id"),
+    ("prefix_caching", "enable_prefix_caching"),
+    ("eos_ids", "eos_token_id eos_token_ids eos_id"),
     ("page_size", "block_size kvcache_block_size kv_block_size"),
     ("kv_pages", "num_gpu_blocks_override num_kvcache_blocks num_gpu_blocks"),
     ("unmask", "algorithm dllm_algorithm unmasking unmask_rule unmask_strategy decoding_strategy"),
@@ -65,6 +69,11 @@ _ALIKE: tuple[tuple[str, str, str], ...] = (
         "-100 bans a token id",
         "bad_words_ids suppress_tokens bad_words sequence_bias allowed_token_ids",
     ),
+    (
+        "stop_token_ids",
+        "ids that end the answer beside the checkpoint's own",
+        "eos_token_id eos_token_ids eos_id",
+    ),
     ("enforce_eager", "True is without CUDA graphs", "use_cuda_graph disable_cuda_graph"),
 )
 
@@ -99,9 +108,9 @@ _NOT_OFFERED: tuple[tuple[str, str], ...] = (
     ),
     (
         "an answer ends at the checkpoint's end ids; stop and stop_token_ids take more",
-        "eos_token_id stopping_criteria eos_id",
+        "stopping_criteria",
     ),
-    ("config.json has the id, and requests are not padded", "mask_id mask_token_id pad_token_id"),
+    ("requests are not padded", "pad_token_id"),
     ("config.json has the id", "bos_token_id"),
     (
         "no log-probabilities are given out; the events of LLM.stream have the confidences",
@@ -142,9 +151,9 @@ _NOT_OFFERED: tuple[tuple[str, str], ...] = (
         "revision download_dir cache_dir hf_token code_revision",
     ),
     (
-        "in a canvas every token sees every other: K,V of a common prompt differ from request to "
-        "request, and a forward takes the whole canvas. SamplingParams(cache=...) has the caches",
-        "enable_prefix_caching enable_chunked_prefill max_num_partial_prefills",
+        "prompts of block-causal and autoregressive models always come in chunks, and with full "
+        "attention a forward takes the whole canvas",
+        "enable_chunked_prefill max_num_partial_prefills",
     ),
     (
         "tensor_parallel_size is the way to use several GPUs, and data_parallel_size of a server",
@@ -168,7 +177,7 @@ _OF_SPARSE = "retention_ratio head_select delay_step default_block_len pool_kern
 _OF_ENGINES = (
     "model dtype device tensor_parallel_size max_model_len max_num_seqs max_num_batched_tokens "
     "gpu_memory_utilization enforce_eager trust_remote_code attention kernels load_format "
-    "page_size kv_pages"
+    "page_size kv_pages mask_id eos_ids default_block_length"
 )
 _OWNERS: dict[str, str] = {
     **dict.fromkeys(_OF_REQUESTS.split(), "SamplingParams"),

@@ -49,7 +49,8 @@ def preset(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(PRESETS[quality])
     if given.get("unmask", values["unmask"]) == "steps":
         block = given.get("block_length", values["block_length"])
-        values["steps"] = steps_for(given.get("gen_length", 128), block)
+        # an engine may have a block length of its own
+        values["steps"] = NotGiven(steps_for(given.get("gen_length", 128), block))
     return values
 
 
@@ -70,3 +71,20 @@ def steps_for(length: int, block: int | None, tokens: int = 1) -> int:
     """
     block = min(block or length, length)
     return min(-(-length // block) * -(-block // tokens), MAX_STEPS)
+
+
+def same_pace(steps: int, length: int, old: int | None, new: int) -> int:
+    """What :func:`steps_for` gives with blocks of another length, and no more tokens a step.
+
+    Args:
+        steps: of an answer with the old blocks.
+        length: of the answer, in tokens.
+        old, new: length of its blocks; None is one block.
+
+    Example:
+        >>> same_pace(steps_for(48, 32, 4), 48, 32, 8)
+        12
+    """
+    old = min(old or length, length)
+    each = max(steps // -(-length // old), 1)
+    return steps_for(length, new, -(-old // each))

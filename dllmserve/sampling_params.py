@@ -66,8 +66,9 @@ class SamplingParams:
         cfg_scale: classifier-free guidance, ``l = l_u + (s + 1)(l_c - l_u)``; 0 is off.
         remasking: "low_confidence" keeps the most confident proposals, "random" keeps
             random ones (only with ``unmask="steps"``).
-        block_length: diffusion block; None means one block for the whole answer (with a
-            SparseConfig: its default_block_len). The last block may be shorter.
+        block_length: diffusion block; None is the engine's default_block_length or the model's
+            own, if there is one, else one block for the whole answer (with a SparseConfig: its
+            default_block_len). The last block may be shorter.
         unmask: which positions are written in a step: "steps", "sequential", "dynamic" (SDAR),
             "threshold", "threshold_strict", "factor", "factor_strict", "entropy_bound",
             "hierarchy", "credit", "klass" or "wino"; docs/decoding.md explains each.
@@ -323,10 +324,11 @@ class SamplingParams:
             self._apply_quality()
         else:  # out of a message or a store: another process has done so
             object.__setattr__(self, "max_tokens", NotGiven(self.gen_length))
-        filled = self.block_length
+        filled = {name: getattr(self, name) for name in ("block_length", "steps")}
         self._check_values()
-        if isinstance(filled, NotGiven):  # a model with blocks of its own keeps those
-            object.__setattr__(self, "block_length", filled)
+        for name, value in filled.items():
+            if isinstance(value, NotGiven):  # a model with blocks of its own keeps those
+                object.__setattr__(self, name, value)
         object.__setattr__(self, "stop", normal_stop(self.stop))
         object.__setattr__(self, "stop_token_ids", normal_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", normal_bias(self.logit_bias))
@@ -396,7 +398,9 @@ class SamplingParams:
             return
         from dllmserve.presets import preset
 
-        check_knobs(InvalidParameterError, self, "quality", "block_length")
+        check_knobs(InvalidParameterError, self, "quality")
+        if not isinstance(self.block_length, NotGiven):
+            check_knobs(InvalidParameterError, self, "block_length")
         given: frozenset[str] = self.__dict__["_given"]
         if "max_tokens" in given and rank(self.max_tokens):
             given |= {"gen_length"}
@@ -468,7 +472,7 @@ def stepwise(given: Mapping[str, Any], tokens: int | None = None) -> SamplingPar
     if "steps" in given or (quality and tokens is None):
         return params
     steps = steps_for(params.gen_length, params.resolved_block_length, tokens or 1)
-    return replace(params, steps=steps)
+    return replace(params, steps=NotGiven(steps))
 
 
 #: the numbers that rules read, in the order that they have on the device

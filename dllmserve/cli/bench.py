@@ -217,5 +217,5 @@ def _fitting(config: EngineConfig, work: Workload) -> EngineConfig:
     config = replace(config, prefix_caching=False)
     if config.max_model_len is not None:
         return config
-    spec = read_spec(read_config(directory))
+    spec = read_spec(read_config(directory), config)
     return replace(config, max_model_len=work.max_model_len(spec))

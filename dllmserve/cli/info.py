@@ -13,7 +13,7 @@ import typer
 from dllmserve import __version__
 from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
-from dllmserve.cli.options import ENGINE, ModelOption, engine_config, with_options
+from dllmserve.cli.options import ENGINE_ALONE, ModelOption, engine_config, with_options
 from dllmserve.core.model_spec import NO_MASK
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _MEMORY = "weights activations logits tables history pages planned allowed".spli
 _PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "huggingface_hub")
 
 
-@with_options(ENGINE)
+@with_options(ENGINE_ALONE)
 def info(
     model: ModelOption = "tiny",
     as_json: Annotated[

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from dllmserve._checks import listed_ids
 from dllmserve._values import BLOCK_LENGTH
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, InvalidParameterError
@@ -32,6 +33,7 @@ NamedModel = Annotated[
 ]
 
 _METAVARS: dict[Any, str] = {int: "N", float: "X", bool: " "}
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -87,9 +89,10 @@ class Group:
                 show_default=False,
                 metavar=self.lists.get(item.name, metavar),
                 rich_help_panel=panel or self.panel,
+                parser=_ids if kind == Sequence[int] else None,
             )
             if item.name in self.lists:
-                kind = list[get_args(kind)[0]] if get_origin(kind) is Sequence else list[str]  # type: ignore[misc]
+                kind = list[str]
             annotation = Annotated[kind | None, declared]
             option, place = self.option(item.name), inspect.Parameter.KEYWORD_ONLY
             found.append(inspect.Parameter(option, place, default=None, annotation=annotation))
@@ -101,6 +104,9 @@ class Group:
         values = {name: options.get(self.option(name)) for name in names}
         # an absent flag is False and an absent list is empty in some typer versions
         unset = {name for name in self.flags if values.get(name) is False}
+        for name, value in values.items():
+            if value and isinstance(value, list) and isinstance(value[0], list):
+                values[name] = [one for part in value for one in part]
         return {n: v for n, v in values.items() if v is not None and v != [] and n not in unset}
 
     def _help(self, name: str, default: Any) -> str:
@@ -142,6 +148,12 @@ ENGINE = Group(
     # declared by the commands themselves, with a short form
     skipped=frozenset({"model"}),
     flags=frozenset({"enforce_eager", "trust_remote_code"}),
+    lists={"eos_ids": "ID"},
+)
+#: of commands without the options of a request, whose --block-length would be another
+ENGINE_ALONE = replace(
+    ENGINE,
+    names={**ENGINE.names, "default_block_length": "--default-block-length --block-length"},
 )
 
 
@@ -209,6 +221,14 @@ def wants_sparse(options: Mapping[str, Any]) -> bool:
     """True for --sparse and for any sparse option without --no-sparse."""
     given = SPARSE.given(options)
     return bool(given) and bool(given.get("enabled", True))
+
+
+def _ids(text: str) -> list[int]:
+    """One value of an option that takes token ids, and may be given several times."""
+    try:
+        return listed_ids(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is no token id, and no list of some: 2,7") from error
 
 
 def _logit_bias(pairs: list[str]) -> dict[int, float]:

@@ -14,7 +14,7 @@ from dllmserve._checks import user_path
 from dllmserve._environment import forget_secrets
 from dllmserve._needs import missing
 from dllmserve.cli.commands import short_errors
-from dllmserve.cli.options import ENGINE, Group, NamedModel, one_model, with_options
+from dllmserve.cli.options import ENGINE_ALONE, Group, NamedModel, one_model, with_options
 from dllmserve.errors import ConfigError, ModelNotFoundError
 from dllmserve.server.config import ServerConfig
 
@@ -36,7 +36,7 @@ SERVER = Group(
 )
 
 
-@with_options(SERVER, ENGINE)
+@with_options(SERVER, ENGINE_ALONE)
 def serve(
     model: Annotated[
         str | None,
@@ -57,7 +57,7 @@ def serve(
     began = time.monotonic() - time.process_time()
     with short_errors():
         given = SERVER.given(options)
-        for name, value in ENGINE.given(options).items():
+        for name, value in ENGINE_ALONE.given(options).items():
             given["engine_seed" if name == "seed" else name] = value
         if (chosen := one_model(model, named)) is not None:
             given["model"] = chosen

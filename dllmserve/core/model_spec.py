@@ -49,8 +49,9 @@ class ModelSpec:
         mask_id: id fed to the model at masked positions; NO_MASK in a "causal" model.
         geometry: which keys a query sees. "full": all of them. "block": those of its own block and
             of earlier ones, with blocks cut from position 0. "causal": none behind its own.
-        block_length: of a "block" model the length that the checkpoint is made for, which its
-            weights do not depend on; 1 of a "causal" one; 0 where a request says.
+        block_length: of requests that give none: of a "block" model what the checkpoint is made
+            for, which its weights do not depend on, or an option of the engine; 1 of a "causal"
+            one; of a "full" one 0, which leaves it to the request, or an option of the engine.
         causal_context: a "block" model sees a block whole while it fills it alone: K and V that are
             kept, of the prompt and of blocks that are filled, are computed with a causal mask, and
             blocks are cut from the prompt's end on (Nemotron-Labs-Diffusion).

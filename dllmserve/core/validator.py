@@ -59,7 +59,7 @@ class RequestValidator:
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
-        params = self._settled(params)
+        params = settled(params, self.spec)
         if not prompt_ids:
             raise PromptError(f"{name} is empty: give at least one token")
         if len(prompt_ids) >= self.limits.max_model_len:
@@ -90,32 +90,12 @@ class RequestValidator:
         self.limits.check(request, policy.slots(request, self.spec))
         return request
 
-    def _settled(self, params: SamplingParams) -> SamplingParams:
-        """Parameters with what depends on the model where nobody gave it.
-
-        Block-causal models have a block length of their own, and no use for caches. An
-        autoregressive model's answer has ``max_tokens``, whose default is not gen_length's.
-        """
-        spec, changed = self.spec, dict[str, Any]()
-        if spec.geometry == "full":
-            return params
-        if params.quality is not None:  # what a preset says of full attention
-            changed |= {"suffix_window": None, "early_end": False}
-            if not CACHES[params.cache].windowed:
-                changed["cache"] = "none"
-            changed |= {name: getattr(SamplingParams, name) for name in REFRESH}
-        if isinstance(params.block_length, NotGiven):
-            changed["block_length"] = spec.block_length
-        if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
-            changed["max_tokens"] = int(DEFAULT_LENGTHS[0])
-        return replace(params, **changed) if changed else params
-
     def _canvas(self, ids: list[int], params: SamplingParams) -> Canvas:
         """The prompt and an answer behind it, in blocks as the model's geometry wants them."""
         spec = self.spec
         if spec.geometry == "full":
             return answer_canvas(ids, params.gen_length, params.resolved_block_length)
-        window = 1 if spec.geometry == "causal" else params.block_length or spec.block_length
+        window = params.resolved_block_length
         length, part, short = params.gen_length, params.sub_block_length, spec.short_blocks
         if spec.causal_context:
             return framed_canvas(ids, length, window)
@@ -183,7 +163,7 @@ class RequestValidator:
                 f"cache={params.policy!r} approximates full attention, and this is {self._kind}, "
                 "whose K,V are exact in any case: leave it out"
             )
-        length, part = params.block_length or self.spec.block_length, params.sub_block_length
+        length, part = params.resolved_block_length, params.sub_block_length
         if windowed and part and length % part:
             raise InvalidParameterError(
                 f"cache={params.policy!r} needs sub-blocks that fill a block of {length}: "
@@ -226,6 +206,32 @@ class RequestValidator:
                     f"{name} has token id {largest}, outside the vocabulary "
                     f"0..{self.spec.vocab_size - 1}"
                 )
+
+
+def settled(params: SamplingParams, spec: ModelSpec) -> SamplingParams:
+    """Parameters with what depends on the model where nobody gave it.
+
+    Block-causal models have a block length of their own, and no use for caches; those with full
+    attention have one if the engine's options say so. An autoregressive model's answer has
+    ``max_tokens``, whose default is not gen_length's.
+    """
+    block, changed = params.block_length, dict[str, Any]()
+    given = block is not None and not isinstance(block, NotGiven)
+    if spec.block_length and not given and params.sparse is None:  # which has one of its own
+        changed["block_length"] = spec.block_length
+        if isinstance(params.steps, NotGiven):
+            from dllmserve.presets import same_pace  # where such steps come from
+
+            changed["steps"] = same_pace(params.steps, params.gen_length, block, spec.block_length)
+    if spec.geometry != "full" and params.quality is not None:
+        # what a preset says of full attention
+        changed |= {"suffix_window": None, "early_end": False}
+        if not CACHES[params.cache].windowed:
+            changed["cache"] = "none"
+        changed |= {name: getattr(SamplingParams, name) for name in REFRESH}
+    if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
+        changed["max_tokens"] = int(DEFAULT_LENGTHS[0])
+    return replace(params, **changed) if changed else params
 
 
 def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:

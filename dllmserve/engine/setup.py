@@ -172,12 +172,12 @@ def _read_model(options: EngineConfig) -> tuple[Path, ModelSpec, Tokenizer | Non
     """Directory, spec with its end ids, and tokenizer of a checkpoint."""
     directory = find_model(options.model)
     config = read_config(directory)
-    spec = read_spec(config)
+    spec = read_spec(config, options)
     if options.load_format != "dummy":
         check_files(directory, config)
     # before gigabytes of weights; every rank needs the end ids that it tells of
     tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
-    return directory, with_ends(spec, tokenizer), tokenizer
+    return directory, with_ends(spec, tokenizer, only=options.eos_ids is not None), tokenizer
 
 
 def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:

@@ -255,8 +255,8 @@ def _fast_codec(path: Path, files: TokenFiles) -> Codec:
         raise TokenizerError(f"{path} cannot be read: {error}") from error
 
 
-def with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
-    """The spec with every id that ends an answer.
+def with_ends(spec: ModelSpec, tokenizer: Tokenizer | None, *, only: bool = False) -> ModelSpec:
+    """The spec with every id that ends an answer; with ``only``, the spec's are all.
 
     These are the end ids of config.json and generation_config.json, the tokenizer's
     eos_token, and the control token that the chat template writes behind an answer. That
@@ -267,7 +267,7 @@ def with_ends(spec: ModelSpec, tokenizer: Tokenizer | None) -> ModelSpec:
     turn = None
     if tokenizer is not None:
         own, turn = tokenizer.end_id, tokenizer.turn_end()
-        named += [id for id in (own, turn) if id is not None]
+        named += [] if only else [id for id in (own, turn) if id is not None]
     ends = tuple(id for id in dict.fromkeys(named) if _possible(id, spec))
     turns = (turn,) if turn in ends and len(ends) > 1 else ()
     return replace(spec, eos_ids=ends, turn_end_ids=tuple(id for id in turns if id is not None))

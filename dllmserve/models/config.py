@@ -9,11 +9,17 @@ from typing import Any
 from dllmserve.core.model_spec import RopeScaling
 from dllmserve.errors import UnsupportedModelError
 
+#: where a mask id that the engine's options give is put, and looked for first
+MASK_FIELD = "mask_token_id"
+
 
 def need(config: Mapping[str, Any], name: str, architecture: str) -> Any:
     """``config[name]``, or an error that names the missing field."""
     if config.get(name) is None:
-        raise UnsupportedModelError(f"config.json of {architecture} lacks the field {name!r}")
+        way_out = ": give mask_id (--mask-id)" if name == MASK_FIELD else ""
+        raise UnsupportedModelError(
+            f"config.json of {architecture} lacks the field {name!r}{way_out}"
+        )
     return config[name]
 
 

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from dllmserve._checks import is_broken_link, user_path
 from dllmserve.catalog import MODELS
+from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import (
+    ConfigError,
     ModelNotFoundError,
     UnsupportedModelError,
     WeightsError,
 )
 from dllmserve.layers.modules import Build
 from dllmserve.layers.ops import LayerOps
-from dllmserve.models.config import quantization
+from dllmserve.models.config import MASK_FIELD, quantization
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.files import read_object, weight_files
 from dllmserve.parallel.partition import Partition
@@ -164,9 +166,23 @@ def architecture_of(config: dict[str, Any]) -> type[Decoder]:
     raise UnsupportedModelError(f"{what}; supported architectures: {', '.join(sorted(MODELS))}")
 
 
-def read_spec(config: dict[str, Any]) -> ModelSpec:
-    """The ModelSpec of a config.json, checked for values no engine could use."""
+def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> ModelSpec:
+    """The ModelSpec of a config.json, checked for values no engine could use.
+
+    Args:
+        config: of the checkpoint.
+        options: what they say of mask, ends and blocks goes before what config.json does.
+
+    Raises:
+        UnsupportedModelError: config.json lacks a field, or has one that cannot be.
+        ConfigError: an option does not fit the model.
+    """
     architecture = architecture_of(config)
+    given = options or EngineConfig()
+    if given.mask_id is not None:
+        config = config | {MASK_FIELD: given.mask_id}
+    if given.eos_ids is not None:
+        config = config | {"eos_token_id": list(given.eos_ids)}
     try:
         spec = architecture.read(config)
     except UnsupportedModelError:
@@ -175,6 +191,7 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         raise UnsupportedModelError(
             f"config.json has a value of a wrong type or size: {error}"
         ) from error
+    spec = _with_options(spec, given)
     for name in _POSITIVE:
         value, most = getattr(spec, name), _MOST_LAYERS if name == "num_layers" else sys.maxsize
         if not 0 < value <= most:
@@ -182,7 +199,10 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
                 f"config.json: {name} is {value}; it must be over 0 and at most {most}"
             )
     if spec.geometry != "full" and spec.block_length < 1:
-        raise UnsupportedModelError(f"the block size is {spec.block_length}; it must be over 0")
+        raise UnsupportedModelError(
+            f"the block size is {spec.block_length}; it must be over 0: give default_block_length "
+            "(--default-block-length)"
+        )
     if spec.head_dim % 2:
         raise UnsupportedModelError(f"head_dim={spec.head_dim} is odd, so it cannot be rotated")
     if spec.embedding_size < spec.vocab_size:
@@ -191,7 +211,8 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         )
     if spec.geometry != "causal" and not 0 <= spec.mask_id < spec.embedding_size:
         raise UnsupportedModelError(
-            f"mask_token_id={spec.mask_id} is outside the {spec.embedding_size} embeddings"
+            f"mask_token_id={spec.mask_id} is outside the {spec.embedding_size} embeddings: give "
+            "mask_id (--mask-id)"
         )
     try:
         return replace(spec, weights=count_weights(Partition(spec)))
@@ -199,6 +220,36 @@ def read_spec(config: dict[str, Any]) -> ModelSpec:
         raise UnsupportedModelError(
             f"config.json has sizes that no memory could hold: {error}"
         ) from error
+
+
+def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:
+    """The spec with what the engine's options say of mask, ends and blocks."""
+    mask, block, ends = given.mask_id, given.default_block_length, given.eos_ids
+    if spec.geometry == "causal":
+        for option, value, why in (
+            ("mask_id", mask, "has no mask"),
+            ("default_block_length", block, "writes one token after the other"),
+        ):
+            if value is not None:
+                raise ConfigError(
+                    f"{option}={value} does not work with an autoregressive model, which {why}: "
+                    "leave it out"
+                )
+    most = f"the model's ids are 0..{spec.embedding_size - 1}"
+    if mask is not None and mask >= spec.embedding_size:
+        raise ConfigError(f"mask_id={mask} has no embedding: {most}")
+    spec = replace(
+        spec,
+        mask_id=spec.mask_id if mask is None else mask,
+        block_length=block or spec.block_length,
+        eos_ids=spec.eos_ids if ends is None else tuple(ends),
+    )
+    for end in ends or ():
+        if end >= spec.embedding_size:
+            raise ConfigError(f"eos_ids has {end}, which has no embedding: {most}")
+        if end == spec.mask_id:
+            raise ConfigError(f"eos_ids has {end}, the mask, which no answer holds: leave it out")
+    return spec
 
 
 def outline(partition: Partition) -> Decoder:

@@ -19,7 +19,7 @@ from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.sampling_params import SamplingParams
 
 #: a field of EngineConfig
-Value = bool | int | float | str | None
+Value = bool | int | float | str | list[int] | None
 
 
 class Configure(msgspec.Struct, tag="configure", array_like=True, frozen=True):

@@ -175,13 +175,6 @@ class ServerConfig:
         "fits, for chats that end by themselves, else 128).",
         low=1,
     )
-    default_block_length: int | None = _option(
-        None,
-        _TEXT,
-        "Block length of the OpenAI endpoints where a request gives none (if not given: that of "
-        "the quality, else 32).",
-        low=1,
-    )
     default_quality: str = _option(
         "balanced",
         _TEXT,

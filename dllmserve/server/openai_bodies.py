@@ -140,8 +140,6 @@ class OpenAIFields(DecodingFields):
         values = self.decoding()
         if self._plain(values) and config.default_quality != "exact":
             values["quality"] = config.default_quality
-        if config.default_block_length is not None and "sparse" not in values:
-            values.setdefault("block_length", config.default_block_length)
         length = self.length()
         if length is None:
             length = self._default_length(values, prompt_len, limits, config)

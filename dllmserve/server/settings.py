@@ -7,13 +7,13 @@ The command line comes before the environment (``DLLMSERVE_PORT``), that before 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from dllmserve._checks import true_or_false, user_path
+from dllmserve._checks import listed_ids, true_or_false, user_path
 from dllmserve._environment import KEYS_VARIABLE, SECRETS
 from dllmserve.config import EngineConfig
 from dllmserve.errors import ConfigError, unknown_option
@@ -162,17 +162,21 @@ def _from_file(file: str | None) -> dict[str, Any]:
 
 
 def _parsed(variable: str, text: str, hint: Any) -> Any:
-    """A variable's text as the option's type."""
+    """A variable's text as the option's type; ids are separated by commas."""
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not NoneType]
     if bool in kinds:
         return true_or_false(ConfigError, variable, text)
-    for kind in (int, float):
+    read: dict[Any, tuple[Callable[[str], Any], str]] = {
+        int: (int, "an integer"),
+        float: (float, "a number"),
+        Sequence[int]: (listed_ids, "token ids, such as 2,7"),
+    }
+    for kind, (parse, what) in read.items():
         if kind in kinds:
             try:
-                return kind(text)
+                return parse(text)
             except ValueError as error:
-                number = "an integer" if kind is int else "a number"
-                raise ConfigError(f"{variable} must be {number}, got {text!r}") from error
+                raise ConfigError(f"{variable} must be {what}, got {text!r}") from error
     return text
 
 

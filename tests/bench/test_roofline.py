@@ -7,17 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dllmserve.core.plan import Span, StepEntry, StepPlan, Store
+from dllmserve import LLM, SamplingParams
+from dllmserve.core.plan import Mask, Part, Span, StepEntry, StepPlan, Store
 from dllmserve.models.loader import count_weights
 from dllmserve.parallel.partition import Partition
 from dllmserve.tools.bench.roofline import (
     Ceilings,
     ModelCost,
     attended_keys,
+    attended_pairs,
+    cached_keys,
     head_rows,
     measure_ceilings,
 )
-from tests.helpers import PLAIN
+from tests.helpers import GOLDEN, PLAIN
 
 SPEC = replace(
     PLAIN,
@@ -32,6 +35,8 @@ SPEC = replace(
 #: a layer's matrices: q, k, v [8 + 4 + 4, 8], out [8, 8], gate and up [32, 8], down [8, 16]
 LAYERS = 2 * (16 * 8 + 8 * 8 + 32 * 8 + 8 * 16)
 HEAD = 32 * 8
+#: K and V of two layers, one head of 4
+KV = 2 * 2 * 4
 COST = ModelCost.of(SPEC, weight_bytes=2)
 
 
@@ -50,7 +55,7 @@ REUSE = step(span(4, 4, 10, Store.POSITIONS), masks=2)
 
 def test_costs_of_the_model() -> None:
     assert (LAYERS, HEAD) == (1152, 256)
-    assert ModelCost(LAYERS, HEAD, 4 * 2 * 4 * 2, 2) == COST
+    assert ModelCost(LAYERS, HEAD, 4 * 2 * 4 * 2, KV, 2) == COST
     norms = 8 * (2 * 2 + 1)
     assert count_weights(Partition(SPEC)) == LAYERS + 2 * HEAD + norms
 
@@ -72,6 +77,29 @@ def test_attended_keys(shape: Span, keys: int) -> None:
     assert attended_keys(shape) == keys
 
 
+def stair(q_start: int, q_len: int, block: int, head: int = Part.NONE) -> Span:
+    return Span(
+        0, q_start, q_len, q_start, Store.POSITIONS, head=head, mask=Mask.STAIR, mask_arg=block
+    )
+
+
+@pytest.mark.parametrize(("q_start", "q_len"), [(0, 12), (8, 8), (3, 9), (5, 2), (4, 3), (7, 1)])
+@pytest.mark.parametrize("block", [1, 4, 5])
+def test_pairs_of_a_stair(q_start: int, q_len: int, block: int) -> None:
+    last = q_start + q_len
+    seen = [
+        (q, k)
+        for q in range(q_start, last)
+        for k in range(last)
+        if k < q_start or k // block <= q // block
+    ]
+    assert attended_pairs(stair(q_start, q_len, block)) == len(seen)
+
+
+def test_keys_that_are_stored_ahead_are_seen_once() -> None:
+    assert attended_pairs(span(2, 3, 10, Store.AHEAD)) == 3 * 10
+
+
 def test_flop() -> None:
     # 10 tokens through the layers, 4 rows through the head, 10 x 10 pairs
     assert COST.flop(REFRESH) == 2 * (10 * 1152 + 4 * 256) + 64 * 100 == 31488
@@ -82,19 +110,22 @@ def test_guidance_counts_twice() -> None:
     guided = step(span(4, 4, 10, Store.POSITIONS), masks=2, guided=True)
     assert head_rows(guided) == 4
     assert COST.flop(guided) == 2 * 12800
-    assert COST.bytes_read(guided) == COST.bytes_read(REUSE)
+    assert COST.bytes_read(guided) == COST.bytes_read(REUSE) + 6 * KV * 2
 
 
 def test_bytes() -> None:
     assert COST.bytes_read(REFRESH) == (1152 + 256) * 2 == 2816
+    # 10 cached tokens, of which the span overwrites 4
+    assert COST.bytes_read(REUSE) == 2816 + 6 * KV * 2 == 3008
+    assert COST.bytes_read(step(*REUSE.spans, *REUSE.spans, masks=2)) == 2816 + 2 * 192
     assert COST.bytes_read(step(span(0, 10, 0, Store.POSITIONS), masks=0)) == 1152 * 2
 
 
 def test_floor_is_the_longer_time_of_each_step() -> None:
     ceilings = Ceilings(
-        bytes_per_second=1408.0, flop_per_second=10_000.0, copy_bytes=0, matrix_size=0
+        bytes_per_second=1504.0, flop_per_second=10_000.0, copy_bytes=0, matrix_size=0
     )
-    # the refresh is bound by arithmetic, 3.1488 s against 2 s; the reuse by its weights,
+    # the refresh is bound by arithmetic, 3.1488 s against 1.87 s; the reuse by what it reads,
     # 2 s against 1.28 s
     assert COST.floor_seconds([REFRESH], ceilings) == pytest.approx(3.1488)
     assert COST.floor_seconds([REUSE], ceilings) == pytest.approx(2.0)
@@ -107,3 +138,45 @@ def test_ceilings_are_plausible() -> None:
     assert 1e8 < found.bytes_per_second < 1e13
     assert 1e8 < found.flop_per_second < 1e15
     assert found.matrix_size == 1024 and found.copy_bytes == 128 * 1024**2
+
+
+def spans_of(name: str, prompt: int, params: SamplingParams) -> list[StepPlan]:
+    """The steps of one request of a golden model, as the engine launches them."""
+    llm = LLM(str(GOLDEN / name), device="cpu")
+    plans: list[StepPlan] = []
+    with llm.observe(plans.append):
+        llm.generate([list(range(1, prompt + 1))], params, use_tqdm=False)
+    return plans
+
+
+def test_steps_of_a_block_causal_model() -> None:
+    """Blocks of 4 in 2 forwards each: the head on masks alone, a finished block's K,V beside the
+    next block's first forward."""
+    params = SamplingParams(
+        temperature=0.0, gen_length=12, block_length=4, steps_per_block=2, ignore_eos=True
+    )
+    plans = spans_of("sdar-kv2of4", 8, params)
+    # tokens, rows of the head, cached keys, pairs
+    figures = [
+        (p.tokens, head_rows(p), cached_keys(p.spans[0]), attended_pairs(p.spans[0])) for p in plans
+    ]
+    assert figures == [
+        (4, 0, 0, 4 * 4),  # the prompt but for its last window
+        (8, 4, 4, 4 * 8 + 4 * 12),  # that, and the first block
+        (4, 2, 8, 4 * 12),
+        (8, 4, 8, 4 * 12 + 4 * 16),  # the first block is stored, the second begins
+        (4, 2, 12, 4 * 16),
+        (8, 4, 12, 4 * 16 + 4 * 20),
+        (4, 2, 16, 4 * 20),
+    ]
+
+
+def test_steps_of_an_autoregressive_model() -> None:
+    """A prompt and then one token a step, each with one row of the head."""
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    plans = spans_of("qwen3-kv2of4", 6, params)
+    assert [(p.tokens, head_rows(p), cached_keys(p.spans[0])) for p in plans] == [
+        (5, 0, 0),
+        *((1, 1, cached) for cached in (5, 6, 7, 8)),
+    ]
+    assert [attended_pairs(p.spans[0]) for p in plans] == [15, 6, 7, 8, 9]

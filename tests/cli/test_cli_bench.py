@@ -65,7 +65,7 @@ def test_throughput(capfd: pytest.CaptureFixture[str]) -> None:
     assert [line.split()[0] for line in out[-4:-2]] == ["1", "3"]
     found = json.loads(out[-1])
     assert set(found) == RECORD
-    assert (found["benchmark"], found["schema"]) == ("throughput", 1)
+    assert (found["benchmark"], found["schema"]) == ("throughput", 2)
     assert found["versions"]["dllmserve"] == __version__
     assert [r["requests"] for r in found["results"]] == [1, 3]
     assert [r["output_tokens"] for r in found["results"]] == [8, 24]

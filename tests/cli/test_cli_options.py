@@ -107,6 +107,11 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "engine.gpu_memory_utilization": (["--gpu-memory-utilization", "0.5"], 0.5),
     "engine.seed": (["--engine-seed", "11"], 11),
     "engine.threads": (["--threads", "3"], 3),
+    "engine.prefix_caching": (["--no-prefix-caching"], False),
+    "engine.prefix_isolation": (["--prefix-isolation"], True),
+    "engine.mask_id": (["--mask-id", "7"], 7),
+    "engine.eos_ids": (["--eos-ids", "5", "--eos-ids", "7,9"], (5, 7, 9)),
+    "engine.default_block_length": (["--default-block-length", "16"], 16),
 }
 
 #: the same for the fields of ServerConfig
@@ -145,7 +150,6 @@ SERVER_VALUES: dict[str, tuple[list[str], Any]] = {
     "max_result_bytes": (["--max-result-bytes", "4096"], 4096),
     "served_model_name": (["--served-model-name", "mine"], "mine"),
     "default_max_tokens": (["--default-max-tokens", "64"], 64),
-    "default_block_length": (["--default-block-length", "16"], 16),
     "default_quality": (["--default-quality", "exact"], "exact"),
     "max_prompts": (["--max-prompts", "4"], 4),
     "max_n": (["--max-n", "2"], 2),
@@ -272,6 +276,14 @@ def test_engine_option_arrives_in_the_server(field: str, monkeypatch: pytest.Mon
     settings = settings_of(monkeypatch, "some/model", *args)
     assert getattr(settings.engine, field.removeprefix("engine.")) == value
     assert settings.engine.model == settings.model_name == "some/model"
+
+
+def test_a_server_has_another_name_for_its_block_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where requests have options, --block-length is theirs."""
+    assert settings_of(monkeypatch, "--block-length", "16").engine.default_block_length == 16
+    options = parse("--block-length", "16")
+    assert sampling_params(options).block_length == 16
+    assert engine_config("tiny", options).default_block_length is None
 
 
 def test_the_model_of_the_server_is_an_argument_or_an_option(

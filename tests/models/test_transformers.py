@@ -121,13 +121,17 @@ def test_tied_heads(tmp_path: Path, kind: str, tied: bool) -> None:
         ("Llama", "A2DLlamaLMHeadModel", LENGTH),
         ("Qwen2", "A2DQwen2LMHeadModel", LENGTH),
         ("Qwen3", "A2DQwen3LMHeadModel", LENGTH),
+        ("Llama", "A2DLlamaLMHeadModel", 8),
+        ("Qwen2", "A2DQwen2LMHeadModel", 8),
+        ("Qwen3", "A2DQwen3LMHeadModel", 8),
     ],
 )
 def test_other_masks(tmp_path: Path, kind: str, name: str, block: int) -> None:
     """The layers are those of the autoregressive model."""
     more = {} if kind == "Qwen3" else {"head_dim": 10}
     model = saved(tmp_path, kind, **more)
-    rewrite(tmp_path, architectures=[name], mask_token_id=96)
+    blocks = {"block_size": block} if block == 8 else {}
+    rewrite(tmp_path, architectures=[name], mask_token_id=96, **blocks)
     same(tmp_path, model, block)
     spec = read_spec(read_config(tmp_path))
     if block == LENGTH:

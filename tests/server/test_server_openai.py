@@ -186,10 +186,9 @@ def test_echo(byte_checkpoint: Path) -> None:
 
 def test_lengths_that_fit_what_is_left(byte_checkpoint: Path) -> None:
     async def main() -> None:
-        async with serving(byte_checkpoint, default_max_tokens=100, default_block_length=8) as s:
+        async with serving(byte_checkpoint, default_max_tokens=100) as s:
             await s.post(COMPLETE, {"prompt": "a"})
-            params = s.engine.calls[-1].submit.params
-            assert (params.gen_length, params.block_length) == (100, 8)
+            assert s.engine.calls[-1].submit.params.gen_length == 100
             await s.post(COMPLETE, {"prompt": "a" * (MAX_LEN - 9)})
             assert s.engine.calls[-1].submit.params.gen_length == 9
             for prompt in ("a" * MAX_LEN, "a" * 16 * MAX_LEN, "a" * (16 * MAX_LEN + 1), [A] * 9999):
@@ -310,9 +309,16 @@ def test_what_fits_also_fits_the_engine(byte_checkpoint: Path) -> None:
 
 def test_the_operators_block_length_is_for_all(byte_checkpoint: Path) -> None:
     async def main() -> None:
-        async with serving(byte_checkpoint, default_block_length=8) as server:
+        async with serving(byte_checkpoint) as server:
+            # as with the engine's option default_block_length
+            spec = replace(SPEC, block_length=8)
+            server.service.llm._validator = RequestValidator(spec, LIMITS, True)
             for given, length in (({}, 8), ({"block_length": 4}, 4), ({"steps": 16}, 8)):
                 await server.post(CHAT, {"messages": HI, **given})
+                sent = server.engine.calls[-1].submit.params
+                assert sent.block_length == length, given
+                await server.post("/v1/generate", {"prompt": "Hi", **given})
+                await until(lambda: len(server.engine.calls) % 2 == 0)
                 sent = server.engine.calls[-1].submit.params
                 assert sent.block_length == length, given
 

@@ -59,6 +59,8 @@ def test_remote_code_is_off_unless_asked_for(tmp_path: Path) -> None:
 
 
 def as_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -71,7 +73,12 @@ def test_every_option_may_be_a_variable(name: str) -> None:
     value = others[type(default)] if default is not None else None
     if value is None:
         hint = next(f.type for f in fields(kind) if f.name == field)
-        value = {"int | None": 9, "float | None": 1.5, "str | None": "x"}[str(hint)]
+        value = {
+            "int | None": 9,
+            "float | None": 1.5,
+            "str | None": "x",
+            "Sequence[int] | None": (5, 7),
+        }[str(hint)]
     if name == "tensor_parallel_size":
         value = 1
     given = {f"DLLMSERVE_{name.upper()}": as_text(value)}
@@ -101,6 +108,7 @@ def test_booleans_have_several_spellings() -> None:
         ({"DLLMSERVE_PORT": "8e3"}, "DLLMSERVE_PORT must be an integer, got '8e3'"),
         ({"DLLMSERVE_PORT": "70000"}, r"port must be an integer in \[0, 65535\], got 70000"),
         ({"DLLMSERVE_RESULT_TTL": "soon"}, "DLLMSERVE_RESULT_TTL must be a number, got 'soon'"),
+        ({"DLLMSERVE_EOS_IDS": "5;7"}, "DLLMSERVE_EOS_IDS must be token ids, such as 2,7"),
         ({"DLLMSERVE_RESULT_TTL": "nan"}, "result_ttl must be"),
         ({"DLLMSERVE_RESTART": "maybe"}, "DLLMSERVE_RESTART must be true or false, got 'maybe'"),
         ({"DLLMSERVE_LOG_FORMAT": "xml"}, "log_format must be one of"),

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dllmserve.config import EngineConfig
 from dllmserve.core.budget import size_text
+from dllmserve.core.validator import settled
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.runtime.platform import device_facts
 from dllmserve.tools.bench.roofline import Ceilings
@@ -19,7 +20,7 @@ from dllmserve.tools.environment import dtype_name, environment, header_lines
 from dllmserve.tools.text import counted, header, known, rate_text, rule_text, table
 
 #: version of the record's layout, raised when a key changes its meaning or goes away
-SCHEMA = 1
+SCHEMA = 2
 _NONE = "n/a"
 
 
@@ -110,7 +111,7 @@ class Report:
         }
 
     def _workload_text(self) -> str:
-        work, params = self.workload, self.workload.params
+        work, params = self.workload, settled(self.workload.params, self.plan.spec)
         cache = f"cache {params.cache}"
         if (sparse := params.sparse) is not None:
             heads = "per head" if sparse.head_select else "for all heads"

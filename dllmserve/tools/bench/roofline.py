@@ -1,8 +1,8 @@
 """The roofline: what this device could do at best, and how long a run would take then.
 
 The floor of a step is the longer of two times: its arithmetic at the measured rate of a
-large matrix product, and one read of the weights at the measured copy bandwidth. Traffic of
-K,V, activations and logits is not counted.
+large matrix product, and one read of the weights and of each row's cached K,V at the measured
+copy bandwidth. What is written, activations and logits are not counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from dllmserve.core.budget import GIB
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Span, StepPlan, Store
+from dllmserve.core.plan import Mask, Span, StepPlan, Store
 from dllmserve.engine.machine import device_memory
 from dllmserve.models.loader import outline
 from dllmserve.parallel.partition import Partition
@@ -54,12 +54,14 @@ class ModelCost:
         layer_weights: weights of all layers' matrices.
         head_weights: weights of the LM head.
         attention_flop: FLOP of one query that attends to one key, all layers and heads.
-        weight_bytes: bytes per weight.
+        kv_values: numbers of K and V of one token, all layers.
+        weight_bytes: bytes per weight, and per number of K and V.
     """
 
     layer_weights: int
     head_weights: int
     attention_flop: int
+    kv_values: int
     weight_bytes: int
 
     @classmethod
@@ -73,19 +75,21 @@ class ModelCost:
             head_weights=model.head.weight.numel(),
             # scores and weighted sum, 2 each
             attention_flop=4 * spec.num_heads * spec.head_dim * spec.num_layers,
+            kv_values=spec.kv_values(),
             weight_bytes=weight_bytes,
         )
 
     def flop(self, plan: StepPlan) -> int:
         """Floating-point operations of a step; a multiplication and an addition are two."""
-        pairs = sum(span.q_len * attended_keys(span) for span in plan.spans)
+        pairs = sum(attended_pairs(span) for span in plan.spans)
         dense = plan.tokens * self.layer_weights + head_rows(plan) * self.head_weights
         return 2 * dense + self.attention_flop * pairs
 
     def bytes_read(self, plan: StepPlan) -> int:
-        """Bytes of the weights that a step has to read."""
+        """Bytes that a step has to read: of the weights once, of cached K,V for each row."""
         head = self.head_weights if head_rows(plan) else 0
-        return (self.layer_weights + head) * self.weight_bytes
+        cached = sum(cached_keys(span) for span in plan.spans)
+        return (self.layer_weights + head + cached * self.kv_values) * self.weight_bytes
 
     def floor_seconds(self, plans: Iterable[StepPlan], ceilings: Ceilings) -> float:
         """Seconds that the steps take at least, one after the other."""
@@ -98,15 +102,32 @@ class ModelCost:
         )
 
 
-def attended_keys(span: Span) -> int:
-    """Keys that each query of a span sees: cached ones it does not overwrite, and itself.
+def cached_keys(span: Span) -> int:
+    """Cached keys that a span sees: those that it does not overwrite."""
+    if span.store != Store.POSITIONS:
+        return span.ctx_len
+    # a fresh key takes the slot of its position
+    return span.ctx_len - max(min(span.ctx_len, span.q_start + span.q_len) - span.q_start, 0)
 
-    Every query sees all of them, but for a stair, where some see fewer.
-    """
-    cached = span.ctx_len
-    if span.store == Store.POSITIONS:  # a fresh key takes the slot of its position
-        cached -= max(min(span.ctx_len, span.q_start + span.q_len) - span.q_start, 0)
-    return cached + span.q_len
+
+def attended_keys(span: Span) -> int:
+    """Keys that a span sees: cached ones it does not overwrite, and its own."""
+    if span.store == Store.AHEAD:  # its own are in their slots before it attends
+        return span.ctx_len
+    return cached_keys(span) + span.q_len
+
+
+def attended_pairs(span: Span) -> int:
+    """Pairs of a query of a span and a key that it sees."""
+    keys = attended_keys(span)
+    if span.mask != Mask.STAIR:
+        return span.q_len * keys
+    # a query sees nothing behind its own block
+    first, last, block = span.q_start, span.q_start + span.q_len, span.mask_arg
+    pairs = span.q_len * keys
+    for end in range((first // block + 1) * block, last, block):
+        pairs -= (end - max(end - block, first)) * (last - end)
+    return pairs
 
 
 def head_rows(plan: StepPlan) -> int:
