@@ -48,14 +48,14 @@ class _TritonContext:
     """One step's attention. Kernels are imported here, where triton is known to be there."""
 
     def __init__(self, step: AttentionStep, spec: ModelSpec) -> None:
-        from dllmserve.kernels import attention, select
+        from dllmserve.kernels import attention, parts, select
 
         self._span_attention = attention.span_attention
         self._store_pages = attention.store_pages
         self._keep_best = select.keep_best
         self._step = step
         self._ahead = AheadStore(step) if step.ahead else None
-        self._turns = attention.room_for_turns(step.kv.k.device)  # of all layers, one by one
+        self._turns = parts.room_for_turns(step.kv.k.device)  # of all layers, one by one
         spans, device = step.plan.spans, step.kv.k.device
         alone = sum(span.refresh for span in spans)
         # ends [S + 1] int32 of the spans, for flash attention

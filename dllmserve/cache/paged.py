@@ -19,20 +19,20 @@ from dllmserve.core.request import Request
 
 
 class PagedCache:
-    """Store up to the block's window, then compute that window alone."""
+    """Store what precedes the block's window, with the block; then compute that window alone."""
 
     def slots(self, request: Request, spec: ModelSpec) -> int:
         """The canvas; K,V of the last window may be stored, and are not read."""
         return len(request.canvas)
 
     def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
-        """A chunk of finished windows, those and the next block, or the block's window."""
+        """The block, with all that precedes it and is not stored yet.
+
+        The scheduler cuts that where it is long: a chunk of it is stored, and decides nothing.
+        """
         canvas, stored = request.canvas, request.progress.stored
         window, start, end = canvas.window, *request.blocks[request.progress.block]
         first, last = canvas.around(start)
-        before = first - canvas.unit
-        if stored < before:  # more than one finished window: no block waits for its turn
-            return _stored(row, stored, before, window, (0, 0))
         if stored == first:
             span = Span(row, first, last - first, first)
             return span._replace(blk_off=start - first, blk_len=end - start)

@@ -192,6 +192,11 @@ class StepEntry:
         return Kind.STORE if self.span.head == Part.NONE else Kind.FILL
 
     @property
+    def stores(self) -> int:
+        """Positions whose K,V it stores for good, beyond one window: those of a prompt."""
+        return max(self.span.final - self.span.q_start - self.span.mask_arg, 0)
+
+    @property
     def tokens(self) -> int:
         """Query tokens of this entry."""
         extra = 0 if self.blind is None else self.blind.q_len

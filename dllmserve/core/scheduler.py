@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import replace
 
 from dllmserve.catalog import EDITS, RULES
 from dllmserve.core.budget import NO_LIMIT, SoftLimit, StepBudget
@@ -32,6 +31,9 @@ MAX_LOOKED_PAST = 32
 #: before it counts as stuck. (WINO masks at most one less again than it wrote in the forward
 #: before, so a block of n takes at most n + 29.)
 MAX_REVOKING = 32
+
+#: Tokens of a step that keep any device busy.
+FULL_STEP = 8192
 
 #: LM-head chunks of max_logit_rows that one step may take; a single request may take more.
 HEAD_CHUNKS = 8
@@ -138,15 +140,14 @@ class Scheduler:
     def _store_tokens(self, entries: list[StepEntry]) -> int:
         """Tokens of prompts that a step stores while others decode, so that those do not stall.
 
-        Requests that decode count twice as much as those that store; and what costs a step little,
-        or no more than the others' own tokens, is stored in any case.
+        It is a full step's where as many store as decode, and less in proportion; and in any case
+        what costs a step little, or no more than the others' own tokens.
         """
-        filling = [entry.tokens for entry in entries if entry.kind is Kind.FILL]
-        storing = len(entries) - len(filling)
+        filling = [entry.tokens for entry in entries if not entry.stores]
         if not filling:
             return NO_LIMIT
-        share = self.limits.max_num_batched_tokens * storing // (storing + 2 * len(filling))
-        return max(share, sum(filling), self.limits.cheap_tokens)
+        share = FULL_STEP * (len(entries) - len(filling)) // len(filling)
+        return max(share, sum(filling), self.limits.cheap_tokens // 2)
 
     def _pick(
         self,
@@ -156,12 +157,11 @@ class Scheduler:
         picked: dict[Request, StepEntry],
     ) -> None:
         """Take a request's forward into the step, if the step and the pages have room for it."""
-        stores = entry.kind is Kind.STORE
-        room = min(budget.tokens, budget.stores.tokens) if stores else budget.tokens
+        room = min(budget.tokens, budget.stores.tokens) if entry.stores else budget.tokens
         # a chunk may have to be shorter, or begin anew: an older one may have taken the pages
-        if (stores and entry.tokens > room) or (request.grows and not request.pages):
+        if (entry.stores and entry.tokens > room) or (request.grows and not request.pages):
             entry = self._fitted(request, room)
-        limit = budget.stores if stores else budget.refreshes if entry.span.refresh else None
+        limit = budget.stores if entry.stores else budget.refreshes if entry.span.refresh else None
         amount = entry.tokens, entry.logit_rows, request.rows_needed
         filling = self.storage.next_names(request, entry.span.final)
         if filling and filling[0] in self._filling:
@@ -189,22 +189,22 @@ class Scheduler:
                 yield other
 
     def _fitted(self, request: Request, tokens: int) -> StepEntry:
-        """A request's next forward; one that stores may be cut to ``tokens`` tokens.
+        """A request's next forward; one that stores may be cut to a chunk of ``tokens`` tokens.
 
-        A chunk ends where a block of a stair ends: a block sees all of itself. What cannot be cut
-        stays as it is. What is in pages already is not stored again.
+        A chunk decides nothing, and ends where a window ends: that sees all of itself. What cannot
+        be cut stays as it is. What is in pages already is not stored again.
         """
         self.storage.adopt(request)
         entry = self._entry(request)
         span, most = entry.span, tokens // request.rows_needed
-        if entry.kind is not Kind.STORE or span.q_len <= most:
+        if not entry.stores or span.q_len <= most:
             return entry
-        step = span.mask_arg if span.mask == Mask.STAIR else span.q_len
-        length = (span.q_start + most) // step * step - span.q_start
+        length = (span.q_start + most) // span.mask_arg * span.mask_arg - span.q_start
         if length < 1:
             return entry
-        uncond = None if entry.uncond is None else entry.uncond._replace(q_len=length)
-        return replace(entry, span=span._replace(q_len=length), uncond=uncond)
+        chunk = {"q_len": length, "blk_off": 0, "blk_len": 0, "head": Part.NONE}
+        uncond = None if entry.uncond is None else entry.uncond._replace(**chunk)
+        return StepEntry(span._replace(**chunk), uncond, 0, entry.rule)
 
     def assume(self, requests: Sequence[Request]) -> None:
         """Advance the requests of a launched step without waiting for its report.

@@ -12,7 +12,6 @@ import os
 from math import e, log2
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,7 +38,8 @@ from dllmserve.kernels.pages import (
     store_fresh,
     vectors,
 )
-from dllmserve.kernels.tiles import MAX_PROGRAMS, parts_for, tile_for
+from dllmserve.kernels.parts import leave_part, room_for_parts
+from dllmserve.kernels.tiles import parts_for, tile_for
 
 #: Position of a key that no query sees, and horizon of a query that sees every other key.
 _HIDDEN = tl.constexpr(2**31 - 1)
@@ -88,11 +88,7 @@ def span_attention(
     if tiles == 0 or count == 0:
         return
     parts = parts_for(q.dtype, tiles * kv_heads * count, page_table.shape[1] * page_size)
-    found, sums = _room(out, parts)
-    if parts == 1:
-        turns = sums  # of no use
-    elif turns is None:
-        turns = room_for_turns(q.device)
+    found, sums, turns = room_for_parts(out, parts, turns)
     _attend[(tiles * parts, kv_heads, count)](
         *(q, k, v, out, found, sums, turns, k_cache, v_cache, spans, starts, page_table),
         *(tokens, q.stride(0), k.stride(0), v.stride(0), page_table.stride(0)),
@@ -111,19 +107,6 @@ def span_attention(
         num_stages=tile.num_stages,
         maxnreg=tile.max_registers,
     )
-
-
-def room_for_turns(device: torch.device) -> Tensor:
-    """Counters [MAX_PROGRAMS] int32 of the parts that are done, one for each tile of queries."""
-    return torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
-
-
-def _room(out: Tensor, parts: int) -> tuple[Tensor, Tensor]:
-    """Where the parts of the keys leave their outputs, and the sums of their weights."""
-    if parts == 1:
-        return out, out
-    found = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
-    return found, torch.empty(found.shape[:-1], dtype=torch.float32, device=out.device)
 
 
 def store_pages(
@@ -322,51 +305,38 @@ def _tile(
 
 
 @triton.jit
-def _share(span: tl.tensor, first: tl.tensor, GROUP: tl.constexpr, M: tl.constexpr) -> Any:
-    """Tokens low, high of the span whose fresh K,V a query tile stores; none if low == high.
-
-    Every tile stores a share, and nobody reads those slots in the same launch.
-    """
-    writes = tl.load(span + STORE) == STORE_POSITIONS
-    low = tl.cdiv(first, GROUP)
-    high = tl.minimum(tl.cdiv(first + M, GROUP), tl.load(span + Q_LEN))
-    return low, tl.where(writes, high, low)
-
-
-@triton.jit
-def _combine(
-    found: tl.tensor,
-    sums: tl.tensor,
-    out: tl.tensor,
-    place: tl.tensor,  # [M] int64, token and head of a tile's rows
-    step: tl.tensor,  # from part to part
-    real: tl.tensor,  # [M]
+def _store_share(
+    k: tl.tensor,  # pointer to the span's first token, own head
+    v: tl.tensor,
+    k_cache: tl.tensor,  # pointer to slot 0, own head
+    v_cache: tl.tensor,
+    table: tl.tensor,  # pointer to the row's pages
+    span: tl.tensor,
+    first: tl.tensor,
+    part: tl.tensor,
+    k_token: tl.tensor,
+    v_token: tl.tensor,
+    GROUP: tl.constexpr,
+    SLOT: tl.constexpr,
     DIM: tl.constexpr,
     D: tl.constexpr,
     M: tl.constexpr,
+    N: tl.constexpr,
+    PAGE: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> None:
-    """Weigh the parts of a tile, in their order: the program that was done last does it."""
-    peak = tl.full([M], _NEVER, dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        seen = tl.load(sums + part * step + place, mask=real, other=0.0, cache_modifier=".cg")
-        peak = tl.maximum(peak, seen)
-    acc = tl.zeros([M, D], dtype=tl.float32)
-    total = tl.zeros([M], dtype=tl.float32)
-    d = tl.arange(0, D)[None, :]
-    for part in tl.static_range(PARTS):
-        seen = tl.load(sums + part * step + place, mask=real, other=0.0, cache_modifier=".cg")
-        weight = tl.exp2(seen - peak)
-        # others wrote it a moment ago: it is read from where they wrote, not from a nearer cache
-        value = tl.load(
-            found + (part * step + place)[:, None] * DIM + d,
-            mask=real[:, None] & (d < DIM),
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        acc += value * weight[:, None]
-        total += weight
-    put(out, place * DIM, real, acc / total[:, None], DIM, D)
+    """Store the fresh K,V of the tokens that a query tile begins with, if the span stores any.
+
+    Every tile stores a share, its last part does: that has just read them. Nobody reads those
+    slots in the same launch.
+    """
+    writes = (tl.load(span + STORE) == STORE_POSITIONS) & (part == PARTS - 1)
+    low = tl.cdiv(first, GROUP)
+    high = tl.minimum(tl.cdiv(first + M, GROUP), tl.load(span + Q_LEN))
+    store_fresh(
+        k, v, k_cache, v_cache, table, tl.load(span + Q_START), low, tl.where(writes, high, low),
+        k_token, v_token, SLOT, DIM, D, N, PAGE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -401,47 +371,35 @@ def _attend(
     BLIND: tl.constexpr,
 ) -> None:
     span = spans + tl.program_id(2) * FIELDS
-    first = tl.program_id(0) // PARTS * M
-    part = tl.program_id(0) % PARTS
+    first, part = tl.program_id(0) // PARTS * M, tl.program_id(0) % PARTS
     if _done(span, first, GROUP, SKIP_WHOLE):
         return
     start = tl.load(starts + tl.program_id(2)).to(tl.int64)
-    k += start * k_token + tl.program_id(1) * DIM
-    v += start * v_token + tl.program_id(1) * DIM
-    k_cache += tl.program_id(1) * DIM
-    v_cache += tl.program_id(1) * DIM
+    own = tl.program_id(1) * DIM
+    k, v = k + start * k_token + own, v + start * v_token + own
+    k_cache, v_cache = k_cache + own, v_cache + own
     table = page_table + tl.load(span + ROW).to(tl.int64) * pages
     row = first + tl.arange(0, M)
     real = row < tl.load(span + Q_LEN) * GROUP
-    head = tl.program_id(1) * GROUP + row % GROUP
-    token = start + row // GROUP
+    head, token = tl.program_id(1) * GROUP + row % GROUP, start + row // GROUP
     q_tile = vectors(q, token * q_token + head * DIM, real, DIM, D)
     acc, peak, total = _tile(
         q_tile, row // GROUP, k, v, k_cache, v_cache, table, span, part, k_token, v_token, scale,
         PARTS, HEADS * DIM, DIM, D, M, N, PAGE, BLIND,
     )  # fmt: skip
-    low, high = _share(span, first, GROUP, M)
-    last = tl.where(part == PARTS - 1, high, low)  # it has just read them
-    store_fresh(
-        k, v, k_cache, v_cache, table, tl.load(span + Q_START), low, last,
-        k_token, v_token, HEADS * DIM, DIM, D, N, PAGE,
+    _store_share(
+        k, v, k_cache, v_cache, table, span, first, part, k_token, v_token,
+        GROUP, HEADS * DIM, DIM, D, M, N, PAGE, PARTS,
     )  # fmt: skip
     place = token * (HEADS * GROUP) + head
     if PARTS == 1:
         put(out, place * DIM, real, acc / total[:, None], DIM, D)
         return
-    # a part of an empty context has seen nothing: its sum stays -inf, its weight is 0
-    total = tl.where(total == 0.0, 1.0, total)
-    step = tokens.to(tl.int64) * (HEADS * GROUP)
-    own = part * step + place
-    tl.store(sums + own, peak + tl.log2(total), mask=real)
-    put(found, own * DIM, real, acc / total[:, None], DIM, D)
     tile = tl.program_id(0) // PARTS * HEADS + tl.program_id(1)
-    turn = turns + tile * tl.num_programs(2) + tl.program_id(2)
-    tl.debug_barrier()  # what all threads have stored comes before the count
-    if tl.atomic_add(turn, 1, sem="acq_rel") == PARTS - 1:
-        tl.store(turn, 0)
-        _combine(found, sums, out, place, step, real, DIM, D, M, PARTS)
+    leave_part(
+        acc, peak, total, found, sums, turns + tile * tl.num_programs(2) + tl.program_id(2), out,
+        part, place, tokens.to(tl.int64) * (HEADS * GROUP), real, DIM, D, M, PARTS,
+    )  # fmt: skip
 
 
 @triton.jit

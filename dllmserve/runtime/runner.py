@@ -13,7 +13,7 @@ from torch import Tensor
 from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore
 from dllmserve.catalog import RULES, Made
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import EntryReport, Kind, StepEntry, StepPlan
+from dllmserve.core.plan import EntryReport, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, Track
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.device import host_to_device
@@ -49,8 +49,9 @@ if TYPE_CHECKING:
 
 #: Larger steps keep the device busy without a graph, and a graph for them would take much memory.
 MAX_GRAPH_TOKENS = 4096
-#: The same of steps that store prompts, which are padded more.
-MAX_STORING_GRAPH_TOKENS = 1024
+#: The same of steps that store prompts: they come in more sizes, and above this many tokens the
+#: device takes as long as the host.
+MAX_STORING_GRAPH_TOKENS = 512
 #: statistics that a confidence is made of, besides the probability
 _CONFIDENCE_NEEDS = {"margin": frozenset({"margin"}), "neg_entropy": frozenset({"entropy"})}
 #: what keeping track of out-of-date positions takes
@@ -279,7 +280,7 @@ class ModelRunner:
 
     def _pack(self, plan: StepPlan) -> tuple[Packing, GraphPool | None]:
         """How a plan is laid out, and the graphs that run it; None for kernel by kernel."""
-        storing = any(entry.kind is Kind.STORE for entry in plan.entries)
+        storing = any(entry.stores for entry in plan.entries)
         if self._graphable(plan, MAX_STORING_GRAPH_TOKENS if storing else MAX_GRAPH_TOKENS):
             packing = self._lay_out(plan, COARSE if storing else LADDER)
             if self.graphs is not None and self.graphs.wanted(packing.shape):

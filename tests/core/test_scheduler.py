@@ -302,44 +302,6 @@ def test_requests_that_grow_end_beside_others_however_few_pages_there_are(
         assert r.progress.forwards == expected
 
 
-def test_an_older_request_takes_the_pages_of_a_younger_one() -> None:
-    under_test = scheduler(num_pages=6, max_num_seqs=3)
-    made = [request(0, prompt=15, gen=30, cache="paged", block=8) for _ in range(2)]
-    old, young = add_all(under_test, made)
-    device = Device(under_test)
-    taken = 0
-    while under_test.has_work:
-        before = len(young.pages)
-        device.step()
-        taken += len(young.pages) < before and young.status is Status.RUNNING
-    assert taken
-    assert device.stored > old.blocks[-1][0] + young.blocks[-1][0]  # some of it twice
-    assert device.order == [0, 1]
-
-
-def test_pages_are_taken_as_they_are_needed() -> None:
-    under_test = scheduler()
-    (one,) = add_all(under_test, [request(0, prompt=20, gen=30, cache="paged", block=8)])
-    device, held = Device(under_test), []
-    while under_test.has_work:
-        device.step()
-        held.append(len(one.pages))
-    assert held[0] == 2  # those of the prompt's whole windows
-    assert max(held) == 7 and held[:-1] == sorted(held[:-1])
-
-
-def test_a_long_prompt_is_stored_in_chunks_that_end_at_blocks() -> None:
-    under_test = scheduler(max_num_batched_tokens=37, num_pages=20)
-    add_all(under_test, [request(0, prompt=90, gen=8, cache="paged", block=8)])
-    chunks = []
-    while under_test.has_work:
-        plan, requests, _ = under_test.schedule()
-        chunks += [(e.span.q_start, e.span.q_len) for e in plan.entries if not e.head_rows]
-        for r in under_test.commit(requests, [report(r) for r in requests]):
-            under_test.release(r)
-    assert chunks == [(0, 32), (32, 32), (64, 16)]  # the last window is stored with a block
-
-
 @settings(max_examples=60)
 @given(REQUESTS, st.lists(st.integers(0, 30), max_size=40))
 def test_abort_in_every_state(requests: list[Request], victims: list[int]) -> None:
@@ -498,34 +460,3 @@ def test_check_integrity_sees_leaks(damage: str) -> None:
         under_test.storage.pages._holders.popitem()
     with pytest.raises(ValueError, match=r"rows|pages"):
         under_test.check_integrity()
-
-
-def test_a_long_prompt_does_not_stall_those_that_decode() -> None:
-    """Eight decode; a ninth stores its prompt in chunks that are no larger than their own share."""
-    big = {"max_model_len": 900, "max_num_batched_tokens": 900, "num_pages": 300}
-    under_test = scheduler(**big, max_num_seqs=9, cheap_tokens=30)
-    add_all(under_test, [request(i, prompt=3, gen=80, cache="paged", block=4) for i in range(8)])
-    device = Device(under_test)
-    device.step()
-    late = request(8, prompt=800, gen=4, cache="paged", block=4)
-    add_all(under_test, [late])
-    chunks = []
-    while late.progress.stored < 792:
-        plan, requests, _ = under_test.schedule()
-        under_test.commit(requests, [report(r) for r in requests])
-        assert len(requests) == 9
-        chunks.append(
-            next(e.tokens for r, e in zip(requests, plan.entries, strict=True) if r is late)
-        )
-    # what eight decode is at least 8 * 4 tokens and at most 8 * 8
-    assert all(28 <= tokens <= 64 for tokens in chunks[:-1])
-
-
-def test_many_prompts_are_not_held_up_by_one_that_decodes() -> None:
-    big = {"max_model_len": 900, "max_num_batched_tokens": 900, "num_pages": 900}
-    under_test = scheduler(**big, max_num_seqs=9, cheap_tokens=30)
-    add_all(under_test, [request(0, prompt=3, gen=80, cache="paged", block=4)])
-    Device(under_test).step()
-    add_all(under_test, [request(i, prompt=800, cache="paged", block=4, fork=i) for i in range(8)])
-    plan, _, _ = under_test.schedule()
-    assert plan.tokens >= 900 * 8 // 12
