@@ -41,7 +41,7 @@ def test_upstreams_outputs(name: str, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("sdar-tied-kv3of6", 3), ("fdv2-kv2of4", 2), ("qwen3-kv2of4", 2)]
+    ("name", "size"), [("sdar-kv2of4", 2), ("fdv2-kv2of4", 2), ("qwen3-kv2of4", 2)]
 )
 def test_on_several_ranks(monkeypatch: pytest.MonkeyPatch, name: str, size: int) -> None:
     folder = str(helpers.GOLDEN / name)
