@@ -17,6 +17,8 @@ from dllmserve.core.plan import Span, StepPlan, Store
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"
+#: so few that the prompt of the second picture needs a chunk
+STEP_TOKENS = 10
 CHECKPOINT = ROOT / "tests" / "golden" / "sdar-kv2of4"
 
 #: colours by class, on light and on dark pages; a picture brings its own background
@@ -221,7 +223,8 @@ class Forward:
 
 def forwards(prompt: int, length: int, window: int, page: int) -> list[Forward]:
     """The forwards of a request, two a window, of a real run."""
-    llm = LLM(str(CHECKPOINT), device="cpu", page_size=page, max_num_seqs=1)
+    options = {"page_size": page, "max_num_seqs": 1, "max_num_batched_tokens": STEP_TOKENS}
+    llm = LLM(str(CHECKPOINT), device="cpu", **options)
     params = SamplingParams(
         temperature=0.0, gen_length=length, block_length=window, steps_per_block=2, ignore_eos=True
     )
@@ -259,7 +262,7 @@ def windows() -> None:
         20,
         30,
         f"Prompt of {prompt} tokens, answer of {length}, windows of {window}, "
-        f"pages of {page}, two forwards a window",
+        f"pages of {page}, two forwards a window, steps of {STEP_TOKENS} tokens",
         "text head",
     )
     for number in range(total // page):
