@@ -223,8 +223,13 @@ class Forward:
 
 def forwards(prompt: int, length: int, window: int, page: int) -> list[Forward]:
     """The forwards of a request, two a window, of a real run."""
-    options = {"page_size": page, "max_num_seqs": 1, "max_num_batched_tokens": STEP_TOKENS}
-    llm = LLM(str(CHECKPOINT), device="cpu", **options)
+    llm = LLM(
+        str(CHECKPOINT),
+        device="cpu",
+        page_size=page,
+        max_num_seqs=1,
+        max_num_batched_tokens=STEP_TOKENS,
+    )
     params = SamplingParams(
         temperature=0.0, gen_length=length, block_length=window, steps_per_block=2, ignore_eos=True
     )
@@ -261,8 +266,8 @@ def windows() -> None:
     picture.text(
         20,
         30,
-        f"Prompt of {prompt} tokens, answer of {length}, windows of {window}, "
-        f"pages of {page}, two forwards a window, steps of {STEP_TOKENS} tokens",
+        f"Prompt of {prompt}, answer of {length}, windows of {window}, pages of {page}; "
+        f"two forwards a window, {STEP_TOKENS} tokens a step",
         "text head",
     )
     for number in range(total // page):
