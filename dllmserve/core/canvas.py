@@ -30,6 +30,8 @@ class Canvas:
         window: 0 where every position sees every other one; else positions see those of their own
             window of so many positions, cut from 0 on, and of earlier ones (1: causal attention).
         asked: positions of the answer that are wanted, from ``start`` on; None: all.
+        shift: 1 where the first position of a window is decided by the forward that stores the
+            window before.
 
     Example:
         >>> answer_canvas([5, 6, 7], 20, 8).blocks
@@ -41,6 +43,7 @@ class Canvas:
     blocks: tuple[Range, ...]
     window: int = 0
     asked: int | None = None
+    shift: int = 0
 
     def __len__(self) -> int:
         """Positions."""
@@ -133,4 +136,4 @@ def window_canvas(
     if shift:
         edges |= {low + 1 for low in range(-(-start // window) * window, end, window)}
     blocks = tuple((low, high) for low, high in pairwise(sorted(edges)) if high > start)
-    return Canvas(prompt, ((start, end),), blocks, window, gen_length)
+    return Canvas(prompt, ((start, end),), blocks, window, gen_length, shift)

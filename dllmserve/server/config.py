@@ -121,7 +121,7 @@ class ServerConfig:
     max_outstanding_work: int | None = _option(
         None,
         _LOAD,
-        "Steps x canvas tokens of all of them (if not given: what takes a minute at the "
+        "Tokens that all of them may compute (if not given: what takes a minute at the "
         "measured speed). A key with nothing under way may bring one call of any size.",
         low=1,
     )
@@ -178,8 +178,8 @@ class ServerConfig:
     default_block_length: int | None = _option(
         None,
         _TEXT,
-        "Block length of the OpenAI endpoints where a request gives none (if not given: that of "
-        "the quality, else 32).",
+        "Block length of the OpenAI endpoints where a request gives none (if not given: the "
+        "model's own, that of the quality, or 32).",
         low=1,
     )
     default_quality: str = _option(
