@@ -102,6 +102,8 @@ class RequestValidator:
         if params.quality is not None:  # what a preset says of full attention
             changed |= {"cache": "none", "suffix_window": None, "early_end": False}
             changed |= {name: getattr(SamplingParams, name) for name in REFRESH}
+            if spec.geometry == "causal" and not RULES[params.unmask].revokes:
+                changed["unmask"] = "steps"  # writes the same, and is known beforehand
         if isinstance(params.block_length, NotGiven):
             changed["block_length"] = spec.block_length
         if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
@@ -110,12 +112,10 @@ class RequestValidator:
 
     def _canvas(self, ids: list[int], params: SamplingParams) -> Canvas:
         """The prompt and an answer behind it, in blocks as the model's geometry wants them."""
-        spec = self.spec
-        if spec.geometry == "full":
+        window, shift = window_of(self.spec, params), self.spec.logit_shift
+        if not window:
             return answer_canvas(ids, params.gen_length, params.resolved_block_length)
-        window = 1 if spec.geometry == "causal" else params.block_length or spec.block_length
-        sub_block = params.sub_block_length
-        return window_canvas(ids, params.gen_length, window, spec.logit_shift, sub_block)
+        return window_canvas(ids, params.gen_length, window, shift, params.sub_block_length)
 
     def _check_geometry(self, params: SamplingParams) -> None:
         """Refuse what block-causal and autoregressive models have no use for, or cannot do."""
@@ -129,9 +129,15 @@ class RequestValidator:
             return
         kind = "an autoregressive model" if spec.geometry == "causal" else "a block-causal model"
         if params.policy != "none":
+            given = "sparse attention" if params.sparse else f"cache={params.cache!r}"
             raise InvalidParameterError(
-                f"cache={params.policy!r} approximates full attention, and this is {kind}, whose "
-                "K,V are exact in any case: leave it out"
+                f"{given} approximates full attention, and this is {kind}, whose K,V are exact in "
+                "any case: leave it out"
+            )
+        if params.schedule != "uniform":
+            raise InvalidParameterError(
+                f"schedule={params.schedule!r} spreads steps over the whole answer, and {kind} "
+                "takes steps_per_block in each block: leave it out"
             )
         if params.cfg_scale > 0:
             raise InvalidParameterError(
@@ -149,11 +155,12 @@ class RequestValidator:
                 f"unmask={params.unmask!r} reads K,V of positions behind the block, and {kind} has "
                 "none: use another rule"
             )
-        if spec.geometry == "causal" and params.block_length not in (None, 1):
-            raise InvalidParameterError(
-                f"block_length={params.block_length} does not work with an autoregressive model, "
-                "which writes one token after the other: leave it out"
-            )
+        for name in ("block_length", "sub_block_length"):
+            if spec.geometry == "causal" and getattr(params, name) not in (None, 1):
+                raise InvalidParameterError(
+                    f"{name}={getattr(params, name)} does not work with an autoregressive model, "
+                    "which writes one token after the other: leave it out"
+                )
 
     def _check_length(self, tokens: int, params: SamplingParams, name: str) -> None:
         limit = self.limits.max_model_len
@@ -191,6 +198,14 @@ class RequestValidator:
                     f"{name} has token id {largest}, outside the vocabulary "
                     f"0..{self.spec.vocab_size - 1}"
                 )
+
+
+def window_of(spec: ModelSpec, params: SamplingParams) -> int:
+    """Positions that are stored together, from 0 on; 0 with full attention."""
+    if spec.geometry == "full":
+        return 0
+    given = None if isinstance(params.block_length, NotGiven) else params.block_length
+    return given or spec.block_length
 
 
 def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:

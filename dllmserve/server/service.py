@@ -13,6 +13,7 @@ from typing import Any
 from dllmserve.async_llm import AsyncLLM, TextDelta
 from dllmserve.core.request import Request
 from dllmserve.errors import (
+    ConfigError,
     ContextLengthError,
     DeadlineError,
     DllmServeError,
@@ -248,11 +249,21 @@ class Service:
         """Load the model. Raises what :meth:`AsyncLLM.start` raises."""
         began = time.monotonic()
         info = await self.llm.start()
+        self._check_model(info)
         self._started = True
         self.admission.at_once = info.limits.max_num_seqs * len(self.llm.fleet.supervisors)
         if not self._draining:
             self.admission.closed_because = None
         self._log_ready(info, time.monotonic() - began)
+
+    def _check_model(self, info: EngineInfo) -> None:
+        """Refuse options that would have every request refused."""
+        block = self.settings.server.default_block_length
+        if info.spec.geometry == "causal" and block not in (None, 1):
+            raise ConfigError(
+                f"default_block_length={block} does not work with an autoregressive model, which "
+                "writes one token after the other: leave it out"
+            )
 
     def _log_ready(self, info: EngineInfo, seconds: float) -> None:
         """One line; of several engines, one more for each."""
