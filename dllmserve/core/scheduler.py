@@ -33,6 +33,10 @@ MAX_LOOKED_PAST = 32
 #: before, so a block of n takes at most n + 29.)
 MAX_REVOKING = 32
 
+#: One of so many pages stays free when a request that grows starts, or comes back after it has lost
+#: its pages, while others run: they need more soon, and would take those that it got at once.
+SPARE_PAGES = 10
+
 #: LM-head chunks of max_logit_rows that one step may take; a single request may take more.
 HEAD_CHUNKS = 8
 
@@ -115,19 +119,24 @@ class Scheduler:
         """Who may be in the step, with what, the one that was left out longest first.
 
         One that grows and cannot have the pages that it needs waits, and so does whoever came after
-        it and needs some: pages that are free then are the older one's.
+        it and needs some: pages that are free then are the older one's. One that has none waits for
+        some to spare; others go on meanwhile, but nobody starts.
         """
-        entries, self._short = {}, False
+        entries, self._short, waits = {}, False, False
         for request in self.running:
             if request.launched:
                 continue
             entry = self._fitted(request, self.limits.max_num_batched_tokens)
             missing = self.storage.missing(request, entry.span) if request.grows else 0
+            if missing and not request.pages and (waits or not self._may_begin(request, missing)):
+                waits = True
+                continue
             if missing and not self._short:
                 pages, victims = missing * request.rows_needed, self._victims(request, ())
                 self._short = self.storage.to_take(pages, victims) is None
             if not (missing and self._short):
                 entries[request] = entry
+        self._short = self._short or waits
         return sorted(entries.items(), key=lambda pair: (pair[0].last_step, pair[0].id))
 
     def _pick(
@@ -144,16 +153,27 @@ class Scheduler:
         amount = entry.tokens, entry.logit_rows, request.rows_needed
         if not budget.has(*amount, refresh=entry.span.refresh):
             return
-        if request.grows and not self.storage.grow(
-            request, entry.span, self._victims(request, picked)
-        ):
-            self._short = True
-            return
+        if request.grows:
+            begins = self._may_begin(request, self.storage.missing(request, entry.span))
+            victims = self._victims(request, picked)
+            if not (begins and self.storage.grow(request, entry.span, victims)):
+                self._short = True
+                return
         budget.take(*amount, refresh=entry.span.refresh)
         request.last_step = self._step
         request.progress.storing = entry.span.final
         request.progress.deciding = entry.kind is Kind.FILL
         picked[request] = entry
+
+    def _may_begin(self, request: Request, pages: int) -> bool:
+        """Whether a request that has no pages may get so many for each of its rows.
+
+        The oldest always may, so that all come to an end.
+        """
+        if not pages or request.pages or not self.running or request is self.running[0]:
+            return True
+        free = self.storage.pages.num_free - pages * request.rows_needed
+        return free >= self.limits.num_pages // SPARE_PAGES
 
     def _victims(self, request: Request, picked: Container[Request]) -> Iterator[Request]:
         """Running requests whose pages another may take: what came after it, the last first."""
@@ -313,7 +333,8 @@ class Scheduler:
 
     def _has_room(self, request: Request) -> bool:
         """Whether a request can start. What runs and waits for pages gets those that are free."""
-        if self._short and self.storage.first_pages(request):
+        first = self.storage.first_pages(request)
+        if (self._short and first) or (request.grows and not self._may_begin(request, first)):
             return False
         return self.storage.fits(request)
 
