@@ -128,7 +128,7 @@ class Scheduler:
                 continue
             entry = self._fitted(request, self.limits.max_num_batched_tokens)
             missing = self.storage.missing(request, entry.span) if request.grows else 0
-            if missing and not request.pages and (waits or not self._may_begin(request, missing)):
+            if missing and not request.pages and (waits or not self._may_begin(request)):
                 waits = True
                 continue
             if missing and not self._short:
@@ -154,9 +154,9 @@ class Scheduler:
         if not budget.has(*amount, refresh=entry.span.refresh):
             return
         if request.grows:
-            begins = self._may_begin(request, self.storage.missing(request, entry.span))
+            may = not self.storage.missing(request, entry.span) or self._may_begin(request)
             victims = self._victims(request, picked)
-            if not (begins and self.storage.grow(request, entry.span, victims)):
+            if not (may and self.storage.grow(request, entry.span, victims)):
                 self._short = True
                 return
         budget.take(*amount, refresh=entry.span.refresh)
@@ -165,15 +165,16 @@ class Scheduler:
         request.progress.deciding = entry.kind is Kind.FILL
         picked[request] = entry
 
-    def _may_begin(self, request: Request, pages: int) -> bool:
-        """Whether a request that has no pages may get so many for each of its rows.
+    def _may_begin(self, request: Request) -> bool:
+        """Whether a request may get pages: if it has none, for all that it has to store at once.
 
         The oldest always may, so that all come to an end.
         """
-        if not pages or request.pages or not self.running or request is self.running[0]:
+        if request.pages or not self.running or request is self.running[0]:
             return True
-        free = self.storage.pages.num_free - pages * request.rows_needed
-        return free >= self.limits.num_pages // SPARE_PAGES
+        before, _ = request.blocks[request.progress.block]
+        pages = self.limits.pages_of(before) * request.rows_needed
+        return self.storage.pages.num_free - pages >= self.limits.num_pages // SPARE_PAGES
 
     def _victims(self, request: Request, picked: Container[Request]) -> Iterator[Request]:
         """Running requests whose pages another may take: what came after it, the last first."""
@@ -333,10 +334,9 @@ class Scheduler:
 
     def _has_room(self, request: Request) -> bool:
         """Whether a request can start. What runs and waits for pages gets those that are free."""
-        first = self.storage.first_pages(request)
-        if (self._short and first) or (request.grows and not self._may_begin(request, first)):
+        if self._short and self.storage.first_pages(request):
             return False
-        return self.storage.fits(request)
+        return self.storage.fits(request) and (not request.grows or self._may_begin(request))
 
     def _beyond_share(self, request: Request) -> bool:
         """Whether its owner would have too much; nobody has who is alone and has no name."""
