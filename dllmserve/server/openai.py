@@ -111,6 +111,14 @@ async def _answer(
             code="invalid_parameter",
             param="stream_options",
         )
+    if body.stream and service.llm.tokenizer is None:
+        raise ApiError(
+            400,
+            "stream needs a tokenizer, and this checkpoint has none; /v1/generate/stream tells "
+            "token ids",
+            code="invalid_parameter",
+            param="stream",
+        )
     requests = _requests(body, prompts, service)
     reply = Reply(
         chat=chat,

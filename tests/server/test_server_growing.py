@@ -228,3 +228,17 @@ def test_from_the_first_request_to_the_last(
 
     with nothing_left():
         asyncio.run(asyncio.wait_for(main(), 200))
+
+
+def test_a_stream_of_text_needs_a_tokenizer(checkpoints: dict[str, Path]) -> None:
+    """That is said before anything is run."""
+
+    async def main() -> None:
+        async with serving(checkpoints["llada"]) as server:
+            answer = await server.post(COMPLETE, {"prompt": [1, 2], "stream": True})
+            assert (answer.status, answer.error["param"]) == (400, "stream")
+            assert not server.engine.calls
+            whole = (await server.post(COMPLETE, {"prompt": [1, 2], "max_tokens": 4})).json()
+            assert whole["usage"]["completion_tokens"] == 4
+
+    run(main())
