@@ -31,17 +31,13 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "biased": {"temperature": 0.4, "seed": 6, "logit_bias": {"65": 4.0, "66": -100.0}},
     "two choices": {"temperature": 0.9, "seed": 7, "n": 2},
     "stopped": {"temperature": 0.0, "stop": True},
-    "sequential": {"temperature": 0.0, "unmask": "sequential", "steps_per_block": 2},
-    "dynamic": {"temperature": 0.0, "unmask": "dynamic", "threshold": 0.4, "steps_per_block": 2},
-    "drawn dynamic": {"temperature": 0.3, "seed": 5, "unmask": "dynamic", "threshold": 0.3},
-    "entropy": {"temperature": 0.0, "unmask": "entropy_bound", "entropy_bound": 1.0},
 }
-#: what stands in place of settings that models without full attention refuse
-_INSTEAD = {
-    "prefix cache": "sequential",
-    "dual cache": "drawn dynamic",
-    "sparse": "dynamic",
-    "guided": "entropy",
+#: what takes the place of settings that models without full attention refuse
+_INSTEAD: Mapping[str, Mapping[str, Any]] = {
+    "prefix cache": {"temperature": 0.0, "unmask": "sequential", "steps_per_block": 2},
+    "dual cache": {"temperature": 0.3, "seed": 5, "unmask": "dynamic", "threshold": 0.3},
+    "sparse": {"temperature": 0.0, "unmask": "dynamic", "threshold": 0.4, "steps_per_block": 2},
+    "guided": {"temperature": 0.0, "unmask": "entropy_bound", "entropy_bound": 1.0},
 }
 _USUAL = ("greedy", "end ignored", "drawn", "biased", "dual cache", "sparse", "guided")
 _WORDS = ("sort", "a", "list", "of", "names", "in", "the", "capital", "naïve", "ключ", "東京", "?")
@@ -131,8 +127,6 @@ class Known:
         if key not in self._made:
             rng = random.Random(seed)
             names = [settings[i % len(settings)] for i in range(count)]
-            if self._kind.grows:
-                names = [_INSTEAD.get(name, name) for name in names]
             drawn = [self._draw(name, rng, lengths) for name in names]
             self._made[key] = [self.answered(ask) for ask in drawn]
         return self._made[key]
@@ -149,6 +143,8 @@ class Known:
         length = rng.randint(*lengths)
         content = " ".join(rng.choice(_WORDS) for _ in range(rng.randint(1, 12)))
         fields = dict(SETTINGS[name])
+        if self._kind.grows and name in _INSTEAD:
+            name, fields = f"instead of {name}", dict(_INSTEAD[name])
         n = fields.pop("n", 1)
         if "sparse" not in fields:
             fields |= self._kind.fields

@@ -43,7 +43,7 @@ async def run(
 
 MIXED = Scenario(
     name="mixed",
-    does="64 clients, 3,000 requests: streams, submit and poll, whole answers; 19 settings",
+    does="64 clients, 3,000 requests: streams, submit and poll, whole answers; 15 settings",
     passes="every text, finish reason and token count equals the same request run alone",
     run=run,
     full={"clients": 64, "requests": 3000, "distinct": 60, "longest": 64},
