@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from chaos.model import KINDS
 from chaos.scenario import Ground, Report, Scenario
 from chaos.scenarios import SCENARIOS
 from dllmserve.tools.bench.serve.http import allow_many_connections
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m chaos", description=__doc__)
     names = ", ".join(by_name)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{names} (default: all)")
+    parser.add_argument(
+        "--model", choices=KINDS, default="full", help="what is served (default: full attention)"
+    )
     parser.add_argument("--quick", action="store_true", help="smaller, a few seconds each")
     parser.add_argument("--keep", metavar="FOLDER", help="keep logs and job stores there")
     given = parser.parse_args(arguments)
@@ -48,9 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     allow_many_connections()
     console = Console(highlight=False)
     with _folder(given.keep) as folder:
-        reports = _play(chosen, Ground.make(Path(folder)), console, quick=given.quick)
+        ground = Ground.make(Path(folder), KINDS[given.model])
+        reports = _play(chosen, ground, console, quick=given.quick)
     console.print(_table(chosen, reports))
-    sys.stdout.write(json.dumps(_line(chosen, reports, quick=given.quick)) + "\n")
+    sys.stdout.write(json.dumps(_line(chosen, reports, given)) + "\n")
     return 1 if any(report.wrong for report in reports) else 0
 
 
@@ -91,7 +96,9 @@ def _figures(report: Report) -> str:
     return ", ".join(f"{name} {value}" for name, value in report.measured.items())
 
 
-def _line(chosen: Sequence[Scenario], reports: Sequence[Report], *, quick: bool) -> object:
+def _line(
+    chosen: Sequence[Scenario], reports: Sequence[Report], given: argparse.Namespace
+) -> object:
     results = {
         scenario.name: {
             "passed": not report.wrong,
@@ -102,7 +109,8 @@ def _line(chosen: Sequence[Scenario], reports: Sequence[Report], *, quick: bool)
     }
     return {
         "chaos": results,
-        "quick": quick,
+        "model": given.model,
+        "quick": given.quick,
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "passed": not any(report.wrong for report in reports),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from chaos.model import Kind
 from dllmserve import LLM, SamplingParams, SparseConfig
 
 #: ways to decode, each with different code behind it
@@ -30,6 +31,13 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "biased": {"temperature": 0.4, "seed": 6, "logit_bias": {"65": 4.0, "66": -100.0}},
     "two choices": {"temperature": 0.9, "seed": 7, "n": 2},
     "stopped": {"temperature": 0.0, "stop": True},
+}
+#: what takes the place of settings that models without full attention refuse
+_INSTEAD: Mapping[str, Mapping[str, Any]] = {
+    "prefix cache": {"temperature": 0.0, "unmask": "sequential", "steps_per_block": 2},
+    "dual cache": {"temperature": 0.3, "seed": 5, "unmask": "dynamic", "threshold": 0.3},
+    "sparse": {"temperature": 0.0, "unmask": "dynamic", "threshold": 0.4, "steps_per_block": 2},
+    "guided": {"temperature": 0.0, "unmask": "entropy_bound", "entropy_bound": 1.0},
 }
 _USUAL = ("greedy", "end ignored", "drawn", "biased", "dual cache", "sparse", "guided")
 _WORDS = ("sort", "a", "list", "of", "names", "in", "the", "capital", "naïve", "ключ", "東京", "?")
@@ -86,10 +94,11 @@ class Known:
 
     Args:
         model: folder of the checkpoint.
+        kind: what it is.
     """
 
-    def __init__(self, model: Path) -> None:
-        self._model = model
+    def __init__(self, model: Path, kind: Kind) -> None:
+        self._model, self._kind = model, kind
         self._made: dict[Any, list[Ask]] = {}
 
     @cached_property
@@ -104,7 +113,6 @@ class Known:
         lengths: tuple[int, int] = (8, 64),
         *,
         settings: Sequence[str] = tuple(SETTINGS),
-        block_length: int = 8,
         seed: int = 0,
     ) -> list[Ask]:
         """Distinct requests that go through the settings in turn.
@@ -113,14 +121,13 @@ class Known:
             count: how many.
             lengths: shortest and longest answer.
             settings: names in SETTINGS.
-            block_length: of all; streams give text block by block at the latest.
             seed: of contents and lengths.
         """
-        key = (count, lengths, tuple(settings), block_length, seed)
+        key = (count, lengths, tuple(settings), seed)
         if key not in self._made:
             rng = random.Random(seed)
             names = [settings[i % len(settings)] for i in range(count)]
-            drawn = [self._draw(name, rng, lengths, block_length) for name in names]
+            drawn = [self._draw(name, rng, lengths) for name in names]
             self._made[key] = [self.answered(ask) for ask in drawn]
         return self._made[key]
 
@@ -132,15 +139,15 @@ class Known:
         """Requests that take as little as requests do."""
         return self.asks(8, (8, 24), settings=("greedy", "drawn"), seed=2)
 
-    def _draw(
-        self, name: str, rng: random.Random, lengths: tuple[int, int], block_length: int
-    ) -> Ask:
+    def _draw(self, name: str, rng: random.Random, lengths: tuple[int, int]) -> Ask:
         length = rng.randint(*lengths)
         content = " ".join(rng.choice(_WORDS) for _ in range(rng.randint(1, 12)))
         fields = dict(SETTINGS[name])
+        if self._kind.grows and name in _INSTEAD:
+            name, fields = f"instead of {name}", dict(_INSTEAD[name])
         n = fields.pop("n", 1)
         if "sparse" not in fields:
-            fields["block_length"] = block_length
+            fields |= self._kind.fields
         if "unmask" not in fields:
             # one token a step for most
             fields["steps"] = rng.choice((length, length, max(length // 2, 1)))

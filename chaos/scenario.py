@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from chaos.answers import Known
-from chaos.model import write_model
+from chaos.model import Kind
+from chaos.server import Server
 
 #: failures of one kind that are named one by one; the rest are counted
 MAX_NAMED = 5
@@ -56,19 +57,34 @@ class Ground:
 
     Attributes:
         folder: for everything that they write.
+        kind: of the model.
         model: a tiny random checkpoint with a tokenizer and a chat template.
         known: the model's own answers, to compare with.
     """
 
     folder: Path
+    kind: Kind
     model: Path
     known: Known
 
     @classmethod
-    def make(cls, folder: Path) -> Ground:
+    def make(cls, folder: Path, kind: Kind) -> Ground:
         """Write the model."""
-        model = write_model(folder / "model")
-        return cls(folder, model, Known(model))
+        model = kind.write(folder / "model")
+        return cls(folder, kind, model, Known(model, kind))
+
+    def server(self, folder: Path, *options: str, **how: Any) -> Server:
+        """A server of the model; see :class:`chaos.server.Server`."""
+        return Server(folder, self.model, *options, *self.kind.options, **how)
+
+    def note_preempted(
+        self, report: Report, metrics: Mapping[str, float], *, must: bool = False
+    ) -> None:
+        """Say how often requests have lost their pages; if they ``must``, it has to have been."""
+        if self.kind.grows:
+            count = int(metrics["num_preemptions_total"])
+            report.measured["preempted"] = count
+            report.expect(count > 0 or not must, "no request has lost its pages")
 
     def place(self, name: str) -> Path:
         """A new folder."""

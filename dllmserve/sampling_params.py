@@ -53,8 +53,8 @@ class SamplingParams:
     Attributes:
         temperature: 0 is greedy. Above 0, tokens are drawn by Gumbel noise in float64
             (LLaDA's ``add_gumbel_noise``): ``argmax(z - T ln(-ln u))``.
-        max_tokens: the length of an autoregressive model's answer. For a diffusion model, as all
-            models are today, it is another name of gen_length: given alone, it sets that.
+        max_tokens: the length of an autoregressive model's answer. For a diffusion model it is
+            another name of gen_length: given alone, it sets that.
         ignore_eos: keep decoding after an end-of-sequence id; token_ids then has exactly
             gen_length ids.
         gen_length: length of the answer in tokens, 1 to 8192.
@@ -383,8 +383,8 @@ class SamplingParams:
         if len(named) == 2 and self.max_tokens != self.gen_length:
             raise InvalidParameterError(
                 f"max_tokens={self.max_tokens} and gen_length={self.gen_length} contradict each "
-                "other: gen_length counts for diffusion models, as all models here are, and "
-                "max_tokens for autoregressive ones. Give one of them: alone, either is the length"
+                "other: gen_length counts for diffusion models, and max_tokens for autoregressive "
+                "ones. Give one of them: alone, either is the length"
             )
         if named:
             length = getattr(self, named[0])
@@ -399,7 +399,7 @@ class SamplingParams:
         from dllmserve.presets import preset
 
         check_knobs(InvalidParameterError, self, "quality")
-        if not isinstance(self.block_length, NotGiven):
+        if not isinstance(self.block_length, NotGiven):  # a check makes a plain number of it
             check_knobs(InvalidParameterError, self, "block_length")
         given: frozenset[str] = self.__dict__["_given"]
         if "max_tokens" in given and rank(self.max_tokens):

@@ -25,6 +25,17 @@ CHAT_TEMPLATE = (
 )
 
 
+#: families with Llama's fields and tensor names: what their config.json also has
+LIKE_LLAMA: Mapping[str, Config] = {
+    "dream": {"architectures": ["DreamModel"]},
+    "sdar": {"architectures": ["SDARForCausalLM"], "block_size": 4},
+    "fast-dllm": {"architectures": ["Fast_dLLM_QwenForCausalLM"], "bd_size": 8},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "mask_token_id": None},
+}
+#: of these, those with biases on q, k, v, and those whose heads are normalised
+BIASED, NORMALISED = ("dream", "fast-dllm"), ("sdar", "qwen3")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """Dimensions of a random checkpoint."""
@@ -40,7 +51,7 @@ class Shape:
     mask_id: int = 60
     eos_ids: tuple[int, ...] = (59,)
     tied: bool = False
-    bias: bool = False  # LLaDA only; Dream always has it
+    bias: bool = False  # LLaDA only; BIASED families always have it
     max_len: int = 256
     seed: int = 0
 
@@ -60,10 +71,9 @@ def config(shape: Shape) -> Config:
         "rms_norm_eps": 1e-5,
         "torch_dtype": "float32",
     }
-    if shape.family == "dream":
+    if shape.family in LIKE_LLAMA:
         assert not shape.extra_rows and not shape.bias
         return both | {
-            "architectures": ["DreamModel"],
             "hidden_size": shape.width,
             "num_attention_heads": shape.heads,
             "num_key_value_heads": shape.kv_heads,
@@ -71,6 +81,8 @@ def config(shape: Shape) -> Config:
             "intermediate_size": shape.mlp,
             "max_position_embeddings": shape.max_len,
             "tie_word_embeddings": shape.tied,
+            **LIKE_LLAMA[shape.family],
+            **({"head_dim": shape.head_dim} if shape.family in NORMALISED else {}),
         }
     return both | {
         "architectures": ["LLaDAModelLM"],
@@ -89,7 +101,7 @@ def config(shape: Shape) -> Config:
 def random_tensors(shape: Shape) -> Tensors:
     """Seeded weights with well spread logits; the mask id is hardly ever the best."""
     generator = torch.Generator().manual_seed(shape.seed)
-    names = DREAM_NAMES if shape.family == "dream" else LLADA_NAMES
+    names = DREAM_NAMES if shape.family in LIKE_LLAMA else LLADA_NAMES
     width, rows = shape.width, shape.vocab + shape.extra_rows
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
@@ -111,8 +123,12 @@ def random_tensors(shape: Shape) -> Tensors:
         for part, size in sizes.items():
             gain = 3.0 if part in "qk" else 1.0  # attention that picks
             tensors[f"{prefix}{names[part]}.weight"] = normal(*size, scale=gain / size[1] ** 0.5)
-            if part in "qkv" and (shape.bias or shape.family == "dream"):
+            if part in "qkv" and (shape.bias or shape.family in BIASED):
                 tensors[f"{prefix}{names[part]}.bias"] = normal(size[0], scale=0.3)
+        if shape.family in NORMALISED:
+            for part in ("q_norm", "k_norm"):
+                norm = 2 + normal(shape.head_dim, scale=0.5)
+                tensors[f"{prefix}self_attn.{part}.weight"] = norm
         for part in ("attn_norm", "mlp_norm"):
             tensors[f"{prefix}{names[part]}.weight"] = 1 + normal(width, scale=0.1)
     tensors[names["final_norm"] + ".weight"] = 1 + normal(width, scale=0.1)
@@ -188,3 +204,11 @@ def byte_tokenizer(folder: Path, *, chat: bool) -> None:
     if chat:
         settings["chat_template"] = CHAT_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def write_byte_model(folder: Path, family: str = "llada", max_len: int = 256) -> Path:
+    """Write a random checkpoint over bytes, with a tokenizer and a chat template."""
+    shape = Shape(family=family, vocab=260, mask_id=259, eos_ids=(256,), seed=9, max_len=max_len)
+    write_random(folder, shape)
+    byte_tokenizer(folder, chat=True)
+    return folder

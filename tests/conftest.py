@@ -10,7 +10,13 @@ import torch
 from hypothesis import settings
 
 from dllmserve import LLM
-from tests.checkpoints import Shape, byte_tokenizer, constant_logits, write, write_random
+from tests.checkpoints import (
+    Shape,
+    constant_logits,
+    write,
+    write_byte_model,
+    write_random,
+)
 
 if not torch.cuda.is_available():
     # before anything loads triton, which reads it once: kernels then run on the CPU
@@ -63,11 +69,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def byte_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaDA over bytes, with a tokenizer and a chat template."""
-    folder = tmp_path_factory.mktemp("bytes") / "byte-llada"
-    shape = Shape(family="llada", vocab=260, mask_id=259, eos_ids=(256,), seed=9)
-    write_random(folder, shape)
-    byte_tokenizer(folder, chat=True)
-    return folder
+    return write_byte_model(tmp_path_factory.mktemp("bytes") / "byte-llada")
+
+
+@pytest.fixture(scope="session")
+def growing_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same, block-causal, without and with a shift, and autoregressive; by family."""
+    root = tmp_path_factory.mktemp("growing")
+    return {name: write_byte_model(root / name, name) for name in ("sdar", "fast-dllm", "qwen3")}
 
 
 @pytest.fixture(scope="session")

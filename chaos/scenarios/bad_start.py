@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from chaos.scenario import Ground, Report, Scenario
-from chaos.server import SERVE, Server, run_to_end
+from chaos.server import SERVE, run_to_end
 
 #: seconds within which the end has to come
 END_S = 10.0
@@ -34,7 +34,7 @@ async def run(ground: Ground, report: Report, *, cases: tuple[str, ...]) -> None
     with _taken_port() as port:
         commands = _commands(ground.model, folder, port)
         chosen = {name: commands[name] for name in cases or commands}
-        other = Server(folder, ground.model)
+        other = ground.server(folder)
         if _IN_USE in chosen:
             await other.start()
         results = await asyncio.gather(*[one(*item) for item in chosen.items()])
@@ -121,7 +121,7 @@ def _broken(model: Path, folder: Path, how: str) -> Path:
         (copy / "config.json").write_text('{"architectures": [')
     else:
         settings = json.loads((copy / "config.json").read_text())
-        settings["n_layers"] += 1
+        settings["n_layers" if "n_layers" in settings else "num_hidden_layers"] += 1
         (copy / "config.json").write_text(json.dumps(settings))
     return copy
 

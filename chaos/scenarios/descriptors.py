@@ -23,7 +23,7 @@ async def run(
     """More clients than descriptors: idle ones, then working ones, then (kill) a dead engine."""
     asks = ground.known.short()
     folder = ground.place("descriptors")
-    async with Server(folder, ground.model, *_OPTIONS, open_files=open_files) as server:
+    async with ground.server(folder, *_OPTIONS, open_files=open_files) as server:
         # connections that do nothing take all descriptors; the server has to close them
         await asyncio.gather(*[half_header(server.port, 30) for _ in range(clients)])
         idle = await _until_answered(server)

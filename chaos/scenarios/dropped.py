@@ -27,7 +27,7 @@ async def run(ground: Ground, report: Report, *, streams: int, whole: int) -> No
     kinds = ["stream"] * streams + ["whole"] * whole
     rng.shuffle(kinds)
     seen: Counter[str] = Counter()
-    async with Server(ground.place("dropped"), ground.model) as server:
+    async with ground.server(ground.place("dropped")) as server:
         left = iter(kinds)
 
         async def go_on() -> None:

@@ -41,7 +41,7 @@ async def run(
     unready = 0
     shared = ("--tensor-parallel-size", str(ranks)) if ranks > 1 else ()
     place = ground.place(f"kills-{ranks}")
-    async with Server(place, ground.model, *shared) as server:
+    async with ground.server(place, *shared) as server:
         ways: dict[Way, int] = {job: 1, chat: 1, stream: 1}
         async with Load(server.port, asks, clients=clients, ways=ways, seed=2) as load:
             for _ in range(kills):
@@ -50,6 +50,7 @@ async def run(
                 ready.append(seconds)
                 unready += seen_unready
         metrics = await server.metrics()
+    ground.note_preempted(report, metrics)
     tally = load.tally
     report.expect_none("wrong, lost or hung", tally.wrong)
     early = tally.counts["cut early"]

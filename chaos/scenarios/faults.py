@@ -21,7 +21,7 @@ _OPTIONS = ("--watchdog-timeout", str(WATCHDOG_S))
 #: kill may also come from outside and says less
 _COSTS = {"out of memory": (0, 0), "kill": (2, 5)}
 _COST = (2, 2)
-_LONG = {"gen_length": 64, "steps": 64, "block_length": 8, "temperature": 0.0}
+_LONG = {"gen_length": 64, "temperature": 0.0}
 
 #: sends the poison; what is wrong with the answer, or None
 Poisoner = Callable[[Client, list[int]], Awaitable[str | None]]
@@ -70,7 +70,7 @@ async def run(ground: Ground, report: Report, *, faults: tuple[str, ...], client
     asks = ground.known.usual()
     longest = 0.0
     folder = ground.place("faults")
-    async with Server(folder, ground.model, *_OPTIONS, program=_SERVE) as server:
+    async with ground.server(folder, *_OPTIONS, program=_SERVE) as server:
         # whole answers and jobs only: streams that had begun may end with an error
         ways: dict[Way, int] = {job: 1, chat: 3}
         async with Load(server.port, asks, clients=clients, ways=ways, seed=8) as load:

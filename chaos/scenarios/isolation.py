@@ -32,7 +32,7 @@ async def run(ground: Ground, report: Report, *, owners: int, jobs: int) -> None
         *("--api-key-file", str(file), "--request-id-scheme", "sequential", "--open-metrics"),
         *("--max-requests", "1024"),
     )
-    async with Server(folder, ground.model, *options) as server:
+    async with ground.server(folder, *options) as server:
         clients = [Client(server.port, key) for key in keys]
         submitted = await asyncio.gather(
             *[_submit(client, mine) for client, mine in zip(clients, prompts, strict=True)]

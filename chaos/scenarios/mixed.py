@@ -6,7 +6,6 @@ import random
 
 from chaos.load import Tally, chat, job, percentile, polled_job, stream, take_all
 from chaos.scenario import Ground, Report, Scenario
-from chaos.server import Server
 
 #: share of each way to ask, in percent
 _SHARES = {stream: 40, chat: 40, job: 14, polled_job: 6}
@@ -23,9 +22,10 @@ async def run(
     turns = [(asks[i % distinct], ways[i % len(ways)]) for i in range(requests)]
     rng.shuffle(turns)
     tally = Tally()
-    async with Server(ground.place("mixed"), ground.model) as server:
+    async with ground.server(ground.place("mixed")) as server:
         await take_all(server.port, turns, clients, tally)
         metrics = await server.metrics()
+    ground.note_preempted(report, metrics, must=True)
     report.expect_none("wrong", tally.wrong)
     right = tally.counts["right"]
     report.expect(right == len(turns), f"{right} of {len(turns)} answers are right")

@@ -30,7 +30,7 @@ async def run(ground: Ground, report: Report, *, clients: int, rounds: int, wave
     """All clients at once, without waiting after a 503; then a wave of the official client."""
     asks = ground.known.short()
     tally, rng = Tally(), random.Random(6)
-    async with Server(ground.place("overload"), ground.model, *_OPTIONS) as server:
+    async with ground.server(ground.place("overload"), *_OPTIONS) as server:
         await take_all(server.port, [(rng.choice(asks), _once) for _ in range(128)], 64, Tally())
         before = server.process.memory_info().rss
         turns = [(rng.choice(asks), _once) for _ in range(clients * rounds)]

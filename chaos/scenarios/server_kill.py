@@ -31,7 +31,7 @@ async def run(ground: Ground, report: Report, *, rounds: int, jobs: int) -> None
     orphans: list[str] = []
     unfinished = 0
     for _ in range(rounds):
-        async with Server(folder, ground.model) as server:
+        async with ground.server(folder) as server:
             found = await _all_results(server, accepted, finished_before)
             wrong += found
             new = await _submit_until_killed(server, asks, jobs, rng, finished_before)
@@ -39,7 +39,7 @@ async def run(ground: Ground, report: Report, *, rounds: int, jobs: int) -> None
             accepted |= new
             unfinished += len(new.keys() - finished_before.keys())
             orphans += await server.leftovers()
-    async with Server(folder, ground.model) as server:
+    async with ground.server(folder) as server:
         wrong += await _all_results(server, accepted, finished_before)
         orphans += await server.leftovers() if await server.end() else []
     report.expect_none("lost or wrong jobs", wrong)

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from chaos.answers import Ask
 from chaos.client import Client, Hung, LostAnswer
@@ -54,7 +53,7 @@ async def run(
     """Start a server on the job store of the one before, load it, stop it; again and again."""
     asks = ground.known.asks(6, (90, 110), settings=_SETTINGS, seed=7)
     ways = [*[DRAIN] * drains, *[ABORT] * aborts, *[TWICE] * twice, *[INTERRUPT] * interrupts]
-    stops = _Stops(ground.place("sigterm"), ground.model, asks, report)
+    stops = _Stops(ground, asks, report)
     for number, way in enumerate(ways):
         before = len(report.wrong)
         await stops.one(way, random.Random(number))
@@ -75,16 +74,16 @@ class _Stops:
         pending: jobs that were acknowledged and whose results have not been read.
     """
 
-    def __init__(self, folder: Path, model: Path, asks: Sequence[Ask], report: Report) -> None:
+    def __init__(self, ground: Ground, asks: Sequence[Ask], report: Report) -> None:
         self.seen: Counter[str] = Counter()
         self.longest: dict[str, float] = {}
         self.pending: dict[int, Ask] = {}
-        self._folder, self._model = folder, model
+        self._ground, self._folder = ground, ground.place("sigterm")
         self._asks, self._report = asks, report
 
     def server(self, way: Way) -> Server:
         """The next server."""
-        return Server(self._folder, self._model, "--shutdown-timeout", str(way.timeout_s))
+        return self._ground.server(self._folder, "--shutdown-timeout", str(way.timeout_s))
 
     async def settle(self, server: Server) -> None:
         """Read the results that the server before owes."""

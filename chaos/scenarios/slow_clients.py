@@ -45,7 +45,7 @@ async def run(
         *("--served-model-name", _NAME),
     )
     asks = ground.known.short()
-    async with Server(ground.place("slow"), ground.model, *options) as server:
+    async with ground.server(ground.place("slow"), *options) as server:
         await _traffic(server, asks, report, asyncio.sleep(0.3))  # warm
         idle = await _traffic(server, asks, report, asyncio.sleep(limit_s))
         began = time.monotonic()

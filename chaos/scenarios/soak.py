@@ -11,7 +11,6 @@ import psutil
 
 from chaos.load import Load
 from chaos.scenario import Ground, Report, Scenario
-from chaos.server import Server
 
 #: megabytes a minute by which a process may grow, after the first third
 SLOPE_MB = 1.0
@@ -34,7 +33,7 @@ async def run(ground: Ground, report: Report, *, seconds: float, clients: int) -
     # as in a server that has run for long: results are dropped while others come, and every page
     # of the K,V store has been used, as the system only counts those that have
     options = ("--result-ttl", "5", "--kv-pages", "256")
-    async with Server(ground.place("soak"), ground.model, *options) as server:
+    async with ground.server(ground.place("soak"), *options) as server:
         engine = server.engine()
         if engine is None:
             raise AssertionError("there is no engine")

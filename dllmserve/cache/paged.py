@@ -36,9 +36,8 @@ class PagedCache:
         if stored == first:
             span = Span(row, first, last - first, first)
             return span._replace(blk_off=start - first, blk_len=end - start)
-        # a block that is read at the position before it, as all are of a shifted model
-        ahead = spec.logit_shift > 0 or canvas.frame > 0
-        if ahead and start == first >= canvas.start:
+        # a block that is read at the position before it
+        if canvas.shift and start == first >= canvas.start:
             return _stored(row, stored, first, window, (start, end))
         if canvas.frame:
             return _stored(row, stored, first, window, (0, 0))

@@ -33,6 +33,8 @@ class Canvas:
         frame: 0, or the length of frames, cut from ``start`` on: a frame is filled as a whole that
             sees itself and what is kept before it, and what is kept of it sees by ``window``.
         quota_len: a schedule's quotas are those of a block of so many positions; 0: of its masks.
+        shift: 1 where the first position of a frame or window is decided by the forward that
+            stores what stands before.
 
     Example:
         >>> answer_canvas([5, 6, 7], 20, 8).blocks
@@ -46,6 +48,7 @@ class Canvas:
     asked: int | None = None
     frame: int = 0
     quota_len: int = 0
+    shift: int = 0
 
     def __len__(self) -> int:
         """Positions."""
@@ -157,7 +160,8 @@ def window_canvas(
         edges |= {low + 1 for low in range(-(-start // window) * window, end, window)}
     blocks = tuple((low, high) for low, high in pairwise(sorted(edges)) if high > start)
     quota_len = 0 if short else window
-    return Canvas(prompt, ((start, end),), blocks, window, gen_length, quota_len=quota_len)
+    hole = ((start, end),)
+    return Canvas(prompt, hole, blocks, window, gen_length, quota_len=quota_len, shift=shift)
 
 
 def framed_canvas(prompt: Sequence[int], gen_length: int, frame: int) -> Canvas:
@@ -173,4 +177,4 @@ def framed_canvas(prompt: Sequence[int], gen_length: int, frame: int) -> Canvas:
     start, end = len(prompt), len(prompt) + gen_length
     edges = {edge for low in range(start, end, frame) for edge in (low, low + 1)} | {end}
     blocks = tuple(pairwise(sorted(edges)))
-    return Canvas(prompt, ((start, end),), blocks, window=1, frame=frame)
+    return Canvas(prompt, ((start, end),), blocks, window=1, frame=frame, shift=1)

@@ -65,10 +65,11 @@ class Limits:
         self._check_history(request)
         pages = self.pages_of(slots) * request.rows_needed
         if pages > self.num_pages:
+            way = "" if request.grows else ", or use cache='none'"
             raise CapacityError(
                 f"the request needs {pages} K,V pages of {self.page_size} tokens, the engine "
-                f"has kv_pages={self.num_pages}: raise kv_pages to {pages}, shorten the "
-                f"prompt or {request.params.length_name}, or use cache='none'"
+                f"has kv_pages={self.num_pages}: raise kv_pages to {pages} or shorten the "
+                f"prompt or {request.params.length_name}{way}"
             )
 
     def _check_tokens(self, request: Request) -> None:

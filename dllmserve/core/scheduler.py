@@ -34,6 +34,9 @@ MAX_REVOKING = 32
 
 #: Tokens of a step that keep any device busy.
 FULL_STEP = 8192
+#: One of so many pages stays free when a request that grows starts, or comes back after it has lost
+#: its pages, while others run: they need more soon, and would take those that it got at once.
+SPARE_PAGES = 10
 
 #: LM-head chunks of max_logit_rows that one step may take; a single request may take more.
 HEAD_CHUNKS = 8
@@ -122,19 +125,24 @@ class Scheduler:
         """Who may be in the step, with what, the one that was left out longest first.
 
         One that grows and cannot have the pages that it needs waits, and so does whoever came after
-        it and needs some: pages that are free then are the older one's.
+        it and needs some: pages that are free then are the older one's. One that has none waits for
+        some to spare; others go on meanwhile, but nobody starts.
         """
-        entries, self._short = {}, False
+        entries, self._short, waits = {}, False, False
         for request in self.running:
             if request.launched:
                 continue
             entry = self._fitted(request, self.limits.max_num_batched_tokens)
             missing = self.storage.missing(request, entry.span) if request.grows else 0
+            if missing and not request.pages and (waits or not self._may_begin(request)):
+                waits = True
+                continue
             if missing and not self._short:
                 pages, victims = missing * request.rows_needed, self._victims(request, ())
                 self._short = self.storage.to_take(pages, victims) is None
             if not (missing and self._short):
                 entries[request] = entry
+        self._short = self._short or waits
         return sorted(entries.items(), key=lambda pair: (pair[0].last_step, pair[0].id))
 
     def _store_tokens(self, entries: list[StepEntry]) -> int:
@@ -157,6 +165,8 @@ class Scheduler:
         picked: dict[Request, StepEntry],
     ) -> None:
         """Take a request's forward into the step, if the step and the pages have room for it."""
+        if request.prefix and self._may_begin(request) and self.storage.adopt(request):
+            entry = self._fitted(request, self.limits.max_num_batched_tokens)
         room = min(budget.tokens, budget.stores.tokens) if entry.stores else budget.tokens
         # a chunk may have to be shorter, or begin anew: an older one may have taken the pages
         if (entry.stores and entry.tokens > room) or (request.grows and not request.pages):
@@ -168,17 +178,29 @@ class Scheduler:
             return  # another does the same in this step: what it stores is found in the next one
         if not budget.has(*amount, limit):
             return
-        if request.grows and not self.storage.grow(
-            request, entry.span, self._victims(request, picked)
-        ):
-            self._short = True
-            return
+        if request.grows:
+            may = not self.storage.missing(request, entry.span) or self._may_begin(request)
+            victims = self._victims(request, picked)
+            if not (may and self.storage.grow(request, entry.span, victims)):
+                self._short = True
+                return
         budget.take(*amount, limit)
         self._filling.update(filling)
         request.last_step = self._step
         request.progress.storing = entry.span.final
         request.progress.deciding = entry.kind is Kind.FILL
         picked[request] = entry
+
+    def _may_begin(self, request: Request) -> bool:
+        """Whether a request may get pages: if it has none, for all that it has to store at once.
+
+        The oldest always may, so that all come to an end.
+        """
+        if request.pages or not self.running or request is self.running[0]:
+            return True
+        before, _ = request.blocks[request.progress.block]
+        pages = self.limits.pages_of(before) * request.rows_needed
+        return self.storage.pages.num_free - pages >= self.limits.num_pages // SPARE_PAGES
 
     def _victims(self, request: Request, picked: Container[Request]) -> Iterator[Request]:
         """Running requests whose pages another may take: what came after it, the last first."""
@@ -192,9 +214,8 @@ class Scheduler:
         """A request's next forward; one that stores may be cut to a chunk of ``tokens`` tokens.
 
         A chunk decides nothing, and ends where a window ends: that sees all of itself. What cannot
-        be cut stays as it is. What is in pages already is not stored again.
+        be cut stays as it is.
         """
-        self.storage.adopt(request)
         entry = self._entry(request)
         span, most = entry.span, tokens // request.rows_needed
         if not entry.stores or span.q_len <= most:
@@ -349,7 +370,7 @@ class Scheduler:
         """Whether a request can start. What runs and waits for pages gets those that are free."""
         if self._short and self.storage.first_pages(request):
             return False
-        return self.storage.fits(request)
+        return self.storage.fits(request) and (not request.grows or self._may_begin(request))
 
     def _beyond_share(self, request: Request) -> bool:
         """Whether its owner would have too much; nobody has who is alone and has no name."""

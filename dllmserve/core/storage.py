@@ -123,15 +123,14 @@ class Storage:
         names.learn(canvas.ids[: canvas.start])
         first = request.blocks[0][0] // canvas.window * canvas.window
         # what is read at the position before the answer has to be computed
-        before = self._spec.logit_shift > 0 or canvas.frame > 0
-        return Prefix(names, min(first, canvas.start - before) // size)
+        return Prefix(names, min(first, canvas.start - canvas.shift) // size)
 
-    def adopt(self, request: Request) -> None:
-        """Take over pages that hold what a request is to store next."""
+    def adopt(self, request: Request) -> bool:
+        """Take over pages that hold what a request is to store next; False if there are none."""
         prefix, pages = request.prefix, request.pages
         found = self._found(request)
         if prefix is None or not found:
-            return
+            return False
         self.pages.share(found)
         column = request.progress.stored // self._limits.page_size
         own = pages[column : column + len(found)]
@@ -144,6 +143,7 @@ class Storage:
         if not request.preempted:
             prefix.cached += gained
             self.cached += gained
+        return True
 
     def publish(self, request: Request) -> None:
         """Let others find the full pages that a request has stored and whose tokens are known."""

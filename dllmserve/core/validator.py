@@ -92,14 +92,13 @@ class RequestValidator:
 
     def _canvas(self, ids: list[int], params: SamplingParams) -> Canvas:
         """The prompt and an answer behind it, in blocks as the model's geometry wants them."""
-        spec = self.spec
+        spec, length, block = self.spec, params.gen_length, params.resolved_block_length
         if spec.geometry == "full":
-            return answer_canvas(ids, params.gen_length, params.resolved_block_length)
-        window = params.resolved_block_length
-        length, part, short = params.gen_length, params.sub_block_length, spec.short_blocks
+            return answer_canvas(ids, length, block)
         if spec.causal_context:
-            return framed_canvas(ids, length, window)
-        return window_canvas(ids, length, window, spec.logit_shift, part, short=short)
+            return framed_canvas(ids, length, block)
+        part, short = params.sub_block_length, spec.short_blocks
+        return window_canvas(ids, length, block, spec.logit_shift, part, short=short)
 
     def _check_geometry(self, params: SamplingParams) -> None:
         """Refuse what block-causal and autoregressive models have no use for, or cannot do."""
@@ -113,6 +112,11 @@ class RequestValidator:
                 )
             return
         kind = self._kind
+        if params.schedule != "uniform":
+            raise InvalidParameterError(
+                f"schedule={params.schedule!r} spreads steps over the whole answer, and {kind} "
+                "takes steps_per_block in each block: leave it out"
+            )
         if params.cfg_scale > 0:
             raise InvalidParameterError(
                 f"cfg_scale={params.cfg_scale:g} does not work with {kind}: a second row would "
@@ -159,9 +163,10 @@ class RequestValidator:
                 f"and this is {self._kind}: leave it out"
             )
         if self.spec.geometry != "full" and not windowed and params.policy != "none":
+            given = "sparse attention" if params.sparse else f"cache={params.policy!r}"
             raise InvalidParameterError(
-                f"cache={params.policy!r} approximates full attention, and this is {self._kind}, "
-                "whose K,V are exact in any case: leave it out"
+                f"{given} approximates full attention, and this is {self._kind}, whose K,V are "
+                "exact in any case: leave it out"
             )
         length, part = params.resolved_block_length, params.sub_block_length
         if windowed and part and length % part:
@@ -229,9 +234,21 @@ def settled(params: SamplingParams, spec: ModelSpec) -> SamplingParams:
         if not CACHES[params.cache].windowed:
             changed["cache"] = "none"
         changed |= {name: getattr(SamplingParams, name) for name in REFRESH}
+        if spec.geometry == "causal" and not RULES[params.unmask].revokes:
+            changed["unmask"] = "steps"  # writes the same, and is known beforehand
     if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
         changed["max_tokens"] = int(DEFAULT_LENGTHS[0])
     return replace(params, **changed) if changed else params
+
+
+def window_of(spec: ModelSpec, params: SamplingParams) -> int:
+    """Positions to whose multiple a canvas is filled; 0 with full attention."""
+    if spec.geometry == "full":
+        return 0
+    if spec.causal_context or spec.short_blocks:
+        return 1
+    given = None if isinstance(params.block_length, NotGiven) else params.block_length
+    return given or spec.block_length
 
 
 def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:

@@ -1,8 +1,9 @@
-"""Work: what a request costs at most, known when it arrives."""
+"""Work: what a request costs, known when it arrives."""
 
 from __future__ import annotations
 
 from dllmserve.catalog import RULES
+from dllmserve.core.canvas import Canvas
 from dllmserve.core.request import Request
 
 #: forwards that a block may take beyond one a position, if its rule masks positions again (WINO)
@@ -10,7 +11,7 @@ REVOKED = 29
 
 
 def forwards_of(request: Request) -> int:
-    """Forward passes that a request takes at most."""
+    """Forward passes that decide tokens, at most."""
     if RULES[request.params.unmask].quota == "exact":
         return sum(len(block) for block in request.quotas)
     if request.revokes:
@@ -18,9 +19,39 @@ def forwards_of(request: Request) -> int:
     return sum(request.masks)
 
 
-def work_of(request: Request) -> int:
-    """Steps x canvas tokens x rows: what a request costs at most.
+def work_of(request: Request, forwards: int | None = None, tokens: int | None = None) -> int:
+    """Tokens that a request computes: at most, or if its answer ends early.
 
-    A rule that writes several tokens a step, an early end and a cache make it cost less.
+    With full attention a forward computes the canvas, of each row; a cache makes it cost less.
+    Block-causal and autoregressive requests store each token once, and a forward computes the
+    block's window; what is lost to preemption comes on top.
+
+    Args:
+        request: the request.
+        forwards: that are expected to decide tokens; None is the most.
+        tokens: that are expected of the answer; None is all of its blocks.
+
+    Example:
+        An autoregressive answer of 10 tokens behind 5 computes all of them but the last:
+        ``work_of(request)`` is 14.
     """
-    return forwards_of(request) * request.canvas_len * request.rows_needed
+    forwards = forwards_of(request) if forwards is None else forwards
+    canvas, length = request.canvas, request.canvas_len
+    if canvas.window:
+        return _stored_once(canvas, forwards, canvas.end - canvas.start, tokens)
+    if tokens is not None and request.params.suffix_window is not None:
+        length = min(length, request.prompt_len + tokens + request.params.suffix_window)
+    return forwards * length * request.rows_needed
+
+
+def _stored_once(canvas: Canvas, forwards: int, most: int, tokens: int | None) -> int:
+    """Tokens of the windows that are stored, and of one window for each forward beside those.
+
+    The last window is not stored. Where logits are shifted, the forward that decides a window's
+    first position stores the window before and computes nothing else.
+    """
+    start, unit = canvas.start, canvas.unit
+    end = start + (most if tokens is None else min(tokens, most))
+    origin = start if canvas.frame else 0
+    alone = canvas.shift * (-(-(end - origin) // unit) - -(-(start - origin) // unit))
+    return canvas.around(end - 1)[0] + max(forwards - alone, 0) * unit

@@ -284,7 +284,8 @@ class EngineCore:
                     events.streamed.append((request, ids))
             if output is not None:
                 events.finished.append((request, output))
-            if request.watch:
+            # a forward that only stores has no block, and nothing to show
+            if request.watch and handle.blocks[index][1]:
                 events.watched.append((request, self._canvas(index, request, handle, output)))
         for request, _ in events.finished:
             self.scheduler.release(request)

@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from dllmserve.config import EngineConfig
-from dllmserve.core.plan import StepPlan
+from dllmserve.core.plan import Kind, StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore, StepEvents
 from dllmserve.engine.setup import EnginePlan
@@ -166,7 +166,7 @@ class EngineLoop:
 
     def _count(self, plan: StepPlan) -> None:
         self._steps += 1
-        self._spans += len(plan.entries)
+        self._spans += sum(entry.kind is Kind.FILL for entry in plan.entries)
         self._positions += sum(entry.span.blk_len for entry in plan.entries)
 
     def _tell_admitted(self, requests: list[Request]) -> None:

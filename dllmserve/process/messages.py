@@ -168,7 +168,7 @@ class Counters(msgspec.Struct, array_like=True, frozen=True):
         waiting, running: requests (gauges).
         pages_used: share of the K,V pages in use, 0 to 1 (gauge).
         steps: forward passes.
-        spans: rows that took part in them, summed.
+        spans: requests of which they decided tokens, summed.
         positions: positions of active blocks in them, summed.
         committed: positions that joined a committed prefix.
         busy: seconds with a request under way.

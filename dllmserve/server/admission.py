@@ -29,7 +29,7 @@ class AdmissionSlot:
     Attributes:
         owner: the owner of the request.
         work, forwards: what the request may cost.
-        open_ended: the answer has an early end, so work and forwards are expected values and not
+        open_ended: the answer may end early, so work and forwards are expected values and not
             what its length allows.
         taken: whether the slot has not been given back yet.
     """
@@ -60,9 +60,10 @@ class Account:
 class Admission:
     """Bounds the requests and the work under way, of all owners together and of each.
 
-    The cost of a request is known when it arrives. An answer with an early end is the exception:
-    few come near the length that they may have, so such an answer counts as what the owner's
-    earlier ones took.
+    The cost of a request is known when it arrives. An answer that may end early is the exception
+    (``early_end``, or any of a block-causal or autoregressive model without ``ignore_eos``): few
+    come near the length that they may have, so such an answer counts as what the owner's earlier
+    ones took.
 
     Where there are several owners, one owner may have at most three times the slots, and the
     work, that are free. So the first owner can take three quarters, and the next owner always
@@ -223,18 +224,14 @@ class Admission:
 
     def _slot_for(self, request: Request, owner: str) -> AdmissionSlot:
         """A slot for a request, with what it may cost."""
-        params = request.params
-        if not params.early_end:
-            return AdmissionSlot(owner, work_of(request), forwards_of(request))
+        params, most = request.params, forwards_of(request)
+        # a request that grows fills nothing behind its end either
+        if not (params.early_end or (request.grows and not params.ignore_eos)):
+            return AdmissionSlot(owner, work_of(request), most)
         expected = self._account(owner)
-        forwards = min(forwards_of(request), math.ceil(expected.forwards))
-        canvas = request.canvas_len
-        if params.suffix_window is not None:
-            seen = request.prompt_len + math.ceil(expected.tokens) + params.suffix_window
-            canvas = min(canvas, seen)
-        return AdmissionSlot(
-            owner, forwards * canvas * request.rows_needed, forwards, open_ended=True
-        )
+        forwards, tokens = min(most, math.ceil(expected.forwards)), math.ceil(expected.tokens)
+        work = work_of(request, forwards, tokens)
+        return AdmissionSlot(owner, work, forwards, open_ended=True)
 
     def _enter(self, slot: AdmissionSlot, sign: int = 1) -> None:
         account = self._account(slot.owner)

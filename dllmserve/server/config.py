@@ -121,7 +121,7 @@ class ServerConfig:
     max_outstanding_work: int | None = _option(
         None,
         _LOAD,
-        "Steps x canvas tokens of all of them (if not given: what takes a minute at the "
+        "Tokens that all of them may compute (if not given: what takes a minute at the "
         "measured speed). A key with nothing under way may bring one call of any size.",
         low=1,
     )

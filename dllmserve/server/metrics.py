@@ -60,7 +60,7 @@ class Gauges:
         engine: the engines' counters together.
         engines: each of them; its index is the label ``engine``.
         waiting, running: requests.
-        work: outstanding work, steps x canvas tokens.
+        work: outstanding work, tokens that are expected to be computed.
         results, result_bytes: stored results.
         evicted: results dropped, by reason.
         restarts: engines started after the first.
@@ -225,7 +225,7 @@ class _Current(Collector):
             if self._compat == "vllm":
                 yield self._family(GaugeMetricFamily, f"vllm:{name}", text, value)
         for name, text, value in (
-            ("outstanding_work", "Steps x canvas tokens of requests under way.", now.work),
+            ("outstanding_work", "Tokens that requests under way may compute.", now.work),
             ("results_stored", "Results that are kept.", now.results),
             ("results_bytes", "Bytes of the results that are kept.", now.result_bytes),
             ("ready", "1 while requests are taken.", float(now.ready)),
@@ -239,7 +239,11 @@ class _Current(Collector):
             ("engine_restarts", "Engines started after the first.", now.restarts),
             ("engine_steps", "Forward passes.", engine.steps),
             ("engine_busy_seconds", "Seconds with a request under way.", engine.busy),
-            ("diffusion_num_denoising_steps", "Requests in forward passes.", engine.spans),
+            (
+                "diffusion_num_denoising_steps",
+                "Requests in forward passes that decided tokens.",
+                engine.spans,
+            ),
             (
                 "diffusion_num_canvas_positions",
                 "Positions of active blocks in forward passes.",
@@ -276,7 +280,7 @@ class _Current(Collector):
         """Families with a series for every engine."""
         gauge, counter = GaugeMetricFamily, CounterMetricFamily
         running = "Requests that take part in an engine's forward passes."
-        work = "Steps x canvas tokens of the requests that an engine was given."
+        work = "Tokens that the requests of an engine may compute."
         engines = {str(index): engine for index, engine in enumerate(self._now.engines)}
         for kind, name, text, attribute in (
             (gauge, "engine_up", "1 while the engine is ready.", "up"),

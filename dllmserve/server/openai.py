@@ -111,6 +111,14 @@ async def _answer(
             code="invalid_parameter",
             param="stream_options",
         )
+    if body.stream and service.llm.tokenizer is None:
+        raise ApiError(
+            400,
+            "stream needs a tokenizer, and this checkpoint has none; /v1/generate/stream tells "
+            "token ids",
+            code="invalid_parameter",
+            param="stream",
+        )
     requests = _requests(body, prompts, service)
     reply = Reply(
         chat=chat,
@@ -141,7 +149,7 @@ def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) ->
     for index, ids in enumerate(prompts):
         name = "messages" if isinstance(body, ChatRequest) else "prompt"
         name = name if len(prompts) == 1 else f"{name}[{index}]"
-        choice = body.sampling_params(len(ids), llm.info.limits, config)
+        choice = body.sampling_params(len(ids), llm.info, config)
         requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
     return requests
 

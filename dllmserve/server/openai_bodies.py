@@ -14,7 +14,9 @@ from pydantic import AfterValidator, Field
 
 from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.core.limits import Limits
+from dllmserve.core.validator import window_of
 from dllmserve.messages import template_messages
+from dllmserve.process.messages import EngineInfo
 from dllmserve.sampling_params import SamplingParams, stepwise
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.failures import ApiError
@@ -129,12 +131,12 @@ class OpenAIFields(DecodingFields):
             )
         return count
 
-    def sampling_params(self, prompt_len: int, limits: Limits, config: ServerConfig) -> Any:
+    def sampling_params(self, prompt_len: int, engine: EngineInfo, config: ServerConfig) -> Any:
         """A function from the number of a choice to its SamplingParams.
 
         Args:
             prompt_len: prompt tokens.
-            limits: of the engine.
+            engine: what is known of the model and the engine's sizes.
             config: where the defaults come from.
         """
         values = self.decoding()
@@ -142,7 +144,7 @@ class OpenAIFields(DecodingFields):
             values["quality"] = config.default_quality
         length = self.length()
         if length is None:
-            length = self._default_length(values, prompt_len, limits, config)
+            length = self._default_length(values, prompt_len, engine, config)
         # what errors call it; both names stand for the same
         values["max_tokens" if self.gen_length is None else "gen_length"] = length
         for name in ("temperature", "top_p", "stop"):
@@ -160,31 +162,45 @@ class OpenAIFields(DecodingFields):
         return choice
 
     def _default_length(
-        self, values: dict[str, Any], prompt_len: int, limits: Limits, config: ServerConfig
+        self, values: dict[str, Any], prompt_len: int, engine: EngineInfo, config: ServerConfig
     ) -> int:
         """The answer's length where none was given.
 
         An answer that ends by itself, and sees only some masks behind its block, takes the same
-        forwards whatever its length: it gets what fits. K,V pages are reserved for all of it, so
-        it gets no more than its share of them, unless that is short.
+        forwards whatever its length: it gets what fits.
         """
-        room, most = limits.max_model_len, config.default_max_tokens
-        if most is None:
-            most = DEFAULT_MAX_TOKENS
-            params = SamplingParams(**values)
-            if self.open_ended and params.early_end and params.suffix_window is not None:
-                most, rows = MAX_GEN_LENGTH, 2 if params.cfg_scale else 1
-                share = limits.num_pages // limits.max_num_seqs * limits.page_size
-                pages = limits.num_pages // rows * limits.page_size
-                share = min(max(share, prompt_len + DEFAULT_MAX_TOKENS), pages)
-                kept = share if params.cache != "none" else room
-                room = min(room, limits.max_num_batched_tokens // rows, kept)
+        limits, params = engine.limits, SamplingParams(**values)
+        window = window_of(engine.spec, params)
+        ends = params.early_end and params.suffix_window is not None
+        room = limits.max_model_len
+        if window:  # no masks are seen behind a block, and one that has begun is filled
+            ends = not params.ignore_eos
+            room = min(room, limits.num_pages * limits.page_size) // window * window
+        ends = self.open_ended and ends and config.default_max_tokens is None
+        if ends and not window:
+            room = _room(limits, params, prompt_len)
+        most = MAX_GEN_LENGTH if ends else config.default_max_tokens or DEFAULT_MAX_TOKENS
         return max(1, min(most, room - prompt_len))
 
     @staticmethod
     def _plain(values: dict[str, Any]) -> bool:
         """True if the request says nothing of how it is decoded."""
-        return not set(values) - {"gen_length", "max_tokens", "top_k", "ignore_eos"}
+        said = {"gen_length", "max_tokens", "top_k", "ignore_eos", "stop_token_ids"}
+        return not set(values) - said
+
+
+def _room(limits: Limits, params: SamplingParams, prompt_len: int) -> int:
+    """Positions of a request with full attention that ends by itself.
+
+    K,V pages are reserved for all of it, so it gets no more than its share, unless that is short.
+    """
+    rows = 2 if params.cfg_scale else 1
+    room = min(limits.max_model_len, limits.max_num_batched_tokens // rows)
+    if params.cache == "none":
+        return room
+    share = limits.num_pages // limits.max_num_seqs * limits.page_size
+    pages = limits.num_pages // rows * limits.page_size
+    return min(room, max(share, prompt_len + DEFAULT_MAX_TOKENS), pages)
 
 
 class CompletionRequest(OpenAIFields):

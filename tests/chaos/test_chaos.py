@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from chaos.__main__ import main
+from chaos.model import KINDS
 from chaos.scenario import Ground, Report, Scenario
 from chaos.scenarios import SCENARIOS
 
 QUICK = [scenario for scenario in SCENARIOS if scenario.quick is not None]
 
 
+#: of the other kinds of models; tests/server has their mixed load
+GROWING = [("block-causal", "engine-kills"), ("autoregressive", "server-kill")]
+
+
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
-    return Ground.make(tmp_path_factory.mktemp("chaos"))
+    return Ground.make(tmp_path_factory.mktemp("chaos"), KINDS["full"])
 
 
 @pytest.mark.chaos
@@ -23,6 +29,13 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
 def test_the_server_stands(ground: Ground, scenario: Scenario) -> None:
     report = asyncio.run(scenario.play(ground, quick=True))
     assert not report.wrong, f"{report.wrong}; measured: {report.measured}"
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(("kind", "name"), GROWING)
+def test_the_server_stands_with_requests_that_grow(tmp_path: Path, kind: str, name: str) -> None:
+    (scenario,) = [one for one in SCENARIOS if one.name == name]
+    test_the_server_stands(Ground.make(tmp_path, KINDS[kind]), scenario)
 
 
 def test_what_a_scenario_raises_is_a_failure(ground: Ground) -> None:

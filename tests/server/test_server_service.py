@@ -1,6 +1,7 @@
 """Admission, runs and draining: slots are given back and counted, whatever happens."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,26 @@ def test_answers_that_end_by_themselves_count_as_what_they_take() -> None:
     # what does not end early counts as ever
     (plain,) = admission.take([request()])
     assert (plain.forwards, plain.work) == (10, 200)
+
+
+def test_any_answer_of_an_autoregressive_model_may_end_early() -> None:
+    causal = replace(SPEC, geometry="causal", block_length=1, logit_shift=1)
+
+    def chat(**given: Any) -> Request:
+        params = SamplingParams(max_tokens=240, **given)
+        return RequestValidator(causal, LIMITS, True).request(0, [1] * 10, params)
+
+    admission = Admission(1000, None)
+    (place,) = admission.take([chat()])
+    assert (place.forwards, place.work) == (128, 10 + 128 - 1)
+    admission.give_back(place)
+    for _ in range(100):
+        (place,) = admission.take([chat()])
+        admission.give_back(place, 20, 20)
+    (place,) = admission.take([chat()])
+    assert (place.forwards, place.work) == (21, 10 + 21 - 1)
+    (whole,) = admission.take([chat(ignore_eos=True)])
+    assert (whole.forwards, whole.work) == (240, 10 + 240 - 1)
 
 
 def test_masks_that_every_forward_sees_count() -> None:

@@ -25,9 +25,9 @@ LONG = {"gen_length": 120, "steps": 120, "temperature": 0, "ignore_eos": True}
 
 
 @asynccontextmanager
-async def whole(directory: Path, store: Path) -> AsyncIterator[Server]:
+async def whole(directory: Path, store: Path, **options: Any) -> AsyncIterator[Server]:
     config = ServerConfig(job_store=str(store), shutdown_timeout=0.0)
-    app = create_app(Settings(config, EngineConfig(model=str(directory), device="cpu")))
+    app = create_app(Settings(config, EngineConfig(model=str(directory), device="cpu", **options)))
     service = app.state.service
     async with app.router.lifespan_context(app):
         yield Server(app, service, app.state.jobs, service.llm.fleet)
