@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllmserve.models.config import one_of
-from dllmserve.models.llama import blocks
+from dllmserve.models.llama import blocks, mask_id
 from dllmserve.models.qwen import Qwen3
 
 
@@ -21,5 +20,4 @@ class Sdar(Qwen3):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Block and mask; those of the published checkpoints where config.json has none."""
-        mask_id = int(one_of(config, ("mask_token_id",), 151669))
-        return {**blocks(config, 4), "mask_id": mask_id}
+        return {**blocks(config, 4), "mask_id": mask_id(config, 151669)}

@@ -1,9 +1,10 @@
-"""Fast-dLLM v2's `generate` with its block cache, as a plain loop over one prompt.
+"""Block-causal decoding as plain loops over one prompt: by any rule, and with v2's block cache.
 
-Source: modeling.py of Efficient-Large-Model/Fast_dLLM_v2_7B (`use_block_cache=True`), with two
-differences that the engine has everywhere: a mask is a flag and no id, and the mask id is never
-proposed. A model whose logits are not shifted begins a window without the token that a shifted one
-takes from the forward that stores the window before.
+The first computes everything in every forward. The second is Fast-dLLM v2's `generate`; source:
+modeling.py of Efficient-Large-Model/Fast_dLLM_v2_7B (`use_block_cache=True`), with two differences
+that the engine has everywhere: a mask is a flag and no id, and the mask id is never proposed. A
+model whose logits are not shifted begins a window without the token that a shifted one takes from
+the forward that stores the window before.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .block_rules import proposal
+from .block_rules import BlockRule, Settings, proposal
 from .models import KV, OracleModel
 from .rules import threshold_strict
 
@@ -20,6 +21,59 @@ def block_mask(start: int, end: int, size: int) -> Tensor:
     """Which of positions 0 .. end - 1 each query of start .. end - 1 sees, blocks cut from 0."""
     place = torch.arange(end)
     return place[None, :] // size <= place[start:, None] // size
+
+
+def pieces(given: int, end: int, window: int, part: int, shifted: bool) -> list[range]:
+    """Positions that are filled one group after another: sub-blocks of windows, from ``given`` on.
+
+    The logits of a window's first position stand in the window before if they are shifted: it is
+    filled by itself then, unless its window begins with given tokens.
+    """
+    found = []
+    for low in range(given // window * window, end, window):
+        for start in range(low, low + window, part):
+            inside = range(max(start, given), start + part)
+            if shifted and start == low >= given:
+                found.append(range(low, low + 1))
+                inside = range(low + 1, low + part)
+            if len(inside) > 0:
+                found.append(inside)
+    return found
+
+
+def by_rule(
+    model: OracleModel,
+    prompt: list[int],
+    length: int,
+    window: int,
+    settings: Settings,
+    *,
+    part: int | None = None,
+    steps: int | None = None,
+) -> tuple[list[int], int]:
+    """The first ``length`` tokens of an answer, and the forwards that decide tokens of it."""
+    given, forwards = len(prompt), 0
+    end = -(-(given + length) // window) * window
+    ids = prompt + [model.mask_id] * (end - given)
+    masked = [False] * given + [True] * (end - given)
+    count = steps or window
+    quotas = [window // count + (t < window % count) for t in range(count)]
+    for inside in pieces(given, end, window, part or window, model.shifted):
+        rule = BlockRule(settings, len(inside), model.mask_id, quotas)
+        seen = (inside.start // window + 1) * window
+        while any(masked[given : given + length]) and any(masked[i] for i in inside):
+            out = model.forward(torch.tensor([ids[:seen]]), sees=block_mask(0, seen, window))
+            z = {
+                slot: out.logits[0, i - int(model.shifted)]
+                for slot, i in enumerate(inside)
+                if masked[i]
+            }
+            open_ = [masked[i] for i in inside]
+            written = rule.decide(z, open_, [ids[i] for i in inside], None).writes
+            for slot, token in written.items():
+                ids[inside[slot]], masked[inside[slot]] = token, False
+            forwards += 1
+    return ids[given : given + length], forwards
 
 
 @dataclass
