@@ -161,8 +161,7 @@ def test_steps_of_a_block_causal_model() -> None:
         (p.tokens, head_rows(p), cached_keys(p.spans[0]), attended_pairs(p.spans[0])) for p in plans
     ]
     assert figures == [
-        (4, 0, 0, 4 * 4),  # the prompt but for its last window
-        (8, 4, 4, 4 * 8 + 4 * 12),  # that, and the first block
+        (12, 4, 0, 4 * 4 + 4 * 8 + 4 * 12),  # the prompt, and the first block
         (4, 2, 8, 4 * 12),
         (8, 4, 8, 4 * 12 + 4 * 16),  # the first block is stored, the second begins
         (4, 2, 12, 4 * 16),
@@ -176,7 +175,7 @@ def test_steps_of_an_autoregressive_model() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     plans = spans_of("qwen3-kv2of4", 6, params)
     assert [(p.tokens, head_rows(p), cached_keys(p.spans[0])) for p in plans] == [
-        (5, 0, 0),
-        *((1, 1, cached) for cached in (5, 6, 7, 8)),
+        (6, 1, 0),
+        *((1, 1, cached) for cached in (6, 7, 8)),
     ]
-    assert [attended_pairs(p.spans[0]) for p in plans] == [15, 6, 7, 8, 9]
+    assert [attended_pairs(p.spans[0]) for p in plans] == [21, 7, 8, 9]
