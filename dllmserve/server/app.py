@@ -261,6 +261,8 @@ def _describe(app: FastAPI, settings: Settings) -> None:
                 if secured and path not in open_paths:
                     operation["security"] = [{"bearer": []}, {"header": []}]
         parts = schema.setdefault("components", {})
+        prompts = parts["schemas"]["BatchRequest"]["properties"]["prompts"]
+        prompts["maxItems"] = min(native.MAX_PROMPTS, settings.server.max_prompts)
         for name in ("HTTPValidationError", "ValidationError"):
             parts.get("schemas", {}).pop(name, None)
         if secured:

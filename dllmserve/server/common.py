@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import Depends
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -97,15 +98,22 @@ OwnerOf = Annotated[str, Depends(owner_of)]
 
 
 class JsonRoute(APIRoute):
-    """A route whose body is read by :func:`~dllmserve.server.strict_json.parse`."""
+    """A route that refuses unknown query parameters.
+
+    Its body is read by :func:`~dllmserve.server.strict_json.parse`.
+    """
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
         """What FastAPI calls with the request."""
         handle = super().get_route_handler()
-        if self.body_field is None:
-            return handle
+        known = {parameter.alias for parameter in self.dependant.query_params}
 
         async def read(http: HttpRequest) -> Response:
+            if unknown := http.query_params.keys() - known:
+                found = [{"type": "extra_forbidden", "loc": ("query", n)} for n in sorted(unknown)]
+                raise RequestValidationError(found)
+            if self.body_field is None:
+                return await handle(http)
             strict = _StrictRequest(http.scope, http.receive)
             if await strict.body():
                 await strict.json()  # here, because FastAPI would wrap the error

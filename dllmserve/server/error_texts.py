@@ -57,7 +57,7 @@ def explain(
         details: errors of pydantic for the body, a query or a path.
         schema: the schema of the object with all parameters.
         components: named schemas that it refers to.
-        hint: returns advice for the name of an unknown parameter, or "".
+        hint: returns what is said behind the name of an unknown parameter, or "".
     """
     reader = _Reader(components, hint)
     found = [reader.finding(detail, schema) for detail in details]
@@ -221,7 +221,7 @@ class _Reader:
         takes = self.takes(finding.takes) if finding.path else "a JSON object"
         if finding.kind == "extra_forbidden":
             hint = self._hint(name) if len(finding.path) == 1 else ""
-            return f"{name} is not a parameter of this server{hint and '; '}{hint}"
+            return f"{name} is not a parameter of this endpoint{hint}"
         special = _SENTENCES.get(finding.kind)
         if special is not None:
             return special(name, finding, takes)

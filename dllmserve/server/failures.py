@@ -194,9 +194,34 @@ def _named(request: Request, message: str) -> str | None:
 
 def _invalid(request: Request, details: Sequence[Mapping[str, Any]]) -> ApiError:
     """The errors that pydantic found, in our words; values of the client are cut and escaped."""
-    schema, components = _schema_of(request, str(details[0]["loc"][0]) if details else "body")
-    message, param = explain(details, schema, components, lambda name: advice(name, _DECODING, str))
+    where = str(details[0]["loc"][0]) if details else "body"
+    schema, components = _schema_of(request, where)
+
+    def hint(name: str) -> str:
+        if where == "query":
+            taken = " and ".join(schema["properties"])
+            return f"'s query; that takes {taken}" if taken else "'s query, which takes none"
+        meant = advice(name, _DECODING, str)
+        places = _endpoints_with(request, name)
+        # of a field that is there, too; why the native API has none is no help then
+        told = meant if not places or meant.endswith("?") else ""
+        return (places and f", but of {places}") + (told and f"; {told}")
+
+    message, param = explain(details, schema, components, hint)
     return ApiError(400, message, code="invalid_parameter", param=param)
+
+
+def _endpoints_with(request: Request, name: str) -> str:
+    """Paths whose body has a field of this name that is more than tolerated."""
+    described, found = request.app.openapi(), []
+    for path, methods in described["paths"].items():
+        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
+        reference = content.get("application/json", {}).get("schema", {}).get("$ref", "")
+        body = described["components"]["schemas"].get(reference.rpartition("/")[2], {})
+        taken = body.get("properties", {}).get(name)
+        if taken is not None and "enum" not in taken:
+            found.append(path)
+    return ", ".join(found)
 
 
 def _schema_of(request: Request, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

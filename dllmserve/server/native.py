@@ -132,7 +132,10 @@ async def _submit(
     limit = service.settings.server.max_prompts
     if len(prompts) > limit:
         raise ApiError(
-            400, f"prompts has {len(prompts)} entries, over max_prompts={limit}", param="prompts"
+            400,
+            f"prompts has {len(prompts)} entries, over max_prompts={limit}: send fewer at a time",
+            code="invalid_parameter",
+            param="prompts",
         )
     free_body(http)
     note_prompts(http, service, prompts)

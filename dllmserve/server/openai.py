@@ -174,13 +174,15 @@ def _check_count(count: int, param: str, service: Service) -> None:
         )
 
 
-@router.get("/v1/models", response_model=ModelList, responses=errors(body=False))
+@router.get("/v1/models", response_model=ModelList, responses=errors(400, body=False))
 async def models(service: ServiceOf) -> dict[str, Any]:
     """The model of this server."""
     return {"object": "list", "data": [_card(service)]}
 
 
-@router.get("/v1/models/{model:path}", response_model=ModelCard, responses=errors(404, body=False))
+@router.get(
+    "/v1/models/{model:path}", response_model=ModelCard, responses=errors(400, 404, body=False)
+)
 async def model(model: str, service: ServiceOf) -> dict[str, Any]:
     """One model."""
     _check_model(model, service)

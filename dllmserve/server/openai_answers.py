@@ -141,7 +141,7 @@ class Reply:
     def usage(
         self, runs: Sequence[Run], outputs: Sequence[RequestOutput], unfinished: int = 0
     ) -> dict[str, Any]:
-        """Tokens of all choices; each prompt counts once.
+        """Tokens of all choices; each prompt counts once. Forwards come with the last output.
 
         Args:
             runs: all runs.
@@ -153,14 +153,18 @@ class Reply:
         completion = sum(output.completion_tokens for output in outputs) + unfinished
         forwards = sum(output.forward_passes for output in outputs)
         waits = [run.queue_time for run in runs if run.queue_time is not None]
-        return {
+        found = {
             "prompt_tokens": prompt,
-            "prompt_tokens_details": {"cached_tokens": min(cached, prompt)},
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
+            "queue_time": round(max(waits, default=0.0), 6),
+        }
+        if len(outputs) < len(runs):
+            return found  # what only outputs tell is not known of all of them
+        return found | {
+            "prompt_tokens_details": {"cached_tokens": min(cached, prompt)},
             "forward_passes": forwards,
             "tokens_per_forward": round(completion / forwards, 3) if forwards else 0.0,
-            "queue_time": round(max(waits, default=0.0), 6),
         }
 
     def chunk(

@@ -23,6 +23,8 @@ from dllmserve.server.http.keys import ApiKeys
 PREFIX = "DLLMSERVE_"
 #: variables of that prefix that are no options: the keys, and the client's own
 _OTHER_VARIABLES = frozenset({*SECRETS, "DLLMSERVE_CONFIG"})
+#: other names of options, which the command line has too
+_ALIASES = {"block_length": "default_block_length"}
 _LINK = re.compile(r"(tcp|udp|sctp)://")
 
 
@@ -126,19 +128,20 @@ def _from_environment(
     """Options of variables with our prefix, and those that are none; MODEL_PATH is the model."""
     found: dict[str, Any] = {}
     ignored: list[str] = []
-    if environ.get("MODEL_PATH"):
-        found["model"] = environ["MODEL_PATH"]
     for variable, text in environ.items():
         if not variable.startswith(PREFIX) or variable in _OTHER_VARIABLES:
             continue
-        name = variable.removeprefix(PREFIX).lower()
+        name = _option_name(variable.removeprefix(PREFIX).lower())
         if name not in known or _LINK.match(text):
             # orchestrators add variables of their own for a service of our name; one of them
             # is DLLMSERVE_PORT=tcp://10.0.0.1:8000
             ignored.append(variable)
             continue
         kind, item = known[name]
+        _check_once("the environment", name, found)
         found[name] = _parsed(variable, text, get_type_hints(kind)[item])
+    if environ.get("MODEL_PATH"):
+        found.setdefault("model", environ["MODEL_PATH"])
     return found, tuple(ignored)
 
 
@@ -158,7 +161,24 @@ def _from_file(file: str | None) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"--config {file} must hold 'option: value' lines")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+    found: dict[str, Any] = {}
+    for given, value in values.items():
+        name = _option_name(str(given).replace("-", "_"))
+        _check_once(f"--config {file}", name, found)
+        found[name] = value
+    return found
+
+
+def _option_name(given: str) -> str:
+    """The option that a name stands for."""
+    return _ALIASES.get(given, given)
+
+
+def _check_once(where: str, name: str, found: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an option that a source gives under two of its names."""
+    if name in found:
+        others = [name, *(alias for alias, option in _ALIASES.items() if option == name)]
+        raise ConfigError(f"{where} gives {name} twice ({' and '.join(others)}): give it once")
 
 
 def _parsed(variable: str, text: str, hint: Any) -> Any:

@@ -147,7 +147,7 @@ TEXTS: list[tuple[str, Any, str]] = [
     ),
     (TEXT, {"prompt": ["a", "b", 2.5, None]}, "prompt.2 must be a text that is not empty or a "),
     (TEXT, {"prompt": [[1], [-2]]}, "prompt.1.0 must be an integer in [0, 2147483647], got -2"),
-    (TEXT, {"prompt": "a", "xyzzy": 1}, "xyzzy is not a parameter of this server"),
+    (TEXT, {"prompt": "a", "xyzzy": 1}, "xyzzy is not a parameter of this endpoint"),
     (TEXT, {"prompt": "a", "unmask": 5}, "unmask must be one of "),
     (TEXT, {"prompt": "a", "unmask": "x"}, "unmask must be one of "),
     (
@@ -201,12 +201,41 @@ TEXTS: list[tuple[str, Any, str]] = [
         "messages.0.tool_call_id is missing: it must be a text",
     ),
     (CHAT, {"messages": [HI], "metadata": {"a": 1}}, "metadata.a must be a text, got 1"),
-    (CHAT, {"messages": [HI], "a": 1, "b": 1}, "a is not a parameter of this server; b is not "),
+    (CHAT, {"messages": [HI], "a": 1, "b": 1}, "a is not a parameter of this endpoint; b is not "),
     (
         CHAT,
         {"messages": [HI], **{f"p{i}": 1 for i in range(9)}},
-        "; ".join(f"p{i} is not a parameter of this server" for i in range(5)) + "; and more",
+        "; ".join(f"p{i} is not a parameter of this endpoint" for i in range(5)) + "; and more",
     ),
+    (
+        ONE,
+        {"prompt": "a", "prompts": ["a"]},
+        "prompts is not a parameter of this endpoint, but of /v1/generate_batch",
+    ),
+    (
+        WATCH,
+        {"prompt": "a", "stream": True},
+        "stream is not a parameter of this endpoint, but of /v1/completions, /v1/chat/completions",
+    ),
+    (
+        TEXT,
+        {"prompt": "a", "max_completion_tokens": 4},
+        "max_completion_tokens is not a parameter of this endpoint, but of /v1/chat/completions; "
+        "did you mean gen_length?",
+    ),
+    # a field that takes nothing but what changes nothing is no way out
+    (
+        ONE,
+        {"prompt": "a", "min_p": 0.1},
+        "min_p is not a parameter of this endpoint; not offered, because top_p and top_k are ",
+    ),
+    (
+        SEVERAL,
+        {"prompts": ["a"] * 2000},
+        "prompts must be a list of 1 to 128 entries (each a text that is not empty or a list of "
+        "token ids that is not empty), got a list of 2000 entries",
+    ),
+    (SEVERAL, {"prompts": ["a"] * 129}, "prompts has 129 entries, over max_prompts=128: send "),
     (ONE, {"prompt": "a", "timeout": 0}, "timeout must be a number in (0, 86400], got 0"),
     (SEVERAL, {"prompts": ["a", 5]}, "prompts.1 must be a text that is not empty or a list of "),
     (CHAT, b"null", "The body must be a JSON object, got null"),
@@ -276,6 +305,34 @@ def test_parameters_of_a_query_and_a_path(byte_checkpoint: Path) -> None:
                 answer = await server.get(target)
                 assert (answer.status, answer.error["message"]) == (400, text)
                 assert answer.error["param"] == text.split()[0]
+
+    run(main())
+
+
+def test_unknown_parameters_of_a_query(byte_checkpoint: Path) -> None:
+    """They are refused, as unknown fields of a body are; a misspelt one would be lost."""
+    several = "wait and details"
+
+    async def main() -> None:
+        async with serving(byte_checkpoint) as server:
+            await server.post(ONE, {"prompt": "a"})
+            for query in ("foo=1", "wait=1&detail=true", "WAIT=1", "details=true&wait%20=1"):
+                answer = await server.get(f"/v1/result/0?{query}")
+                assert answer.status == 400, query
+                assert answer.error["code"] == "invalid_parameter"
+                text = f" is not a parameter of this endpoint's query; that takes {several}"
+                assert answer.error["message"] == answer.error["param"] + text
+            for method, path, body in (
+                ("POST", ONE, {"prompt": "a"}),
+                ("POST", TEXT, {"prompt": "a"}),
+                ("DELETE", "/v1/result/0", None),
+                ("GET", "/v1/models", None),
+            ):
+                answer = await server.ask(method, f"{path}?steps=4", body)
+                text = "steps is not a parameter of this endpoint's query, which takes none"
+                assert (answer.status, answer.error["message"]) == (400, text), path
+            assert (await server.get("/v1/result/0?wait=1&details=true")).status == 200
+            assert (await server.get("/v1/health?probe=1")).status == 200  # probes may add theirs
 
     run(main())
 

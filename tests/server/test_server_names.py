@@ -48,13 +48,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"gen_length": MAX_LEN}, f"gen_length is {MAX_LEN}"),
     (
         {"max_new_tokens": 5},
-        "max_new_tokens is not a parameter of this server; did you mean gen_length?",
+        "max_new_tokens is not a parameter of this endpoint; did you mean gen_length?",
     ),
-    ({"do_sample": True}, "do_sample is not a parameter of this server; give temperature: 0 is"),
+    ({"do_sample": True}, "do_sample is not a parameter of this endpoint; give temperature: 0 is"),
     ({"num_beams": 2}, "; not offered, because there is no search over several answers"),
     ({"guided_choice": ["a"]}, "; not offered, because answers are not constrained to a form"),
-    ({"temprature": 1}, "temprature is not a parameter of this server; did you mean temperature?"),
-    ({"xyzzy": 1}, "xyzzy is not a parameter of this server"),
+    (
+        {"temprature": 1},
+        "temprature is not a parameter of this endpoint; did you mean temperature?",
+    ),
+    ({"xyzzy": 1}, "xyzzy is not a parameter of this endpoint"),
     (
         {"confidence_eos_eot_inf": True, "temperature": 1},
         "confidence_eos_eot_inf=True needs a model with an id that ends a turn at temperature=1",

@@ -126,11 +126,13 @@ def test_usage_so_far(byte_checkpoint: Path) -> None:
         async with serving(byte_checkpoint) as server:
             options = {"continuous_usage_stats": True, "include_usage": True}
             given = {"prompt": "ab", "max_tokens": 8, "stream": True, "stream_options": options}
-            counts = [
-                chunk["usage"]["completion_tokens"]
-                for chunk in chunks(await server.post(COMPLETE, given))
-            ]
+            usages = [chunk["usage"] for chunk in chunks(await server.post(COMPLETE, given))]
+            counts = [usage["completion_tokens"] for usage in usages]
             assert counts == sorted(counts) and counts[0] > 0 and counts[-1] == 8
+            # what is known at the end alone is left out before, and is never a 0 that means nothing
+            late = {"forward_passes", "tokens_per_forward", "prompt_tokens_details"}
+            assert not late & usages[0].keys() and late <= usages[-1].keys()
+            assert all(usage.get("forward_passes", 1) > 0 for usage in usages)
 
     run(main())
 

@@ -51,6 +51,21 @@ def test_model_path_is_another_name_for_the_model() -> None:
     assert load_settings({}, {"MODEL_PATH": ""}).engine.model == "tiny"
 
 
+def test_an_option_with_two_names_has_both_everywhere(tmp_path: Path) -> None:
+    environ = {"DLLMSERVE_BLOCK_LENGTH": "16"}
+    settings = load_settings({}, environ)
+    assert (settings.engine.default_block_length, settings.ignored) == (16, ())
+    for name in ("block_length", "block-length", "default_block_length"):
+        file = write(tmp_path, f"{name}: 8\n")
+        assert load_settings({}, {}, file).engine.default_block_length == 8
+        assert load_settings({}, environ, file).engine.default_block_length == 16
+    both = "gives default_block_length twice \\(default_block_length and block_length\\)"
+    with pytest.raises(ConfigError, match=both):
+        load_settings({}, {**environ, "DLLMSERVE_DEFAULT_BLOCK_LENGTH": "16"})
+    with pytest.raises(ConfigError, match=both):
+        load_settings({}, {}, write(tmp_path, "block_length: 8\ndefault-block-length: 8\n"))
+
+
 def test_remote_code_is_off_unless_asked_for(tmp_path: Path) -> None:
     assert EngineConfig().trust_remote_code
     assert not load_settings({}, {}).engine.trust_remote_code
