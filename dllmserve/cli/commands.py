@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import typer
@@ -26,6 +27,28 @@ class _Help:
 
 class Command(_Help, TyperCommand):
     """A command."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse "--flag false", whose second word would be a prompt or the model."""
+        flags = {
+            name: (option.opts, option.secondary_opts)
+            for option in self.params
+            if getattr(option, "is_flag", False)
+            for name in (*option.opts, *option.secondary_opts)
+        }
+        for name, word in pairwise(args):
+            if name == "--":
+                break
+            if name not in flags or word.lower() not in ("true", "false"):
+                continue
+            on, off = flags[name]
+            meant = on if (word.lower() == "true") is (name in on) else off
+            form = f"give {max(meant, key=len)} alone" if meant else "leave it out"
+            raise typer.BadParameter(
+                f"it takes no value, got {word!r}: {form} (as an argument, it goes behind --)",
+                param_hint=name,
+            )
+        return super().parse_args(ctx, args)
 
 
 class CommandGroup(_Help, TyperGroup):

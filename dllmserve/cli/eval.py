@@ -44,6 +44,7 @@ from dllmserve.tools.evaluation.report import (
 from dllmserve.tools.evaluation.run import Evaluation, find_baseline
 from dllmserve.tools.evaluation.settings import (
     DEFAULT_GEN_LENGTH,
+    OF_FULL_ATTENTION,
     SUITES,
     Setting,
     check_names,
@@ -109,7 +110,11 @@ class Options:
         "'NAME: field=value field=value', on top of the options below; may be given several times.",
     )
     settings: str | None = _settings(None, 'Settings from JSON: {"name": {"field": value}}.')
-    suite: str | None = _settings(None, f"A built-in list of settings: {', '.join(SUITES)}.")
+    suite: str | None = _settings(
+        None,
+        f"A built-in list of settings: {', '.join(SUITES)}; caches is for full attention. What the "
+        "model has no use for is left out.",
+    )
     baseline: str | None = _settings(
         None, "Setting that the others are compared with. (default the first)"
     )
@@ -167,16 +172,19 @@ def evaluate(
         items = _chosen_items(asked, [*asked.tasks, *(more or ())])
         file = files.enter_context(opened(asked.json, "json"))
         lines = files.enter_context(opened(asked.answers, "answers"))
-        environment, measured = _measure(asked, config, items, settings, baseline)
+        evaluation = _evaluation(asked, config, items)
+        settings, left_out = _fitting(evaluation, settings, asked.suite, baseline)
+        measured = _measured(evaluation, settings, baseline, quiet=asked.quiet)
         interrupted = len(measured) < len(settings)
         source, match = (asked.data, asked.match or "exact") if asked.data else _HELD_OUT
         report = EvalReport(
-            environment=environment,
+            environment=environment_of(evaluation.llm),
             data=data_of(source, items, match, asked.limit, asked.raw),
             items=[item.id for item in items],
             baseline=baseline,
             settings=summarise(measured, baseline),
             interrupted=interrupted,
+            left_out=left_out,
         )
         if lines is not None:
             for line in answers_of(measured):
@@ -186,30 +194,49 @@ def evaluate(
             raise typer.Exit(INTERRUPTED)
 
 
-def _measure(
-    asked: Options,
-    config: EngineConfig,
-    items: list[Item],
-    settings: list[Setting],
-    baseline: str,
-) -> tuple[dict[str, Any], list[Measured]]:
-    """What the figures depend on, and the settings in their order; the baseline is run first."""
+def _evaluation(asked: Options, config: EngineConfig, items: list[Item]) -> Evaluation:
+    """The items with the loaded model."""
     with loading(config.model):
         from dllmserve.llm import LLM
 
-        llm = LLM(**asdict(config))
-        evaluation = Evaluation(llm, items, raw=asked.raw)
-        evaluation.check(settings)
+        return Evaluation(LLM(**asdict(config)), items, raw=asked.raw)
+
+
+def _fitting(
+    evaluation: Evaluation, settings: list[Setting], suite: str | None, baseline: str
+) -> tuple[list[Setting], list[str]]:
+    """The settings that mean something on the model, and which of the suite are left out.
+
+    Raises:
+        DllmServeError: the whole suite, the baseline, or a setting of the user's own is refused.
+    """
+    left_out: list[str] = []
+    if suite is not None:
+        if suite in OF_FULL_ATTENTION and evaluation.llm.spec.geometry != "full":
+            raise ConfigError(
+                f"suite={suite!r} compares ways to approximate full attention, and "
+                f"{evaluation.llm.config.model!r} is no model of that kind: use another suite"
+            )
+        optional = SUITES[suite].keys() - {baseline}
+        settings, left_out = evaluation.fitting(settings, optional)
+    evaluation.check(settings)
+    return settings, left_out
+
+
+def _measured(
+    evaluation: Evaluation, settings: list[Setting], baseline: str, *, quiet: bool
+) -> list[Measured]:
+    """The settings in their order; the baseline is run first."""
     found: dict[str, Measured] = {}
-    told = progress if len(settings) > 1 and not asked.quiet else lambda text: None
-    bar = not asked.quiet and sys.stderr.isatty()
+    told = progress if len(settings) > 1 and not quiet else lambda text: None
+    bar = not quiet and sys.stderr.isatty()
     try:
         for one in evaluation.each(settings, baseline, told, use_tqdm=bar):
             found[one.setting.name] = one
     except KeyboardInterrupt:
         if not found:
             raise
-    return environment_of(llm), [found[s.name] for s in settings if s.name in found]
+    return [found[s.name] for s in settings if s.name in found]
 
 
 def _base(options: Mapping[str, Any], tokens_per_step: int | None) -> Setting:

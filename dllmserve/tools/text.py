@@ -112,6 +112,8 @@ def rule_text(params: SamplingParams) -> str:
         ('threshold 0.9', '8 steps')
     """
     value = getattr(params, params.unmask, None)
+    if params.unmask == "steps" and params.steps_per_block is not None:
+        return f"{counted(params.steps_per_block, 'step')} a block"
     if params.unmask == "steps":
         return f"{value} steps"
     return params.unmask if value is None else f"{params.unmask} {value:g}"

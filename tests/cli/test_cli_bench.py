@@ -16,6 +16,7 @@ from dllmserve import __version__
 from dllmserve.cli.app import app
 from dllmserve.cli.main import main
 from dllmserve.tools.bench import roofline
+from tests.checkpoints import write_byte_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 SMALL = ["--prompt-len", "12", "--gen-length", "8", "--runs", "2", "--max-num-seqs", "4"]
@@ -53,6 +54,27 @@ def record(capfd: pytest.CaptureFixture[str], *args: str | Path) -> dict[str, An
     (line,) = lines(capfd, *args, "--json")
     found: dict[str, Any] = json.loads(line)
     return found
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "pace"),
+    [
+        ("sdar", [], "blocks of 4, 4 steps a block"),
+        ("sdar", ["--steps-per-block", "1"], "blocks of 4, 1 step a block"),
+        ("fast-dllm", ["--unmask", "dynamic"], "blocks of 8, dynamic"),
+        ("qwen3", [], "blocks of 1, 1 step a block"),
+    ],
+)
+def test_the_pace_that_is_shown_is_the_one_that_is_used(
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    family: str,
+    options: list[str],
+    pace: str,
+) -> None:
+    model = write_byte_model(tmp_path, family)
+    out = lines(capfd, "throughput", model, *SMALL, "--no-profile", *options)
+    assert pace in " ".join("\n".join(out[:-1]).split())
 
 
 def test_throughput(capfd: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,35 @@ def _fails(capfd: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int, s
     return code, err
 
 
+@pytest.mark.parametrize(
+    ("args", "form"),
+    [
+        (["generate", "--prefix-caching", "false", "Hi"], "give --no-prefix-caching alone"),
+        (["generate", "--no-prefix-caching", "FALSE", "Hi"], "give --prefix-caching alone"),
+        (["generate", "Hi", "--raw", "True"], "give --raw alone"),
+        (["generate", "--json", "false"], "leave it out"),
+        (["eval", "-q", "true", "word"], "give --quiet alone"),
+        (["serve", "--restart", "false"], "give --no-restart alone"),
+        (["bench", "throughput", "--no-profile", "true"], "give --no-profile alone"),
+    ],
+)
+def test_a_flag_takes_no_value(
+    capfd: pytest.CaptureFixture[str], args: list[str], form: str
+) -> None:
+    """Its second word would be a prompt, a task or the model."""
+    code, err = _fails(capfd, *args)
+    assert code == 2
+    assert "takes no value, got" in err and form in err
+
+
+def test_a_prompt_may_be_what_a_flag_does_not_take(
+    capfd: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    few = ("--gen-length", "4", "--model", checkpoint, "--json", "--", "true")
+    assert main([str(a) for a in ("generate", *few)]) == 0
+    assert json.loads(capfd.readouterr().out)["prompt"] == "true"
+
+
 @pytest.mark.parametrize(("args", "message"), BAD_VALUES, ids=lambda v: " ".join(v)[:40])
 def test_bad_values(
     capfd: pytest.CaptureFixture[str], checkpoint: Path, args: list[str], message: str

@@ -20,6 +20,7 @@ from dllmserve.cli.app import app
 from dllmserve.cli.main import main
 from dllmserve.cli.options import SAMPLING, SPARSE, sampling_params, with_options
 from dllmserve.tools.evaluation.run import Evaluation
+from tests.checkpoints import write_byte_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation.md"
 FEW = ["--max-num-seqs", "8", "--max-model-len", "512", "--limit", "2"]
@@ -39,6 +40,7 @@ RECORD = {
     "items",
     "notes",
     "interrupted",
+    "left_out",
 }
 
 
@@ -47,6 +49,23 @@ def out_of(capfd: pytest.CaptureFixture[str], *args: str | Path) -> str:
     out, err = capfd.readouterr()
     assert err == ""
     return out
+
+
+def test_suites_on_a_block_causal_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = write_byte_model(tmp_path, "sdar")
+    small = ("-m", model, "--max-num-seqs", "4", "--gen-length", "4", "-t", "word", "--limit", "1")
+    record = tmp_path / "record.json"
+    text = out_of(capfd, *small, "--suite", "frontier", "--json", record)
+    assert "left out 'wino 0.6', 'wino 0.3': unmask='wino'" in " ".join(text.split())
+    found = json.loads(record.read_text())
+    assert len(found["left_out"]) == 2 and set(found["left_out"]) <= set(found["notes"])
+    assert "left out 'wino" in out_of(capfd, "--replot", record)
+    assert main(["eval", *map(str, small), "--suite", "caches"]) == 1
+    error = capfd.readouterr().err
+    assert "suite='caches' compares ways to approximate full attention, and " in error
+    refused = ["--suite", "frontier", "--baseline", "wino 0.3"]
+    assert main(["eval", *map(str, small), *refused]) == 1
+    assert "setting 'wino 0.3': unmask='wino'" in capfd.readouterr().err
 
 
 def write(path: Path, *lines: Any) -> Path:

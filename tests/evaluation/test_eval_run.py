@@ -12,10 +12,18 @@ import msgspec
 import pytest
 
 from dllmserve import LLM
-from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError, TokenizerError
+from dllmserve.errors import (
+    ConfigError,
+    ContextLengthError,
+    DllmServeError,
+    InvalidParameterError,
+    TokenizerError,
+)
 from dllmserve.tools.evaluation import Item, Setting, evaluate, held_out, select
 from dllmserve.tools.evaluation.figures import Figures, Measured, Outcome, SettingResult, summarise
 from dllmserve.tools.evaluation.run import Evaluation, find_baseline
+from dllmserve.tools.evaluation.settings import suite
+from tests.checkpoints import write_byte_model
 from tests.conftest import Engines
 
 FAST = Setting("fast", {"unmask": "threshold", "threshold": 0.9})
@@ -63,6 +71,39 @@ def test_a_real_run(tiny: LLM) -> None:
     assert block.sampling["steps"] == 2 and block.varies == {}
     assert (base.rule, base.cache, base.sparse) == ("threshold", "none", None)
     assert base.seconds > 0 and base.tokens_per_second > 0
+
+
+def test_a_suite_on_a_block_causal_model(
+    engines: Engines, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """What the model has no use for is left out, and the pace is one of blocks."""
+    llm = engines(write_byte_model(tmp_path_factory.mktemp("sdar"), "sdar"), max_model_len=256)
+    evaluation = Evaluation(llm, [item(1)])
+    settings = suite("frontier", Setting("base", {"gen_length": 16, "ignore_eos": True}))
+    names = [setting.name for setting in settings]
+    kept, why = evaluation.fitting(settings, set(names[1:]))
+    left = ["8 tokens a step", "16 tokens a step", "32 tokens a step", "wino 0.6", "wino 0.3"]
+    assert [setting.name for setting in kept] == [name for name in names if name not in left]
+    same, wino = why
+    assert same == (
+        "left out '8 tokens a step', '16 tokens a step', '32 tokens a step': the same as "
+        "'4 tokens a step'"
+    )
+    assert wino.startswith("left out 'wino 0.6', 'wino 0.3': unmask='wino' reads K,V of ")
+    evaluation.check(kept)
+    one, two, four = (evaluation.run(setting) for setting in kept[:3])
+    # a prompt that ends inside a block leaves less of it to fill
+    for measured, least, most in ((one, 16, 19), (two, 8, 10), (four, 4, 5)):
+        assert least <= measured.outcomes[0].usage["forward_passes"] <= most
+    assert two.setting.given() == {"gen_length": 16, "ignore_eos": True, "unmask": "steps"} | {
+        "steps_per_block": 2
+    }
+    # what somebody asked for by name is refused
+    with pytest.raises(InvalidParameterError, match=r"setting 'wino 0.6': unmask='wino'"):
+        evaluation.check(settings)
+    too_long = Setting("long", {"gen_length": 4096})
+    with pytest.raises(ContextLengthError, match="setting 'long'"):
+        evaluation.fitting([too_long], {"long"})
 
 
 def test_answers_are_those_of_the_same_requests_alone(tiny: LLM) -> None:

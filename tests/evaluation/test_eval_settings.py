@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dllmserve._values import NotGiven
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError, UnknownOptionError
 from dllmserve.presets import PRESETS
@@ -24,6 +25,7 @@ from dllmserve.tools.evaluation.settings import (
     read_settings,
     suite,
 )
+from tests.helpers import PLAIN
 
 
 def test_every_field_may_be_set() -> None:
@@ -108,6 +110,11 @@ BAD_TEXTS: list[tuple[str, type[Exception], str]] = [
     ("a: steps= 3", ConfigError, "setting 'a': needs field=value, got '3'"),
     ("a: steps=3 steps=4", ConfigError, "setting 'a': steps is given twice"),
     ("a: steps=3 tokens_per_step=4", InvalidParameterError, "exclude each other"),
+    (
+        "a: steps_per_block=3 tokens_per_step=4",
+        InvalidParameterError,
+        "steps_per_block and tokens_per_step=4 exclude each other",
+    ),
     ("a: tokens_per_step=0", InvalidParameterError, "tokens_per_step must be an integer >= 1"),
     ("a: unmask=factor tokens_per_step=2", InvalidParameterError, "works with unmask='steps' only"),
     ("a: sparse=false delay_step=3", ConfigError, "sparse=false and delay_step exclude each other"),
@@ -125,6 +132,33 @@ def test_bad_texts(text: str, kind: type[Exception], message: str) -> None:
         parse_setting(text)
 
 
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"tokens_per_step": 1}, 4),
+        ({"tokens_per_step": 2}, 2),
+        ({"tokens_per_step": 3}, 2),
+        ({"tokens_per_step": 8}, 1),
+        ({"tokens_per_step": 4, "block_length": 16}, 4),
+        ({"steps_per_block": 3}, 3),
+        ({}, None),
+    ],
+)
+def test_the_pace_of_models_with_blocks(given: dict[str, Any], steps: int | None) -> None:
+    """steps are the whole answer's, and such models have no use for a number of those."""
+    setting = make_setting("x", given)
+    assert setting.on(PLAIN) is setting
+    on = setting.on(replace(PLAIN, geometry="block", block_length=4))
+    params = on.params(64)
+    assert params.steps_per_block == steps and isinstance(params.steps, NotGiven)
+    assert on.tokens_per_step is None and on.name == "x"
+
+
+def test_an_autoregressive_model_has_one_pace() -> None:
+    spec = replace(PLAIN, geometry="causal", block_length=1)
+    assert make_setting("x", {"tokens_per_step": 4}).on(spec).params(64).steps_per_block == 1
+
+
 def test_a_setting_changes_its_base() -> None:
     base = make_setting("base", {"cache": "dual", "temperature": 0.5, "tokens_per_step": 4})
     own = parse_setting("own: temperature=0.1", base)
@@ -134,6 +168,9 @@ def test_a_setting_changes_its_base() -> None:
     assert parse_setting("own: unmask=threshold", base).tokens_per_step is None
     counted = make_setting("base", {"steps": 8})
     assert parse_setting("own: tokens_per_step=2", counted).params(64).steps == 32
+    paced = make_setting("base", {"steps_per_block": 2})
+    assert parse_setting("own: tokens_per_step=2", paced).params(64).steps_per_block is None
+    assert parse_setting("own: steps_per_block=3", base).tokens_per_step is None
 
 
 def test_a_setting_changes_the_sparse_attention_of_its_base() -> None:
@@ -219,6 +256,7 @@ def test_names_differ() -> None:
         ({}, "one token a step"),
         ({"tokens_per_step": 4}, "4 tokens a step"),
         ({"steps": 7}, "7 steps"),
+        ({"steps_per_block": 1}, "1 step a block"),
         ({"unmask": "threshold"}, "threshold 0.9"),
         ({"unmask": "threshold", "threshold": 0.8, "cache": "dual"}, "threshold 0.8, dual"),
         ({"unmask": "factor", "gen_length": 128}, "factor 1, gen_length 128"),

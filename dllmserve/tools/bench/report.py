@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -112,6 +112,8 @@ class Report:
 
     def _workload_text(self) -> str:
         work, params = self.workload, settled(self.workload.params, self.plan.spec)
+        if self.plan.spec.geometry != "full" and params.steps_per_block is None:
+            params = replace(params, steps_per_block=params.resolved_block_length)
         cache = f"cache {params.cache}"
         if (sparse := params.sparse) is not None:
             heads = "per head" if sparse.head_select else "for all heads"

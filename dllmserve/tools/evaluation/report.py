@@ -44,6 +44,7 @@ class EvalReport:
         baseline: name of the setting that the others are compared with.
         settings: the results.
         interrupted: settings that were asked for are missing.
+        left_out: settings of a suite that mean nothing on this model, and why.
     """
 
     environment: Mapping[str, Any]
@@ -52,6 +53,7 @@ class EvalReport:
     baseline: str
     settings: Sequence[SettingResult]
     interrupted: bool = False
+    left_out: Sequence[str] = ()
 
     def header(self) -> str:
         """What was measured, on what."""
@@ -78,6 +80,7 @@ class EvalReport:
     def notes(self) -> list[str]:
         """What a reader of the figures should know."""
         notes = ["interrupted: settings are missing"] if self.interrupted else []
+        notes += self.left_out
         worst = max(self.settings, key=lambda s: s.overall.cut / s.overall.items)
         cut, count = worst.overall.cut, worst.overall.items
         if cut > _MANY_CUT * count:
@@ -99,6 +102,7 @@ class EvalReport:
             "items": list(self.items),
             "notes": self.notes(),
             "interrupted": self.interrupted,
+            "left_out": list(self.left_out),
         }
 
     def _items_text(self) -> str:

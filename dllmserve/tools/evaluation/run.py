@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dllmserve.core.validator import RequestValidator
-from dllmserve.errors import ConfigError, DllmServeError, TokenizerError
+from dllmserve.core.validator import RequestValidator, settled
+from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError, TokenizerError
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.tools.evaluation.figures import Measured, Outcome, SettingResult, summarise
 from dllmserve.tools.evaluation.items import Item
 from dllmserve.tools.evaluation.settings import Setting, check_names, named
@@ -27,6 +28,9 @@ class Evaluation:
         items: what it is asked.
         raw: send the prompts as they are, without the chat template.
 
+    Attributes:
+        llm: the same.
+
     Raises:
         ConfigError: there are no items, or one is a conversation and ``raw`` is set.
         TokenizerError: the checkpoint has no tokenizer, or no chat template.
@@ -35,7 +39,7 @@ class Evaluation:
     def __init__(self, llm: LLM, items: Sequence[Item], *, raw: bool = False) -> None:
         if not items:
             raise ConfigError("there are no items to evaluate: give at least one")
-        self._llm = llm
+        self.llm = llm
         self._items = list(items)
         self._ids = _encode(llm, items, raw)
 
@@ -46,18 +50,55 @@ class Evaluation:
             DllmServeError: an item would be refused; the message names setting and item.
         """
         check_names(settings)
-        llm = self._llm
+        for setting in settings:
+            try:
+                self._try(setting)
+            except DllmServeError as error:
+                raise named(error, setting.name) from error
+
+    def fitting(
+        self, settings: Sequence[Setting], optional: Collection[str]
+    ) -> tuple[list[Setting], list[str]]:
+        """The settings without those that mean nothing on this model, and why they are left out.
+
+        Args:
+            settings: all of them.
+            optional: names of those that may be left out: what the model refuses, or what decodes
+                as an earlier one of them does.
+        """
+        spec, left = self.llm.spec, dict[str, list[str]]()
+        kept: list[tuple[Setting, SamplingParams]] = []
+        for setting in settings:
+            params = settled(setting.on(spec).params(), spec)
+            if setting.name in optional:
+                same = [f"the same as {other.name!r}" for other, its in kept if its == params]
+                if reason := "".join(same[:1]) or self._refusal(setting):
+                    left.setdefault(reason, []).append(repr(setting.name))
+                    continue
+            kept.append((setting, params))
+        why = [f"left out {', '.join(names)}: {reason}" for reason, names in left.items()]
+        return [setting for setting, _ in kept], why
+
+    def _refusal(self, setting: Setting) -> str:
+        """Why the model has no use for a setting; "" if it has."""
+        try:
+            self._try(setting)
+        except InvalidParameterError as error:
+            return str(error)
+        except DllmServeError as error:  # it asks for more than there is room for
+            raise named(error, setting.name) from error
+        return ""
+
+    def _try(self, setting: Setting) -> None:
+        """Check the longest items. Raises what a request would."""
+        llm, setting = self.llm, setting.on(self.llm.spec)
         validator = RequestValidator(
             llm.spec, llm.plan.limits, has_tokenizer=llm.tokenizer is not None
         )
-        for setting in settings:
-            for place in self._longest():
-                item = self._items[place]
-                try:
-                    params = setting.params(item.gen_length)
-                    validator.request(0, self._ids[place], params, name=f"item {item.id!r}")
-                except DllmServeError as error:
-                    raise named(error, setting.name) from error
+        for place in self._longest():
+            item = self._items[place]
+            params = setting.params(item.gen_length)
+            validator.request(0, self._ids[place], params, name=f"item {item.id!r}")
 
     def each(
         self,
@@ -75,6 +116,7 @@ class Evaluation:
 
     def run(self, setting: Setting, *, use_tqdm: bool = False) -> Measured:
         """Answer all items at once, after a small batch that is not timed."""
+        setting = setting.on(self.llm.spec)
         few = min(WARM_UP, -(-len(self._items) // WARM_UP_SHARE))
         self._generate(setting, few, use_tqdm=False)
         begin = time.perf_counter()
@@ -96,7 +138,7 @@ class Evaluation:
         lengths = [item.gen_length for item in self._items[:count]]
         params = {length: setting.params(length) for length in set(lengths)}
         chosen = [params[length] for length in lengths]
-        return self._llm.generate(self._ids[:count], chosen, use_tqdm=use_tqdm)
+        return self.llm.generate(self._ids[:count], chosen, use_tqdm=use_tqdm)
 
     def _longest(self) -> list[int]:
         """Places of the longest prompt for each length of an answer."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from dllmserve._checks import check_choice, check_int, check_known
+from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.validator import settled
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
 from dllmserve.knobs import types
 from dllmserve.presets import PRESETS
@@ -17,7 +19,7 @@ from dllmserve.sampling_params import SamplingParams, stepwise
 from dllmserve.sparse.state import SparseConfig
 from dllmserve.tools.text import read_text, rule_text
 
-#: sets ``steps`` from the length of each answer
+#: sets ``steps`` from the length of each answer, or ``steps_per_block`` from that of a block
 TOKENS_PER_STEP = "tokens_per_step"
 #: turns sparse attention on or off, or holds fields of SparseConfig
 SPARSE = "sparse"
@@ -26,6 +28,8 @@ SPARSE = "sparse"
 DEFAULT_GEN_LENGTH = 64
 DEFAULT_TEMPERATURE = 0.0
 
+#: fields that say how many forwards write an answer
+PACES = frozenset({"steps", "steps_per_block"})
 #: fields of SamplingParams that a setting may have
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams) if f.name != SPARSE)
 #: names of the answer's length among them
@@ -65,9 +69,10 @@ class Setting:
         try:
             if (count := self.tokens_per_step) is not None:
                 check_int(InvalidParameterError, TOKENS_PER_STEP, count, 1)
-                if "steps" in self.sampling:
+                if given := sorted(PACES & self.sampling.keys()):
                     raise InvalidParameterError(
-                        f"steps and tokens_per_step={count} exclude each other: give one of them"
+                        f"{given[0]} and tokens_per_step={count} exclude each other: give one of "
+                        "them"
                     )
             self.params(DEFAULT_GEN_LENGTH)
         except DllmServeError as error:
@@ -89,6 +94,18 @@ class Setting:
                 f"got unmask={params.unmask!r}"
             )
         return params
+
+    def on(self, spec: ModelSpec) -> Setting:
+        """The setting as the model reads it.
+
+        With full attention that is the setting itself. Models with another geometry take their pace
+        block by block, so ``tokens_per_step`` becomes ``steps_per_block``.
+        """
+        if self.tokens_per_step is None or spec.geometry == "full":
+            return self
+        length = settled(self.params(), spec).resolved_block_length
+        pace = {"steps_per_block": -(-length // self.tokens_per_step)}
+        return replace(self, sampling={**self.sampling, **pace}, tokens_per_step=None)
 
     def given(self) -> dict[str, Any]:
         """The setting as :func:`make_setting` takes it, and as JSON can hold it."""
@@ -156,9 +173,9 @@ def make_setting(name: str, values: Mapping[str, Any], base: Setting | None = No
     inherited = dict(base.sampling) if base is not None else {}
     if LENGTHS & set(sampling):
         inherited = {k: v for k, v in inherited.items() if k not in LENGTHS}
-    if per_step is not None:
-        inherited.pop("steps", None)
-    elif base is not None and not {"steps", "unmask", "quality"} & set(sampling):
+    if per_step is not None or PACES & set(sampling):
+        inherited = {k: v for k, v in inherited.items() if k not in PACES}
+    elif base is not None and not {"unmask", "quality"} & set(sampling):
         per_step = base.tokens_per_step
     return Setting(name, {**inherited, **sampling}, sparse, per_step)
 
@@ -323,8 +340,9 @@ def describe(setting: Setting) -> str:
     rule = given.pop("unmask", params.unmask)
     if (quality := given.pop("quality", None)) is not None:
         parts = [f"quality {quality}"] + ([] if rule == params.unmask else [rule])
-    elif rule != "steps" or "steps" in given:
-        given.pop(rule, None)
+    elif rule != "steps" or PACES & given.keys():
+        told = PACES if rule == "steps" else {rule}
+        given = {k: v for k, v in given.items() if k not in told}
         parts = [rule_text(params)]
     else:
         count = setting.tokens_per_step or 1
@@ -404,3 +422,5 @@ SUITES: dict[str, Settings] = {
     "caches": _CACHES,
     "quality": {name: {"quality": name} for name in PRESETS},
 }
+#: suites of settings that models of another geometry refuse
+OF_FULL_ATTENTION = frozenset({"caches"})

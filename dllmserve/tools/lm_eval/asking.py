@@ -10,6 +10,7 @@ from typing import Any
 from dllmserve._checks import check_known
 from dllmserve._values import MAX_STOP_STRINGS
 from dllmserve.config import EngineConfig
+from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import ConfigError, InvalidParameterError
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.tools.evaluation.settings import (
@@ -99,12 +100,13 @@ def split_options(
     return EngineConfig(model=name, **engine), make_setting("model_args", decoding)
 
 
-def read_request(given: Mapping[str, Any], base: Setting) -> Ask:
+def read_request(given: Mapping[str, Any], base: Setting, spec: ModelSpec | None = None) -> Ask:
     r"""A request of the type generate_until.
 
     Args:
         given: its generation arguments.
         base: what ``--model_args`` say; the request's own come first.
+        spec: of the model; None is one with full attention.
 
     Raises:
         UnknownOptionError, InvalidParameterError: an argument is wrong, or asks for what a
@@ -134,6 +136,8 @@ def read_request(given: Mapping[str, Any], base: Setting) -> Ask:
         # more than the engine takes are cut off afterwards, with the same text
         values["stop"] = until[:MAX_STOP_STRINGS]
     setting = make_setting("gen_kwargs", values, base)
+    if spec is not None:
+        setting = setting.on(spec)
     return Ask(setting.params(DEFAULT_GEN_LENGTH), tuple(until))
 
 

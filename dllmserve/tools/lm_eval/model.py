@@ -74,7 +74,8 @@ class DllmServeLM(LM):
         for request in requests:
             context, given = request.args
             key = repr(sorted(given.items()))
-            ask = made.get(key) or made.setdefault(key, read_request(given, self._base))
+            if (ask := made.get(key)) is None:
+                ask = made[key] = read_request(given, self._base, self._llm.spec)
             prompts.append(self._encode(context))
             params.append(ask.seeded(context, seen[context, key]))
             asks.append(ask)
