@@ -29,8 +29,8 @@ def refusals(params: Any) -> Iterator[str]:
         )
     if params.cache == "sub_block" and params.sub_block_length is None:
         yield (
-            "cache='sub_block' computes parts of a block alone: say how long they are, for example "
-            "sub_block_length=8"
+            "cache='sub_block' computes parts of a block alone: give sub_block_length, which has "
+            "to divide the block length"
         )
     if sparse is not None and RULES[rule].revokes:
         yield (
@@ -49,7 +49,10 @@ def refusals(params: Any) -> Iterator[str]:
     for name in REFRESH:
         if getattr(params, name) and name not in takes:
             caches = " or ".join(repr(n) for n, info in CACHES.items() if name in info.takes)
-            yield f"{name}={getattr(params, name)} needs cache={caches}, got cache={params.cache!r}"
+            yield (
+                f"{name}={getattr(params, name)} needs cache={caches}, which are for full "
+                f"attention, got cache={params.cache!r}"
+            )
     if params.early_end and params.ignore_eos:
         yield (
             "early_end=True and ignore_eos=True exclude each other: one stops at an end id, "

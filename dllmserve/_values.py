@@ -53,6 +53,16 @@ class Kept(NotGiven):
     """A length that somebody gave, and that ``dataclasses.replace`` hands on to a copy."""
 
 
+class Filled(str):
+    """A name that a preset fills in; a model that has no use for it takes another.
+
+    Copies, pickles and ``dataclasses.replace`` keep the type. ``asdict`` gives a plain text.
+    """
+
+    def __deepcopy__(self, _: Any) -> str:
+        return str(self)
+
+
 def rank(length: int) -> int:
     """Of a length's two names, which one counts: what is given now, then what was given before."""
     return 1 if isinstance(length, Kept) else 0 if isinstance(length, NotGiven) else 2

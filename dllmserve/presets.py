@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dllmserve._values import BLOCK_LENGTH, MAX_STEPS, NotGiven
+from dllmserve._values import BLOCK_LENGTH, MAX_STEPS, Filled, NotGiven
 
 #: a model with blocks of its own keeps those
 _BLOCK = NotGiven(BLOCK_LENGTH)
@@ -24,14 +24,14 @@ _EXACT: dict[str, Any] = {
 _SURE: dict[str, Any] = {
     "unmask": "threshold",
     "block_length": _BLOCK,
-    "suffix_window": 32,
+    "suffix_window": NotGiven(32),
     "early_end": True,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": _EXACT,
-    "balanced": {**_SURE, "threshold": 0.9, "cache": "dual"},
-    "fast": {**_SURE, "threshold": 0.8, "cache": "rolling"},
+    "balanced": {**_SURE, "threshold": 0.9, "cache": Filled("dual")},
+    "fast": {**_SURE, "threshold": 0.8, "cache": Filled("rolling")},
 }
 
 

@@ -12,6 +12,7 @@ from dllmserve._values import (
     BLOCK_LENGTH,
     MAX_GEN_LENGTH,
     MAX_STEPS,
+    Filled,
     Kept,
     NotGiven,
     SparseConfig,
@@ -324,10 +325,11 @@ class SamplingParams:
             self._apply_quality()
         else:  # out of a message or a store: another process has done so
             object.__setattr__(self, "max_tokens", NotGiven(self.gen_length))
-        filled = {name: getattr(self, name) for name in ("block_length", "steps")}
+        names = ("block_length", "steps", "suffix_window", "cache")
+        filled = {name: getattr(self, name) for name in names}
         self._check_values()
         for name, value in filled.items():
-            if isinstance(value, NotGiven):  # a model with blocks of its own keeps those
+            if isinstance(value, (NotGiven, Filled)):  # a model may have its own
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "stop", normal_stop(self.stop))
         object.__setattr__(self, "stop_token_ids", normal_ids(self.stop_token_ids))
@@ -411,7 +413,7 @@ class SamplingParams:
             # what is given may rule a part of the preset out
             barred = name == "early_end" and (self.ignore_eos or revokes)
             if name == "cache" and revokes and not CACHES[value].whole:
-                value = "dual"
+                value = Filled("dual")
             if name not in given and not barred:
                 object.__setattr__(self, name, value)
 
@@ -420,7 +422,7 @@ class SamplingParams:
         within = (None, None) if self.confidence == "neg_entropy" else (0.0, 1.0)
         threshold = check_float(InvalidParameterError, "threshold", self.threshold, *within)
         object.__setattr__(self, "threshold", threshold)
-        if self.cache in CACHES and not CACHES[self.cache].named:
+        if self.cache == "sparse":
             raise InvalidParameterError(
                 "cache='sparse' is chosen by passing a SparseConfig: "
                 "generate(prompts, params, sparse_configs=SparseConfig(...)), or on the command "
@@ -432,7 +434,9 @@ class SamplingParams:
             )
         if self.sparse is not None and not self.sparse.enabled:
             object.__setattr__(self, "sparse", None)
-        known = CACHES if self.cache in CACHES else cache_names()
+        # the names of other packages are looked up only if need be
+        named = self.cache in CACHES and CACHES[self.cache].named
+        known = CACHES if named else cache_names()
         cache = check_choice(InvalidParameterError, "cache", self.cache, known)
         object.__setattr__(self, "cache", cache)
 

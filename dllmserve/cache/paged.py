@@ -35,6 +35,8 @@ class PagedCache:
         first, last = canvas.around(start)
         if stored == first:
             span = Span(row, first, last - first, first)
+            if first == 0:  # sees the same; a step of refreshes alone would be another
+                span = span._replace(mask=Mask.STAIR, mask_arg=window)
             return span._replace(blk_off=start - first, blk_len=end - start)
         # a block that is read at the position before it
         if canvas.shift and start == first >= canvas.start:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dllmserve.cache.paged import PagedCache
 from dllmserve.cache.policy import reuse
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import Mask, Span, Store
+from dllmserve.core.plan import Span, Store
 from dllmserve.core.request import Request
 
 
@@ -21,7 +21,7 @@ class SubBlockCache(PagedCache):
     def span(self, request: Request, spec: ModelSpec, row: int) -> Span:
         """As paged, but where that computes the window alone."""
         span, progress = super().span(request, spec, row), request.progress
-        if span.mask == Mask.STAIR:
+        if span.store == Store.POSITIONS:
             return span  # it stores what precedes the window, and the window where it computes it
         size = request.params.sub_block_length or span.q_len
         start, end = request.blocks[progress.block]

@@ -20,7 +20,7 @@ from dllmserve.sparse.state import SparseConfig
 from dllmserve.tools.evaluation.settings import DEFAULT_GEN_LENGTH, greedy
 
 #: fields that only a fixed number of steps has, or for which a preset has no good values
-_OF_FIXED_STEPS = ("steps", "remasking", "schedule", "eps", "confidence")
+_OF_FIXED_STEPS = ("steps", "steps_per_block", "remasking", "schedule", "eps", "confidence")
 
 #: --model of every command
 ModelOption = Annotated[

@@ -81,19 +81,18 @@ class PageAllocator:
         """The page that holds this, or None."""
         return self._named.get(name)
 
-    def forget(self) -> None:
-        """Take all names away, when what pages hold is in doubt."""
-        self._free.extend(self._idle)
-        for kept in (self._idle, self._names, self._named):
-            kept.clear()
+    def forget(self, pages: Iterable[int] | None = None) -> None:
+        """Take the names of pages (None: of all) away, when what they hold is in doubt."""
+        for page in [*self._names] if pages is None else pages:
+            if page in self._names:
+                del self._named[self._names.pop(page)]
+            if page in self._idle:
+                del self._idle[page]
+                self._free.append(page)
 
-    def held(self, page: int) -> bool:
-        """True if somebody holds the page."""
-        return page in self._holders
-
-    def sole(self, pages: Iterable[int]) -> int:
-        """How many of these pages would be free if one of their holders let them go."""
-        return sum(self._holders[page] == 1 for page in pages)
+    def holders(self, page: int) -> int:
+        """How many hold the page."""
+        return self._holders[page]
 
     def check_integrity(self) -> None:
         """Raise ValueError unless every page is either free or held, once, and names add up."""

@@ -175,6 +175,8 @@ class StepEntry:
         last: True if the request's answer is known to be complete after this step.
         blind: the block once more, with Mask.BLIND, where the written positions are scored; or
             None.
+        stores: more than one window or frame is stored for good: given tokens, a part of them, or
+            what was lost.
     """
 
     span: Span
@@ -185,16 +187,12 @@ class StepEntry:
     quota: int = 0
     last: bool = False
     blind: Span | None = None
+    stores: bool = False
 
     @property
     def kind(self) -> Kind:
         """What the forward is for."""
         return Kind.STORE if self.span.head == Part.NONE else Kind.FILL
-
-    @property
-    def stores(self) -> int:
-        """Positions whose K,V it stores for good, beyond one window: those of a prompt."""
-        return max(self.span.final - self.span.q_start - self.span.mask_arg, 0)
 
     @property
     def tokens(self) -> int:

@@ -198,9 +198,8 @@ class Scheduler:
         """
         if request.pages or not self.running or request is self.running[0]:
             return True
-        before, _ = request.blocks[request.progress.block]
-        pages = self.limits.pages_of(before) * request.rows_needed
-        return self.storage.pages.num_free - pages >= self.limits.num_pages // SPARE_PAGES
+        left = self.storage.pages.num_free - self.storage.begins_with(request)
+        return left >= self.limits.num_pages // SPARE_PAGES
 
     def _victims(self, request: Request, picked: Container[Request]) -> Iterator[Request]:
         """Running requests whose pages another may take: what came after it, the last first."""
@@ -213,19 +212,21 @@ class Scheduler:
     def _fitted(self, request: Request, tokens: int) -> StepEntry:
         """A request's next forward; one that stores may be cut to a chunk of ``tokens`` tokens.
 
-        A chunk decides nothing, and ends where a window ends: that sees all of itself. What cannot
-        be cut stays as it is.
+        A chunk decides nothing, and ends where a window ends: that sees all of itself. It is one
+        window at least.
         """
         entry = self._entry(request)
         span, most = entry.span, tokens // request.rows_needed
         if not entry.stores or span.q_len <= most:
             return entry
-        length = (span.q_start + most) // span.mask_arg * span.mask_arg - span.q_start
-        if length < 1:
+        window = span.mask_arg
+        ends = (span.q_start + most) // window, span.q_start // window + 1
+        length = max(ends) * window - span.q_start
+        if length >= span.q_len:
             return entry
         chunk = {"q_len": length, "blk_off": 0, "blk_len": 0, "head": Part.NONE}
         uncond = None if entry.uncond is None else entry.uncond._replace(**chunk)
-        return StepEntry(span._replace(**chunk), uncond, 0, entry.rule)
+        return StepEntry(span._replace(**chunk), uncond, 0, entry.rule, stores=True)
 
     def assume(self, requests: Sequence[Request]) -> None:
         """Advance the requests of a launched step without waiting for its report.
@@ -254,6 +255,7 @@ class Scheduler:
             if request.status is not Status.RUNNING:
                 continue
             if report.broken:
+                self.storage.pages.forget(request.pages)  # they may be why
                 request.error = EngineError(
                     "the model gave NaN or infinite logits after "
                     f"{request.reported_forwards} forwards: "
@@ -419,8 +421,9 @@ class Scheduler:
         uncond = blind = None
         if request.guided:
             uncond = policy.span(request, self.spec, request.uncond_row)
+        stores = span.final - span.q_start > max(request.canvas.unit, 1)
         if span.head == Part.NONE:
-            return StepEntry(span, uncond, 0, request.params.unmask)
+            return StepEntry(span, uncond, 0, request.params.unmask, stores=stores)
         if request.revokes:
             span, blind = with_blind(span, request.visible, self.spec.logit_shift)
         return StepEntry(
@@ -434,6 +437,7 @@ class Scheduler:
             and progress.block == len(request.blocks) - 1
             and progress.masks_left == request.quota,
             blind=blind,
+            stores=stores,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -61,9 +62,16 @@ class Storage:
         return self._limits.pages_of(self._policy(request.policy).slots(request, self._spec))
 
     def first_pages(self, request: Request) -> int:
-        """Pages that one row of the request starts with."""
-        most = self.most_pages(request)
-        return min(most, self._limits.pages_of(request.blocks[0][0])) if request.grows else most
+        """Pages that one row of the request starts with, or comes back with if it lost them."""
+        if not request.grows:
+            return self.most_pages(request)
+        block = min(request.progress.block, len(request.blocks) - 1)
+        return self._limits.pages_of(request.blocks[block][0])
+
+    def begins_with(self, request: Request) -> int:
+        """Free pages that it takes for that: those that others hold, too, need no place."""
+        pages = self.first_pages(request) * request.rows_needed
+        return pages - sum(self.pages.holders(page) > 0 for page in self._found(request))
 
     def needs(self, request: Request) -> tuple[int, ...]:
         """Rows, pages and kept distributions that the request holds at most."""
@@ -76,10 +84,7 @@ class Storage:
 
     def fits(self, request: Request) -> bool:
         """Whether the request can start."""
-        pages = self.first_pages(request) * request.rows_needed
-        # pages with the right content that nobody holds are not free for it, they become its own
-        pages -= sum(self.pages.held(page) for page in self._found(request))
-        needs = request.rows_needed, pages, request.history_needed
+        needs = request.rows_needed, self.begins_with(request), request.history_needed
         return all(n <= f for n, f in zip(needs, self.free(), strict=True))
 
     def start(self, request: Request) -> None:
@@ -132,12 +137,13 @@ class Storage:
         if prefix is None or not found:
             return False
         self.pages.share(found)
-        column = request.progress.stored // self._limits.page_size
-        own = pages[column : column + len(found)]
+        size = self._limits.page_size
+        column = request.progress.stored // size
+        own = pages[column : column + len(found)]  # of which the first may be half full already
         self.pages.free(own)
         pages[column : column + len(found)] = found
         request.sent = min(request.sent, column)
-        gained = len(found) * self._limits.page_size
+        gained = (column + len(found)) * size - request.progress.stored
         request.progress.stored += gained
         prefix.named = max(prefix.named, column + len(found))
         if not request.preempted:
@@ -156,20 +162,19 @@ class Storage:
             prefix.named = column + 1
 
     def next_names(self, request: Request, final: int) -> list[bytes]:
-        """Names of the pages that a request fills if it stores up to position ``final``."""
+        """Names of the pages that a request fills, and others may share, up to ``final``."""
         if request.prefix is None:
             return []
         size, names = self._limits.page_size, request.prefix.names
-        last = min(final // size, len(names))
+        last = min(final // size, request.prefix.end)
         return [names[page] for page in range(request.progress.stored // size, last)]
 
     def _found(self, request: Request) -> list[int]:
         """Pages, in order, that hold what a request is to store next."""
-        column, inside = divmod(request.progress.stored, self._limits.page_size)
         found = list[int]()
-        if request.prefix is None or inside:
+        if request.prefix is None:
             return found
-        for index in range(column, request.prefix.end):
+        for index in range(request.progress.stored // self._limits.page_size, request.prefix.end):
             page = self.pages.find(request.prefix.names[index])
             if page is None:
                 break
@@ -206,9 +211,12 @@ class Storage:
     def to_take(self, pages: int, victims: Iterable[Request]) -> list[Request] | None:
         """Whose pages have to be taken so that so many are free; None if there are too few."""
         short, taken = pages - self.pages.num_free, list[Request]()
+        let_go = Counter[int]()
         for victim in victims if short > 0 else ():
             taken.append(victim)
-            short -= self.pages.sole(victim.pages) + self.pages.sole(victim.uncond_pages)
+            for page in (*victim.pages, *victim.uncond_pages):
+                let_go[page] += 1
+                short -= let_go[page] == self.pages.holders(page)  # nobody else has it
             if short <= 0:
                 break
         return taken if short <= 0 else None

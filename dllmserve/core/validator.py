@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dllmserve._combinations import REFRESH
-from dllmserve._values import NotGiven, rank
+from dllmserve._values import Filled, NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.canvas import Canvas, answer_canvas, framed_canvas, window_canvas
 from dllmserve.core.limits import Limits
@@ -77,13 +76,7 @@ class RequestValidator:
             stream=stream,
             owner=owner,
         )
-        if len(request.canvas) > self.limits.max_model_len:
-            window, over = request.canvas.window, len(request.canvas)
-            raise ContextLengthError(
-                f"{name} and its answer fill {over} positions in blocks of {window}, over "
-                f"max_model_len={self.limits.max_model_len}: shorten {params.length_name} by "
-                f"{window} or less"
-            )
+        self._check_whole_blocks(request, name)
         policy = CACHES[request.policy].load()()
         if reasons := policy.unsupported(self.spec):
             raise InvalidParameterError(f"cache {request.policy!r}: {'; '.join(reasons)}")
@@ -169,6 +162,10 @@ class RequestValidator:
                 "exact in any case: leave it out"
             )
         length, part = params.resolved_block_length, params.sub_block_length
+        if self.spec.geometry == "block" and part and part > length:
+            raise InvalidParameterError(
+                f"sub_block_length={part} is to be a part of a block of {length}: make it smaller"
+            )
         if windowed and part and length % part:
             raise InvalidParameterError(
                 f"cache={params.policy!r} needs sub-blocks that fill a block of {length}: "
@@ -183,6 +180,23 @@ class RequestValidator:
                 f"{name} has {tokens} tokens and {params.length_name} is {params.gen_length}: "
                 f"{total} together, over max_model_len={limit}"
             )
+
+    def _check_whole_blocks(self, request: Request, name: str) -> None:
+        """Refuse a canvas that is over the limit because its last block is filled to its end."""
+        canvas, limit = request.canvas, self.limits.max_model_len
+        if len(canvas) <= limit:
+            return
+        window = canvas.window
+        room = limit // window * window - canvas.start
+        way = (
+            f"{request.params.length_name} may be {room} at most"
+            if room > 0
+            else f"shorten {name} by {1 - room} tokens, or take a shorter block_length"
+        )
+        raise ContextLengthError(
+            f"{name} and its answer fill {len(canvas)} positions in blocks of {window}, over "
+            f"max_model_len={limit}: {way}"
+        )
 
     def _check_ends(self, params: SamplingParams) -> None:
         """Refuse what the model has no ids for: it would change nothing."""
@@ -224,21 +238,41 @@ def settled(params: SamplingParams, spec: ModelSpec) -> SamplingParams:
     given = block is not None and not isinstance(block, NotGiven)
     if spec.block_length and not given and params.sparse is None:  # which has one of its own
         changed["block_length"] = spec.block_length
-        if isinstance(params.steps, NotGiven):
+        if isinstance(params.steps, NotGiven) and spec.geometry == "full":
             from dllmserve.presets import same_pace  # where such steps come from
 
             changed["steps"] = same_pace(params.steps, params.gen_length, block, spec.block_length)
-    if spec.geometry != "full" and params.quality is not None:
-        # what a preset says of full attention
-        changed |= {"suffix_window": None, "early_end": False}
-        if not CACHES[params.cache].windowed:
-            changed["cache"] = "none"
-        changed |= {name: getattr(SamplingParams, name) for name in REFRESH}
-        if spec.geometry == "causal" and not RULES[params.unmask].revokes:
-            changed["unmask"] = "steps"  # writes the same, and is known beforehand
+    if spec.geometry != "full":
+        changed |= _without_full_attention(params, spec)
     if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
         changed["max_tokens"] = int(DEFAULT_LENGTHS[0])
     return replace(params, **changed) if changed else params
+
+
+def _without_full_attention(params: SamplingParams, spec: ModelSpec) -> dict[str, Any]:
+    """What a preset, or a default, says of full attention alone."""
+    changed = dict[str, Any]()
+    if isinstance(params.cache, Filled):
+        changed["cache"] = "none"
+    if isinstance(params.suffix_window, NotGiven):
+        changed["suffix_window"] = None
+    if params.quality is not None:
+        changed["early_end"] = False
+        if spec.geometry == "causal" and not RULES[params.unmask].revokes:
+            changed["unmask"] = "steps"  # writes the same, and is known beforehand
+    if params.steps != SamplingParams.steps:
+        # one a token is what it takes anyway
+        fewer = params.steps < params.gen_length and not isinstance(params.steps, NotGiven)
+        if fewer and params.steps_per_block is None:
+            raise InvalidParameterError(
+                f"steps={params.steps} counts for the whole answer of a model with full attention, "
+                "and this one fills block after block: give steps_per_block"
+                if spec.geometry == "block"
+                else f"steps={params.steps} says nothing to an autoregressive model, which takes a "
+                "forward for each token: leave it out"
+            )
+        changed["steps"] = SamplingParams.steps
+    return changed
 
 
 def window_of(spec: ModelSpec, params: SamplingParams) -> int:

@@ -201,6 +201,12 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
         raise ConfigError(
             f"max_model_len={max_len} is over the model's own {spec.max_model_len} positions"
         )
+    if spec.geometry == "block" and not spec.short_blocks and spec.block_length > max_len:
+        raise ConfigError(
+            f"blocks of {spec.block_length} do not fit into max_model_len={max_len}: no answer "
+            "could be filled to the end of its block (default_block_length is what requests take "
+            "that give none)"
+        )
     tokens = options.max_num_batched_tokens
     if tokens is None:
         tokens = min(max(2 * max_len, _MIN_STEP_TOKENS), _MAX_STEP_TOKENS)

@@ -225,10 +225,12 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", array_like=True, frozen=True):
 FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Heartbeat
 
 
-def plain(value: Any) -> int:
-    """A subclass of int, such as Kept, as a plain int; anything else is an error."""
+def plain(value: Any) -> int | str:
+    """A subclass of int or str, such as Kept, as a plain one; anything else is an error."""
     if isinstance(value, int):
         return int(value)
+    if isinstance(value, str):
+        return str(value)
     raise NotImplementedError(f"{type(value).__name__} is not for messages")
 
 

@@ -52,7 +52,7 @@ def test_a_page_with_a_name_is_kept_until_it_is_needed() -> None:
     pages.name(second, b"second")
     pages.free([first, second])
     assert pages.num_free == 3
-    assert pages.find(b"first") == first and not pages.held(first)
+    assert pages.find(b"first") == first and not pages.holders(first)
     pages.share([first])  # somebody has found it
     pages.reserve(1)  # the page that was never used
     assert pages.find(b"second") == second

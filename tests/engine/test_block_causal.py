@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, SamplingParams
-from dllmserve.errors import InvalidParameterError
+from dllmserve.errors import ConfigError, ContextLengthError, InvalidParameterError
 from tests import helpers
 from tests.conftest import Engines
 from tests.parallel.threads import threaded_llm
@@ -199,8 +199,12 @@ CACHED: dict[str, Any] = {"cache": "sub_block", "sub_block_length": 8}
         ("qwen3-kv2of4", CACHED, "and this is an autoregressive model: leave it out"),
         ("llada-kv2of4", CACHED, "and this is a model with full attention: leave it out"),
         ("fdv2-kv2of4", {**CACHED, "sub_block_length": 5}, "sub_block_length=5 does not divide it"),
-        ("sdar-kv2of4", {**CACHED, "block_length": 4}, "needs sub-blocks that fill a block of 4"),
-        ("fdv2-kv2of4", {"sub_block_length": None, "cache": "sub_block"}, "sub_block_length=8"),
+        (
+            "sdar-kv2of4",
+            {**CACHED, "block_length": 4},
+            "sub_block_length=8 is to be a part of a block of 4",
+        ),
+        ("fdv2-kv2of4", {"sub_block_length": None, "cache": "sub_block"}, "give sub_block_length"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -208,3 +212,60 @@ def test_what_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(InvalidParameterError, match=words):
         engines(helpers.GOLDEN / name).generate([[1, 2]], SamplingParams(**given), use_tqdm=False)
+
+
+def test_a_preset_brings_nothing_of_full_attention(engines: Engines) -> None:
+    """What it fills in for full attention is left out; what somebody gave is refused."""
+    llm = engines(helpers.GOLDEN / "sdar-kv2of4")
+    for quality in ("exact", "balanced", "fast"):
+        llm.generate([[1, 2]], SamplingParams(quality=quality, gen_length=8), use_tqdm=False)
+        refused: list[dict[str, Any]] = [{"cache": "dual"}, {"suffix_window": 8}]
+        for given in refused:
+            params = SamplingParams(quality=quality, gen_length=8, **given)
+            with pytest.raises(InvalidParameterError, match="leave it out"):
+                llm.generate([[1, 2]], params, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "words"),
+    [
+        ("sdar-kv2of4", 8, "steps=8 counts for the whole answer .* give steps_per_block"),
+        ("qwen3-kv2of4", 8, "steps=8 says nothing to an autoregressive model"),
+        ("sdar-kv2of4", 16, None),  # one a token is what they take
+        ("qwen3-kv2of4", 16, None),
+    ],
+)
+def test_steps_of_the_whole_answer(
+    engines: Engines, name: str, steps: int, words: str | None
+) -> None:
+    llm, params = engines(helpers.GOLDEN / name), SamplingParams(gen_length=16, steps=steps)
+    if words is None:
+        llm.generate([[1, 2, 3]], params, use_tqdm=False)
+        return
+    with pytest.raises(InvalidParameterError, match=words):
+        llm.generate([[1, 2, 3]], params, use_tqdm=False)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "words"),
+    [
+        (3, 60, "fill 80 positions in blocks of 20, over max_model_len=64: gen_length may be 57"),
+        (62, 1, "by 3 tokens, or take a shorter block_length"),
+    ],
+)
+def test_blocks_are_filled_to_their_end(
+    engines: Engines, prompt: int, length: int, words: str
+) -> None:
+    """An answer that would not fit because of that is refused, and the advice is right."""
+    llm = engines(helpers.GOLDEN / "sdar-kv2of4", max_model_len=64)
+    params = SamplingParams(gen_length=length, block_length=20)
+    with pytest.raises(ContextLengthError, match=words):
+        llm.generate([[1] * prompt], params, use_tqdm=False)
+    fits = min(prompt, 59)
+    params = SamplingParams(gen_length=min(length, 57), block_length=20)
+    llm.generate([[1] * fits], params, use_tqdm=False)
+
+
+def test_a_block_that_no_answer_could_fill() -> None:
+    with pytest.raises(ConfigError, match="blocks of 128 do not fit into max_model_len=64"):
+        LLM(str(helpers.GOLDEN / "sdar-kv2of4"), max_model_len=64, default_block_length=128)
