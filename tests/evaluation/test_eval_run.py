@@ -95,9 +95,7 @@ def test_a_suite_on_a_block_causal_model(
     # a prompt that ends inside a block leaves less of it to fill
     for measured, least, most in ((one, 16, 19), (two, 8, 10), (four, 4, 5)):
         assert least <= measured.outcomes[0].usage["forward_passes"] <= most
-    assert two.setting.given() == {"gen_length": 16, "ignore_eos": True, "unmask": "steps"} | {
-        "steps_per_block": 2
-    }
+    assert two.setting.params().steps_per_block == 2
     # what somebody asked for by name is refused
     with pytest.raises(InvalidParameterError, match=r"setting 'wino 0.6': unmask='wino'"):
         evaluation.check(settings)

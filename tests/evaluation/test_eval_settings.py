@@ -151,7 +151,17 @@ def test_the_pace_of_models_with_blocks(given: dict[str, Any], steps: int | None
     on = setting.on(replace(PLAIN, geometry="block", block_length=4))
     params = on.params(64)
     assert params.steps_per_block == steps and isinstance(params.steps, NotGiven)
-    assert on.tokens_per_step is None and on.name == "x"
+    assert on.given() == given and on.name == "x"
+
+
+def test_the_pace_of_an_answer_that_is_shorter_than_a_block() -> None:
+    """Whole windows are filled to their end, and other blocks end with the answer."""
+    setting = make_setting("x", {"tokens_per_step": 2})
+    windows = replace(PLAIN, geometry="block", block_length=32)
+    short, frames = replace(windows, short_blocks=True), replace(windows, causal_context=True)
+    for spec, steps in ((windows, 16), (short, 4), (frames, 4)):
+        assert setting.on(spec).params(8).steps_per_block == steps
+        assert setting.on(spec).params(64).steps_per_block == 16
 
 
 def test_an_autoregressive_model_has_one_pace() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from dllmserve._checks import check_choice, check_int, check_known
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.validator import settled
+from dllmserve.core.validator import settled, window_of
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
 from dllmserve.knobs import types
 from dllmserve.presets import PRESETS
@@ -50,6 +50,7 @@ class Setting:
             among them is the length of every item's answer.
         sparse: fields of SparseConfig that were given; None without sparse attention.
         tokens_per_step: with ``unmask="steps"``, tokens that a step writes, at most.
+        spec: of a model that fills block after block; None is one with full attention.
 
     Raises:
         DllmServeError: a field has a wrong value; the message names the setting.
@@ -63,6 +64,7 @@ class Setting:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     sparse: Mapping[str, Any] | None = None
     tokens_per_step: int | None = None
+    spec: ModelSpec | None = None
 
     def __post_init__(self) -> None:
         check_known(f"setting {self.name!r}", self.sampling, SAMPLING_FIELDS)
@@ -93,19 +95,22 @@ class Setting:
                 f"tokens_per_step={self.tokens_per_step} works with unmask='steps' only, "
                 f"got unmask={params.unmask!r}"
             )
-        return params
+        if self.spec is None or self.tokens_per_step is None:
+            return params
+        block = settled(params, self.spec).resolved_block_length
+        if window_of(self.spec, params) == 1:  # the last block ends with the answer
+            block = min(block, params.gen_length)
+        return replace(params, steps_per_block=-(-block // self.tokens_per_step))
 
     def on(self, spec: ModelSpec) -> Setting:
         """The setting as the model reads it.
 
         With full attention that is the setting itself. Models with another geometry take their pace
-        block by block, so ``tokens_per_step`` becomes ``steps_per_block``.
+        block by block, so ``tokens_per_step`` sets ``steps_per_block``.
         """
         if self.tokens_per_step is None or spec.geometry == "full":
             return self
-        length = settled(self.params(), spec).resolved_block_length
-        pace = {"steps_per_block": -(-length // self.tokens_per_step)}
-        return replace(self, sampling={**self.sampling, **pace}, tokens_per_step=None)
+        return replace(self, spec=spec)
 
     def given(self) -> dict[str, Any]:
         """The setting as :func:`make_setting` takes it, and as JSON can hold it."""
