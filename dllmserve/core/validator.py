@@ -181,7 +181,8 @@ class RequestValidator:
         if total > limit:
             raise ContextLengthError(
                 f"{name} has {tokens} tokens and {params.length_name} is {params.gen_length}: "
-                f"{total} together, over max_model_len={limit}"
+                f"{total} together, over max_model_len={limit}: shorten one of them"
+                f"{_raise_it(limit, self.spec)}"
             )
 
     def _check_ends(self, params: SamplingParams) -> None:
@@ -239,6 +240,12 @@ def settled(params: SamplingParams, spec: ModelSpec) -> SamplingParams:
     if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
         changed["max_tokens"] = int(DEFAULT_LENGTHS[0])
     return replace(params, **changed) if changed else params
+
+
+def _raise_it(limit: int, spec: ModelSpec) -> str:
+    """The other way out, if the model has more positions than the engine was given."""
+    most = spec.max_model_len
+    return f", or raise max_model_len up to the model's {most}" if limit < most else ""
 
 
 def window_of(spec: ModelSpec, params: SamplingParams) -> int:
