@@ -24,7 +24,7 @@ from dllmserve.engine.machine import (
     choose_kernels,
     plan_memory,
 )
-from dllmserve.engine.sizing import OOM_ADVICE, Sizing
+from dllmserve.engine.sizing import Sizing, memory_advice
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, with_ends
 from dllmserve.errors import (
     ConfigError,
@@ -278,7 +278,7 @@ def build_runner(plan: EnginePlan, group: Group, ready: Callable[[], None] = _al
             raise
         raise OutOfMemoryError(
             f"out of memory while loading {plan.directory.name} "
-            f"({plan.memory.equation()}): {OOM_ADVICE}"
+            f"({plan.memory.equation()}): {memory_advice(plan.spec)}"
         ) from error
 
 

@@ -195,8 +195,16 @@ def _named(request: Request, message: str) -> str | None:
 def _invalid(request: Request, details: Sequence[Mapping[str, Any]]) -> ApiError:
     """The errors that pydantic found, in our words; values of the client are cut and escaped."""
     schema, components = _schema_of(request, str(details[0]["loc"][0]) if details else "body")
-    message, param = explain(details, schema, components, lambda name: advice(name, _DECODING, str))
+    message, param = explain(
+        details, schema, components, lambda name: advice(name, _DECODING, str, _belongs)
+    )
     return ApiError(400, message, code="invalid_parameter", param=param)
+
+
+def _belongs(field: str, owner: str) -> str:
+    """Where a field is given that no request has: the server's command line has the engine's."""
+    option = f"--{field.replace('_', '-')}"
+    return f"the server has it as {option}" if owner == "LLM" else f"{field} belongs to {owner}"
 
 
 def _schema_of(request: Request, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
