@@ -152,6 +152,9 @@ def check_choice(err: ErrorType, name: str, value: Any, choices: Collection[str]
     """The value as a plain text; raises ``err`` unless it is one of the given ones."""
     text = plain(value)
     if not isinstance(text, str) or text not in choices:
+        from dllmserve.foreign import rule_meant  # which nobody needs who makes no mistake
+
         listed = ", ".join(repr(c) for c in choices)
-        raise err(f"{name} must be one of {listed}, got {value!r}")
+        hint = rule_meant(name, text)
+        raise err(f"{name} must be one of {listed}, got {value!r}{hint and '; '}{hint}")
     return text

@@ -239,7 +239,7 @@ MODELS = Catalog(
             "dllmserve.models.stable_diffcoder:StableDiffcoder"
         ),
         "NemotronLabsDiffusionModel": ModelInfo("dllmserve.models.nemotron:Nemotron"),
-        "MinistralDiffEncoderModel": ModelInfo("dllmserve.models.nemotron:Nemotron"),
+        "MinistralDiffEncoderModel": ModelInfo("dllmserve.models.nemotron:MinistralDiffEncoder"),
         "A2DLlamaLMHeadModel": ModelInfo("dllmserve.models.a2d:A2dLlama"),
         "A2DQwen2LMHeadModel": ModelInfo("dllmserve.models.a2d:A2dQwen2"),
         "A2DQwen3LMHeadModel": ModelInfo("dllmserve.models.a2d:A2dQwen3"),

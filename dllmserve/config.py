@@ -18,6 +18,7 @@ LOAD_FORMATS = ("auto", "dummy")
 KERNELS = ("auto", "torch", "triton")
 MAX_THREADS = 1024
 PHASES = ("auto", "mixed", "separate")
+_PREFIX = "Prefix cache"
 #: false forbids the code of checkpoints on a machine, whatever a caller says; true changes nothing
 #: for Python, and is the option of that name for ``dllmserve serve``
 CODE_VARIABLE = "DLLMSERVE_TRUST_REMOTE_CODE"
@@ -69,7 +70,8 @@ class EngineConfig:
             the K,V of their equal full pages, and pages that nobody holds keep their content until
             their place is needed. With full attention there is nothing to share.
         prefix_isolation: only requests of one owner (in a server: of one API key) share pages, so
-            that nobody can learn from the time of an answer what others have asked.
+            that nobody can learn from the time of an answer what others have asked. It needs
+            prefix_caching.
         gpu_memory_utilization: share of the device's memory that the engine may plan with.
         seed: base of the seeds of requests that bring none; None is random.
         threads: threads of an engine on a CPU, and only there; ranks and engines divide them. None
@@ -147,10 +149,14 @@ class EngineConfig:
         None, "Pages of the K,V store (sized by memory, if not given).", low=0
     )
     prefix_caching: bool = knob(
-        True, "Share K,V pages of equal beginnings (block-causal and autoregressive models)."
+        True,
+        "Share K,V pages of equal beginnings (block-causal and autoregressive models).",
+        panel=_PREFIX,
     )
     prefix_isolation: bool = knob(
-        False, "Share them between requests of one API key alone, not of different ones."
+        False,
+        "Share them between requests of one API key alone, not of different ones.",
+        panel=_PREFIX,
     )
     gpu_memory_utilization: float = knob(
         0.9, "Share of the device's memory to plan with.", low=0, low_open=True, high=1
@@ -194,6 +200,11 @@ class EngineConfig:
             one = isinstance(ends, int) and not isinstance(ends, bool)
             ends = check_ids(err, "eos_ids", [ends] if one else ends)
             object.__setattr__(self, "eos_ids", tuple(dict.fromkeys(ends)))
+        if self.prefix_isolation and not self.prefix_caching:
+            raise err(
+                "prefix_isolation=True says who shares pages, and with prefix_caching=False nobody "
+                "does: leave one of them out"
+            )
         self.check_threads(self.device)
 
     def check_threads(self, device: str) -> None:

@@ -6,7 +6,7 @@
     ├── InvalidRequestError    (ValueError)         a request that is wrong in itself
     │   ├── InvalidParameterError                   a bad SamplingParams or SparseConfig field
     │   ├── PromptError                             an empty prompt, ids outside the vocabulary
-    │   └── ContextLengthError                      prompt + gen_length over max_model_len
+    │   └── ContextLengthError                      prompt + answer over max_model_len
     ├── CapacityError          (ValueError)         a valid request that this engine can never fit
     ├── UnknownOptionError     (TypeError)          a keyword that nothing reads
     ├── ConfigError            (ValueError)         a bad engine option

@@ -1,13 +1,16 @@
 """Names that other engines and scripts use: the right field here, or why there is none.
 
-vLLM, SGLang, TGI, llama.cpp, transformers, OpenAI's API, and the scripts of LLaDA, Dream and
+vLLM, SGLang, TGI, llama.cpp, transformers, OpenAI's API, and the scripts of LLaDA, Dream, SDAR and
 Fast-dLLM. Every surface (Python, command line, HTTP, settings) asks :func:`advice`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
 
 #: field here -> names that mean the same; of several fields of a name, the first known one counts
 _SAME: tuple[tuple[str, str], ...] = (
@@ -20,8 +23,10 @@ _SAME: tuple[tuple[str, str], ...] = (
     ("default_max_tokens", "max_tokens gen_length max_new_tokens max_completion_tokens n_predict"),
     ("temperature", "temp sampling_temperature"),
     ("top_p", "nucleus_p"),
-    ("steps", "num_steps n_steps diffusion_steps num_diffusion_steps denoising_steps timesteps"),
+    ("steps", "num_steps n_steps diffusion_steps num_diffusion_steps timesteps"),
     ("steps", "denoise_steps num_inference_steps num_denoising_steps sampling_steps sample_steps"),
+    ("steps_per_block", "denoising_steps"),
+    ("sub_block_length", "small_block_size small_block_length sub_block_size"),
     ("cfg_scale", "cfg cfg_weight"),
     ("remasking", "remask remasking_strategy remask_strategy remasking_method"),
     ("block_length", "block_size block_len blk_len blocksize bd_size diffusion_block_size"),
@@ -34,6 +39,7 @@ _SAME: tuple[tuple[str, str], ...] = (
     ("kv_pages", "num_gpu_blocks_override num_kvcache_blocks num_gpu_blocks"),
     ("unmask", "algorithm dllm_algorithm unmasking unmask_rule unmask_strategy decoding_strategy"),
     ("threshold", "confidence_threshold conf_threshold unmask_threshold token_threshold"),
+    ("threshold", "dynamic_threshold"),
     ("entropy_bound", "entropy_threshold entropy_budget"),
     ("retention_ratio", "keep_ratio retain_ratio"),
     ("pool_kernel", "kernel_size"),
@@ -61,8 +67,8 @@ _ALIKE: tuple[tuple[str, str, str], ...] = (
         "'neg_entropy' entropy; origin is not offered",
         "alg",
     ),
-    ("steps", "of the whole answer: steps_per_block times the blocks", "steps_per_block"),
     ("cache", "'none', or 'prefix' or 'dual' as Fast-dLLM's", "use_cache dual_cache"),
+    ("cache", "'sub_block' is Fast-dLLM v2's, with a sub_block_length", "use_block_cache"),
     ("cache", "'prefix' is Fast-dLLM's, 'dual' its dual cache", "use_prefix_cache prefix_cache"),
     (
         "logit_bias",
@@ -86,8 +92,8 @@ _NOT_OFFERED: tuple[tuple[str, str], ...] = (
         "xtc_probability xtc_threshold",
     ),
     (
-        "the positions of an answer are filled in any order, so no token comes after another; "
-        "logit_bias changes the logits of single tokens",
+        "tokens that an answer already has are not counted (diffusion models fill its positions in "
+        "any order); logit_bias changes the logits of single tokens",
         "repetition_penalty presence_penalty frequency_penalty repeat_penalty repeat_last_n "
         "no_repeat_ngram_size encoder_repetition_penalty encoder_no_repeat_ngram_size "
         "dry_multiplier penalty_last_n",
@@ -168,23 +174,47 @@ _NOT_OFFERED: tuple[tuple[str, str], ...] = (
     ("nothing is counted unless it is asked for", "disable_log_stats"),
 )
 
-#: fields that are often given to the wrong class
-_OF_REQUESTS = (
-    "temperature top_p top_k gen_length max_tokens steps block_length cfg_scale unmask threshold "
-    "cache stop remasking ignore_eos quality logit_bias"
+#: values of other engines' fields that are a rule here: the rule, and the values
+_RULES: tuple[tuple[str, str], ...] = (
+    ("steps", "low_confidence_static"),
+    ("dynamic", "low_confidence_dynamic"),
+    ("sequential", "sequential"),
+    ("entropy_bound", "entropy_bounded"),
 )
-_OF_SPARSE = "retention_ratio head_select delay_step default_block_len pool_kernel min_keep"
-_OF_ENGINES = (
-    "model dtype device tensor_parallel_size max_model_len max_num_seqs max_num_batched_tokens "
-    "gpu_memory_utilization enforce_eager trust_remote_code attention kernels load_format "
-    "page_size kv_pages mask_id eos_ids default_block_length"
+
+#: whose fields are often given to the wrong class: its name, module and class. Loaded by name,
+#: because these modules come here when they refuse a field
+_KINDS: tuple[tuple[str, str, str], ...] = (
+    ("SamplingParams", "dllmserve.sampling_params", "SamplingParams"),
+    ("SparseConfig", "dllmserve._values", "SparseConfig"),
+    ("LLM", "dllmserve.config", "EngineConfig"),
 )
-_OWNERS: dict[str, str] = {
-    **dict.fromkeys(_OF_REQUESTS.split(), "SamplingParams"),
-    **dict.fromkeys(_OF_SPARSE.split(), "SparseConfig"),
-    **dict.fromkeys(_OF_ENGINES.split(), "LLM"),
-}
 _REASONS = {name: reason for reason, names in _NOT_OFFERED for name in names.split()}
+
+
+@cache
+def owners() -> Mapping[str, str]:
+    """The class that each field belongs to; of several, the first."""
+    found: dict[str, str] = {}
+    for owner, module, kind in _KINDS:
+        for field in fields(getattr(import_module(module), kind)):
+            found.setdefault(field.name, owner)
+    return found
+
+
+def rule_meant(name: str, value: object) -> str:
+    """What to do about a wrong value that is a rule's name elsewhere; "" if it is none.
+
+    Example:
+        >>> rule_meant("remasking", "low_confidence_dynamic")
+        "give unmask='dynamic'"
+    """
+    rules = [rule for rule, values in _RULES if value in values.split()]
+    return f"give unmask={rules[0]!r}" if rules and name in ("remasking", "unmask") else ""
+
+
+def _belongs(field: str, owner: str) -> str:
+    return f"{field} belongs to {owner}"
 
 
 def _fields(name: str) -> Iterator[tuple[str, str]]:
@@ -193,13 +223,19 @@ def _fields(name: str) -> Iterator[tuple[str, str]]:
     yield from ((field, f": {how}") for field, how, names in _ALIKE if name in names.split())
 
 
-def advice(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -> str:
+def advice(
+    name: str,
+    known: Iterable[str],
+    show: Callable[[str], str] = repr,
+    belongs: Callable[[str, str], str] = _belongs,
+) -> str:
     """What to do about a name that nothing reads; "" if there is nothing to say.
 
     Args:
         name: as it was given, with or without dashes.
         known: fields that may be given in its place.
         show: how a field is written where the name was given.
+        belongs: says where a field of another class is given, from the two names.
 
     Example:
         >>> advice("max_new_tokens", ["gen_length", "steps"])
@@ -216,8 +252,8 @@ def advice(name: str, known: Iterable[str], show: Callable[[str], str] = repr) -
     if plain in _REASONS:
         return f"not offered, because {_REASONS[plain]}"
     for field, how in [*meant, (plain, "")]:
-        if field in _OWNERS:
-            return f"{field} belongs to {_OWNERS[field]}{how}"
+        if field in owners():
+            return f"{belongs(field, owners()[field])}{how}"
     near = [field for field in here if field.startswith(f"{plain}_")]
     if len(near) != 1:
         swapped = [field for field in here if sorted(field) == sorted(plain)]

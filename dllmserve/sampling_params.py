@@ -60,7 +60,8 @@ class SamplingParams:
             gen_length ids.
         gen_length: length of the answer in tokens, 1 to 8192.
         steps: denoising steps for the whole answer, 1 to 8192, spread over the blocks as
-            evenly as they can be, at least one a block. Only ``unmask="steps"`` reads it.
+            evenly as they can be, at least one a block. The rules with a schedule read it ("steps",
+            "sequential" and "dynamic"), with full attention.
         steps_per_block: forwards of the schedule in each block, in place of steps; None: from steps
             with full attention, the block's length on block-causal models. For the rules with a
             schedule, "steps", "sequential" and "dynamic".
@@ -74,8 +75,8 @@ class SamplingParams:
             "threshold", "threshold_strict", "factor", "factor_strict", "entropy_bound",
             "hierarchy", "credit", "klass" or "wino"; docs/decoding.md explains each.
         threshold: least confidence for the rules that compare with one: "threshold"
-            (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "hierarchy", "credit" (dInfer),
-            "klass" (arXiv 2511.05664; 0.9 there) and "wino" (0.6 there).
+            (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "dynamic" (SDAR), "hierarchy",
+            "credit" (dInfer), "klass" (arXiv 2511.05664; 0.9 there) and "wino" (0.6 there).
         factor: the factor f of ``unmask="factor"`` (Fast-dLLM) and "factor_strict".
         entropy_bound: entropy budget in nats of ``unmask="entropy_bound"``.
         low_threshold: least confidence of the best position of a run of masks, for
@@ -97,7 +98,7 @@ class SamplingParams:
         refresh_delay: forwards of a block over the whole canvas after the first; the K,V of
             the last of them are kept. For caches "prefix", "dual" and "delayed".
         refresh_every: refresh again after this many forwards of a block; None does once a
-            block. For every cache but "none".
+            block. For every cache but "none" and "sub_block".
         refresh_window: tokens on both sides of the block that its reuse forwards compute as
             well (dInfer's vicinity). For caches "prefix" and "dual".
         refresh_share: share of the tokens outside the block that a refresh of cache "drift"
@@ -162,27 +163,33 @@ class SamplingParams:
     )
     steps: int = knob(
         128,
-        "Denoising steps for the whole answer; fewer are faster (for unmask=steps).",
+        "Denoising steps for the whole answer, with full attention; fewer are faster (for "
+        "unmask=steps, sequential, dynamic).",
         low=1,
         high=MAX_STEPS,
     )
     # logits overflow far above what is useful
     cfg_scale: float = knob(
-        0.0, "Classifier-free guidance; 0 is off.", low=0, most_asked=1000, column=True
+        0.0,
+        "Classifier-free guidance (full attention); 0 is off.",
+        low=0,
+        most_asked=1000,
+        column=True,
     )
     remasking: str = knob(
         "low_confidence", "Which proposals are kept (for unmask=steps).", choices=REMASKING
     )
     block_length: int | None = knob(
         None,
-        "Tokens per block; blocks are filled from left to right.",
+        "Tokens per block; blocks are filled from left to right (autoregressive models: 1).",
         low=1,
         high=MAX_GEN_LENGTH,
     )
     unmask: str = knob("steps", "Rule that chooses what is written in a step.", choices=RULES)
     threshold: float = knob(
         0.9,
-        "Least confidence, for unmask=threshold, threshold_strict, hierarchy, credit, klass, wino.",
+        "Least confidence, for unmask=threshold, threshold_strict, dynamic, hierarchy, credit, "
+        "klass, wino.",
         column=True,
         own_check=True,
     )
@@ -229,7 +236,8 @@ class SamplingParams:
     eps: float = knob(1e-3, "Last time of the Dream schedule.", low=0, low_open=True, high=1)
     cache: str = knob(
         "none",
-        "K,V cache: none is exact, the others are faster and approximate.",
+        "K,V cache: none is exact, the others are faster and approximate; sub_block is for "
+        "block-causal models, the rest for full attention.",
         choices=cache_names,
         own_check=True,
     )
@@ -256,11 +264,13 @@ class SamplingParams:
     )
     suffix_window: int | None = knob(
         None,
-        "Masks behind the block that are computed and seen; all, if not given.",
+        "Masks behind the block that are computed and seen (full attention); all, if not given.",
         low=0,
         high=MAX_GEN_LENGTH,
     )
-    early_end: bool = knob(False, "Decode nothing behind the first end of the answer.")
+    early_end: bool = knob(
+        False, "Decode nothing behind the first end of the answer (full attention)."
+    )
     top_p: float = knob(
         1.0,
         "Draw from the likeliest tokens that add up to this probability; 1 is off.",
@@ -292,8 +302,8 @@ class SamplingParams:
     )
     steps_per_block: int | None = knob(
         None,
-        "Forwards of the schedule in each block; None follows from steps, or is the block's length "
-        "on block-causal models.",
+        "Forwards of the schedule in each block; None follows from steps with full attention, or "
+        "is the block's length on block-causal models.",
         low=1,
         high=MAX_STEPS,
     )

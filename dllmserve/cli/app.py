@@ -60,7 +60,7 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Generate text with diffusion language models (LLaDA, Dream), and serve them."""
+    """Generate text with diffusion and autoregressive language models, and serve them."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), nl=False)
 

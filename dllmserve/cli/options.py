@@ -134,7 +134,7 @@ SAMPLING = Group(
         "max_tokens": "",
         "gen_length": str(DEFAULT_GEN_LENGTH),
         "steps": "one per token",
-        "block_length": str(BLOCK_LENGTH),
+        "block_length": f"{BLOCK_LENGTH} with full attention, else the checkpoint's own",
     },
     flags=frozenset({"ignore_eos"}),
     lists={"stop": "TEXT", "logit_bias": "ID=VALUE", "stop_token_ids": "ID"},
@@ -174,6 +174,9 @@ def with_options(*groups: Group) -> Callable[[F], F]:
 def with_quality(group: Group, quality: str) -> Group:
     """A group of SamplingParams, for a command that decodes with a quality if none is given."""
     shown = {name: _shown(value) for name, value in PRESETS[quality].items()}
+    shown.pop("block_length", None)  # a preset's is what SAMPLING says
+    for name in {"cache", "suffix_window"} & shown.keys():  # other models leave them out
+        shown[name] += " with full attention"
     return replace(group, shown={**group.shown, **shown, "quality": quality})
 
 

@@ -178,7 +178,8 @@ class RequestValidator:
         if total > limit:
             raise ContextLengthError(
                 f"{name} has {tokens} tokens and {params.length_name} is {params.gen_length}: "
-                f"{total} together, over max_model_len={limit}"
+                f"{total} together, over max_model_len={limit}: shorten one of them"
+                f"{_raise_it(limit, self.spec)}"
             )
 
     def _check_whole_blocks(self, request: Request, name: str) -> None:
@@ -195,7 +196,7 @@ class RequestValidator:
         )
         raise ContextLengthError(
             f"{name} and its answer fill {len(canvas)} positions in blocks of {window}, over "
-            f"max_model_len={limit}: {way}"
+            f"max_model_len={limit}: {way}{_raise_it(limit, self.spec)}"
         )
 
     def _check_ends(self, params: SamplingParams) -> None:
@@ -273,6 +274,12 @@ def _without_full_attention(params: SamplingParams, spec: ModelSpec) -> dict[str
             )
         changed["steps"] = SamplingParams.steps
     return changed
+
+
+def _raise_it(limit: int, spec: ModelSpec) -> str:
+    """The other way out, if the model has more positions than the engine was given."""
+    most = spec.max_model_len
+    return f", or raise max_model_len up to the model's {most}" if limit < most else ""
 
 
 def window_of(spec: ModelSpec, params: SamplingParams) -> int:

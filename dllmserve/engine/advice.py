@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dllmserve.core.budget import MemoryBudget, size_text
-from dllmserve.engine.sizing import OOM_ADVICE, Sizing
+from dllmserve.engine.sizing import Sizing, memory_advice
 
 #: Fewer rows would run the LM head in chunks too small to be worth the launch.
 _LEAST_LOGIT_ROWS = 16
@@ -36,12 +36,13 @@ def does_not_fit(sizing: Sizing, memory: MemoryBudget, planned: Callable[[Sizing
         without = memory.graphs if other.options.enforce_eager else 0
         return planned(other) + off - without <= allowed
 
+    general = memory_advice(sizing.spec)
     if ways := _ways(sizing, memory, fits):
-        cure = f"set {', or '.join(ways)}; in general: {OOM_ADVICE}"
+        cure = f"set {', or '.join(ways)}; in general: {general}"
     else:
         more = ", or kv_pages" if options.kv_pages else ""
         more += ", or use dtype='bfloat16'" if sizing.dtype == torch.float32 else ""
-        cure = f"no single option makes room for it: {OOM_ADVICE}{more}"
+        cure = f"no single option makes room for it: {general}{more}"
     return (
         f"the engine needs {size_text(memory.planned)} and may use "
         f"{size_text(memory.allowed)}: {memory.equation()}; {cure}"

@@ -15,7 +15,7 @@ from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
 from dllmserve.engine.machine import with_threads
-from dllmserve.engine.sizing import OOM_ADVICE
+from dllmserve.engine.sizing import memory_advice
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer
 from dllmserve.errors import OutOfMemoryError
 from dllmserve.outputs import CanvasStep, RequestOutput
@@ -216,7 +216,9 @@ class EngineCore:
                 reason = first_line(error)
             if attempt == 0:
                 release_cached_memory()
-        failure = OutOfMemoryError(f"out of memory at admission ({reason}): {OOM_ADVICE}")
+        failure = OutOfMemoryError(
+            f"out of memory at admission ({reason}): {memory_advice(self.spec)}"
+        )
         self._in_flight.append(_InFlightStep([request], None, failure))
         return False
 
@@ -240,7 +242,8 @@ class EngineCore:
         # outside the handler, whose traceback holds on to the failed step's tensors
         if len(requests) == 1:
             failure = OutOfMemoryError(
-                f"out of memory in a step of {plan.tokens} tokens ({reason}): {OOM_ADVICE}"
+                f"out of memory in a step of {plan.tokens} tokens ({reason}): "
+                f"{memory_advice(self.spec)}"
             )
             return [(None, requests, failure)]
         release_cached_memory()

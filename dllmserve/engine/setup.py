@@ -24,7 +24,7 @@ from dllmserve.engine.machine import (
     choose_kernels,
     plan_memory,
 )
-from dllmserve.engine.sizing import OOM_ADVICE, Sizing
+from dllmserve.engine.sizing import Sizing, memory_advice
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, with_ends
 from dllmserve.errors import (
     ConfigError,
@@ -180,6 +180,22 @@ def _read_model(options: EngineConfig) -> tuple[Path, ModelSpec, Tokenizer | Non
     return directory, with_ends(spec, tokenizer, only=options.eos_ids is not None), tokenizer
 
 
+def _longest(options: EngineConfig, spec: ModelSpec) -> int:
+    """Positions of the longest canvas."""
+    max_len = options.max_model_len or spec.max_model_len
+    if max_len > spec.max_model_len:
+        raise ConfigError(
+            f"max_model_len={max_len} is over the model's own {spec.max_model_len} positions"
+        )
+    if spec.geometry == "block" and not spec.short_blocks and spec.block_length > max_len:
+        raise ConfigError(
+            f"blocks of {spec.block_length} do not fit into max_model_len={max_len}: no answer "
+            "could be filled to the end of its block (default_block_length is what requests take "
+            "that give none)"
+        )
+    return max_len
+
+
 def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
     """Read config.json and the tokenizer, and work out every size, for a rank.
 
@@ -196,17 +212,7 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
     partition = Partition(spec, Group(rank, ranks), exact=dtype == torch.float32)
     attention = choose_attention(options.attention, partition.local, device)
     kernels = choose_kernels(options.kernels, device)
-    max_len = options.max_model_len or spec.max_model_len
-    if max_len > spec.max_model_len:
-        raise ConfigError(
-            f"max_model_len={max_len} is over the model's own {spec.max_model_len} positions"
-        )
-    if spec.geometry == "block" and not spec.short_blocks and spec.block_length > max_len:
-        raise ConfigError(
-            f"blocks of {spec.block_length} do not fit into max_model_len={max_len}: no answer "
-            "could be filled to the end of its block (default_block_length is what requests take "
-            "that give none)"
-        )
+    max_len = _longest(options, spec)
     tokens = options.max_num_batched_tokens
     if tokens is None:
         tokens = min(max(2 * max_len, _MIN_STEP_TOKENS), _MAX_STEP_TOKENS)
@@ -278,7 +284,7 @@ def build_runner(plan: EnginePlan, group: Group, ready: Callable[[], None] = _al
             raise
         raise OutOfMemoryError(
             f"out of memory while loading {plan.directory.name} "
-            f"({plan.memory.equation()}): {OOM_ADVICE}"
+            f"({plan.memory.equation()}): {memory_advice(plan.spec)}"
         ) from error
 
 

@@ -12,12 +12,14 @@ from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.runtime.edits import EditSizes, edit_bytes
 
-#: in general; :mod:`dllmserve.engine.advice` says which of these, and to what
-OOM_ADVICE = (
-    "reduce max_model_len, use sparse attention, enable tensor parallelism "
-    "(tensor_parallel_size), or lower max_num_seqs, max_num_batched_tokens, max_logit_rows or "
-    "max_history_rows"
-)
+
+def memory_advice(spec: ModelSpec) -> str:
+    """What helps in general; :mod:`dllmserve.engine.advice` says which of it, and to what."""
+    sparse = "use sparse attention, " if spec.geometry == "full" else ""
+    return (
+        f"reduce max_model_len, {sparse}enable tensor parallelism (tensor_parallel_size), or lower "
+        "max_num_seqs, max_num_batched_tokens, max_logit_rows or max_history_rows"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

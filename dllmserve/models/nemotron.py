@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from dllmserve.models.config import need
+from dllmserve.errors import UnsupportedModelError
 from dllmserve.models.llama import LLAMA_ONLY, LlamaLike, blocks, mask_id
 
 
 class Nemotron(LlamaLike):
-    """NemotronLabsDiffusionModel, earlier MinistralDiffEncoderModel."""
+    """NemotronLabsDiffusionModel."""
 
     name = "NemotronLabsDiffusionModel"
     only: ClassVar[Mapping[str, Any]] = {**LLAMA_ONLY, "sliding_window": None, "dlm_type": "llada"}
@@ -32,11 +32,20 @@ class Nemotron(LlamaLike):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Block and mask; angles are always scaled, so a file must say how."""
-        if not config.get("rope_scaling"):
-            need(config, "rope_parameters", cls.name)
+        if not (config.get("rope_parameters") or config.get("rope_scaling")):
+            raise UnsupportedModelError(
+                f"config.json of {cls.name} lacks the field 'rope_parameters' "
+                "(in files of transformers 4: 'rope_scaling')"
+            )
         return {
             **blocks(config, 32, ("block_size", "canvas_length")),
             "causal_context": True,
             "short_blocks": True,
             "mask_id": mask_id(config, 100),
         }
+
+
+class MinistralDiffEncoder(Nemotron):
+    """The same under its earlier name."""
+
+    name = "MinistralDiffEncoderModel"

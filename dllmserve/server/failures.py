@@ -201,7 +201,7 @@ def _invalid(request: Request, details: Sequence[Mapping[str, Any]]) -> ApiError
         if where == "query":
             taken = " and ".join(schema["properties"])
             return f"'s query; that takes {taken}" if taken else "'s query, which takes none"
-        meant = advice(name, _DECODING, str)
+        meant = advice(name, _DECODING, str, _belongs)
         places = _endpoints_with(request, name)
         # of a field that is there, too; why the native API has none is no help then
         told = meant if not places or meant.endswith("?") else ""
@@ -222,6 +222,12 @@ def _endpoints_with(request: Request, name: str) -> str:
         if taken is not None and "enum" not in taken:
             found.append(path)
     return ", ".join(found)
+
+
+def _belongs(field: str, owner: str) -> str:
+    """Where a field is given that no request has: the server's command line has the engine's."""
+    option = f"--{field.replace('_', '-')}"
+    return f"the server has it as {option}" if owner == "LLM" else f"{field} belongs to {owner}"
 
 
 def _schema_of(request: Request, where: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

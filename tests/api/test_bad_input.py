@@ -186,7 +186,7 @@ BAD_REQUESTS: list[tuple[type[DllmServeError], list[str], tuple[Any, ...]]] = [
     (TokenizerError, ["prompts[1]", "no tokenizer", "token ids"], ([[1], "text"],)),
     (
         ContextLengthError,
-        ["prompts[0] has 60 tokens", "gen_length is 6", "66", "max_model_len=64"],
+        ["prompts[0] has 60 tokens", "gen_length is 6", "66", "max_model_len=64: shorten one"],
         ([[1] * 60], GREEDY),
     ),
     (

@@ -5,9 +5,10 @@ from dataclasses import fields
 import pytest
 
 from dllmserve import LLM, AsyncLLM, SamplingParams, SparseConfig, foreign
+from dllmserve.catalog import RULES
 from dllmserve.cli.main import main
 from dllmserve.config import EngineConfig
-from dllmserve.errors import UnknownOptionError
+from dllmserve.errors import InvalidParameterError, UnknownOptionError
 from dllmserve.foreign import advice
 from dllmserve.server.config import ServerConfig
 from dllmserve.tools.evaluation.settings import parse_setting
@@ -22,9 +23,10 @@ EVERY = set().union(*FIELDS.values())
 def test_the_table_names_fields_that_there_are() -> None:
     named = [field for field, *_ in (*foreign._SAME, *foreign._ALIKE)]
     assert set(named) <= EVERY
-    assert set(foreign._OWNERS) <= EVERY
     owners = {"SamplingParams": SamplingParams, "SparseConfig": SparseConfig, "LLM": EngineConfig}
-    assert all(name in FIELDS[owners[owner]] for name, owner in foreign._OWNERS.items())
+    assert set(foreign.owners()) == set().union(*(FIELDS[kind] for kind in owners.values()))
+    assert all(name in FIELDS[owners[owner]] for name, owner in foreign.owners().items())
+    assert {rule for rule, _ in foreign._RULES} <= set(RULES)
 
 
 def test_no_name_has_a_field_and_a_reason() -> None:
@@ -40,7 +42,7 @@ REFUSED = [
     for reason, names in (
         ("top_p and top_k are", "min_p typical_p"),
         (
-            "the positions of an answer are filled in any order",
+            "tokens that an answer already has are not counted",
             "repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size",
         ),
         ("there is no search", "num_beams best_of length_penalty early_stopping penalty_alpha"),
@@ -75,6 +77,14 @@ OF_REQUESTS = [
     ("eos_token_id", "give 'stop_token_ids': ids that end the answer beside the checkpoint's own"),
     ("eos_ids", "eos_ids belongs to LLM"),
     ("default_block_length", "default_block_length belongs to LLM"),
+    ("prefix_caching", "prefix_caching belongs to LLM"),
+    ("prefix_isolation", "prefix_isolation belongs to LLM"),
+    ("enable_prefix_caching", "prefix_caching belongs to LLM"),
+    ("threads", "threads belongs to LLM"),
+    ("small_block_size", "did you mean 'sub_block_length'?"),
+    ("use_block_cache", "give 'cache': 'sub_block' is Fast-dLLM v2's"),
+    ("dynamic_threshold", "did you mean 'threshold'?"),
+    ("denoising_steps", "did you mean 'steps_per_block'?"),
     ("alg_temp", "not offered, because confidences are never drawn"),
     ("mirostat", "not offered, because"),
     ("xyzzy", "known options: block_length, cache, "),
@@ -92,6 +102,10 @@ OF_ENGINES = [
     ("temperature", "temperature belongs to SamplingParams"),
     ("max_tokens", "max_tokens belongs to SamplingParams"),
     ("max_new_tokens", "gen_length belongs to SamplingParams"),
+    ("stop_token_ids", "stop_token_ids belongs to SamplingParams"),
+    ("steps_per_block", "steps_per_block belongs to SamplingParams"),
+    ("small_block_size", "sub_block_length belongs to SamplingParams"),
+    ("suffix_window", "suffix_window belongs to SamplingParams"),
     ("retention_ratio", "retention_ratio belongs to SparseConfig"),
     ("quantization", "not offered, because weights run as they are"),
     ("swap_space", "not offered, because weights and K,V stay"),
@@ -117,6 +131,23 @@ def test_engines(name: str, text: str) -> None:
         with pytest.raises(UnknownOptionError) as caught:
             kind("tiny", **{name: 1})
         assert f"{kind.__name__} got an unknown option {name!r}; {text}"[:60] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        ("low_confidence_static", "steps"),
+        ("low_confidence_dynamic", "dynamic"),
+        ("sequential", "sequential"),
+        ("entropy_bounded", "entropy_bound"),
+    ],
+)
+def test_strategies_of_sdar(value: str, rule: str) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        SamplingParams(remasking=value)
+    assert str(caught.value).endswith(f"got {value!r}; give unmask={rule!r}")
+    with pytest.raises(InvalidParameterError, match=r"got 'high_confidence'$"):
+        SamplingParams(remasking="high_confidence")
 
 
 def test_other_surfaces() -> None:

@@ -12,7 +12,7 @@ from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.engine import machine
 from dllmserve.engine.advice import does_not_fit
-from dllmserve.engine.sizing import Sizing
+from dllmserve.engine.sizing import Sizing, memory_advice
 from dllmserve.errors import OutOfMemoryError
 from dllmserve.models.loader import find_model, read_config, read_spec
 
@@ -101,6 +101,13 @@ def test_nothing_helps_where_the_weights_do_not_fit() -> None:
         plan(8.0)
     assert suggestions(str(caught.value)) == []
     assert "enable tensor parallelism" in str(caught.value)
+
+
+@pytest.mark.parametrize(("geometry", "sparse"), [("full", True), ("block", False)])
+def test_sparse_attention_is_for_full_attention(geometry: Any, sparse: bool) -> None:
+    advised = memory_advice(replace(SPEC, geometry=geometry))
+    assert advised.startswith("reduce max_model_len, ")
+    assert ("use sparse attention" in advised) == sparse
 
 
 def test_graphs_can_be_given_up() -> None:

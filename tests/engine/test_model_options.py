@@ -176,6 +176,7 @@ def test_answers_end_with_them_alone(engines: Engines, talker: Path) -> None:
         ("llada-kv4of4", {"mask_id": 5, "eos_ids": [5]}, "eos_ids has 5, the mask"),
         ("qwen3-kv2of4", {"mask_id": 5}, "mask_id=5 does not work with an autoregressive model"),
         ("qwen3-kv2of4", {"default_block_length": 1}, "writes one token after the other: leave"),
+        ("tiny", {"prefix_isolation": True, "prefix_caching": False}, "with prefix_caching=False"),
         ("tiny", {"mask_id": -1}, "mask_id must be an integer >= 0, got -1"),
         ("tiny", {"default_block_length": 0}, r"must be an integer in \[1, 8192\], got 0"),
         ("tiny", {"eos_ids": "5"}, "eos_ids must be a list of token ids, got '5'"),

@@ -24,6 +24,7 @@ from dllmserve.errors import (
     WeightsError,
 )
 from dllmserve.models.config import rope, rope_theta
+from dllmserve.models.loader import read_spec
 from tests.checkpoints import Config, Shape, Tensors, byte_tokenizer, config, random_tensors, write
 from tests.helpers import answer
 
@@ -420,6 +421,24 @@ def test_scaled_angles() -> None:
     assert scaling is not None and (scaling.query_beta, scaling.original_len) == (0.1, 64)
     with pytest.raises(UnsupportedModelError, match="'linear' is not supported"):
         rope_theta({"rope_scaling": {"type": "linear", "factor": 2.0}})
+
+
+@pytest.mark.parametrize("name", ["NemotronLabsDiffusionModel", "MinistralDiffEncoderModel"])
+def test_an_error_has_the_name_in_the_file(name: str) -> None:
+    with pytest.raises(
+        UnsupportedModelError, match=rf"{name} lacks the field 'rope_parameters' \(.*rope_scaling"
+    ):
+        read_spec(
+            {
+                "architectures": [name],
+                "vocab_size": 99,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 64,
+            }
+        )
 
 
 def test_byte_order_marks(tmp_path: Path) -> None:

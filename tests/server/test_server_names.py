@@ -57,6 +57,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"temprature": 1},
         "temprature is not a parameter of this endpoint; did you mean temperature?",
     ),
+    ({"prefix_caching": 1}, "; the server has it as --prefix-caching"),
+    ({"mask_token_id": 1}, "; the server has it as --mask-id"),
+    ({"denoising_steps": 1}, "; did you mean steps_per_block?"),
+    ({"remasking": "low_confidence_dynamic"}, "; give unmask='dynamic'"),
     ({"xyzzy": 1}, "xyzzy is not a parameter of this endpoint"),
     (
         {"confidence_eos_eot_inf": True, "temperature": 1},
