@@ -98,9 +98,9 @@ OwnerOf = Annotated[str, Depends(owner_of)]
 
 
 class JsonRoute(APIRoute):
-    """A route that refuses unknown query parameters.
+    """A route that refuses unknown query parameters, if it has any: a misspelt one would be lost.
 
-    Its body is read by :func:`~dllmserve.server.strict_json.parse`.
+    Clients put things of their own into other queries (``api-version``). Its body is read by :func:`~dllmserve.server.strict_json.parse`.
     """
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
@@ -109,7 +109,7 @@ class JsonRoute(APIRoute):
         known = {parameter.alias for parameter in self.dependant.query_params}
 
         async def read(http: HttpRequest) -> Response:
-            if unknown := http.query_params.keys() - known:
+            if known and (unknown := http.query_params.keys() - known):
                 found = [{"type": "extra_forbidden", "loc": ("query", n)} for n in sorted(unknown)]
                 raise RequestValidationError(found)
             if self.body_field is None:
