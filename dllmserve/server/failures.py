@@ -200,7 +200,7 @@ def _invalid(request: Request, details: Sequence[Mapping[str, Any]]) -> ApiError
     def hint(name: str) -> str:
         if where == "query":
             taken = " and ".join(schema["properties"])
-            return f"'s query; that takes {taken}" if taken else "'s query, which takes none"
+            return f"'s query; that takes {taken}"
         meant = advice(name, _DECODING, str, _belongs)
         places = _endpoints_with(request, name)
         # of a field that is there, too; why the native API has none is no help then
