@@ -100,7 +100,8 @@ OwnerOf = Annotated[str, Depends(owner_of)]
 class JsonRoute(APIRoute):
     """A route that refuses unknown query parameters, if it has any: a misspelt one would be lost.
 
-    Clients put things of their own into other queries (``api-version``). Its body is read by :func:`~dllmserve.server.strict_json.parse`.
+    Clients put things of their own into other queries (``api-version``). Its body is read by
+    :func:`~dllmserve.server.strict_json.parse`.
     """
 
     def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
