@@ -149,8 +149,9 @@ class Known:
         if "sparse" not in fields:
             fields |= self._kind.fields
         if "unmask" not in fields:
-            # one token a step for most
-            fields["steps"] = rng.choice((length, length, max(length // 2, 1)))
+            # one token a step for most; models that fill block after block have no whole answer
+            steps = rng.choice((length, length, max(length // 2, 1)))
+            fields["steps"] = length if self._kind.grows else steps
         return self.ask(content, fields, length, n=n, name=f"{name} {length}")
 
     def ask(
