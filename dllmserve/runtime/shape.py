@@ -202,8 +202,8 @@ LADDER = Padding(
 )
 #: Fewer still, for steps that store prompts too, whose sizes hardly ever come back otherwise.
 COARSE = Padding(
-    tokens=lambda n: -(-n // 128) * 128,
-    rows=lambda n: -(-max(n, 1) // 128) * 128,
+    tokens=lambda n: -(-n // 128) * 128 if n > 64 else 64,
+    rows=lambda n: -(-n // 128) * 128 if n > 32 else 32,
     other=lambda n: 1 << (n - 1).bit_length(),
 )
 
