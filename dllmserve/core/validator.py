@@ -115,8 +115,9 @@ class RequestValidator:
                 f"cfg_scale={params.cfg_scale:g} does not work with {kind}: a second row would "
                 "need K,V of a prompt without content, which such models are not trained on"
             )
-        for name in ("suffix_window", "early_end"):
-            if getattr(params, name):
+        asked = {"suffix_window": params.suffix_window is not None, "early_end": params.early_end}
+        for name in asked:
+            if asked[name]:
                 raise InvalidParameterError(
                     f"{name} leaves out what stands behind a block, and {kind} sees nothing of "
                     "that: leave it out"

@@ -192,6 +192,7 @@ CACHED: dict[str, Any] = {"cache": "sub_block", "sub_block_length": 8}
         ("sdar-kv2of4", {"cache": "dual"}, "exact in any case: leave it out"),
         ("sdar-kv2of4", {"cfg_scale": 1.0}, "cfg_scale=1 does not work with a block-causal model"),
         ("qwen3-kv2of4", {"suffix_window": 4}, "sees nothing of that: leave it out"),
+        ("sdar-kv2of4", {"suffix_window": 0}, "sees nothing of that: leave it out"),
         ("qwen3-kv2of4", {"early_end": True}, "early_end leaves out"),
         ("qwen3-kv2of4", {"block_length": 8}, "writes one token after the other"),
         ("sdar-kv2of4", {"unmask": "wino"}, "use another rule"),
