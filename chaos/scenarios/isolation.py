@@ -13,7 +13,14 @@ from chaos.server import Server
 from dllmserve import SamplingParams
 
 _BATCH = 100
-_PARAMS = {"gen_length": 6, "steps": 1, "temperature": 0.0, "ignore_eos": True}
+#: as few forwards as the model allows
+_PARAMS = {
+    "gen_length": 6,
+    "unmask": "threshold",
+    "threshold": 0.0,
+    "temperature": 0.0,
+    "ignore_eos": True,
+}
 #: everything a client can do with an id
 _FOREIGN = (("GET", ""), ("GET", "?wait=1"), ("GET", "?details=true"), ("DELETE", ""))
 
