@@ -1,6 +1,7 @@
 """Golden cases as engine arguments, and small things that many tests need."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -105,6 +106,13 @@ def run_cases(llm: LLM, cases: list[Case]) -> list[list[int]]:
         [c.sparse for c in cases],
         use_tqdm=False,
     )
+    check_idle(llm)
+    return [output["token_ids"] for output in outputs]
+
+
+def answers(llm: LLM, batch: Sequence[tuple[Any, ...]]) -> list[list[int]]:
+    """The same of tuples that begin with a prompt's ids and its parameters."""
+    outputs = llm.generate([job[0] for job in batch], [job[1] for job in batch], use_tqdm=False)
     check_idle(llm)
     return [output["token_ids"] for output in outputs]
 

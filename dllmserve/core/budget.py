@@ -35,6 +35,7 @@ class StepBudget:
             head runs in chunks whatever the number of rows.
         rows: rows of the state table.
         refreshes, stores: tokens that may be refreshes, or prompts that are stored.
+        filling: names of the pages that the step fills.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class StepBudget:
     rows: int
     refreshes: SoftLimit = field(default_factory=SoftLimit)
     stores: SoftLimit = field(default_factory=SoftLimit)
+    filling: set[bytes] = field(default_factory=set)
     empty: bool = True
 
     def has(self, tokens: int, logit_rows: int, rows: int, limit: SoftLimit | None = None) -> bool:

@@ -84,10 +84,14 @@ class Canvas:
         """Positions that a forward of a block computes: a frame or a window; 0: the canvas."""
         return self.frame or self.window
 
+    @property
+    def origin(self) -> int:
+        """Position from which frames or windows are cut."""
+        return self.start if self.frame else 0
+
     def around(self, position: int) -> Range:
         """The frame or window of a position; the canvas may end inside the last one."""
-        origin = self.start if self.frame else 0
-        low = origin + (position - origin) // self.unit * self.unit
+        low = self.origin + (position - self.origin) // self.unit * self.unit
         return low, min(low + self.unit, self.end)
 
     def filled(self, length: int) -> int:

@@ -63,8 +63,6 @@ class Scheduler:
         self._step = 0
         #: in the last step a running request had to wait for pages
         self._short = False
-        #: names of the pages that the step being planned fills
-        self._filling: set[bytes] = set()
 
     @property
     def has_work(self) -> bool:
@@ -110,7 +108,6 @@ class Scheduler:
         budget.stores.tokens = self._store_tokens([entry for _, entry in ready])
         rationed = self.waiting.ration(ready, limits.cheap_tokens)
         picked: dict[Request, StepEntry] = {}
-        self._filling.clear()
         phase = self._phase([entry for _, entry in rationed])
         for request, entry in rationed:
             if phase is None or entry.span.refresh is phase:
@@ -174,7 +171,7 @@ class Scheduler:
         limit = budget.stores if entry.stores else budget.refreshes if entry.span.refresh else None
         amount = entry.tokens, entry.logit_rows, request.rows_needed
         filling = self.storage.next_names(request, entry.span.final)
-        if filling and filling[0] in self._filling:
+        if filling and filling[0] in budget.filling:
             return  # another does the same in this step: what it stores is found in the next one
         if not budget.has(*amount, limit):
             return
@@ -185,7 +182,7 @@ class Scheduler:
                 self._short = True
                 return
         budget.take(*amount, limit)
-        self._filling.update(filling)
+        budget.filling.update(filling)
         request.last_step = self._step
         request.progress.storing = entry.span.final
         request.progress.deciding = entry.kind is Kind.FILL

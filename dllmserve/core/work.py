@@ -38,20 +38,19 @@ def work_of(request: Request, forwards: int | None = None, tokens: int | None = 
     forwards = forwards_of(request) if forwards is None else forwards
     canvas, length = request.canvas, request.canvas_len
     if canvas.window:
-        return _stored_once(canvas, forwards, canvas.end - canvas.start, tokens)
+        return _stored_once(canvas, forwards, tokens)
     if tokens is not None and request.params.suffix_window is not None:
         length = min(length, request.prompt_len + tokens + request.params.suffix_window)
     return forwards * length * request.rows_needed
 
 
-def _stored_once(canvas: Canvas, forwards: int, most: int, tokens: int | None) -> int:
+def _stored_once(canvas: Canvas, forwards: int, tokens: int | None) -> int:
     """Tokens of the windows that are stored, and of one window for each forward beside those.
 
     The last window is not stored. Where logits are shifted, the forward that decides a window's
     first position stores the window before and computes nothing else.
     """
-    start, unit = canvas.start, canvas.unit
-    end = start + (most if tokens is None else min(tokens, most))
-    origin = start if canvas.frame else 0
+    start, unit, origin = canvas.start, canvas.unit, canvas.origin
+    end = canvas.end if tokens is None else min(start + tokens, canvas.end)
     alone = canvas.shift * (-(-(end - origin) // unit) - -(-(start - origin) // unit))
     return canvas.around(end - 1)[0] + max(forwards - alone, 0) * unit

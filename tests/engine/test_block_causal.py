@@ -11,6 +11,7 @@ from dllmserve import LLM, SamplingParams
 from dllmserve.errors import ConfigError, ContextLengthError, InvalidParameterError
 from tests import helpers
 from tests.conftest import Engines
+from tests.helpers import answers
 from tests.parallel.threads import threaded_llm
 
 RULES = {
@@ -76,13 +77,6 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
             stop_token_ids=None if ends is None else [ends],
         )
     return None
-
-
-def answers(llm: LLM, batch: list[Case]) -> list[list[int]]:
-    prompts, params = [case[0] for case in batch], [case[1] for case in batch]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    helpers.check_idle(llm)
-    return [output["token_ids"] for output in outputs]
 
 
 @pytest.mark.parametrize("name", MODELS)

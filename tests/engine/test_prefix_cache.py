@@ -10,7 +10,8 @@ from dllmserve import LLM, SamplingParams
 from dllmserve.core.plan import Kind, StepPlan
 from tests import helpers
 from tests.conftest import Engines
-from tests.engine.test_block_causal import FAST_DLLM, SDAR, answers, cases
+from tests.engine.test_block_causal import FAST_DLLM, SDAR, cases
+from tests.helpers import answers
 
 PAGE = 4
 MODELS = (*SDAR, *FAST_DLLM, "qwen3-kv2of4", "llama3rope-tied-kv2of6", "qwen2-tied-kv1of6")

@@ -15,11 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dllmserve import LLM, SamplingParams
+from dllmserve import SamplingParams
 from dllmserve.errors import InvalidParameterError
 from tests import helpers
 from tests.conftest import Engines
 from tests.engine.test_growth import count_taken
+from tests.helpers import answers
 from tests.models.test_transformers import YARN, rewrite, saved
 from tests.oracles import rules
 from tests.oracles.generate import Choice, Logits, Loop, block_causal, framed
@@ -103,13 +104,6 @@ def jobs(made: Checkpoints, name: str) -> list[Job]:
         answer = LOOPS[name](loop, prompt, length, block)
         found.append((prompt, SamplingParams(gen_length=length, **given), answer, loop.forwards))
     return found
-
-
-def answers(llm: LLM, batch: list[Job]) -> list[list[int]]:
-    prompts, params = [job[0] for job in batch], [job[1] for job in batch]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    helpers.check_idle(llm)
-    return [output["token_ids"] for output in outputs]
 
 
 @pytest.mark.parametrize("name", LOOPS)

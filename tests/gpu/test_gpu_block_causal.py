@@ -7,7 +7,8 @@ import pytest
 
 from dllmserve import LLM
 from tests import helpers
-from tests.engine.test_block_causal import MODELS, answers, cases
+from tests.engine.test_block_causal import MODELS, cases
+from tests.helpers import answers
 from tests.parallel.threads import threaded_llm
 
 OPTIONS: dict[str, dict[str, Any]] = {
