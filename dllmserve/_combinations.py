@@ -17,6 +17,11 @@ def refusals(params: Any) -> Iterator[str]:
     for name, value in (("remasking", "random"), ("schedule", "dream")):
         if getattr(params, name) == value and rule != "steps":
             yield f"{name}={value!r} works with unmask='steps' only, got unmask={rule!r}"
+    asked = [n for n in ("regex", "json_schema", "choice") if getattr(params, n) is not None]
+    if len(asked) > 1:
+        yield f"{' and '.join(asked)} exclude each other: an answer matches one of them"
+    if params.constrained and params.stop_strings:
+        yield f"stop cuts a text that has to match {asked[0]}: leave one of them out"
     if params.confidence_eos_eot_inf and params.remasking == "random":
         yield (
             "confidence_eos_eot_inf=True changes confidences, which remasking='random' does "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
@@ -21,6 +22,10 @@ MAX_STOP_STRINGS = 16
 #: Token ids that a request may bias; the largest bias, up or down, is that of OpenAI's API.
 MAX_LOGIT_BIAS = 1024
 LOGIT_BIAS_BOUND = 100.0
+#: most of the likeliest tokens whose log-probabilities an answer may carry (OpenAI's bound)
+MAX_LOGPROBS = 20
+#: most texts that ``choice`` may name
+MAX_CHOICES = 1024
 
 
 class LogitBias(dict[int, float]):
@@ -78,6 +83,38 @@ def normal_ids(ids: Any) -> tuple[int, ...] | None:
             f"stop_token_ids takes at most {MAX_STOP_IDS} ids, got {len(found)}"
         )
     return found
+
+
+def normal_schema(schema: Any) -> str | None:
+    """``json_schema`` as it is kept: JSON text. Raises InvalidParameterError."""
+    if schema is None:
+        return None
+    try:
+        read = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(read, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameterError(f"json_schema is no JSON: {error}") from error
+    if not isinstance(read, (Mapping, bool)):
+        raise InvalidParameterError(
+            f"json_schema must be a JSON object, as a dict or a text, got {schema!r}"
+        )
+    return text
+
+
+def normal_choice(choice: Any) -> tuple[str, ...] | None:
+    """``choice`` as it is kept. Raises InvalidParameterError."""
+    if choice is None:
+        return None
+    if hasattr(choice, "tolist"):
+        choice = choice.tolist()
+    texts = isinstance(choice, (list, tuple)) and all(isinstance(c, str) and c for c in choice)
+    if not texts or not choice:
+        raise InvalidParameterError(
+            f"choice must be a list of texts that are not empty, got {choice!r}"
+        )
+    if len(choice) > MAX_CHOICES:
+        raise InvalidParameterError(f"choice takes at most {MAX_CHOICES} texts, got {len(choice)}")
+    return tuple(dict.fromkeys(choice))
 
 
 def normal_stop(stop: Any) -> str | tuple[str, ...] | None:

@@ -11,13 +11,16 @@ from dllmserve._combinations import refusals
 from dllmserve._values import (
     BLOCK_LENGTH,
     MAX_GEN_LENGTH,
+    MAX_LOGPROBS,
     MAX_STEPS,
     Filled,
     Kept,
     NotGiven,
     SparseConfig,
     normal_bias,
+    normal_choice,
     normal_ids,
+    normal_schema,
     normal_stop,
     rank,
 )
@@ -129,6 +132,14 @@ class SamplingParams:
             every forward, as in OpenAI's API: after guidance, before temperature, top-p and
             top-k, and before confidences are taken. -100 bans a token, 100 all but forces
             it. At most 1024 ids; kept as an immutable dict, sorted by id, and None if empty.
+
+        regex: the whole text of the answer matches this regular expression (Python's syntax); see
+            docs/structured_output.md for what is refused.
+        json_schema: the answer is JSON that is valid by this schema: a dict, or JSON text; kept as
+            text.
+        choice: the answer is one of these texts.
+        logprobs: with the answer, the natural log-probability of each token at the forward that
+            wrote it, and those of the so many likeliest, at most 20; None: none of it.
 
     Numbers may be numpy's, and arrays or tensors without dimensions; they become plain ones.
 
@@ -318,6 +329,22 @@ class SamplingParams:
         None, "Token ids that end the answer, too; also with ignore_eos.", own_check=True
     )
 
+    regex: str | None = knob(
+        None, "The whole text of the answer matches this regular expression.", own_check=True
+    )
+    json_schema: Mapping[str, Any] | str | None = knob(
+        None, "The answer is JSON that is valid by this JSON Schema.", own_check=True
+    )
+    choice: Sequence[str] | None = knob(
+        None, "The answer is one of these texts; several may be given.", own_check=True
+    )
+    logprobs: int | None = knob(
+        None,
+        "Give log-probabilities: of each token, and of so many of the likeliest beside it.",
+        low=0,
+        high=MAX_LOGPROBS,
+    )
+
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
         names = [f.name for f in fields(cls)]
@@ -344,6 +371,10 @@ class SamplingParams:
         object.__setattr__(self, "stop", normal_stop(self.stop))
         object.__setattr__(self, "stop_token_ids", normal_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", normal_bias(self.logit_bias))
+        object.__setattr__(self, "json_schema", normal_schema(self.json_schema))
+        object.__setattr__(self, "choice", normal_choice(self.choice))
+        if self.regex is not None and not isinstance(self.regex, str):
+            raise InvalidParameterError(f"regex must be a text, got {self.regex!r}")
         if (why := next(refusals(self), None)) is not None:
             raise InvalidParameterError(why)
 
@@ -355,6 +386,11 @@ class SamplingParams:
     def length_name(self) -> str:
         """The name under which gen_length was given."""
         return "max_tokens" if rank(self.max_tokens) > rank(self.gen_length) else "gen_length"
+
+    @property
+    def constrained(self) -> bool:
+        """True if the answer's text has to match something."""
+        return not (self.regex is None and self.json_schema is None and self.choice is None)
 
     @property
     def _revokes(self) -> bool:

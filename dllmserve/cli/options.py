@@ -137,7 +137,13 @@ SAMPLING = Group(
         "block_length": f"{BLOCK_LENGTH} with full attention, else the checkpoint's own",
     },
     flags=frozenset({"ignore_eos"}),
-    lists={"stop": "TEXT", "logit_bias": "ID=VALUE", "stop_token_ids": "ID"},
+    metavars={"json_schema": "JSON"},
+    lists={
+        "stop": "TEXT",
+        "logit_bias": "ID=VALUE",
+        "stop_token_ids": "ID",
+        "choice": "TEXT",
+    },
 )
 SPARSE = Group(SparseConfig, "Sparse attention", names={"enabled": "--sparse"})
 ENGINE = Group(

@@ -28,6 +28,7 @@ from pydantic import (
 
 from dllmserve._values import (
     LOGIT_BIAS_BOUND,
+    MAX_CHOICES,
     MAX_LOGIT_BIAS,
     MAX_STOP_IDS,
     MAX_STOP_STRINGS,
@@ -113,8 +114,14 @@ Biases = Annotated[
 ]
 
 
-#: fields of lists, whose elements are checked as they are read
-_LISTS = {"stop_token_ids": Annotated[Listed[TokenId], Field(max_length=MAX_STOP_IDS)]}
+_Choice = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
+#: fields that are more than a number or a name; elements of lists are checked as they are read
+_TYPES: dict[str, Any] = {
+    "stop_token_ids": Annotated[Listed[TokenId], Field(max_length=MAX_STOP_IDS)],
+    "choice": Annotated[Listed[_Choice], Field(min_length=1, max_length=MAX_CHOICES)],
+    "json_schema": dict[str, Any] | Text,
+    "regex": Text,
+}
 
 
 def _fields(kind: type[Any], parent: str = "") -> dict[str, tuple[Any, Any]]:
@@ -126,7 +133,7 @@ def _fields(kind: type[Any], parent: str = "") -> dict[str, tuple[Any, Any]]:
     """
     found = {}
     for name, it in knobs(kind).items():
-        plain = _LISTS.get(name, types(kind)[name][0])
+        plain = _TYPES.get(name, types(kind)[name][0])
         text = f"As {parent}.{name}; implies {parent}." if parent else it.help
         bounds = {"gt" if it.low_open else "ge": it.low, "le": it.high}
         if it.most_asked is not None:
