@@ -327,6 +327,7 @@ EDITS = {
     "bias": EditInfo("dllmserve.runtime.edits:BiasEdit", "dllmserve.core.rows:bias_of"),
     "credit": EditInfo("dllmserve.runtime.edits:CreditEdit", keeps=True),
     "kl": EditInfo("dllmserve.runtime.edits:KlObserver", keeps=True),
+    "constraint": EditInfo("dllmserve.runtime.constraints:ConstraintEdit"),
 }
 
 BACKENDS = Catalog(

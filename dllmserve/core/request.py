@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
 from dllmserve._values import SparseConfig
 from dllmserve.catalog import CACHES, RULES
@@ -12,6 +13,24 @@ from dllmserve.core.canvas import Canvas, Range
 from dllmserve.core.prefix import Prefix
 from dllmserve.core.schedule import block_quotas, window_split
 from dllmserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from dllmserve.constraints.grammar import TokenGrammar
+
+
+class Region(NamedTuple):
+    """Canvas positions ``[start, end)`` whose text has to match a grammar."""
+
+    start: int
+    end: int
+    grammar: TokenGrammar
+
+
+class Forced(NamedTuple):
+    """A token that had to stand where it does, and the forwards that were run before it."""
+
+    token: int
+    forward: int
 
 
 class Status(Enum):
@@ -38,6 +57,9 @@ class Progress:
         wrote: positions that the block's last forward wrote; 0 before the first.
         end: answer position of the first end id that stands anywhere, as last reported; -1
             without one.
+        scheduled: of the schedule of the active block, what is done: forwards that were run, and
+            those whose outcome was known.
+        eos: answer position of the end id before the frontier, as last reported; -1 without one.
         seen: canvas positions that the block's first forward sees.
         seen_before: canvas positions that any forward of earlier blocks has seen.
         stored: canvas positions whose K,V are final, of a request that grows.
@@ -53,6 +75,8 @@ class Progress:
     frontier: int = 0
     wrote: int = 0
     end: int = -1
+    eos: int = -1
+    scheduled: int = 0
     seen: int = 0
     seen_before: int = 0
     stored: int = 0
@@ -70,6 +94,8 @@ class Request:
     ``assumed`` holds the masks that each forward launched ahead of its report is expected to leave
     in its block; None for one that decides nothing. ``watch``
     asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
+    ``forced`` tokens of canvas positions were written by the host; those that are ``unsent`` are
+    not on the device yet.
     ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
     leave room for others; "" is somebody who has the engine alone.
     """
@@ -81,6 +107,7 @@ class Request:
     watch: bool = False
     stream: bool = False
     owner: str = ""
+    regions: tuple[Region, ...] = ()
     status: Status = Status.WAITING
     progress: Progress = field(default_factory=Progress)
     row: int = -1
@@ -96,6 +123,8 @@ class Request:
     preempted: int = 0
     prefix: Prefix | None = None
     assumed: deque[int | None] = field(default_factory=deque)
+    forced: dict[int, Forced] = field(default_factory=dict)
+    unsent: dict[int, Forced] = field(default_factory=dict)
     masks: tuple[int, ...] = ()
     quotas: tuple[tuple[int, ...], ...] = ()
 
@@ -115,6 +144,32 @@ class Request:
             return tuple(window_split(n, whole, steps) for n in self.masks)
         total = steps * len(self.masks) or params.steps
         return block_quotas(self.masks, total, params.schedule, params.eps)
+
+    def begin_block(self, masks: int) -> None:
+        """Note how many positions of the active block are open when it begins."""
+        index = self.progress.block
+        if self.masks[index] != masks:
+            self.masks = (*self.masks[:index], masks, *self.masks[index + 1 :])
+            if self.quotas:
+                self.quotas = self._schedule()
+
+    def leave_block(self) -> None:
+        """Go on to the next block: all of the active one is written."""
+        progress = self.progress
+        progress.block += 1
+        progress.step_in_block = progress.scheduled = progress.wrote = 0
+        if not self.launched:
+            progress.masks_left = self.masks[progress.block]
+            progress.seen_before = max(progress.seen_before, progress.seen)
+            progress.seen = self.visible
+
+    def with_forced(self, ids: list[int], first: int = 0) -> list[int]:
+        """Ids of the answer from position ``first`` on, with those that the host wrote."""
+        start = self.canvas.start + first
+        for position, forced in self.forced.items():
+            if 0 <= position - start < len(ids):
+                ids[position - start] = forced.token
+        return ids
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -140,7 +195,7 @@ class Request:
     @property
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
-        free = not self.watch and not self.params.stop_strings and not self.params.early_end
+        free = not self.regions and not self.watch and not self.params.stop_strings and not self.params.early_end
         exact = RULES[self.params.unmask].quota == "exact" and not CACHES[self.policy].follows
         return exact and free
 
@@ -185,7 +240,7 @@ class Request:
         if not self.quotas or self.launched:
             return 0
         block = self.quotas[self.progress.block]
-        return block[min(self.progress.step_in_block, len(block) - 1)]
+        return block[min(self.progress.scheduled, len(block) - 1)]
 
     @property
     def guided(self) -> bool:

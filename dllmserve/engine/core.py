@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request, Status
-from dllmserve.core.rows import row_inits
+from dllmserve.core.rows import ends_of, row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
 from dllmserve.engine.machine import with_threads
@@ -105,6 +105,8 @@ class EngineCore:
         self._depth = depth
         self._threads = threads
         self._in_flight: deque[_InFlightStep] = deque()
+        #: requests whose constraints leave one answer alone, which no forward has to find
+        self._known: list[Request] = []
         self.observers: list[Callable[[StepPlan], None]] = []
         self.on_admitted: Callable[[list[Request]], None] | None = None
 
@@ -137,10 +139,15 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queue a request made by :meth:`make_request`."""
-        self.scheduler.add(request)
+        if request.launched:
+            self._known.append(request)
+        else:
+            self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
         """Drop a request and free what it holds."""
+        if request in self._known:
+            self._known.remove(request)
         self.scheduler.abort(request)
 
     def abandon(self) -> None:
@@ -155,7 +162,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """True while any request waits or runs."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._known)
 
     def step(self) -> StepEvents:
         """Launch what can be launched, then take in the oldest step and return what came of it.
@@ -167,6 +174,8 @@ class EngineCore:
             return self._step()
 
     def _step(self) -> StepEvents:
+        if self._known:
+            return self._report_known()
         while len(self._in_flight) < self._depth:
             # the next step of a request that cannot be foreseen needs its last report
             if not all(step.foreseen for step in self._in_flight):
@@ -179,6 +188,22 @@ class EngineCore:
         # launched for answers that have ended early: nobody waits for their reports
         while self._in_flight and self._in_flight[0].over:
             self._in_flight.popleft()
+        return events
+
+    def _report_known(self) -> StepEvents:
+        """End the requests that need no forward."""
+        events = StepEvents()
+        for request in self._known:
+            length = request.canvas.answer_len
+            ids = request.with_forced(list(request.canvas.ids[request.canvas.start :])[:length])
+            ids = request.with_forced([*ids, *[0] * (length - len(ids))])
+            ends = ends_of(request.params, self.spec)
+            end = next((i for i, token in enumerate(ids) if token in ends), length - 1)
+            request.status, request.finish_reason = Status.FINISHED, "stop"
+            output = self._ended(request, ids[: end + 1], True)
+            if output is not None:
+                events.finished.append((request, output))
+        self._known = []
         return events
 
     def _launch(self) -> bool:
@@ -268,7 +293,7 @@ class EngineCore:
         finished = self.scheduler.commit(requests, reports)
         events = StepEvents()
         committed = 0
-        for index, (request, report) in enumerate(zip(requests, reports, strict=True)):
+        for index, request in enumerate(requests):
             if not live[index]:
                 continue
             if request.error is not None:
@@ -277,14 +302,13 @@ class EngineCore:
                 continue
             output = None
             # without new text there is no stop string either
-            if request in finished or report.frontier != before[index]:
-                committed += report.frontier - before[index]
-                output = self._output(request, report.eos, handle, request in finished)
+            frontier = request.progress.frontier
+            if request in finished or frontier != before[index]:
+                committed += frontier - before[index]
+                output = self._output(request, handle, request in finished)
                 if output is None and request.stream:
-                    ids = self._runner.table.read_settled(
-                        request.row, before[index], report.frontier
-                    )
-                    events.streamed.append((request, ids))
+                    ids = self._runner.table.read_settled(request.row, before[index], frontier)
+                    events.streamed.append((request, request.with_forced(ids, before[index])))
             if output is not None:
                 events.finished.append((request, output))
             # a forward that only stores has no block, and nothing to show
@@ -305,16 +329,21 @@ class EngineCore:
         return events
 
     def _output(
-        self, request: Request, eos: int, handle: StepHandle, finished: bool
+        self, request: Request, handle: StepHandle, finished: bool
     ) -> RequestOutput | None:
         """The output of a request that ended in this step, by itself or by a stop string."""
-        params = request.params
-        if not finished and not params.stop_strings:
+        if not finished and not request.params.stop_strings:
             return None
+        eos = request.progress.eos
         count = eos + 1 if eos >= 0 else request.progress.frontier
         ids = handle.answer(request.row, count)
         if ids is None:
-            ids = self._runner.table.read_answer(request.row, count)
+            ids = request.with_forced(self._runner.table.read_answer(request.row, count))
+        return self._ended(request, ids, finished)
+
+    def _ended(self, request: Request, ids: list[int], finished: bool) -> RequestOutput | None:
+        """The output of a request whose answer begins so, if that ends it."""
+        params = request.params
         text, used, stopped = self._text.read(ids, params.stop_strings)
         if stopped:
             request.finish_reason = "stop"
@@ -337,8 +366,11 @@ class EngineCore:
         """A picture of the answer after the step."""
         table = self._runner.table
         length = request.canvas.answer_len
-        ids: list[int | None] = list(table.read_answer(request.row, length))
+        ids: list[int | None] = [*request.with_forced(table.read_answer(request.row, length))]
         masked = table.read_masked(request.row)[:length]
+        for position in request.forced:
+            if position - request.canvas.start < length:
+                masked[position - request.canvas.start] = False
         first, width = handle.blocks[index]
         block = first - request.canvas.start
         proposed, values = handle.proposed(index)

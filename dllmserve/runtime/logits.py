@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.edits import LogitEdit
 from dllmserve.runtime.shape import SegmentShape
 from dllmserve.runtime.tensors import HeadCells
+
+if TYPE_CHECKING:
+    from dllmserve.runtime.constraints import ConstraintEdit
 
 #: ``x [n, d], weight [out, d], bias [out] or None -> [n, out]``
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -87,11 +90,13 @@ class StepEdits:
         cells: whose the LM-head rows are; None if no segment has edits or rows without confidence.
         edits: by the name that segments have.
         last: [R + 1, E] int64, the state table's ids without confidence.
+        constraint: of constrained requests; None if the step has none.
     """
 
     cells: HeadCells | None = None
     edits: Mapping[str, LogitEdit] = field(default_factory=dict)
     last: Tensor | None = None
+    constraint: ConstraintEdit | None = None
 
     def apply(
         self, z: Tensor, chunk: slice, segment: SegmentShape
@@ -112,6 +117,13 @@ class StepEdits:
             else:
                 z = result
         return z, found
+
+    def note(
+        self, z: Tensor, params: RowParams, chunk: slice, segment: SegmentShape, mask_id: int
+    ) -> None:
+        """Let constraints see a chunk's logits [n, v] as proposals are made of them."""
+        if self.constraint is not None and self.cells is not None and segment.constrained:
+            self.constraint.note(z, params, self.cells, chunk, segment, mask_id)
 
     def params(self, params: RowParams, chunk: slice, segment: SegmentShape) -> RowParams:
         """Parameters of a chunk of rows, with the ids that have no confidence in it."""
@@ -183,6 +195,7 @@ class LogitsHead:
                     z = self._guide(z, other, cfg_scale[chunk])
                 z, found = edits.apply(z, chunk, segment)
                 own = edits.params(params, chunk, segment)
+                edits.note(z, own, chunk, segment, self._mask_id)
                 part = self._reducer.reduce(z, own, self._mask_id, segment, needs)
                 parts.append(replace(part, **found))
             start = end

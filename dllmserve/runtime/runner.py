@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from dllmserve.runtime.shape import (
     SPAN_FIELDS,
     Packing,
     Padding,
+    StepShape,
     empty_ints,
     lay_out,
 )
@@ -45,6 +46,7 @@ from dllmserve.runtime.step import StepOps, TorchStep
 from dllmserve.runtime.tensors import StepOutputs
 
 if TYPE_CHECKING:
+    from dllmserve.runtime.constraints import ConstraintEdit
     from dllmserve.runtime.graphs import GraphPool
 
 #: Larger steps keep the device busy without a graph, and a graph for them would take much memory.
@@ -90,6 +92,14 @@ class StepHandle:
         self._table = table
         like = torch.empty(packing.shape.entries, 5, dtype=torch.int64, device="meta")
         self._report_room = host_room(like, table.device)
+        self._holds_room: Tensor | None = None
+        if packing.shape.constrained:
+            like = torch.empty(
+                packing.shape.entries, packing.shape.answer, dtype=torch.int64, device="meta"
+            )
+            self._holds_room = host_room(like, table.device)
+        self._holds: Tensor | None = None
+        self._constrained = [bool(table.host[e.span.row].regions) for e in plan.entries]
         ending = [e.span.row for e in plan.entries if e.last]
         self._rooms = {row: host_room(table.answer(row), table.device) for row in ending}
         self._answers: dict[int, Tensor] = {}
@@ -99,6 +109,8 @@ class StepHandle:
         """Start the copies to the host of what a step leaves."""
         self.proposals, table = outputs, self._table
         self._report = to_host(outputs.report, self._report_room)
+        if outputs.holds is not None:
+            self._holds = to_host(outputs.holds, self._holds_room)
         for row, room in self._rooms.items():
             self._answers[row] = to_host(table.answer(row), room)
         self._event = record_event(table.device)  # behind all that the host will wait for
@@ -123,7 +135,14 @@ class StepHandle:
         """Wait for the device and return one report per entry."""
         self._wait()
         rows = self._report.tolist()
-        return [EntryReport(*rows[index]) for index in self._indices]
+        reports = [EntryReport(*rows[index]) for index in self._indices]
+        if self._holds is None:
+            return reports
+        decides = [own and bool(length) for own, (_, length) in zip(self._constrained, self.blocks)]
+        return [
+            replace(report, holds=self._holds[index].tolist()) if own else report
+            for report, index, own in zip(reports, self._indices, decides, strict=True)
+        ]
 
     def answer(self, row: int, count: int) -> list[int] | None:
         """The first ``count`` answer ids of a row whose last step this was, else None."""
@@ -270,7 +289,13 @@ class ModelRunner:
         self._run(plan, *self._pack(plan))
 
     def _turn_pages(self, plan: StepPlan) -> None:
-        """Note the pages that rows have got."""
+        """Note the pages and the tokens that rows have got."""
+        if plan.tokens_known:
+            device = self.table.device
+            known = zip(*plan.tokens_known, strict=True)
+            rows, positions, tokens = (host_to_device(n, device) for n in known)
+            self.table.tokens[rows, positions] = tokens
+            self.table.masked[rows, positions] = False
         if plan.pages:
             device = self.table.device
             rows, columns, pages = (
@@ -363,6 +388,9 @@ class ModelRunner:
             from dllmserve.runtime.drift import DriftMeter
 
             context = meter = DriftMeter(context, step, table, self.spec.num_layers // 2)
+        constraint = self._constraint(shape)
+        if constraint is not None:
+            constraint.begin(self._packed, shape, table)
         hidden = self._decoder(given.ids, given.positions, context, rows)
         stats = self._head.stats(
             hidden,
@@ -370,6 +398,17 @@ class ModelRunner:
             given.row_params,
             shape.segments,
             shape.needs,
-            StepEdits(given.cells, self._edits, table.last),
+            StepEdits(given.cells, self._edits, table.last, constraint),
         )
-        return work.finish(stats, None if meter is None else meter.keep)
+        keep = None if meter is None else meter.keep
+        if constraint is None:
+            return work.finish(stats, keep)
+        outputs = work.finish(stats, keep, constraint.settle)
+        return replace(outputs, holds=constraint.holds(shape, table))
+
+    def _constraint(self, shape: StepShape) -> ConstraintEdit | None:
+        """What keeps constrained entries to their grammars; None if the step has none."""
+        if not shape.constrained:
+            return None
+        found: Any = self._edits["constraint"]
+        return cast("ConstraintEdit", found)

@@ -66,6 +66,11 @@ class SegmentShape:
     edits: tuple[tuple[str, int], ...] = ()
 
     @property
+    def constrained(self) -> bool:
+        """True if its entries' texts have to match something."""
+        return any(name == "constraint" for name, _ in self.edits)
+
+    @property
     def keeps(self) -> bool:
         """True if something of the logits is kept from forward to forward."""
         return any(EDITS[name].keeps for name, _ in self.edits)
@@ -120,6 +125,11 @@ class StepShape:
     def edited(self) -> bool:
         """True if something is done to logits, or proposals are without confidence."""
         return any(segment.edits or segment.last for segment in self.segments)
+
+    @property
+    def constrained(self) -> bool:
+        """True if some entry's text has to match something."""
+        return any(segment.constrained for segment in self.segments)
 
     @property
     def plain(self) -> bool:

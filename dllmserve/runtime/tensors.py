@@ -62,8 +62,10 @@ class StepOutputs:
         report: [n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`.
         tokens: [n, W] int64, proposals.
         confidence: [n, W] float64, -inf where nothing was proposed.
+        holds: [n, A] int64, the same of constrained entries; None if the step has none.
     """
 
     report: Tensor
     tokens: Tensor
     confidence: Tensor
+    holds: Tensor | None = None
