@@ -46,8 +46,8 @@ class Moves:
         self._dead = len(grammar.delta) - 1
 
     @cached_property
-    def _edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pairs of a state and a state that some token leads to from it, each once."""
+    def edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """[E] int64 each: a state, and a state that some token leads to from it; no pair twice."""
         count = self._dead + 1
         source = np.arange(count)[:, None] * count
         pairs = np.unique((source + self.grammar.delta).ravel())
@@ -61,7 +61,7 @@ class Moves:
         if self._dead > _MATRIX:
             return None
         found = np.zeros((self._dead + 1, self._dead + 1), dtype=np.bool_)
-        found[self._edges] = True
+        found[self.edges] = True
         return found
 
     def after(self, states: Bools, token_class: int) -> Bools:
@@ -70,7 +70,7 @@ class Moves:
             return np.logical_or.reduce(self._matrix[states], axis=0)
         found = np.zeros_like(states)
         if token_class == MASKED:
-            source, target = self._edges
+            source, target = self.edges
             found[target[states[source]]] = True
         else:
             found[self.grammar.delta[states, token_class]] = True
@@ -84,7 +84,7 @@ class Moves:
         if self._matrix is not None:
             return np.logical_or.reduce(self._matrix[:, states], axis=1)
         found = np.zeros_like(states)
-        source, target = self._edges
+        source, target = self.edges
         found[source[states[target]]] = True
         return found
 

@@ -9,7 +9,7 @@ row then holds says which positions can hold one id alone: the host writes those
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,7 +84,9 @@ class ConstraintEdit:
     statistic = ""
 
     def __init__(self, sizes: EditSizes, vocab: VocabShard, device: torch.device) -> None:
-        self._vocab, self._device = vocab, device
+        self._vocab = vocab
+        #: see the twin; here no tensor is replaced that a graph holds
+        self.on_growth: Callable[[], None] | None = None
         self._regions: dict[int, list[_Region]] = {}
         self._moves: dict[str, tuple[Moves, Tensor]] = {}
         self._entries: dict[int, _Entry] = {}

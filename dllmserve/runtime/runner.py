@@ -237,6 +237,9 @@ class ModelRunner:
         self._backend = backend
         self._head = head
         self._edits = edits or {}
+        if "constraint" in self._edits and self.graphs is not None:
+            constraint: Any = self._edits["constraint"]
+            constraint.on_growth = self.graphs.clear
         self._ops = _step_ops(kernels, table, Made(RULES), decoder.spec)
         # padding at most doubles the number of spans
         capacity = (4 * table.trash_row + 64) * (SPAN_FIELDS + ENTRY_FIELDS)
@@ -269,7 +272,8 @@ class ModelRunner:
     def admit(self, init: RowInit) -> None:
         """Fill a row of the state table, and what its logit edits keep."""
         self.table.write_row(init)
-        for name in init.edits:
+        # the row's last request may have been constrained, so that has to hear of every one
+        for name in {**init.edits, "constraint": ()} if "constraint" in self._edits else init.edits:
             self._edits[name].admit(init)
 
     @torch.inference_mode()

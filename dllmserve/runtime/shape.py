@@ -54,6 +54,7 @@ class SegmentShape:
         last: each has ids whose proposals are without confidence.
         blind: each has a blind span.
         edits: name of each logit edit, and most pairs that an entry gives it, padding included.
+        joint: a schedule writes several tokens of an entry.
     """
 
     entries: int
@@ -64,6 +65,7 @@ class SegmentShape:
     last: bool = False
     blind: bool = False
     edits: tuple[tuple[str, int], ...] = ()
+    joint: bool = False
 
     @property
     def constrained(self) -> bool:
@@ -323,6 +325,7 @@ class _Layout:
                 (name, pad.other(size) if size else 0)
                 for name, size in zip(kind.edits, sizes, strict=True)
             ),
+            joint="constraint" in kind.edits and any(entry.quota > 1 for entry in entries),
         )
         first = sum(s.rows for s in self.segments)
         self._entries.extend(_entry_fields(heads, first, segment.rows))
