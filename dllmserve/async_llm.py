@@ -21,6 +21,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.request import Request
 from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
+from dllmserve.engine.grammars import Grammars, compiled
 from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dllmserve.errors import DllmServeError, EngineError, TokenizerError
@@ -105,6 +106,7 @@ class AsyncLLM:
         )
         self.tokenizer: Tokenizer | None = None
         self._validator: RequestValidator | None = None
+        self._grammars: Grammars | None = None
         #: where start() was called; it is called once
         self._home: Home | None = None
         self._starting: asyncio.Task[EngineInfo] | None = None
@@ -167,6 +169,7 @@ class AsyncLLM:
             await self.fleet.close()
             raise
         self._validator = RequestValidator(info.spec, info.limits, self.tokenizer is not None)
+        self._grammars = Grammars(info.spec, self.tokenizer)
         return info
 
     async def close(self) -> None:
@@ -262,6 +265,7 @@ class AsyncLLM:
                 request.
         """
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config))
         try:
             return (await call.output()).as_dict()
@@ -286,6 +290,7 @@ class AsyncLLM:
     ) -> AsyncIterator[TextDelta]:
         """Committed text as it comes, from left to right; none of it is ever taken back."""
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config), stream=True)
         try:
             async for delta in self.deltas(call):
@@ -301,6 +306,7 @@ class AsyncLLM:
     ) -> AsyncIterator[CanvasStep]:
         """Watch one answer being filled in; as :meth:`dllmserve.LLM.stream`."""
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config), watch=True)
         last: CanvasStep | None = None
         try:
@@ -367,7 +373,18 @@ class AsyncLLM:
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        return validator.request(0, prompt_ids, params, name=name)
+        grammars = self._grammars.of(params) if self._grammars else ()
+        return validator.request(0, prompt_ids, params, name=name, grammars=grammars)
+
+    async def prepare(self, sampling_params: SamplingParams | None) -> None:
+        """Compile what an answer has to match, beside the event loop; :meth:`check` then has it.
+
+        Raises:
+            InvalidParameterError: it is no such thing, is not regular, or is too large.
+        """
+        self._ready()
+        if sampling_params is not None and sampling_params.constrained and self._grammars:
+            await asyncio.to_thread(self._grammars.of, sampling_params)
 
     def submit(
         self,
@@ -391,7 +408,8 @@ class AsyncLLM:
             EngineError: the engine is gone for good, was not started, or not in this event loop.
         """
         self._ready()
-        message = Submit(request.prompt_ids, request.params, stream, watch, owner)
+        grammars = compiled(request)
+        message = Submit(request.prompt_ids, request.params, stream, watch, owner, grammars)
         call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home
         return call

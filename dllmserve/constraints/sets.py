@@ -34,6 +34,12 @@ MASKED = -1
 _MATRIX = 256
 
 
+def may_end_early(grammar: TokenGrammar) -> bool:
+    """Whether a text that may end may end later as well: there are end ids."""
+    after = grammar.delta[grammar.accepting]
+    return bool(grammar.accepting[after].any(axis=1).all())
+
+
 class Moves:
     """From a set of states to the next one and back, by any token.
 

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from dllmserve.catalog import RULES
+from dllmserve.core.canvas import Canvas
 from dllmserve.core.plan import OPEN, WRITTEN, EntryReport
-from dllmserve.core.request import Forced, Request
+from dllmserve.core.request import Forced, Region, Request
+from dllmserve.errors import InvalidParameterError
+
+if TYPE_CHECKING:
+    from dllmserve.constraints.grammar import TokenGrammar
+
+#: holes of a request that may have a constraint
+MAX_REGIONS = 16
+#: states times slots up to which it is worked out on the host what a new request has to hold
+_MOST_CELLS = 1 << 18
 
 
 def settle(request: Request, report: EntryReport, ends: Collection[int]) -> EntryReport:
@@ -87,3 +98,75 @@ def _needs_no_forward(
     if params.unmask == "sequential":
         known = [p for p in left[: request.quota] if open_[p] != OPEN]
     return known[: request.quota] if len(known) >= request.quota else []
+
+
+def regions_of(
+    canvas: Canvas, grammars: Sequence[TokenGrammar | None], name: str
+) -> tuple[Region, ...]:
+    """What each hole of a canvas has to match.
+
+    Args:
+        canvas: the request's.
+        grammars: one for each hole, None for one that may hold anything; none at all: the same.
+        name: of the length that a caller gave, in errors.
+
+    Raises:
+        InvalidParameterError: no text that matches fits into a hole.
+    """
+    if not grammars:
+        return ()
+    last, regions = canvas.start + canvas.answer_len, []
+    for (start, end), grammar in zip(canvas.holes, grammars, strict=True):
+        if grammar is None:
+            continue
+        region = Region(start, min(end, last), grammar)
+        _check_room(region, name)
+        regions.append(region)
+    if len(regions) > MAX_REGIONS:
+        raise InvalidParameterError(
+            f"{len(regions)} holes have a constraint, and a request may have {MAX_REGIONS}: "
+            "make it several requests"
+        )
+    return tuple(regions)
+
+
+def _check_room(region: Region, name: str) -> None:
+    from dllmserve.constraints.sets import Moves, RegionSets, may_end_early
+
+    grammar, slots = region.grammar, region.end - region.start
+    least = int(grammar.least[grammar.start])
+    if least > slots:
+        raise InvalidParameterError(
+            f"the shortest text that matches has {least} tokens, and {name} is {slots}: raise it "
+            f"to {least} or more"
+        )
+    if not may_end_early(grammar) and not RegionSets(Moves(grammar), slots).feasible:
+        raise InvalidParameterError(
+            f"no text that matches has exactly {slots} tokens, which {name} asks for (the shortest "
+            f"has {least}): take another length, or let the answer end (ignore_eos=False)"
+        )
+
+
+def begin(request: Request, ends: Collection[int]) -> None:
+    """Write what a new request's constraints leave no choice about.
+
+    Args:
+        request: not queued yet.
+        ends: ids that end its answer.
+    """
+    if not request.regions:
+        return
+    from dllmserve.constraints.sets import Moves, RegionSets
+
+    canvas = request.canvas
+    holds = [WRITTEN] * (canvas.end - canvas.start)
+    for start, end in canvas.holes:
+        holds[start - canvas.start : end - canvas.start] = [OPEN] * (end - start)
+    for region in request.regions:
+        slots = region.end - region.start
+        if len(region.grammar.delta) * slots > _MOST_CELLS:
+            continue  # the first forward will tell
+        sets = RegionSets(Moves(region.grammar), slots)
+        for slot, token in sets.forced(range(slots)).items():
+            holds[region.start + slot - canvas.start] = token
+    write_forced(request, holds, ends)

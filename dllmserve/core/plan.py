@@ -6,8 +6,8 @@ the attention backend never ask which policy or phase they serve. Each integer h
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
 

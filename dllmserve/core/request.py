@@ -94,6 +94,7 @@ class Request:
     ``assumed`` holds the masks that each forward launched ahead of its report is expected to leave
     in its block; None for one that decides nothing. ``watch``
     asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
+    ``grammars`` say what each hole of the canvas has to match, ``regions`` where that is.
     ``forced`` tokens of canvas positions were written by the host; those that are ``unsent`` are
     not on the device yet.
     ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
@@ -107,6 +108,7 @@ class Request:
     watch: bool = False
     stream: bool = False
     owner: str = ""
+    grammars: tuple[TokenGrammar | None, ...] = ()
     regions: tuple[Region, ...] = ()
     status: Status = Status.WAITING
     progress: Progress = field(default_factory=Progress)
@@ -195,7 +197,8 @@ class Request:
     @property
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
-        free = not self.regions and not self.watch and not self.params.stop_strings and not self.params.early_end
+        free = not self.watch and not self.params.stop_strings and not self.params.early_end
+        free = free and not self.regions
         exact = RULES[self.params.unmask].quota == "exact" and not CACHES[self.policy].follows
         return exact and free
 

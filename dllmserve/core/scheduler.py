@@ -13,10 +13,10 @@ from collections.abc import Callable, Container, Iterator, Sequence
 
 from dllmserve.catalog import EDITS, RULES
 from dllmserve.core.budget import NO_LIMIT, SoftLimit, StepBudget
+from dllmserve.core.constrained import settle
 from dllmserve.core.fair import FairQueue, within_share
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.constrained import settle
 from dllmserve.core.plan import (
     EntryReport,
     Kind,
@@ -128,9 +128,7 @@ class Scheduler:
         self._step += 1
         packed = sorted(picked.items(), key=lambda pair: _packing_order(*pair))
         requests = [r for r, _ in packed]
-        plan = StepPlan(
-            tuple(e for _, e in packed), new_pages(requests), _known_tokens(requests)
-        )
+        plan = StepPlan(tuple(e for _, e in packed), new_pages(requests), _known_tokens(requests))
         return plan, requests, admitted
 
     def _ready(self) -> list[tuple[Request, StepEntry]]:

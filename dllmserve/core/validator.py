@@ -8,17 +8,21 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dllmserve._values import Filled, NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.canvas import Canvas, answer_canvas, framed_canvas, window_canvas
+from dllmserve.core.constrained import regions_of
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.core.rows import written_last
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
 from dllmserve.sampling_params import DEFAULT_LENGTHS, SamplingParams
+
+if TYPE_CHECKING:
+    from dllmserve.constraints.grammar import TokenGrammar
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class RequestValidator:
         stream: bool = False,
         owner: str = "",
         name: str = "prompt",
+        grammars: Sequence[TokenGrammar | None] = (),
     ) -> Request:
         """A checked request.
 
@@ -54,6 +59,7 @@ class RequestValidator:
             prompt_ids: token ids; integers of any kind.
             params: how it is decoded.
             name: of the prompt, in errors.
+            grammars: what each hole of the canvas has to match; see :func:`regions_of`.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
@@ -76,6 +82,8 @@ class RequestValidator:
             stream=stream,
             owner=owner,
         )
+        request.grammars = tuple(grammars)
+        request.regions = regions_of(request.canvas, grammars, params.length_name)
         self._check_whole_blocks(request, name)
         policy = CACHES[request.policy].load()()
         if reasons := policy.unsupported(self.spec):

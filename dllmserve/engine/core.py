@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from dllmserve.core.constrained import begin
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import ends_of, row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
+from dllmserve.engine.grammars import Grammars
 from dllmserve.engine.machine import with_threads
 from dllmserve.engine.sizing import memory_advice
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer
@@ -27,6 +30,9 @@ from dllmserve.runtime.platform import (
 )
 from dllmserve.runtime.runner import StepHandle, StepRunner
 from dllmserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from dllmserve.constraints.grammar import TokenGrammar
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class EngineCore:
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._text = AnswerText(tokenizer)
+        self._grammars = Grammars(self.spec, tokenizer)
         self._depth = depth
         self._threads = threads
         self._in_flight: deque[_InFlightStep] = deque()
@@ -119,14 +126,19 @@ class EngineCore:
         stream: bool = False,
         owner: str = "",
         name: str = "prompt",
+        grammars: Sequence[TokenGrammar | None] | None = None,
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
+
+        Args:
+            grammars: what each hole of its canvas has to match; None compiles what the parameters
+                ask for.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        return self._validator.request(
+        request = self._validator.request(
             next(self._ids),
             prompt_ids,
             params,
@@ -135,7 +147,10 @@ class EngineCore:
             stream=stream,
             owner=owner,
             name=name,
+            grammars=self._grammars.of(params) if grammars is None else grammars,
         )
+        begin(request, ends_of(request.params, self.spec))
+        return request
 
     def add(self, request: Request) -> None:
         """Queue a request made by :meth:`make_request`."""
@@ -328,9 +343,7 @@ class EngineCore:
                 events.failed.append(request)
         return events
 
-    def _output(
-        self, request: Request, handle: StepHandle, finished: bool
-    ) -> RequestOutput | None:
+    def _output(self, request: Request, handle: StepHandle, finished: bool) -> RequestOutput | None:
         """The output of a request that ended in this step, by itself or by a stop string."""
         if not finished and not request.params.stop_strings:
             return None

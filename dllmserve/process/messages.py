@@ -64,6 +64,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
         stream: report committed ids as they come.
         watch: report a canvas after every step.
         owner: whose it is, as :class:`dllmserve.core.request.Request` says.
+        grammars: what each hole of its canvas has to match, compiled; none: nothing.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
@@ -73,6 +74,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     stream: bool = False
     watch: bool = False
     owner: str = ""
+    grammars: tuple[bytes | None, ...] = ()
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 

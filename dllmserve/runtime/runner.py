@@ -99,7 +99,9 @@ class StepHandle:
             )
             self._holds_room = host_room(like, table.device)
         self._holds: Tensor | None = None
-        self._constrained = [bool(table.host[e.span.row].regions) for e in plan.entries]
+        self._constrained = [
+            bool(e.span.blk_len and table.host[e.span.row].regions) for e in plan.entries
+        ]
         ending = [e.span.row for e in plan.entries if e.last]
         self._rooms = {row: host_room(table.answer(row), table.device) for row in ending}
         self._answers: dict[int, Tensor] = {}
@@ -138,10 +140,10 @@ class StepHandle:
         reports = [EntryReport(*rows[index]) for index in self._indices]
         if self._holds is None:
             return reports
-        decides = [own and bool(length) for own, (_, length) in zip(self._constrained, self.blocks)]
+        entries = zip(reports, self._indices, self._constrained, strict=True)
         return [
             replace(report, holds=self._holds[index].tolist()) if own else report
-            for report, index, own in zip(reports, self._indices, decides, strict=True)
+            for report, index, own in entries
         ]
 
     def answer(self, row: int, count: int) -> list[int] | None:

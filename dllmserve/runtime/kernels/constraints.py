@@ -12,7 +12,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllmserve.constraints.sets import Moves
+from dllmserve.constraints.sets import Moves, may_end_early
 from dllmserve.core.plan import OPEN
 from dllmserve.core.rows import RowInit
 from dllmserve.decoding.rule import RuleView, Update
@@ -21,7 +21,7 @@ from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.constraints import LOOK_AHEAD
 from dllmserve.runtime.edits import EditSizes
 from dllmserve.runtime.kernels import constrain
-from dllmserve.runtime.kernels.constrain import REGIONS, Field
+from dllmserve.runtime.kernels.region_sets import REGIONS, Field, sweep
 from dllmserve.runtime.shape import SegmentShape, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.tensors import HeadCells
@@ -61,7 +61,6 @@ def _pack(grammar: TokenGrammar) -> _Packed:
     wide = [source | (target << 16), grammar.least, only, order]
     starts = np.cumsum([0, *(len(part) for part in wide)])
     small = np.concatenate([grammar.delta.ravel(), grammar.class_of])
-    ends = grammar.accepting[grammar.delta[grammar.accepting]].any(axis=1).all()
     fields = {
         Field.STATES: states,
         Field.CLASSES: classes,
@@ -73,7 +72,7 @@ def _pack(grammar: TokenGrammar) -> _Packed:
         Field.LEAST: int(starts[1]),
         Field.ONLY: int(starts[2]),
         Field.ORDER: int(starts[3]),
-        Field.TAIL: int(ends),
+        Field.TAIL: int(may_end_early(grammar)),
     }
     packed = np.concatenate(wide).astype(np.int32)
     return _Packed(grammar, small.astype(np.int16), packed, fields)
@@ -247,7 +246,7 @@ class TritonConstraints:
 
     def _sweep(self) -> None:
         table, shape = self._table, self._shape
-        constrain.sweep[(shape.entries, REGIONS)](
+        sweep[(shape.entries, REGIONS)](
             *(self._step, table.tokens, table.masked, self._fields, self._small.data),
             *(self._wide.data, self._sets.data, self._entry_of, table.tokens.shape[1]),
             LOOK=LOOK_AHEAD,
