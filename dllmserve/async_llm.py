@@ -21,7 +21,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.request import Request
 from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
-from dllmserve.engine.grammars import Grammars, compiled
+from dllmserve.engine.grammars import Grammars
 from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dllmserve.errors import DllmServeError, EngineError, TokenizerError
@@ -408,8 +408,7 @@ class AsyncLLM:
             EngineError: the engine is gone for good, was not started, or not in this event loop.
         """
         self._ready()
-        grammars = compiled(request)
-        message = Submit(request.prompt_ids, request.params, stream, watch, owner, grammars)
+        message = Submit(request.prompt_ids, request.params, stream, watch, owner, request.grammars)
         call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home
         return call

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from dllmserve.catalog import RULES
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas
 from dllmserve.core.plan import OPEN, WRITTEN, EntryReport
 from dllmserve.core.request import Forced, Region, Request
 from dllmserve.errors import InvalidParameterError
-
-if TYPE_CHECKING:
-    from dllmserve.constraints.grammar import TokenGrammar
 
 #: holes of a request that may have a constraint
 MAX_REGIONS = 16
@@ -101,7 +98,7 @@ def _needs_no_forward(
 
 
 def regions_of(
-    canvas: Canvas, grammars: Sequence[TokenGrammar | None], name: str
+    canvas: Canvas, grammars: Sequence[Compiled | None], name: str
 ) -> tuple[Region, ...]:
     """What each hole of a canvas has to match.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from dllmserve._values import SparseConfig
 from dllmserve.catalog import CACHES, RULES
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas, Range
 from dllmserve.core.prefix import Prefix
 from dllmserve.core.schedule import block_quotas, window_split
@@ -23,7 +24,12 @@ class Region(NamedTuple):
 
     start: int
     end: int
-    grammar: TokenGrammar
+    compiled: Compiled
+
+    @property
+    def grammar(self) -> TokenGrammar:
+        """The grammar."""
+        return self.compiled.grammar
 
 
 class Forced(NamedTuple):
@@ -108,7 +114,7 @@ class Request:
     watch: bool = False
     stream: bool = False
     owner: str = ""
-    grammars: tuple[TokenGrammar | None, ...] = ()
+    grammars: tuple[Compiled | None, ...] = ()
     regions: tuple[Region, ...] = ()
     status: Status = Status.WAITING
     progress: Progress = field(default_factory=Progress)

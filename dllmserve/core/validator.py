@@ -8,10 +8,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dllmserve._values import Filled, NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas, answer_canvas, framed_canvas, window_canvas
 from dllmserve.core.constrained import regions_of
 from dllmserve.core.limits import Limits
@@ -20,9 +21,6 @@ from dllmserve.core.request import Request
 from dllmserve.core.rows import written_last
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
 from dllmserve.sampling_params import DEFAULT_LENGTHS, SamplingParams
-
-if TYPE_CHECKING:
-    from dllmserve.constraints.grammar import TokenGrammar
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class RequestValidator:
         stream: bool = False,
         owner: str = "",
         name: str = "prompt",
-        grammars: Sequence[TokenGrammar | None] = (),
+        grammars: Sequence[Compiled | None] = (),
     ) -> Request:
         """A checked request.
 

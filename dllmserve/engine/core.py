@@ -7,8 +7,8 @@ import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.constrained import begin
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
@@ -30,9 +30,6 @@ from dllmserve.runtime.platform import (
 )
 from dllmserve.runtime.runner import StepHandle, StepRunner
 from dllmserve.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from dllmserve.constraints.grammar import TokenGrammar
 
 
 @dataclass(frozen=True)
@@ -126,7 +123,7 @@ class EngineCore:
         stream: bool = False,
         owner: str = "",
         name: str = "prompt",
-        grammars: Sequence[TokenGrammar | None] | None = None,
+        grammars: Sequence[Compiled | None] | None = None,
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
 

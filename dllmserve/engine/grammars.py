@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.request import Request
 from dllmserve.core.rows import ends_of
 from dllmserve.engine.tokenizer import Tokenizer
 from dllmserve.errors import InvalidParameterError
@@ -15,21 +15,7 @@ from dllmserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from dllmserve.constraints.compile import GrammarCache
-    from dllmserve.constraints.grammar import TokenGrammar
     from dllmserve.constraints.vocabulary import Vocabulary
-
-
-def compiled(request: Request) -> tuple[bytes | None, ...]:
-    """A request's grammars as they travel between processes."""
-    return tuple(None if grammar is None else grammar.to_bytes() for grammar in request.grammars)
-
-
-@lru_cache(maxsize=64)
-def grammar_of(data: bytes | None) -> TokenGrammar | None:
-    """A grammar that has travelled; the same one for the same bytes."""
-    from dllmserve.constraints.grammar import TokenGrammar
-
-    return None if data is None else TokenGrammar.from_bytes(data)
 
 
 class Grammars:
@@ -59,7 +45,7 @@ class Grammars:
             )
         return Vocabulary.of(self._tokenizer)
 
-    def of(self, params: SamplingParams) -> Sequence[TokenGrammar]:
+    def of(self, params: SamplingParams) -> Sequence[Compiled]:
         """The grammar of an answer; none if nothing is asked of it.
 
         It is compiled, which may take seconds, unless it was before.

@@ -23,7 +23,6 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.plan import Kind, StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore, StepEvents
-from dllmserve.engine.grammars import grammar_of
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.start import build_engine
 from dllmserve.errors import DllmServeError, RankError
@@ -111,7 +110,7 @@ class EngineLoop:
                 watch=message.watch,
                 stream=message.stream,
                 owner=message.owner,
-                grammars=[grammar_of(data) for data in message.grammars],
+                grammars=message.grammars,
             )
             self._engine.add(request)
         except DllmServeError as error:  # the owner checks the same, before it submits

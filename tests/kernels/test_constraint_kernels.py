@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dllmserve.catalog import RULES
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.constraints.sets import Moves, RegionSets
 from dllmserve.core.plan import Part, Span, StepEntry, StepPlan
 from dllmserve.core.request import Region
@@ -41,7 +42,7 @@ def row_of(row: int, dice: random.Random) -> RowInit:
         grammar = random_grammar(row, IDS, dice.choice([7, 40]), 9, end=bool(row % 2))
         stop = end - dice.choice([0, 2]) if end == holes[-1][1] else end
         if RegionSets(Moves(grammar), stop - start).feasible:
-            regions.append(Region(start, stop, grammar))
+            regions.append(Region(start, stop, Compiled(grammar)))
     return RowInit(
         row=row,
         ids=[5, 6, 7, *[8] * 9],
