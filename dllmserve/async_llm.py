@@ -253,8 +253,13 @@ class AsyncLLM:
         prompt: str | Sequence[int],
         sampling_params: SamplingParams | None = None,
         sparse_config: SparseConfig | None = None,
+        history: bool = False,
     ) -> dict[str, Any]:
         """Complete one prompt; many calls at once share forward passes.
+
+        Args:
+            prompt: text or token ids.
+            sampling_params, sparse_config, history: as in :meth:`dllmserve.LLM.generate`.
 
         Returns:
             As one entry of :meth:`dllmserve.LLM.generate`.
@@ -264,7 +269,7 @@ class AsyncLLM:
                 request.
         """
         ids = await self.prompt_ids(prompt)
-        call = self.submit(self.check(ids, sampling_params, sparse_config))
+        call = self.submit(self.check(ids, sampling_params, sparse_config, trace=history))
         try:
             return (await call.output()).as_dict()
         finally:
@@ -358,6 +363,7 @@ class AsyncLLM:
         sparse_config: SparseConfig | None = None,
         *,
         candidates: tuple[tuple[int, ...], ...] = (),
+        trace: bool = False,
         name: str = "prompt",
     ) -> Request:
         """A checked request, with a seed, not queued.
@@ -370,7 +376,8 @@ class AsyncLLM:
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        return validator.request(0, prompt_ids, params, candidates=candidates, name=name)
+        asked: dict[str, Any] = {"candidates": candidates, "trace": trace}
+        return validator.request(0, prompt_ids, params, **asked, name=name)
 
     def submit(
         self,
@@ -395,7 +402,13 @@ class AsyncLLM:
         """
         self._ready()
         message = Submit(
-            request.prompt_ids, request.params, stream, watch, owner, request.candidates
+            request.prompt_ids,
+            request.params,
+            stream,
+            watch,
+            owner,
+            request.candidates,
+            request.trace,
         )
         call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home

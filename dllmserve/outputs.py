@@ -24,6 +24,21 @@ class TokenLogprob(TypedDict):
     top: list[list[int | float]]
 
 
+class Forward(TypedDict):
+    """What a forward of a request decided.
+
+    Attributes:
+        forward: its number, from 1.
+        written: ``[position in the answer, token id, confidence]``; the confidence is None where
+            something was filled in behind an end id.
+        remasked: positions in the answer that were masked again.
+    """
+
+    forward: int
+    written: list[list[int | float | None]]
+    remasked: list[int]
+
+
 @dataclass(frozen=True)
 class RequestOutput:
     """A finished request.
@@ -40,6 +55,7 @@ class RequestOutput:
         logprobs: of each of token_ids, if asked for.
         candidate_logprobs: log-probabilities of the request's candidates, one list for each
             position to fill of the answer; [] where no forward decided it. None without candidates.
+        history: forwards that decided something, if asked for.
     """
 
     text: str
@@ -52,10 +68,11 @@ class RequestOutput:
     steps: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     candidate_logprobs: list[list[float]] | None = None
+    history: list[Forward] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The dictionary that LLM.generate returns."""
-        asked = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        asked = {"logprobs": self.logprobs, "history": self.history}
         return {
             "text": self.text,
             "token_ids": self.token_ids,
@@ -67,7 +84,7 @@ class RequestOutput:
                 "cached_tokens": self.cached_tokens,
             },
             "steps": self.steps,
-            **asked,
+            **{key: value for key, value in asked.items() if value is not None},
         }
 
 

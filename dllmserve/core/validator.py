@@ -46,12 +46,13 @@ class RequestValidator:
         stream: bool = False,
         owner: str = "",
         candidates: tuple[tuple[int, ...], ...] = (),
+        trace: bool = False,
         name: str = "prompt",
     ) -> Request:
         """A checked request.
 
         Args:
-            id, seed, watch, stream, owner, candidates: the request's.
+            id, seed, watch, stream, owner, candidates, trace: the request's.
             prompt_ids: token ids; integers of any kind.
             params: how it is decoded.
             name: of the prompt, in errors.
@@ -77,6 +78,7 @@ class RequestValidator:
             stream=stream,
             owner=owner,
             candidates=candidates,
+            trace=trace,
         )
         self._check_whole_blocks(request, name)
         _check_candidates(request, self.spec)

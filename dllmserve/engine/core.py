@@ -15,6 +15,7 @@ from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
+from dllmserve.engine.history import AnswerHistory
 from dllmserve.engine.logprobs import AnswerLogprobs
 from dllmserve.engine.machine import with_threads
 from dllmserve.engine.sizing import memory_advice
@@ -110,6 +111,7 @@ class EngineCore:
         self._threads = threads
         self._in_flight: deque[_InFlightStep] = deque()
         self._logprobs = weakref.WeakKeyDictionary[Request, AnswerLogprobs]()
+        self._traced = weakref.WeakKeyDictionary[Request, AnswerHistory]()
         self.observers: list[Callable[[StepPlan], None]] = []
         self.on_admitted: Callable[[list[Request]], None] | None = None
 
@@ -122,12 +124,13 @@ class EngineCore:
         stream: bool = False,
         owner: str = "",
         candidates: tuple[tuple[int, ...], ...] = (),
+        trace: bool = False,
         name: str = "prompt",
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
 
         Args:
-            prompt_ids, params, watch, stream, owner, candidates: see
+            prompt_ids, params, watch, stream, owner, candidates, trace: see
                 :class:`dllmserve.core.request.Request`.
             name: of the prompt, in errors.
 
@@ -144,6 +147,7 @@ class EngineCore:
             stream=stream,
             owner=owner,
             candidates=candidates,
+            trace=trace,
             name=name,
         )
 
@@ -297,11 +301,14 @@ class EngineCore:
                     low = before[index]
                     ids = self._runner.table.read_settled(request.row, low, report.frontier)
                     events.streamed.append((request, ids, self._logprobs_of(request, ids, low)))
+            # a forward that only stores has no block, and nothing to show
+            if (request.watch or request.trace) and handle.blocks[index][1]:
+                canvas = self._canvas(index, request, handle)
+                output = self._traced_output(request, canvas, output)
+                if request.watch:
+                    events.watched.append((request, replace(canvas, output=output)))
             if output is not None:
                 events.finished.append((request, output))
-            # a forward that only stores has no block, and nothing to show
-            if request.watch and handle.blocks[index][1]:
-                events.watched.append((request, self._canvas(index, request, handle, output)))
         for request, _ in events.finished:
             self.scheduler.release(request)
         return replace(events, committed=committed)
@@ -365,9 +372,19 @@ class EngineCore:
             return None
         return kept.read(ids, start)
 
-    def _canvas(
-        self, index: int, request: Request, handle: StepHandle, output: RequestOutput | None
-    ) -> CanvasStep:
+    def _traced_output(
+        self, request: Request, canvas: CanvasStep, output: RequestOutput | None
+    ) -> RequestOutput | None:
+        """Note what the step did, if the request asks for it; the output tells of all steps."""
+        if not request.trace:
+            return output
+        if request not in self._traced:
+            self._traced[request] = AnswerHistory()
+        history = self._traced[request]
+        history.note(canvas)
+        return None if output is None else replace(output, history=history.forwards)
+
+    def _canvas(self, index: int, request: Request, handle: StepHandle) -> CanvasStep:
         """A picture of the answer after the step."""
         table = self._runner.table
         length = request.canvas.answer_len
@@ -391,5 +408,4 @@ class EngineCore:
             # a block may hold given tokens before the answer's start and behind its end
             block=(min(max(block, 0), length), min(max(block + width, 0), length)),
             forward_passes=request.progress.forwards,
-            output=output,
         )

@@ -111,6 +111,7 @@ class EngineLoop:
                 stream=message.stream,
                 owner=message.owner,
                 candidates=message.candidates,
+                trace=message.trace,
             )
             self._engine.add(request)
         except DllmServeError as error:  # the owner checks the same, before it submits

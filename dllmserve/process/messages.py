@@ -63,7 +63,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
-        owner, candidates: as :class:`dllmserve.core.request.Request` says.
+        owner, candidates, trace: as :class:`dllmserve.core.request.Request` says.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
@@ -74,6 +74,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     watch: bool = False
     owner: str = ""
     candidates: tuple[tuple[int, ...], ...] = ()
+    trace: bool = False
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 
