@@ -193,9 +193,7 @@ class _Parts:
         source = np.append(old.source, np.full(len(some), width - 1, np.int32))
         target = np.append(old.target, (starts[some] - 1).astype(np.int32))
         counts = np.bincount(columns, minlength=len(pairs))
-        self._moves = Moves(
-            source[order], target[order], np.concatenate([[0], np.cumsum(counts)])
-        )
+        self._moves = Moves(source[order], target[order], np.concatenate([[0], np.cumsum(counts)]))
         self._accepting = np.append(self._accepting, self._accepting[self._start])
         self._start = width - 1
 

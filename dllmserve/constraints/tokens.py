@@ -136,7 +136,9 @@ class _Maps:
 
     def _keep(self, moves: Moves) -> None:
         self._entries += len(moves.source)
-        limits.check(self._entries, limits.MAX_MOVES, "what its tokens' beginnings do to its states")
+        limits.check(
+            self._entries, limits.MAX_MOVES, "what its tokens' beginnings do to its states"
+        )
         self._source.append(moves.source)
         self._target.append(moves.target)
         self._lengths.append(np.diff(moves.starts))

@@ -70,10 +70,13 @@ def write_forced(request: Request, holds: Sequence[int], ends: Collection[int]) 
         written = _needs_no_forward(request, left, open_, ends)
         if not written:
             return
+        if RULES[request.params.unmask].quota == "exact":
+            request.foreseen.append(progress.forwards)
+            progress.scheduled += 1
+        step = max(progress.forwards + len(request.foreseen), 1)
         for position in written:
-            forced = Forced(open_.pop(position), progress.forwards)
+            forced = Forced(open_.pop(position), step)
             request.forced[position] = request.unsent[position] = forced
-        progress.scheduled += 1
 
 
 def _needs_no_forward(

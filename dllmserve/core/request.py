@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
@@ -33,10 +34,10 @@ class Region(NamedTuple):
 
 
 class Forced(NamedTuple):
-    """A token that had to stand where it does, and the forwards that were run before it."""
+    """A token that had to stand where it does, and the step that would have written it."""
 
     token: int
-    forward: int
+    step: int
 
 
 class Status(Enum):
@@ -99,10 +100,13 @@ class Request:
     of a row are in the page table, ``preempted`` counts how often its pages were taken.
     ``assumed`` holds the masks that each forward launched ahead of its report is expected to leave
     in its block; None for one that decides nothing. ``watch``
-    asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
+    asks for a canvas after every step, ``trace`` for what each forward decided, with the output,
+    ``stream`` for the ids that join the committed prefix.
+    ``candidates`` are ids whose log-probabilities are wanted, one tuple for each position to fill.
     ``grammars`` say what each hole of the canvas has to match, ``regions`` where that is.
     ``forced`` tokens of canvas positions were written by the host; those that are ``unsent`` are
-    not on the device yet.
+    not on the device yet. ``foreseen`` has, for each step of the schedule whose outcome was known
+    without a forward, the forwards that were run before it.
     ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
     leave room for others; "" is somebody who has the engine alone.
     """
@@ -116,6 +120,8 @@ class Request:
     owner: str = ""
     grammars: tuple[Compiled | None, ...] = ()
     regions: tuple[Region, ...] = ()
+    candidates: tuple[tuple[int, ...], ...] = ()
+    trace: bool = False
     status: Status = Status.WAITING
     progress: Progress = field(default_factory=Progress)
     row: int = -1
@@ -133,6 +139,7 @@ class Request:
     assumed: deque[int | None] = field(default_factory=deque)
     forced: dict[int, Forced] = field(default_factory=dict)
     unsent: dict[int, Forced] = field(default_factory=dict)
+    foreseen: list[int] = field(default_factory=list)
     masks: tuple[int, ...] = ()
     quotas: tuple[tuple[int, ...], ...] = ()
 
@@ -179,6 +186,17 @@ class Request:
                 ids[position - start] = forced.token
         return ids
 
+    def steps_of(self, forwards: list[int]) -> list[int]:
+        """Steps, from 1, that wrote the answer's first positions, from the forwards that did.
+
+        A step whose outcome was known counts, though no forward was run for it.
+        """
+        steps = [f + bisect_left(self.foreseen, f) for f in forwards]
+        for position, forced in self.forced.items():
+            if position - self.canvas.start < len(steps):
+                steps[position - self.canvas.start] = forced.step
+        return steps
+
     @property
     def prompt_ids(self) -> list[int]:
         """Given tokens; what they are in holes does not matter."""
@@ -203,8 +221,8 @@ class Request:
     @property
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
-        free = not self.watch and not self.params.stop_strings and not self.params.early_end
-        free = free and not self.regions
+        seen = self.watch or self.trace or self.regions
+        free = not seen and not self.params.stop_strings and not self.params.early_end
         exact = RULES[self.params.unmask].quota == "exact" and not CACHES[self.policy].follows
         return exact and free
 

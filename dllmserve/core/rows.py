@@ -91,6 +91,9 @@ class RowInit:
         track: what tells which cached positions are out of date.
         history: slots of kept distributions, one for each position of a block.
         regions: positions whose text has to match a grammar.
+        logprobs: of so many of the likeliest tokens log-probabilities are wanted; None: of none,
+            and not of those that are written.
+        candidates: ids whose log-probabilities are wanted, for each position to fill.
     """
 
     row: int
@@ -108,6 +111,13 @@ class RowInit:
     track: Track = Track.NONE
     history: tuple[int, ...] = ()
     regions: tuple[Region, ...] = ()
+    logprobs: int | None = None
+    candidates: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def wants(self) -> bool:
+        """True if log-probabilities are wanted."""
+        return self.logprobs is not None or bool(self.candidates)
 
     @property
     def start(self) -> int:
@@ -202,6 +212,8 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
             track=track,
             history=tuple(request.history),
             regions=request.regions if row == request.row else (),
+            logprobs=params.logprobs,
+            candidates=request.candidates if row == request.row else (),
         )
         for row, ids, edits in rows
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,13 @@ from dllmserve.core.rows import ends_of, row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
 from dllmserve.engine.grammars import Grammars
+from dllmserve.engine.history import AnswerHistory
+from dllmserve.engine.logprobs import AnswerLogprobs
 from dllmserve.engine.machine import with_threads
 from dllmserve.engine.sizing import memory_advice
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer
 from dllmserve.errors import OutOfMemoryError
-from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.runtime.platform import (
     first_line,
     is_out_of_memory,
@@ -39,15 +42,17 @@ class StepEvents:
     Attributes:
         finished: requests that ended, with their outputs.
         watched: canvases of the watched requests.
-        streamed: ids that a streamed request has added to its committed prefix; the last
-            ones come with its output.
+        streamed: ids that a streamed request has added to its committed prefix, and their
+            log-probabilities if it asks for them; the last ones come with its output.
         failed: requests that ended with their ``error`` set.
         committed: positions that joined the committed prefixes of all requests.
     """
 
     finished: list[tuple[Request, RequestOutput]] = field(default_factory=list)
     watched: list[tuple[Request, CanvasStep]] = field(default_factory=list)
-    streamed: list[tuple[Request, list[int]]] = field(default_factory=list)
+    streamed: list[tuple[Request, list[int], list[TokenLogprob] | None]] = field(
+        default_factory=list
+    )
     failed: list[Request] = field(default_factory=list)
     committed: int = 0
 
@@ -111,6 +116,8 @@ class EngineCore:
         self._in_flight: deque[_InFlightStep] = deque()
         #: requests whose constraints leave one answer alone, which no forward has to find
         self._known: list[Request] = []
+        self._logprobs = weakref.WeakKeyDictionary[Request, AnswerLogprobs]()
+        self._traced = weakref.WeakKeyDictionary[Request, AnswerHistory]()
         self.observers: list[Callable[[StepPlan], None]] = []
         self.on_admitted: Callable[[list[Request]], None] | None = None
 
@@ -122,12 +129,17 @@ class EngineCore:
         watch: bool = False,
         stream: bool = False,
         owner: str = "",
+        candidates: tuple[tuple[int, ...], ...] = (),
+        trace: bool = False,
         name: str = "prompt",
         grammars: Sequence[Compiled | None] | None = None,
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
 
         Args:
+            prompt_ids, params, watch, stream, owner, candidates, trace: see
+                :class:`dllmserve.core.request.Request`.
+            name: of the prompt, in errors.
             grammars: what each hole of its canvas has to match; None compiles what the parameters
                 ask for.
 
@@ -143,6 +155,8 @@ class EngineCore:
             watch=watch,
             stream=stream,
             owner=owner,
+            candidates=candidates,
+            trace=trace,
             name=name,
             grammars=self._grammars.of(params) if grammars is None else grammars,
         )
@@ -212,7 +226,8 @@ class EngineCore:
             ends = ends_of(request.params, self.spec)
             end = next((i for i, token in enumerate(ids) if token in ends), length - 1)
             request.status, request.finish_reason = Status.FINISHED, "stop"
-            output = self._ended(request, ids[: end + 1], True)
+            steps = request.steps_of([0] * (end + 1))
+            output = self._ended(request, ids[: end + 1], steps, True)
             if output is not None:
                 events.finished.append((request, output))
         self._known = []
@@ -313,19 +328,25 @@ class EngineCore:
                 events.failed.append(request)
                 continue
             output = None
+            self._note_logprobs(index, request, handle)
             # without new text there is no stop string either
             frontier = request.progress.frontier
             if request in finished or frontier != before[index]:
                 committed += frontier - before[index]
                 output = self._output(request, handle, request in finished)
                 if output is None and request.stream:
-                    ids = self._runner.table.read_settled(request.row, before[index], frontier)
-                    events.streamed.append((request, request.with_forced(ids, before[index])))
+                    low = before[index]
+                    ids = self._runner.table.read_settled(request.row, low, frontier)
+                    ids = request.with_forced(ids, low)
+                    events.streamed.append((request, ids, self._logprobs_of(request, ids, low)))
+            # a forward that only stores has no block, and nothing to show
+            if (request.watch or request.trace) and handle.blocks[index][1]:
+                canvas = self._canvas(index, request, handle)
+                output = self._traced_output(request, canvas, output)
+                if request.watch:
+                    events.watched.append((request, replace(canvas, output=output)))
             if output is not None:
                 events.finished.append((request, output))
-            # a forward that only stores has no block, and nothing to show
-            if request.watch and handle.blocks[index][1]:
-                events.watched.append((request, self._canvas(index, request, handle, output)))
         for request, _ in events.finished:
             self.scheduler.release(request)
         return replace(events, committed=committed)
@@ -346,20 +367,21 @@ class EngineCore:
             return None
         eos = request.progress.eos
         count = eos + 1 if eos >= 0 else request.progress.frontier
-        ids = handle.answer(request.row, count)
-        if ids is None:
-            ids = request.with_forced(self._runner.table.read_answer(request.row, count))
-        return self._ended(request, ids, finished)
+        read = handle.answer(request.row, count)
+        ids, steps = read or self._runner.table.read_written(request.row, count)
+        return self._ended(request, request.with_forced(ids), request.steps_of(steps), finished)
 
-    def _ended(self, request: Request, ids: list[int], finished: bool) -> RequestOutput | None:
+    def _ended(
+        self, request: Request, ids: list[int], steps: list[int], finished: bool
+    ) -> RequestOutput | None:
         """The output of a request whose answer begins so, if that ends it."""
-        params = request.params
-        text, used, stopped = self._text.read(ids, params.stop_strings)
+        text, used, stopped = self._text.read(ids, request.params.stop_strings)
         if stopped:
             request.finish_reason = "stop"
         elif not finished:
             return None
         self.scheduler.learn(request, ids)
+        kept = self._logprobs.get(request)
         return RequestOutput(
             text=text,
             token_ids=ids[:used],
@@ -368,11 +390,43 @@ class EngineCore:
             completion_tokens=request.canvas.filled(used),
             forward_passes=request.reported_forwards,
             cached_tokens=0 if request.prefix is None else request.prefix.cached,
+            steps=steps[:used],
+            logprobs=self._logprobs_of(request, ids[:used]),
+            candidate_logprobs=kept.candidates(used) if kept and request.candidates else None,
         )
 
-    def _canvas(
-        self, index: int, request: Request, handle: StepHandle, output: RequestOutput | None
-    ) -> CanvasStep:
+    def _note_logprobs(self, index: int, request: Request, handle: StepHandle) -> None:
+        """Keep what a step says of log-probabilities that a request asks for."""
+        if request.params.logprobs is None and not request.candidates:
+            return
+        found = handle.logprobs(index)
+        if found is not None:
+            if request not in self._logprobs:
+                self._logprobs[request] = AnswerLogprobs(request)
+            self._logprobs[request].note(handle.blocks[index][0], *found)
+
+    def _logprobs_of(
+        self, request: Request, ids: list[int], start: int = 0
+    ) -> list[TokenLogprob] | None:
+        """Log-probabilities of the answer's ids from ``start`` on, if they are asked for."""
+        kept = self._logprobs.get(request)
+        if kept is None or request.params.logprobs is None:
+            return None
+        return kept.read(ids, start)
+
+    def _traced_output(
+        self, request: Request, canvas: CanvasStep, output: RequestOutput | None
+    ) -> RequestOutput | None:
+        """Note what the step did, if the request asks for it; the output tells of all steps."""
+        if not request.trace:
+            return output
+        if request not in self._traced:
+            self._traced[request] = AnswerHistory()
+        history = self._traced[request]
+        history.note(canvas)
+        return None if output is None else replace(output, history=history.forwards)
+
+    def _canvas(self, index: int, request: Request, handle: StepHandle) -> CanvasStep:
         """A picture of the answer after the step."""
         table = self._runner.table
         length = request.canvas.answer_len
@@ -399,5 +453,4 @@ class EngineCore:
             # a block may hold given tokens before the answer's start and behind its end
             block=(min(max(block, 0), length), min(max(block + width, 0), length)),
             forward_passes=request.progress.forwards,
-            output=output,
         )

@@ -62,10 +62,16 @@ class StepOutputs:
         report: [n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`.
         tokens: [n, W] int64, proposals.
         confidence: [n, W] float64, -inf where nothing was proposed.
-        holds: [n, A] int64, the same of constrained entries; None if the step has none.
+        logprobs: [rows, columns] float64 of each segment that wants log-probabilities.
+        heads: [n, W] int8, whose its LM-head rows are, in order: 1 a masked position's, 2 a written
+            one's that is scored, 0 none's. None if no segment wants log-probabilities.
+        holds: [n, A] int64, what answers of constrained entries hold, see
+            :class:`dllmserve.core.plan.EntryReport`; None if the step has none.
     """
 
     report: Tensor
     tokens: Tensor
     confidence: Tensor
+    logprobs: tuple[Tensor, ...] = ()
+    heads: Tensor | None = None
     holds: Tensor | None = None

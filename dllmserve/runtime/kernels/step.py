@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
@@ -70,5 +71,6 @@ class TritonWork:
         update = apply_rules(self.ops.rules, shape.rules, view, kind)
         if settle is not None:
             update = settle(update, view)
+        heads = view.eligible.to(torch.int8) if stats.logprobs else None
         report = commit_step(self.packed, shape, table, update, stats.prob, before)
-        return StepOutputs(report, view.tokens, view.confidence)
+        return StepOutputs(report, view.tokens, view.confidence, stats.logprobs, heads)
