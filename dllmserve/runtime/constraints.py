@@ -20,7 +20,7 @@ from torch import Tensor
 from dllmserve.constraints.sets import MASKED, Moves, RegionSets
 from dllmserve.core.plan import OPEN, WRITTEN, Part, SpanField
 from dllmserve.core.rows import RowInit
-from dllmserve.decoding.rule import RuleView, Update
+from dllmserve.decoding.rule import RuleView, Update, rank_of
 from dllmserve.decoding.stats import RowParams, scores
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.edits import EditSizes
@@ -31,6 +31,24 @@ from dllmserve.runtime.tensors import HeadCells
 
 #: positions from the active block on, at least, whose only ids are looked for after a step
 LOOK_AHEAD = 32
+
+
+def fewer_taken_back(
+    remask: Tensor | None,  # [n, W] bool
+    write: Tensor,  # [n, W] bool, what is left of what the rule writes
+    view: RuleView,
+    constrained: Tensor,  # [n] bool
+) -> Tensor | None:
+    """What a rule masks again, but in constrained entries fewer positions than it writes.
+
+    A rule that comes to an end because it takes back less than it wrote must not take back what it
+    would have written and could not.
+    """
+    if remask is None or view.back is None:
+        return remask
+    room = torch.where(constrained, write.sum(dim=-1) - 1, remask.shape[1])
+    key = torch.where(remask, -view.back, -torch.inf)
+    return remask & (rank_of(key) < room[:, None])
 
 
 @dataclass
@@ -222,7 +240,10 @@ class ConstraintEdit:
                 tokens[entry.index, place] = token
                 classes = region.sets.grammar.class_of
                 region.sets.fill(position - region.start, int(classes[token]))
-        return replace(update, tokens=tokens, write=write)
+        own = torch.zeros(len(write), dtype=torch.bool)
+        own[[entry.index for entry in self._entries.values()]] = True
+        remask = fewer_taken_back(update.remask, write, view, own)
+        return replace(update, tokens=tokens, write=write, remask=remask)
 
     def _going(self, entry: _Entry, position: int, region: _Region, token: int) -> int | None:
         """The token, if it goes with what is written; else the best that does, or None."""

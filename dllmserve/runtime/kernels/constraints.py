@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dllmserve.constraints.sets import Moves, may_end_early
-from dllmserve.core.plan import OPEN
+from dllmserve.core.plan import OPEN, SpanField
 from dllmserve.core.rows import RowInit
 from dllmserve.decoding.rule import RuleView, Update
 from dllmserve.decoding.stats import RowParams, scores
 from dllmserve.parallel.vocab import VocabShard
-from dllmserve.runtime.constraints import LOOK_AHEAD
+from dllmserve.runtime.constraints import LOOK_AHEAD, fewer_taken_back
 from dllmserve.runtime.edits import EditSizes
+from dllmserve.runtime.inputs import span_fields
 from dllmserve.runtime.kernels import constrain
 from dllmserve.runtime.kernels.region_sets import REGIONS, Field, sweep
 from dllmserve.runtime.shape import SegmentShape, StepShape
@@ -315,7 +316,11 @@ class TritonConstraints:
             CT=_CT,
             num_warps=8,
         )
-        return replace(update, tokens=tokens, write=write > 0)
+        left = write > 0
+        rows = span_fields(self._step, self._shape)[: len(left), SpanField.ROW].long()
+        own = self._fields[rows, 0, Field.STATES] > 0
+        remask = fewer_taken_back(update.remask, left, view, own)
+        return replace(update, tokens=tokens, write=left, remask=remask)
 
     def holds(self, shape: StepShape, table: StateTable) -> Tensor:
         """See :class:`ConstraintEdit`."""
