@@ -37,6 +37,7 @@ LAYERS = (
         "assets",
     ),
     ("core",),
+    ("constraints",),
     ("device", "parallel"),
     ("cache", "decoding"),
     ("kernels",),

@@ -62,7 +62,7 @@ class TokenGrammar:
     @property
     def classes(self) -> int:
         """C: number of classes, with that of the ids that are never allowed."""
-        return self.delta.shape[1]
+        return len(self.first)
 
     @property
     def nbytes(self) -> int:
