@@ -20,7 +20,7 @@ class GrammarCache:
         capacity: bytes of arrays that are kept at most. A grammar that is larger is made each time.
 
     Example:
-        >>> from dllmserve.constraints import GrammarCache
+        >>> from dllmserve.constraints.cache import GrammarCache
         >>> cache = GrammarCache(64 << 20)
         >>> len(cache)
         0
