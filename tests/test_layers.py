@@ -39,6 +39,7 @@ LAYERS = (
         "constraints",
     ),
     ("core",),
+    ("constraints",),
     ("device", "parallel"),
     ("cache", "decoding"),
     ("kernels",),

@@ -66,7 +66,7 @@ class Alphabet:
         return [charset(ranges) for ranges in found]
 
     def refined(self, other: Alphabet) -> tuple[Alphabet, NDArray[np.int32], NDArray[np.int32]]:
-        """The coarsest alphabet that is finer than both, and both symbols of each of its symbols."""
+        """The coarsest alphabet that is finer than both, and the two symbols that each was."""
         starts = np.union1d(self.starts, other.starts).astype(np.int32)
         own, theirs = (
             a.symbols[np.searchsorted(a.starts, starts, side="right") - 1] for a in (self, other)

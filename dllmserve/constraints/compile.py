@@ -14,7 +14,7 @@ from dllmserve.constraints.grammar import NEVER, TokenGrammar, finished, tokens_
 from dllmserve.constraints.nfa import automaton
 from dllmserve.constraints.nodes import either, text
 from dllmserve.constraints.regex import parse
-from dllmserve.constraints.tokens import Moves, hashes, token_maps
+from dllmserve.constraints.tokens import Moves, first_states, hashes, token_maps
 from dllmserve.constraints.utf8 import ByteDfa, to_bytes
 from dllmserve.constraints.vocabulary import Vocabulary
 from dllmserve.errors import InvalidParameterError
@@ -212,7 +212,7 @@ class _Parts:
 
 
 def _sized(of_id: NDArray[np.int32], vocab_size: int, never: set[int]) -> NDArray[np.int64]:
-    """A number of every id of the model, 0 for those that the tokenizer has not or that are no text."""
+    """Numbers of the model's ids; 0 for those that the tokenizer lacks or ``never`` names."""
     found = np.zeros(vocab_size, np.int64)
     known = min(vocab_size, len(of_id))
     found[:known] = of_id[:known]

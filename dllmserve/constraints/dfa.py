@@ -83,8 +83,7 @@ def classes_of_states(delta: NDArray[np.int32], accepting: NDArray[np.bool_]) ->
         InvalidParameterError: it takes too many rounds.
     """
     weights = salts(delta.shape[1])
-    keys = np.where(accepting, *salts(2))
-    end = np.where(accepting, *salts(2))
+    end = keys = salts(2)[accepting.astype(np.intp)]
     rounds, work = 8, 0
     while True:
         for _ in range(rounds):
@@ -178,7 +177,7 @@ def _product(a: Dfa, b: Dfa, both: Callable[..., NDArray[np.bool_]]) -> Dfa:
         moves[dead] = -1
         rows.append(moves)
         total += moves.size
-        limits.check(total, limits.MAX_TABLE, "its states times kinds of characters")
+        limits.check(total, limits.MAX_TABLE, "states times kinds of characters")
         new = np.setdiff1d(moves[~dead], seen)
         seen = np.union1d(seen, new)
         order.append(new)

@@ -31,7 +31,8 @@ class TokenGrammar:
         size: [C] int32: number of ids of every class.
 
     Example:
-        >>> from dllmserve.constraints import Vocabulary, compile_grammar
+        >>> from dllmserve.constraints.compile import compile_grammar
+        >>> from dllmserve.constraints.vocabulary import Vocabulary
         >>> grammar = compile_grammar(
         ...     regex="ab?", vocabulary=Vocabulary([b"a", b"b"]), vocab_size=3, mask_id=2
         ... )
@@ -62,7 +63,7 @@ class TokenGrammar:
     @property
     def classes(self) -> int:
         """C: number of classes, with that of the ids that are never allowed."""
-        return self.delta.shape[1]
+        return len(self.first)
 
     @property
     def nbytes(self) -> int:

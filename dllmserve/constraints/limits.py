@@ -32,6 +32,6 @@ def check(value: int, limit: int, what: str) -> None:
     if value > limit:
         raise InvalidParameterError(
             f"the constraint is too large: {what} is {value:,} or more, and at most {limit:,} are "
-            "possible; use smaller counted repeats (maxLength, maxItems, {m,n}), fewer alternatives, "
-            "or no bound at all where one is not needed"
+            "possible; use smaller counted repeats (maxLength, maxItems, {m,n}), fewer "
+            "alternatives, or no bound at all where none is needed"
         )

@@ -120,9 +120,7 @@ class _Subsets:
                 row[symbols] = self._id(targets)
             rows.append(row)
             limits.check(len(self._todo), 4 * limits.MAX_STATES, "the number of its states")
-            limits.check(
-                len(rows) * kinds, limits.MAX_TABLE, "its states times kinds of characters"
-            )
+            limits.check(len(rows) * kinds, limits.MAX_TABLE, "states times kinds of characters")
         rows.append(np.full(kinds, -1, np.int32))
         delta = np.stack(rows)
         delta[delta < 0] = len(rows) - 1

@@ -1,7 +1,6 @@
 """Languages as trees, from which automata are made.
 
-A node is immutable and may stand in several places; two nodes are equal only if they are the same. ``Chars`` is one character of a set; ``Embedded``
-is an automaton that was made before.
+A node is immutable and may stand in several places; two nodes are equal only if they are the same.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """From an automaton over bytes to one over the tokens of a vocabulary.
 
-A text of bytes acts on the automaton as a *map*: from states to states. Tokens with equal maps are one
-class. Maps of all beginnings of tokens are made level by level, from one byte on; each one is kept
-once, and what it becomes by one more kind of byte is found once. A map is kept as the pairs of states
-that are alive before and behind it, which are few for most.
+A text of bytes acts on the automaton as a *map*: from states to states. Tokens with equal maps are
+one class. Maps of all beginnings of tokens are made level by level, from one byte on; each one is
+kept once, and what it becomes by one more kind of byte is found once. A map is kept as the pairs of
+states that are alive before and behind it, which are few for most.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _Maps:
             old, kind = np.divmod(part, self._kinds)
             found = self._add(self._extended(old, kind))
             self._next[old, kind] = found
-        return self._next.ravel()[keys]
+        return np.asarray(self._next.ravel()[keys], np.int32)
 
     def _parts(self, keys: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Keys in batches of bounded work."""
@@ -136,9 +136,7 @@ class _Maps:
 
     def _keep(self, moves: Moves) -> None:
         self._entries += len(moves.source)
-        limits.check(
-            self._entries, limits.MAX_MOVES, "what its tokens' beginnings do to its states"
-        )
+        limits.check(self._entries, limits.MAX_MOVES, "the size of its tokens' maps")
         self._source.append(moves.source)
         self._target.append(moves.target)
         self._lengths.append(np.diff(moves.starts))
@@ -151,7 +149,7 @@ class _Maps:
 
 
 def hashes(moves: Moves, numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """[maps] a number of every map; 0 for one without pairs. ``numbers`` are random, [2, states]."""
+    """[maps] a number of every map, 0 for one without pairs; ``numbers`` are [2, states]."""
     pairs = mixed(numbers[0, moves.source] ^ (numbers[1, moves.target] * np.uint64(3)))
     # a sum over each map, where reduceat cannot be used as maps may be empty
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(pairs, dtype=np.uint64)])
@@ -178,8 +176,8 @@ def token_maps(automaton: ByteDfa, vocabulary: Vocabulary) -> tuple[Moves, NDArr
             break
         nodes[alive] = maps.after(before[alive], automaton.kinds[level.byte[alive]])
         of_id[level.ids] = nodes[level.nodes]
-    used, of_id = np.unique(np.append(of_id, 0), return_inverse=True)
-    return maps.moves().chosen(used), of_id[:-1].astype(np.int32)
+    used, numbers = np.unique(np.append(of_id, 0), return_inverse=True)
+    return maps.moves().chosen(used), numbers[:-1].astype(np.int32)
 
 
 def first_states(automaton: ByteDfa, vocabulary: Vocabulary) -> NDArray[np.int32]:

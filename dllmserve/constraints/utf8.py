@@ -45,9 +45,9 @@ def to_bytes(dfa: Dfa) -> ByteDfa:
         InvalidParameterError: it has too many states.
     """
     symbols = dfa.alphabet.of_code_points()
-    table = symbols.reshape(-1, 64).copy()
-    table[:2] = 0  # ASCII is in no chunk: symbol 0 leads nowhere
-    chunks, of_chunk = _unique_rows(table)  # [U, 64] symbols
+    rows = symbols.reshape(-1, 64).astype(np.intp)
+    rows[:2] = 0  # ASCII is in no chunk: symbol 0 leads nowhere
+    chunks, of_chunk = _unique_rows(rows)  # [U, 64] symbols
     none = len(chunks)  # a chunk without characters, for bytes that begin nothing
     planes = of_chunk.reshape(-1, 64).copy()  # [272, 64] chunks, by the bytes before
     planes[0, :32] = none  # E0 80: what fewer bytes can say
@@ -100,8 +100,8 @@ class _Inside:
         limits.check(targets.size * len(ways), limits.MAX_WORK, "the work of splitting characters")
         weights = salts(64)
         sums = np.zeros((targets.shape[1], len(ways)), np.uint64)
-        for way, row in enumerate(ways):
-            np.add.at(sums[:, way], row, weights)
+        for column, taken in enumerate(ways):
+            np.add.at(sums[:, column], taken, weights)
         keys = mixed((targets + 2).astype(np.uint64) * salts(1)) @ sums
         first, numbers = first_of_each(keys.ravel())
         row, way = np.divmod(first, len(ways))

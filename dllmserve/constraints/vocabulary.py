@@ -205,8 +205,8 @@ class _Decoder:
             self._at_start.append(lambda piece: _stripped(piece, content, most))
         else:
             raise TokenizerError(
-                f"constraints do not work with this tokenizer: its decoder {kind} ({part}) makes of "
-                "a token what depends on its neighbours, or is not known"
+                f"constraints do not work with this tokenizer: its decoder {kind} ({part}) makes "
+                "of a token what depends on its neighbours, or is not known"
             )
 
     def _strips(self, part: dict[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from dllmserve.errors import PromptError, TokenizerError
 from dllmserve.models.files import NotText, read_bytes
 
 if TYPE_CHECKING:
+    from dllmserve.constraints.vocabulary import Vocabulary
     from dllmserve.engine.marked import LiteralPrompts, MarkedTemplate
     from dllmserve.engine.template import ChatTemplate
 
@@ -183,6 +184,15 @@ class Tokenizer:
         between = rest.partition(_ANSWER)[2].partition(_NEXT)[0]
         new = next(i for i in range(len(between) + 1) if before.endswith(between[i:]))
         return between[:new]
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of every token, for constraints.
+
+        Raises:
+            TokenizerError: they cannot be known.
+        """
+        return self._codec.vocabulary()
 
     def warm_up(self) -> None:
         """Import and compile what chats need, which a server must not do under load."""
