@@ -14,10 +14,12 @@ from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
+from dllmserve.engine.filled import with_holes
 from dllmserve.engine.machine import with_threads
 from dllmserve.engine.sizing import memory_advice
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer
 from dllmserve.errors import OutOfMemoryError
+from dllmserve.holes import Holes
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.runtime.platform import (
     first_line,
@@ -113,12 +115,15 @@ class EngineCore:
         prompt_ids: list[int],
         params: SamplingParams,
         *,
+        holes: Holes = (),
         watch: bool = False,
         stream: bool = False,
         owner: str = "",
         name: str = "prompt",
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
+
+        With ``holes``, ``prompt_ids`` are a whole row, of which the holes are filled.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
@@ -128,6 +133,7 @@ class EngineCore:
             next(self._ids),
             prompt_ids,
             params,
+            holes=holes,
             seed=seed,
             watch=watch,
             stream=stream,
@@ -321,7 +327,7 @@ class EngineCore:
         elif not finished:
             return None
         self.scheduler.learn(request, ids)
-        return RequestOutput(
+        output = RequestOutput(
             text=text,
             token_ids=ids[:used],
             finish_reason=request.finish_reason or "length",
@@ -330,6 +336,7 @@ class EngineCore:
             forward_passes=request.reported_forwards,
             cached_tokens=0 if request.prefix is None else request.prefix.cached,
         )
+        return with_holes(output, request, self.spec, self.tokenizer) if request.holes else output
 
     def _canvas(
         self, index: int, request: Request, handle: StepHandle, output: RequestOutput | None

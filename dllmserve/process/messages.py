@@ -15,6 +15,7 @@ from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
+from dllmserve.holes import Holes
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.sampling_params import SamplingParams
 
@@ -59,11 +60,11 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     """Run a request.
 
     Attributes:
-        prompt_ids: token ids.
+        prompt_ids: token ids; of a whole row, if it has holes.
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
-        owner: whose it is, as :class:`dllmserve.core.request.Request` says.
+        owner, holes: as :class:`dllmserve.core.request.Request` says.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
@@ -73,6 +74,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     stream: bool = False
     watch: bool = False
     owner: str = ""
+    holes: Holes = ()
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 
