@@ -29,6 +29,7 @@ LAYERS = (
         "_values",
         "config",
         "cores",
+        "holes",
         "knobs",
         "messages",
         "presets",

@@ -1,4 +1,4 @@
-"""Compiled: a grammar that may travel between processes, without loading numpy before it is used."""
+"""Compiled: a grammar that travels between processes, and needs numpy only where it is used."""
 
 from __future__ import annotations
 

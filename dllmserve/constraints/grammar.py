@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +81,10 @@ class TokenGrammar:
 
     def to_bytes(self) -> bytes:
         """All of it, compressed; see :meth:`from_bytes`."""
+        return self._bytes
+
+    @cached_property
+    def _bytes(self) -> bytes:
         key = self.key.encode()
         head = np.array(
             [len(key), self.states, self.classes, len(self.class_of), self.start], "<i8"

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 from dllmserve.catalog import RULES
 from dllmserve.constraints.compiled import Compiled
-from dllmserve.core.canvas import Canvas
 from dllmserve.core.plan import OPEN, WRITTEN, EntryReport
 from dllmserve.core.request import Forced, Region, Request
 from dllmserve.errors import InvalidParameterError
@@ -100,28 +99,27 @@ def _needs_no_forward(
     return known[: request.quota] if len(known) >= request.quota else []
 
 
-def regions_of(
-    canvas: Canvas, grammars: Sequence[Compiled | None], name: str
-) -> tuple[Region, ...]:
-    """What each hole of a canvas has to match.
+def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[Region, ...]:
+    """Where what a request's texts have to match is.
 
     Args:
-        canvas: the request's.
-        grammars: one for each hole, None for one that may hold anything; none at all: the same.
-        name: of the length that a caller gave, in errors.
+        request: it has no regions yet.
+        grammars: of the answer, or one for each hole of a template, None for one that may hold
+            anything; none at all: the same.
 
     Raises:
         InvalidParameterError: no text that matches fits into a hole.
     """
     if not grammars:
         return ()
-    last, regions = canvas.start + canvas.answer_len, []
-    for (start, end), grammar in zip(canvas.holes, grammars, strict=True):
-        if grammar is None:
-            continue
-        region = Region(start, min(end, last), grammar)
-        _check_room(region, name)
-        regions.append(region)
+    canvas, regions = request.canvas, []
+    spans = [(start, start + hole.length) for start, hole in request.holes]
+    spans = spans or [(canvas.start, canvas.start + canvas.answer_len)]
+    name = "the hole's length" if request.holes else request.params.length_name
+    for (start, end), grammar in zip(spans, grammars, strict=True):
+        if grammar is not None:
+            regions.append(Region(start, end, grammar))
+            _check_room(regions[-1], name)
     if len(regions) > MAX_REGIONS:
         raise InvalidParameterError(
             f"{len(regions)} holes have a constraint, and a request may have {MAX_REGIONS}: "

@@ -17,6 +17,7 @@ from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import ends_of, row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
+from dllmserve.engine.filled import with_holes
 from dllmserve.engine.grammars import Grammars
 from dllmserve.engine.history import AnswerHistory
 from dllmserve.engine.logprobs import AnswerLogprobs
@@ -24,6 +25,7 @@ from dllmserve.engine.machine import with_threads
 from dllmserve.engine.sizing import memory_advice
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer
 from dllmserve.errors import OutOfMemoryError
+from dllmserve.holes import Holes
 from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.runtime.platform import (
     first_line,
@@ -126,6 +128,7 @@ class EngineCore:
         prompt_ids: list[int],
         params: SamplingParams,
         *,
+        holes: Holes = (),
         watch: bool = False,
         stream: bool = False,
         owner: str = "",
@@ -137,11 +140,10 @@ class EngineCore:
         """Check a request against the model and the engine, without queueing it.
 
         Args:
-            prompt_ids, params, watch, stream, owner, candidates, trace: see
-                :class:`dllmserve.core.request.Request`.
+            prompt_ids, params, holes, watch, stream, owner, candidates, trace: see
+                :class:`dllmserve.core.request.Request`. With holes, the ids are a whole row.
             name: of the prompt, in errors.
-            grammars: what each hole of its canvas has to match; None compiles what the parameters
-                ask for.
+            grammars: what the answer, or each hole, has to match; None compiles what they ask for.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
@@ -151,6 +153,7 @@ class EngineCore:
             next(self._ids),
             prompt_ids,
             params,
+            holes=holes,
             seed=seed,
             watch=watch,
             stream=stream,
@@ -158,7 +161,7 @@ class EngineCore:
             candidates=candidates,
             trace=trace,
             name=name,
-            grammars=self._grammars.of(params) if grammars is None else grammars,
+            grammars=self._grammars.of(params, holes) if grammars is None else grammars,
         )
         begin(request, ends_of(request.params, self.spec))
         return request
@@ -382,7 +385,7 @@ class EngineCore:
             return None
         self.scheduler.learn(request, ids)
         kept = self._logprobs.get(request)
-        return RequestOutput(
+        output = RequestOutput(
             text=text,
             token_ids=ids[:used],
             finish_reason=request.finish_reason or "length",
@@ -394,6 +397,7 @@ class EngineCore:
             logprobs=self._logprobs_of(request, ids[:used]),
             candidate_logprobs=kept.candidates(used) if kept and request.candidates else None,
         )
+        return with_holes(output, request, self.spec, self.tokenizer) if request.holes else output
 
     def _note_logprobs(self, index: int, request: Request, handle: StepHandle) -> None:
         """Keep what a step says of log-probabilities that a request asks for."""

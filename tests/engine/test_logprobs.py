@@ -167,8 +167,11 @@ KEPT: list[tuple[dict[str, Any], SparseConfig | None]] = [
     ({"unmask": "wino", "threshold": 0.01, "threshold_back": 0.9, "block_length": 12}, None),
     (
         {
-            **{"unmask": "wino", "threshold": 0.01, "threshold_back": 0.9},
-            **{"block_length": 12, "cache": "dual"},
+            "unmask": "wino",
+            "threshold": 0.01,
+            "threshold_back": 0.9,
+            "block_length": 12,
+            "cache": "dual",
         },
         None,
     ),
