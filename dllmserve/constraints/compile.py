@@ -14,6 +14,7 @@ from dllmserve.constraints.grammar import NEVER, TokenGrammar, finished, tokens_
 from dllmserve.constraints.nfa import automaton
 from dllmserve.constraints.nodes import either, text
 from dllmserve.constraints.regex import parse
+from dllmserve.constraints.schema import schema_node
 from dllmserve.constraints.tokens import Moves, first_states, hashes, token_maps
 from dllmserve.constraints.utf8 import ByteDfa, to_bytes
 from dllmserve.constraints.vocabulary import Vocabulary
@@ -102,12 +103,15 @@ def language(
     Raises:
         InvalidParameterError: it is wrong, not supported or too large.
     """
-    if regex is not None:
-        return automaton(parse(regex, "regex"))
-    if choice is not None:
-        limits.check(sum(map(len, choice)), limits.MAX_TEXT, "the length of all choices")
-        return automaton(either(text(one) for one in choice))
-    raise InvalidParameterError("json_schema is not supported yet")
+    try:
+        if regex is not None:
+            return automaton(parse(regex, "regex"))
+        if choice is not None:
+            limits.check(sum(map(len, choice)), limits.MAX_TEXT, "the length of all choices")
+            return automaton(either(text(one) for one in choice))
+        return automaton(schema_node(json_schema or ""))
+    except RecursionError as error:
+        raise InvalidParameterError("the constraint is nested too deeply") from error
 
 
 class _NoTextError(Exception):
