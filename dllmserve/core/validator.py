@@ -47,6 +47,7 @@ class RequestValidator:
         owner: str = "",
         candidates: tuple[tuple[int, ...], ...] = (),
         trace: bool = False,
+        canvas: Canvas | None = None,
         name: str = "prompt",
     ) -> Request:
         """A checked request.
@@ -55,23 +56,24 @@ class RequestValidator:
             id, seed, watch, stream, owner, candidates, trace: the request's.
             prompt_ids: token ids; integers of any kind.
             params: how it is decoded.
+            canvas: what is filled, of a model of this geometry, if it is not an answer behind a
+                prompt; its ids are the prompt_ids.
             name: of the prompt, in errors.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
         params = settled(params, self.spec)
-        if not prompt_ids:
-            raise PromptError(f"{name} is empty: give at least one token")
-        if len(prompt_ids) >= self.limits.max_model_len:
+        if canvas is None and len(prompt_ids) >= self.limits.max_model_len:
             # before anything looks at every token
             self._check_length(len(prompt_ids), params, name)
-        ids = _checked_prompt(prompt_ids, self.spec, name)
-        self._check_length(len(ids), params, name)
+        ids = self.prompt(prompt_ids, name)
+        if canvas is None:
+            self._check_length(len(ids), params, name)
         self._check(params)
         request = Request(
             id=id,
-            canvas=self._canvas(ids, params),
+            canvas=replace(canvas, ids=ids) if canvas else self._canvas(ids, params),
             params=params,
             seed=seed,
             watch=watch,
@@ -87,6 +89,16 @@ class RequestValidator:
             raise InvalidParameterError(f"cache {request.policy!r}: {'; '.join(reasons)}")
         self.limits.check(request, policy.slots(request, self.spec))
         return request
+
+    def prompt(self, ids: Sequence[int], name: str) -> list[int]:
+        """Given tokens as plain ints.
+
+        Raises:
+            PromptError: there are none, or one is outside the vocabulary.
+        """
+        if not ids:
+            raise PromptError(f"{name} is empty: give at least one token")
+        return _checked_prompt(ids, self.spec, name)
 
     def _canvas(self, ids: list[int], params: SamplingParams) -> Canvas:
         """The prompt and an answer behind it, in blocks as the model's geometry wants them."""

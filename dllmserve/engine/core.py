@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from dllmserve.core.canvas import Canvas
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request, Status
@@ -125,6 +126,7 @@ class EngineCore:
         owner: str = "",
         candidates: tuple[tuple[int, ...], ...] = (),
         trace: bool = False,
+        canvas: Canvas | None = None,
         name: str = "prompt",
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
@@ -132,6 +134,7 @@ class EngineCore:
         Args:
             prompt_ids, params, watch, stream, owner, candidates, trace: see
                 :class:`dllmserve.core.request.Request`.
+            canvas: see :meth:`dllmserve.core.validator.RequestValidator.request`.
             name: of the prompt, in errors.
 
         Raises:
@@ -148,8 +151,14 @@ class EngineCore:
             owner=owner,
             candidates=candidates,
             trace=trace,
+            canvas=canvas,
             name=name,
         )
+
+    @property
+    def validator(self) -> RequestValidator:
+        """What requests are held against."""
+        return self._validator
 
     def add(self, request: Request) -> None:
         """Queue a request made by :meth:`make_request`."""

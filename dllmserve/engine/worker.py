@@ -112,6 +112,7 @@ class EngineLoop:
                 owner=message.owner,
                 candidates=message.candidates,
                 trace=message.trace,
+                canvas=message.canvas,
             )
             self._engine.add(request)
         except DllmServeError as error:  # the owner checks the same, before it submits
