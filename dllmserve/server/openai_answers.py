@@ -14,8 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request as HttpRequest
 
 from dllmserve import __version__
-from dllmserve.async_llm import TextDelta
-from dllmserve.outputs import RequestOutput
+from dllmserve.outputs import RequestOutput, TextDelta
 from dllmserve.server.common import note_runs
 from dllmserve.server.failures import as_api_error, log_failure
 from dllmserve.server.http.respond import error_object, error_type
