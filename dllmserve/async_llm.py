@@ -287,6 +287,7 @@ class AsyncLLM:
     ) -> dict[str, Any]:
         """Fill the holes of a template, as :meth:`dllmserve.LLM.infill`; see :meth:`generate`."""
         row, holes = await self.template_row(template)
+        await self.prepare(sampling_params, holes)
         call = self.submit(self.check(row, sampling_params, holes=holes, name="template"))
         try:
             return (await call.output()).as_dict()
