@@ -149,8 +149,9 @@ def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) ->
     for index, ids in enumerate(prompts):
         name = "messages" if isinstance(body, ChatRequest) else "prompt"
         name = name if len(prompts) == 1 else f"{name}[{index}]"
-        choice = body.sampling_params(len(ids), llm.info, config)
-        requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
+        with body.own_names():
+            choice = body.sampling_params(len(ids), llm.info, config)
+            requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
     return requests
 
 

@@ -130,7 +130,8 @@ class Reply:
                 choice["message"] = message
             else:
                 choice["text"] = self.echo(index) + output.text
-            choices.append(choice | {"logprobs": None, "finish_reason": output.finish_reason})
+            reason = reason_of(runs[index], output)
+            choices.append(choice | {"logprobs": None, "finish_reason": reason})
         kind = "chat.completion" if self.chat else "text_completion"
         return self._frame(kind, choices) | {"usage": self.usage(runs, outputs)}
 
@@ -199,6 +200,17 @@ class Reply:
         }
 
 
+def reason_of(run: Run, output: RequestOutput) -> str:
+    """Why an answer ended.
+
+    JSON under a schema, and one of several texts, are whole even where they fill all of their
+    length, and clients take "length" for a part.
+    """
+    params = run.request.params
+    whole = params.json_schema is not None or params.choice is not None
+    return "stop" if whole else output.finish_reason
+
+
 async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGenerator[bytes, None]:
     """Events with pieces of committed text. An error after the start is an event as well."""
     outputs: dict[int, RequestOutput] = {}
@@ -226,7 +238,7 @@ async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGener
                 if delta.text:
                     yield piece(index, delta.text)
                 if delta.output is not None:
-                    yield piece(index, None, delta.output.finish_reason)
+                    yield piece(index, None, reason_of(runs[index], delta.output))
         if reply.include_usage:
             yield event(reply.last(runs, [outputs[i] for i in sorted(outputs)]))
     except Exception as failure:

@@ -38,11 +38,14 @@ from dllmserve.server.fields import (
 )
 from dllmserve.server.openai_messages import AssistantMessage, Messages
 from dllmserve.server.strict_json import check_texts
+from dllmserve.server.structured import StructuredFields
 
 #: of answers, where neither the request nor the operator says otherwise
 DEFAULT_MAX_TOKENS = 128
 #: OpenAI's limit
 MAX_CHOICES = 128
+#: what an answer has to match says nothing of how it is decoded, nor does what it tells of itself
+MATCHED = ("regex", "json_schema", "choice", "logprobs")
 #: definitions of tools
 MAX_TOOLS = 1024
 
@@ -68,7 +71,7 @@ class StreamOptions(Body):
     include_obfuscation: neutral(False) = None  # type: ignore[valid-type]
 
 
-class OpenAIFields(DecodingFields):
+class OpenAIFields(StructuredFields, DecodingFields):
     """Fields of both endpoints."""
 
     #: an answer that ends by itself may take all of the context if no length was given
@@ -139,7 +142,7 @@ class OpenAIFields(DecodingFields):
             engine: what is known of the model and the engine's sizes.
             config: where the defaults come from.
         """
-        values = self.decoding()
+        values = self.decoding() | self.constraint()
         if self._plain(values) and config.default_quality != "exact":
             values["quality"] = config.default_quality
         length = self.length()
@@ -185,7 +188,7 @@ class OpenAIFields(DecodingFields):
     @staticmethod
     def _plain(values: dict[str, Any]) -> bool:
         """True if the request says nothing of how it is decoded."""
-        said = {"gen_length", "max_tokens", "top_k", "ignore_eos", "stop_token_ids"}
+        said = {"gen_length", "max_tokens", "top_k", "ignore_eos", "stop_token_ids", *MATCHED}
         return not set(values) - said
 
 
@@ -253,7 +256,6 @@ class ChatRequest(OpenAIFields):
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_GEN_LENGTH)
     logprobs: neutral(False) = None  # type: ignore[valid-type]
     top_logprobs: neutral(0) = None  # type: ignore[valid-type]
-    response_format: neutral({"type": "text"}) = None  # type: ignore[valid-type]
     tools: Tools | None = Field(default=None, description="Only with tool_choice none; not read.")
     tool_choice: Literal["none", "auto", "required"] | Entries[Any] | None = Field(
         default=None, description="none; auto only without tools."

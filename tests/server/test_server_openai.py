@@ -347,7 +347,6 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"logprobs": True}, "logprobs"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"prompt": "x"}, "prompt"),
 ]

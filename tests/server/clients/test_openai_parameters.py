@@ -35,7 +35,7 @@ TABLE: list[tuple[tuple[str, ...], str, list[Any], list[Any]]] = [
     ((TEXT,), "logprobs", [None], [0, 1, 5, True]),
     ((CHAT,), "logprobs", [False, None], [True, 0, 1]),
     ((CHAT,), "top_logprobs", [0, None], [1, 20, False]),
-    ((CHAT,), "response_format", [{"type": "text"}, None], [{"type": "json_object"}, {}, "text"]),
+    ((CHAT,), "response_format", [{"type": "text"}, None], [{"type": "xml"}, {}, "text"]),
     ((CHAT,), "tools", [[], None], [[TOOL], {}]),
     ((CHAT,), "tool_choice", ["none", "auto", None], ["required", TOOL]),
     ((CHAT,), "prompt_cache_options", [None], [{"mode": "implicit"}]),

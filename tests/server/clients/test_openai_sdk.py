@@ -202,11 +202,6 @@ def test_parse_helper_without_a_format(client: OpenAI) -> None:
         model=MODEL, messages=say("Sort the numbers: 9 41 7"), temperature=0, max_tokens=16
     )
     assert answer.choices[0].message.parsed is None
-    with pytest.raises(openai.BadRequestError) as info:
-        client.chat.completions.parse(
-            model=MODEL, messages=say("Hi."), response_format=openai.BaseModel
-        )
-    assert info.value.param == "response_format"
 
 
 def test_completions_of_texts_and_token_ids(client: OpenAI) -> None:
