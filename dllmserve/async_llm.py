@@ -331,7 +331,11 @@ class AsyncLLM:
         return prompt_ids(*given)
 
     async def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        literal_contents: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation; see :meth:`Tokenizer.encode_chat`.
 
@@ -342,12 +346,11 @@ class AsyncLLM:
         self._ready()
         tokenizer = self._text_tokenizer()
         read = template_messages(messages)
+        encode = partial(tokenizer.encode_chat, literal_contents=literal_contents, tools=tools)
         size = sum(len(str(value)) for message in read for value in message.values())
-        if size <= _SHORT_TEXT:
-            return tokenizer.encode_chat(read, literal_contents=literal_contents)
-        return await asyncio.to_thread(
-            tokenizer.encode_chat, read, literal_contents=literal_contents
-        )
+        if size + len(str(tools)) <= _SHORT_TEXT:
+            return encode(read)
+        return await asyncio.to_thread(encode, read)
 
     def check(
         self,

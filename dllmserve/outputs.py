@@ -17,6 +17,7 @@ class RequestOutput:
         prompt_tokens, completion_tokens: lengths in tokens.
         forward_passes: forwards that the request took part in; guidance counts once.
         cached_tokens: tokens of the prompt whose K and V were found, from requests before.
+        logprobs: of each token, if they were asked for.
     """
 
     text: str
@@ -26,6 +27,7 @@ class RequestOutput:
     completion_tokens: int
     forward_passes: int
     cached_tokens: int = 0
+    logprobs: list[dict[str, Any]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The dictionary that LLM.generate returns."""

@@ -38,7 +38,7 @@ def says_nothing(value: Any) -> bool:
     return True
 
 
-class _Said(Body):
+class Said(Body):
     """A message, or a piece of one."""
 
     model_config = ConfigDict(
@@ -60,7 +60,7 @@ class _Said(Body):
         return {k: v for k, v in value.items() if k in known or not says_nothing(v)}
 
 
-class TextPart(_Said):
+class TextPart(Said):
     """A part of a message."""
 
     other_type = "models here read text only, so each part must have type 'text'"
@@ -70,7 +70,7 @@ class TextPart(_Said):
     prompt_cache_breakpoint: Marker = None
 
 
-class CalledFunction(_Said):
+class CalledFunction(Said):
     """What a tool call asked for."""
 
     name: Text
@@ -79,7 +79,7 @@ class CalledFunction(_Said):
     )
 
 
-class ToolCall(_Said):
+class ToolCall(Said):
     """A tool call of an earlier answer."""
 
     other_type = "only calls of type 'function' are known here"
@@ -94,7 +94,7 @@ Parts = Annotated[Listed[TextPart], Field(max_length=MAX_MESSAGES)]
 Content = Text | Annotated[Listed[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class _Message(_Said):
+class _Message(Said):
     # some clients mark whole messages as they mark parts
     type: neutral("text") = Field(default=None, exclude=True)  # type: ignore[valid-type]
     name: Text | None = Field(default=None, description="For the chat template.")

@@ -87,12 +87,17 @@ class StructuredFields(Body):
         return {field: value for _, field, value in asked}
 
     @contextmanager
-    def own_names(self) -> Iterator[None]:
-        """Errors inside of it name the field that was given, not the one that it stands for."""
+    def own_names(self, tools: str | None = None) -> Iterator[None]:
+        """Errors inside of it name the field that was given, not the one that it stands for.
+
+        Args:
+            tools: the field that has tools, if there are any.
+        """
         try:
             yield
         except InvalidRequestError as error:
-            for name, field, _ in self._asked():
+            asked = [(tools, "json_schema")] if tools else [found[:2] for found in self._asked()]
+            for name, field in asked:
                 if name != field and str(error).startswith(field):
                     text, param = str(error).removeprefix(field), name.partition(".")[0]
                     raise ApiError(400, name + text, code=error.code, param=param) from error

@@ -78,10 +78,11 @@ class StandIn:
         hold: calls wait for the test to play them.
         calls: everything that was ever submitted.
         aborted: what was dropped before its end.
+        answer: what it says in place of the prompt; texts, of which each call gets the next.
         loaded: start() waits for it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, max_len: int = MAX_LEN) -> None:
         self.state = State.STARTING
         self.info: EngineInfo | None = None
         self.counters = Counters()
@@ -90,12 +91,14 @@ class StandIn:
         self.hold = False
         self.calls: list[Call] = []
         self.aborted: list[Call] = []
+        self.answer: Iterator[str] | None = None
         self.loaded = asyncio.Event()
         self.loaded.set()
         self.failure: DllmServeError | None = None
         self._gone = asyncio.Event()
         self._text: Tokenizer | None = load_tokenizer(directory)
-        self._known = EngineInfo(str(directory), SPEC, LIMITS, "cpu", "float32", "no memory")
+        spec, limits = replace(SPEC, max_model_len=max_len), replace(LIMITS, max_model_len=max_len)
+        self._known = EngineInfo(str(directory), spec, limits, "cpu", "float32", "no memory")
 
     async def start(self) -> EngineInfo:
         await self.loaded.wait()
@@ -168,6 +171,8 @@ class StandIn:
         submit = call.submit
         length = int(submit.params.gen_length)
         found = echo_ids(submit.prompt_ids, length) if ids is None else ids
+        if self.answer is not None and self._text is not None:
+            found = self._text.encode(next(self.answer), special=False)
         stops = submit.params.stop_strings
         text, used, stopped = AnswerText(self._text).read(found, stops)
         return RequestOutput(
@@ -231,14 +236,19 @@ class Server:
 
 
 def make_server(
-    directory: Path, *, keys: ApiKeys | None = None, store: str = "memory", **options: Any
+    directory: Path,
+    *,
+    keys: ApiKeys | None = None,
+    store: str = "memory",
+    max_len: int = MAX_LEN,
+    **options: Any,
 ) -> tuple[Any, Server]:
     """An application around a stand-in, and a handle on both; not started."""
     options = {"shutdown_timeout": 0.0, "job_store": store, **options}
     config = ServerConfig(**options)
     app = create_app(Settings(config, EngineConfig(model=str(directory)), keys))
     service: Service = app.state.service
-    service.llm.fleet = engine = StandIn(directory)  # type: ignore[assignment]
+    service.llm.fleet = engine = StandIn(directory, max_len)  # type: ignore[assignment]
     return app, Server(app, service, app.state.jobs, engine)
 
 
