@@ -69,7 +69,7 @@ class LLM:
         >>> llm = LLM("tiny")
         >>> params = SamplingParams(temperature=0.0, gen_length=8, steps=8)
         >>> sorted(llm.generate(["Hello"], params, use_tqdm=False)[0])
-        ['finish_reason', 'text', 'token_ids', 'usage']
+        ['finish_reason', 'steps', 'text', 'token_ids', 'usage']
     """
 
     def __init__(

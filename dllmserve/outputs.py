@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+
+class TokenLogprob(TypedDict):
+    """Log-probabilities at a position of an answer, by the forward that wrote it; natural.
+
+    They are of the model's own distribution over all ids: after guidance, before logit_bias and
+    other edits, constraints, temperature, top-p and top-k.
+
+    Attributes:
+        token_id: what stands there.
+        logprob: of that token; None where no forward decided it (it was given, or filled in
+            behind an end id).
+        top: ``[id, logprob]`` of the likeliest tokens, the likeliest first, equal ones by id.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: list[list[int | float]]
 
 
 @dataclass(frozen=True)
@@ -17,7 +35,11 @@ class RequestOutput:
         prompt_tokens, completion_tokens: lengths in tokens.
         forward_passes: forwards that the request took part in; guidance counts once.
         cached_tokens: tokens of the prompt whose K and V were found, from requests before.
-        logprobs: of each token, if they were asked for.
+        steps: number, from 1, of the request's forward that wrote each of token_ids; 0 where
+            a token was given.
+        logprobs: of each of token_ids, if asked for.
+        candidate_logprobs: log-probabilities of the request's candidates, one list for each
+            position to fill of the answer; [] where no forward decided it. None without candidates.
     """
 
     text: str
@@ -27,10 +49,13 @@ class RequestOutput:
     completion_tokens: int
     forward_passes: int
     cached_tokens: int = 0
-    logprobs: list[dict[str, Any]] | None = None
+    steps: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    candidate_logprobs: list[list[float]] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The dictionary that LLM.generate returns."""
+        asked = {} if self.logprobs is None else {"logprobs": self.logprobs}
         return {
             "text": self.text,
             "token_ids": self.token_ids,
@@ -41,6 +66,8 @@ class RequestOutput:
                 "forward_passes": self.forward_passes,
                 "cached_tokens": self.cached_tokens,
             },
+            "steps": self.steps,
+            **asked,
         }
 
 

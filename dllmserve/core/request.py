@@ -70,6 +70,7 @@ class Request:
     ``assumed`` holds the masks that each forward launched ahead of its report is expected to leave
     in its block; None for one that decides nothing. ``watch``
     asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
+    ``candidates`` are ids whose log-probabilities are wanted, one tuple for each position to fill.
     ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
     leave room for others; "" is somebody who has the engine alone.
     """
@@ -81,6 +82,7 @@ class Request:
     watch: bool = False
     stream: bool = False
     owner: str = ""
+    candidates: tuple[tuple[int, ...], ...] = ()
     status: Status = Status.WAITING
     progress: Progress = field(default_factory=Progress)
     row: int = -1

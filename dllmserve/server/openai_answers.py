@@ -16,7 +16,7 @@ from starlette.requests import Request as HttpRequest
 from dllmserve import __version__
 from dllmserve.async_llm import TextDelta
 from dllmserve.engine.tokenizer import Tokenizer
-from dllmserve.outputs import RequestOutput
+from dllmserve.outputs import RequestOutput, TokenLogprob
 from dllmserve.server.common import note_runs
 from dllmserve.server.failures import as_api_error, log_failure
 from dllmserve.server.http.respond import error_object, error_type
@@ -169,7 +169,9 @@ class Reply:
             else:
                 choice["text"] = self.echo(index) + output.text
             called = message.get("tool_calls") or message.get("function_call")
-            choice["logprobs"] = self.logprobs(index, output)
+            told = self.logprobs(index)
+            length = len(self.echo(index)) + len(output.text)
+            choice["logprobs"] = told and told.add(output.logprobs or (), length)
             choices.append(choice | {"finish_reason": self.reason(output, called)})
         kind = "chat.completion" if self.chat else "text_completion"
         return self._frame(kind, choices) | {"usage": self.usage(runs, outputs)}
@@ -184,13 +186,12 @@ class Reply:
             return self.calls.called
         return "stop" if self.whole_texts else output.finish_reason
 
-    def logprobs(self, index: int, output: RequestOutput) -> dict[str, Any] | None:
-        """Log-probabilities of an answer, if they were asked for."""
-        if self.top_logprobs is None or output.logprobs is None:
+    def logprobs(self, index: int) -> AnswerLogprobs | None:
+        """Tells log-probabilities of an answer, if they were asked for."""
+        if self.top_logprobs is None:
             return None
         offset = len(self.echo(index))
-        told = AnswerLogprobs(self.tokenizer, chat=self.chat, top=self.top_logprobs, offset=offset)
-        return told.add(output.logprobs, offset + len(output.text))
+        return AnswerLogprobs(self.tokenizer, chat=self.chat, top=self.top_logprobs, offset=offset)
 
     def usage(
         self, runs: Sequence[Run], outputs: Sequence[RequestOutput], unfinished: int = 0
@@ -265,6 +266,8 @@ class _Choice:
         self._reply, self._index = reply, index
         self._reader = None if reply.calls is None else reply.calls.reader()
         self._called = False
+        self._logprobs = reply.logprobs(index)
+        self._untold: list[TokenLogprob] = []
 
     def first(self) -> list[Any]:
         """Arguments of :meth:`Reply.chunk` for what comes before the answer."""
@@ -277,12 +280,18 @@ class _Choice:
 
     def told(self, delta: TextDelta) -> list[Any]:
         """Arguments of :meth:`Reply.chunk` for a piece."""
-        made = [(self._index, found) for found in self._deltas(delta)]
-        if delta.output is None:
-            return made
-        reason = self._reply.reason(delta.output, self._called)
-        logprobs = self._reply.logprobs(self._index, delta.output)
-        return [*made, (self._index, {}, reason, logprobs)]
+        made: list[Any] = [[self._index, found, None] for found in self._deltas(delta)]
+        if delta.output is not None:
+            made.append([self._index, {}, self._reply.reason(delta.output, self._called)])
+        self._untold += delta.logprobs or ()
+        if made and self._logprobs is not None:
+            # a text that may become a call is held back, and its tokens with it
+            end = None
+            if delta.output is not None:
+                end = len(self._reply.echo(self._index)) + len(delta.output.text)
+            made[0].append(self._logprobs.add(self._untold, end))
+            self._untold = []
+        return made
 
     def _deltas(self, delta: TextDelta) -> list[dict[str, Any]]:
         if self._reader is None or self._reply.calls is None:

@@ -12,9 +12,14 @@ from typing import Any
 from pydantic import BaseModel
 
 from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.outputs import TokenLogprob
 
+#: text, log-probability, likeliest ones and offset of a token
+_Told = tuple[str, float | None, list[tuple[str, float]], int]
 #: what a token decodes to that is a part of a character
 _PART = "\ufffd"
+#: of a character
+_MOST_BYTES = 4
 
 
 class TopLogprob(BaseModel):
@@ -25,7 +30,7 @@ class TopLogprob(BaseModel):
     bytes: list[int] | None
 
 
-class TokenLogprob(TopLogprob):
+class ContentLogprob(TopLogprob):
     """A token of the answer."""
 
     top_logprobs: list[TopLogprob]
@@ -34,7 +39,7 @@ class TokenLogprob(TopLogprob):
 class ChatLogprobs(BaseModel):
     """Of a chat's answer."""
 
-    content: list[TokenLogprob]
+    content: list[ContentLogprob]
     refusal: None
 
 
@@ -42,7 +47,7 @@ class CompletionLogprobs(BaseModel):
     """Of a completion; each list has an entry a token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
+    token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float]] | None
     text_offset: list[int]
 
@@ -60,58 +65,80 @@ class AnswerLogprobs:
         offset: characters before the answer.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, *, chat: bool, top: int, offset: int = 0):
+    def __init__(
+        self, tokenizer: Tokenizer | None, *, chat: bool, top: int, offset: int = 0
+    ) -> None:
         self._tokenizer, self._chat, self._top, self._offset = tokenizer, chat, top, offset
+        # the token before, and those of a character that has begun
         self._before: list[int] = []
+        self._begun: list[int] = []
 
-    def add(self, entries: Sequence[dict[str, Any]], length: int | None = None) -> dict[str, Any]:
+    def add(self, entries: Sequence[TokenLogprob], length: int | None = None) -> dict[str, Any]:
         """The next tokens, in the endpoint's shape.
 
         Args:
             entries: one a token.
-            length: characters of the whole text, where it was cut before a stop string.
+            length: characters up to the end of the whole text, once that is known: it may have been
+                cut before a stop string.
         """
         found = []
         for entry in entries:
-            id = entry["token_id"]
-            text = self._text(id)
-            if text and (length is None or self._offset < length):
-                top = [(self._text(other), p) for other, p in entry["top"][: self._top]]
-                found.append((text, entry["logprob"], top, self._offset))
-            self._offset += len(text) if _PART not in text else 0
-            self._before = [id]
+            id, offset = entry["token_id"], self._offset
+            text, told = self._grown(id), self._told(id)
+            if told and (length is None or offset < length):
+                top = [(self._told(int(other)), p) for other, p in entry["top"][: self._top]]
+                found.append((told, entry["logprob"], top, offset))
+            self._offset += len(text)
+            if text:
+                self._before, self._begun = [id], []
         return self._chats(found) if self._chat else self._completions(found)
 
-    def _text(self, id: int) -> str:
-        """Text of a token that stands behind those before: the first one may lose a blank."""
+    def _grown(self, id: int) -> str:
+        """The text that a token adds: none as long as a character is not complete."""
+        self._begun.append(id)
+        text = self._behind(self._begun)
+        # a character has four bytes at most, so what is no character by now never will be
+        return "" if text.endswith(_PART) and len(self._begun) < _MOST_BYTES else text
+
+    def _told(self, id: int) -> str:
+        """A token's own text."""
+        text = self._behind([id])
+        return _PART if _PART in text else text
+
+    def _behind(self, ids: list[int]) -> str:
+        """Text of ids that stand behind those before: the first one of all may lose a blank."""
         if self._tokenizer is None:
             return ""
-        decode = self._tokenizer.decode
-        before = decode(self._before)
-        text = decode([*self._before, id])
-        return text[len(before) :] if text.startswith(before) else decode([id])
+        before = self._tokenizer.decode(self._before)
+        return self._tokenizer.decode(self._before + ids)[len(before) :]
 
     @staticmethod
-    def _chats(found: Sequence[tuple[str, float, Any, int]]) -> dict[str, Any]:
+    def _chats(found: Sequence[_Told]) -> dict[str, Any]:
         content = [
             {**_token(text, logprob), "top_logprobs": [_token(*other) for other in top]}
             for text, logprob, top, _ in found
         ]
         return {"content": content, "refusal": None}
 
-    def _completions(self, found: Sequence[tuple[str, float, Any, int]]) -> dict[str, Any]:
+    def _completions(self, found: Sequence[_Told]) -> dict[str, Any]:
+        tops: list[dict[str, float]] = []
+        for _, _, top, _ in found:
+            tops.append({})
+            for text, logprob in top:  # the likeliest of those with the same text
+                tops[-1].setdefault(text, logprob)
         return {
-            "tokens": [text for text, *_ in found],
-            "token_logprobs": [logprob for _, logprob, *_ in found],
-            "top_logprobs": [dict(reversed(top)) for *_, top, _ in found] if self._top else None,
-            "text_offset": [offset for *_, offset in found],
+            "tokens": [text for text, _, _, _ in found],
+            "token_logprobs": [logprob for _, logprob, _, _ in found],
+            "top_logprobs": tops if self._top else None,
+            "text_offset": [offset for _, _, _, offset in found],
         }
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
+def _token(text: str, logprob: float | None) -> dict[str, Any]:
     # a part of a character is no text, and has no bytes that a text could tell
     return {
         "token": text,
-        "logprob": logprob,
+        # what no forward decided was the only possibility
+        "logprob": 0.0 if logprob is None else logprob,
         "bytes": None if _PART in text else list(text.encode()),
     }

@@ -20,7 +20,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.limits import Limits
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer, load_tokenizer
 from dllmserve.errors import DllmServeError, EngineError, RequestAbortedError
-from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.process.calls import Call, Delta
 from dllmserve.process.messages import Counters, EngineInfo, Submit
 from dllmserve.process.supervisor import State
@@ -160,7 +160,9 @@ class StandIn:
         output = self.output(call, ids)
         if call.submit.stream:
             for place in range(0, max(len(output.token_ids) - 2, 0), 2):
-                call.put(Delta(output.token_ids[place : place + 2]))
+                part = slice(place, place + 2)
+                logprobs = None if output.logprobs is None else output.logprobs[part]
+                call.put(Delta(output.token_ids[part], logprobs))
         if call.submit.watch:
             for step in range(1, len(output.token_ids) + 1):
                 call.put(canvas(output.token_ids, step))
@@ -182,7 +184,19 @@ class StandIn:
             prompt_tokens=len(submit.prompt_ids),
             completion_tokens=used,
             forward_passes=length,
+            steps=list(range(1, used + 1)),
+            logprobs=logprobs_of(found[:used], submit.params.logprobs),
         )
+
+
+def logprobs_of(ids: list[int], likeliest: int | None) -> list[TokenLogprob] | None:
+    """-1/2 for every token, which is the likeliest, and less for "A", "B" and so on."""
+    if likeliest is None:
+        return None
+    others = [[64 - 33 + 1 + place, -2.0 - place] for place in range(likeliest)]
+    return [
+        {"token_id": id, "logprob": -0.5, "top": [[id, -0.5], *others][:likeliest]} for id in ids
+    ]
 
 
 def canvas(ids: list[int], done: int) -> CanvasStep:
