@@ -62,7 +62,7 @@ async def completions(
     body: CompletionRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
 ) -> Response:
     """Complete prompts."""
-    _check_model(body.model, service)
+    check_model(body.model, service)
     check_stream(body, service)
     free_body(http)
     prompts = body.prompts()
@@ -90,7 +90,7 @@ async def chat(
     body: ChatRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
 ) -> Response:
     """Answer a conversation."""
-    _check_model(body.model, service)
+    check_model(body.model, service)
     check_stream(body, service)
     free_body(http)
     _check_count(body.choices(service.settings.server), "n", service)
@@ -203,7 +203,8 @@ def check_stream(body: OpenAIFields, service: Service) -> None:
         )
 
 
-def _check_model(name: str | None, service: Service) -> None:
+def check_model(name: str | None, service: Service) -> None:
+    """Raise ApiError for a model that is not served."""
     if name is not None and name != service.model_name:
         known = f"this server has '{service.model_name}'"
         text = f"there is no model '{shown(name, 100)}'; {known}"
@@ -234,7 +235,7 @@ async def models(service: ServiceOf) -> dict[str, Any]:
 )
 async def model(model: str, service: ServiceOf) -> dict[str, Any]:
     """One model."""
-    _check_model(model, service)
+    check_model(model, service)
     return _card(service)
 
 

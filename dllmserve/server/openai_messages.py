@@ -46,6 +46,8 @@ class Said(Body):
     )
     #: the error for parts of another type; None if there are no types
     other_type: ClassVar[str | None] = None
+    #: the types that are known
+    types: ClassVar[tuple[str, ...]] = ("text", "function")
 
     cache_control: Marker = None
 
@@ -55,7 +57,7 @@ class Said(Body):
         if not isinstance(value, dict):
             return value
         kind, known = value.get("type"), cls.model_fields
-        if cls.other_type and isinstance(kind, str) and kind not in ("text", "function"):
+        if cls.other_type and isinstance(kind, str) and kind not in cls.types:
             raise ValueError(f"has type '{shown(kind, 40)}': {cls.other_type}")
         return {k: v for k, v in value.items() if k in known or not says_nothing(v)}
 

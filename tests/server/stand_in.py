@@ -180,7 +180,7 @@ class StandIn:
         return RequestOutput(
             text=text,
             token_ids=found[:used],
-            finish_reason="stop" if stopped else "length",
+            finish_reason="stop" if stopped or self.answer is not None else "length",
             prompt_tokens=len(submit.prompt_ids),
             completion_tokens=used,
             forward_passes=length,

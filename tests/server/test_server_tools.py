@@ -237,7 +237,7 @@ def test_answers(byte_checkpoint: Path) -> None:
                     assert made == calls, text
                     assert all(re.fullmatch("call_[0-9a-f]{24}", c["id"]) for c in found)
                     assert len({c["id"] for c in found}) == len(found)
-                    reason = "tool_calls" if calls else "length"
+                    reason = "tool_calls" if calls else "stop"
                     assert choice["finish_reason"] == reason
                     if not calls:
                         assert not found
