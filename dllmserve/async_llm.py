@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from dllmserve._checks import check_known
 from dllmserve._system import refuse_torchrun
@@ -21,9 +21,12 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.request import Request
 from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
+from dllmserve.engine.filled import Template, template_row
+from dllmserve.engine.grammars import Grammars
 from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dllmserve.errors import DllmServeError, EngineError, TokenizerError
+from dllmserve.holes import Holes
 from dllmserve.messages import template_messages
 from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.process.calls import Call, Delta, Event
@@ -38,6 +41,7 @@ _CLOSE_S = 15.0
 _NOT_STARTED = "the engine has not been started: await start(), or use 'async with'"
 #: texts up to this many characters are tokenised where they are, longer ones in a thread
 _SHORT_TEXT = 4096
+_Ids = TypeVar("_Ids")
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class AsyncLLM:
         )
         self.tokenizer: Tokenizer | None = None
         self._validator: RequestValidator | None = None
+        self._grammars: Grammars | None = None
         #: where start() was called; it is called once
         self._home: Home | None = None
         self._starting: asyncio.Task[EngineInfo] | None = None
@@ -169,6 +174,7 @@ class AsyncLLM:
             await self.fleet.close()
             raise
         self._validator = RequestValidator(info.spec, info.limits, self.tokenizer is not None)
+        self._grammars = Grammars(info.spec, self.tokenizer)
         return info
 
     async def close(self) -> None:
@@ -253,8 +259,13 @@ class AsyncLLM:
         prompt: str | Sequence[int],
         sampling_params: SamplingParams | None = None,
         sparse_config: SparseConfig | None = None,
+        history: bool = False,
     ) -> dict[str, Any]:
         """Complete one prompt; many calls at once share forward passes.
+
+        Args:
+            prompt: text or token ids.
+            sampling_params, sparse_config, history: as in :meth:`dllmserve.LLM.generate`.
 
         Returns:
             As one entry of :meth:`dllmserve.LLM.generate`.
@@ -264,7 +275,19 @@ class AsyncLLM:
                 request.
         """
         ids = await self.prompt_ids(prompt)
-        call = self.submit(self.check(ids, sampling_params, sparse_config))
+        await self.prepare(sampling_params)
+        call = self.submit(self.check(ids, sampling_params, sparse_config, trace=history))
+        try:
+            return (await call.output()).as_dict()
+        finally:
+            self.abort(call)
+
+    async def infill(
+        self, template: Template, sampling_params: SamplingParams | None = None
+    ) -> dict[str, Any]:
+        """Fill the holes of a template, as :meth:`dllmserve.LLM.infill`; see :meth:`generate`."""
+        row, holes = await self.template_row(template)
+        call = self.submit(self.check(row, sampling_params, holes=holes, name="template"))
         try:
             return (await call.output()).as_dict()
         finally:
@@ -288,6 +311,7 @@ class AsyncLLM:
     ) -> AsyncIterator[TextDelta]:
         """Committed text as it comes, from left to right; none of it is ever taken back."""
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config), stream=True)
         try:
             async for delta in self.deltas(call):
@@ -303,6 +327,7 @@ class AsyncLLM:
     ) -> AsyncIterator[CanvasStep]:
         """Watch one answer being filled in; as :meth:`dllmserve.LLM.stream`."""
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config), watch=True)
         last: CanvasStep | None = None
         try:
@@ -327,10 +352,20 @@ class AsyncLLM:
             PromptError: neither text nor ids, or no valid Unicode text.
         """
         self._ready()
-        given = self.tokenizer, prompt, "the prompt"
-        if isinstance(prompt, str) and len(prompt) > _SHORT_TEXT:
-            return await asyncio.to_thread(prompt_ids, *given)
-        return prompt_ids(*given)
+        size = len(prompt) if isinstance(prompt, str) else 0
+        return await _tokenised(size, partial(prompt_ids, self.tokenizer, prompt, "the prompt"))
+
+    async def template_row(self, template: Template) -> tuple[list[int], Holes]:
+        """Ids of a template's row, and its holes; see :func:`dllmserve.engine.filled.template_row`.
+
+        Raises:
+            TokenizerError: it has a text, but the checkpoint has no tokenizer.
+            PromptError: this is no template.
+        """
+        self._ready()
+        pieces = template if isinstance(template, Sequence) else ()
+        size = sum(len(piece) for piece in pieces if isinstance(piece, str))
+        return await _tokenised(size, partial(template_row, self.tokenizer, template, "template"))
 
     async def chat_ids(
         self,
@@ -350,9 +385,7 @@ class AsyncLLM:
         read = template_messages(messages)
         encode = partial(tokenizer.encode_chat, literal_contents=literal_contents, tools=tools)
         size = sum(len(str(value)) for message in read for value in message.values())
-        if size + len(str(tools)) <= _SHORT_TEXT:
-            return encode(read)
-        return await asyncio.to_thread(encode, read)
+        return await _tokenised(size + len(str(tools)), partial(encode, read))
 
     def check(
         self,
@@ -361,9 +394,13 @@ class AsyncLLM:
         sparse_config: SparseConfig | None = None,
         *,
         candidates: tuple[tuple[int, ...], ...] = (),
+        trace: bool = False,
+        holes: Holes = (),
         name: str = "prompt",
     ) -> Request:
         """A checked request, with a seed, not queued.
+
+        With ``holes``, ``prompt_ids`` are a whole row, of which the holes are filled.
 
         Raises:
             InvalidRequestError, CapacityError: it could never run on this engine.
@@ -373,7 +410,22 @@ class AsyncLLM:
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        return validator.request(0, prompt_ids, params, candidates=candidates, name=name)
+        asked: dict[str, Any] = {"candidates": candidates, "trace": trace, "holes": holes}
+        grammars = self._grammars.of(params, holes) if self._grammars else ()
+        return validator.request(0, prompt_ids, params, **asked, grammars=grammars, name=name)
+
+    async def prepare(
+        self, sampling_params: SamplingParams | None = None, holes: Holes = ()
+    ) -> None:
+        """Compile what an answer has to match, beside the event loop; :meth:`check` then has it.
+
+        Raises:
+            InvalidParameterError: it is no such thing, is not regular, or is too large.
+        """
+        self._ready()
+        params = sampling_params or SamplingParams()
+        if self._grammars and (params.constrained or any(hole.constraints for _, hole in holes)):
+            await asyncio.to_thread(self._grammars.of, params, holes)
 
     def submit(
         self,
@@ -398,7 +450,15 @@ class AsyncLLM:
         """
         self._ready()
         message = Submit(
-            request.prompt_ids, request.params, stream, watch, owner, request.candidates
+            request.prompt_ids,
+            request.params,
+            stream,
+            watch,
+            owner,
+            request.candidates,
+            request.trace,
+            request.holes,
+            request.grammars,
         )
         call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home
@@ -449,13 +509,18 @@ class AsyncLLM:
                 # the last step's ids come with the output
                 left = event.completion_tokens - given
                 rest = None if event.logprobs is None else event.logprobs[given:]
-                yield TextDelta(text.finish(event.text), max(left, 0), event, rest)
+                yield TextDelta(text.finish(event.written), max(left, 0), event, rest)
                 return
 
     def _text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer: give token ids, not texts")
         return self.tokenizer
+
+
+async def _tokenised(size: int, work: Callable[[], _Ids]) -> _Ids:
+    """What turns a text of so many characters into ids gives, off the event loop if it is long."""
+    return work() if size <= _SHORT_TEXT else await asyncio.to_thread(work)
 
 
 def _cancelled() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -24,13 +25,50 @@ class TokenLogprob(TypedDict):
     top: list[list[int | float]]
 
 
+class Forward(TypedDict):
+    """What a forward of a request decided.
+
+    Attributes:
+        forward: its number, from 1.
+        written: ``[position in the answer, token id, confidence]``; the confidence is None where
+            something was filled in behind an end id.
+        remasked: positions in the answer that were masked again.
+    """
+
+    forward: int
+    written: list[list[int | float | None]]
+    remasked: list[int]
+
+
+@dataclass(frozen=True)
+class FilledHole:
+    """What a hole of a template was filled with.
+
+    Attributes:
+        name: the hole's, or None.
+        text: of its tokens, without special tokens and cut before a stop string.
+        token_ids: as many as the hole has positions; fewer if it ended early, and then the last
+            one is the end id.
+    """
+
+    name: str | None
+    text: str
+    token_ids: list[int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """An entry of ``holes`` in what LLM.infill returns."""
+        return {"name": self.name, "text": self.text, "token_ids": self.token_ids}
+
+
 @dataclass(frozen=True)
 class RequestOutput:
     """A finished request.
 
     Attributes:
-        text: the answer, without special tokens and cut before a stop string.
-        token_ids: answer ids; the last one is the end id if finish_reason is "stop" by one.
+        text: the answer, without special tokens and cut before a stop string. Of a template, the
+            whole text, what was given included.
+        token_ids: answer ids; the last one is the end id if finish_reason is "stop" by one. Of a
+            template, all of them: given ones, and those of the holes.
         finish_reason: "stop" (an end id or a stop string) or "length".
         prompt_tokens, completion_tokens: lengths in tokens.
         forward_passes: forwards that the request took part in; guidance counts once.
@@ -40,6 +78,8 @@ class RequestOutput:
         logprobs: of each of token_ids, if asked for.
         candidate_logprobs: log-probabilities of the request's candidates, one list for each
             position to fill of the answer; [] where no forward decided it. None without candidates.
+        history: forwards that decided something, if asked for.
+        holes: those of a template, in order.
     """
 
     text: str
@@ -52,13 +92,21 @@ class RequestOutput:
     steps: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     candidate_logprobs: list[list[float]] | None = None
+    history: list[Forward] | None = None
+    holes: Sequence[FilledHole] = ()
+
+    @property
+    def written(self) -> str:
+        """Text of what the model wrote: the answer, or what is in the holes."""
+        return "".join(hole.text for hole in self.holes) if self.holes else self.text
 
     def as_dict(self) -> dict[str, Any]:
-        """The dictionary that LLM.generate returns."""
-        asked = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        """The dictionary that LLM.generate returns, and LLM.infill with its ``holes``."""
+        asked = {"logprobs": self.logprobs, "history": self.history}
         return {
             "text": self.text,
             "token_ids": self.token_ids,
+            **({"holes": [hole.as_dict() for hole in self.holes]} if self.holes else {}),
             "finish_reason": self.finish_reason,
             "usage": {
                 "prompt_tokens": self.prompt_tokens,
@@ -67,7 +115,7 @@ class RequestOutput:
                 "cached_tokens": self.cached_tokens,
             },
             "steps": self.steps,
-            **asked,
+            **{key: value for key, value in asked.items() if value is not None},
         }
 
 

@@ -107,10 +107,13 @@ class EngineLoop:
             request = self._engine.make_request(
                 message.prompt_ids,
                 message.params,
+                holes=message.holes,
                 watch=message.watch,
                 stream=message.stream,
                 owner=message.owner,
+                grammars=message.grammars,
                 candidates=message.candidates,
+                trace=message.trace,
             )
             self._engine.add(request)
         except DllmServeError as error:  # the owner checks the same, before it submits

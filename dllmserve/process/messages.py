@@ -11,10 +11,12 @@ from typing import Any, Literal
 
 import msgspec
 
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
+from dllmserve.holes import Holes
 from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.sampling_params import SamplingParams
 
@@ -59,11 +61,12 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     """Run a request.
 
     Attributes:
-        prompt_ids: token ids.
+        prompt_ids: token ids; of a whole row, if it has holes.
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
-        owner, candidates: as :class:`dllmserve.core.request.Request` says.
+        owner, candidates, trace, holes, grammars: as
+            :class:`dllmserve.core.request.Request` says.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
@@ -74,6 +77,9 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     watch: bool = False
     owner: str = ""
     candidates: tuple[tuple[int, ...], ...] = ()
+    trace: bool = False
+    holes: Holes = ()
+    grammars: tuple[Compiled | None, ...] = ()
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 
@@ -227,8 +233,10 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", array_like=True, frozen=True):
 FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Heartbeat
 
 
-def plain(value: Any) -> int | str:
-    """A subclass of int or str, such as Kept, as a plain one; anything else is an error."""
+def plain(value: Any) -> int | str | bytes:
+    """A subclass of int or str, such as Kept, as a plain one, and grammars as bytes."""
+    if isinstance(value, Compiled):
+        return value.data
     if isinstance(value, int):
         return int(value)
     if isinstance(value, str):
@@ -236,8 +244,15 @@ def plain(value: Any) -> int | str:
     raise NotImplementedError(f"{type(value).__name__} is not for messages")
 
 
+def _known(kind: type[Any], value: Any) -> Any:
+    """A grammar that has travelled; nothing else needs help."""
+    if kind is Compiled and isinstance(value, bytes):
+        return Compiled.of_bytes(value)
+    raise NotImplementedError(f"{kind.__name__} is not for messages")
+
+
 _encoder = msgspec.msgpack.Encoder(enc_hook=plain)
-_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_known)
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 

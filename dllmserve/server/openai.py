@@ -80,7 +80,7 @@ async def completions(
             for prompt in prompts
         ]
     constraint = body.constraint()
-    requests = _requests(body, ids, service, constraint)
+    requests = await _requests(body, ids, service, constraint)
     reply = reply_to(body, service, constraint, echoes=echoes)
     return await _answer(body, requests, reply, http, service, owner)
 
@@ -117,7 +117,7 @@ async def prepared(
     reply = reply_to(body, service, constraint, calls=calls)
     if use is not None and calls is not None:
         constraint = use.constraint(calls.form, constraint)
-    return _requests(body, [ids], service, constraint, field), reply
+    return await _requests(body, [ids], service, constraint, field), reply
 
 
 def reply_to(
@@ -164,7 +164,7 @@ async def _answer(
     return JSONResponse(reply.whole(runs, outputs))
 
 
-def _requests(
+async def _requests(
     body: OpenAIFields,
     prompts: list[list[int]],
     service: Service,
@@ -180,6 +180,7 @@ def _requests(
         name = name if len(prompts) == 1 else f"{name}[{index}]"
         with body.own_names(tools):
             choice = body.sampling_params(len(ids), llm.info, config, constraint)
+            await llm.prepare(choice(0))
             requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
     return requests
 

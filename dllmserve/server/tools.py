@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from dllmserve.constraints.sequence import SEQUENCE
 from dllmserve.engine.tool_form import ToolForm
 from dllmserve.server.failures import ApiError
 from dllmserve.server.fields import Body, Entries, Listed, Text
@@ -18,8 +19,6 @@ from dllmserve.server.openai_messages import Said
 MAX_TOOLS = 1024
 #: parameters of a tool that says nothing of them
 _NONE: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-#: the key of a json_schema that is no schema, but parts of a text
-SEQUENCE = "x-dllmserve-sequence"
 
 ToolName = Annotated[
     str,

@@ -72,6 +72,9 @@ async def same_logprobs(llm: AsyncLLM, sync: LLM) -> None:
         asked = replace(params, logprobs=2)
         (expected,) = sync.generate(["Hello"], asked, use_tqdm=False)
         assert await llm.generate("Hello", asked) == expected
+        (traced,) = sync.generate(["Hello"], params, use_tqdm=False, history=True)
+        assert len(traced["history"]) == traced["usage"]["forward_passes"]
+        assert await llm.generate("Hello", params, history=True) == traced
         deltas = [d async for d in llm.stream_text("Hello", asked)]
         assert all(d.logprobs is not None and len(d.logprobs) == d.tokens for d in deltas)
         assert [one for d in deltas for one in d.logprobs or ()] == expected["logprobs"]
