@@ -369,7 +369,11 @@ class AsyncLLM:
         return await _tokenised(size, partial(template_row, self.tokenizer, template, "template"))
 
     async def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        literal_contents: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation; see :meth:`Tokenizer.encode_chat`.
 
@@ -380,10 +384,9 @@ class AsyncLLM:
         self._ready()
         tokenizer = self._text_tokenizer()
         read = template_messages(messages)
+        encode = partial(tokenizer.encode_chat, literal_contents=literal_contents, tools=tools)
         size = sum(len(str(value)) for message in read for value in message.values())
-        return await _tokenised(
-            size, partial(tokenizer.encode_chat, read, literal_contents=literal_contents)
-        )
+        return await _tokenised(size + len(str(tools)), partial(encode, read))
 
     def check(
         self,
