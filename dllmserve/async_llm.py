@@ -272,6 +272,7 @@ class AsyncLLM:
     ) -> dict[str, Any]:
         """Fill the holes of a template, as :meth:`dllmserve.LLM.infill`; see :meth:`generate`."""
         row, holes = await self.template_row(template)
+        await self.prepare(sampling_params, holes)
         call = self.submit(self.check(row, sampling_params, holes=holes, name="template"))
         try:
             return (await call.output()).as_dict()
@@ -380,7 +381,11 @@ class AsyncLLM:
         return await _tokenised(size, partial(template_row, self.tokenizer, template, "template"))
 
     async def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        literal_contents: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation; see :meth:`Tokenizer.encode_chat`.
 
@@ -391,10 +396,9 @@ class AsyncLLM:
         self._ready()
         tokenizer = self._text_tokenizer()
         read = template_messages(messages)
+        encode = partial(tokenizer.encode_chat, literal_contents=literal_contents, tools=tools)
         size = sum(len(str(value)) for message in read for value in message.values())
-        return await _tokenised(
-            size, partial(tokenizer.encode_chat, read, literal_contents=literal_contents)
-        )
+        return await _tokenised(size + len(str(tools)), partial(encode, read))
 
     def check(
         self,

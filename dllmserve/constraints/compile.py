@@ -15,6 +15,7 @@ from dllmserve.constraints.nfa import automaton
 from dllmserve.constraints.nodes import either, text
 from dllmserve.constraints.regex import parse
 from dllmserve.constraints.schema import schema_node
+from dllmserve.constraints.sequence import sequence, sequence_of
 from dllmserve.constraints.tokens import Moves, first_states, hashes, token_maps
 from dllmserve.constraints.utf8 import ByteDfa, to_bytes
 from dllmserve.constraints.vocabulary import Vocabulary
@@ -109,6 +110,9 @@ def language(
         if choice is not None:
             limits.check(sum(map(len, choice)), limits.MAX_TEXT, "the length of all choices")
             return automaton(either(text(one) for one in choice))
+        parts = sequence_of(json_schema or "")
+        if parts is not None:
+            return automaton(sequence(parts, lambda document: schema_node(json.dumps(document))))
         return automaton(schema_node(json_schema or ""))
     except RecursionError as error:
         raise InvalidParameterError("the constraint is nested too deeply") from error

@@ -80,7 +80,7 @@ def write_forced(request: Request, holds: Sequence[int], ends: Collection[int]) 
         for position in written:
             forced = Forced(known[position], step)
             request.forced[position] = request.unsent[position] = forced
-            if forced.token in ends:
+            if forced.token in ends and position - start >= request.ends_from:
                 before = request.forced_end
                 request.forced_end = min(before if before >= 0 else len(holds), position - start)
 
@@ -122,20 +122,27 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
     canvas, regions = request.canvas, []
     spans = [(start, start + hole.length) for start, hole in request.holes]
     spans = spans or [(canvas.start, canvas.start + canvas.answer_len)]
-    name = "the hole's length" if request.holes else request.params.length_name
-    for (start, end), grammar in zip(spans, grammars, strict=True):
+    name, way = request.params.length_name, "the answer end (ignore_eos=False)"
+    for place, ((start, end), grammar) in enumerate(zip(spans, grammars, strict=True)):
+        if request.holes:
+            name, way = f"the length of hole {place}", "the hole end (fill='up_to')"
         if grammar is not None:
             regions.append(Region(start, end, grammar))
-            _check_room(regions[-1], name)
-    if len(regions) > MAX_REGIONS:
-        raise InvalidParameterError(
-            f"{len(regions)} holes have a constraint, and a request may have {MAX_REGIONS}: "
-            "make it several requests"
-        )
+            _check_room(regions[-1], name, way)
+    check_count(len(regions))
     return tuple(regions)
 
 
-def _check_room(region: Region, name: str) -> None:
+def check_count(regions: int) -> None:
+    """Raise InvalidParameterError if a request has more than it may have."""
+    if regions > MAX_REGIONS:
+        raise InvalidParameterError(
+            f"{regions} holes have a constraint, and a request may have {MAX_REGIONS}: "
+            "make it several requests"
+        )
+
+
+def _check_room(region: Region, name: str, way: str) -> None:
     from dllmserve.constraints.sets import Moves, RegionSets, may_end_early
 
     grammar, slots = region.grammar, region.end - region.start
@@ -148,7 +155,7 @@ def _check_room(region: Region, name: str) -> None:
     if not may_end_early(grammar) and not RegionSets(Moves(grammar), slots).feasible:
         raise InvalidParameterError(
             f"no text that matches has exactly {slots} tokens, which {name} asks for (the shortest "
-            f"has {least}): take another length, or let the answer end (ignore_eos=False)"
+            f"has {least}): take another length, or let {way}"
         )
 
 

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dllmserve.constraints.compiled import Compiled
+from dllmserve.core.constrained import check_count
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.rows import ends_of
 from dllmserve.engine.tokenizer import Tokenizer
@@ -51,7 +52,9 @@ class Grammars:
             ends = tuple(token for token in ends if token not in self._spec.text_end_ids)
         if not holes:
             return (self._compiled(params, ends),) if params.constrained else ()
-        if not any(hole.constraints for _, hole in holes):
+        asked = sum(bool(hole.constraints) for _, hole in holes)
+        check_count(asked)
+        if not asked:
             return ()
         return [
             self._compiled(hole, ends if hole.may_end else ()) if hole.constraints else None

@@ -167,6 +167,17 @@ class Jobs:
             self._start(record.id, live, self._run(record, request, slot, live))
         return [record.id for record in records]
 
+    async def keep(self, id: int, owner: str, details: bytes) -> None:
+        """Store something that is finished already, as long as results are stored.
+
+        Raises:
+            JobStoreError: it cannot be stored.
+        """
+        now, model = self._store.clock(), self._service.model_name
+        await self._store.insert([JobRecord(id, owner, model, now, now, b"")])
+        await self._store.finish(id, JobResult("finished", None, None, details, time.time()))
+        self._note_stats()
+
     async def find(self, id: int, owner: str, wait_s: float) -> Stored | Gone | None:
         """A job of this owner, after it has finished or ``wait_s`` is over."""
         live = self._live.get(id)
