@@ -40,6 +40,14 @@ def may_end_early(grammar: TokenGrammar) -> bool:
     return bool(grammar.accepting[after].any(axis=1).all())
 
 
+def over_state(grammar: TokenGrammar) -> int:
+    """The state in which a text has ended: it is never left. -1 if there is none."""
+    states = np.arange(len(grammar.delta))[:, None]
+    stays = (grammar.delta == states) | (grammar.delta == len(states) - 1)
+    found = np.flatnonzero(grammar.accepting & stays.all(axis=1) & (grammar.delta == states).any(1))
+    return int(found[0]) if len(found) else -1
+
+
 class Moves:
     """From a set of states to the next one and back, by any token.
 
@@ -50,6 +58,7 @@ class Moves:
     def __init__(self, grammar: TokenGrammar) -> None:
         self.grammar = grammar
         self._dead = len(grammar.delta) - 1
+        self.over = over_state(grammar)
 
     @cached_property
     def edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -73,7 +82,8 @@ class Moves:
     def after(self, states: Bools, token_class: int) -> Bools:
         """States [Q + 1] bool that a class, or any if it is MASKED, leads to from some."""
         if token_class == MASKED and self._matrix is not None:
-            return np.logical_or.reduce(self._matrix[states], axis=0)
+            after: Bools = self._matrix[states].any(axis=0)
+            return after
         found = np.zeros_like(states)
         if token_class == MASKED:
             source, target = self.edges
@@ -88,7 +98,8 @@ class Moves:
         if token_class != MASKED:
             return states[self.grammar.delta[:, token_class]]
         if self._matrix is not None:
-            return np.logical_or.reduce(self._matrix[:, states], axis=1)
+            before: Bools = self._matrix[:, states].any(axis=1)
+            return before
         found = np.zeros_like(states)
         source, target = self.edges
         found[source[states[target]]] = True
@@ -155,11 +166,17 @@ class RegionSets:
         return bool(self._leads[slot + 1][targets].any())
 
     def only(self, slot: int) -> int:
-        """The id that the slot has to hold; -1 if there are several."""
+        """The id that the slot has to hold; -1 if there are several.
+
+        Behind the end of a text any end id says the same, so it is the lowest.
+        """
         classes = np.flatnonzero(self.allowed(slot))
-        if len(classes) != 1 or self.grammar.size[classes[0]] != 1:
+        if len(classes) != 1:
             return -1
-        return int(self.grammar.first[classes[0]])
+        reached = self._reached[slot]
+        ended = self._moves.over >= 0 and reached[self._moves.over] and reached.sum() == 1
+        alone = ended or self.grammar.size[classes[0]] == 1
+        return int(self.grammar.first[classes[0]]) if alone else -1
 
     def forced(self, slots: Iterable[int]) -> dict[int, int]:
         """Of some slots, those that are not filled and have to hold one id: slot to id."""

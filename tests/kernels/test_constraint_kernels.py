@@ -15,7 +15,6 @@ from dllmserve.core.plan import Part, Span, StepEntry, StepPlan
 from dllmserve.core.request import Region
 from dllmserve.core.rows import RowInit, RowSelect
 from dllmserve.decoding.rule import RuleView, Update
-from dllmserve.decoding.stats import RowParams
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.constraints import ConstraintEdit
 from dllmserve.runtime.edits import EditSizes
@@ -48,7 +47,7 @@ def row_of(row: int, dice: random.Random) -> RowInit:
         ids=[5, 6, 7, *[8] * 9],
         holes=holes,
         floats=(0.8 * (row % 2), 1.0, 0.9, 1.0, 0.1, 0.0, 0.4, 0.01, 2.0, 0.9),
-        ints=(3, length, 0, 7 + row, 0, 0, 0, RULES.index("steps"), 0, 0, 0),
+        ints=(3, length, 0, 7 + row, 0, 0, 0, RULES.index("steps"), 0, 0, 0, 0),
         ends=(),
         confidence="probability",
         sampled=bool(row % 2),
@@ -108,67 +107,55 @@ def random_logits(rows: int, seed: int) -> Tensor:
     return torch.randint(-6, 6, (rows, IDS), generator=draw).float() / 2
 
 
+Found = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def step(table: StateTable, edit: Any, plan: StepPlan, pad: Padding, seed: int) -> Found:
+    """One step of a twin: logits struck off, what is written where, and what rows then hold."""
+    packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
+    shape, draw = packing.shape, torch.Generator().manual_seed(seed)
+    confidence = torch.rand(shape.entries, shape.width, generator=draw, dtype=torch.float64)
+    confidence = (confidence * 8).round() / 8  # with ties
+    chosen = torch.rand(shape.entries, shape.width, generator=draw) < 0.5
+    packed = torch.tensor(packing.ints, dtype=torch.int32).to(table.device)
+    work = TorchStep(table, {}, SPEC).begin(packed, shape)
+    cells, inputs = work.decision.cells(), work.decision._inputs
+    edit.begin(packed, shape, table)
+    logits, start = random_logits(shape.rows, seed).to(table.device), 0
+    for segment in shape.segments:
+        rows = slice(start, start + segment.rows)
+        start += segment.rows
+        if segment.constrained:
+            edit.apply(logits[rows], cells, rows, 0)
+            params = work.tensors.row_params[rows]
+            edit.note(logits[rows], params, cells, rows, segment, SPEC.mask_id)
+    tokens = work.decision._to_cells(logits.argmax(dim=-1), 0)
+    write, device = chosen.to(table.device) & inputs.eligible, table.device
+    floats = torch.zeros(shape.entries, 1, device=device)
+    view = RuleView(inputs.eligible, tokens, confidence.to(device), None, inputs.quota, floats)
+    update = edit.settle(Update(tokens, write), view)
+    at = inputs.rows[:, None].expand_as(update.write)[update.write]
+    table.tokens[at, inputs.block[update.write]] = update.tokens[update.write]
+    table.masked[at, inputs.block[update.write]] = False
+    holds = edit.holds(shape, table)
+    held = [
+        holds[index, : table.host[entry.span.row].length].cpu()
+        for index, entry in zip(packing.indices, plan.entries, strict=False)
+        if table.host[entry.span.row].regions
+    ]
+    real, where = cells.real.cpu(), update.write.cpu()
+    return logits.cpu()[real], where, update.tokens.cpu()[where], torch.cat(held)
+
+
 @pytest.mark.parametrize("pad", [EXACT, LADDER], ids=["exact", "ladder"])
 @pytest.mark.parametrize(("seed", "share"), [(1, 0.0), (2, 0.3), (3, 0.6), (4, 0.85)])
 def test_both_twins_say_the_same(
     seed: int, share: float, pad: Padding, device: torch.device
 ) -> None:
     tables, edits, plan = twins(seed, device, share)
-    packing = lay_out(plan, tables[0].host, lambda _: frozenset(), tables[0].trash_row, pad)
-    shape = packing.shape
-    z = random_logits(shape.rows, seed)
-    draw = torch.Generator().manual_seed(seed)
-    confidence = torch.rand(shape.entries, shape.width, generator=draw, dtype=torch.float64)
-    confidence = (confidence * 8).round() / 8  # with ties
-    chosen = torch.rand(shape.entries, shape.width, generator=draw) < 0.5
-    found = []
-    for table, edit in zip(tables, edits, strict=True):
-        packed = torch.tensor(packing.ints, dtype=torch.int32).to(table.device)
-        work = TorchStep(table, {}, SPEC).begin(packed, shape)
-        cells, inputs = work.decision.cells(), work.decision._inputs
-        edit.begin(packed, shape, table)
-        logits, start, struck = z.to(table.device), 0, []
-        for segment in shape.segments:
-            rows = slice(start, start + segment.rows)
-            start += segment.rows
-            part = logits[rows].clone()
-            if segment.constrained:
-                part = edit.apply(part, cells, rows, 0)
-                params: RowParams = work.tensors.row_params[rows]
-                edit.note(part, params, cells, rows, segment, SPEC.mask_id)
-            struck.append(part)
-        proposals = torch.cat(struck).argmax(dim=-1)
-        tokens = work.decision._to_cells(proposals, 0)
-        write = chosen.to(table.device) & inputs.eligible
-        view = RuleView(
-            inputs.eligible,
-            tokens,
-            confidence.to(table.device),
-            None,
-            inputs.quota,
-            torch.zeros(shape.entries, 1, device=table.device),
-        )
-        update = edit.settle(Update(tokens, write), view)
-        at = inputs.rows[:, None].expand_as(update.write)[update.write]
-        table.tokens[at, inputs.block[update.write]] = update.tokens[update.write]
-        table.masked[at, inputs.block[update.write]] = False
-        holds = edit.holds(shape, table)
-        own = [i for i, e in enumerate(plan.entries) if table.host[e.span.row].regions]
-        held = [
-            holds[packing.indices[i], : table.host[plan.entries[i].span.row].length].cpu()
-            for i in own
-        ]
-        real = cells.real.cpu()
-        found.append(
-            (
-                torch.cat(struck).cpu()[real],
-                update.write.cpu(),
-                update.tokens.cpu()[update.write.cpu()],
-                torch.cat(held),
-            )
-        )
-    for slow, fast in zip(*found, strict=True):
-        assert torch.equal(slow, fast)
+    slow, fast = (step(t, e, plan, pad, seed) for t, e in zip(tables, edits, strict=True))
+    for one, other in zip(slow, fast, strict=True):
+        assert torch.equal(one, other)
     for init in tables[0].host.values():  # what is written can still be filled to the end
         for region in init.regions:
             sets = RegionSets(Moves(region.grammar), region.end - region.start)

@@ -17,6 +17,8 @@ from dllmserve.runtime.kernels.region_sets import (
     DELTA,
     ONLY,
     ORDER,
+    OVER,
+    OVER_ID,
     REGION_FIELDS,
     REGIONS_OF,
     SETS,
@@ -320,6 +322,19 @@ def settle(
                     write_slot(region, small, wide, sets, slot, held, low, high, TILE)
 
 
+@triton.jit
+def _has_ended(region: tl.tensor, sets: tl.tensor, slot: tl.tensor, TILE: tl.constexpr) -> Any:
+    """Whether the text has surely ended before a slot."""
+    states = tl.load(region + STATES).to(tl.int32)
+    reached = sets + tl.load(region + SETS) + slot * (states + 1).to(tl.int64)
+    over, others = tl.load(region + OVER), states * 0
+    for low in range(0, states, TILE):
+        place = low + tl.arange(0, TILE)
+        on = tl.load(reached + place, mask=(place < states) & (place != over), other=0)
+        others = tl.maximum(others, tl.max(on.to(tl.int32), 0))
+    return (over >= 0) & (others == 0)
+
+
 @triton.jit(do_not_specialize=["columns", "width"])
 def only_ids(
     packed: tl.tensor,
@@ -361,5 +376,7 @@ def only_ids(
                     low += CT
                 if total == 1:
                     token = tl.load(wide + tl.load(region + ONLY) + which)
+                    if (token < 0) & _has_ended(region, sets, slot, 1024):
+                        token = tl.load(region + OVER_ID).to(tl.int32)
                     result = tl.where(token >= 0, token, _OPEN).to(tl.int64)
         tl.store(holds + entry.to(tl.int64) * columns + column, result)

@@ -12,7 +12,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllmserve.constraints.sets import Moves, may_end_early
+from dllmserve.constraints.sets import Moves, may_end_early, over_state
 from dllmserve.core.plan import OPEN, SpanField
 from dllmserve.core.rows import RowInit
 from dllmserve.decoding.rule import RuleView, Update
@@ -57,6 +57,7 @@ class _Packed:
 def _pack(grammar: TokenGrammar) -> _Packed:
     states, classes = len(grammar.delta) - 1, len(grammar.first)
     source, target = Moves(grammar).edges
+    over = over_state(grammar)
     only = np.where(grammar.size == 1, grammar.first, -1)
     order = np.argsort(grammar.class_of, kind="stable")
     wide = [source | (target << 16), grammar.least, only, order]
@@ -74,6 +75,8 @@ def _pack(grammar: TokenGrammar) -> _Packed:
         Field.ONLY: int(starts[2]),
         Field.ORDER: int(starts[3]),
         Field.TAIL: int(may_end_early(grammar)),
+        Field.OVER: over,
+        Field.OVER_ID: int(grammar.first[grammar.delta[over] == over][0]) if over >= 0 else -1,
     }
     packed = np.concatenate(wide).astype(np.int32)
     return _Packed(grammar, small.astype(np.int16), packed, fields)

@@ -45,6 +45,9 @@ class Field(IntEnum):
     HELD = 13
     #: 1 if a text that may end may also end later: there are end ids
     TAIL = 14
+    #: the state in which a text has ended, and the id that stands behind its end; -1 for none
+    OVER = 15
+    OVER_ID = 16
 
 
 #: regions of a row; a power of two, as a tile takes them all
@@ -65,6 +68,8 @@ ORDER = tl.constexpr(int(Field.ORDER))
 SETS = tl.constexpr(int(Field.SETS))
 HELD = tl.constexpr(int(Field.HELD))
 TAIL = tl.constexpr(int(Field.TAIL))
+OVER = tl.constexpr(int(Field.OVER))
+OVER_ID = tl.constexpr(int(Field.OVER_ID))
 REGION_FIELDS = tl.constexpr(len(Field))
 REGIONS_OF = tl.constexpr(REGIONS)
 
