@@ -111,9 +111,7 @@ def language(
             limits.check(sum(map(len, choice)), limits.MAX_TEXT, "the length of all choices")
             return automaton(either(text(one) for one in choice))
         parts = sequence_of(json_schema or "")
-        if parts is not None:
-            return automaton(sequence(parts, lambda document: schema_node(json.dumps(document))))
-        return automaton(schema_node(json_schema or ""))
+        return automaton(schema_node(json_schema or "") if parts is None else sequence(parts))
     except RecursionError as error:
         raise InvalidParameterError("the constraint is nested too deeply") from error
 
