@@ -25,7 +25,7 @@ from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dllmserve.errors import DllmServeError, EngineError, TokenizerError
 from dllmserve.messages import template_messages
-from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.process.calls import Call, Delta, Event
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.home import Home
@@ -48,11 +48,13 @@ class TextDelta:
         text: never taken back; all pieces together are the answer's text.
         tokens: ids that became committed with it.
         output: the finished request, in the last piece.
+        logprobs: of those ids, if the request asks for log-probabilities.
     """
 
     text: str
     tokens: int = 0
     output: RequestOutput | None = None
+    logprobs: list[TokenLogprob] | None = None
 
 
 class AsyncLLM:
@@ -81,7 +83,7 @@ class AsyncLLM:
         ...         params = SamplingParams(temperature=0.0, gen_length=8, steps=8)
         ...         return await llm.generate("Hello", params)
         >>> sorted(asyncio.run(main()))  # doctest: +SKIP
-        ['finish_reason', 'text', 'token_ids', 'usage']
+        ['finish_reason', 'steps', 'text', 'token_ids', 'usage']
     """
 
     def __init__(
@@ -251,8 +253,13 @@ class AsyncLLM:
         prompt: str | Sequence[int],
         sampling_params: SamplingParams | None = None,
         sparse_config: SparseConfig | None = None,
+        history: bool = False,
     ) -> dict[str, Any]:
         """Complete one prompt; many calls at once share forward passes.
+
+        Args:
+            prompt: text or token ids.
+            sampling_params, sparse_config, history: as in :meth:`dllmserve.LLM.generate`.
 
         Returns:
             As one entry of :meth:`dllmserve.LLM.generate`.
@@ -262,7 +269,7 @@ class AsyncLLM:
                 request.
         """
         ids = await self.prompt_ids(prompt)
-        call = self.submit(self.check(ids, sampling_params, sparse_config))
+        call = self.submit(self.check(ids, sampling_params, sparse_config, trace=history))
         try:
             return (await call.output()).as_dict()
         finally:
@@ -355,6 +362,8 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         sparse_config: SparseConfig | None = None,
         *,
+        candidates: tuple[tuple[int, ...], ...] = (),
+        trace: bool = False,
         name: str = "prompt",
     ) -> Request:
         """A checked request, with a seed, not queued.
@@ -367,7 +376,8 @@ class AsyncLLM:
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        return validator.request(0, prompt_ids, params, name=name)
+        asked: dict[str, Any] = {"candidates": candidates, "trace": trace}
+        return validator.request(0, prompt_ids, params, **asked, name=name)
 
     def submit(
         self,
@@ -391,7 +401,15 @@ class AsyncLLM:
             EngineError: the engine is gone for good, was not started, or not in this event loop.
         """
         self._ready()
-        message = Submit(request.prompt_ids, request.params, stream, watch, owner)
+        message = Submit(
+            request.prompt_ids,
+            request.params,
+            stream,
+            watch,
+            owner,
+            request.candidates,
+            request.trace,
+        )
         call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home
         return call
@@ -422,22 +440,26 @@ class AsyncLLM:
         strings = call.submit.params.stop_strings
         text = CommittedText(self._text_tokenizer(), strings)
         count = given = reruns = 0
+        held: list[TokenLogprob] = []
+        wanted = call.submit.params.logprobs is not None
         while True:
             event = await (take or call.next)()
             if call.reruns != reruns:  # nothing was given out, and a new engine begins again
-                reruns, count = call.reruns, 0
+                reruns, count, held = call.reruns, 0, []
                 text = CommittedText(self._text_tokenizer(), strings)
             if isinstance(event, Delta):
                 count += len(event.token_ids)
+                held += event.logprobs or []
                 if piece := text.add(event.token_ids):
-                    yield TextDelta(piece, count)
-                    count, given = 0, given + count
+                    yield TextDelta(piece, count, logprobs=held if wanted else None)
+                    count, given, held = 0, given + count, []
                 elif not given:
                     call.hold_back()  # the beginning of a character, or of a stop string
             elif isinstance(event, RequestOutput):
                 # the last step's ids come with the output
                 left = event.completion_tokens - given
-                yield TextDelta(text.finish(event.text), max(left, 0), event)
+                rest = None if event.logprobs is None else event.logprobs[given:]
+                yield TextDelta(text.finish(event.text), max(left, 0), event, rest)
                 return
 
     def _text_tokenizer(self) -> Tokenizer:

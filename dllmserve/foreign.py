@@ -80,6 +80,11 @@ _ALIKE: tuple[tuple[str, str, str], ...] = (
         "ids that end the answer beside the checkpoint's own",
         "eos_token_id eos_token_ids eos_id",
     ),
+    (
+        "logprobs",
+        "of each token of the answer, and of so many of the likeliest",
+        "top_logprobs output_scores output_logits return_logprob",
+    ),
     ("enforce_eager", "True is without CUDA graphs", "use_cuda_graph disable_cuda_graph"),
 )
 
@@ -118,10 +123,7 @@ _NOT_OFFERED: tuple[tuple[str, str], ...] = (
     ),
     ("requests are not padded", "pad_token_id"),
     ("config.json has the id", "bos_token_id"),
-    (
-        "no log-probabilities are given out; the events of LLM.stream have the confidences",
-        "logprobs prompt_logprobs top_logprobs output_scores output_logits return_logprob",
-    ),
+    ("log-probabilities are those of the answer's tokens", "prompt_logprobs"),
     (
         "answers are not constrained to a form",
         "guided_json guided_choice guided_regex guided_grammar guided_decoding grammar regex "

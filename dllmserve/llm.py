@@ -69,7 +69,7 @@ class LLM:
         >>> llm = LLM("tiny")
         >>> params = SamplingParams(temperature=0.0, gen_length=8, steps=8)
         >>> sorted(llm.generate(["Hello"], params, use_tqdm=False)[0])
-        ['finish_reason', 'text', 'token_ids', 'usage']
+        ['finish_reason', 'steps', 'text', 'token_ids', 'usage']
     """
 
     def __init__(
@@ -152,6 +152,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         sparse_configs: SparseConfig | Sequence[SparseConfig | None] | None = None,
         use_tqdm: bool = True,
+        history: bool = False,
     ) -> list[dict[str, Any]]:
         """Complete prompts, many at a time.
 
@@ -160,11 +161,15 @@ class LLM:
             sampling_params: one for all prompts or one per prompt.
             sparse_configs: None (dense), one for all prompts or one per prompt.
             use_tqdm: show a progress bar.
+            history: tell what each forward wrote, too.
 
         Returns:
             One dictionary per prompt, in the order of the prompts: ``text``, ``token_ids``,
-            ``finish_reason`` ("stop" or "length") and ``usage`` (prompt_tokens,
-            completion_tokens, forward_passes, cached_tokens).
+            ``finish_reason`` ("stop" or "length"), ``usage`` (prompt_tokens, completion_tokens,
+            forward_passes, cached_tokens) and ``steps``, for each of token_ids the number, from 1,
+            of the forward that wrote it; with ``logprobs`` in the parameters ``logprobs``, see
+            :class:`dllmserve.outputs.TokenLogprob`; with history ``history``, see
+            :class:`dllmserve.outputs.Forward`.
 
         Raises:
             InvalidRequestError, CapacityError, TokenizerError: one bad request raises
@@ -179,7 +184,7 @@ class LLM:
             )
         params = _params(sampling_params, sparse_configs, len(prompts))
         ids = [prompt_ids(self._tokenizer, p, f"prompts[{i}]") for i, p in enumerate(prompts)]
-        return self._run(ids, params, use_tqdm)
+        return self._run(ids, params, use_tqdm, trace=history)
 
     def chat(
         self,
@@ -250,12 +255,14 @@ class LLM:
         prompts: list[list[int]],
         params: list[SamplingParams],
         use_tqdm: bool,
+        *,
+        trace: bool = False,
     ) -> list[dict[str, Any]]:
         """Check all requests, then run them to the end."""
         core, engine = self._engine, self._shared
         pairs = zip(prompts, params, strict=True)
         batch = engine.submit(
-            [core.make_request(*p, name=f"prompts[{i}]") for i, p in enumerate(pairs)]
+            [core.make_request(*p, trace=trace, name=f"prompts[{i}]") for i, p in enumerate(pairs)]
         )
         shown = use_tqdm and bool(prompts)
         began, steps, committed = time.monotonic(), engine.steps, engine.committed

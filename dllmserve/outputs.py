@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
+
+
+class TokenLogprob(TypedDict):
+    """Log-probabilities at a position of an answer, by the forward that wrote it; natural.
+
+    They are of the model's own distribution over all ids: after guidance, before logit_bias and
+    other edits, constraints, temperature, top-p and top-k.
+
+    Attributes:
+        token_id: what stands there.
+        logprob: of that token; None where no forward decided it (it was given, or filled in
+            behind an end id).
+        top: ``[id, logprob]`` of the likeliest tokens, the likeliest first, equal ones by id.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: list[list[int | float]]
+
+
+class Forward(TypedDict):
+    """What a forward of a request decided.
+
+    Attributes:
+        forward: its number, from 1.
+        written: ``[position in the answer, token id, confidence]``; the confidence is None where
+            something was filled in behind an end id.
+        remasked: positions in the answer that were masked again.
+    """
+
+    forward: int
+    written: list[list[int | float | None]]
+    remasked: list[int]
 
 
 @dataclass(frozen=True)
@@ -17,6 +50,12 @@ class RequestOutput:
         prompt_tokens, completion_tokens: lengths in tokens.
         forward_passes: forwards that the request took part in; guidance counts once.
         cached_tokens: tokens of the prompt whose K and V were found, from requests before.
+        steps: number, from 1, of the request's forward that wrote each of token_ids; 0 where
+            a token was given.
+        logprobs: of each of token_ids, if asked for.
+        candidate_logprobs: log-probabilities of the request's candidates, one list for each
+            position to fill of the answer; [] where no forward decided it. None without candidates.
+        history: forwards that decided something, if asked for.
     """
 
     text: str
@@ -26,9 +65,14 @@ class RequestOutput:
     completion_tokens: int
     forward_passes: int
     cached_tokens: int = 0
+    steps: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
+    candidate_logprobs: list[list[float]] | None = None
+    history: list[Forward] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The dictionary that LLM.generate returns."""
+        asked = {"logprobs": self.logprobs, "history": self.history}
         return {
             "text": self.text,
             "token_ids": self.token_ids,
@@ -39,6 +83,8 @@ class RequestOutput:
                 "forward_passes": self.forward_passes,
                 "cached_tokens": self.cached_tokens,
             },
+            "steps": self.steps,
+            **{key: value for key, value in asked.items() if value is not None},
         }
 
 

@@ -244,5 +244,5 @@ def _write(text: str) -> None:
 
 def _output(answer: dict[str, Any]) -> RequestOutput:
     """The answer of LLM.generate as an object again."""
-    rest = {k: answer[k] for k in ("text", "token_ids", "finish_reason")}
+    rest = {key: value for key, value in answer.items() if key != "usage"}
     return RequestOutput(**rest, **answer["usage"])

@@ -24,6 +24,8 @@ DEMO_PROMPTS = (
 STDIN = "-"
 #: what a line may not set
 _SETTINGS = {f.name for kind in (SamplingParams, SparseConfig) for f in fields(kind)}
+#: but what ``--json`` writes of an answer
+_OF_ANSWERS = {"steps", "logprobs"}
 
 
 def read_prompts(arguments: Sequence[str], file: str | None, demo: bool) -> list[str]:
@@ -89,7 +91,9 @@ def _json_prompt(line: str, place: str) -> str:
     except json.JSONDecodeError as error:
         raise PromptError(f"{place} is not JSON: {error.msg}") from error
     prompt = value.get("prompt") if isinstance(value, dict) else value
-    settings = _SETTINGS & set(value) if isinstance(value, dict) else ()
+    settings = _SETTINGS & set(value) if isinstance(value, dict) else set[str]()
+    if isinstance(value, dict) and "token_ids" in value:
+        settings -= _OF_ANSWERS
     if settings:
         raise PromptError(
             f"{place} sets {', '.join(sorted(settings))}, which is not read from here: all prompts "

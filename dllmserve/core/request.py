@@ -69,7 +69,9 @@ class Request:
     of a row are in the page table, ``preempted`` counts how often its pages were taken.
     ``assumed`` holds the masks that each forward launched ahead of its report is expected to leave
     in its block; None for one that decides nothing. ``watch``
-    asks for a canvas after every step, ``stream`` for the ids that join the committed prefix.
+    asks for a canvas after every step, ``trace`` for what each forward decided, with the output,
+    ``stream`` for the ids that join the committed prefix.
+    ``candidates`` are ids whose log-probabilities are wanted, one tuple for each position to fill.
     ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
     leave room for others; "" is somebody who has the engine alone.
     """
@@ -81,6 +83,8 @@ class Request:
     watch: bool = False
     stream: bool = False
     owner: str = ""
+    candidates: tuple[tuple[int, ...], ...] = ()
+    trace: bool = False
     status: Status = Status.WAITING
     progress: Progress = field(default_factory=Progress)
     row: int = -1
@@ -140,7 +144,8 @@ class Request:
     @property
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
-        free = not self.watch and not self.params.stop_strings and not self.params.early_end
+        seen = self.watch or self.trace
+        free = not seen and not self.params.stop_strings and not self.params.early_end
         exact = RULES[self.params.unmask].quota == "exact" and not CACHES[self.policy].follows
         return exact and free
 

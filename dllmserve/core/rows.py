@@ -90,6 +90,9 @@ class RowInit:
         last: token ids whose proposals have no confidence, so that they are written last.
         track: what tells which cached positions are out of date.
         history: slots of kept distributions, one for each position of a block.
+        logprobs: of so many of the likeliest tokens log-probabilities are wanted; None: of none,
+            and not of those that are written.
+        candidates: ids whose log-probabilities are wanted, for each position to fill.
     """
 
     row: int
@@ -106,6 +109,13 @@ class RowInit:
     last: tuple[int, ...] = ()
     track: Track = Track.NONE
     history: tuple[int, ...] = ()
+    logprobs: int | None = None
+    candidates: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def wants(self) -> bool:
+        """True if log-probabilities are wanted."""
+        return self.logprobs is not None or bool(self.candidates)
 
     @property
     def start(self) -> int:
@@ -196,6 +206,8 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
             last=written_last(params, spec),
             track=track,
             history=tuple(request.history),
+            logprobs=params.logprobs,
+            candidates=request.candidates if row == request.row else (),
         )
         for row, ids, edits in rows
     ]

@@ -468,5 +468,6 @@ def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     edits = sorted(RULES[entry.rule].needs & {*EDITS})
     biased = bool(params.logit_bias) or params.logits_eos_inf
     kind = (entry.uncond is not None, entry.blind is not None, biased, edits)
-    needs = (params.temperature > 0, filtered, params.confidence_eos_eot_inf)
+    wants = params.logprobs is not None or bool(request.candidates)
+    needs = (params.temperature > 0, filtered, params.confidence_eos_eot_inf, wants)
     return (*kind, *needs, shape, request.id)

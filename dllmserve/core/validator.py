@@ -45,12 +45,14 @@ class RequestValidator:
         watch: bool = False,
         stream: bool = False,
         owner: str = "",
+        candidates: tuple[tuple[int, ...], ...] = (),
+        trace: bool = False,
         name: str = "prompt",
     ) -> Request:
         """A checked request.
 
         Args:
-            id, seed, watch, stream, owner: the request's.
+            id, seed, watch, stream, owner, candidates, trace: the request's.
             prompt_ids: token ids; integers of any kind.
             params: how it is decoded.
             name: of the prompt, in errors.
@@ -75,8 +77,11 @@ class RequestValidator:
             watch=watch,
             stream=stream,
             owner=owner,
+            candidates=candidates,
+            trace=trace,
         )
         self._check_whole_blocks(request, name)
+        _check_candidates(request, self.spec)
         policy = CACHES[request.policy].load()()
         if reasons := policy.unsupported(self.spec):
             raise InvalidParameterError(f"cache {request.policy!r}: {'; '.join(reasons)}")
@@ -275,6 +280,23 @@ def _without_full_attention(params: SamplingParams, spec: ModelSpec) -> dict[str
             )
         changed["steps"] = SamplingParams.steps
     return changed
+
+
+def _check_candidates(request: Request, spec: ModelSpec) -> None:
+    """Refuse candidates that are not those of each position to fill."""
+    given, fills = request.candidates, sum(request.masks)
+    if not given:
+        return
+    if len(given) != fills:
+        raise InvalidParameterError(
+            f"candidates has {len(given)} tuples for {fills} positions to fill: give one for each"
+        )
+    outside = [i for ids in given for i in ids if not 0 <= i < spec.embedding_size]
+    if outside:
+        raise InvalidParameterError(
+            f"candidates has token id {outside[0]}, outside the LM head's "
+            f"0..{spec.embedding_size - 1}"
+        )
 
 
 def _raise_it(limit: int, spec: ModelSpec) -> str:

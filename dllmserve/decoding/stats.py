@@ -70,6 +70,8 @@ class TokenStats:
         entropy: [N] float64 in nats; None unless asked for.
         kl: [N] float64 in nats, from the distribution of the forward before; None unless
             asked for.
+        logprobs: [n, columns] float64 of each segment that asks for log-probabilities, see
+            :func:`dllmserve.decoding.logprobs.row_logprobs`.
     """
 
     token: Tensor
@@ -77,6 +79,7 @@ class TokenStats:
     margin: Tensor | None
     entropy: Tensor | None
     kl: Tensor | None = None
+    logprobs: tuple[Tensor, ...] = ()
 
     @staticmethod
     def concat(parts: list[TokenStats]) -> TokenStats:
@@ -301,9 +304,14 @@ def join_partials(
 
 
 def log_sum(z: Tensor, shard: VocabShard) -> Tensor:
-    """``log(sum(exp(z)))`` of rows [n, v] float32, over the whole vocabulary: [n, 1] float32."""
+    """The same as :func:`log_total`, rounded to float32."""
+    return log_total(z, shard).float()
+
+
+def log_total(z: Tensor, shard: VocabShard) -> Tensor:
+    """``log(sum(exp(z)))`` of rows [n, v] float32, over the whole vocabulary: [n, 1] float64."""
     parts = shard.join(split_partials(shard.split(z, -torch.inf), frozenset()))
     tops, others = parts[:, 0].double(), parts[:, 1].double()
     top = tops.amax(dim=-1, keepdim=True)
     sums = ((others + 1.0) * (tops - top).exp()).sum(dim=-1, keepdim=True)
-    return (top + sums.log()).float()
+    return top + sums.log()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,13 @@ from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
+from dllmserve.engine.history import AnswerHistory
+from dllmserve.engine.logprobs import AnswerLogprobs
 from dllmserve.engine.machine import with_threads
 from dllmserve.engine.sizing import memory_advice
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer
 from dllmserve.errors import OutOfMemoryError
-from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.runtime.platform import (
     first_line,
     is_out_of_memory,
@@ -36,15 +39,17 @@ class StepEvents:
     Attributes:
         finished: requests that ended, with their outputs.
         watched: canvases of the watched requests.
-        streamed: ids that a streamed request has added to its committed prefix; the last
-            ones come with its output.
+        streamed: ids that a streamed request has added to its committed prefix, and their
+            log-probabilities if it asks for them; the last ones come with its output.
         failed: requests that ended with their ``error`` set.
         committed: positions that joined the committed prefixes of all requests.
     """
 
     finished: list[tuple[Request, RequestOutput]] = field(default_factory=list)
     watched: list[tuple[Request, CanvasStep]] = field(default_factory=list)
-    streamed: list[tuple[Request, list[int]]] = field(default_factory=list)
+    streamed: list[tuple[Request, list[int], list[TokenLogprob] | None]] = field(
+        default_factory=list
+    )
     failed: list[Request] = field(default_factory=list)
     committed: int = 0
 
@@ -105,6 +110,8 @@ class EngineCore:
         self._depth = depth
         self._threads = threads
         self._in_flight: deque[_InFlightStep] = deque()
+        self._logprobs = weakref.WeakKeyDictionary[Request, AnswerLogprobs]()
+        self._traced = weakref.WeakKeyDictionary[Request, AnswerHistory]()
         self.observers: list[Callable[[StepPlan], None]] = []
         self.on_admitted: Callable[[list[Request]], None] | None = None
 
@@ -116,9 +123,16 @@ class EngineCore:
         watch: bool = False,
         stream: bool = False,
         owner: str = "",
+        candidates: tuple[tuple[int, ...], ...] = (),
+        trace: bool = False,
         name: str = "prompt",
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
+
+        Args:
+            prompt_ids, params, watch, stream, owner, candidates, trace: see
+                :class:`dllmserve.core.request.Request`.
+            name: of the prompt, in errors.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
@@ -132,6 +146,8 @@ class EngineCore:
             watch=watch,
             stream=stream,
             owner=owner,
+            candidates=candidates,
+            trace=trace,
             name=name,
         )
 
@@ -276,20 +292,23 @@ class EngineCore:
                 events.failed.append(request)
                 continue
             output = None
+            self._note_logprobs(index, request, handle)
             # without new text there is no stop string either
             if request in finished or report.frontier != before[index]:
                 committed += report.frontier - before[index]
                 output = self._output(request, report.eos, handle, request in finished)
                 if output is None and request.stream:
-                    ids = self._runner.table.read_settled(
-                        request.row, before[index], report.frontier
-                    )
-                    events.streamed.append((request, ids))
+                    low = before[index]
+                    ids = self._runner.table.read_settled(request.row, low, report.frontier)
+                    events.streamed.append((request, ids, self._logprobs_of(request, ids, low)))
+            # a forward that only stores has no block, and nothing to show
+            if (request.watch or request.trace) and handle.blocks[index][1]:
+                canvas = self._canvas(index, request, handle)
+                output = self._traced_output(request, canvas, output)
+                if request.watch:
+                    events.watched.append((request, replace(canvas, output=output)))
             if output is not None:
                 events.finished.append((request, output))
-            # a forward that only stores has no block, and nothing to show
-            if request.watch and handle.blocks[index][1]:
-                events.watched.append((request, self._canvas(index, request, handle, output)))
         for request, _ in events.finished:
             self.scheduler.release(request)
         return replace(events, committed=committed)
@@ -312,15 +331,15 @@ class EngineCore:
         if not finished and not params.stop_strings:
             return None
         count = eos + 1 if eos >= 0 else request.progress.frontier
-        ids = handle.answer(request.row, count)
-        if ids is None:
-            ids = self._runner.table.read_answer(request.row, count)
+        read = handle.answer(request.row, count)
+        ids, steps = read or self._runner.table.read_written(request.row, count)
         text, used, stopped = self._text.read(ids, params.stop_strings)
         if stopped:
             request.finish_reason = "stop"
         elif not finished:
             return None
         self.scheduler.learn(request, ids)
+        kept = self._logprobs.get(request)
         return RequestOutput(
             text=text,
             token_ids=ids[:used],
@@ -329,11 +348,43 @@ class EngineCore:
             completion_tokens=request.canvas.filled(used),
             forward_passes=request.reported_forwards,
             cached_tokens=0 if request.prefix is None else request.prefix.cached,
+            steps=steps[:used],
+            logprobs=self._logprobs_of(request, ids[:used]),
+            candidate_logprobs=kept.candidates(used) if kept and request.candidates else None,
         )
 
-    def _canvas(
-        self, index: int, request: Request, handle: StepHandle, output: RequestOutput | None
-    ) -> CanvasStep:
+    def _note_logprobs(self, index: int, request: Request, handle: StepHandle) -> None:
+        """Keep what a step says of log-probabilities that a request asks for."""
+        if request.params.logprobs is None and not request.candidates:
+            return
+        found = handle.logprobs(index)
+        if found is not None:
+            if request not in self._logprobs:
+                self._logprobs[request] = AnswerLogprobs(request)
+            self._logprobs[request].note(handle.blocks[index][0], *found)
+
+    def _logprobs_of(
+        self, request: Request, ids: list[int], start: int = 0
+    ) -> list[TokenLogprob] | None:
+        """Log-probabilities of the answer's ids from ``start`` on, if they are asked for."""
+        kept = self._logprobs.get(request)
+        if kept is None or request.params.logprobs is None:
+            return None
+        return kept.read(ids, start)
+
+    def _traced_output(
+        self, request: Request, canvas: CanvasStep, output: RequestOutput | None
+    ) -> RequestOutput | None:
+        """Note what the step did, if the request asks for it; the output tells of all steps."""
+        if not request.trace:
+            return output
+        if request not in self._traced:
+            self._traced[request] = AnswerHistory()
+        history = self._traced[request]
+        history.note(canvas)
+        return None if output is None else replace(output, history=history.forwards)
+
+    def _canvas(self, index: int, request: Request, handle: StepHandle) -> CanvasStep:
         """A picture of the answer after the step."""
         table = self._runner.table
         length = request.canvas.answer_len
@@ -357,5 +408,4 @@ class EngineCore:
             # a block may hold given tokens before the answer's start and behind its end
             block=(min(max(block, 0), length), min(max(block + width, 0), length)),
             forward_passes=request.progress.forwards,
-            output=output,
         )

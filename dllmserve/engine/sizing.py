@@ -113,7 +113,7 @@ class Sizing:
         length = self.max_len
         pages = length // self.options.page_size
         ends = len(self.spec.eos_ids)
-        per_row = length * 22 + pages * 8 + (2 * ends + MAX_STOP_IDS) * 8
+        per_row = length * 26 + pages * 8 + (2 * ends + MAX_STOP_IDS) * 8
         rows = (self.options.max_num_seqs + 1) * per_row
         edits = edit_bytes(self.edit_sizes, keeps=False)
         return rows + edits + length * self.spec.head_dim * 4

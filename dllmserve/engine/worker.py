@@ -110,6 +110,8 @@ class EngineLoop:
                 watch=message.watch,
                 stream=message.stream,
                 owner=message.owner,
+                candidates=message.candidates,
+                trace=message.trace,
             )
             self._engine.add(request)
         except DllmServeError as error:  # the owner checks the same, before it submits
@@ -126,7 +128,9 @@ class EngineLoop:
     def _report(self, events: StepEvents) -> None:
         """Say what came of a step; at least every HEARTBEAT_S seconds, even if nothing did."""
         names = self._names
-        committed = [Committed(names[r], ids) for r, ids in events.streamed if r in names]
+        committed = [
+            Committed(names[r], ids, logprobs) for r, ids, logprobs in events.streamed if r in names
+        ]
         canvases = [
             # the output comes in a message of its own
             Canvas(names[r], replace(step, output=None))

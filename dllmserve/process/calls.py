@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.process.home import Home
 from dllmserve.process.messages import Submit
 from dllmserve.process.worker import Cause
@@ -32,9 +32,10 @@ class Started:
 
 @dataclass(frozen=True)
 class Delta:
-    """Ids that joined the committed prefix."""
+    """Ids that joined the committed prefix, and their log-probabilities if asked for."""
 
     token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
 
 
 Event = Started | Delta | CanvasStep | RequestOutput

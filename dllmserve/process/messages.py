@@ -15,7 +15,7 @@ from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
-from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.sampling_params import SamplingParams
 
 #: a field of EngineConfig
@@ -63,7 +63,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
-        owner: whose it is, as :class:`dllmserve.core.request.Request` says.
+        owner, candidates, trace: as :class:`dllmserve.core.request.Request` says.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
@@ -73,6 +73,8 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     stream: bool = False
     watch: bool = False
     owner: str = ""
+    candidates: tuple[tuple[int, ...], ...] = ()
+    trace: bool = False
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 
@@ -133,10 +135,11 @@ class Admitted(msgspec.Struct, tag="admitted", array_like=True, frozen=True):
 
 
 class Committed(msgspec.Struct, array_like=True, frozen=True):
-    """Ids that joined a streamed request's committed prefix."""
+    """Ids that joined a streamed request's committed prefix, and their log-probabilities."""
 
     id: int
     token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
 
 
 class Canvas(msgspec.Struct, array_like=True, frozen=True):

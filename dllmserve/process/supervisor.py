@@ -317,7 +317,7 @@ class Supervisor:
             self._now = message.counters
             for part in message.committed:
                 if call := self._calls.get(part.id):
-                    call.put(Delta(part.token_ids))
+                    call.put(Delta(part.token_ids, part.logprobs))
             for canvas in message.canvases:
                 if call := self._calls.get(canvas.id):
                     call.put(canvas.step)

@@ -128,11 +128,14 @@ class StepDecision:
         answer = self._answer(update)
         report = self._report(stats, answer)
         writings = self._writings(update, answer)
+        heads = None
+        if stats.logprobs:
+            heads = self._inputs.eligible.to(torch.int8) + 2 * self._inputs.scored
         if before is not None:
             before()
         for whole, cells, values in writings:
             whole.view(-1)[cells] = values  # with one index, which need not be copied
-        return StepOutputs(report, view.tokens, view.confidence)
+        return StepOutputs(report, view.tokens, view.confidence, stats.logprobs, heads)
 
     def _block_view(self, stats: TokenStats) -> tuple[RuleView, Tensor]:
         """Spread the [M] statistics over the [n, W] block cells."""
@@ -249,6 +252,9 @@ class StepDecision:
             row = torch.where(inputs.fills, update.memory.row, table.memory_row[inputs.rows])
             writings.append((table.memory_row, inputs.rows, row))
             writings.append((table.memory_cells, cells, update.memory.cells))
+        cells = self._cells(inputs.rows, answer.columns, answer.changed)
+        number = (self._forwards + 1).int()
+        writings.append((table.steps, cells, number[:, None].expand_as(cells)))
         owners = [(inputs.rows, slice(None))]
         if guided:  # both rows of a guided request hold the same answer
             owners.append((inputs.uncond_rows, slice(-guided, None)))

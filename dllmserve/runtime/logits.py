@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dllmserve.decoding.logprobs import Wanted, row_logprobs
 from dllmserve.decoding.stats import (
     RowParams,
     TokenStats,
@@ -27,11 +28,13 @@ Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 class RowReducer(Protocol):
     """Reduces a chunk of logits to its statistics; see :func:`decoding.stats.row_stats`."""
 
-    #: rows that a chunk of sampled and of filtered rows, and of those of which something is kept,
-    #: counts for, by their extra memory
+    #: rows that a chunk of sampled and of filtered rows, and of those of which something is kept or
+    #: more is wanted, counts for, by their extra memory
     sampled_cost: int
     filtered_cost: int
     kept_cost: int
+    #: which ids the logits are of
+    vocab: VocabShard
 
     def reduce(
         self,
@@ -87,21 +90,24 @@ class StepEdits:
         cells: whose the LM-head rows are; None if no segment has edits or rows without confidence.
         edits: by the name that segments have.
         last: [R + 1, E] int64, the state table's ids without confidence.
+        candidates: [M, C] int64, ids whose log-probabilities are wanted, -1 for none; None if
+            there are none anywhere.
     """
 
     cells: HeadCells | None = None
     edits: Mapping[str, LogitEdit] = field(default_factory=dict)
     last: Tensor | None = None
+    candidates: Tensor | None = None
 
     def apply(
         self, z: Tensor, chunk: slice, segment: SegmentShape
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Apply a segment's edits to a chunk of its rows, in order.
 
         Returns:
             Logits [n, v], and what edits have to say of them: [n] float64 by statistic.
         """
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         if self.cells is None:
             return z, found
         for name, size in segment.edits:
@@ -112,6 +118,13 @@ class StepEdits:
             else:
                 z = result
         return z, found
+
+    def logprobs(
+        self, z: Tensor, token: Tensor, chunk: slice, wanted: Wanted, vocab: VocabShard
+    ) -> Tensor:
+        """See :func:`row_logprobs`; z and token are those of a chunk."""
+        named = None if self.candidates is None else self.candidates[chunk, : wanted.candidates]
+        return row_logprobs(z, token, wanted, named, vocab)
 
     def params(self, params: RowParams, chunk: slice, segment: SegmentShape) -> RowParams:
         """Parameters of a chunk of rows, with the ids that have no confidence in it."""
@@ -169,24 +182,32 @@ class LogitsHead:
         edits: StepEdits = StepEdits(),
     ) -> TokenStats:
         """Statistics of M rows, in order."""
-        parts = []
-        twins = len(hidden) - len(cfg_scale)
+        parts, logprobs = list[TokenStats](), list[Tensor]()
+        twins, vocab = len(hidden) - len(cfg_scale), self._reducer.vocab
         start = 0
         for segment in segments:
             end = start + segment.rows
             step = self._chunk_rows(segment)
+            wanted = list[Tensor]()
             for low in range(start, end, step):
                 chunk = slice(low, min(low + step, end))
                 z = self._logits(hidden[chunk], 0)
                 if segment.guided:
                     other = hidden[chunk.start + twins : chunk.stop + twins]
                     z = self._guide(z, other, cfg_scale[chunk])
+                # edits, and what has no confidence, change logits in place
+                changed = segment.wanted and (segment.edits or segment.last)
+                raw = z.clone() if changed else z
                 z, found = edits.apply(z, chunk, segment)
                 own = edits.params(params, chunk, segment)
                 part = self._reducer.reduce(z, own, self._mask_id, segment, needs)
                 parts.append(replace(part, **found))
+                if segment.wanted:
+                    wanted.append(edits.logprobs(raw, part.token, chunk, segment.wanted, vocab))
+            if wanted:
+                logprobs.append(torch.cat(wanted))
             start = end
-        return TokenStats.concat(parts)
+        return replace(TokenStats.concat(parts), logprobs=tuple(logprobs))
 
     def _chunk_rows(self, segment: SegmentShape) -> int:
         """Rows per chunk, so that every kind of segment takes about the same memory."""
@@ -195,7 +216,7 @@ class LogitsHead:
             rows //= 2  # two rows of logits each
         if segment.edits and self._weight.dtype != torch.float32:
             rows //= 2  # a float32 copy of each, twice its size
-        if segment.keeps or segment.blind:
+        if segment.keeps or segment.blind or segment.wanted:
             rows //= self._reducer.kept_cost
         if segment.filtered:
             rows //= self._reducer.filtered_cost

@@ -15,12 +15,14 @@ from dllmserve.catalog import RULES, Made
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import EntryReport, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, Track
+from dllmserve.decoding.logprobs import Wanted
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.device import host_to_device
 from dllmserve.models.decoder import Decoder
 from dllmserve.runtime.edits import LogitEdit
 from dllmserve.runtime.inputs import span_fields
 from dllmserve.runtime.logits import LogitsHead, StepEdits
+from dllmserve.runtime.logprobs import LogprobReport, candidate_ids
 from dllmserve.runtime.platform import (
     host_room,
     is_out_of_memory,
@@ -91,16 +93,21 @@ class StepHandle:
         like = torch.empty(packing.shape.entries, 5, dtype=torch.int64, device="meta")
         self._report_room = host_room(like, table.device)
         ending = [e.span.row for e in plan.entries if e.last]
-        self._rooms = {row: host_room(table.answer(row), table.device) for row in ending}
-        self._answers: dict[int, Tensor] = {}
+        self._rooms = {
+            row: [host_room(like, table.device) for like in self._read(row)] for row in ending
+        }
+        self._logprobs = LogprobReport(packing, table.device)
+        self._answers: dict[int, list[Tensor]] = {}
         self._event: torch.cuda.Event | None = None
 
     def launched(self, outputs: StepOutputs) -> None:
         """Start the copies to the host of what a step leaves."""
         self.proposals, table = outputs, self._table
         self._report = to_host(outputs.report, self._report_room)
-        for row, room in self._rooms.items():
-            self._answers[row] = to_host(table.answer(row), room)
+        for row, rooms in self._rooms.items():
+            pairs = zip(self._read(row), rooms, strict=True)
+            self._answers[row] = [to_host(values, room) for values, room in pairs]
+        self._logprobs.launched(outputs)
         self._event = record_event(table.device)  # behind all that the host will wait for
 
     def proposed(self, entry: int) -> tuple[list[int], list[float]]:
@@ -125,13 +132,24 @@ class StepHandle:
         rows = self._report.tolist()
         return [EntryReport(*rows[index]) for index in self._indices]
 
-    def answer(self, row: int, count: int) -> list[int] | None:
-        """The first ``count`` answer ids of a row whose last step this was, else None."""
+    def logprobs(self, entry: int) -> tuple[Tensor, Tensor, Wanted] | None:
+        """See :meth:`LogprobReport.of`; after :meth:`result`."""
+        return self._logprobs.of(self._indices[entry])
+
+    def answer(self, row: int, count: int) -> tuple[list[int], list[int]] | None:
+        """The first ``count`` answer ids of a row whose last step this was, else None.
+
+        With them come the forwards that wrote them.
+        """
         if row not in self._answers:
             return None
         self._wait()
-        ids: list[int] = self._answers[row][:count].tolist()
-        return ids
+        ids, steps = (values[:count].tolist() for values in self._answers[row])
+        return ids, steps
+
+    def _read(self, row: int) -> tuple[Tensor, Tensor]:
+        """What is read of a row at its request's end: ids and the forwards that wrote them."""
+        return self._table.answer(row), self._table.answer_steps(row)
 
     def _wait(self) -> None:
         if self._event is not None:
@@ -299,6 +317,7 @@ class ModelRunner:
             self.graphs is not None
             and plan.tokens <= most
             and not any(s.refresh or s.selects for s in plan.spans)
+            and not any(entry.span.row in self.table.candidates for entry in plan.entries)
         )
 
     def _lay_out(self, plan: StepPlan, pad: Padding) -> Packing:
@@ -370,6 +389,11 @@ class ModelRunner:
             given.row_params,
             shape.segments,
             shape.needs,
-            StepEdits(given.cells, self._edits, table.last),
+            StepEdits(
+                given.cells,
+                self._edits,
+                table.last,
+                candidate_ids(plan, packing, table, given.cells),
+            ),
         )
         return work.finish(stats, None if meter is None else meter.keep)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from dllmserve.catalog import EDITS
 from dllmserve.core.plan import Span, SpanField, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit
+from dllmserve.decoding.logprobs import Wanted, rounded
 
 SPAN_FIELDS = len(SpanField)
 
@@ -54,6 +55,7 @@ class SegmentShape:
         last: each has ids whose proposals are without confidence.
         blind: each has a blind span.
         edits: name of each logit edit, and most pairs that an entry gives it, padding included.
+        wanted: log-probabilities that are worked out, the most of any entry; None for none.
     """
 
     entries: int
@@ -64,6 +66,7 @@ class SegmentShape:
     last: bool = False
     blind: bool = False
     edits: tuple[tuple[str, int], ...] = ()
+    wanted: Wanted | None = None
 
     @property
     def keeps(self) -> bool:
@@ -118,16 +121,21 @@ class StepShape:
 
     @property
     def edited(self) -> bool:
-        """True if something is done to logits, or proposals are without confidence."""
-        return any(segment.edits or segment.last for segment in self.segments)
+        """True if what is done to logits, or wanted of them, differs from row to row."""
+        named = self.candidates > 0
+        return named or any(segment.edits or segment.last for segment in self.segments)
+
+    @property
+    def candidates(self) -> int:
+        """Most tokens whose log-probabilities a request wants at a position."""
+        return max((s.wanted.candidates for s in self.segments if s.wanted), default=0)
 
     @property
     def plain(self) -> bool:
         """True if nothing is kept between forwards besides tokens, masks and K,V."""
         kept = any(segment.keeps for segment in self.segments)
-        return (
-            not self.pick and not self.blind and not kept and not self.needs & {"memory", "track"}
-        )
+        other = self.pick or self.blind or kept or self.candidates
+        return not other and not self.needs & {"memory", "track"}
 
     @property
     def rows(self) -> int:
@@ -226,13 +234,19 @@ def lay_out(
             bool(init.last),
             entry.blind is not None,
             tuple(init.edits),
+            init.wants,
         )
 
     layout = _Layout(trash_row, pad)
     for flags, members in groupby(plan.entries, key=kind):
         entries = list(members)
         edits = [host[e.span.row].edits for e in entries]
-        layout.add(entries, flags, [max(len(e[name]) for e in edits) for name in flags.edits])
+        layout.add(
+            entries,
+            flags,
+            [max(len(e[name]) for e in edits) for name in flags.edits],
+            _wanted([host[e.span.row] for e in entries]) if flags.wants else None,
+        )
     wanted: set[str] = set()
     for entry in plan.entries:
         wanted |= needs(entry)
@@ -259,6 +273,13 @@ class _Kind(NamedTuple):
     last: bool
     blind: bool
     edits: tuple[str, ...]
+    wants: bool
+
+
+def _wanted(inits: list[RowInit]) -> Wanted:
+    """The most log-probabilities that any of the rows wants."""
+    named = (len(ids) for init in inits for ids in init.candidates)
+    return Wanted(rounded(max(init.logprobs or 0 for init in inits)), max(named, default=0))
 
 
 class _Spans:
@@ -294,7 +315,9 @@ class _Layout:
         self._entries = array("i")
         self.segments: list[SegmentShape] = []
 
-    def add(self, entries: list[StepEntry], kind: _Kind, sizes: list[int]) -> None:
+    def add(
+        self, entries: list[StepEntry], kind: _Kind, sizes: list[int], wanted: Wanted | None
+    ) -> None:
         """Add a segment, whose entries give each edit up to so many pairs."""
         pad = self._pad
         count = pad.other(len(entries))
@@ -313,6 +336,7 @@ class _Layout:
                 (name, pad.other(size) if size else 0)
                 for name, size in zip(kind.edits, sizes, strict=True)
             ),
+            wanted=wanted,
         )
         first = sum(s.rows for s in self.segments)
         self._entries.extend(_entry_fields(heads, first, segment.rows))

@@ -29,11 +29,15 @@ class StateTable:
         forwards: [R + 1] int64, forwards done: the noise counter.
         ends: [R + 1, E] int64, ids that end the answer; -1 is none.
         last: [R + 1, E] int64, ids whose proposals have no confidence; -1 is none.
+        steps: [R + 1, T + 1] int32, number from 1 of the request's forward that wrote the position,
+            the last one if several did; 0 where given, undefined where masked.
         stale: [R + 1, T + 1] float32, how much a position's K,V are out of date; what the number
             is, the row's :class:`~dllmserve.core.rows.Track` says.
         memory_row: [R + 1] float64, the rule's number for the request.
         memory_cells: [R + 1, T + 1] float64, the rule's number for each position.
         host: row -> its RowInit, for choices that the host makes.
+        candidates: row -> [length, C] int64, ids whose log-probabilities are wanted at the
+            positions from the first to fill to the last; -1 for none. Of rows that want some.
     """
 
     def __init__(self, num_rows: int, max_len: int, device: torch.device, ends: int = 1) -> None:
@@ -49,10 +53,12 @@ class StateTable:
         self.floats = torch.zeros(rows, len(FLOATS), dtype=torch.float64, device=device)
         self.ints = torch.zeros(rows, len(IntField), dtype=torch.int64, device=device)
         self.forwards = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.steps = torch.zeros(rows, width, dtype=torch.int32, device=device)
         self.stale = torch.zeros(rows, width, device=device)
         self.memory_row = torch.zeros(rows, dtype=torch.float64, device=device)
         self.memory_cells = torch.zeros(rows, width, dtype=torch.float64, device=device)
         self.host: dict[int, RowInit] = {}
+        self.candidates: dict[int, Tensor] = {}
 
     def write_row(self, init: RowInit) -> None:
         """Fill a row for a newly admitted request."""
@@ -62,6 +68,11 @@ class StateTable:
         for start, end in init.holes:
             self.open[row, start:end] = True
         self.masked[row] = self.open[row]
+        self.steps[row] = 0
+        self.candidates.pop(row, None)
+        if init.candidates:
+            ids = host_to_device(_candidate_ids(init), self.device)
+            self.candidates[row] = ids.view(init.length, -1)
         if init.last:
             self.last[row] = -1
             self.last[row, : len(init.last)] = host_to_device(init.last, self.device)
@@ -79,6 +90,17 @@ class StateTable:
         """Ids of a row from its first position to fill to its last: [length] int64, a view."""
         init = self.host[row]
         return self.tokens[row, init.start : init.start + init.length]
+
+    def answer_steps(self, row: int) -> Tensor:
+        """Forwards that wrote them: [length] int32, a view."""
+        init = self.host[row]
+        return self.steps[row, init.start : init.start + init.length]
+
+    def read_written(self, row: int, count: int) -> tuple[list[int], list[int]]:
+        """The first ``count`` answer ids of a row and their forwards, copied to the host."""
+        both = torch.stack((self.answer(row), self.answer_steps(row).long()))
+        ids, steps = fetch(both[:, :count]).tolist()
+        return ids, steps
 
     def read_answer(self, row: int, count: int) -> list[int]:
         """The first ``count`` answer ids of a row, copied to the host."""
@@ -99,3 +121,13 @@ class StateTable:
         init = self.host[row]
         flags: list[bool] = fetch(self.masked[row, init.start : init.start + init.length]).tolist()
         return flags
+
+
+def _candidate_ids(init: RowInit) -> list[int]:
+    """Candidates of each position from the first to fill to the last, -1 behind those of each."""
+    width = max(map(len, init.candidates))
+    rows = [[-1] * width for _ in range(init.length)]
+    places = (p - init.start for start, end in init.holes for p in range(start, end))
+    for place, ids in zip(places, init.candidates, strict=True):
+        rows[place][: len(ids)] = ids
+    return [token for ids in rows for token in ids]

@@ -62,8 +62,13 @@ class StepOutputs:
         report: [n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`.
         tokens: [n, W] int64, proposals.
         confidence: [n, W] float64, -inf where nothing was proposed.
+        logprobs: [rows, columns] float64 of each segment that wants log-probabilities.
+        heads: [n, W] int8, whose its LM-head rows are, in order: 1 a masked position's, 2 a written
+            one's that is scored, 0 none's. None if no segment wants log-probabilities.
     """
 
     report: Tensor
     tokens: Tensor
     confidence: Tensor
+    logprobs: tuple[Tensor, ...] = ()
+    heads: Tensor | None = None

@@ -30,7 +30,7 @@ from dllmserve.errors import (
     RequestAbortedError,
 )
 from dllmserve.knobs import knobs
-from dllmserve.outputs import RequestOutput
+from dllmserve.outputs import RequestOutput, TokenLogprob
 from dllmserve.process.messages import plain
 from dllmserve.process.supervisor import State
 from dllmserve.sampling_params import SamplingParams
@@ -74,6 +74,8 @@ class Details(msgspec.Struct, frozen=True):
     forward_passes: int
     queue_time: Annotated[float, msgspec.Meta(ge=0, le=1e12)] | None = None
     cached_tokens: int = 0
+    steps: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
 
 
 class _Live:
@@ -365,6 +367,8 @@ def _finished(output: RequestOutput, queue_time: float | None) -> JobResult:
         output.forward_passes,
         queue_time,
         output.cached_tokens,
+        output.steps,
+        output.logprobs,
     )
     packed = msgspec.msgpack.encode(details)
     return JobResult("finished", output.text, None, packed, time.time())

@@ -79,14 +79,24 @@ class Usage(BaseModel):
     queue_time: float | None = None
 
 
+class Logprob(BaseModel):
+    """Log-probabilities at a position of an answer, by the forward that wrote it."""
+
+    token_id: int
+    logprob: float | None
+    top: list[tuple[int, float]]
+
+
 class ResultAnswer(BaseModel):
-    """A job: the last three fields are there only where they apply."""
+    """A job: the fields from ``error`` on are there only where they apply."""
 
     request_id: int
     status: Literal["running", "finished", "failed", "cancelled"]
     text: str | None
     error: str | None = None
     finish_reason: str | None = None
+    steps: list[int] | None = None
+    logprobs: list[Logprob] | None = None
     usage: Usage | None = None
 
 
@@ -168,7 +178,8 @@ async def result(
         Query(ge=0, le=MAX_WAIT_S, allow_inf_nan=False, description="Seconds to wait for the end."),
     ] = 0,
     details: Annotated[
-        Literal["true", "false"], Query(description="Also finish_reason and usage.")
+        Literal["true", "false"],
+        Query(description="Also finish_reason, steps, logprobs and usage."),
     ] = "false",
 ) -> Response:
     """What has become of a job. Reading changes nothing, so it may be repeated."""
@@ -184,7 +195,10 @@ async def result(
         answer["error"] = _characters(found.error)
     if details == "true" and (more := details_of(found)) is not None:
         usage = msgspec.structs.asdict(more)
-        answer |= {"finish_reason": usage.pop("finish_reason"), "usage": usage}
+        answer |= {key: usage.pop(key) for key in ("finish_reason", "steps")}
+        if (logprobs := usage.pop("logprobs")) is not None:
+            answer["logprobs"] = logprobs
+        answer["usage"] = usage
     return JSONResponse(answer)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,21 @@ async def same_streams(llm: AsyncLLM, sync: LLM) -> None:
     # several pieces, as blocks are committed one after the other
     pieces = [d.text async for d in llm.stream_text("Hello", GREEDY)]
     assert len([p for p in pieces if p]) > 3
+
+
+async def same_logprobs(llm: AsyncLLM, sync: LLM) -> None:
+    """Of whole answers and of pieces; those of all pieces together are the answer's."""
+    for params in (GREEDY, DRAWN):
+        asked = replace(params, logprobs=2)
+        (expected,) = sync.generate(["Hello"], asked, use_tqdm=False)
+        assert await llm.generate("Hello", asked) == expected
+        (traced,) = sync.generate(["Hello"], params, use_tqdm=False, history=True)
+        assert len(traced["history"]) == traced["usage"]["forward_passes"]
+        assert await llm.generate("Hello", params, history=True) == traced
+        deltas = [d async for d in llm.stream_text("Hello", asked)]
+        assert all(d.logprobs is not None and len(d.logprobs) == d.tokens for d in deltas)
+        assert [one for d in deltas for one in d.logprobs or ()] == expected["logprobs"]
+        assert all([d.logprobs is None async for d in llm.stream_text("Hello", params)])
 
 
 async def errors(llm: AsyncLLM) -> None:
@@ -136,6 +152,7 @@ def test_everything_is_as_with_llm(
             assert llm.info.limits == sync.plan.limits and llm.info.spec == sync.spec
             await same_answers(llm, sync)
             await same_streams(llm, sync)
+            await same_logprobs(llm, sync)
             await errors(llm)
             await dropped(llm)
             # without a seed each call draws its own

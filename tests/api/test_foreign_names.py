@@ -49,7 +49,7 @@ REFUSED = [
         ("a request has one answer", "n num_return_sequences"),
         ("an answer ends at the checkpoint's end ids", "stopping_criteria"),
         ("answers are not constrained", "guided_json guided_choice"),
-        ("no log-probabilities", "logprobs prompt_logprobs"),
+        ("log-probabilities are those", "prompt_logprobs"),
         ("text leaves", "skip_special_tokens detokenize include_stop_str_in_output"),
     )
     for name in names.split()
@@ -64,6 +64,7 @@ OF_REQUESTS = [
     ("guidance_scale", "give 'cfg_scale': it is guidance_scale - 1"),
     ("alg", "give 'confidence': with schedule='dream'"),
     ("use_cache", "give 'cache': 'none'"),
+    ("top_logprobs", "give 'logprobs': of each token"),
     ("keep_ratio", "retention_ratio belongs to SparseConfig"),
     ("temprature", "did you mean 'temperature'?"),
     ("block", "did you mean 'block_length'?"),

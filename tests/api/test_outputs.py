@@ -105,7 +105,7 @@ def test_forward_passes(
         "forward_passes": forwards,
         "cached_tokens": 0,
     }
-    assert sorted(output) == ["finish_reason", "text", "token_ids", "usage"]
+    assert sorted(output) == ["finish_reason", "steps", "text", "token_ids", "usage"]
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_streams_of_a_revoking_rule_never_take_anything_back(tmp_path: Path, cac
         before = [False] * 24
         while engine.has_work:
             events = engine.step()
-            for _, ids in events.streamed:
+            for _, ids, _ in events.streamed:
                 streamed += ids
                 assert len(streamed) % 8 == 0
             for _, canvas in events.watched:

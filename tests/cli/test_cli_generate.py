@@ -79,7 +79,8 @@ def test_json_schema(run: Run, checkpoint: Path, answer: Callable[[str], dict[st
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["prompt"] for line in lines] == ["one", "zwei ü", "3\n4"]
     for line in lines:
-        assert list(line) == ["prompt", "text", "token_ids", "finish_reason", "usage", "seconds"]
+        answered = ["text", "token_ids", "finish_reason", "usage", "steps"]
+        assert list(line) == ["prompt", *answered, "seconds"]
         counts = {"prompt_tokens", "completion_tokens", "forward_passes", "cached_tokens"}
         assert set(line["usage"]) == counts
         assert line["seconds"] > 0
@@ -100,9 +101,19 @@ def test_many_prompts_from_a_file(
 
 
 def test_json_of_one_run_is_input_of_the_next(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    first = run("generate", "-m", checkpoint, *SHORT, "--json", "a\nb", "c")
+    first = run("generate", "-m", checkpoint, *SHORT, "--json", "--logprobs", "2", "a\nb", "c")
     (tmp_path / "again.jsonl").write_text(first.stdout)
-    again = run("generate", "-m", checkpoint, *SHORT, "--json", "-f", tmp_path / "again.jsonl")
+    again = run(
+        "generate",
+        "-m",
+        checkpoint,
+        *SHORT,
+        "--json",
+        "--logprobs",
+        "2",
+        "-f",
+        tmp_path / "again.jsonl",
+    )
     drop = [{**json.loads(x), "seconds": 0} for x in first.stdout.splitlines()]
     assert drop == [{**json.loads(x), "seconds": 0} for x in again.stdout.splitlines()]
 

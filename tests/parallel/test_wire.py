@@ -51,6 +51,8 @@ ROWS = st.builds(
     last=some(NUMBERS).map(tuple),
     track=st.sampled_from(Track),
     history=some(NUMBERS).map(tuple),
+    logprobs=st.none() | NUMBERS,
+    candidates=some(some(NUMBERS).map(tuple)).map(tuple),
 )
 
 

@@ -177,6 +177,7 @@ class StandIn:
             prompt_tokens=len(submit.prompt_ids),
             completion_tokens=used,
             forward_passes=length,
+            steps=list(range(1, used + 1)),
         )
 
 

@@ -127,6 +127,7 @@ def bodies() -> list[dict[str, Any]]:
             "seed": i,
             "ignore_eos": i % 3 > 0,
             "quality": "exact",
+            **({"logprobs": 2} if i == 5 else {}),
         }
         for i in range(12)
     ]
@@ -162,6 +163,14 @@ async def all_at_once(server: Server, outputs: list[dict[str, Any]]) -> None:
             counts = found["usage"]
         assert found["text"] == output["text"], (index, way)
         assert found["finish_reason"] == output["finish_reason"]
+        if way == 2:
+            assert found["steps"] == output["steps"]
+            assert ("logprobs" in found) == ("logprobs" in output)
+            for mine, theirs in zip(
+                found.get("logprobs", []), output.get("logprobs", []), strict=True
+            ):
+                assert mine["logprob"] == pytest.approx(theirs["logprob"], abs=1e-4)
+                assert len(mine["top"]) == 2
         known = {name: counts[name] for name in usage if name != "cached_tokens"}
         assert known == {name: usage[name] for name in known}
 

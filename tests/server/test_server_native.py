@@ -71,6 +71,7 @@ def test_details_on_request(served: Callable[..., None]) -> None:
             "status": "finished",
             "text": "ababa",
             "finish_reason": "length",
+            "steps": [1, 2, 3, 4, 5],
             "usage": {
                 "prompt_tokens": 2,
                 "completion_tokens": 5,

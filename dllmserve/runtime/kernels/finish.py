@@ -175,9 +175,11 @@ def _write_block(
     packed: tl.tensor,
     tokens: tl.tensor,
     masked: tl.tensor,
+    steps: tl.tensor,
     open_flags: tl.tensor,
     new: tl.tensor,  # pointers to the entry's [W]
     write: tl.tensor,
+    forward: tl.tensor,
     entry: tl.tensor,
     spans: tl.tensor,
     entries: tl.tensor,
@@ -202,6 +204,7 @@ def _write_block(
         left += tl.sum(hidden.to(tl.int32), 0)
         tl.store(tokens + place, token, mask=chosen)
         tl.store(masked + place, hidden, mask=chosen)
+        tl.store(steps + place, column * 0 + forward, mask=chosen)
         place = other * width + start + column
         own = tl.load(open_flags + place, mask=column < shared, other=0) != 0
         tl.store(tokens + place, token, mask=own)
@@ -278,11 +281,13 @@ def _fill(
     packed: tl.tensor,
     tokens: tl.tensor,
     masked: tl.tensor,
+    steps: tl.tensor,
     ints: tl.tensor,  # pointer to the row's
     new: tl.tensor,
     write: tl.tensor,
     first: tl.tensor,
     end: tl.tensor,
+    forward: tl.tensor,
     entry: tl.tensor,
     spans: tl.tensor,
     entries: tl.tensor,
@@ -307,6 +312,7 @@ def _fill(
         fill = hidden & (place > first)
         tl.store(tokens + source, place.to(tl.int64) * 0 + end, mask=fill)
         tl.store(masked + source, fill == 0, mask=fill)
+        tl.store(steps + source, place * 0 + forward, mask=fill)
         source = other * width + answer + place
         tl.store(tokens + source, place.to(tl.int64) * 0 + end, mask=fill & (place < shared))
         tl.store(masked + source, fill == 0, mask=fill & (place < shared))
@@ -336,6 +342,7 @@ def _commit(
     open_flags: tl.tensor,
     ints: tl.tensor,
     forwards: tl.tensor,
+    steps: tl.tensor,
     new: tl.tensor,
     write: tl.tensor,
     prob: tl.tensor,
@@ -353,8 +360,10 @@ def _commit(
     row = tl.load(packed + entry * FIELDS + ROW).to(tl.int64)
     new += entry.to(tl.int64) * columns
     write += entry.to(tl.int64) * columns
+    forward = (tl.load(forwards + row) + 1).to(tl.int32)
     left = _write_block(
-        packed, tokens, masked, open_flags, new, write, entry, spans, entries, width, BLOCK
+        *(packed, tokens, masked, steps, open_flags, new, write, forward),
+        *(entry, spans, entries, width, BLOCK),
     )
     ints += row * INTS
     frontier, end, token = _frontier(
@@ -365,14 +374,14 @@ def _commit(
     if (tl.load(ints + _EARLY_END) > 0) & (end < length) & (row != trash_row):
         tl.debug_barrier()  # the twin's block was written whole, and some of it is filled now
         left, frontier = _fill(
-            *(packed, tokens, masked, ints, new, write, end, token),
+            *(packed, tokens, masked, steps, ints, new, write, end, token, forward),
             *(entry, spans, entries, width, BLOCK),
         )
     first, count, _, _ = head_rows_of(packed, spans, entry)
     broken = _count_nan(prob, first, count, BLOCK)
     # all padding entries lie on the trash row, and programs must not share what they write
     fills = tl.load(packed + entry * FIELDS + HEAD) != 0
-    tl.store(forwards + row, tl.load(forwards + row) + 1, mask=fills & (row != trash_row))
+    tl.store(forwards + row, forward.to(tl.int64), mask=fills & (row != trash_row))
     report += entry * 5
     tl.store(report, left.to(tl.int64))
     tl.store(report + 1, frontier.to(tl.int64))
@@ -400,7 +409,7 @@ def commit_step(
     if before is not None:
         before()
     _commit[(count,)](
-        *(packed, table.tokens, table.masked, table.open, table.ints, table.forwards),
+        *(packed, table.tokens, table.masked, table.open, table.ints, table.forwards, table.steps),
         *(tokens, write, prob, table.ends, report),
         *(
             table.ends.shape[1],

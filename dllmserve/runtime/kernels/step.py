@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
@@ -63,5 +64,6 @@ class TritonWork:
         keys = self.tensors.row_params.keys
         view, kind = spread_stats(self.packed, shape, table, stats, keys)
         update = apply_rules(self.ops.rules, shape.rules, view, kind)
+        heads = view.eligible.to(torch.int8) if stats.logprobs else None
         report = commit_step(self.packed, shape, table, update, stats.prob, before)
-        return StepOutputs(report, view.tokens, view.confidence)
+        return StepOutputs(report, view.tokens, view.confidence, stats.logprobs, heads)
