@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from dllmserve._checks import check_known
 from dllmserve._system import refuse_torchrun
@@ -21,9 +21,11 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.request import Request
 from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
+from dllmserve.engine.filled import Template, template_row
 from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dllmserve.errors import DllmServeError, EngineError, TokenizerError
+from dllmserve.holes import Holes
 from dllmserve.messages import template_messages
 from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.process.calls import Call, Delta, Event
@@ -38,6 +40,7 @@ _CLOSE_S = 15.0
 _NOT_STARTED = "the engine has not been started: await start(), or use 'async with'"
 #: texts up to this many characters are tokenised where they are, longer ones in a thread
 _SHORT_TEXT = 4096
+_Ids = TypeVar("_Ids")
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,17 @@ class AsyncLLM:
         finally:
             self.abort(call)
 
+    async def infill(
+        self, template: Template, sampling_params: SamplingParams | None = None
+    ) -> dict[str, Any]:
+        """Fill the holes of a template, as :meth:`dllmserve.LLM.infill`; see :meth:`generate`."""
+        row, holes = await self.template_row(template)
+        call = self.submit(self.check(row, sampling_params, holes=holes, name="template"))
+        try:
+            return (await call.output()).as_dict()
+        finally:
+            self.abort(call)
+
     async def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -332,10 +346,20 @@ class AsyncLLM:
             PromptError: neither text nor ids, or no valid Unicode text.
         """
         self._ready()
-        given = self.tokenizer, prompt, "the prompt"
-        if isinstance(prompt, str) and len(prompt) > _SHORT_TEXT:
-            return await asyncio.to_thread(prompt_ids, *given)
-        return prompt_ids(*given)
+        size = len(prompt) if isinstance(prompt, str) else 0
+        return await _tokenised(size, partial(prompt_ids, self.tokenizer, prompt, "the prompt"))
+
+    async def template_row(self, template: Template) -> tuple[list[int], Holes]:
+        """Ids of a template's row, and its holes; see :func:`dllmserve.engine.filled.template_row`.
+
+        Raises:
+            TokenizerError: it has a text, but the checkpoint has no tokenizer.
+            PromptError: this is no template.
+        """
+        self._ready()
+        pieces = template if isinstance(template, Sequence) else ()
+        size = sum(len(piece) for piece in pieces if isinstance(piece, str))
+        return await _tokenised(size, partial(template_row, self.tokenizer, template, "template"))
 
     async def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False
@@ -350,10 +374,8 @@ class AsyncLLM:
         tokenizer = self._text_tokenizer()
         read = template_messages(messages)
         size = sum(len(str(value)) for message in read for value in message.values())
-        if size <= _SHORT_TEXT:
-            return tokenizer.encode_chat(read, literal_contents=literal_contents)
-        return await asyncio.to_thread(
-            tokenizer.encode_chat, read, literal_contents=literal_contents
+        return await _tokenised(
+            size, partial(tokenizer.encode_chat, read, literal_contents=literal_contents)
         )
 
     def check(
@@ -364,9 +386,12 @@ class AsyncLLM:
         *,
         candidates: tuple[tuple[int, ...], ...] = (),
         trace: bool = False,
+        holes: Holes = (),
         name: str = "prompt",
     ) -> Request:
         """A checked request, with a seed, not queued.
+
+        With ``holes``, ``prompt_ids`` are a whole row, of which the holes are filled.
 
         Raises:
             InvalidRequestError, CapacityError: it could never run on this engine.
@@ -376,7 +401,7 @@ class AsyncLLM:
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        asked: dict[str, Any] = {"candidates": candidates, "trace": trace}
+        asked: dict[str, Any] = {"holes": holes, "candidates": candidates, "trace": trace}
         return validator.request(0, prompt_ids, params, **asked, name=name)
 
     def submit(
@@ -409,6 +434,7 @@ class AsyncLLM:
             owner,
             request.candidates,
             request.trace,
+            request.holes,
         )
         call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home
@@ -459,13 +485,18 @@ class AsyncLLM:
                 # the last step's ids come with the output
                 left = event.completion_tokens - given
                 rest = None if event.logprobs is None else event.logprobs[given:]
-                yield TextDelta(text.finish(event.text), max(left, 0), event, rest)
+                yield TextDelta(text.finish(event.written), max(left, 0), event, rest)
                 return
 
     def _text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer: give token ids, not texts")
         return self.tokenizer
+
+
+async def _tokenised(size: int, work: Callable[[], _Ids]) -> _Ids:
+    """What turns a text of so many characters into ids gives, off the event loop if it is long."""
+    return work() if size <= _SHORT_TEXT else await asyncio.to_thread(work)
 
 
 def _cancelled() -> bool:

@@ -30,7 +30,7 @@ from dllmserve.knobs import check_knobs, columns, knob
 
 REMASKING = ("low_confidence", "random")
 CONFIDENCE = ("probability", "margin", "neg_entropy")
-SCHEDULES = ("uniform", "dream")
+SCHEDULES = ("uniform", "dream", "mdlm")
 #: forwards that unmask="klass" may look back
 MAX_KL_HISTORY = 64
 
@@ -91,8 +91,9 @@ class SamplingParams:
             the rest of the canvas, has a lower probability than this.
         confidence: "probability", "margin" (top-1 minus top-2) or "neg_entropy".
         schedule: how ``unmask="steps"`` spreads an answer over the steps: "uniform"
-            (LLaDA) or "dream" (Dream's ``t`` from 1 to eps; confidence is then taken from
-            the tempered, filtered distribution, as Dream does).
+            (LLaDA), "dream" (Dream's ``t`` from 1 to eps; confidence is then taken from
+            the tempered, filtered distribution, as Dream does) or "mdlm" (shares of what is left,
+            rounded, of each block's own steps).
         eps: last time of the Dream schedule.
         cache: "none" (exact), "prefix" or "dual" (Fast-dLLM), "rolling", "delayed"
             (dKV-Cache) or "drift"; docs/caching.md explains each. On block-causal models "none" or

@@ -28,6 +28,7 @@ LAYERS = (
         "_values",
         "config",
         "cores",
+        "holes",
         "knobs",
         "messages",
         "presets",

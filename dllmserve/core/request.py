@@ -11,6 +11,7 @@ from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.canvas import Canvas, Range
 from dllmserve.core.prefix import Prefix
 from dllmserve.core.schedule import block_quotas, window_split
+from dllmserve.holes import Holes
 from dllmserve.sampling_params import SamplingParams
 
 
@@ -72,6 +73,7 @@ class Request:
     asks for a canvas after every step, ``trace`` for what each forward decided, with the output,
     ``stream`` for the ids that join the committed prefix.
     ``candidates`` are ids whose log-probabilities are wanted, one tuple for each position to fill.
+    ``holes`` are those of a template; the canvas's are then the same, where they touch as one.
     ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
     leave room for others; "" is somebody who has the engine alone.
     """
@@ -85,6 +87,7 @@ class Request:
     owner: str = ""
     candidates: tuple[tuple[int, ...], ...] = ()
     trace: bool = False
+    holes: Holes = ()
     status: Status = Status.WAITING
     progress: Progress = field(default_factory=Progress)
     row: int = -1
@@ -124,6 +127,18 @@ class Request:
     def prompt_ids(self) -> list[int]:
         """Given tokens; what they are in holes does not matter."""
         return list(self.canvas.ids)
+
+    @property
+    def ends_from(self) -> int:
+        """Answer position from which on an end id ends the answer; its length if none does.
+
+        In a template that is the last hole, if it may end early. What is written before it is
+        complete when its end is known.
+        """
+        if not self.holes:
+            return 0
+        start, hole = self.holes[-1]
+        return (start if hole.may_end else self.canvas.end) - self.canvas.start
 
     @property
     def blocks(self) -> tuple[Range, ...]:
@@ -224,6 +239,6 @@ class Request:
         _, end = self.blocks[block]
         if window is not None:
             length = min(length, end + window)
-        if self.params.early_end and self.progress.end >= 0:
+        if self.params.early_end and self.progress.end >= 0 and not self.holes:
             length = min(length, end)  # an end id is never written behind the active block
         return length

@@ -40,6 +40,8 @@ class IntField(IntEnum):
     #: a block is final when all of it is written, not position by position
     REVOKES = 9
     TRACK = 10
+    #: answer position from which on end ids end the answer
+    ENDS_FROM = 11
 
 
 class Track(IntEnum):
@@ -185,6 +187,7 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
         int(params.early_end),
         int(request.revokes),
         int(track),
+        request.ends_from,
     )
     given = request.canvas.ids
     rows = [(request.row, given, edits_of(params, spec))]

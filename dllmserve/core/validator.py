@@ -13,11 +13,13 @@ from typing import Any
 from dllmserve._values import Filled, NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.core.canvas import Canvas, answer_canvas, framed_canvas, window_canvas
+from dllmserve.core.infill import hole_canvas, row_length, template_params
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.core.rows import written_last
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
+from dllmserve.holes import Holes
 from dllmserve.sampling_params import DEFAULT_LENGTHS, SamplingParams
 
 
@@ -41,6 +43,7 @@ class RequestValidator:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
+        holes: Holes = (),
         seed: int = 0,
         watch: bool = False,
         stream: bool = False,
@@ -52,26 +55,33 @@ class RequestValidator:
         """A checked request.
 
         Args:
-            id, seed, watch, stream, owner, candidates, trace: the request's.
-            prompt_ids: token ids; integers of any kind.
-            params: how it is decoded.
+            id, seed, watch, stream, owner, candidates, trace, params: as in the request.
+            prompt_ids: token ids, integers of any kind; with holes, those of the whole row.
+            holes: what is filled; without any, an answer behind the prompt.
             name: of the prompt, in errors.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
+        if holes:
+            length = row_length(prompt_ids, holes)
+            self._check_row(length, name)
+            params = template_params(params, holes, length, self.spec)
         params = settled(params, self.spec)
-        if not prompt_ids:
+        if not prompt_ids and not holes:
             raise PromptError(f"{name} is empty: give at least one token")
-        if len(prompt_ids) >= self.limits.max_model_len:
+        if not holes and len(prompt_ids) >= self.limits.max_model_len:
             # before anything looks at every token
             self._check_length(len(prompt_ids), params, name)
         ids = _checked_prompt(prompt_ids, self.spec, name)
-        self._check_length(len(ids), params, name)
+        if not holes:
+            self._check_length(len(ids), params, name)
+        _check_masks(ids, holes, self.spec, name)
         self._check(params)
         request = Request(
             id=id,
-            canvas=self._canvas(ids, params),
+            canvas=self._canvas(ids, holes, params, name),
+            holes=holes,
             params=params,
             seed=seed,
             watch=watch,
@@ -88,8 +98,10 @@ class RequestValidator:
         self.limits.check(request, policy.slots(request, self.spec))
         return request
 
-    def _canvas(self, ids: list[int], params: SamplingParams) -> Canvas:
+    def _canvas(self, ids: list[int], holes: Holes, params: SamplingParams, name: str) -> Canvas:
         """The prompt and an answer behind it, in blocks as the model's geometry wants them."""
+        if holes:
+            return hole_canvas(ids, holes, params, self.spec, name)
         spec, length, block = self.spec, params.gen_length, params.resolved_block_length
         if spec.geometry == "full":
             return answer_canvas(ids, length, block)
@@ -186,6 +198,14 @@ class RequestValidator:
                 f"{name} has {tokens} tokens and {params.length_name} is {params.gen_length}: "
                 f"{total} together, over max_model_len={limit}: shorten one of them"
                 f"{_raise_it(limit, self.spec)}"
+            )
+
+    def _check_row(self, length: int, name: str) -> None:
+        limit = self.limits.max_model_len
+        if length > limit:
+            raise ContextLengthError(
+                f"{name} has {length} positions, its holes among them, over max_model_len={limit}: "
+                f"shorten it{_raise_it(limit, self.spec)}"
             )
 
     def _check_whole_blocks(self, request: Request, name: str) -> None:
@@ -313,6 +333,19 @@ def window_of(spec: ModelSpec, params: SamplingParams) -> int:
         return 1
     given = None if isinstance(params.block_length, NotGiven) else params.block_length
     return given or spec.block_length
+
+
+def _check_masks(ids: Sequence[int], holes: Holes, spec: ModelSpec, name: str) -> None:
+    """Refuse the mask among given tokens: whoever writes it wants something filled in."""
+    if spec.mask_id not in ids:
+        return
+    open_ = {p for start, hole in holes for p in range(start, start + hole.length)}
+    found = [p for p, token in enumerate(ids) if token == spec.mask_id and p not in open_]
+    if found:
+        raise PromptError(
+            f"{name} has the model's mask token, {spec.mask_id}, at position {found[0]}, and given "
+            "tokens are not filled in: use LLM.infill (over HTTP /v1/infill) with a Hole there"
+        )
 
 
 def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:

@@ -15,12 +15,14 @@ from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
+from dllmserve.engine.filled import with_holes
 from dllmserve.engine.history import AnswerHistory
 from dllmserve.engine.logprobs import AnswerLogprobs
 from dllmserve.engine.machine import with_threads
 from dllmserve.engine.sizing import memory_advice
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer
 from dllmserve.errors import OutOfMemoryError
+from dllmserve.holes import Holes
 from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.runtime.platform import (
     first_line,
@@ -120,6 +122,7 @@ class EngineCore:
         prompt_ids: list[int],
         params: SamplingParams,
         *,
+        holes: Holes = (),
         watch: bool = False,
         stream: bool = False,
         owner: str = "",
@@ -130,7 +133,7 @@ class EngineCore:
         """Check a request against the model and the engine, without queueing it.
 
         Args:
-            prompt_ids, params, watch, stream, owner, candidates, trace: see
+            prompt_ids, params, watch, stream, owner, candidates, trace, holes: see
                 :class:`dllmserve.core.request.Request`.
             name: of the prompt, in errors.
 
@@ -142,6 +145,7 @@ class EngineCore:
             next(self._ids),
             prompt_ids,
             params,
+            holes=holes,
             seed=seed,
             watch=watch,
             stream=stream,
@@ -340,7 +344,7 @@ class EngineCore:
             return None
         self.scheduler.learn(request, ids)
         kept = self._logprobs.get(request)
-        return RequestOutput(
+        output = RequestOutput(
             text=text,
             token_ids=ids[:used],
             finish_reason=request.finish_reason or "length",
@@ -352,6 +356,7 @@ class EngineCore:
             logprobs=self._logprobs_of(request, ids[:used]),
             candidate_logprobs=kept.candidates(used) if kept and request.candidates else None,
         )
+        return with_holes(output, request, self.spec, self.tokenizer) if request.holes else output
 
     def _note_logprobs(self, index: int, request: Request, handle: StepHandle) -> None:
         """Keep what a step says of log-probabilities that a request asks for."""

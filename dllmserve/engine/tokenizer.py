@@ -84,6 +84,14 @@ class Tokenizer:
         """
         return self._codec.encode(valid_text(text), special)
 
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """Ids that the tokenizer adds before a plain prompt."""
+        plain, whole = (self._codec.encode(_QUESTION, special) for special in (False, True))
+        places = range(len(whole) - len(plain) + 1)
+        found = (i for i in places if whole[i : i + len(plain)] == plain)
+        return whole[: next(found, 0)]
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -107,6 +107,7 @@ class EngineLoop:
             request = self._engine.make_request(
                 message.prompt_ids,
                 message.params,
+                holes=message.holes,
                 watch=message.watch,
                 stream=message.stream,
                 owner=message.owner,

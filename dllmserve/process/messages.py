@@ -15,6 +15,7 @@ from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
+from dllmserve.holes import Holes
 from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.sampling_params import SamplingParams
 
@@ -59,11 +60,11 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     """Run a request.
 
     Attributes:
-        prompt_ids: token ids.
+        prompt_ids: token ids; of a whole row, if it has holes.
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
-        owner, candidates, trace: as :class:`dllmserve.core.request.Request` says.
+        owner, candidates, trace, holes: as :class:`dllmserve.core.request.Request` says.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
@@ -75,6 +76,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     owner: str = ""
     candidates: tuple[tuple[int, ...], ...] = ()
     trace: bool = False
+    holes: Holes = ()
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 

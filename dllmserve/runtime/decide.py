@@ -156,10 +156,16 @@ class StepDecision:
             quota=inputs.quota,
             floats=self._floats,
             kl=self._spread_some(stats.kl),
-            back=self._spread(value, inputs.scored, torch.inf) if self._shape.blind else None,
+            back=self._back(value) if self._shape.blind else None,
             memory=self._memory(),
         )
         return view, self._ints[:, IntField.RULE]
+
+    def _back(self, value: Tensor) -> Tensor:
+        """[n, W] probability of each written token; +inf where none is, or where it was given."""
+        inputs = self._inputs
+        open_ = self._table.open[inputs.rows[:, None], inputs.block]
+        return self._spread(value, inputs.scored & open_, torch.inf)
 
     def _spread_some(self, values: Tensor | None) -> Tensor | None:
         return None if values is None else self._spread(values, self._inputs.eligible, torch.inf)
@@ -207,7 +213,8 @@ class StepDecision:
         if update.remask is not None:
             masked |= self._laid_over(torch.zeros_like(inside), update.remask)
         open_ = table.open[rows, columns] & inside
-        first = self._first_end(tokens, open_ & ~masked)
+        counts = index >= self._ints[:, IntField.ENDS_FROM, None]
+        first = self._first_end(tokens, open_ & ~masked & counts)
         asked = self._ints[:, IntField.EARLY_END, None] > 0
         fill = masked & (index > first[:, None]) & asked
         end = tokens.gather(1, first[:, None].clamp(max=longest - 1))
