@@ -178,6 +178,8 @@ class StandIn:
             completion_tokens=used,
             forward_passes=length,
             steps=list(range(1, used + 1)),
+            # the lowest id is the likeliest
+            candidate_logprobs=[[-float(id) for id in ids] for ids in submit.candidates] or None,
         )
 
 
