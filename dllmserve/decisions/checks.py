@@ -11,6 +11,8 @@ from dllmserve.errors import DecisionError
 
 #: of a JSON part: containers in each other, values, bytes of compact JSON
 MAX_LEVELS, MAX_VALUES, MAX_BYTES = 32, 10_000, 256 * 1024
+#: characters of an unknown name that an error tells
+_MAX_NAME = 60
 
 
 def wrong(place: str, text: str) -> DecisionError:
@@ -30,7 +32,8 @@ def fields(
         raise wrong(place, f"expected an object, got {told(value)}")
     for name in value:
         if name not in known:
-            raise wrong(f"{place}.{name}", f"is not known; known are {', '.join(sorted(known))}")
+            shown = str(name)[:_MAX_NAME]  # it may be as long as the whole body
+            raise wrong(f"{place}.{shown}", f"is not known; known are {', '.join(sorted(known))}")
     for name in needed:
         if name not in value:
             raise wrong(f"{place}.{name}", "is missing")

@@ -88,7 +88,7 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(500, explained(error), code="server_error")
     message, status, headers = explained(error), error.http_status, {}
     if isinstance(error, DecisionError):  # whose clients know of no codes
-        return ApiError(status, message, param=error.param)
+        return ApiError(status, message, param=error.param and shown(error.param))
     if isinstance(error, TokenizerError):
         status = 400  # text for a checkpoint without tokenizer or template
     elif isinstance(error, OverloadedError):

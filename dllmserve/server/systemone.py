@@ -56,6 +56,16 @@ Content = Annotated[
 ]
 
 
+def _named(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuse names that no answer could hold."""
+    for name in value:
+        _content(name)
+    return value
+
+
+_Named = AfterValidator(_named)
+
+
 class NoulCriteria(Body):
     """What the two answers mean."""
 
@@ -96,7 +106,9 @@ class Choice(Body):
 
     type: Literal["choice"]
     instructions: Content | None = None
-    criteria: Annotated[Entries[Content | None], Field(min_length=1, max_length=MAX_OPTIONS)]
+    criteria: Annotated[
+        Entries[Content | None], Field(min_length=1, max_length=MAX_OPTIONS), _Named
+    ]
 
     def question(self, name: str) -> Question:
         """In the form of all questions."""
@@ -153,7 +165,7 @@ class SystemOneRequest(ReadingFields):
     )
 
     state: Content
-    questions: Annotated[Entries[_Question], Field(min_length=1, max_length=MAX_QUESTIONS)]
+    questions: Annotated[Entries[_Question], Field(min_length=1, max_length=MAX_QUESTIONS), _Named]
     model: Text | None = Field(default=None, description="Name of the model, or nothing.")
     assets: Entries[Any] | None = Field(default=None, description="None: models read text only.")
 

@@ -198,6 +198,7 @@ WRONG_QUESTIONS = [
     ([{**ASK, "instructions": " \n"}], "questions[0].instructions", "is empty"),
     ([{**ASK, "instructions": []}], "questions[0].instructions", "is empty"),
     ([{**ASK, "choices": []}], "questions[0].choices", "is not known"),
+    ([{**ASK, "k" * 10**6: 1}], "questions[0]." + "k" * 60, "is not known"),
     ([{**ASK, "name": 5}], "questions[0].name", "expected a text, got 5"),
     (
         [{**ASK, "instructions": [{"type": "input_image", "image_url": "x"}]}],

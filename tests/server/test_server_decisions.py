@@ -20,7 +20,10 @@ NAME = "llada-8b-instruct"
 DECISIONS, SYSTEM_ONE = "/v1/decisions", "/v1/systemone"
 RAIN = {"type": "predicate", "instructions": "It rains."}
 ASK = {"input": "Take an umbrella.", "questions": [RAIN]}
-STATE = {"state": "a", "questions": {"rain": {"type": "noul", "instructions": "Does it rain?"}}}
+STATE: dict[str, Any] = {
+    "state": "a",
+    "questions": {"rain": {"type": "noul", "instructions": "Does it rain?"}},
+}
 LENGTH = 8192
 
 
@@ -217,6 +220,8 @@ WRONG_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"input": "a"}, "questions", "is missing"),
     ({**ASK, "temperature": 0}, "temperature", "is not a parameter of this endpoint"),
     ({**ASK, "input": None}, "input", "expected a list, got null"),
+    ({**ASK, "questions": [{"\ud800": 1}]}, "questions[0].type", "expected one of predicate"),
+    ({**ASK, "questions": [{**RAIN, "\ud800": 1}]}, "questions[0].\\ud800", "is not known"),
     ({**ASK, "questions": {}}, "questions", "expected a list, got {}"),
 ]
 
@@ -247,6 +252,16 @@ WRONG_STATES: list[tuple[Any, list[Any], str]] = [
     ({**STATE, "unknown": 1}, ["body", "unknown"], "extra_forbidden"),
     ({"state": "a"}, ["body", "questions"], "missing"),
     ({"state": "a", "questions": {}}, ["body", "questions"], "too_short"),
+    (
+        {"state": "a", "questions": {"\ud800": STATE["questions"]["rain"]}},
+        ["body", "questions"],
+        "content",
+    ),
+    (
+        {"state": "a", "questions": {"q": {"type": "choice", "criteria": {"\ud800": "a"}}}},
+        ["body", "questions", "q", "choice", "criteria"],
+        "content",
+    ),
     ({"state": "a", "questions": {"q": 5}}, ["body", "questions", "q"], "model_attributes_type"),
     ({"state": "a", "questions": {"q": {}}}, ["body", "questions", "q"], "union_tag_not_found"),
     (
