@@ -22,6 +22,11 @@ from dllmserve.core.canvas import Canvas
 from dllmserve.core.request import Request
 from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
+from dllmserve.decisions.answers import decision
+from dllmserve.decisions.inputs import read_input
+from dllmserve.decisions.questions import read_questions
+from dllmserve.decisions.reading import How
+from dllmserve.decisions.requests import Decider
 from dllmserve.engine import likelihood
 from dllmserve.engine.filled import Template, template_row
 from dllmserve.engine.grammars import Grammars
@@ -97,6 +102,7 @@ class AsyncLLM:
         self.tokenizer: Tokenizer | None = None
         self._validator: RequestValidator | None = None
         self._grammars: Grammars | None = None
+        self._decider: Decider | None = None
         #: where start() was called; it is called once
         self._home: Home | None = None
         self._starting: asyncio.Task[EngineInfo] | None = None
@@ -315,6 +321,43 @@ class AsyncLLM:
                     self.abort(call)
             totals += batch.totals([output.candidate_logprobs or [] for output in outputs])
         return totals
+
+    async def decide(
+        self,
+        input: str | Sequence[Mapping[str, Any]],
+        questions: Sequence[Mapping[str, Any]],
+        model: str | None = None,
+        *,
+        reading: str = "parallel",
+        orders: int = 1,
+    ) -> dict[str, Any]:
+        """Answer typed questions about an input; see :meth:`dllmserve.LLM.decide`."""
+        given, read, how = read_input(input), read_questions(questions), How(reading, orders)
+
+        async def outputs(requests: list[Request]) -> list[RequestOutput]:
+            calls: list[Call] = []
+            try:
+                calls += map(self.submit, requests)
+                return [await call.output() for call in calls]
+            finally:
+                for call in calls:
+                    self.abort(call)
+
+        decided = await self.decider.answer(given, read, how, self.check, outputs)
+        return decision(model or self.config.model, read, *decided)
+
+    @property
+    def decider(self) -> Decider:
+        """What :meth:`decide` works with.
+
+        Raises:
+            TokenizerError: the checkpoint has no tokenizer.
+            EngineError: not started, closed, or started in another event loop or process.
+        """
+        validator = self._ready()
+        if self._decider is None:
+            self._decider = Decider(self.tokenizer, validator.spec, validator.limits)
+        return self._decider
 
     async def stream_text(
         self,

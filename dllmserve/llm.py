@@ -7,7 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from tqdm import asyncio as text_bars
 from tqdm.auto import tqdm
@@ -36,6 +37,9 @@ from dllmserve.holes import Holes
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.sampling_params import SamplingParams, with_sparse
+
+if TYPE_CHECKING:
+    from dllmserve.decisions.requests import Decider
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]
@@ -318,6 +322,59 @@ class LLM:
                 totals += batch.totals([output.candidate_logprobs or [] for output in outputs])
                 bar.update(len(totals) - bar.n)
         return totals
+
+    def decide(
+        self,
+        input: str | Messages,
+        questions: Sequence[Mapping[str, Any]],
+        model: str | None = None,
+        *,
+        reading: str = "parallel",
+        orders: int = 1,
+    ) -> dict[str, Any]:
+        """Answer typed questions about an input with probabilities, read off in one forward.
+
+        Args:
+            input: a text, or messages, calls of tools and their outputs, in the shapes of OpenAI's
+                ``/v1/decisions``.
+            questions: 1 to 400 predicates, choices and scores, in those shapes.
+            model: what the reply calls the model; by default what the engine's options call it.
+            reading: "parallel" (all questions in one forward) or "sequential" (each sees the
+                answers to those before it, which takes a forward for each).
+            orders: average each question over so many orders of its options, each a forward.
+
+        Returns:
+            ``model``, ``answers`` in the order of the questions, and ``usage``.
+
+        Raises:
+            DecisionError: the input or a question is wrong; its ``param`` names the place.
+            InvalidRequestError, CapacityError, TokenizerError: it cannot be read here.
+
+        Example:
+            >>> asked = {"type": "predicate", "instructions": "It rains."}
+            >>> answer = LLM("tiny").decide("Take an umbrella.", [asked])["answers"][0]
+            >>> 0 <= answer["probability"] <= 1
+            True
+        """
+        from dllmserve.decisions.answers import decision
+        from dllmserve.decisions.inputs import read_input
+        from dllmserve.decisions.questions import read_questions
+        from dllmserve.decisions.reading import How
+
+        self._shared.check()
+        read, given, decider = read_questions(questions), read_input(input), self._decider
+        waves = decider.run(given, read, How(reading, orders))
+        outputs: list[RequestOutput] | None = None
+        while isinstance(readings := decider.advance(waves, outputs), list):
+            make = self._engine.make_request
+            outputs = self._outputs([decider.request(each, make) for each in readings])
+        return decision(model or self.config.model, read, *readings)
+
+    @cached_property
+    def _decider(self) -> Decider:
+        from dllmserve.decisions.requests import Decider
+
+        return Decider(self._tokenizer, self._plan.spec, self._plan.limits)
 
     def stream(
         self,

@@ -50,6 +50,7 @@ LAYERS = (
     ("runtime",),
     ("process",),
     ("engine",),
+    ("decisions",),
     ("llm", "async_llm"),
     ("tools",),
     ("bench", "evaluation", "lm_eval"),

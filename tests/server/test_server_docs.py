@@ -257,7 +257,7 @@ def commands(name: str) -> list[tuple[int, str, str | None]]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the documented commands need curl")
-@pytest.mark.parametrize("name", ["quickstart.md", "serving.md", "http_api.md"])
+@pytest.mark.parametrize("name", ["quickstart.md", "serving.md", "http_api.md", "decisions.md"])
 def test_every_curl_works_and_answers_as_printed(name: str, url: str) -> None:
     job = "0"
     assert commands(name)
@@ -290,7 +290,7 @@ def test_examples_of_the_api_page_work(url: str) -> None:
             answer = httpx.post(url + path, json=example, timeout=60)
             assert answer.status_code == 200, (path, answer.text)
             sent += 1
-    assert sent == 6
+    assert sent == 8
 
 
 @pytest.mark.parametrize("name", ["openai_client", "native_poll", "watch_stream"])
