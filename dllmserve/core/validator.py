@@ -60,8 +60,7 @@ class RequestValidator:
 
         Args:
             id, seed, watch, stream, owner, candidates, trace: the request's.
-            prompt_ids: token ids; integers of any kind. With holes, those of the whole row, any
-                ids where the holes are.
+            prompt_ids: token ids, integers of any kind; with holes, those of the whole row.
             params: how it is decoded.
             holes: what is filled; without any, an answer behind the prompt.
             canvas: what is filled, of a model of this geometry, if it is not an answer behind a
@@ -90,8 +89,8 @@ class RequestValidator:
             owner=owner,
             candidates=candidates,
             trace=trace,
+            grammars=tuple(grammars),
         )
-        request.grammars = tuple(grammars)
         request.regions = regions_of(request, grammars)
         self._check_whole_blocks(request, name)
         _check_candidates(request, self.spec)
