@@ -22,7 +22,7 @@ from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.filled import Template, template_row
-from dllmserve.engine.likelihood import batches
+from dllmserve.engine.likelihood import batches, scoring_params
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.shared import SharedEngine
 from dllmserve.engine.start import build_engine
