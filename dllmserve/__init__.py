@@ -19,6 +19,7 @@ from dllmserve.cores import passive_waiting
 if TYPE_CHECKING:
     from dllmserve._values import SparseConfig
     from dllmserve.async_llm import AsyncLLM
+    from dllmserve.holes import Hole
     from dllmserve.llm import LLM
     from dllmserve.outputs import CanvasStep, RequestOutput
     from dllmserve.sampling_params import SamplingParams
@@ -29,6 +30,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CanvasStep",
+    "Hole",
     "RequestOutput",
     "SamplingParams",
     "SparseConfig",
@@ -40,6 +42,7 @@ _LAZY = {
     "LLM": "dllmserve.llm",
     "AsyncLLM": "dllmserve.async_llm",
     "CanvasStep": "dllmserve.outputs",
+    "Hole": "dllmserve.holes",
     "RequestOutput": "dllmserve.outputs",
     "SamplingParams": "dllmserve.sampling_params",
     "SparseConfig": "dllmserve._values",

@@ -14,8 +14,9 @@ REFRESH = ("refresh_delay", "refresh_every", "refresh_window")
 def refusals(params: Any) -> Iterator[str]:
     """What would have to be ignored silently: why it is refused."""
     rule, sparse, takes = params.unmask, params.sparse, CACHES[params.cache].takes
-    for name, value in (("remasking", "random"), ("schedule", "dream")):
-        if getattr(params, name) == value and rule != "steps":
+    for name, usual in (("remasking", "low_confidence"), ("schedule", "uniform")):
+        value = getattr(params, name)
+        if value != usual and rule != "steps":
             yield f"{name}={value!r} works with unmask='steps' only, got unmask={rule!r}"
     asked = [n for n in ("regex", "json_schema", "choice") if getattr(params, n) is not None]
     if len(asked) > 1:

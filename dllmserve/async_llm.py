@@ -12,20 +12,24 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from dllmserve._checks import check_known
 from dllmserve._system import refuse_torchrun
 from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
 from dllmserve.core.canvas import Canvas
+from dllmserve.core.likelihood import Forward
 from dllmserve.core.request import Request
 from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
 from dllmserve.engine import likelihood
+from dllmserve.engine.filled import Template, template_row
+from dllmserve.engine.grammars import Grammars
 from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dllmserve.errors import DllmServeError, EngineError, TokenizerError
+from dllmserve.holes import Holes
 from dllmserve.messages import template_messages
 from dllmserve.outputs import CanvasStep, RequestOutput, TextDelta, TokenLogprob
 from dllmserve.process.calls import Call, Delta, Event
@@ -40,6 +44,7 @@ _CLOSE_S = 15.0
 _NOT_STARTED = "the engine has not been started: await start(), or use 'async with'"
 #: texts up to this many characters are tokenised where they are, longer ones in a thread
 _SHORT_TEXT = 4096
+_Ids = TypeVar("_Ids")
 
 
 class AsyncLLM:
@@ -92,6 +97,7 @@ class AsyncLLM:
         )
         self.tokenizer: Tokenizer | None = None
         self._validator: RequestValidator | None = None
+        self._grammars: Grammars | None = None
         #: where start() was called; it is called once
         self._home: Home | None = None
         self._starting: asyncio.Task[EngineInfo] | None = None
@@ -154,6 +160,7 @@ class AsyncLLM:
             await self.fleet.close()
             raise
         self._validator = RequestValidator(info.spec, info.limits, self.tokenizer is not None)
+        self._grammars = Grammars(info.spec, self.tokenizer)
         return info
 
     async def close(self) -> None:
@@ -254,7 +261,19 @@ class AsyncLLM:
                 request.
         """
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config, trace=history))
+        try:
+            return (await call.output()).as_dict()
+        finally:
+            self.abort(call)
+
+    async def infill(
+        self, template: Template, sampling_params: SamplingParams | None = None
+    ) -> dict[str, Any]:
+        """Fill the holes of a template, as :meth:`dllmserve.LLM.infill`; see :meth:`generate`."""
+        row, holes = await self.template_row(template)
+        call = self.submit(self.check(row, sampling_params, holes=holes, name="template"))
         try:
             return (await call.output()).as_dict()
         finally:
@@ -278,24 +297,15 @@ class AsyncLLM:
         seed: int = 0,
     ) -> list[float]:
         """How likely answers to prompts are; as :meth:`dllmserve.LLM.log_likelihood`."""
-        validator, totals = self._ready(), list[float]()
-        asked = self.tokenizer, prompts, answers, samples, seed
-        batches = await asyncio.to_thread(likelihood.batches, validator, *asked)
-        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
-            calls = list[Call]()
-            try:
-                for one in batch.forwards:
-                    params, named = likelihood.scoring_params(len(one.named)), one.candidates
-                    request = self.check(
-                        one.canvas.ids, params, candidates=named, canvas=one.canvas
-                    )
-                    calls.append(self.submit(request))
-                outputs = [await call.output() for call in calls]
-            finally:
-                for call in calls:
-                    self.abort(call)
-            totals += batch.totals([output.candidate_logprobs or [] for output in outputs])
-        return totals
+        validator, asked = self._ready(), (self.tokenizer, prompts, answers, samples, seed)
+        found = await asyncio.to_thread(likelihood.batches, validator, *asked)
+
+        def begin(one: Forward) -> Call:
+            params, named = likelihood.scoring_params(len(one.named)), one.candidates
+            ids, canvas = one.canvas.ids, one.canvas
+            return self.submit(self.check(ids, params, candidates=named, canvas=canvas))
+
+        return await likelihood.totals(found, begin, self.abort)
 
     async def stream_text(
         self,
@@ -305,6 +315,7 @@ class AsyncLLM:
     ) -> AsyncIterator[TextDelta]:
         """Committed text as it comes, from left to right; none of it is ever taken back."""
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config), stream=True)
         try:
             async for delta in self.deltas(call):
@@ -320,6 +331,7 @@ class AsyncLLM:
     ) -> AsyncIterator[CanvasStep]:
         """Watch one answer being filled in; as :meth:`dllmserve.LLM.stream`."""
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config), watch=True)
         last: CanvasStep | None = None
         try:
@@ -344,10 +356,20 @@ class AsyncLLM:
             PromptError: neither text nor ids, or no valid Unicode text.
         """
         self._ready()
-        given = self.tokenizer, prompt, "the prompt"
-        if isinstance(prompt, str) and len(prompt) > _SHORT_TEXT:
-            return await asyncio.to_thread(prompt_ids, *given)
-        return prompt_ids(*given)
+        size = len(prompt) if isinstance(prompt, str) else 0
+        return await _tokenised(size, partial(prompt_ids, self.tokenizer, prompt, "the prompt"))
+
+    async def template_row(self, template: Template) -> tuple[list[int], Holes]:
+        """Ids of a template's row, and its holes; see :func:`dllmserve.engine.filled.template_row`.
+
+        Raises:
+            TokenizerError: it has a text, but the checkpoint has no tokenizer.
+            PromptError: this is no template.
+        """
+        self._ready()
+        pieces = template if isinstance(template, Sequence) else ()
+        size = sum(len(piece) for piece in pieces if isinstance(piece, str))
+        return await _tokenised(size, partial(template_row, self.tokenizer, template, "template"))
 
     async def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False
@@ -362,10 +384,8 @@ class AsyncLLM:
         tokenizer = self._text_tokenizer()
         read = template_messages(messages)
         size = sum(len(str(value)) for message in read for value in message.values())
-        if size <= _SHORT_TEXT:
-            return tokenizer.encode_chat(read, literal_contents=literal_contents)
-        return await asyncio.to_thread(
-            tokenizer.encode_chat, read, literal_contents=literal_contents
+        return await _tokenised(
+            size, partial(tokenizer.encode_chat, read, literal_contents=literal_contents)
         )
 
     def check(
@@ -377,9 +397,12 @@ class AsyncLLM:
         candidates: tuple[tuple[int, ...], ...] = (),
         trace: bool = False,
         canvas: Canvas | None = None,
+        holes: Holes = (),
         name: str = "prompt",
     ) -> Request:
         """A checked request, with a seed, not queued.
+
+        With ``holes``, ``prompt_ids`` are a whole row, of which the holes are filled.
 
         Raises:
             InvalidRequestError, CapacityError: it could never run on this engine.
@@ -389,8 +412,23 @@ class AsyncLLM:
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        asked: dict[str, Any] = {"candidates": candidates, "trace": trace, "canvas": canvas}
+        asked: dict[str, Any] = {"candidates": candidates, "trace": trace, "holes": holes}
+        grammars = self._grammars.of(params, holes) if self._grammars else ()
+        asked |= {"canvas": canvas, "grammars": grammars}
         return validator.request(0, prompt_ids, params, **asked, name=name)
+
+    async def prepare(
+        self, sampling_params: SamplingParams | None = None, holes: Holes = ()
+    ) -> None:
+        """Compile what an answer has to match, beside the event loop; :meth:`check` then has it.
+
+        Raises:
+            InvalidParameterError: it is no such thing, is not regular, or is too large.
+        """
+        self._ready()
+        params = sampling_params or SamplingParams()
+        if self._grammars and (params.constrained or any(hole.constraints for _, hole in holes)):
+            await asyncio.to_thread(self._grammars.of, params, holes)
 
     def submit(
         self,
@@ -422,7 +460,9 @@ class AsyncLLM:
             owner,
             request.candidates,
             request.trace,
-            replace(request.canvas, ids=()) if request.candidates else None,
+            request.holes,
+            request.grammars,
+            None if request.holes or not request.candidates else replace(request.canvas, ids=()),
         )
         call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home
@@ -473,13 +513,18 @@ class AsyncLLM:
                 # the last step's ids come with the output
                 left = event.completion_tokens - given
                 rest = None if event.logprobs is None else event.logprobs[given:]
-                yield TextDelta(text.finish(event.text), max(left, 0), event, rest)
+                yield TextDelta(text.finish(event.written), max(left, 0), event, rest)
                 return
 
     def _text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer: give token ids, not texts")
         return self.tokenizer
+
+
+async def _tokenised(size: int, work: Callable[[], _Ids]) -> _Ids:
+    """What turns a text of so many characters into ids gives, off the event loop if it is long."""
+    return work() if size <= _SHORT_TEXT else await asyncio.to_thread(work)
 
 
 def _cancelled() -> bool:

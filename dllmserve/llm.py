@@ -19,7 +19,7 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore
-from dllmserve.engine.likelihood import batches, scoring_params
+from dllmserve.engine.filled import Template, template_row
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.shared import SharedEngine
 from dllmserve.engine.start import build_engine
@@ -31,6 +31,7 @@ from dllmserve.errors import (
     PromptError,
     TokenizerError,
 )
+from dllmserve.holes import Holes
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep, RequestOutput
 from dllmserve.sampling_params import SamplingParams, with_sparse
@@ -187,6 +188,55 @@ class LLM:
         ids = [prompt_ids(self._tokenizer, p, f"prompts[{i}]") for i, p in enumerate(prompts)]
         return self._run(ids, params, use_tqdm, trace=history)
 
+    def infill(
+        self,
+        templates: Sequence[Template],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[dict[str, Any]]:
+        """Fill the holes of templates, many at a time.
+
+        Args:
+            templates: lists of pieces: texts, lists of token ids, and :class:`dllmserve.Hole`.
+                A text becomes ids by itself, wherever it stands; only one that begins a template
+                gets what the tokenizer puts before a plain prompt.
+            sampling_params: one for all templates or one per template. Blocks are windows that
+                are cut from the row's start; ``block_length=None`` is one for the whole row.
+                ``steps_per_block`` are the forwards of a window; without them, each window gets
+                ``steps`` divided by the number of windows, rounded up.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One dictionary per template, in their order: ``text`` and ``token_ids`` of the whole,
+            ``holes``, a list of ``{"name", "text", "token_ids"}``, and ``finish_reason`` ("stop"
+            if all holes that may end early did) and ``usage`` as of :meth:`generate`.
+
+        Raises:
+            InvalidRequestError, CapacityError, TokenizerError: one bad template raises before any
+                of them runs.
+            OutOfMemoryError: the device ran out of memory.
+
+        Example:
+            >>> from dllmserve import LLM, Hole, SamplingParams
+            >>> llm, params = LLM("tiny"), SamplingParams(temperature=0.0)
+            >>> (filled,) = llm.infill([["Copy: ", Hole(4), " green"]], params, use_tqdm=False)
+            >>> len(filled["holes"][0]["token_ids"])
+            4
+        """
+        self._shared.check()
+        if isinstance(templates, (str, bytes)) or not isinstance(templates, Sequence):
+            raise PromptError(
+                "templates must be a list of templates, each a list of pieces, got "
+                f"{type(templates).__name__}"
+            )
+        params = _params(sampling_params, None, len(templates), prompts="templates")
+        rows = [
+            template_row(self._tokenizer, template, f"templates[{place}]")
+            for place, template in enumerate(templates)
+        ]
+        ids, holes = [row for row, _ in rows], [found for _, found in rows]
+        return self._run(ids, params, use_tqdm, holes=holes, name="templates")
+
     def chat(
         self,
         messages: Messages | Sequence[Messages],
@@ -248,6 +298,8 @@ class LLM:
         Example:
             >>> yes, no = llm.log_likelihood(["The people"] * 2, [" of", " xx"])  # doctest: +SKIP
         """
+        from dllmserve.engine.likelihood import batches, scoring_params
+
         self._shared.check()
         asked = self._tokenizer, prompts, answers, samples, seed
         found, totals = batches(self._engine.validator, *asked), list[float]()
@@ -310,11 +362,14 @@ class LLM:
         use_tqdm: bool,
         *,
         trace: bool = False,
+        holes: Sequence[Holes] | None = None,
+        name: str = "prompts",
     ) -> list[dict[str, Any]]:
         """Check all requests, then run them to the end."""
-        core, pairs = self._engine, zip(prompts, params, strict=True)
+        core, jobs = self._engine, zip(prompts, params, holes or [()] * len(prompts), strict=True)
         requests = [
-            core.make_request(*p, trace=trace, name=f"prompts[{i}]") for i, p in enumerate(pairs)
+            core.make_request(ids, own, holes=gaps, trace=trace, name=f"{name}[{place}]")
+            for place, (ids, own, gaps) in enumerate(jobs)
         ]
         outputs = self._outputs(requests, use_tqdm and bool(prompts))
         return [output.as_dict() for output in outputs]
@@ -367,10 +422,14 @@ def _progress_bar(total: int, shown: bool, what: str = "Generating") -> Any:
 
 
 def _params(
-    sampling: Any, sparse: Any, count: int, name: str = "sparse_configs"
+    sampling: Any,
+    sparse: Any,
+    count: int,
+    name: str = "sparse_configs",
+    prompts: str = "prompts",
 ) -> list[SamplingParams]:
     """Parameters of each prompt, with the SparseConfig that was given beside them."""
-    params = _one_each("sampling_params", sampling, SamplingParams, count)
+    params = _one_each("sampling_params", sampling, SamplingParams, count, prompts=prompts)
     configs = _one_each(name, sparse, SparseConfig, count, optional=True)
     pairs = list(zip(params, configs, strict=True))
     # mostly all are one and the same, and are checked once
@@ -380,7 +439,13 @@ def _params(
 
 
 def _one_each(
-    name: str, given: Any, kind: type[Any], count: int, *, optional: bool = False
+    name: str,
+    given: Any,
+    kind: type[Any],
+    count: int,
+    *,
+    optional: bool = False,
+    prompts: str = "prompts",
 ) -> list[Any]:
     """One value per prompt, from a single value or a list of the right length."""
     if given is None or isinstance(given, kind):
@@ -391,7 +456,7 @@ def _one_each(
             f"{name} must be a {kind.__name__} or a list of them, got {type(given).__name__}"
         )
     if len(given) != count:
-        raise InvalidRequestError(f"{name} has {len(given)} entries for {count} prompts")
+        raise InvalidRequestError(f"{name} has {len(given)} entries for {count} {prompts}")
     for place, item in enumerate(given):
         if not isinstance(item, kind) and not (optional and item is None):
             raise InvalidParameterError(

@@ -40,12 +40,34 @@ class Forward(TypedDict):
 
 
 @dataclass(frozen=True)
+class FilledHole:
+    """What a hole of a template was filled with.
+
+    Attributes:
+        name: the hole's, or None.
+        text: of its tokens, without special tokens and cut before a stop string.
+        token_ids: as many as the hole has positions; fewer if it ended early, and then the last
+            one is the end id.
+    """
+
+    name: str | None
+    text: str
+    token_ids: list[int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """An entry of ``holes`` in what LLM.infill returns."""
+        return {"name": self.name, "text": self.text, "token_ids": self.token_ids}
+
+
+@dataclass(frozen=True)
 class RequestOutput:
     """A finished request.
 
     Attributes:
-        text: the answer, without special tokens and cut before a stop string.
-        token_ids: answer ids; the last one is the end id if finish_reason is "stop" by one.
+        text: the answer, without special tokens and cut before a stop string. Of a template, the
+            whole text, what was given included.
+        token_ids: answer ids; the last one is the end id if finish_reason is "stop" by one. Of a
+            template, all of them: given ones, and those of the holes.
         finish_reason: "stop" (an end id or a stop string) or "length".
         prompt_tokens, completion_tokens: lengths in tokens.
         forward_passes: forwards that the request took part in; guidance counts once.
@@ -56,6 +78,7 @@ class RequestOutput:
         candidate_logprobs: log-probabilities of the request's candidates, one list for each
             position to fill of the answer; [] where no forward decided it. None without candidates.
         history: forwards that decided something, if asked for.
+        holes: those of a template, in order.
     """
 
     text: str
@@ -69,13 +92,20 @@ class RequestOutput:
     logprobs: list[TokenLogprob] | None = None
     candidate_logprobs: list[list[float]] | None = None
     history: list[Forward] | None = None
+    holes: tuple[FilledHole, ...] = ()
+
+    @property
+    def written(self) -> str:
+        """Text of what the model wrote: the answer, or what is in the holes."""
+        return "".join(hole.text for hole in self.holes) if self.holes else self.text
 
     def as_dict(self) -> dict[str, Any]:
-        """The dictionary that LLM.generate returns."""
+        """The dictionary that LLM.generate returns, and LLM.infill with its ``holes``."""
         asked = {"logprobs": self.logprobs, "history": self.history}
         return {
             "text": self.text,
             "token_ids": self.token_ids,
+            **({"holes": [hole.as_dict() for hole in self.holes]} if self.holes else {}),
             "finish_reason": self.finish_reason,
             "usage": {
                 "prompt_tokens": self.prompt_tokens,

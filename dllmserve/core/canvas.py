@@ -144,11 +144,7 @@ def window_canvas(
 ) -> Canvas:
     """A prompt and an answer behind it, for block-causal (or, with a window of 1, causal) models.
 
-    The answer goes on to the end of its last window, since what is filled there takes part in it,
-    unless its last block may be ``short``; quotas are then those of a block's masks. A model whose
-    logits are read one position earlier (``shift``) decides the first position of a window when it
-    stores the window before: that position is a block of its own. ``sub_block`` cuts windows into
-    smaller blocks, each filled before the next.
+    See :func:`window_template`.
 
     Example:
         >>> window_canvas([5, 6, 7], 6, 4, 0).blocks
@@ -156,16 +152,50 @@ def window_canvas(
         >>> window_canvas([5, 6, 7], 6, 4, 1, 2).blocks
         ((2, 4), (4, 5), (5, 6), (6, 8), (8, 9), (9, 10), (10, 12))
     """
-    start = len(prompt)
-    end = start + gen_length if short else -(-(start + gen_length) // window) * window
+    hole = (len(prompt), len(prompt) + gen_length)
+    return window_template(prompt, [hole], window, shift, sub_block, short=short)
+
+
+def window_template(
+    ids: Sequence[int],
+    holes: Sequence[Range],
+    window: int,
+    shift: int,
+    sub_block: int | None = None,
+    *,
+    short: bool = False,
+) -> Canvas:
+    """A row with holes in it, for block-causal (or, with a window of 1, causal) models.
+
+    A hole at its end goes on to the end of its last window, since what is filled there takes part
+    in it, unless its last block may be ``short``; quotas are then those of a block's masks. A model
+    whose logits are read one position earlier (``shift``) decides the first position of a window
+    when it stores the window before: that position is a block of its own. ``sub_block`` cuts
+    windows into smaller blocks, each filled before the next.
+
+    Example:
+        >>> window_template([5, 0, 7, 8], [(1, 2), (4, 6)], 4, 0).blocks
+        ((0, 4), (4, 8))
+    """
+    (start, _), (low, asked) = holes[0], holes[-1]
+    end = total = max(len(ids), asked)
+    if asked == total and not short:
+        end = -(-total // window) * window
+        holes = [*holes[:-1], (low, end)]
     edges = {end} | set(range(start // window * window, end + 1, sub_block or window))
     edges |= set(range(start // window * window, end + 1, window))
     if shift:
         edges |= {low + 1 for low in range(-(-start // window) * window, end, window)}
-    blocks = tuple((low, high) for low, high in pairwise(sorted(edges)) if high > start)
-    quota_len = 0 if short else window
-    hole = ((start, end),)
-    return Canvas(prompt, hole, blocks, window, gen_length, quota_len=quota_len, shift=shift)
+    blocks = tuple(cut for cut in pairwise(sorted(edges)) if masks_in(holes, cut))
+    return Canvas(
+        ids,
+        tuple(holes),
+        blocks,
+        window,
+        asked - start,
+        quota_len=0 if short else window,
+        shift=shift,
+    )
 
 
 def framed_canvas(prompt: Sequence[int], gen_length: int, frame: int) -> Canvas:

@@ -1,8 +1,9 @@
 """How many tokens each step of a fixed schedule writes.
 
 Sources: LLaDA generate.py (get_num_transfer_tokens) for "uniform", Dream's
-``_sample`` for "dream". Steps that would write nothing are left out: they change no
-token, so the answer is the same with fewer forwards.
+``_sample`` for "dream", and ``get_num_transfer_tokens`` of ZHZisZZ/dllm with its linear schedule
+for "mdlm". Steps that would write nothing are left out: they change no token, so the answer is the
+same with fewer forwards.
 """
 
 from __future__ import annotations
@@ -54,6 +55,24 @@ def dream_split(n: int, steps: int, eps: float) -> list[int]:
     return counts
 
 
+def mdlm_split(n: int, steps: int) -> list[int]:
+    """The linear schedule of masked diffusion: shares of what is left, rounded.
+
+    The shares are float32, as upstream, so that halves are rounded to the same side.
+
+    Example:
+        >>> mdlm_split(5, 2), mdlm_split(4, 3), mdlm_split(10, 4)
+        ([2, 3], [1, 1, 2], [2, 3, 2, 3])
+    """
+    counts, left = list[int](), n
+    for j in range(steps):
+        known, next_known = (_f32(1.0 - _f32((steps - i) / steps)) for i in (j, j + 1))
+        kept = _f32(_f32(1.0 - next_known) / _f32(1.0 - known))
+        counts.append(min(left, round(left * _f32(1.0 - kept))))
+        left -= counts[-1]
+    return counts
+
+
 def window_split(masks: int, window: int, steps: int) -> tuple[int, ...]:
     """SDAR's quotas of a block: a whole window's, whatever of it is masked, without empty steps.
 
@@ -77,7 +96,10 @@ def block_quotas(
     """Tokens to write in each step of each block, by its masks, without the empty steps."""
     quotas = []
     for count, share in zip(masks, steps_per_block(steps, len(masks)), strict=True):
-        shares = dream_split(count, share, eps) if schedule == "dream" else split(count, share)
+        if schedule == "dream":
+            shares = dream_split(count, share, eps)
+        else:
+            shares = mdlm_split(count, share) if schedule == "mdlm" else split(count, share)
         quotas.append(tuple(k for k in shares if k > 0))
     return tuple(quotas)
 

@@ -12,12 +12,16 @@ from typing import Any
 
 from dllmserve._values import Filled, NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas, answer_canvas, framed_canvas, window_canvas
+from dllmserve.core.constrained import regions_of
+from dllmserve.core.infill import hole_canvas, row_length, template_params
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.core.rows import written_last
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
+from dllmserve.holes import Holes
 from dllmserve.sampling_params import DEFAULT_LENGTHS, SamplingParams
 
 
@@ -41,6 +45,7 @@ class RequestValidator:
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
+        holes: Holes = (),
         seed: int = 0,
         watch: bool = False,
         stream: bool = False,
@@ -49,31 +54,34 @@ class RequestValidator:
         trace: bool = False,
         canvas: Canvas | None = None,
         name: str = "prompt",
+        grammars: Sequence[Compiled | None] = (),
     ) -> Request:
         """A checked request.
 
         Args:
             id, seed, watch, stream, owner, candidates, trace: the request's.
-            prompt_ids: token ids; integers of any kind.
+            prompt_ids: token ids; integers of any kind. With holes, those of the whole row, any
+                ids where the holes are.
             params: how it is decoded.
-            canvas: what is filled, of a model of this geometry, if it is not an answer behind a
-                prompt; its ids are the prompt_ids.
+            holes: what is filled; without any, an answer behind the prompt.
+            canvas: what is filled, of a model of this geometry, if it is neither; its ids are the
+                prompt_ids.
             name: of the prompt, in errors.
+            grammars: what each hole of the canvas has to match; see :func:`regions_of`.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
-        params = settled(params, self.spec)
-        if canvas is None and len(prompt_ids) >= self.limits.max_model_len:
-            # before anything looks at every token
-            self._check_length(len(prompt_ids), params, name)
-        ids = self.prompt(prompt_ids, name)
+        params = settled(self._of_template(params, prompt_ids, holes, name), self.spec)
         if canvas is None:
-            self._check_length(len(ids), params, name)
+            ids = self._checked_ids(prompt_ids, holes, params, name)
+        else:
+            ids = _checked_prompt(prompt_ids, self.spec, name)
         self._check(params)
         request = Request(
             id=id,
-            canvas=replace(canvas, ids=ids) if canvas else self._canvas(ids, params),
+            canvas=replace(canvas, ids=ids) if canvas else self._canvas(ids, holes, params, name),
+            holes=holes,
             params=params,
             seed=seed,
             watch=watch,
@@ -82,6 +90,8 @@ class RequestValidator:
             candidates=candidates,
             trace=trace,
         )
+        request.grammars = tuple(grammars)
+        request.regions = regions_of(request, grammars)
         self._check_whole_blocks(request, name)
         _check_candidates(request, self.spec)
         policy = CACHES[request.policy].load()()
@@ -90,18 +100,47 @@ class RequestValidator:
         self.limits.check(request, policy.slots(request, self.spec))
         return request
 
-    def prompt(self, ids: Sequence[int], name: str) -> list[int]:
+    def _of_template(
+        self, params: SamplingParams, ids: Sequence[int], holes: Holes, name: str
+    ) -> SamplingParams:
+        """Parameters with what follows from holes, if there are any."""
+        if not holes:
+            return params
+        length = row_length(ids, holes)
+        self._check_row(length, name)
+        return template_params(params, holes, length, self.spec)
+
+    def _checked_ids(
+        self, given: Sequence[int], holes: Holes, params: SamplingParams, name: str
+    ) -> list[int]:
+        """Ids of a prompt, or of a row with holes, as plain ints."""
+        if not given and not holes:
+            raise PromptError(f"{name} is empty: give at least one token")
+        if not holes and len(given) >= self.limits.max_model_len:
+            # before anything looks at every token
+            self._check_length(len(given), params, name)
+        ids = _checked_prompt(given, self.spec, name)
+        if not holes:
+            self._check_length(len(ids), params, name)
+        _check_masks(ids, holes, self.spec, name)
+        return ids
+
+    def given(self, ids: Sequence[int], name: str) -> list[int]:
         """Given tokens as plain ints.
 
         Raises:
-            PromptError: there are none, or one is outside the vocabulary.
+            PromptError: there are none, one is outside the vocabulary, or one is the mask.
         """
         if not ids:
             raise PromptError(f"{name} is empty: give at least one token")
-        return _checked_prompt(ids, self.spec, name)
+        found = _checked_prompt(ids, self.spec, name)
+        _check_masks(found, (), self.spec, name)
+        return found
 
-    def _canvas(self, ids: list[int], params: SamplingParams) -> Canvas:
+    def _canvas(self, ids: list[int], holes: Holes, params: SamplingParams, name: str) -> Canvas:
         """The prompt and an answer behind it, in blocks as the model's geometry wants them."""
+        if holes:
+            return hole_canvas(ids, holes, params, self.spec, name)
         spec, length, block = self.spec, params.gen_length, params.resolved_block_length
         if spec.geometry == "full":
             return answer_canvas(ids, length, block)
@@ -198,6 +237,14 @@ class RequestValidator:
                 f"{name} has {tokens} tokens and {params.length_name} is {params.gen_length}: "
                 f"{total} together, over max_model_len={limit}: shorten one of them"
                 f"{_raise_it(limit, self.spec)}"
+            )
+
+    def _check_row(self, length: int, name: str) -> None:
+        limit = self.limits.max_model_len
+        if length > limit:
+            raise ContextLengthError(
+                f"{name} has {length} positions, its holes among them, over max_model_len={limit}: "
+                f"shorten it{_raise_it(limit, self.spec)}"
             )
 
     def _check_whole_blocks(self, request: Request, name: str) -> None:
@@ -325,6 +372,19 @@ def window_of(spec: ModelSpec, params: SamplingParams) -> int:
         return 1
     given = None if isinstance(params.block_length, NotGiven) else params.block_length
     return given or spec.block_length
+
+
+def _check_masks(ids: Sequence[int], holes: Holes, spec: ModelSpec, name: str) -> None:
+    """Refuse the mask among given tokens: whoever writes it wants something filled in."""
+    if spec.mask_id not in ids:
+        return
+    open_ = {p for start, hole in holes for p in range(start, start + hole.length)}
+    found = [p for p, token in enumerate(ids) if token == spec.mask_id and p not in open_]
+    if found:
+        raise PromptError(
+            f"{name} has the model's mask token, {spec.mask_id}, at position {found[0]}, and given "
+            "tokens are not filled in: use LLM.infill (over HTTP /v1/infill) with a Hole there"
+        )
 
 
 def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:

@@ -24,6 +24,7 @@ from dllmserve.errors import PromptError, TokenizerError
 from dllmserve.models.files import NotText, read_bytes
 
 if TYPE_CHECKING:
+    from dllmserve.constraints.vocabulary import Vocabulary
     from dllmserve.engine.marked import LiteralPrompts, MarkedTemplate
     from dllmserve.engine.template import ChatTemplate
 
@@ -83,6 +84,14 @@ class Tokenizer:
             PromptError: the text holds lone surrogates, which are no characters.
         """
         return self._codec.encode(valid_text(text), special)
+
+    @cached_property
+    def prefix_ids(self) -> list[int]:
+        """Ids that the tokenizer adds before a plain prompt."""
+        plain, whole = (self._codec.encode(_QUESTION, special) for special in (False, True))
+        places = range(len(whole) - len(plain) + 1)
+        found = (i for i in places if whole[i : i + len(plain)] == plain)
+        return whole[: next(found, 0)]
 
     def encode_chat(
         self,
@@ -183,6 +192,15 @@ class Tokenizer:
         between = rest.partition(_ANSWER)[2].partition(_NEXT)[0]
         new = next(i for i in range(len(between) + 1) if before.endswith(between[i:]))
         return between[:new]
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of every token, for constraints.
+
+        Raises:
+            TokenizerError: they cannot be known.
+        """
+        return self._codec.vocabulary()
 
     def warm_up(self) -> None:
         """Import and compile what chats need, which a server must not do under load."""

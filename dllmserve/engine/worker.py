@@ -107,9 +107,11 @@ class EngineLoop:
             request = self._engine.make_request(
                 message.prompt_ids,
                 message.params,
+                holes=message.holes,
                 watch=message.watch,
                 stream=message.stream,
                 owner=message.owner,
+                grammars=message.grammars,
                 candidates=message.candidates,
                 trace=message.trace,
                 canvas=message.canvas,

@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import msgspec
 
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas as Layout
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.rows import RowInit
+from dllmserve.holes import Holes
 from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.sampling_params import SamplingParams
 
@@ -60,13 +62,14 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     """Run a request.
 
     Attributes:
-        prompt_ids: token ids.
+        prompt_ids: token ids; of a whole row, if it has holes.
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
-        canvas: what is filled, if it is not an answer behind a prompt; without its ids, which are
-            the prompt_ids.
-        owner, candidates, trace: as :class:`dllmserve.core.request.Request` says.
+        owner, candidates, trace, holes, grammars: as
+            :class:`dllmserve.core.request.Request` says.
+        canvas: what is filled, if it is neither holes nor an answer behind a prompt; without its
+            ids, which are the prompt_ids.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
@@ -78,6 +81,8 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     owner: str = ""
     candidates: tuple[tuple[int, ...], ...] = ()
     trace: bool = False
+    holes: Holes = ()
+    grammars: tuple[Compiled | None, ...] = ()
     canvas: Layout | None = None
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
@@ -232,8 +237,10 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", array_like=True, frozen=True):
 FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Heartbeat
 
 
-def plain(value: Any) -> int | str:
-    """A subclass of int or str, such as Kept, as a plain one; anything else is an error."""
+def plain(value: Any) -> int | str | bytes:
+    """A subclass of int or str, such as Kept, as a plain one, and grammars as bytes."""
+    if isinstance(value, Compiled):
+        return value.data
     if isinstance(value, int):
         return int(value)
     if isinstance(value, str):
@@ -241,8 +248,15 @@ def plain(value: Any) -> int | str:
     raise NotImplementedError(f"{type(value).__name__} is not for messages")
 
 
+def _known(kind: type[Any], value: Any) -> Any:
+    """A grammar that has travelled; nothing else needs help."""
+    if kind is Compiled and isinstance(value, bytes):
+        return Compiled.of_bytes(value)
+    raise NotImplementedError(f"{kind.__name__} is not for messages")
+
+
 _encoder = msgspec.msgpack.Encoder(enc_hook=plain)
-_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_known)
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 

@@ -44,6 +44,8 @@ class _Answer:
     touched: Tensor
 
 
+#: from what a rule writes to what fits constraints
+Settle = Callable[[Update, RuleView], Update]
 #: a tensor of the state table, where in it, flattened, and what is written there
 _Writing = tuple[Tensor, Tensor, Tensor]
 
@@ -113,7 +115,12 @@ class StepDecision:
             real=real,
         )
 
-    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
+    def finish(
+        self,
+        stats: TokenStats,
+        before: Callable[[], None] | None = None,
+        settle: Settle | None = None,
+    ) -> StepOutputs:
         """Apply the rules, write the state table, report.
 
         All that is written is worked out first, and writing takes no memory: a step that runs out
@@ -122,9 +129,12 @@ class StepDecision:
         Args:
             stats: of the LM-head rows.
             before: writes something else, before anything is written here.
+            settle: changes what the rules write, so that it fits constraints.
         """
         view, kind = self._block_view(stats)
         update = apply_rules(self._rules, self._shape.rules, view, kind)
+        if settle is not None:
+            update = settle(update, view)
         answer = self._answer(update)
         report = self._report(stats, answer)
         writings = self._writings(update, answer)
@@ -156,10 +166,16 @@ class StepDecision:
             quota=inputs.quota,
             floats=self._floats,
             kl=self._spread_some(stats.kl),
-            back=self._spread(value, inputs.scored, torch.inf) if self._shape.blind else None,
+            back=self._back(value) if self._shape.blind else None,
             memory=self._memory(),
         )
         return view, self._ints[:, IntField.RULE]
+
+    def _back(self, value: Tensor) -> Tensor:
+        """[n, W] probability of each written token; +inf where none is, or where it was given."""
+        inputs = self._inputs
+        open_ = self._table.open[inputs.rows[:, None], inputs.block]
+        return self._spread(value, inputs.scored & open_, torch.inf)
 
     def _spread_some(self, values: Tensor | None) -> Tensor | None:
         return None if values is None else self._spread(values, self._inputs.eligible, torch.inf)
@@ -207,7 +223,8 @@ class StepDecision:
         if update.remask is not None:
             masked |= self._laid_over(torch.zeros_like(inside), update.remask)
         open_ = table.open[rows, columns] & inside
-        first = self._first_end(tokens, open_ & ~masked)
+        counts = index >= self._ints[:, IntField.ENDS_FROM, None]
+        first = self._first_end(tokens, open_ & ~masked & counts)
         asked = self._ints[:, IntField.EARLY_END, None] > 0
         fill = masked & (index > first[:, None]) & asked
         end = tokens.gather(1, first[:, None].clamp(max=longest - 1))

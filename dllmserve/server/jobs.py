@@ -263,7 +263,7 @@ class Jobs:
             await self._finish(record.id, _failed(text))
             return
         try:
-            request = self._unpack(record)
+            request = await self._unpack(record)
         except DllmServeError as error:
             await self._finish(record.id, _failed(str(error)))
             return
@@ -274,7 +274,7 @@ class Jobs:
         live.slot = service.admission.take_anyway(request, record.owner)
         await self._run(record, request, live.slot, live)
 
-    def _unpack(self, record: JobRecord) -> Request:
+    async def _unpack(self, record: JobRecord) -> Request:
         stored = msgspec.msgpack.decode(record.request, type=StoredRequest)
         nested = stored.params.get("sparse")
         for kind, values in ((SamplingParams, stored.params), (SparseConfig, nested or {})):
@@ -282,6 +282,7 @@ class Jobs:
             check_known(kind.__name__, values, knobs(kind))
         params = msgspec.convert(stored.params, SamplingParams)
         older = None if stored.sparse is None else SparseConfig(**stored.sparse)
+        await self._service.llm.prepare(params)
         return self._service.llm.check(stored.prompt_ids, params, older)
 
     async def _run(

@@ -12,12 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
+from dllmserve._stepwise import stepwise
 from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.core.limits import Limits
 from dllmserve.core.validator import window_of
 from dllmserve.messages import template_messages
 from dllmserve.process.messages import EngineInfo
-from dllmserve.sampling_params import SamplingParams, stepwise
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.failures import ApiError
 from dllmserve.server.fields import (

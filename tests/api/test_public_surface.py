@@ -12,7 +12,10 @@ import pytest
 import dllmserve
 from dllmserve import LLM, AsyncLLM, SamplingParams, SparseConfig, catalog, errors
 
-DOCUMENTED = ("LLM", "AsyncLLM", "SamplingParams", "SparseConfig", "CanvasStep", "RequestOutput")
+DOCUMENTED = (
+    *("LLM", "AsyncLLM", "SamplingParams", "SparseConfig", "Hole"),
+    *("CanvasStep", "RequestOutput"),
+)
 
 
 def run(code: str) -> str:

@@ -1,4 +1,4 @@
-"""Masked is a flag: the mask id may stand in a prompt, and is never an answer."""
+"""Masked is a flag: a row may be given the mask id, no prompt may, and it is never an answer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
-from dllmserve import SamplingParams, SparseConfig
+from dllmserve import LLM, Hole, RequestOutput, SamplingParams, SparseConfig
+from dllmserve.errors import PromptError
+from dllmserve.sampling_params import with_sparse
 from tests.conftest import SHAPES, Engines
-from tests.helpers import answer, check_idle, random_prompt
+from tests.helpers import answer, check_idle, prompt_request, random_prompt
 from tests.oracles import models
 from tests.reference import decode
 
@@ -51,11 +53,23 @@ def test_the_first_id_is_no_fallback(engines: Engines, tmp_path: Path) -> None:
     assert answer(engines(folder), [1, 2], params) == [2] * 6
 
 
+def unchecked(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> list[RequestOutput]:
+    """Answers behind prompts that were not checked."""
+    core, ended = llm._engine, dict[int, RequestOutput]()
+    for number, prompt in enumerate(prompts, 10**6):
+        core.add(prompt_request(number, prompt, params))
+    while core.has_work:
+        ended |= {request.id: output for request, output in core.step().finished}
+    check_idle(llm)
+    return [ended[number] for number in range(10**6, 10**6 + len(prompts))]
+
+
 @pytest.mark.parametrize("name", ["llada", "llada-bias", "dream"])
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual", "sparse"])
-def test_a_prompt_may_contain_it(
+def test_a_row_may_be_given_it(
     engines: Engines, checkpoints: dict[str, Path], name: str, cache: str
 ) -> None:
+    """As rows without guidance are: the flag alone says what is masked."""
     mask = SHAPES[name].mask_id
     sparse = SparseConfig(default_block_len=5) if cache == "sparse" else None
     policy = "none" if sparse else cache
@@ -65,17 +79,28 @@ def test_a_prompt_may_contain_it(
     )
     # never masks alone: positions that look alike would tie
     prompts = [[7, mask], [mask] * 6 + [9], [*random_prompt(1, 4), mask], [3, mask, mask, 5]]
-    outputs = llm.generate(prompts, params, sparse, use_tqdm=False)
-    check_idle(llm)
-    for prompt, output in zip(prompts, outputs, strict=True):
-        assert output["token_ids"] == decode(oracle, prompt, params, sparse).ids
-        assert output["usage"]["prompt_tokens"] == len(prompt)
+    for prompt, output in zip(
+        prompts, unchecked(llm, prompts, with_sparse(params, sparse)), strict=True
+    ):
+        assert output.token_ids == decode(oracle, prompt, params, sparse).ids
+        assert output.prompt_tokens == len(prompt)
 
 
-def test_a_masked_prompt_id_stays_as_it_is(engines: Engines, checkpoints: dict[str, Path]) -> None:
-    llm = engines(checkpoints["llada"])
-    prompt = [60, 1, 60, 60]
-    for step in llm.stream(prompt, SamplingParams(temperature=0.0, gen_length=8, steps=4)):
-        assert len(step.token_ids) == 8
+def test_a_given_mask_id_stays_as_it_is(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    llm, prompt = engines(checkpoints["llada"]), [60, 1, 60, 60]
+    unchecked(llm, [prompt], SamplingParams(temperature=0.0, gen_length=8, steps=4))
     row = llm._engine._runner.table.tokens[:, :4].tolist()
     assert prompt in row
+
+
+@pytest.mark.parametrize("name", ["llada", "llada-bias", "dream"])
+def test_a_prompt_with_it_is_refused(
+    engines: Engines, checkpoints: dict[str, Path], name: str
+) -> None:
+    """Whoever writes it wants it filled in, which holes are for."""
+    llm, mask = engines(checkpoints[name]), SHAPES[name].mask_id
+    why = rf"prompts\[1\] has the model's mask token, {mask}, at position 2, .* use LLM.infill"
+    with pytest.raises(PromptError, match=why):
+        llm.generate([[1, 2], [3, 4, mask]], use_tqdm=False)
+    with pytest.raises(PromptError, match=r"templates\[0\] has the model's mask token"):
+        llm.infill([[[3], Hole(4), [mask, 5]]], use_tqdm=False)

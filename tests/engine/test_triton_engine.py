@@ -1,5 +1,6 @@
 """The whole engine on Triton kernels, under the interpreter (a GPU runs tests/gpu)."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from dllmserve import LLM, SamplingParams, SparseConfig
 from tests import helpers
 from tests.conftest import Engines
+from tests.infilling import random_row, template
 from tests.rehearsal import rehearsing
 
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -46,6 +48,23 @@ def test_the_same_tokens(engines: Engines, checkpoints: dict[str, Path], name: s
     outputs = triton.generate(prompts, params, sparse_configs, use_tqdm=False)
     assert [o["token_ids"] for o in outputs] == [helpers.answer(torch, *job) for job in jobs]
     helpers.check_idle(triton)
+
+
+def test_the_same_in_holes(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    """Ends count in the last hole alone, if it may end early."""
+    options = {"page_size": 8, "kv_pages": 40, "max_num_seqs": 8, "max_model_len": 64}
+    folder, dice = checkpoints["llada-eos"], random.Random(2)
+    triton = LLM(str(folder), device="cpu", attention="triton", kernels="triton", **options)
+    templates, params = [], []
+    for number, extra in enumerate(
+        ({}, {"early_end": True}, {"cfg_scale": 0.5}, {"cache": "dual"})
+    ):
+        for fill in ("exact", "up_to"):
+            templates.append(template(*random_row(dice, 9), fill=fill))
+            how = {"temperature": 0.0, "block_length": 7, "steps_per_block": 2, "seed": number}
+            params.append(SamplingParams(**how, **extra))
+    expected = engines(folder).infill(templates, params, use_tqdm=False)
+    assert triton.infill(templates, params, use_tqdm=False) == expected
 
 
 # padding tokens hold whatever lay in the memory, which numpy complains about

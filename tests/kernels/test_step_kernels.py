@@ -73,6 +73,7 @@ def init_of(
         *(len(prompt), gen, dice.choice([0, 5]), dice.getrandbits(63)),
         *(CONFIDENCE.index(confidence), dice.randrange(2), dice.randrange(2)),
         *(RULES.index(rule), int(not goes_on and dice.random() < 0.5), 0, 0),
+        dice.choice([0, 0, dice.randrange(gen + 1)]),
     )
     return RowInit(
         row=row,

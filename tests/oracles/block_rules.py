@@ -1,5 +1,6 @@
 """Unmask rules with what they remember inside a block: schedule, credit, calm slots, doubts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -79,7 +80,9 @@ class BlockRule:
         mask_id: int,
         counts: list[int],
         ends: Ends = NO_ENDS,
+        given: Sequence[bool] | None = None,  # slots that were never masked
     ) -> None:
+        self.given = given or [False] * size
         self.settings = settings
         self.ends = ends
         self.mask_id = mask_id
@@ -109,7 +112,7 @@ class BlockRule:
         if shadow is not None:
             shadow = self.ends.after(self.ends.before(shadow), 0.0)
             back = [float(shadow[i].double().softmax(-1)[tokens[i]]) for i in range(len(masked))]
-            written = [not open_ for open_ in masked]
+            written = [not (o or g) for o, g in zip(masked, self.given, strict=True)]
             tau, tau_back = self.settings.threshold, self.settings.threshold_back
             chosen, erased, self.last_accept = rules.wino(
                 confidence, masked, back, written, self.last_accept, tau, tau_back

@@ -154,7 +154,8 @@ def decode(
     writes: list[int] = []
     for block, counts in zip(request.blocks, quotas, strict=True):
         start, end = block.start, block.end
-        rule = BlockRule(settings, end - start, mask_id, counts, ends)
+        given = [writer == PROMPT for writer in slots.writer[start:end]]
+        rule = BlockRule(settings, end - start, mask_id, counts, ends, given)
         t = 0
         while any(slots.masked[start:end]):
             before = sum(slots.masked)

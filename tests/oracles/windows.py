@@ -52,19 +52,39 @@ def by_rule(
     steps: int | None = None,
 ) -> tuple[list[int], int]:
     """The first ``length`` tokens of an answer, and the forwards that decide tokens of it."""
-    given, forwards = len(prompt), 0
+    given = len(prompt)
     end = -(-(given + length) // window) * window
     ids = prompt + [model.mask_id] * (end - given)
     masked = [False] * given + [True] * (end - given)
+    forwards = fill(model, ids, masked, given + length, window, settings, part=part, steps=steps)
+    return ids[given : given + length], forwards
+
+
+def fill(
+    model: OracleModel,
+    ids: list[int],
+    masked: list[bool],
+    asked: int,
+    window: int,
+    settings: Settings,
+    *,
+    part: int | None = None,
+    steps: int | None = None,
+) -> int:
+    """Fills the masks of a row, until none is left before position ``asked``; the forwards."""
+    forwards, start, end = 0, masked.index(True), len(ids)
+    given = [not m for m in masked]
     count = steps or window
     quotas = [window // count + (t < window % count) for t in range(count)]
-    for inside in pieces(given, end, window, part or window, model.shifted):
-        rule = BlockRule(settings, len(inside), model.mask_id, quotas)
-        seen = (inside.start // window + 1) * window
-        while any(masked[given : given + length]) and any(masked[i] for i in inside):
+    for group in pieces(start, end, window, part or window, model.shifted):
+        inside = range(group.start, min(group.stop, end))
+        own = [given[i] for i in inside]
+        rule = BlockRule(settings, len(inside), model.mask_id, quotas, given=own)
+        seen = min((inside.start // window + 1) * window, end)
+        while any(masked[:asked]) and any(masked[i] for i in inside):
             out = model.forward(torch.tensor([ids[:seen]]), sees=block_mask(0, seen, window))
             z = {
-                slot: out.logits[0, i - int(model.shifted)]
+                slot: out.logits[0, max(i - int(model.shifted), 0)]
                 for slot, i in enumerate(inside)
                 if masked[i]
             }
@@ -73,7 +93,7 @@ def by_rule(
             for slot, token in written.items():
                 ids[inside[slot]], masked[inside[slot]] = token, False
             forwards += 1
-    return ids[given : given + length], forwards
+    return forwards
 
 
 @dataclass

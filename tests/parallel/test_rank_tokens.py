@@ -14,6 +14,7 @@ from tests.conftest import Engines
 from tests.engine.test_fewer_forwards import cases, sampling
 from tests.engine.test_invariance import jobs, run
 from tests.helpers import random_prompt
+from tests.infilling import template, truths
 from tests.ordered import use_ordered_products
 from tests.parallel.threads import threaded_llm
 
@@ -126,6 +127,24 @@ def test_golden_mixed(monkeypatch: pytest.MonkeyPatch, name: str, logit_rows: in
     )
     golden = helpers.golden(name)
     assert helpers.run_cases(llm, golden) == [case.output for case in golden]
+
+
+@pytest.mark.parametrize("name", ["llada-kv2of4", "llada-kv4of4"])
+def test_upstreams_infilling(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    llm, _, _ = threaded_llm(monkeypatch, str(helpers.GOLDEN / name), 2, max_logit_rows=16)
+    cases = [case for case in truths(name) if case["same_as_llada_split"]]
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            block_length=case["params"]["block_size"],
+            steps_per_block=case["steps_per_block"],
+            cfg_scale=case["params"]["cfg_scale"],
+        )
+        for case in cases
+    ]
+    templates = [template(case["tokens"], case["holes"]) for case in cases]
+    found = llm.infill(templates, params, use_tqdm=False)
+    assert [one["token_ids"] for one in found] == [case["expected"] for case in cases]
 
 
 @pytest.mark.parametrize("name", ["llada", "dream"])

@@ -31,6 +31,7 @@ _QUOTA = tl.constexpr(int(EntryField.QUOTA))
 _ENTRY = tl.constexpr(ENTRY_FIELDS)
 _RULE = tl.constexpr(int(IntField.RULE))
 _EARLY_END = tl.constexpr(int(IntField.EARLY_END))
+_ENDS_FROM = tl.constexpr(int(IntField.ENDS_FROM))
 #: no fewer than the columns of floats; a power of two, as all tiles
 _FLOATS_TILE = tl.constexpr(triton.next_power_of_2(FLOATS.value))
 _MARGIN_KIND = tl.constexpr(CONFIDENCE.index("margin"))
@@ -251,6 +252,7 @@ def _frontier(
     row, start, blk_len = _block(packed, entry)
     answer = tl.load(ints + _START).to(tl.int32)
     length = tl.load(ints + _LENGTH).to(tl.int32)
+    ends_from = tl.load(ints + _ENDS_FROM).to(tl.int32)
     frontier = length
     first = length
     token_there = tl.load(eos)
@@ -268,7 +270,7 @@ def _frontier(
             end = end | (token == tl.load(eos + i))
         # a masked position's token is left over from before, and a given one ends nothing
         filled = tl.load(open_flags + source, mask=inside, other=0) != 0
-        end = end & filled & (hidden == 0)
+        end = end & filled & (hidden == 0) & (place >= ends_from)
         found = tl.min(tl.where(end, place, length), 0)
         here = tl.sum(tl.where(end & (place == found), token, 0), 0)
         token_there = tl.where(found < first, here, token_there)
