@@ -148,8 +148,7 @@ async def totals(
     while (batch := await asyncio.to_thread(next, found, None)) is not None:
         calls: list[Call] = []
         try:
-            for forward in batch.forwards:
-                calls.append(begin(forward))
+            calls.extend(map(begin, batch.forwards))
             outputs = [await call.output() for call in calls]
         finally:
             for call in calls:
