@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from dllmserve._values import SparseConfig
 from dllmserve.async_engine import AsyncEngine
+from dllmserve.core.likelihood import Forward
 from dllmserve.core.request import Request
 from dllmserve.decisions.answers import decision
 from dllmserve.decisions.inputs import read_input
@@ -116,24 +117,15 @@ class AsyncLLM(AsyncEngine):
         seed: int = 0,
     ) -> list[float]:
         """How likely answers to prompts are; as :meth:`dllmserve.LLM.log_likelihood`."""
-        validator, totals = self._ready(), list[float]()
-        asked = self.tokenizer, prompts, answers, samples, seed
-        batches = await asyncio.to_thread(likelihood.batches, validator, *asked)
-        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
-            calls = list[Call]()
-            try:
-                for one in batch.forwards:
-                    params, named = likelihood.scoring_params(len(one.named)), one.candidates
-                    request = self.check(
-                        one.canvas.ids, params, candidates=named, canvas=one.canvas
-                    )
-                    calls.append(self.submit(request))
-                outputs = [await call.output() for call in calls]
-            finally:
-                for call in calls:
-                    self.abort(call)
-            totals += batch.totals([output.candidate_logprobs or [] for output in outputs])
-        return totals
+        validator, asked = self._ready(), (self.tokenizer, prompts, answers, samples, seed)
+        found = await asyncio.to_thread(likelihood.batches, validator, *asked)
+
+        def begin(one: Forward) -> Call:
+            params, named = likelihood.scoring_params(len(one.named)), one.candidates
+            ids, canvas = one.canvas.ids, one.canvas
+            return self.submit(self.check(ids, params, candidates=named, canvas=canvas))
+
+        return await likelihood.totals(found, begin, self.abort)
 
     async def decide(
         self,

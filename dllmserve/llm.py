@@ -22,7 +22,6 @@ from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.filled import Template, template_row
-from dllmserve.engine.likelihood import batches, scoring_params
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.shared import SharedEngine
 from dllmserve.engine.start import build_engine
@@ -302,6 +301,8 @@ class LLM:
         Example:
             >>> yes, no = llm.log_likelihood(["The people"] * 2, [" of", " xx"])  # doctest: +SKIP
         """
+        from dllmserve.engine.likelihood import batches, scoring_params
+
         self._shared.check()
         asked = self._tokenizer, prompts, answers, samples, seed
         found, totals = batches(self._engine.validator, *asked), list[float]()
