@@ -92,6 +92,7 @@ def normal_schema(schema: Any) -> str | None:
     try:
         read = json.loads(schema) if isinstance(schema, str) else schema
         text = json.dumps(read, ensure_ascii=False, allow_nan=False)
+        text.encode()  # lone surrogates are no characters
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidParameterError(f"json_schema is no JSON: {error}") from error
     if not isinstance(read, (Mapping, bool)):

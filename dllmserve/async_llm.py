@@ -27,6 +27,7 @@ from dllmserve.decisions.questions import read_questions
 from dllmserve.decisions.reading import How
 from dllmserve.decisions.requests import Decider
 from dllmserve.engine.filled import Template, template_row
+from dllmserve.engine.grammars import Grammars
 from dllmserve.engine.text import CommittedText
 from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dllmserve.errors import DllmServeError, EngineError, TokenizerError
@@ -116,6 +117,7 @@ class AsyncLLM:
         self.tokenizer: Tokenizer | None = None
         self._validator: RequestValidator | None = None
         self._decider: Decider | None = None
+        self._grammars: Grammars | None = None
         #: where start() was called; it is called once
         self._home: Home | None = None
         self._starting: asyncio.Task[EngineInfo] | None = None
@@ -178,6 +180,7 @@ class AsyncLLM:
             await self.fleet.close()
             raise
         self._validator = RequestValidator(info.spec, info.limits, self.tokenizer is not None)
+        self._grammars = Grammars(info.spec, self.tokenizer)
         return info
 
     async def close(self) -> None:
@@ -278,6 +281,7 @@ class AsyncLLM:
                 request.
         """
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config, trace=history))
         try:
             return (await call.output()).as_dict()
@@ -289,6 +293,7 @@ class AsyncLLM:
     ) -> dict[str, Any]:
         """Fill the holes of a template, as :meth:`dllmserve.LLM.infill`; see :meth:`generate`."""
         row, holes = await self.template_row(template)
+        await self.prepare(sampling_params, holes)
         call = self.submit(self.check(row, sampling_params, holes=holes, name="template"))
         try:
             return (await call.output()).as_dict()
@@ -350,6 +355,7 @@ class AsyncLLM:
     ) -> AsyncIterator[TextDelta]:
         """Committed text as it comes, from left to right; none of it is ever taken back."""
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config), stream=True)
         try:
             async for delta in self.deltas(call):
@@ -365,6 +371,7 @@ class AsyncLLM:
     ) -> AsyncIterator[CanvasStep]:
         """Watch one answer being filled in; as :meth:`dllmserve.LLM.stream`."""
         ids = await self.prompt_ids(prompt)
+        await self.prepare(sampling_params)
         call = self.submit(self.check(ids, sampling_params, sparse_config), watch=True)
         last: CanvasStep | None = None
         try:
@@ -405,7 +412,11 @@ class AsyncLLM:
         return await _tokenised(size, partial(template_row, self.tokenizer, template, "template"))
 
     async def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, literal_contents: bool = False
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        literal_contents: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation; see :meth:`Tokenizer.encode_chat`.
 
@@ -416,10 +427,9 @@ class AsyncLLM:
         self._ready()
         tokenizer = self._text_tokenizer()
         read = template_messages(messages)
+        encode = partial(tokenizer.encode_chat, literal_contents=literal_contents, tools=tools)
         size = sum(len(str(value)) for message in read for value in message.values())
-        return await _tokenised(
-            size, partial(tokenizer.encode_chat, read, literal_contents=literal_contents)
-        )
+        return await _tokenised(size + len(str(tools)), partial(encode, read))
 
     def check(
         self,
@@ -444,8 +454,22 @@ class AsyncLLM:
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        asked: dict[str, Any] = {"holes": holes, "candidates": candidates, "trace": trace}
-        return validator.request(0, prompt_ids, params, **asked, name=name)
+        asked: dict[str, Any] = {"candidates": candidates, "trace": trace, "holes": holes}
+        grammars = self._grammars.of(params, holes) if self._grammars else ()
+        return validator.request(0, prompt_ids, params, **asked, grammars=grammars, name=name)
+
+    async def prepare(
+        self, sampling_params: SamplingParams | None = None, holes: Holes = ()
+    ) -> None:
+        """Compile what an answer has to match, beside the event loop; :meth:`check` then has it.
+
+        Raises:
+            InvalidParameterError: it is no such thing, is not regular, or is too large.
+        """
+        self._ready()
+        params = sampling_params or SamplingParams()
+        if self._grammars and (params.constrained or any(hole.constraints for _, hole in holes)):
+            await asyncio.to_thread(self._grammars.of, params, holes)
 
     def submit(
         self,
@@ -478,6 +502,7 @@ class AsyncLLM:
             request.candidates,
             request.trace,
             request.holes,
+            request.grammars,
         )
         call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home

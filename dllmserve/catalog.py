@@ -61,10 +61,16 @@ class EditInfo(Info):
             which name the edit in their ``needs``.
         keeps: it keeps something of logits from forward to forward, for which an engine reserves
             memory or not.
+        kernels: where its twin is that does the same in Triton kernels, if it has one.
     """
 
     asked: str = ""
     keeps: bool = False
+    kernels: str = ""
+
+    def of(self, kernels: str) -> Any:
+        """The class, or its twin for kernels="triton"."""
+        return Info(self.kernels).load() if self.kernels and kernels == "triton" else self.load()
 
     def pairs(self, params: Any, spec: Any) -> tuple[tuple[int, float], ...]:
         """What a request gives the edit."""
@@ -327,6 +333,10 @@ EDITS = {
     "bias": EditInfo("dllmserve.runtime.edits:BiasEdit", "dllmserve.core.rows:bias_of"),
     "credit": EditInfo("dllmserve.runtime.edits:CreditEdit", keeps=True),
     "kl": EditInfo("dllmserve.runtime.edits:KlObserver", keeps=True),
+    "constraint": EditInfo(
+        "dllmserve.runtime.constraints:ConstraintEdit",
+        kernels="dllmserve.runtime.kernels.constraints:TritonConstraints",
+    ),
 }
 
 BACKENDS = Catalog(

@@ -212,8 +212,8 @@ class LLM:
 
         Returns:
             One dictionary per template, in their order: ``text`` and ``token_ids`` of the whole,
-            ``holes``, a list of ``{"name", "text", "token_ids"}``, and ``finish_reason`` ("stop"
-            if all holes that may end early did) and ``usage`` as of :meth:`generate`.
+            ``holes``, a list of ``{"name", "text", "token_ids", "steps"}``, ``finish_reason``
+            ("stop" if all holes that may end early did), and what else :meth:`generate` gives.
 
         Raises:
             InvalidRequestError, CapacityError, TokenizerError: one bad template raises before any

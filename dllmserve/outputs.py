@@ -49,15 +49,20 @@ class FilledHole:
         text: of its tokens, without special tokens and cut before a stop string.
         token_ids: as many as the hole has positions; fewer if it ended early, and then the last
             one is the end id.
+        steps, logprobs: of each of token_ids, as those of :class:`RequestOutput`.
     """
 
     name: str | None
     text: str
     token_ids: list[int]
+    steps: list[int]
+    logprobs: list[TokenLogprob] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """An entry of ``holes`` in what LLM.infill returns."""
-        return {"name": self.name, "text": self.text, "token_ids": self.token_ids}
+        found = {"name": self.name, "text": self.text, "token_ids": self.token_ids}
+        asked = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        return {**found, "steps": self.steps, **asked}
 
 
 @dataclass(frozen=True)

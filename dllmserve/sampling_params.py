@@ -9,7 +9,6 @@ from typing import Any
 from dllmserve._checks import check_choice, check_float, check_known
 from dllmserve._combinations import refusals
 from dllmserve._values import (
-    BLOCK_LENGTH,
     MAX_GEN_LENGTH,
     MAX_LOGPROBS,
     MAX_STEPS,
@@ -134,13 +133,10 @@ class SamplingParams:
             top-k, and before confidences are taken. -100 bans a token, 100 all but forces
             it. At most 1024 ids; kept as an immutable dict, sorted by id, and None if empty.
 
-        regex: the whole text of the answer matches this regular expression (Python's syntax); see
-            docs/structured_output.md for what is refused.
-        json_schema: the answer is JSON that is valid by this schema: a dict, or JSON text; kept as
-            text.
+        regex: the whole text of the answer matches this regular expression (Python's syntax).
+        json_schema: the answer is JSON that is valid by it: a dict, or JSON text; kept as text.
         choice: the answer is one of these texts.
-        logprobs: with the answer, the natural log-probability of each token at the forward that
-            wrote it, and those of the so many likeliest, at most 20; None: none of it.
+        logprobs: gives log-probabilities of tokens, and of so many of the likeliest, at most 20.
 
     Numbers may be numpy's, and arrays or tensors without dimensions; they become plain ones.
 
@@ -319,7 +315,6 @@ class SamplingParams:
         low=1,
         high=MAX_STEPS,
     )
-
     sub_block_length: int | None = knob(
         None,
         "Tokens of the parts of a block that are filled one after another (block-causal models).",
@@ -330,9 +325,7 @@ class SamplingParams:
         None, "Token ids that end the answer, too; also with ignore_eos.", own_check=True
     )
 
-    regex: str | None = knob(
-        None, "The whole text of the answer matches this regular expression.", own_check=True
-    )
+    regex: str | None = knob(None, "The answer matches this regular expression.", own_check=True)
     json_schema: Mapping[str, Any] | str | None = knob(
         None, "The answer is JSON that is valid by this JSON Schema.", own_check=True
     )
@@ -492,7 +485,7 @@ def with_sparse(params: SamplingParams, sparse: SparseConfig | None) -> Sampling
     """Parameters with a SparseConfig that was given beside them.
 
     Raises:
-        InvalidParameterError: they have another one, or do not work with one.
+        InvalidParameterError: they have another, or do not work with one.
     """
     if sparse is None or sparse == params.sparse:
         return params
@@ -502,28 +495,6 @@ def with_sparse(params: SamplingParams, sparse: SparseConfig | None) -> Sampling
             "other: give one of them"
         )
     return replace(params, sparse=sparse)
-
-
-def stepwise(given: Mapping[str, Any], tokens: int | None = None) -> SamplingParams:
-    """Parameters with the block length and steps that the command line and servers fill in.
-
-    Args:
-        given: fields of SamplingParams. A quality and a SparseConfig bring a block length.
-        tokens: a step's most, unless ``steps`` are given; None is one, or what a quality says.
-
-    Example:
-        >>> stepwise({"gen_length": 48}).steps
-        64
-    """
-    from dllmserve.presets import steps_for
-
-    quality = given.get("quality")
-    block = {} if quality or given.get("sparse") else {"block_length": NotGiven(BLOCK_LENGTH)}
-    params = SamplingParams(**{**block, **given})
-    if "steps" in given or (quality and tokens is None):
-        return params
-    steps = steps_for(params.gen_length, params.resolved_block_length, tokens or 1)
-    return replace(params, steps=NotGiven(steps))
 
 
 #: the numbers that rules read, in the order that they have on the device

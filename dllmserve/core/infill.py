@@ -81,11 +81,19 @@ def _forwards(params: SamplingParams, window: int, length: int) -> int:
     return min(-(-window // -(-block // each)), MAX_STEPS)
 
 
+def check_total(positions: int) -> None:
+    """Raise InvalidParameterError if the holes of a row have more than a request may ask for."""
+    if positions > MAX_GEN_LENGTH:
+        raise InvalidParameterError(
+            f"the holes have more than {MAX_GEN_LENGTH} positions: make them shorter, or fill them "
+            "in several requests"
+        )
+
+
 def _check(params: SamplingParams, holes: Holes, total: int, spec: ModelSpec) -> None:
     """Refuse what says nothing to a request that fills holes, or contradicts them."""
     err = InvalidParameterError
-    if total > MAX_GEN_LENGTH:
-        raise err(f"the holes have {total} positions, over {MAX_GEN_LENGTH}: make them shorter")
+    check_total(total)
     given = rank(params.gen_length) or rank(params.max_tokens)
     if given and params.gen_length != total:
         raise err(
@@ -97,10 +105,6 @@ def _check(params: SamplingParams, holes: Holes, total: int, spec: ModelSpec) ->
         raise err(
             f"{asked[0]} of SamplingParams is what a whole answer matches: give it to the Hole"
         )
-    # lifted where constraints are enforced: they are at hand as Request.holes
-    for _, hole in holes:
-        for name in hole.constraints:
-            raise err(f"{name} of a Hole is not enforced by this version: leave it out")
     if params.suffix_window is not None and not isinstance(params.suffix_window, NotGiven):
         raise err(
             f"suffix_window={params.suffix_window} leaves out what stands behind a block, which "

@@ -6,6 +6,7 @@ the attention backend never ask which policy or phase they serve. Each integer h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import NamedTuple
@@ -211,6 +212,14 @@ class StepEntry:
         return self.head_rows * (2 if self.uncond else 1)
 
 
+class NewToken(NamedTuple):
+    """A token that the host writes to a row: its canvas position had to hold it."""
+
+    row: int
+    position: int
+    token: int
+
+
 class NewPage(NamedTuple):
     """A page that a row got, and its column in the page table."""
 
@@ -230,10 +239,12 @@ class StepPlan:
     Attributes:
         entries: the requests' forwards.
         pages: pages that rows have got since the last plan, which go to the page table first.
+        tokens_known: tokens that the host writes to rows first, since they had to stand there.
     """
 
     entries: tuple[StepEntry, ...]
     pages: tuple[NewPage, ...] = ()
+    tokens_known: tuple[NewToken, ...] = ()
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -273,6 +284,10 @@ class StepPlan:
                 raise ValueError(f"nothing of the step reads what is stored ahead: {entry.span}")
 
 
+#: what :attr:`EntryReport.holds` says of a position that is written, and of one that is open
+WRITTEN, OPEN = -2, -1
+
+
 @dataclass(frozen=True)
 class EntryReport:
     """What the runner says of one entry after a step.
@@ -283,6 +298,8 @@ class EntryReport:
         eos: answer index of the first end-of-sequence id before the frontier, or -1.
         broken: LM-head rows whose logits were not numbers; any ends the request.
         end: answer index of the first end-of-sequence id that stands anywhere, or -1.
+        holds: of a constrained request, for each position of the answer: WRITTEN, OPEN, or the
+            only id that an open position can hold, as far as that was looked at.
     """
 
     masks_left: int
@@ -290,6 +307,7 @@ class EntryReport:
     eos: int
     broken: int = 0
     end: int = -1
+    holds: Sequence[int] | None = None
 
     def within(self, length: int) -> EntryReport:
         """The report of the answer's first ``length`` positions."""

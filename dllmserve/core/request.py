@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
 from dllmserve._values import SparseConfig
 from dllmserve.catalog import CACHES, RULES
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas, Range
 from dllmserve.core.prefix import Prefix
 from dllmserve.core.schedule import block_quotas, window_split
 from dllmserve.holes import Holes
 from dllmserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from dllmserve.constraints.grammar import TokenGrammar
+
+
+class Region(NamedTuple):
+    """Canvas positions ``[start, end)`` whose text has to match a grammar."""
+
+    start: int
+    end: int
+    compiled: Compiled
+
+    @property
+    def grammar(self) -> TokenGrammar:
+        """The grammar."""
+        return self.compiled.grammar
+
+
+class Forced(NamedTuple):
+    """A token that had to stand where it does, and the step that would have written it."""
+
+    token: int
+    step: int
 
 
 class Status(Enum):
@@ -39,6 +65,9 @@ class Progress:
         wrote: positions that the block's last forward wrote; 0 before the first.
         end: answer position of the first end id that stands anywhere, as last reported; -1
             without one.
+        scheduled: of the schedule of the active block, what is done: forwards that were run, and
+            those whose outcome was known.
+        eos: answer position of the end id before the frontier, as last reported; -1 without one.
         seen: canvas positions that the block's first forward sees.
         seen_before: canvas positions that any forward of earlier blocks has seen.
         stored: canvas positions whose K,V are final, of a request that grows.
@@ -54,6 +83,8 @@ class Progress:
     frontier: int = 0
     wrote: int = 0
     end: int = -1
+    eos: int = -1
+    scheduled: int = 0
     seen: int = 0
     seen_before: int = 0
     stored: int = 0
@@ -73,6 +104,10 @@ class Request:
     asks for a canvas after every step, ``trace`` for what each forward decided, with the output,
     ``stream`` for the ids that join the committed prefix.
     ``candidates`` are ids whose log-probabilities are wanted, one tuple for each position to fill.
+    ``grammars`` say what the answer, or each of the holes, has to match, ``regions`` where that is.
+    ``forced`` tokens of canvas positions were written by the host; those that are ``unsent`` are
+    not on the device yet. ``foreseen`` has, for each step of the schedule whose outcome was known
+    without a forward, the forwards that were run before it.
     ``holes`` are those of a template; the canvas's are then the same, where they touch as one.
     ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
     leave room for others; "" is somebody who has the engine alone.
@@ -85,6 +120,8 @@ class Request:
     watch: bool = False
     stream: bool = False
     owner: str = ""
+    grammars: tuple[Compiled | None, ...] = ()
+    regions: tuple[Region, ...] = ()
     candidates: tuple[tuple[int, ...], ...] = ()
     trace: bool = False
     holes: Holes = ()
@@ -103,6 +140,9 @@ class Request:
     preempted: int = 0
     prefix: Prefix | None = None
     assumed: deque[int | None] = field(default_factory=deque)
+    forced: dict[int, Forced] = field(default_factory=dict)
+    unsent: dict[int, Forced] = field(default_factory=dict)
+    foreseen: list[int] = field(default_factory=list)
     masks: tuple[int, ...] = ()
     quotas: tuple[tuple[int, ...], ...] = ()
 
@@ -122,6 +162,43 @@ class Request:
             return tuple(window_split(n, whole, steps) for n in self.masks)
         total = steps * len(self.masks) or params.steps
         return block_quotas(self.masks, total, params.schedule, params.eps)
+
+    def begin_block(self, masks: int) -> None:
+        """Note how many positions of the active block are open when it begins."""
+        index = self.progress.block
+        if self.masks[index] != masks:
+            self.masks = (*self.masks[:index], masks, *self.masks[index + 1 :])
+            if self.quotas:
+                self.quotas = self._schedule()
+
+    def leave_block(self) -> None:
+        """Go on to the next block: all of the active one is written."""
+        progress = self.progress
+        progress.block += 1
+        progress.step_in_block = progress.scheduled = progress.wrote = 0
+        if not self.launched:
+            progress.masks_left = self.masks[progress.block]
+            progress.seen_before = max(progress.seen_before, progress.seen)
+            progress.seen = self.visible
+
+    def with_forced(self, ids: list[int], first: int = 0) -> list[int]:
+        """Ids of the answer from position ``first`` on, with those that the host wrote."""
+        start = self.canvas.start + first
+        for position, forced in self.forced.items():
+            if 0 <= position - start < len(ids):
+                ids[position - start] = forced.token
+        return ids
+
+    def steps_of(self, forwards: list[int]) -> list[int]:
+        """Steps, from 1, that wrote the answer's first positions, from the forwards that did.
+
+        A step whose outcome was known counts, though no forward was run for it.
+        """
+        steps = [f + bisect_left(self.foreseen, f) for f in forwards]
+        for position, forced in self.forced.items():
+            if position - self.canvas.start < len(steps):
+                steps[position - self.canvas.start] = forced.step
+        return steps
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -159,7 +236,7 @@ class Request:
     @property
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
-        seen = self.watch or self.trace
+        seen = self.watch or self.trace or self.regions
         free = not seen and not self.params.stop_strings and not self.params.early_end
         exact = RULES[self.params.unmask].quota == "exact" and not CACHES[self.policy].follows
         return exact and free
@@ -205,7 +282,7 @@ class Request:
         if not self.quotas or self.launched:
             return 0
         block = self.quotas[self.progress.block]
-        return block[min(self.progress.step_in_block, len(block) - 1)]
+        return block[min(self.progress.scheduled, len(block) - 1)]
 
     @property
     def guided(self) -> bool:

@@ -11,7 +11,7 @@ from dllmserve._values import SparseConfig
 from dllmserve.catalog import CACHES, EDITS, RULES
 from dllmserve.core.canvas import Range
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.request import Request
+from dllmserve.core.request import Region, Request
 from dllmserve.sampling_params import CONFIDENCE, FLOATS, SamplingParams
 
 #: A larger k filters nothing, but would not fit the table.
@@ -92,6 +92,7 @@ class RowInit:
         last: token ids whose proposals have no confidence, so that they are written last.
         track: what tells which cached positions are out of date.
         history: slots of kept distributions, one for each position of a block.
+        regions: positions whose text has to match a grammar.
         logprobs: of so many of the likeliest tokens log-probabilities are wanted; None: of none,
             and not of those that are written.
         candidates: ids whose log-probabilities are wanted, for each position to fill.
@@ -111,6 +112,7 @@ class RowInit:
     last: tuple[int, ...] = ()
     track: Track = Track.NONE
     history: tuple[int, ...] = ()
+    regions: tuple[Region, ...] = ()
     logprobs: int | None = None
     candidates: tuple[tuple[int, ...], ...] = ()
 
@@ -190,7 +192,10 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
         request.ends_from,
     )
     given = request.canvas.ids
-    rows = [(request.row, given, edits_of(params, spec))]
+    edits = edits_of(params, spec)
+    if request.regions:
+        edits["constraint"] = ()
+    rows = [(request.row, given, edits)]
     if request.guided:
         rows.append((request.uncond_row, [spec.mask_id] * len(given), {}))
     return [
@@ -209,6 +214,7 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
             last=written_last(params, spec),
             track=track,
             history=tuple(request.history),
+            regions=request.regions if row == request.row else (),
             logprobs=params.logprobs,
             candidates=request.candidates if row == request.row else (),
         )

@@ -13,11 +13,23 @@ from collections.abc import Callable, Container, Iterator, Sequence
 
 from dllmserve.catalog import EDITS, RULES
 from dllmserve.core.budget import NO_LIMIT, SoftLimit, StepBudget
+from dllmserve.core.constrained import settle
 from dllmserve.core.fair import FairQueue, within_share
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import EntryReport, Kind, Mask, Part, Span, StepEntry, StepPlan, Store
+from dllmserve.core.plan import (
+    EntryReport,
+    Kind,
+    Mask,
+    NewToken,
+    Part,
+    Span,
+    StepEntry,
+    StepPlan,
+    Store,
+)
 from dllmserve.core.request import Request, Status
+from dllmserve.core.rows import ends_of
 from dllmserve.core.storage import SpanSource, Storage, new_pages
 from dllmserve.errors import EngineError
 
@@ -116,7 +128,8 @@ class Scheduler:
         self._step += 1
         packed = sorted(picked.items(), key=lambda pair: _packing_order(*pair))
         requests = [r for r, _ in packed]
-        return StepPlan(tuple(e for _, e in packed), new_pages(requests)), requests, admitted
+        plan = StepPlan(tuple(e for _, e in packed), new_pages(requests), _known_tokens(requests))
+        return plan, requests, admitted
 
     def _ready(self) -> list[tuple[Request, StepEntry]]:
         """Who may be in the step, with what, the one that was left out longest first.
@@ -261,15 +274,17 @@ class Scheduler:
                 finished.append(request)
                 continue
             self._check_progress(request, report)
+            if request.regions:
+                report = settle(request, report, ends_of(request.params, self.spec))
             request.progress.frontier = report.frontier
-            request.progress.end = report.end
+            request.progress.end, request.progress.eos = report.end, report.eos
             if report.eos >= 0:
                 request.finish_reason = "stop"
                 finished.append(request)
             elif report.frontier >= request.canvas.answer_len or (
                 request.launched and not request.assumed
             ):
-                request.finish_reason = "length"
+                request.finish_reason = "stop" if request.regions else "length"
                 finished.append(request)
         return finished
 
@@ -319,15 +334,11 @@ class Scheduler:
             return
         progress.forwards += 1
         progress.step_in_block += 1
+        progress.scheduled += 1
         progress.wrote = max(progress.masks_left - masks_left, 0)
         progress.masks_left = masks_left
         if masks_left == 0:
-            progress.block += 1
-            progress.step_in_block = progress.wrote = 0
-            if not request.launched:
-                progress.masks_left = request.masks[progress.block]
-                progress.seen_before = max(progress.seen_before, progress.seen)
-                progress.seen = request.visible
+            request.leave_block()
 
     def _admit(self) -> list[Request]:
         """In turns by owner; first come first served within each, with bounded skipping.
@@ -459,6 +470,17 @@ def with_blind(span: Span, seen: int, shift: int) -> tuple[Span, Span]:
     return span._replace(store=Store.AHEAD, ctx_len=seen, head=Part.BLOCK), blind
 
 
+def _known_tokens(requests: Sequence[Request]) -> tuple[NewToken, ...]:
+    """Tokens that requests have got without a forward since their last plan."""
+    found = []
+    for request in requests:
+        rows = [request.row, request.uncond_row][: request.rows_needed]
+        known = request.unsent.items()
+        found += [NewToken(row, p, forced.token) for row in rows for p, forced in known]
+        request.unsent = {}
+    return tuple(found)
+
+
 def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     """Guided entries last; then like with like, so that kernels see few, large groups."""
     params = request.params
@@ -467,7 +489,7 @@ def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     shape = (span.q_len, span.ctx_len, span.store, span.q_start, span.keep, span.blk_off)
     edits = sorted(RULES[entry.rule].needs & {*EDITS})
     biased = bool(params.logit_bias) or params.logits_eos_inf
-    kind = (entry.uncond is not None, entry.blind is not None, biased, edits)
+    kind = (entry.uncond is not None, entry.blind is not None, biased, bool(request.regions), edits)
     wants = params.logprobs is not None or bool(request.candidates)
     needs = (params.temperature > 0, filtered, params.confidence_eos_eot_inf, wants)
     return (*kind, *needs, shape, request.id)

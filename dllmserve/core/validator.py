@@ -12,7 +12,9 @@ from typing import Any
 
 from dllmserve._values import Filled, NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas, answer_canvas, framed_canvas, window_canvas
+from dllmserve.core.constrained import regions_of
 from dllmserve.core.infill import hole_canvas, row_length, template_params
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
@@ -51,32 +53,26 @@ class RequestValidator:
         candidates: tuple[tuple[int, ...], ...] = (),
         trace: bool = False,
         name: str = "prompt",
+        grammars: Sequence[Compiled | None] = (),
     ) -> Request:
         """A checked request.
 
         Args:
-            id, seed, watch, stream, owner, candidates, trace, params: as in the request.
-            prompt_ids: token ids, integers of any kind; with holes, those of the whole row.
+            id, seed, watch, stream, owner, candidates, trace: the request's.
+            prompt_ids: token ids; integers of any kind. With holes, those of the whole row, any
+                ids where the holes are.
+            params: how it is decoded.
             holes: what is filled; without any, an answer behind the prompt.
             name: of the prompt, in errors.
+            grammars: what each hole of the canvas has to match; see :func:`regions_of`.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
         if holes:
-            length = row_length(prompt_ids, holes)
-            self._check_row(length, name)
-            params = template_params(params, holes, length, self.spec)
+            params = self._of_row(prompt_ids, holes, params, name)
         params = settled(params, self.spec)
-        if not prompt_ids and not holes:
-            raise PromptError(f"{name} is empty: give at least one token")
-        if not holes and len(prompt_ids) >= self.limits.max_model_len:
-            # before anything looks at every token
-            self._check_length(len(prompt_ids), params, name)
-        ids = _checked_prompt(prompt_ids, self.spec, name)
-        if not holes:
-            self._check_length(len(ids), params, name)
-        _check_masks(ids, holes, self.spec, name)
+        ids = self._ids(prompt_ids, holes, params, name)
         self._check(params)
         request = Request(
             id=id,
@@ -90,6 +86,8 @@ class RequestValidator:
             candidates=candidates,
             trace=trace,
         )
+        request.grammars = tuple(grammars)
+        request.regions = regions_of(request, grammars)
         self._check_whole_blocks(request, name)
         _check_candidates(request, self.spec)
         policy = CACHES[request.policy].load()()
@@ -190,6 +188,21 @@ class RequestValidator:
                 f"sub_block_length={part} does not divide it"
             )
 
+    def _ids(
+        self, prompt: Sequence[int], holes: Holes, params: SamplingParams, name: str
+    ) -> list[int]:
+        """The ids of a prompt, or of a row with holes."""
+        if not prompt and not holes:
+            raise PromptError(f"{name} is empty: give at least one token")
+        if not holes and len(prompt) >= self.limits.max_model_len:
+            # before anything looks at every token
+            self._check_length(len(prompt), params, name)
+        ids = _checked_ids(prompt, self.spec, name)
+        _check_masks(ids, holes, self.spec, name)
+        if not holes:
+            self._check_length(len(ids), params, name)
+        return ids
+
     def _check_length(self, tokens: int, params: SamplingParams, name: str) -> None:
         limit = self.limits.max_model_len
         total = tokens + params.gen_length
@@ -200,13 +213,17 @@ class RequestValidator:
                 f"{_raise_it(limit, self.spec)}"
             )
 
-    def _check_row(self, length: int, name: str) -> None:
-        limit = self.limits.max_model_len
+    def _of_row(
+        self, ids: Sequence[int], holes: Holes, params: SamplingParams, name: str
+    ) -> SamplingParams:
+        """Parameters of a request that fills holes of a row, which has to fit."""
+        limit, length = self.limits.max_model_len, row_length(ids, holes)
         if length > limit:
             raise ContextLengthError(
                 f"{name} has {length} positions, its holes among them, over max_model_len={limit}: "
                 f"shorten it{_raise_it(limit, self.spec)}"
             )
+        return template_params(params, holes, length, self.spec)
 
     def _check_whole_blocks(self, request: Request, name: str) -> None:
         """Refuse a canvas that is over the limit because its last block is filled to its end."""
@@ -216,7 +233,9 @@ class RequestValidator:
         window = canvas.window
         room = limit // window * window - canvas.start
         way = (
-            f"{request.params.length_name} may be {room} at most"
+            "shorten it by a block"
+            if request.holes
+            else f"{request.params.length_name} may be {room} at most"
             if room > 0
             else f"shorten {name} by {1 - room} tokens, or take a shorter block_length"
         )
@@ -348,8 +367,8 @@ def _check_masks(ids: Sequence[int], holes: Holes, spec: ModelSpec, name: str) -
         )
 
 
-def _checked_prompt(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:
-    """The prompt as plain ints (numpy integers are welcome), or an error that says where."""
+def _checked_ids(ids: Sequence[int], spec: ModelSpec, name: str) -> list[int]:
+    """The ids as plain ints (numpy integers are welcome), or an error that says where."""
     if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < spec.vocab_size:
         return list(ids)  # nearly always; what follows takes ten times as long
     checked = []

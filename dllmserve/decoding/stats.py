@@ -20,6 +20,8 @@ from dllmserve.parallel.vocab import VocabShard, best_of
 #: entropy, in nats, where a proposal has no confidence: more than any distribution has, but
 #: finite, so that such a position comes before one that cannot be written at all
 NO_CONFIDENCE = 1e9
+#: taken off the scores of ids that a filter leaves out: more than scores differ by
+_LEFT_OUT = 1e6
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,36 @@ def row_stats(
     if params.last is None:
         return stats
     return without_confidence(stats, params.last, ~value.isfinite())
+
+
+def scores(
+    z: Tensor,  # [n, v] logits of this rank's ids
+    params: RowParams,
+    mask_id: int,
+    sampled: bool,
+    filtered: bool,
+    shard: VocabShard,
+) -> Tensor:
+    """What a proposal is the largest of: [n, v] float64, noise included; -inf for the mask id.
+
+    Ids that a filter leaves out come after all others, by their own order.
+    """
+    z = without(z.float(), mask_id, shard.start)
+    if not sampled and not filtered:
+        return z.double()
+    hot = params.temperature > 0
+    scale = torch.where(hot, params.temperature, 1.0)
+    top = shard.group.all_gather(z.amax(dim=-1)).amax(dim=0)[:, None].double()
+    tempered = ((z.double() - top) / scale[:, None]).float()
+    found = torch.where(hot[:, None], _gumbel(tempered, params, shard), tempered.double())
+    if not filtered:
+        return found
+    from dllmserve.decoding.transforms import filter_logits
+
+    whole = shard.join_logits(tempered) if shard.ranks > 1 else tempered
+    kept = filter_logits(whole, params.top_p, params.top_k) > -torch.inf
+    kept = kept[:, shard.start : shard.stop]
+    return torch.where(kept, found, found - _LEFT_OUT)
 
 
 def strike(z: Tensor, ids: Tensor, shard: VocabShard) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Fast
 
+    from dllmserve.constraints.vocabulary import Vocabulary
+
 #: roles of messages, as templates know them
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -70,6 +72,16 @@ class Codec:
         """The tokens that are found in a text before anything else is done with it, by id."""
         found: Mapping[int, AddedToken] = self._fast.get_added_tokens_decoder()
         return found
+
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of every token, for constraints.
+
+        Raises:
+            TokenizerError: they cannot be known.
+        """
+        from dllmserve.constraints.vocabulary import Vocabulary
+
+        return Vocabulary.of_tokenizer(self._fast)
 
     def token_id(self, text: str) -> int | None:
         """The id of a token, or None."""

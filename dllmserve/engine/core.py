@@ -6,16 +6,19 @@ import itertools
 import random
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from dllmserve.constraints.compiled import Compiled
+from dllmserve.core.constrained import begin
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request, Status
-from dllmserve.core.rows import row_inits
+from dllmserve.core.rows import ends_of, row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
 from dllmserve.engine.filled import with_holes
+from dllmserve.engine.grammars import Grammars
 from dllmserve.engine.history import AnswerHistory
 from dllmserve.engine.logprobs import AnswerLogprobs
 from dllmserve.engine.machine import with_threads
@@ -109,9 +112,12 @@ class EngineCore:
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
         self._text = AnswerText(tokenizer)
+        self._grammars = Grammars(self.spec, tokenizer)
         self._depth = depth
         self._threads = threads
         self._in_flight: deque[_InFlightStep] = deque()
+        #: requests whose constraints leave one answer alone, which no forward has to find
+        self._known: list[Request] = []
         self._logprobs = weakref.WeakKeyDictionary[Request, AnswerLogprobs]()
         self._traced = weakref.WeakKeyDictionary[Request, AnswerHistory]()
         self.observers: list[Callable[[StepPlan], None]] = []
@@ -129,19 +135,21 @@ class EngineCore:
         candidates: tuple[tuple[int, ...], ...] = (),
         trace: bool = False,
         name: str = "prompt",
+        grammars: Sequence[Compiled | None] | None = None,
     ) -> Request:
         """Check a request against the model and the engine, without queueing it.
 
         Args:
-            prompt_ids, params, watch, stream, owner, candidates, trace, holes: see
-                :class:`dllmserve.core.request.Request`.
+            prompt_ids, params, holes, watch, stream, owner, candidates, trace: see
+                :class:`dllmserve.core.request.Request`. With holes, the ids are a whole row.
             name: of the prompt, in errors.
+            grammars: what the answer, or each hole, has to match; None compiles what they ask for.
 
         Raises:
             PromptError, ContextLengthError, InvalidParameterError, CapacityError.
         """
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        return self._validator.request(
+        request = self._validator.request(
             next(self._ids),
             prompt_ids,
             params,
@@ -153,14 +161,22 @@ class EngineCore:
             candidates=candidates,
             trace=trace,
             name=name,
+            grammars=self._grammars.of(params, holes) if grammars is None else grammars,
         )
+        begin(request, ends_of(request.params, self.spec))
+        return request
 
     def add(self, request: Request) -> None:
         """Queue a request made by :meth:`make_request`."""
-        self.scheduler.add(request)
+        if request.launched:
+            self._known.append(request)
+        else:
+            self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
         """Drop a request and free what it holds."""
+        if request in self._known:
+            self._known.remove(request)
         self.scheduler.abort(request)
 
     def abandon(self) -> None:
@@ -175,7 +191,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """True while any request waits or runs."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._known)
 
     def step(self) -> StepEvents:
         """Launch what can be launched, then take in the oldest step and return what came of it.
@@ -187,6 +203,8 @@ class EngineCore:
             return self._step()
 
     def _step(self) -> StepEvents:
+        if self._known:
+            return self._report_known()
         while len(self._in_flight) < self._depth:
             # the next step of a request that cannot be foreseen needs its last report
             if not all(step.foreseen for step in self._in_flight):
@@ -199,6 +217,23 @@ class EngineCore:
         # launched for answers that have ended early: nobody waits for their reports
         while self._in_flight and self._in_flight[0].over:
             self._in_flight.popleft()
+        return events
+
+    def _report_known(self) -> StepEvents:
+        """End the requests that need no forward."""
+        events = StepEvents()
+        for request in self._known:
+            length = request.canvas.answer_len
+            ids = request.with_forced(list(request.canvas.ids[request.canvas.start :])[:length])
+            ids = request.with_forced([*ids, *[0] * (length - len(ids))])
+            ends = ends_of(request.params, self.spec)
+            end = next((i for i, token in enumerate(ids) if token in ends), length - 1)
+            request.status, request.finish_reason = Status.FINISHED, "stop"
+            steps = request.steps_of([0] * (end + 1))
+            output = self._ended(request, ids[: end + 1], steps, True)
+            if output is not None:
+                events.finished.append((request, output))
+        self._known = []
         return events
 
     def _launch(self) -> bool:
@@ -288,7 +323,7 @@ class EngineCore:
         finished = self.scheduler.commit(requests, reports)
         events = StepEvents()
         committed = 0
-        for index, (request, report) in enumerate(zip(requests, reports, strict=True)):
+        for index, request in enumerate(requests):
             if not live[index]:
                 continue
             if request.error is not None:
@@ -298,12 +333,14 @@ class EngineCore:
             output = None
             self._note_logprobs(index, request, handle)
             # without new text there is no stop string either
-            if request in finished or report.frontier != before[index]:
-                committed += report.frontier - before[index]
-                output = self._output(request, report.eos, handle, request in finished)
+            frontier = request.progress.frontier
+            if request in finished or frontier != before[index]:
+                committed += frontier - before[index]
+                output = self._output(request, handle, request in finished)
                 if output is None and request.stream:
                     low = before[index]
-                    ids = self._runner.table.read_settled(request.row, low, report.frontier)
+                    ids = self._runner.table.read_settled(request.row, low, frontier)
+                    ids = request.with_forced(ids, low)
                     events.streamed.append((request, ids, self._logprobs_of(request, ids, low)))
             # a forward that only stores has no block, and nothing to show
             if (request.watch or request.trace) and handle.blocks[index][1]:
@@ -327,17 +364,21 @@ class EngineCore:
                 events.failed.append(request)
         return events
 
-    def _output(
-        self, request: Request, eos: int, handle: StepHandle, finished: bool
-    ) -> RequestOutput | None:
+    def _output(self, request: Request, handle: StepHandle, finished: bool) -> RequestOutput | None:
         """The output of a request that ended in this step, by itself or by a stop string."""
-        params = request.params
-        if not finished and not params.stop_strings:
+        if not finished and not request.params.stop_strings:
             return None
+        eos = request.progress.eos
         count = eos + 1 if eos >= 0 else request.progress.frontier
         read = handle.answer(request.row, count)
         ids, steps = read or self._runner.table.read_written(request.row, count)
-        text, used, stopped = self._text.read(ids, params.stop_strings)
+        return self._ended(request, request.with_forced(ids), request.steps_of(steps), finished)
+
+    def _ended(
+        self, request: Request, ids: list[int], steps: list[int], finished: bool
+    ) -> RequestOutput | None:
+        """The output of a request whose answer begins so, if that ends it."""
+        text, used, stopped = self._text.read(ids, request.params.stop_strings)
         if stopped:
             request.finish_reason = "stop"
         elif not finished:
@@ -393,8 +434,11 @@ class EngineCore:
         """A picture of the answer after the step."""
         table = self._runner.table
         length = request.canvas.answer_len
-        ids: list[int | None] = list(table.read_answer(request.row, length))
+        ids: list[int | None] = [*request.with_forced(table.read_answer(request.row, length))]
         masked = table.read_masked(request.row)[:length]
+        for position in request.forced:
+            if position - request.canvas.start < length:
+                masked[position - request.canvas.start] = False
         first, width = handle.blocks[index]
         block = first - request.canvas.start
         proposed, values = handle.proposed(index)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from dllmserve.core.infill import check_total
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
 from dllmserve.core.rows import ends_of
 from dllmserve.engine.tokenizer import Tokenizer, prompt_ids
 from dllmserve.errors import PromptError
 from dllmserve.holes import Hole, Holes
-from dllmserve.outputs import FilledHole, RequestOutput
+from dllmserve.outputs import FilledHole, RequestOutput, TokenLogprob
 
 #: texts, token ids, and what is to be filled
 Template = Sequence[str | Sequence[int] | Hole]
@@ -32,15 +33,18 @@ def template_row(tokenizer: Tokenizer | None, template: Any, name: str) -> tuple
     Raises:
         TokenizerError: a text, but the checkpoint has no tokenizer.
         PromptError: something else is in it, or no hole, or no valid Unicode text.
+        InvalidParameterError: the holes are too long.
     """
     if isinstance(template, (str, bytes)) or not isinstance(template, Sequence):
         raise PromptError(
             f"{name} must be a list of pieces (texts, lists of token ids, dllmserve.Hole), got "
             f"{type(template).__name__}"
         )
-    row, holes = list[int](), list[tuple[int, Hole]]()
+    row, holes, total = list[int](), list[tuple[int, Hole]](), 0
     for place, piece in enumerate(template):
         if isinstance(piece, Hole):
+            total += piece.length
+            check_total(total)  # before the row has them
             holes.append((len(row), piece))
             row += [0] * piece.length
         else:
@@ -65,7 +69,7 @@ def with_holes(
     """The output of a request that filled holes.
 
     Args:
-        output: its tokens from the first hole on, and their text.
+        output: its tokens from the first hole on, what is told of each, and their text.
         request: the request.
         spec: the model.
         tokenizer: None for checkpoints without one; texts are then "".
@@ -73,22 +77,30 @@ def with_holes(
     start, ends = request.canvas.start, ends_of(request.params, spec)
     given, answer = list(request.canvas.ids), output.token_ids
     row = [*given[:start], *answer, *given[start + len(answer) :]]
-    ids, holes, at, ended = list[int](), list[FilledHole](), 0, True
+    behind = len(row) - start - len(answer)
+    steps = [*[0] * start, *output.steps, *[0] * behind]
+    said: list[TokenLogprob] | None = None
+    if output.logprobs is not None:
+        said = [*map(_unsaid, given[:start]), *output.logprobs]
+        said += map(_unsaid, given[start + len(answer) :])
+    holes, kept, at, ended = list[FilledHole](), list[int](), 0, True
     for low, hole in request.holes:
         own = row[low : min(low + hole.length, start + len(answer))]
         if hole.may_end:
             own = own[: _ended(own, ends)]
             ended &= len(own) < hole.length or own[-1] in ends
+        high = low + len(own)
         # stop strings cut the text of a single hole
         text = output.text if request.params.stop_strings else _decode(tokenizer, own)
-        holes.append(FilledHole(hole.name, text, own))
-        ids += [*row[at:low], *own]
+        logprobs = None if said is None else said[low:high]
+        holes.append(FilledHole(hole.name, text, own, steps[low:high], logprobs))
+        kept += range(at, high)
         at = low + hole.length
-    ids += row[at:]
+    kept += range(at, len(row))
+    ids = [row[place] for place in kept]
     text = _decode(tokenizer, ids)
     if request.params.stop_strings:
-        before, behind = _decode(tokenizer, row[:start]), _decode(tokenizer, row[at:])
-        text = before + output.text + behind
+        text = _decode(tokenizer, row[:start]) + output.text + _decode(tokenizer, row[at:])
     early = ended and any(hole.may_end for _, hole in request.holes)
     stopped = output.finish_reason == "stop" if request.params.stop_strings else early
     return replace(
@@ -97,8 +109,15 @@ def with_holes(
         token_ids=ids,
         finish_reason="stop" if stopped else "length",
         completion_tokens=sum(len(hole.token_ids) for hole in holes),
+        steps=[steps[place] for place in kept],
+        logprobs=None if said is None else [said[place] for place in kept],
         holes=holes,
     )
+
+
+def _unsaid(token: int) -> TokenLogprob:
+    """Of a token that was given."""
+    return {"token_id": token, "logprob": None, "top": []}
 
 
 def _ended(ids: Sequence[int], ends: Sequence[int]) -> int:

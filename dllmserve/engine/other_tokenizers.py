@@ -26,6 +26,8 @@ from dllmserve.models.files import NotText, has_mark, read_bytes, read_object
 if TYPE_CHECKING:
     from tokenizers import AddedToken
 
+    from dllmserve.constraints.vocabulary import Vocabulary
+
 #: how a class is named: its file, without the ending, and its name
 _CLASS = re.compile(r"([A-Za-z_]\w*)\.([A-Za-z_]\w*)", re.ASCII)
 #: files of text that a tokenizer is made of
@@ -230,6 +232,14 @@ class PythonCodec(Codec):
             if place is not None and place not in found:
                 found[place] = AddedToken(text, special=True)
         return found
+
+    def vocabulary(self) -> Vocabulary:
+        """See Codec."""
+        kind = type(self._tokenizer).__name__
+        raise TokenizerError(
+            f"constraints do not work with this tokenizer: {kind} is Python code that does not say "
+            "which bytes its tokens are; add a tokenizer.json"
+        )
 
     def token_id(self, text: str) -> int | None:
         """See Codec."""

@@ -127,7 +127,7 @@ class RunnerParts:
         ends = len(plan.spec.eos_ids)
         table = StateTable(limits.max_num_seqs, limits.max_model_len, plan.device, ends)
         backend: AttentionBackend = BACKENDS[plan.attention].load()(plan.partition.local)
-        edits = make_edits(plan.sizing.edit_sizes, decoder.vocab, plan.device)
+        edits = make_edits(plan.sizing.edit_sizes, decoder.vocab, plan.device, plan.kernels)
         return cls(plan, decoder, table, backend, head, edits)
 
     def runner(self, num_pages: int) -> ModelRunner:

@@ -20,10 +20,12 @@ from dllmserve.config import remote_code_forbidden
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.engine.codec import Codec, Controls, valid_text
 from dllmserve.engine.token_files import DEFAULT, TokenFiles, read_token_files
+from dllmserve.engine.tool_form import ToolForm, form_of, has_tools
 from dllmserve.errors import PromptError, TokenizerError
 from dllmserve.models.files import NotText, read_bytes
 
 if TYPE_CHECKING:
+    from dllmserve.constraints.vocabulary import Vocabulary
     from dllmserve.engine.marked import LiteralPrompts, MarkedTemplate
     from dllmserve.engine.template import ChatTemplate
 
@@ -106,13 +108,16 @@ class Tokenizer:
             literal_contents: a control token's text inside any text of the messages and tools
                 becomes ordinary text, so that whoever wrote it cannot end a message or speak
                 for others. Control tokens are the tokenizer's added tokens.
-            tools: what the template is told of tools.
+            tools: in OpenAI's form. A template that knows none gets them, calls and answers of
+                tools as texts, see :attr:`tool_form`.
 
         Raises:
             TokenizerError: no chat template, or the template refuses the messages.
             PromptError: a message is no valid Unicode text, or holds a character that is
                 a control token by itself.
         """
+        if (tools or has_tools(messages)) and not self.tool_form.native:
+            messages, tools = self.tool_form.written(messages, tools), None
         if not literal_contents:
             # the template writes the special tokens itself
             return self.encode(self.render_chat(messages, tools=tools), special=False)
@@ -148,6 +153,15 @@ class Tokenizer:
         return self._compiled[name].render(
             messages, tools=tools, add_generation_prompt=add_generation_prompt
         )
+
+    @cached_property
+    def tool_form(self) -> ToolForm:
+        """How the checkpoint calls tools; it is looked for once, which takes milliseconds."""
+
+        def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+            return self.render_chat(messages, tools=tools, add_generation_prompt=False)
+
+        return form_of(render, lambda text: self.decode(self.encode(text, special=False)))
 
     def turn_end(self) -> int | None:
         """Id of the first control token that the chat template writes behind an answer.
@@ -191,6 +205,15 @@ class Tokenizer:
         between = rest.partition(_ANSWER)[2].partition(_NEXT)[0]
         new = next(i for i in range(len(between) + 1) if before.endswith(between[i:]))
         return between[:new]
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of every token, for constraints.
+
+        Raises:
+            TokenizerError: they cannot be known.
+        """
+        return self._codec.vocabulary()
 
     def warm_up(self) -> None:
         """Import and compile what chats need, which a server must not do under load."""

@@ -111,6 +111,7 @@ class EngineLoop:
                 watch=message.watch,
                 stream=message.stream,
                 owner=message.owner,
+                grammars=message.grammars,
                 candidates=message.candidates,
                 trace=message.trace,
             )

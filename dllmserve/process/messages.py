@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
@@ -64,7 +65,8 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
-        owner, candidates, trace, holes: as :class:`dllmserve.core.request.Request` says.
+        owner, candidates, trace, holes, grammars: as
+            :class:`dllmserve.core.request.Request` says.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
@@ -77,6 +79,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     candidates: tuple[tuple[int, ...], ...] = ()
     trace: bool = False
     holes: Holes = ()
+    grammars: tuple[Compiled | None, ...] = ()
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 
@@ -230,8 +233,10 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", array_like=True, frozen=True):
 FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Heartbeat
 
 
-def plain(value: Any) -> int | str:
-    """A subclass of int or str, such as Kept, as a plain one; anything else is an error."""
+def plain(value: Any) -> int | str | bytes:
+    """A subclass of int or str, such as Kept, as a plain one, and grammars as bytes."""
+    if isinstance(value, Compiled):
+        return value.data
     if isinstance(value, int):
         return int(value)
     if isinstance(value, str):
@@ -239,8 +244,15 @@ def plain(value: Any) -> int | str:
     raise NotImplementedError(f"{type(value).__name__} is not for messages")
 
 
+def _known(kind: type[Any], value: Any) -> Any:
+    """A grammar that has travelled; nothing else needs help."""
+    if kind is Compiled and isinstance(value, bytes):
+        return Compiled.of_bytes(value)
+    raise NotImplementedError(f"{kind.__name__} is not for messages")
+
+
 _encoder = msgspec.msgpack.Encoder(enc_hook=plain)
-_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker)
+_to_worker: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_known)
 _from_worker: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
 
 

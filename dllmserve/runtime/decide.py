@@ -44,6 +44,8 @@ class _Answer:
     touched: Tensor
 
 
+#: from what a rule writes to what fits constraints
+Settle = Callable[[Update, RuleView], Update]
 #: a tensor of the state table, where in it, flattened, and what is written there
 _Writing = tuple[Tensor, Tensor, Tensor]
 
@@ -113,7 +115,12 @@ class StepDecision:
             real=real,
         )
 
-    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
+    def finish(
+        self,
+        stats: TokenStats,
+        before: Callable[[], None] | None = None,
+        settle: Settle | None = None,
+    ) -> StepOutputs:
         """Apply the rules, write the state table, report.
 
         All that is written is worked out first, and writing takes no memory: a step that runs out
@@ -122,9 +129,12 @@ class StepDecision:
         Args:
             stats: of the LM-head rows.
             before: writes something else, before anything is written here.
+            settle: changes what the rules write, so that it fits constraints.
         """
         view, kind = self._block_view(stats)
         update = apply_rules(self._rules, self._shape.rules, view, kind)
+        if settle is not None:
+            update = settle(update, view)
         answer = self._answer(update)
         report = self._report(stats, answer)
         writings = self._writings(update, answer)

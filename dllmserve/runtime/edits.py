@@ -246,11 +246,11 @@ class KlObserver:
 
 
 def make_edits(
-    sizes: EditSizes, vocab: VocabShard, device: torch.device
+    sizes: EditSizes, vocab: VocabShard, device: torch.device, kernels: str = "torch"
 ) -> Mapping[str, LogitEdit]:
     """All edits by name; without slots, but for those that keep something of logits."""
     return {
-        name: info.load()(sizes, vocab, device)
+        name: info.of(kernels)(sizes, vocab, device)
         for name, info in EDITS.items()
         if sizes.slots or not info.keeps
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.edits import LogitEdit
 from dllmserve.runtime.shape import SegmentShape
 from dllmserve.runtime.tensors import HeadCells
+
+if TYPE_CHECKING:
+    from dllmserve.runtime.constraints import ConstraintEdit
 
 #: ``x [n, d], weight [out, d], bias [out] or None -> [n, out]``
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -92,12 +95,14 @@ class StepEdits:
         last: [R + 1, E] int64, the state table's ids without confidence.
         candidates: [M, C] int64, ids whose log-probabilities are wanted, -1 for none; None if
             there are none anywhere.
+        constraint: of constrained requests; None if the step has none.
     """
 
     cells: HeadCells | None = None
     edits: Mapping[str, LogitEdit] = field(default_factory=dict)
     last: Tensor | None = None
     candidates: Tensor | None = None
+    constraint: ConstraintEdit | None = None
 
     def apply(
         self, z: Tensor, chunk: slice, segment: SegmentShape
@@ -118,6 +123,13 @@ class StepEdits:
             else:
                 z = result
         return z, found
+
+    def note(
+        self, z: Tensor, params: RowParams, chunk: slice, segment: SegmentShape, mask_id: int
+    ) -> None:
+        """Let constraints see a chunk's logits [n, v] as proposals are made of them."""
+        if self.constraint is not None and self.cells is not None and segment.constrained:
+            self.constraint.note(z, params, self.cells, chunk, segment, mask_id)
 
     def logprobs(
         self, z: Tensor, token: Tensor, chunk: slice, wanted: Wanted, vocab: VocabShard
@@ -200,6 +212,7 @@ class LogitsHead:
                 raw = z.clone() if changed else z
                 z, found = edits.apply(z, chunk, segment)
                 own = edits.params(params, chunk, segment)
+                edits.note(z, own, chunk, segment, self._mask_id)
                 part = self._reducer.reduce(z, own, self._mask_id, segment, needs)
                 parts.append(replace(part, **found))
                 if segment.wanted:

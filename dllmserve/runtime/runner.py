@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from dllmserve.runtime.shape import (
     SPAN_FIELDS,
     Packing,
     Padding,
+    StepShape,
     empty_ints,
     lay_out,
 )
@@ -47,6 +48,7 @@ from dllmserve.runtime.step import StepOps, TorchStep
 from dllmserve.runtime.tensors import StepOutputs
 
 if TYPE_CHECKING:
+    from dllmserve.runtime.constraints import ConstraintEdit
     from dllmserve.runtime.graphs import GraphPool
 
 #: Larger steps keep the device busy without a graph, and a graph for them would take much memory.
@@ -92,6 +94,16 @@ class StepHandle:
         self._table = table
         like = torch.empty(packing.shape.entries, 5, dtype=torch.int64, device="meta")
         self._report_room = host_room(like, table.device)
+        self._holds_room: Tensor | None = None
+        if packing.shape.constrained:
+            like = torch.empty(
+                packing.shape.entries, packing.shape.answer, dtype=torch.int64, device="meta"
+            )
+            self._holds_room = host_room(like, table.device)
+        self._holds: Tensor | None = None
+        self._constrained = [
+            bool(e.span.blk_len and table.host[e.span.row].regions) for e in plan.entries
+        ]
         ending = [e.span.row for e in plan.entries if e.last]
         self._rooms = {
             row: [host_room(like, table.device) for like in self._read(row)] for row in ending
@@ -104,6 +116,8 @@ class StepHandle:
         """Start the copies to the host of what a step leaves."""
         self.proposals, table = outputs, self._table
         self._report = to_host(outputs.report, self._report_room)
+        if outputs.holds is not None:
+            self._holds = to_host(outputs.holds, self._holds_room)
         for row, rooms in self._rooms.items():
             pairs = zip(self._read(row), rooms, strict=True)
             self._answers[row] = [to_host(values, room) for values, room in pairs]
@@ -130,7 +144,14 @@ class StepHandle:
         """Wait for the device and return one report per entry."""
         self._wait()
         rows = self._report.tolist()
-        return [EntryReport(*rows[index]) for index in self._indices]
+        reports = [EntryReport(*rows[index]) for index in self._indices]
+        if self._holds is None:
+            return reports
+        entries = zip(reports, self._indices, self._constrained, strict=True)
+        return [
+            replace(report, holds=self._holds[index].tolist()) if own else report
+            for report, index, own in entries
+        ]
 
     def logprobs(self, entry: int) -> tuple[Tensor, Tensor, Wanted] | None:
         """See :meth:`LogprobReport.of`; after :meth:`result`."""
@@ -236,6 +257,9 @@ class ModelRunner:
         self._backend = backend
         self._head = head
         self._edits = edits or {}
+        if "constraint" in self._edits and self.graphs is not None:
+            constraint: Any = self._edits["constraint"]
+            constraint.on_growth = self.graphs.clear
         self._ops = _step_ops(kernels, table, Made(RULES), decoder.spec)
         # padding at most doubles the number of spans
         capacity = (4 * table.trash_row + 64) * (SPAN_FIELDS + ENTRY_FIELDS)
@@ -268,7 +292,8 @@ class ModelRunner:
     def admit(self, init: RowInit) -> None:
         """Fill a row of the state table, and what its logit edits keep."""
         self.table.write_row(init)
-        for name in init.edits:
+        # the row's last request may have been constrained, so that has to hear of every one
+        for name in {**init.edits, "constraint": ()} if "constraint" in self._edits else init.edits:
             self._edits[name].admit(init)
 
     @torch.inference_mode()
@@ -288,7 +313,13 @@ class ModelRunner:
         self._run(plan, *self._pack(plan))
 
     def _turn_pages(self, plan: StepPlan) -> None:
-        """Note the pages that rows have got."""
+        """Note the pages and the tokens that rows have got."""
+        if plan.tokens_known:
+            device = self.table.device
+            known = zip(*plan.tokens_known, strict=True)
+            rows, positions, tokens = (host_to_device(n, device) for n in known)
+            self.table.tokens[rows, positions] = tokens
+            self.table.masked[rows, positions] = False
         if plan.pages:
             device = self.table.device
             rows, columns, pages = (
@@ -382,6 +413,9 @@ class ModelRunner:
             from dllmserve.runtime.drift import DriftMeter
 
             context = meter = DriftMeter(context, step, table, self.spec.num_layers // 2)
+        constraint = self._constraint(shape)
+        if constraint is not None:
+            constraint.begin(self._packed, shape, table)
         hidden = self._decoder(given.ids, given.positions, context, rows)
         stats = self._head.stats(
             hidden,
@@ -394,6 +428,18 @@ class ModelRunner:
                 self._edits,
                 table.last,
                 candidate_ids(plan, packing, table, given.cells),
+                constraint,
             ),
         )
-        return work.finish(stats, None if meter is None else meter.keep)
+        keep = None if meter is None else meter.keep
+        if constraint is None:
+            return work.finish(stats, keep)
+        outputs = work.finish(stats, keep, constraint.settle)
+        return replace(outputs, holds=constraint.holds(shape, table))
+
+    def _constraint(self, shape: StepShape) -> ConstraintEdit | None:
+        """What keeps constrained entries to their grammars; None if the step has none."""
+        if not shape.constrained:
+            return None
+        found: Any = self._edits["constraint"]
+        return cast("ConstraintEdit", found)

@@ -55,6 +55,7 @@ class SegmentShape:
         last: each has ids whose proposals are without confidence.
         blind: each has a blind span.
         edits: name of each logit edit, and most pairs that an entry gives it, padding included.
+        joint: a schedule writes several tokens of an entry.
         wanted: log-probabilities that are worked out, the most of any entry; None for none.
     """
 
@@ -66,7 +67,13 @@ class SegmentShape:
     last: bool = False
     blind: bool = False
     edits: tuple[tuple[str, int], ...] = ()
+    joint: bool = False
     wanted: Wanted | None = None
+
+    @property
+    def constrained(self) -> bool:
+        """True if its entries' texts have to match something."""
+        return any(name == "constraint" for name, _ in self.edits)
 
     @property
     def keeps(self) -> bool:
@@ -129,6 +136,11 @@ class StepShape:
     def candidates(self) -> int:
         """Most tokens whose log-probabilities a request wants at a position."""
         return max((s.wanted.candidates for s in self.segments if s.wanted), default=0)
+
+    @property
+    def constrained(self) -> bool:
+        """True if some entry's text has to match something."""
+        return any(segment.constrained for segment in self.segments)
 
     @property
     def plain(self) -> bool:
@@ -336,6 +348,7 @@ class _Layout:
                 (name, pad.other(size) if size else 0)
                 for name, size in zip(kind.edits, sizes, strict=True)
             ),
+            joint="constraint" in kind.edits and any(entry.quota > 1 for entry in entries),
             wanted=wanted,
         )
         first = sum(s.rows for s in self.segments)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import TokenStats
-from dllmserve.runtime.decide import StepDecision
+from dllmserve.runtime.decide import Settle, StepDecision
 from dllmserve.runtime.inputs import build_inputs
 from dllmserve.runtime.shape import StepShape
 from dllmserve.runtime.state_table import StateTable
@@ -30,7 +30,12 @@ class StepWork(Protocol):
         """What the step computes with."""
         ...
 
-    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
+    def finish(
+        self,
+        stats: TokenStats,
+        before: Callable[[], None] | None = None,
+        settle: Settle | None = None,
+    ) -> StepOutputs:
         """Apply the rules to the statistics of the M rows, write the state table, report.
 
         It runs out of memory before anything is written, or not at all.
@@ -38,6 +43,7 @@ class StepWork(Protocol):
         Args:
             stats: of the M rows.
             before: writes something else, just before; it takes no memory.
+            settle: changes what the rules write, so that it fits constraints.
         """
         ...
 
@@ -93,6 +99,11 @@ class TorchWork:
     tensors: StepTensors
     decision: StepDecision
 
-    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
+    def finish(
+        self,
+        stats: TokenStats,
+        before: Callable[[], None] | None = None,
+        settle: Settle | None = None,
+    ) -> StepOutputs:
         """See :class:`StepWork`."""
-        return self.decision.finish(stats, before)
+        return self.decision.finish(stats, before, settle)

@@ -65,6 +65,8 @@ class StepOutputs:
         logprobs: [rows, columns] float64 of each segment that wants log-probabilities.
         heads: [n, W] int8, whose its LM-head rows are, in order: 1 a masked position's, 2 a written
             one's that is scored, 0 none's. None if no segment wants log-probabilities.
+        holds: [n, A] int64, what answers of constrained entries hold, see
+            :class:`dllmserve.core.plan.EntryReport`; None if the step has none.
     """
 
     report: Tensor
@@ -72,3 +74,4 @@ class StepOutputs:
     confidence: Tensor
     logprobs: tuple[Tensor, ...] = ()
     heads: Tensor | None = None
+    holds: Tensor | None = None

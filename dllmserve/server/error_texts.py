@@ -143,8 +143,11 @@ class _Reader:
                 made.kind, made.value = "key", made.path.pop()
                 made.takes = list(self._options(self._at(schema, made.path)))
                 break
+            tagged = [s for s in made.takes if s.get("x-tag") == step]
             inside = list(self._inside(made.takes, step))
-            if inside:
+            if tagged:  # a tag may be a field's name, too
+                made.takes = [{k: v for k, v in s.items() if k != "x-tag"} for s in tagged]
+            elif inside:
                 made.path.append(step)
                 made.takes = [o for s in inside for o in self._options(s)]
             elif isinstance(step, str) and len(made.takes) > 1:
@@ -162,10 +165,6 @@ class _Reader:
 
     def _choose(self, made: _Finding, name: str) -> None:
         """Go into one of the alternatives of a location."""
-        tagged = [s for s in made.takes if s.get("x-tag") == name]
-        if tagged:
-            made.takes = tagged
-            return
         # every alternative has failed, so the errors name all of them in the order of the schema
         location = (*made.path, *(other for _, other, _ in made.unions))
         names = self._chosen.setdefault(location, [])
@@ -189,11 +188,12 @@ class _Reader:
             yield schema
             return
         said = {"x-takes": schema["x-takes"]} if "x-takes" in schema else {}
-        tags = schema.get("discriminator", {}).get("mapping", {})
+        tagged = schema.get("discriminator", {})
+        by, tags = tagged.get("propertyName"), tagged.get("mapping", {})
         for option in options:
             names = [tag for tag, ref in tags.items() if ref == option.get("$ref")]
             for found in self._options(option):
-                marks = [{"x-tag": name} for name in names] or [{}]
+                marks = [{"x-tag": name, "x-tagged-by": by} for name in names] or [{}]
                 yield from ({**found, **said, **mark} for mark in marks)
 
     @staticmethod
@@ -286,13 +286,14 @@ def _key(name: str, finding: _Finding, takes: str) -> str:
 
 
 def _tag(name: str, finding: _Finding, takes: str) -> str:
-    value = finding.value
-    tags = ", ".join(_value(schema["x-tag"]) for schema in finding.takes if "x-tag" in schema)
+    value, tagged = finding.value, [schema for schema in finding.takes if "x-tag" in schema]
+    tags = ", ".join(_value(schema["x-tag"]) for schema in tagged)
     if not isinstance(value, dict):
         return f"{name} must be an object, got {_value(value)}"
-    if "role" not in value:
-        return f"{name}.role is missing: it must be one of {tags}"
-    return f"{name}.role must be one of {tags}, got {_value(value['role'])}"
+    by = next((schema["x-tagged-by"] for schema in tagged), "type")
+    if by not in value:
+        return f"{name}.{by} is missing: it must be one of {tags}"
+    return f"{name}.{by} must be one of {tags}, got {_value(value[by])}"
 
 
 #: kinds of errors that have a sentence of their own

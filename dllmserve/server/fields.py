@@ -114,11 +114,11 @@ Biases = Annotated[
 ]
 
 
-_Choice = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
+Choice = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
 #: fields that are more than a number or a name; elements of lists are checked as they are read
 _TYPES: dict[str, Any] = {
     "stop_token_ids": Annotated[Listed[TokenId], Field(max_length=MAX_STOP_IDS)],
-    "choice": Annotated[Listed[_Choice], Field(min_length=1, max_length=MAX_CHOICES)],
+    "choice": Annotated[Listed[Choice], Field(min_length=1, max_length=MAX_CHOICES)],
     "json_schema": dict[str, Any] | Text,
     "regex": Text,
 }
@@ -177,7 +177,7 @@ class Body(BaseModel):
     @classmethod
     def _few_unknown(cls, value: Any) -> Any:
         """Keep a few of many unknown fields, so that there are few errors."""
-        known = cls.model_fields
+        known = {found.alias or name for name, found in cls.model_fields.items()}
         if not isinstance(value, dict) or len(value) <= len(known) + _PIECE:
             return value
         kept = {name: value[name] for name in known if name in value}

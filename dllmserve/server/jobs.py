@@ -167,6 +167,17 @@ class Jobs:
             self._start(record.id, live, self._run(record, request, slot, live))
         return [record.id for record in records]
 
+    async def keep(self, id: int, owner: str, details: bytes) -> None:
+        """Store something that is finished already, as long as results are stored.
+
+        Raises:
+            JobStoreError: it cannot be stored.
+        """
+        now, model = self._store.clock(), self._service.model_name
+        await self._store.insert([JobRecord(id, owner, model, now, now, b"")])
+        await self._store.finish(id, JobResult("finished", None, None, details, time.time()))
+        self._note_stats()
+
     async def find(self, id: int, owner: str, wait_s: float) -> Stored | Gone | None:
         """A job of this owner, after it has finished or ``wait_s`` is over."""
         live = self._live.get(id)
@@ -263,7 +274,7 @@ class Jobs:
             await self._finish(record.id, _failed(text))
             return
         try:
-            request = self._unpack(record)
+            request = await self._unpack(record)
         except DllmServeError as error:
             await self._finish(record.id, _failed(str(error)))
             return
@@ -274,7 +285,7 @@ class Jobs:
         live.slot = service.admission.take_anyway(request, record.owner)
         await self._run(record, request, live.slot, live)
 
-    def _unpack(self, record: JobRecord) -> Request:
+    async def _unpack(self, record: JobRecord) -> Request:
         stored = msgspec.msgpack.decode(record.request, type=StoredRequest)
         nested = stored.params.get("sparse")
         for kind, values in ((SamplingParams, stored.params), (SparseConfig, nested or {})):
@@ -282,6 +293,7 @@ class Jobs:
             check_known(kind.__name__, values, knobs(kind))
         params = msgspec.convert(stored.params, SamplingParams)
         older = None if stored.sparse is None else SparseConfig(**stored.sparse)
+        await self._service.llm.prepare(params)
         return self._service.llm.check(stored.prompt_ids, params, older)
 
     async def _run(

@@ -150,6 +150,7 @@ async def _submit(
     free_body(http)
     note_prompts(http, service, prompts)
     params = body.sampling_params()
+    await service.llm.prepare(params)
     requests = []
     for index, prompt in enumerate(prompts):
         name = "prompt" if len(prompts) == 1 else f"prompts[{index}]"
@@ -259,7 +260,9 @@ async def stream(
     free_body(http)
     note_prompts(http, service, [body.prompt])
     ids = await service.prompt_ids(body.prompt, owner=owner)
-    request = service.llm.check(ids, body.sampling_params())
+    params = body.sampling_params()
+    await service.llm.prepare(params)
+    request = service.llm.check(ids, params)
     (run,) = service.admit([request], owner, watch=True, timeout_s=body.timeout)
     keep_alive = service.settings.server.sse_keep_alive
     return EventStream(_canvases(run, http, service), keep_alive, run.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from dllmserve.core.request import Request
+from dllmserve.engine.tool_form import OWN
 from dllmserve.server.common import (
     JsonRoute,
     OwnerOf,
@@ -27,6 +29,7 @@ from dllmserve.server.openai_answers import ChatAnswer, CompletionAnswer, Reply,
 from dllmserve.server.openai_bodies import ChatRequest, CompletionRequest, OpenAIFields
 from dllmserve.server.service import Service, close_all, finish_all
 from dllmserve.server.sse import EventStream, unless_gone
+from dllmserve.server.tool_calls import Calls
 
 router = APIRouter(tags=["openai"], route_class=JsonRoute)
 
@@ -69,7 +72,8 @@ async def completions(
     body: CompletionRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
 ) -> Response:
     """Complete prompts."""
-    _check_model(body.model, service)
+    check_model(body.model, service)
+    check_stream(body, service)
     free_body(http)
     prompts = body.prompts()
     note_prompts(http, service, prompts)
@@ -85,7 +89,10 @@ async def completions(
             prompt if isinstance(prompt, str) else tokenizer.decode(prompt) if tokenizer else ""
             for prompt in prompts
         ]
-    return await _answer(body, ids, http, service, owner, echoes, chat=False)
+    constraint = body.constraint()
+    requests = await _requests(body, ids, service, constraint)
+    reply = reply_to(body, service, constraint, echoes=echoes)
+    return await _answer(body, requests, reply, http, service, owner)
 
 
 @router.post("/v1/chat/completions", response_model=None, responses=_responses(ChatAnswer))
@@ -93,28 +100,104 @@ async def chat(
     body: ChatRequest, http: HttpRequest, service: ServiceOf, owner: OwnerOf
 ) -> Response:
     """Answer a conversation."""
-    _check_model(body.model, service)
+    check_model(body.model, service)
+    check_stream(body, service)
     free_body(http)
+    _check_count(body.choices(service.settings.server), "n", service)
+    requests, reply = await prepared(body, http, service, owner)
+    return await _answer(body, requests, reply, http, service, owner)
+
+
+async def prepared(
+    body: ChatRequest, http: HttpRequest, service: Service, owner: str
+) -> tuple[list[Request], Reply]:
+    """The checked requests of a chat, one for each choice, and the frame of its answer.
+
+    Raises:
+        ApiError, DllmServeError: it cannot be answered.
+    """
     messages = body.conversation()
     note_prompts(http, service, messages)
-    _check_count(body.choices(service.settings.server), "n", service)
-    ids = await service.chat_ids(messages, owner)
-    return await _answer(body, [ids], http, service, owner, [], chat=True)
+    use, constraint, tokenizer = body.tool_use(), body.constraint(), service.llm.tokenizer
+    ids = await service.chat_ids(messages, owner, None if use is None else use.told())
+    calls, field = None, None
+    if use is not None:
+        field = "functions" if use.older else "tools"
+        calls = Calls(OWN if tokenizer is None else tokenizer.tool_form, use.allowed, use.older)
+    reply = reply_to(body, service, constraint, calls=calls)
+    if use is not None and calls is not None:
+        constraint = use.constraint(calls.form, constraint)
+    return await _requests(body, [ids], service, constraint, field), reply
+
+
+def reply_to(
+    body: OpenAIFields,
+    service: Service,
+    constraint: dict[str, Any],
+    *,
+    echoes: Sequence[str] = (),
+    calls: Calls | None = None,
+) -> Reply:
+    """The frame of an answer; ``constraint`` is what its text has to match."""
+    options = body.stream_options
+    return Reply(
+        chat=isinstance(body, ChatRequest),
+        model=service.model_name,
+        choices=body.choices(service.settings.server),
+        echoes=echoes,
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
+        calls=calls,
+        whole_texts="json_schema" in constraint or "choice" in constraint,
+        top_logprobs=body.likeliest(),
+        tokenizer=service.llm.tokenizer,
+    )
 
 
 async def _answer(
     body: OpenAIFields,
-    prompts: list[list[int]],
+    requests: list[Request],
+    reply: Reply,
     http: HttpRequest,
     service: Service,
     owner: str,
-    echoes: list[str],
-    *,
-    chat: bool,
 ) -> Response:
-    config = service.settings.server
-    options = body.stream_options
-    if options is not None and not body.stream:
+    runs = service.admit(requests, owner, stream=bool(body.stream), timeout_s=body.timeout)
+    if body.stream:
+        keep_alive = service.settings.server.sse_keep_alive
+        return EventStream(stream(reply, runs, http), keep_alive, lambda: close_all(runs))
+    try:
+        outputs = await unless_gone(http, finish_all(runs))
+    finally:
+        close_all(runs)
+    note_runs(http, runs, sum(output.completion_tokens for output in outputs))
+    return JSONResponse(reply.whole(runs, outputs))
+
+
+async def _requests(
+    body: OpenAIFields,
+    prompts: list[list[int]],
+    service: Service,
+    constraint: dict[str, Any],
+    tools: str | None = None,
+) -> list[Request]:
+    """Checked requests: every choice of every prompt; ``tools`` is the field that has tools."""
+    config, llm = service.settings.server, service.llm
+    choices = body.choices(config)
+    requests = []
+    for index, ids in enumerate(prompts):
+        name = "messages" if isinstance(body, ChatRequest) else "prompt"
+        name = name if len(prompts) == 1 else f"{name}[{index}]"
+        with body.own_names(tools):
+            choice = body.sampling_params(len(ids), llm.info, config, constraint)
+            await llm.prepare(choice(0))
+            requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
+    return requests
+
+
+def check_stream(body: OpenAIFields, service: Service) -> None:
+    """Raise ApiError if the answer cannot come in the way that is asked for."""
+    if body.stream_options is not None and not body.stream:
         raise ApiError(
             400,
             "stream_options needs stream=true",
@@ -129,42 +212,10 @@ async def _answer(
             code="invalid_parameter",
             param="stream",
         )
-    requests = _requests(body, prompts, service)
-    reply = Reply(
-        chat=chat,
-        model=service.model_name,
-        choices=body.choices(config),
-        echoes=echoes,
-        include_usage=bool(options and options.include_usage),
-        continuous_usage=bool(options and options.continuous_usage_stats),
-    )
-    runs = service.admit(requests, owner, stream=bool(body.stream), timeout_s=body.timeout)
-    if body.stream:
-        return EventStream(
-            stream(reply, runs, http), config.sse_keep_alive, lambda: close_all(runs)
-        )
-    try:
-        outputs = await unless_gone(http, finish_all(runs))
-    finally:
-        close_all(runs)
-    note_runs(http, runs, sum(output.completion_tokens for output in outputs))
-    return JSONResponse(reply.whole(runs, outputs))
 
 
-def _requests(body: OpenAIFields, prompts: list[list[int]], service: Service) -> list[Request]:
-    """Checked requests: every choice of every prompt."""
-    config, llm = service.settings.server, service.llm
-    choices = body.choices(config)
-    requests = []
-    for index, ids in enumerate(prompts):
-        name = "messages" if isinstance(body, ChatRequest) else "prompt"
-        name = name if len(prompts) == 1 else f"{name}[{index}]"
-        choice = body.sampling_params(len(ids), llm.info, config)
-        requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
-    return requests
-
-
-def _check_model(name: str | None, service: Service) -> None:
+def check_model(name: str | None, service: Service) -> None:
+    """Raise ApiError for a model that is not served."""
     if name is not None and name != service.model_name:
         known = f"this server has '{service.model_name}'"
         text = f"there is no model '{shown(name, 100)}'; {known}"
@@ -195,7 +246,7 @@ async def models(service: ServiceOf) -> dict[str, Any]:
 )
 async def model(model: str, service: ServiceOf) -> dict[str, Any]:
     """One model."""
-    _check_model(model, service)
+    check_model(model, service)
     return _card(service)
 
 

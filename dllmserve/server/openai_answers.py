@@ -10,17 +10,20 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 
 from dllmserve import __version__
 from dllmserve.async_llm import TextDelta
-from dllmserve.outputs import RequestOutput
+from dllmserve.engine.tokenizer import Tokenizer
+from dllmserve.outputs import RequestOutput, TokenLogprob
 from dllmserve.server.common import note_runs
 from dllmserve.server.failures import as_api_error, log_failure
 from dllmserve.server.http.respond import error_object, error_type
+from dllmserve.server.openai_logprobs import AnswerLogprobs, ChatLogprobs, CompletionLogprobs
 from dllmserve.server.service import Run, close_all
 from dllmserve.server.sse import event
+from dllmserve.server.tool_calls import Calls
 
 #: names the software behind an answer; OpenAI's clients show it
 FINGERPRINT = f"dllmserve-{__version__}"
@@ -59,7 +62,7 @@ class CompletionChoice(BaseModel):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
@@ -70,12 +73,33 @@ class CompletionAnswer(_Answer):
     choices: list[CompletionChoice]
 
 
+class AnswerFunction(BaseModel):
+    """A function that the model calls."""
+
+    name: str
+    arguments: str = Field(description="A JSON object, valid by the function's parameters.")
+
+
+class AnswerCall(BaseModel):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"]
+    function: AnswerFunction
+
+
 class AnswerMessage(BaseModel):
-    """The model's message."""
+    """The model's message: a text, calls of tools, or both."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[AnswerCall] | None = Field(
+        default=None, description="Not there without calls."
+    )
+    function_call: AnswerFunction | None = Field(
+        default=None, description="In place of tool_calls, for requests with functions."
+    )
 
 
 class ChatChoice(BaseModel):
@@ -83,8 +107,8 @@ class ChatChoice(BaseModel):
 
     index: int
     message: AnswerMessage
-    logprobs: None
-    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class ChatAnswer(_Answer):
@@ -105,6 +129,12 @@ class Reply:
         echoes: text before each answer, by prompt; empty without echo.
         include_usage, continuous_usage: whether a stream tells the usage at its end, and in each
             piece.
+        calls: how answers call tools; None without tools.
+        whole_texts: texts are whole even where they fill all of their length: JSON under a schema,
+            and one of several texts. Clients take "length" for a part.
+        top_logprobs: how many of the likeliest tokens are told beside each; None: no
+            log-probabilities.
+        tokenizer: for the texts of tokens.
     """
 
     chat: bool
@@ -113,6 +143,10 @@ class Reply:
     echoes: Sequence[str] = ()
     include_usage: bool = False
     continuous_usage: bool = False
+    calls: Calls | None = None
+    whole_texts: bool = False
+    top_logprobs: int | None = None
+    tokenizer: Tokenizer | None = None
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -125,18 +159,39 @@ class Reply:
         choices = []
         for index, output in enumerate(outputs):
             choice: dict[str, Any] = {"index": index}
-            if self.chat:
+            message: dict[str, Any] = {}
+            if self.calls is not None:
+                message = self.calls.message(output.text)
+            elif self.chat:
                 message = {"role": "assistant", "content": output.text, "refusal": None}
+            if self.chat:
                 choice["message"] = message
             else:
                 choice["text"] = self.echo(index) + output.text
-            choices.append(choice | {"logprobs": None, "finish_reason": output.finish_reason})
+            called = message.get("tool_calls") or message.get("function_call")
+            told = self.logprobs(index)
+            length = len(self.echo(index)) + len(output.text)
+            choice["logprobs"] = told and told.add(output.logprobs or (), length)
+            choices.append(choice | {"finish_reason": self.reason(output, called)})
         kind = "chat.completion" if self.chat else "text_completion"
         return self._frame(kind, choices) | {"usage": self.usage(runs, outputs)}
 
     def echo(self, index: int) -> str:
         """The prompt of a choice, if it is echoed."""
         return self.echoes[index // self.choices] if self.echoes else ""
+
+    def reason(self, output: RequestOutput, called: object) -> str:
+        """Why an answer ended."""
+        if called and self.calls is not None:
+            return self.calls.called
+        return "stop" if self.whole_texts else output.finish_reason
+
+    def logprobs(self, index: int) -> AnswerLogprobs | None:
+        """Tells log-probabilities of an answer, if they were asked for."""
+        if self.top_logprobs is None:
+            return None
+        offset = len(self.echo(index))
+        return AnswerLogprobs(self.tokenizer, chat=self.chat, top=self.top_logprobs, offset=offset)
 
     def usage(
         self, runs: Sequence[Run], outputs: Sequence[RequestOutput], unfinished: int = 0
@@ -168,19 +223,24 @@ class Reply:
         }
 
     def chunk(
-        self, index: int, text: str | None, reason: str | None = None, *, first: bool = False
+        self,
+        index: int,
+        delta: dict[str, Any],
+        reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """One piece of a stream."""
-        choice: dict[str, Any] = {"index": index}
-        if self.chat:
-            delta: dict[str, Any] = {"role": "assistant"} if first else {}
-            if text is not None:
-                delta["content"] = text
-            choice["delta"] = delta
-        else:
-            choice["text"] = text or ""
+        """One piece of a stream.
+
+        Args:
+            index: of the choice.
+            delta: of a chat; a completion has its "content" as its text.
+            reason: why the answer ended, in its last piece.
+            logprobs: of the tokens in it.
+        """
+        told = {"delta": delta} if self.chat else {"text": delta.get("content", "")}
+        choice = {"index": index, **told, "logprobs": logprobs, "finish_reason": reason}
         kind = "chat.completion.chunk" if self.chat else "text_completion"
-        frame = self._frame(kind, [choice | {"logprobs": None, "finish_reason": reason}])
+        frame = self._frame(kind, [choice])
         return frame | {"usage": None} if self.include_usage else frame
 
     def last(self, runs: Sequence[Run], outputs: Sequence[RequestOutput]) -> dict[str, Any]:
@@ -199,23 +259,65 @@ class Reply:
         }
 
 
+class _Choice:
+    """The stream of one choice: what is told for each piece of its text."""
+
+    def __init__(self, reply: Reply, index: int) -> None:
+        self._reply, self._index = reply, index
+        self._reader = None if reply.calls is None else reply.calls.reader()
+        self._called = False
+        self._logprobs = reply.logprobs(index)
+        self._untold: list[TokenLogprob] = []
+
+    def first(self) -> list[Any]:
+        """Arguments of :meth:`Reply.chunk` for what comes before the answer."""
+        if self._reply.chat:
+            # calls have no content beside them
+            content = "" if self._reader is None else None
+            return [(self._index, {"role": "assistant", "content": content})]
+        echo = self._reply.echo(self._index)
+        return [(self._index, {"content": echo})] if echo else []
+
+    def told(self, delta: TextDelta) -> list[Any]:
+        """Arguments of :meth:`Reply.chunk` for a piece."""
+        made: list[Any] = [[self._index, found, None] for found in self._deltas(delta)]
+        if delta.output is not None:
+            made.append([self._index, {}, self._reply.reason(delta.output, self._called)])
+        self._untold += delta.logprobs or ()
+        if made and self._logprobs is not None:
+            # a text that may become a call is held back, and its tokens with it
+            end = None
+            if delta.output is not None:
+                end = len(self._reply.echo(self._index)) + len(delta.output.text)
+            made[0].append(self._logprobs.add(self._untold, end))
+            self._untold = []
+        return made
+
+    def _deltas(self, delta: TextDelta) -> list[dict[str, Any]]:
+        if self._reader is None or self._reply.calls is None:
+            return [{"content": delta.text}] if delta.text else []
+        pieces = self._reader.add(delta.text)
+        if delta.output is not None:
+            pieces += self._reader.finish()
+        self._called = self._called or any(piece.kind == "call" for piece in pieces)
+        return [self._reply.calls.delta(piece) for piece in pieces]
+
+
 async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGenerator[bytes, None]:
     """Events with pieces of committed text. An error after the start is an event as well."""
     outputs: dict[int, RequestOutput] = {}
     sent: dict[int, int] = {}
+    choices = [_Choice(reply, index) for index in range(len(runs))]
 
-    def piece(*about: Any, first: bool = False) -> bytes:
-        chunk = reply.chunk(*about, first=first)
+    def piece(about: Any) -> bytes:
+        chunk = reply.chunk(*about)
         if reply.continuous_usage:
             chunk["usage"] = reply.usage(runs, list(outputs.values()), sum(sent.values()))
         return event(chunk)
 
     try:
-        for index in range(len(runs)):
-            if reply.chat:
-                yield piece(index, "", first=True)
-            elif reply.echo(index):
-                yield piece(index, reply.echo(index))
+        for about in (told for choice in choices for told in choice.first()):
+            yield piece(about)
         async with aclosing(_merged(runs)) as merged:
             async for index, delta in merged:
                 if delta.output is None:
@@ -223,10 +325,8 @@ async def stream(reply: Reply, runs: list[Run], http: HttpRequest) -> AsyncGener
                 else:
                     outputs[index] = delta.output
                     sent.pop(index, None)
-                if delta.text:
-                    yield piece(index, delta.text)
-                if delta.output is not None:
-                    yield piece(index, None, delta.output.finish_reason)
+                for about in choices[index].told(delta):
+                    yield piece(about)
         if reply.include_usage:
             yield event(reply.last(runs, [outputs[i] for i in sorted(outputs)]))
     except Exception as failure:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, Field
 
-from dllmserve._values import MAX_GEN_LENGTH
+from dllmserve._stepwise import stepwise
+from dllmserve._values import MAX_GEN_LENGTH, MAX_LOGPROBS
 from dllmserve.core.limits import Limits
 from dllmserve.core.validator import window_of
 from dllmserve.messages import template_messages
 from dllmserve.process.messages import EngineInfo
-from dllmserve.sampling_params import SamplingParams, stepwise
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.failures import ApiError
 from dllmserve.server.fields import (
@@ -38,13 +39,15 @@ from dllmserve.server.fields import (
 )
 from dllmserve.server.openai_messages import AssistantMessage, Messages
 from dllmserve.server.strict_json import check_texts
+from dllmserve.server.structured import StructuredFields
+from dllmserve.server.tools import ToolFields
 
 #: of answers, where neither the request nor the operator says otherwise
 DEFAULT_MAX_TOKENS = 128
 #: OpenAI's limit
 MAX_CHOICES = 128
-#: definitions of tools
-MAX_TOOLS = 1024
+#: what an answer has to match says nothing of how it is decoded, nor does what it tells of itself
+MATCHED = ("regex", "json_schema", "choice", "logprobs")
 
 
 def _not_read() -> Any:
@@ -68,7 +71,7 @@ class StreamOptions(Body):
     include_obfuscation: neutral(False) = None  # type: ignore[valid-type]
 
 
-class OpenAIFields(DecodingFields):
+class OpenAIFields(StructuredFields, DecodingFields):
     """Fields of both endpoints."""
 
     #: an answer that ends by itself may take all of the context if no length was given
@@ -108,6 +111,10 @@ class OpenAIFields(DecodingFields):
     min_p: neutral(0) = None  # type: ignore[valid-type]
     min_tokens: neutral(0) = None  # type: ignore[valid-type]
 
+    def likeliest(self) -> int | None:
+        """How many log-probabilities are told beside each token's own; None: none at all."""
+        return None
+
     def length(self) -> int | None:
         """The answer's length, if it was given under any of its names."""
         names = ("gen_length", "max_tokens", "max_completion_tokens")
@@ -131,15 +138,24 @@ class OpenAIFields(DecodingFields):
             )
         return count
 
-    def sampling_params(self, prompt_len: int, engine: EngineInfo, config: ServerConfig) -> Any:
+    def sampling_params(
+        self,
+        prompt_len: int,
+        engine: EngineInfo,
+        config: ServerConfig,
+        constraint: dict[str, Any],
+    ) -> Any:
         """A function from the number of a choice to its SamplingParams.
 
         Args:
             prompt_len: prompt tokens.
             engine: what is known of the model and the engine's sizes.
             config: where the defaults come from.
+            constraint: what the answer has to match, as fields of SamplingParams.
         """
-        values = self.decoding()
+        values = {k: v for k, v in self.decoding().items() if k not in MATCHED} | constraint
+        if (likeliest := self.likeliest()) is not None:
+            values["logprobs"] = likeliest
         if self._plain(values) and config.default_quality != "exact":
             values["quality"] = config.default_quality
         length = self.length()
@@ -185,7 +201,7 @@ class OpenAIFields(DecodingFields):
     @staticmethod
     def _plain(values: dict[str, Any]) -> bool:
         """True if the request says nothing of how it is decoded."""
-        said = {"gen_length", "max_tokens", "top_k", "ignore_eos", "stop_token_ids"}
+        said = {"gen_length", "max_tokens", "top_k", "ignore_eos", "stop_token_ids", *MATCHED}
         return not set(values) - said
 
 
@@ -217,7 +233,25 @@ class CompletionRequest(OpenAIFields):
     echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="Must equal n.")
     suffix: neutral("") = None  # type: ignore[valid-type]
-    logprobs: neutral() = None  # type: ignore[valid-type]
+    logprobs: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log-probabilities of each token, and of so many of the likeliest.",
+    )
+
+    def likeliest(self) -> int | None:
+        """See :meth:`OpenAIFields.likeliest`. Raises ApiError if the prompt's are asked for."""
+        if self.logprobs is not None and self.echo:
+            raise ApiError(
+                400,
+                "echo with logprobs asks for log-probabilities of the prompt, and only those of "
+                "answers are known: leave one of them out. Likelihoods of given texts are what "
+                "LLM.log_likelihood of the Python package is for",
+                code="invalid_parameter",
+                param="echo",
+            )
+        return self.logprobs
 
     def prompts(self) -> Any:
         """The prompts, always as a list: list[str] or list[list[int]]."""
@@ -227,19 +261,7 @@ class CompletionRequest(OpenAIFields):
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-Tools = Annotated[
-    Listed[Entries[Any]],
-    Field(max_length=MAX_TOOLS),
-    # whether there are any is all that counts
-    AfterValidator(lambda tools: [{} for _ in tools]),
-]
-_NO_TOOLS = (
-    "{wrong}: this server calls no tools yet; give {choice}='none' for an answer in words, for "
-    "which {tools} are not read, or leave both out"
-)
-
-
-class ChatRequest(OpenAIFields):
+class ChatRequest(ToolFields, OpenAIFields):
     """Body of /v1/chat/completions."""
 
     model_config = example(
@@ -251,17 +273,11 @@ class ChatRequest(OpenAIFields):
 
     messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_GEN_LENGTH)
-    logprobs: neutral(False) = None  # type: ignore[valid-type]
-    top_logprobs: neutral(0) = None  # type: ignore[valid-type]
-    response_format: neutral({"type": "text"}) = None  # type: ignore[valid-type]
-    tools: Tools | None = Field(default=None, description="Only with tool_choice none; not read.")
-    tool_choice: Literal["none", "auto", "required"] | Entries[Any] | None = Field(
-        default=None, description="none; auto only without tools."
+    logprobs: bool | None = Field(
+        default=None, description="Log-probabilities of each token of the answer."
     )
-    parallel_tool_calls: Unread[bool] = _not_read()
-    functions: Tools | None = Field(default=None, description="As tools, by their older name.")
-    function_call: Literal["none", "auto"] | Entries[Any] | None = Field(
-        default=None, description="none; auto only without functions."
+    top_logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_LOGPROBS, description="And of so many of the likeliest."
     )
     modalities: neutral(["text"]) = None  # type: ignore[valid-type]
     audio: neutral() = None  # type: ignore[valid-type]
@@ -273,21 +289,23 @@ class ChatRequest(OpenAIFields):
     reasoning_effort: Unread[Text] = _not_read()
     verbosity: Unread[Text] = _not_read()
 
+    def likeliest(self) -> int | None:
+        """See :meth:`OpenAIFields.likeliest`. Raises ApiError for top_logprobs alone."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(
+                400,
+                f"top_logprobs={self.top_logprobs} needs logprobs=true",
+                code="invalid_parameter",
+                param="top_logprobs",
+            )
+        return (self.top_logprobs or 0) if self.logprobs else None
+
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as a chat template reads them.
 
         Raises:
-            ApiError: the model is asked to call tools, which it cannot; or arguments of calls
-                hold too much to be parsed.
+            ApiError: arguments of calls hold too much to be parsed.
         """
-        for tools, choice in (("tools", "tool_choice"), ("functions", "function_call")):
-            chosen = getattr(self, choice)
-            wrong = choice if chosen not in (None, "none", "auto") else None
-            if wrong is None and getattr(self, tools) and chosen != "none":
-                wrong = tools
-            if wrong is not None:
-                text = _NO_TOOLS.format(wrong=wrong, tools=tools, choice=choice)
-                raise ApiError(400, text, code="invalid_parameter", param=wrong)
         called = (m.arguments() for m in self.messages if isinstance(m, AssistantMessage))
         check_texts(chain.from_iterable(called), "messages")
         return template_messages([m.model_dump(exclude_none=True) for m in self.messages])

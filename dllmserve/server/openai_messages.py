@@ -38,7 +38,7 @@ def says_nothing(value: Any) -> bool:
     return True
 
 
-class _Said(Body):
+class Said(Body):
     """A message, or a piece of one."""
 
     model_config = ConfigDict(
@@ -46,6 +46,8 @@ class _Said(Body):
     )
     #: the error for parts of another type; None if there are no types
     other_type: ClassVar[str | None] = None
+    #: the types that are known
+    types: ClassVar[tuple[str, ...]] = ("text", "function")
 
     cache_control: Marker = None
 
@@ -55,12 +57,12 @@ class _Said(Body):
         if not isinstance(value, dict):
             return value
         kind, known = value.get("type"), cls.model_fields
-        if cls.other_type and isinstance(kind, str) and kind not in ("text", "function"):
+        if cls.other_type and isinstance(kind, str) and kind not in cls.types:
             raise ValueError(f"has type '{shown(kind, 40)}': {cls.other_type}")
         return {k: v for k, v in value.items() if k in known or not says_nothing(v)}
 
 
-class TextPart(_Said):
+class TextPart(Said):
     """A part of a message."""
 
     other_type = "models here read text only, so each part must have type 'text'"
@@ -70,7 +72,7 @@ class TextPart(_Said):
     prompt_cache_breakpoint: Marker = None
 
 
-class CalledFunction(_Said):
+class CalledFunction(Said):
     """What a tool call asked for."""
 
     name: Text
@@ -79,7 +81,7 @@ class CalledFunction(_Said):
     )
 
 
-class ToolCall(_Said):
+class ToolCall(Said):
     """A tool call of an earlier answer."""
 
     other_type = "only calls of type 'function' are known here"
@@ -94,7 +96,7 @@ Parts = Annotated[Listed[TextPart], Field(max_length=MAX_MESSAGES)]
 Content = Text | Annotated[Listed[TextPart], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class _Message(_Said):
+class _Message(Said):
     # some clients mark whole messages as they mark parts
     type: neutral("text") = Field(default=None, exclude=True)  # type: ignore[valid-type]
     name: Text | None = Field(default=None, description="For the chat template.")

@@ -394,17 +394,24 @@ class Service:
             await asyncio.sleep(0)  # other tasks run between the prompts of a batch
         return await self.llm.prompt_ids(prompt)
 
-    async def chat_ids(self, messages: Sequence[Mapping[str, Any]], owner: str = "") -> list[int]:
+    async def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        owner: str = "",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
         """Prompt ids of a conversation; special tokens in messages are ordinary text.
 
         Args:
             messages: as a chat template reads them, see :mod:`dllmserve.messages`.
             owner: who asks.
+            tools: what the model is told that it may call.
         """
         self.require_engine(owner)
         said = (str(value) for m in messages for key, value in m.items() if key != "role")
         self._check_length(sum(map(len, said)), "messages")
-        return await self.llm.chat_ids(messages, literal_contents=True)
+        self._check_length(sum(len(str(tool)) for tool in tools or ()), "tools")
+        return await self.llm.chat_ids(messages, literal_contents=True, tools=tools)
 
     def require_engine(self, owner: str = "") -> None:
         """Raise OverloadedError while no request of this owner can be taken."""

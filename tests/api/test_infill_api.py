@@ -1,6 +1,7 @@
 """Templates as people write them: pieces, results, errors; the same from another process."""
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def test_pieces(engines: Engines, byte_checkpoint: Path) -> None:
         llm.tokenizer.decode(who),
         llm.tokenizer.decode(what),
     ]
-    assert sorted(found) == ["finish_reason", "holes", "text", "token_ids", "usage"]
+    assert sorted(found) == ["finish_reason", "holes", "steps", "text", "token_ids", "usage"]
+    assert sorted(found["holes"][0]) == ["name", "steps", "text", "token_ids"]
 
 
 def test_only_a_text_at_the_start_gets_what_begins_a_prompt() -> None:
@@ -99,12 +101,11 @@ def test_what_is_no_template(
         ([Hole(3)], {"regex": "a"}, "regex of SamplingParams .* give it to the Hole"),
         ([Hole(3)], {"choice": ["a", "b"]}, "choice of SamplingParams .* give it to the Hole"),
         ([Hole(3)], {"json_schema": {}}, "json_schema of SamplingParams .* give it to the Hole"),
-        ([Hole(3, regex="a+")], {}, "regex of a Hole is not enforced"),
         ([Hole(3)], {"suffix_window": 4}, "suffix_window=4 leaves out what stands behind"),
         ([Hole(3)], {"stop": "a"}, "stop ends the text of a single hole that may end early"),
         ([Hole(1, fill="up_to")] * 2, {"stop": "a"}, "stop ends the text of a single hole"),
         ([Hole(3, fill="up_to")], {"ignore_eos": True}, "with ignore_eos=True there is none"),
-        ([Hole(8000), Hole(193)], {}, "the holes have 8193 positions, over 8192"),
+        ([Hole(8000), Hole(193)], {}, "the holes have more than 8192 positions"),
     ],
 )
 def test_what_does_not_go_with_holes(
@@ -159,7 +160,7 @@ def test_unknown_fields_of_a_hole() -> None:
 def test_from_another_process(engines: Engines, byte_checkpoint: Path) -> None:
     """The same results, errors at the door, many at once, and a request that runs again."""
     sync = engines(byte_checkpoint)
-    pieces = ["Dear ", Hole(3, name="who", fill="up_to"), ", hello ", Hole(4), "!"]
+    pieces = ["Dear ", Hole(3, name="who", fill="up_to"), ", ", Hole(4, regex="[a-f]+"), "!"]
     drawn = SamplingParams(seed=4, block_length=6, schedule="mdlm", steps_per_block=2)
     quick = SamplingParams(seed=5, quality="balanced", stop="q")
 
@@ -182,6 +183,75 @@ def test_from_another_process(engines: Engines, byte_checkpoint: Path) -> None:
             assert await asyncio.gather(*(llm.infill(pieces, p) for p in made)) == expected
 
     asyncio.run(talk())
+
+
+WANTED: list[tuple[Hole, str]] = [
+    (Hole(4, regex="[ab]+"), "[ab]{4}"),
+    (Hole(6, regex="[ab]+", fill="up_to"), "[ab]{1,6}"),
+    (Hole(3, choice=["one", "two", "seven"]), "one|two"),
+    (Hole(6, choice=["one", "two", "seven"], fill="up_to"), "one|two|seven"),
+]
+
+
+@pytest.mark.parametrize("unmask", ["steps", "threshold", "factor", "entropy_bound", "wino"])
+def test_each_hole_has_its_own_constraint(
+    engines: Engines, byte_checkpoint: Path, unmask: str
+) -> None:
+    """Beside holes without one, alone and in batches; what they ask for holds whatever is drawn."""
+    llm, pieces = engines(byte_checkpoint), list[Any]()
+    for place, (hole, _) in enumerate(WANTED):
+        pieces += [hole, f" {place} ", *([Hole(2), "|"] if place % 2 else [])]
+    params = [
+        SamplingParams(
+            temperature=0.9 * (seed % 3),
+            seed=seed,
+            unmask=unmask,
+            threshold=0.1,
+            block_length=(None, 7, 16)[seed % 3],
+        )
+        for seed in range(6)
+    ]
+    found = llm.infill([pieces] * 6, params, use_tqdm=False)
+    assert [llm.infill([pieces], one, use_tqdm=False)[0] for one in params] == found
+    for one in found:
+        holes = [hole["text"] for hole in one["holes"]]
+        asked = [p for p in pieces if isinstance(p, Hole)]
+        texts = [text for text, hole in zip(holes, asked, strict=True) if hole.constraints]
+        for text, (hole, pattern) in zip(texts, WANTED, strict=True):
+            assert re.fullmatch(pattern, text), (hole, text)
+
+
+def test_what_fits_no_hole_is_refused(engines: Engines, byte_checkpoint: Path) -> None:
+    llm = engines(byte_checkpoint)
+    for hole, why in (
+        (Hole(2, regex="abc"), "shortest text that matches has 3 tokens, and the length of hole 1"),
+        (Hole(4, regex="(abc)+"), r"exactly 4 tokens, .* let the hole end \(fill='up_to'\)"),
+        (Hole(4, regex="a(?=b)"), "look"),
+    ):
+        with pytest.raises(InvalidParameterError, match=why):
+            llm.infill([["a", Hole(1), "b", hole]], GREEDY, use_tqdm=False)
+    many = [piece for _ in range(17) for piece in (Hole(1, regex="a"), "b")]
+    with pytest.raises(
+        InvalidParameterError, match="17 holes have a constraint, and a request may"
+    ):
+        llm.infill([many], GREEDY, use_tqdm=False)
+
+
+def test_holes_that_need_no_forward(engines: Engines, byte_checkpoint: Path) -> None:
+    """What can be one text alone is written by the host, ends before the last hole among it."""
+    llm = engines(byte_checkpoint)
+    assert llm.tokenizer is not None
+    (end, *_) = llm.spec.eos_ids
+    pieces = [Hole(3, regex="abc"), "-", Hole(4, choice=["de"], fill="up_to"), "-", Hole(2)]
+    (found,) = llm.infill([pieces], GREEDY, use_tqdm=False)
+    helpers.check_idle(llm)
+    assert [hole["text"] for hole in found["holes"][:2]] == ["abc", "de"]
+    assert len(found["holes"][2]["token_ids"]) == 2
+    assert found["holes"][1]["token_ids"] == [*llm.tokenizer.encode("de"), end]
+    assert found["usage"]["forward_passes"] == 2
+    (found,) = llm.infill([pieces[:4]], GREEDY, use_tqdm=False)
+    assert (found["text"], found["usage"]["forward_passes"]) == ("abc-de-", 0)
+    assert found["finish_reason"] == "stop"
 
 
 def test_stop_cuts_a_hole(engines: Engines, byte_checkpoint: Path) -> None:

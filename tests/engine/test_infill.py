@@ -56,6 +56,37 @@ def test_upstream(engines: Engines, name: str, schedule: str) -> None:
         ], cases[index // 2]["id"]
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_upstreams_steps_and_log_probabilities(engines: Engines, name: str) -> None:
+    """Of every position in a hole; given ones have none."""
+    cases = truths(name)
+    params = [
+        SamplingParams(
+            temperature=0.0,
+            block_length=case["params"]["block_size"],
+            steps=case["params"]["steps"],
+            cfg_scale=case["params"]["cfg_scale"],
+            schedule="mdlm",
+            logprobs=place % 3,
+        )
+        for place, case in enumerate(cases)
+    ]
+    templates = [template(case["tokens"], case["holes"]) for case in cases]
+    found = engines(helpers.GOLDEN / name).infill(templates, params, use_tqdm=False)
+    for place, (case, one) in enumerate(zip(cases, found, strict=True)):
+        steps = [step for hole in one["holes"] for step in hole["steps"]]
+        assert steps == case["step_map"]
+        told = [entry for hole in one["holes"] for entry in hole["logprobs"]]
+        assert [t["logprob"] for t in told] == pytest.approx(case["logprobs"], abs=1e-3)
+        assert all(len(t["top"]) == place % 3 for t in told)
+        assert [t["token_id"] for t in one["logprobs"]] == one["token_ids"]
+        open_ = {p for low, high in case["holes"] for p in range(low, high)}
+        inside = [p in open_ for p in range(len(case["tokens"]))]
+        assert [s for s, i in zip(one["steps"], inside, strict=True) if i] == steps
+        assert {s for s, i in zip(one["steps"], inside, strict=True) if not i} <= {0}
+        assert [t["logprob"] is not None for t in one["logprobs"]] == inside
+
+
 @pytest.mark.parametrize("name", [*MODELS, "dream-kv2of4"])
 def test_the_definition(engines: Engines, name: str) -> None:
     """Both schedules, guidance, and logits that are shifted."""

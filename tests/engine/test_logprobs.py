@@ -164,7 +164,17 @@ KEPT: list[tuple[dict[str, Any], SparseConfig | None]] = [
     ({"cache": "drift", "steps": 8, "refresh_share": 0.2}, None),
     ({"steps": 4}, SparseConfig(default_block_len=4)),
     ({"unmask": "wino", "threshold": 0.05}, None),
-    ({"unmask": "wino", "threshold": 0.02, "cache": "dual"}, None),
+    ({"unmask": "wino", "threshold": 0.01, "threshold_back": 0.9, "block_length": 12}, None),
+    (
+        {
+            "unmask": "wino",
+            "threshold": 0.01,
+            "threshold_back": 0.9,
+            "block_length": 12,
+            "cache": "dual",
+        },
+        None,
+    ),
     ({"cache": "dual", "suffix_window": 4, "steps": 4}, None),
 ]
 

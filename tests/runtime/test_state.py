@@ -43,7 +43,7 @@ def init(row: int, prompt: list[int], gen: int, ends: tuple[int, ...] = ()) -> R
         ids=prompt,
         holes=((len(prompt), len(prompt) + gen),),
         floats=tuple(0.4 if name == "cfg_scale" else 0.5 for name in FLOATS),
-        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, RULES.index("steps"), 0, 0, 0),
+        ints=(len(prompt), gen, 3, 2**63 - 1, 1, 0, 0, RULES.index("steps"), 0, 0, 0, 0),
         ends=ends,
         confidence="probability",
         sampled=False,

@@ -20,7 +20,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.limits import Limits
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer, load_tokenizer
 from dllmserve.errors import DllmServeError, EngineError, RequestAbortedError
-from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.process.calls import Call, Delta
 from dllmserve.process.messages import Counters, EngineInfo, Submit
 from dllmserve.process.supervisor import State
@@ -78,10 +78,11 @@ class StandIn:
         hold: calls wait for the test to play them.
         calls: everything that was ever submitted.
         aborted: what was dropped before its end.
+        answer: what it says in place of the prompt; texts, of which each call gets the next.
         loaded: start() waits for it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, max_len: int = MAX_LEN) -> None:
         self.state = State.STARTING
         self.info: EngineInfo | None = None
         self.counters = Counters()
@@ -90,12 +91,14 @@ class StandIn:
         self.hold = False
         self.calls: list[Call] = []
         self.aborted: list[Call] = []
+        self.answer: Iterator[str] | None = None
         self.loaded = asyncio.Event()
         self.loaded.set()
         self.failure: DllmServeError | None = None
         self._gone = asyncio.Event()
         self._text: Tokenizer | None = load_tokenizer(directory)
-        self._known = EngineInfo(str(directory), SPEC, LIMITS, "cpu", "float32", "no memory")
+        spec, limits = replace(SPEC, max_model_len=max_len), replace(LIMITS, max_model_len=max_len)
+        self._known = EngineInfo(str(directory), spec, limits, "cpu", "float32", "no memory")
 
     async def start(self) -> EngineInfo:
         await self.loaded.wait()
@@ -157,7 +160,9 @@ class StandIn:
         output = self.output(call, ids)
         if call.submit.stream:
             for place in range(0, max(len(output.token_ids) - 2, 0), 2):
-                call.put(Delta(output.token_ids[place : place + 2]))
+                part = slice(place, place + 2)
+                logprobs = None if output.logprobs is None else output.logprobs[part]
+                call.put(Delta(output.token_ids[part], logprobs))
         if call.submit.watch:
             for step in range(1, len(output.token_ids) + 1):
                 call.put(canvas(output.token_ids, step))
@@ -168,19 +173,32 @@ class StandIn:
         submit = call.submit
         length = int(submit.params.gen_length)
         found = echo_ids(submit.prompt_ids, length) if ids is None else ids
+        if self.answer is not None and self._text is not None:
+            found = self._text.encode(next(self.answer), special=False)
         stops = submit.params.stop_strings
         text, used, stopped = AnswerText(self._text).read(found, stops)
         return RequestOutput(
             text=text,
             token_ids=found[:used],
-            finish_reason="stop" if stopped else "length",
+            finish_reason="stop" if stopped or self.answer is not None else "length",
             prompt_tokens=len(submit.prompt_ids),
             completion_tokens=used,
             forward_passes=length,
             steps=list(range(1, used + 1)),
             # the lowest id is the likeliest
             candidate_logprobs=[[-float(id) for id in ids] for ids in submit.candidates] or None,
+            logprobs=logprobs_of(found[:used], submit.params.logprobs),
         )
+
+
+def logprobs_of(ids: list[int], likeliest: int | None) -> list[TokenLogprob] | None:
+    """-1/2 for every token, which is the likeliest, and less for "A", "B" and so on."""
+    if likeliest is None:
+        return None
+    others = [[64 - 33 + 1 + place, -2.0 - place] for place in range(likeliest)]
+    return [
+        {"token_id": id, "logprob": -0.5, "top": [[id, -0.5], *others][:likeliest]} for id in ids
+    ]
 
 
 def canvas(ids: list[int], done: int) -> CanvasStep:
@@ -234,14 +252,19 @@ class Server:
 
 
 def make_server(
-    directory: Path, *, keys: ApiKeys | None = None, store: str = "memory", **options: Any
+    directory: Path,
+    *,
+    keys: ApiKeys | None = None,
+    store: str = "memory",
+    max_len: int = MAX_LEN,
+    **options: Any,
 ) -> tuple[Any, Server]:
     """An application around a stand-in, and a handle on both; not started."""
     options = {"shutdown_timeout": 0.0, "job_store": store, **options}
     config = ServerConfig(**options)
     app = create_app(Settings(config, EngineConfig(model=str(directory)), keys))
     service: Service = app.state.service
-    service.llm.fleet = engine = StandIn(directory)  # type: ignore[assignment]
+    service.llm.fleet = engine = StandIn(directory, max_len)  # type: ignore[assignment]
     return app, Server(app, service, app.state.jobs, engine)
 
 

@@ -294,7 +294,7 @@ UNREAD = {
     "/v1/chat/completions": {
         "messages": [{"role": "user", "content": "a"}],
         "verbosity": "@",
-        "tools": [{"a": "@"}],
+        "tools": [{"type": "function", "function": {"name": "f", "description": "@"}}],
         "tool_choice": "none",
     },
 }

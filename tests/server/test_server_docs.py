@@ -165,7 +165,7 @@ def test_the_key_protects_what_the_page_says() -> None:
         async with httpx.AsyncClient(transport=transport, base_url="http://a") as client:
             for (method, template), needed in documented.items():
                 path = template.replace("{model:path}", "tiny").replace("{name}", "x")
-                path = path.replace("{request_id}", "0")
+                path = path.replace("{request_id}", "0").replace("{response_id}", "x")
                 answer = await client.request(method, path)
                 assert (answer.status_code == 401) is needed, (method, template)
                 known = await client.request(method, path, headers={"X-Api-Key": KEY})
@@ -290,7 +290,7 @@ def test_examples_of_the_api_page_work(url: str) -> None:
             answer = httpx.post(url + path, json=example, timeout=60)
             assert answer.status_code == 200, (path, answer.text)
             sent += 1
-    assert sent == 7
+    assert sent == 8
 
 
 @pytest.mark.parametrize("name", ["openai_client", "native_poll", "watch_stream"])

@@ -327,7 +327,9 @@ def test_the_operators_block_length_is_for_all(byte_checkpoint: Path) -> None:
 
 REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETE, {"suffix": "x"}, "suffix"),
-    (COMPLETE, {"logprobs": 1}, "logprobs"),
+    (COMPLETE, {"logprobs": 21}, "logprobs"),
+    (COMPLETE, {"logprobs": True}, "logprobs"),
+    (COMPLETE, {"logprobs": 1, "echo": True}, "echo"),
     (COMPLETE, {"best_of": 2}, "best_of"),
     (COMPLETE, {"prompt": []}, "prompt"),
     (COMPLETE, {"prompt": [""]}, "prompt"),
@@ -344,10 +346,9 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     (COMPLETE, {"logit_bias": {"-1": 1}}, "logit_bias"),
     (COMPLETE, {"max_completion_tokens": 5}, "max_completion_tokens"),
     (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
-    (CHAT, {"logprobs": True}, "logprobs"),
+    (CHAT, {"logprobs": 1}, "logprobs"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
-    (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"prompt": "x"}, "prompt"),
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import TokenStats
-from dllmserve.runtime.decide import apply_rules
+from dllmserve.runtime.decide import Settle, apply_rules
 from dllmserve.runtime.inputs import head_cells
 from dllmserve.runtime.kernels.begin import begin_step
 from dllmserve.runtime.kernels.finish import commit_step, spread_stats
@@ -58,12 +58,19 @@ class TritonWork:
     shape: StepShape
     tensors: StepTensors
 
-    def finish(self, stats: TokenStats, before: Callable[[], None] | None = None) -> StepOutputs:
+    def finish(
+        self,
+        stats: TokenStats,
+        before: Callable[[], None] | None = None,
+        settle: Settle | None = None,
+    ) -> StepOutputs:
         """See :class:`StepWork`."""
         table, shape = self.ops.table, self.shape
         keys = self.tensors.row_params.keys
         view, kind = spread_stats(self.packed, shape, table, stats, keys)
         update = apply_rules(self.ops.rules, shape.rules, view, kind)
+        if settle is not None:
+            update = settle(update, view)
         heads = view.eligible.to(torch.int8) if stats.logprobs else None
         report = commit_step(self.packed, shape, table, update, stats.prob, before)
         return StepOutputs(report, view.tokens, view.confidence, stats.logprobs, heads)

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from dllmserve._checks import check_choice, check_int, check_known
+from dllmserve._stepwise import stepwise
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.validator import settled, window_of
 from dllmserve.errors import ConfigError, DllmServeError, InvalidParameterError
 from dllmserve.knobs import types
 from dllmserve.presets import PRESETS
-from dllmserve.sampling_params import SamplingParams, stepwise
+from dllmserve.sampling_params import SamplingParams
 from dllmserve.sparse.state import SparseConfig
 from dllmserve.tools.text import read_text, rule_text
 
@@ -130,7 +131,7 @@ def greedy(
     Args:
         given: fields of SamplingParams.
         gen_length: if none of them is the length; None is 64.
-        tokens: see :func:`dllmserve.sampling_params.stepwise`.
+        tokens: see :func:`dllmserve._stepwise.stepwise`.
     """
     length = DEFAULT_GEN_LENGTH if gen_length is None else gen_length
     own = {} if LENGTHS & given.keys() else {"gen_length": length}

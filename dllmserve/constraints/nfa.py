@@ -1,0 +1,191 @@
+"""From a tree to an automaton over characters: positions, then sets of positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dllmserve.constraints import limits
+from dllmserve.constraints.alphabet import Alphabet
+from dllmserve.constraints.charset import CharSet
+from dllmserve.constraints.dfa import Dfa, minimised
+from dllmserve.constraints.nodes import Chars, Concat, Either, Embedded, Node, Repeat
+
+
+@dataclass
+class _Positions:
+    """A nondeterministic automaton.
+
+    Attributes:
+        sets: the sets of characters that edges are labelled with.
+        free: for each state, states that it is at the same time.
+        edges: for each state, pairs of the number of a set, and the next state.
+    """
+
+    sets: dict[CharSet, int] = field(default_factory=dict)
+    free: list[list[int]] = field(default_factory=list)
+    edges: list[list[tuple[int, int]]] = field(default_factory=list)
+
+    def state(self, *free: int) -> int:
+        """A new state, which is at the same time the given ones."""
+        self.free.append(list(free))
+        self.edges.append([])
+        return len(self.free) - 1
+
+    def number(self, of: CharSet) -> int:
+        """The number of a set."""
+        return self.sets.setdefault(of, len(self.sets))
+
+    def before(self, node: Node, out: int) -> int:
+        """The state from which the node's texts, and they alone, lead to state ``out``."""
+        if isinstance(node, Chars):
+            entry = self.state()
+            if node.set:
+                self.edges[entry].append((self.number(node.set), out))
+            return entry
+        if isinstance(node, Concat):
+            for part in reversed(node.parts):
+                out = self.before(part, out)
+            return out
+        if isinstance(node, Either):
+            return self.state(*[self.before(part, out) for part in node.parts])
+        if isinstance(node, Repeat):
+            return self._repeated(node, out)
+        if isinstance(node, Embedded):
+            return self._embedded(node.dfa, out)
+        raise TypeError(f"no such node: {node!r}")
+
+    def _repeated(self, node: Repeat, out: int) -> int:
+        after = out
+        if node.high is None:
+            after = self.state(out)
+            self.free[after].append(self.before(node.part, after))
+        else:
+            for _ in range(node.high - node.low):
+                after = self.state(self.before(node.part, after), out)
+        for _ in range(node.low):
+            after = self.before(node.part, after)
+        return after
+
+    def _embedded(self, dfa: Dfa, out: int) -> int:
+        own = [self.state() for _ in range(dfa.states)]
+        sets = [self.number(s) if s else -1 for s in dfa.alphabet.sets()]
+        for source, row in enumerate(dfa.delta[: dfa.states].tolist()):
+            if dfa.accepting[source]:
+                self.free[own[source]].append(out)
+            found: dict[int, list[int]] = {}
+            for symbol, target in enumerate(row):
+                if target != dfa.states:
+                    found.setdefault(target, []).append(symbol)
+            for target, symbols in found.items():
+                self.edges[own[source]] += [(sets[s], own[target]) for s in symbols]
+        return own[dfa.start]
+
+
+def automaton(node: Node) -> Dfa:
+    """The smallest automaton over characters that accepts a node's texts.
+
+    Raises:
+        InvalidParameterError: it, or the way to it, is over a limit.
+    """
+    limits.check(node.positions, limits.MAX_POSITIONS, "the number of its positions")
+    positions = _Positions()
+    final = positions.state()
+    start = positions.before(node, final)
+    return minimised(_Subsets(positions, final).determinise(start))
+
+
+class _Subsets:
+    """The states of a deterministic automaton are sets of positions."""
+
+    def __init__(self, positions: _Positions, final: int) -> None:
+        self._positions, self._final = positions, final
+        self._alphabet, self._symbols = Alphabet.of(list(positions.sets))
+        self._closures: dict[int, tuple[int, ...]] = {}
+        self._partitions: dict[tuple[int, ...], list[tuple[NDArray[np.intp], tuple[int, ...]]]] = {}
+        self._ids: dict[tuple[int, ...], int] = {}
+        self._todo: list[tuple[int, ...]] = []
+        self._work = 0
+
+    def determinise(self, start: int) -> Dfa:
+        """All sets that can be reached."""
+        self._id(self._closure(start))
+        kinds = self._alphabet.size
+        rows: list[NDArray[np.int32]] = []
+        while len(rows) < len(self._todo):
+            row = np.full(kinds, -1, np.int32)
+            for symbols, targets in self._steps(self._todo[len(rows)]):
+                row[symbols] = self._id(targets)
+            rows.append(row)
+            limits.check(len(self._todo), 4 * limits.MAX_STATES, "the number of its states")
+            limits.check(len(rows) * kinds, limits.MAX_TABLE, "states times kinds of characters")
+        rows.append(np.full(kinds, -1, np.int32))
+        delta = np.stack(rows)
+        delta[delta < 0] = len(rows) - 1
+        accepting = np.array([self._final in key for key in self._todo] + [False])
+        return Dfa(self._alphabet, delta, accepting, 0)
+
+    def _id(self, key: tuple[int, ...]) -> int:
+        found = self._ids.get(key)
+        if found is None:
+            found = self._ids[key] = len(self._todo)
+            self._todo.append(key)
+        return found
+
+    def _steps(self, key: tuple[int, ...]) -> list[tuple[NDArray[np.intp], tuple[int, ...]]]:
+        """Kinds of characters, and the set of positions that they lead to."""
+        edges = [edge for state in key for edge in self._positions.edges[state]]
+        self._spend(len(edges))
+        signature = tuple(number for number, _ in edges)
+        parts = self._partitions.get(signature)
+        if parts is None:
+            parts = self._partitions[signature] = self._partition(signature)
+        found = []
+        for symbols, chosen in parts:
+            if len(chosen) == 1:
+                found.append((symbols, self._closure(edges[chosen[0]][1])))
+                continue
+            merged: set[int] = set()
+            for i in chosen:
+                closure = self._closure(edges[i][1])
+                self._spend(len(closure))
+                merged.update(closure)
+            found.append((symbols, tuple(sorted(merged))))
+        return found
+
+    def _partition(
+        self, signature: tuple[int, ...]
+    ) -> list[tuple[NDArray[np.intp], tuple[int, ...]]]:
+        """Kinds of characters that are in the same of some sets, and in which of them."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        self._spend(len(signature) * self._alphabet.size)
+        if not signature:
+            return []
+        table = self._symbols[list(signature)]
+        for symbol, column in enumerate(table.T):
+            chosen = tuple(np.flatnonzero(column).tolist())
+            if chosen:
+                found.setdefault(chosen, []).append(symbol)
+        return [(np.array(symbols, np.intp), chosen) for chosen, symbols in found.items()]
+
+    def _closure(self, state: int) -> tuple[int, ...]:
+        """What a state is at the same time, as far as it has edges or is the end."""
+        found = self._closures.get(state)
+        if found is None:
+            seen, todo = {state}, [state]
+            while todo:
+                for other in self._positions.free[todo.pop()]:
+                    if other not in seen:
+                        seen.add(other)
+                        todo.append(other)
+            self._spend(len(seen))
+            edges = self._positions.edges
+            found = tuple(sorted(s for s in seen if edges[s] or s == self._final))
+            self._closures[state] = found
+        return found
+
+    def _spend(self, amount: int) -> None:
+        self._work += amount
+        limits.check(self._work, limits.MAX_STEPS, "the work of finding its states")

@@ -1,0 +1,119 @@
+"""Languages as trees, from which automata are made.
+
+A node is immutable and may stand in several places; two nodes are equal only if they are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dllmserve.constraints import charset
+from dllmserve.constraints.charset import CharSet
+
+if TYPE_CHECKING:
+    from dllmserve.constraints.dfa import Dfa
+
+#: positions count up to here; more is too many everywhere
+_ENOUGH = 1 << 40
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A set of texts.
+
+    Attributes:
+        positions: states of its nondeterministic automaton, with repeats written out.
+    """
+
+    positions: int = field(init=False, default=1, compare=False, repr=False)
+
+    def _count(self, positions: int) -> None:
+        object.__setattr__(self, "positions", min(positions, _ENOUGH))
+
+
+@dataclass(frozen=True, eq=False)
+class Chars(Node):
+    """One character of a set."""
+
+    set: CharSet
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Node):
+    """One part after the other; without parts the empty text."""
+
+    parts: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        self._count(sum(part.positions for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Either(Node):
+    """A text of any of the parts; without parts none at all."""
+
+    parts: tuple[Node, ...]
+
+    def __post_init__(self) -> None:
+        self._count(1 + sum(part.positions for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class Repeat(Node):
+    """``low`` to ``high`` times a part; None is no bound."""
+
+    part: Node
+    low: int
+    high: int | None
+
+    def __post_init__(self) -> None:
+        times = self.low + 1 if self.high is None else self.high
+        self._count(1 + times * (self.part.positions + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Embedded(Node):
+    """The language of an automaton."""
+
+    dfa: Dfa
+
+    def __post_init__(self) -> None:
+        self._count(len(self.dfa.delta))
+
+
+EMPTY = Concat(())
+NOTHING = Either(())
+ANY_TEXT = Repeat(Chars(charset.ALL), 0, None)
+
+
+def text(value: str) -> Node:
+    """Exactly this text."""
+    return Concat(tuple(Chars(charset.chars(c)) for c in value))
+
+
+def concat(*parts: Node) -> Node:
+    """One part after the other."""
+    return parts[0] if len(parts) == 1 else Concat(parts)
+
+
+def either(parts: Iterable[Node]) -> Node:
+    """Any of the parts."""
+    found = tuple(parts)
+    return found[0] if len(found) == 1 else Either(found)
+
+
+def optional(part: Node) -> Node:
+    """The part, or the empty text."""
+    return Repeat(part, 0, 1)
+
+
+def one_of(characters: str) -> Node:
+    """One of these characters."""
+    return Chars(charset.chars(characters))
+
+
+def between(first: str, last: str) -> Node:
+    """One character of a range."""
+    return Chars(charset.charset([(ord(first), ord(last))]))

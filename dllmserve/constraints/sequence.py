@@ -1,0 +1,71 @@
+"""Texts that are put together of parts: fixed texts, expressions, schemas, and what repeats.
+
+The server says so what calls of tools are. Such a text stands where a JSON schema does, as
+``{"x-dllmserve-sequence": [part, ...]}``; a part is
+
+- a text, which stands there as it is;
+- ``{"regex": expression}``;
+- ``{"schema": JSON schema}``, a document of its own: its ``#`` is itself;
+- ``{"anyOf": [[part, ...], ...]}``, one of several;
+- ``{"repeat": [part, ...], "between": text}``, once or more often.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from dllmserve.constraints.nodes import Concat, Node, Repeat, concat, either, text
+from dllmserve.constraints.regex import parse
+from dllmserve.errors import InvalidParameterError
+
+SEQUENCE = "x-dllmserve-sequence"
+
+
+def sequence_of(json_schema: str) -> list[Any] | None:
+    """The parts that stand in place of a schema; None for a schema.
+
+    Example:
+        >>> sequence_of('{"x-dllmserve-sequence": ["a"]}'), sequence_of('{"type": "null"}')
+        (['a'], None)
+    """
+    if SEQUENCE not in json_schema:
+        return None
+    read = json.loads(json_schema)
+    return list(read[SEQUENCE]) if isinstance(read, dict) and list(read) == [SEQUENCE] else None
+
+
+def sequence(parts: list[Any], schema: Callable[[Any], Node]) -> Node:
+    """The language of parts that follow each other.
+
+    Args:
+        parts: see above.
+        schema: makes the language of a JSON schema.
+
+    Raises:
+        InvalidParameterError: a part is none, or what it holds is not supported.
+    """
+    return Concat(tuple(_part(part, schema) for part in parts))
+
+
+def _part(part: Any, schema: Callable[[Any], Node]) -> Node:
+    match part:
+        case str():
+            return text(part)
+        case {"regex": str(expression), **rest} if not rest:
+            return parse(expression, "regex")
+        case {"schema": document, **rest} if not rest:
+            return schema(document)
+        case {"anyOf": [*options], **rest} if not rest and options:
+            return either(sequence(_list(option), schema) for option in options)
+        case {"repeat": [*repeated], "between": str(between), **rest} if not rest:
+            one = sequence(repeated, schema)
+            return concat(one, Repeat(concat(text(between), one), 0, None))
+    raise InvalidParameterError(f"json_schema has a part that {SEQUENCE} does not know: {part!r}")
+
+
+def _list(option: Any) -> list[Any]:
+    if isinstance(option, list):
+        return option
+    raise InvalidParameterError(f"json_schema: anyOf of {SEQUENCE} takes lists, got {option!r}")

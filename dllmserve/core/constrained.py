@@ -1,0 +1,178 @@
+"""What constraints make of a request's progress: slots that can hold one token need no forward.
+
+The device works out which slots of a constrained request can hold one token alone. The host writes
+them, as the request's rule would have done in a forward, and goes on to the next slot that is open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from dllmserve.catalog import RULES
+from dllmserve.constraints.compiled import Compiled
+from dllmserve.core.plan import OPEN, WRITTEN, EntryReport
+from dllmserve.core.request import Forced, Region, Request
+from dllmserve.errors import InvalidParameterError
+
+#: holes of a request that may have a constraint
+MAX_REGIONS = 16
+#: states times slots up to which it is worked out on the host what a new request has to hold
+_MOST_CELLS = 1 << 18
+
+
+def settle(request: Request, report: EntryReport, ends: Collection[int]) -> EntryReport:
+    """Write what needs no forward, and report what then stands.
+
+    Args:
+        request: its progress is that after the report.
+        report: with ``holds``.
+        ends: ids that end the request's answer.
+    """
+    if report.holds is None:
+        return report
+    write_forced(request, report.holds, ends)
+    start = request.canvas.start
+    forced = {p - start: it.token for p, it in request.forced.items()}
+    length = min(len(report.holds), request.canvas.answer_len)
+    open_ = (i for i in range(length) if report.holds[i] != WRITTEN and i not in forced)
+    frontier = next(open_, length)
+    if request.revokes and not request.launched and request.progress.masks_left:
+        frontier = min(frontier, max(request.blocks[request.progress.block][0] - start, 0))
+    counts = range(request.ends_from, length)
+    found = [i for i, token in forced.items() if token in ends and i in counts]
+    end = min([*found, *([report.end] if report.end >= 0 else [])], default=-1)
+    return replace(report, frontier=frontier, end=end, eos=end if end < frontier else -1)
+
+
+def write_forced(request: Request, holds: Sequence[int], ends: Collection[int]) -> None:
+    """Write slots of the active block that can hold one token, and go on while a block is full.
+
+    Args:
+        request: it stands before a forward.
+        holds: of each position of the answer, see :class:`dllmserve.core.plan.EntryReport`.
+        ends: ids that end the answer.
+    """
+    start, progress = request.canvas.start, request.progress
+    open_ = {
+        start + i: token
+        for i, token in enumerate(holds)
+        if token != WRITTEN and start + i not in request.forced
+    }
+    while not request.launched:
+        left = [p for p in range(*request.blocks[progress.block]) if p in open_]
+        if progress.step_in_block == 0 and progress.scheduled == 0:
+            request.begin_block(len(left))
+        progress.masks_left = len(left)
+        if not left:
+            request.leave_block()
+            continue
+        written = _needs_no_forward(request, left, open_, ends)
+        if not written:
+            return
+        if RULES[request.params.unmask].quota == "exact":
+            request.foreseen.append(progress.forwards)
+            progress.scheduled += 1
+        step = max(progress.forwards + len(request.foreseen), 1)
+        for position in written:
+            forced = Forced(open_.pop(position), step)
+            request.forced[position] = request.unsent[position] = forced
+
+
+def _needs_no_forward(
+    request: Request, left: list[int], open_: Mapping[int, int], ends: Collection[int]
+) -> list[int]:
+    """Open positions of the block that the next forward would write, whatever the model says.
+
+    Rules without a fixed quota write all that can hold one token. With one, a forward is known
+    beforehand if it would write nothing else: such tokens are certain, so they come first.
+    """
+    params = request.params
+    if params.remasking == "random":
+        return []  # noise says where the forward writes
+    known = [p for p in left if open_[p] != OPEN]
+    if params.confidence_eos_eot_inf:  # then ends come last
+        known = [p for p in known if open_[p] not in ends]
+    if RULES[params.unmask].quota != "exact":
+        return known
+    if params.unmask == "sequential":
+        known = [p for p in left[: request.quota] if open_[p] != OPEN]
+    return known[: request.quota] if len(known) >= request.quota else []
+
+
+def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[Region, ...]:
+    """Where what a request's texts have to match is.
+
+    Args:
+        request: it has no regions yet.
+        grammars: of the answer, or one for each hole of a template, None for one that may hold
+            anything; none at all: the same.
+
+    Raises:
+        InvalidParameterError: no text that matches fits into a hole.
+    """
+    if not grammars:
+        return ()
+    canvas, regions = request.canvas, []
+    spans = [(start, start + hole.length) for start, hole in request.holes]
+    spans = spans or [(canvas.start, canvas.start + canvas.answer_len)]
+    name, way = request.params.length_name, "the answer end (ignore_eos=False)"
+    for place, ((start, end), grammar) in enumerate(zip(spans, grammars, strict=True)):
+        if request.holes:
+            name, way = f"the length of hole {place}", "the hole end (fill='up_to')"
+        if grammar is not None:
+            regions.append(Region(start, end, grammar))
+            _check_room(regions[-1], name, way)
+    check_count(len(regions))
+    return tuple(regions)
+
+
+def check_count(regions: int) -> None:
+    """Raise InvalidParameterError if a request has more than it may have."""
+    if regions > MAX_REGIONS:
+        raise InvalidParameterError(
+            f"{regions} holes have a constraint, and a request may have {MAX_REGIONS}: "
+            "make it several requests"
+        )
+
+
+def _check_room(region: Region, name: str, way: str) -> None:
+    from dllmserve.constraints.sets import Moves, RegionSets, may_end_early
+
+    grammar, slots = region.grammar, region.end - region.start
+    least = int(grammar.least[grammar.start])
+    if least > slots:
+        raise InvalidParameterError(
+            f"the shortest text that matches has {least} tokens, and {name} is {slots}: raise it "
+            f"to {least} or more"
+        )
+    if not may_end_early(grammar) and not RegionSets(Moves(grammar), slots).feasible:
+        raise InvalidParameterError(
+            f"no text that matches has exactly {slots} tokens, which {name} asks for (the shortest "
+            f"has {least}): take another length, or let {way}"
+        )
+
+
+def begin(request: Request, ends: Collection[int]) -> None:
+    """Write what a new request's constraints leave no choice about.
+
+    Args:
+        request: not queued yet.
+        ends: ids that end its answer.
+    """
+    if not request.regions:
+        return
+    from dllmserve.constraints.sets import Moves, RegionSets
+
+    canvas = request.canvas
+    holds = [WRITTEN] * (canvas.end - canvas.start)
+    for start, end in canvas.holes:
+        holds[start - canvas.start : end - canvas.start] = [OPEN] * (end - start)
+    for region in request.regions:
+        slots = region.end - region.start
+        if len(region.grammar.delta) * slots > _MOST_CELLS:
+            continue  # the first forward will tell
+        sets = RegionSets(Moves(region.grammar), slots)
+        for slot, token in sets.forced(range(slots)).items():
+            holds[region.start + slot - canvas.start] = token
+    write_forced(request, holds, ends)
