@@ -8,7 +8,7 @@ import secrets
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from dllmserve._checks import check_known
 from dllmserve._system import refuse_torchrun
 from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
+from dllmserve.core.canvas import Canvas
 from dllmserve.core.request import Request
 from dllmserve.core.validator import RequestValidator
 from dllmserve.core.work import work_of
@@ -26,6 +27,7 @@ from dllmserve.decisions.inputs import read_input
 from dllmserve.decisions.questions import read_questions
 from dllmserve.decisions.reading import How
 from dllmserve.decisions.requests import Decider
+from dllmserve.engine import likelihood
 from dllmserve.engine.filled import Template, template_row
 from dllmserve.engine.grammars import Grammars
 from dllmserve.engine.text import CommittedText
@@ -33,7 +35,7 @@ from dllmserve.engine.tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dllmserve.errors import DllmServeError, EngineError, TokenizerError
 from dllmserve.holes import Holes
 from dllmserve.messages import template_messages
-from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
+from dllmserve.outputs import CanvasStep, RequestOutput, TextDelta, TokenLogprob
 from dllmserve.process.calls import Call, Delta, Event
 from dllmserve.process.fleet import Fleet
 from dllmserve.process.home import Home
@@ -47,23 +49,6 @@ _NOT_STARTED = "the engine has not been started: await start(), or use 'async wi
 #: texts up to this many characters are tokenised where they are, longer ones in a thread
 _SHORT_TEXT = 4096
 _Ids = TypeVar("_Ids")
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """A piece of committed text. The last one carries the output.
-
-    Attributes:
-        text: never taken back; all pieces together are the answer's text.
-        tokens: ids that became committed with it.
-        output: the finished request, in the last piece.
-        logprobs: of those ids, if the request asks for log-probabilities.
-    """
-
-    text: str
-    tokens: int = 0
-    output: RequestOutput | None = None
-    logprobs: list[TokenLogprob] | None = None
 
 
 class AsyncLLM:
@@ -116,8 +101,8 @@ class AsyncLLM:
         )
         self.tokenizer: Tokenizer | None = None
         self._validator: RequestValidator | None = None
-        self._decider: Decider | None = None
         self._grammars: Grammars | None = None
+        self._decider: Decider | None = None
         #: where start() was called; it is called once
         self._home: Home | None = None
         self._starting: asyncio.Task[EngineInfo] | None = None
@@ -310,6 +295,33 @@ class AsyncLLM:
         self._ready()
         return await self.generate(await self.chat_ids(messages), sampling_params, sparse_config)
 
+    async def log_likelihood(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        answers: Sequence[str] | Sequence[Sequence[int]],
+        samples: int = 128,
+        seed: int = 0,
+    ) -> list[float]:
+        """How likely answers to prompts are; as :meth:`dllmserve.LLM.log_likelihood`."""
+        validator, totals = self._ready(), list[float]()
+        asked = self.tokenizer, prompts, answers, samples, seed
+        batches = await asyncio.to_thread(likelihood.batches, validator, *asked)
+        while (batch := await asyncio.to_thread(next, batches, None)) is not None:
+            calls = list[Call]()
+            try:
+                for one in batch.forwards:
+                    params, named = likelihood.scoring_params(len(one.named)), one.candidates
+                    request = self.check(
+                        one.canvas.ids, params, candidates=named, canvas=one.canvas
+                    )
+                    calls.append(self.submit(request))
+                outputs = [await call.output() for call in calls]
+            finally:
+                for call in calls:
+                    self.abort(call)
+            totals += batch.totals([output.candidate_logprobs or [] for output in outputs])
+        return totals
+
     async def decide(
         self,
         input: str | Sequence[Mapping[str, Any]],
@@ -439,6 +451,7 @@ class AsyncLLM:
         *,
         candidates: tuple[tuple[int, ...], ...] = (),
         trace: bool = False,
+        canvas: Canvas | None = None,
         holes: Holes = (),
         name: str = "prompt",
     ) -> Request:
@@ -454,7 +467,8 @@ class AsyncLLM:
         if params.seed is None:
             # so that it gives the same answer when it has to be run again
             params = replace(params, seed=secrets.randbits(63))
-        asked: dict[str, Any] = {"candidates": candidates, "trace": trace, "holes": holes}
+        asked: dict[str, Any] = {"candidates": candidates, "trace": trace}
+        asked |= {"canvas": canvas, "holes": holes}
         grammars = self._grammars.of(params, holes) if self._grammars else ()
         return validator.request(0, prompt_ids, params, **asked, grammars=grammars, name=name)
 
@@ -503,6 +517,7 @@ class AsyncLLM:
             request.trace,
             request.holes,
             request.grammars,
+            replace(request.canvas, ids=()) if request.candidates and not request.holes else None,
         )
         call = self.fleet.submit(message, work_of(request) if work is None else work)
         call.home = self._home

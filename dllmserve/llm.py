@@ -21,6 +21,7 @@ from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.filled import Template, template_row
+from dllmserve.engine.likelihood import batches, scoring_params
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.shared import SharedEngine
 from dllmserve.engine.start import build_engine
@@ -270,6 +271,58 @@ class LLM:
         ids = [self._chat_ids(conversation) for conversation in read]
         return self._run(ids, params, use_tqdm)
 
+    def log_likelihood(
+        self,
+        prompts: Prompts,
+        answers: Prompts,
+        samples: int = 128,
+        seed: int = 0,
+        use_tqdm: bool = True,
+    ) -> list[float]:
+        """How likely answers to prompts are: natural logarithms, none above 0 but by chance.
+
+        Of an autoregressive model exact. Of a masked one an estimate of a lower bound (LLaDA's
+        ``get_loglikelihood``); exact where an answer has one token. Of a block-causal one the sum
+        of the bounds of its blocks. Forwards are ordinary requests: they share steps with others.
+
+        Args:
+            prompts: texts or token-id lists, one for each answer; a prompt may come again.
+            answers: texts or token-id lists.
+            samples: forwards of an estimate, at most; those that mask the same are run once. Those
+                of the answers to one prompt mask alike, so that their difference has less noise.
+            seed: of what is masked.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One number for each answer.
+
+        Raises:
+            InvalidRequestError, CapacityError, TokenizerError: before anything runs.
+            OutOfMemoryError: the device ran out of memory.
+
+        Example:
+            >>> yes, no = llm.log_likelihood(["The people"] * 2, [" of", " xx"])  # doctest: +SKIP
+        """
+        self._shared.check()
+        asked = self._tokenizer, prompts, answers, samples, seed
+        found, totals = batches(self._engine.validator, *asked), list[float]()
+        with _progress_bar(len(answers), use_tqdm and bool(answers), "Scoring") as bar:
+            for batch in found:
+                outputs = self._outputs(
+                    [
+                        self._engine.make_request(
+                            list(forward.canvas.ids),
+                            scoring_params(len(forward.named)),
+                            candidates=forward.candidates,
+                            canvas=forward.canvas,
+                        )
+                        for forward in batch.forwards
+                    ]
+                )
+                totals += batch.totals([output.candidate_logprobs or [] for output in outputs])
+                bar.update(len(totals) - bar.n)
+        return totals
+
     def decide(
         self,
         input: str | Messages,
@@ -323,17 +376,6 @@ class LLM:
 
         return Decider(self._tokenizer, self._plan.spec, self._plan.limits)
 
-    def _outputs(self, requests: list[Request]) -> list[RequestOutput]:
-        """Run requests to the end, without a bar."""
-        batch = self._shared.submit(requests)
-        try:
-            for ticket in batch.tickets:
-                while self._shared.advance(ticket):
-                    pass
-            return [ticket.output for ticket in batch.tickets if ticket.output]
-        finally:
-            self._shared.drop(batch)
-
     def stream(
         self,
         prompt: str | Sequence[int],
@@ -380,18 +422,21 @@ class LLM:
         name: str = "prompts",
     ) -> list[dict[str, Any]]:
         """Check all requests, then run them to the end."""
-        core, engine = self._engine, self._shared
-        jobs = zip(prompts, params, holes or [()] * len(prompts), strict=True)
-        batch = engine.submit(
-            [
-                core.make_request(ids, own, holes=gaps, trace=trace, name=f"{name}[{place}]")
-                for place, (ids, own, gaps) in enumerate(jobs)
-            ]
-        )
-        shown = use_tqdm and bool(prompts)
+        core, gaps = self._engine, holes or [()] * len(prompts)
+        requests = [
+            core.make_request(ids, own, holes=open_, trace=trace, name=f"{name}[{place}]")
+            for place, (ids, own, open_) in enumerate(zip(prompts, params, gaps, strict=True))
+        ]
+        outputs = self._outputs(requests, use_tqdm and bool(prompts))
+        return [output.as_dict() for output in outputs]
+
+    def _outputs(self, requests: list[Request], shown: bool = False) -> list[RequestOutput]:
+        """Run checked requests to the end, with a progress bar if it is to be shown."""
+        engine = self._shared
+        batch = engine.submit(requests)
         began, steps, committed = time.monotonic(), engine.steps, engine.committed
         try:
-            with _progress_bar(len(prompts), shown) as bar:
+            with _progress_bar(len(requests), shown) as bar:
                 for ticket in batch.tickets:
                     while engine.advance(ticket):
                         if not shown:
@@ -403,7 +448,7 @@ class LLM:
                         )
                         bar.update(batch.ended - bar.n)
                 bar.update(batch.ended - bar.n)
-            return [ticket.output.as_dict() for ticket in batch.tickets if ticket.output]
+            return [ticket.output for ticket in batch.tickets if ticket.output]
         finally:
             # after an error or Ctrl-C nothing of this call stays behind
             engine.drop(batch)
@@ -420,12 +465,12 @@ def _canvases(engine: SharedEngine, request: Request) -> Iterator[CanvasStep]:
         engine.drop(batch)
 
 
-def _progress_bar(total: int, shown: bool) -> Any:
+def _progress_bar(total: int, shown: bool, what: str = "Generating") -> Any:
     """A bar on standard error, or in a notebook."""
     in_file = tqdm is text_bars.tqdm and not (sys.stderr and sys.stderr.isatty())
     return tqdm(
         total=total,
-        desc="Generating",
+        desc=what,
         disable=not shown,
         mininterval=_FILE_S if in_file else _SCREEN_S,
         miniters=0,  # forwards and tokens move while no request ends

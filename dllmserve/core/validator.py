@@ -52,6 +52,7 @@ class RequestValidator:
         owner: str = "",
         candidates: tuple[tuple[int, ...], ...] = (),
         trace: bool = False,
+        canvas: Canvas | None = None,
         name: str = "prompt",
         grammars: Sequence[Compiled | None] = (),
     ) -> Request:
@@ -63,6 +64,8 @@ class RequestValidator:
                 ids where the holes are.
             params: how it is decoded.
             holes: what is filled; without any, an answer behind the prompt.
+            canvas: what is filled, of a model of this geometry, if it is not an answer behind a
+                prompt; its ids are the prompt_ids.
             name: of the prompt, in errors.
             grammars: what each hole of the canvas has to match; see :func:`regions_of`.
 
@@ -72,11 +75,13 @@ class RequestValidator:
         if holes:
             params = self._of_row(prompt_ids, holes, params, name)
         params = settled(params, self.spec)
-        ids = self._ids(prompt_ids, holes, params, name)
+        ids = (
+            self.prompt(prompt_ids, name) if canvas else self._ids(prompt_ids, holes, params, name)
+        )
         self._check(params)
         request = Request(
             id=id,
-            canvas=self._canvas(ids, holes, params, name),
+            canvas=replace(canvas, ids=ids) if canvas else self._canvas(ids, holes, params, name),
             holes=holes,
             params=params,
             seed=seed,
@@ -95,6 +100,16 @@ class RequestValidator:
             raise InvalidParameterError(f"cache {request.policy!r}: {'; '.join(reasons)}")
         self.limits.check(request, policy.slots(request, self.spec))
         return request
+
+    def prompt(self, ids: Sequence[int], name: str) -> list[int]:
+        """Given tokens as plain ints.
+
+        Raises:
+            PromptError: there are none, or one is outside the vocabulary.
+        """
+        if not ids:
+            raise PromptError(f"{name} is empty: give at least one token")
+        return _checked_ids(ids, self.spec, name)
 
     def _canvas(self, ids: list[int], holes: Holes, params: SamplingParams, name: str) -> Canvas:
         """The prompt and an answer behind it, in blocks as the model's geometry wants them."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from dllmserve.constraints.compiled import Compiled
+from dllmserve.core.canvas import Canvas as Layout
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
@@ -65,6 +66,8 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
+        canvas: what is filled, if it is not an answer behind a prompt; without its ids, which are
+            the prompt_ids.
         owner, candidates, trace, holes, grammars: as
             :class:`dllmserve.core.request.Request` says.
         id: unique in the process that made the message, so that a request can move to another
@@ -80,6 +83,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     trace: bool = False
     holes: Holes = ()
     grammars: tuple[Compiled | None, ...] = ()
+    canvas: Layout | None = None
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 

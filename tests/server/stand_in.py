@@ -185,9 +185,9 @@ class StandIn:
             completion_tokens=used,
             forward_passes=length,
             steps=list(range(1, used + 1)),
+            logprobs=logprobs_of(found[:used], submit.params.logprobs),
             # the lowest id is the likeliest
             candidate_logprobs=[[-float(id) for id in ids] for ids in submit.candidates] or None,
-            logprobs=logprobs_of(found[:used], submit.params.logprobs),
         )
 
 
