@@ -26,15 +26,7 @@ from starlette.types import Receive, Scope, Send
 from dllmserve import __version__
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, EngineError
-from dllmserve.server import (
-    decisions,
-    failures,
-    native,
-    openai,
-    ops,
-    responses,
-    systemone,
-)
+from dllmserve.server import decisions, failures, native, openai, ops, responses, systemone
 from dllmserve.server.admission_guard import AdmissionGuard
 from dllmserve.server.hosts import (
     LocalOnly,
@@ -60,14 +52,7 @@ _log = logging.getLogger("dllmserve.server")
 __all__ = ["app", "create_app"]
 
 #: of all endpoints
-ROUTERS = (
-    native.router,
-    openai.router,
-    responses.router,
-    decisions.router,
-    systemone.router,
-    ops.router,
-)
+ROUTERS = tuple(m.router for m in (native, openai, responses, decisions, systemone, ops))
 
 
 def create_app(settings: Settings, began: float | None = None) -> FastAPI:

@@ -14,6 +14,7 @@ PATHS = (
     "/v1/generate/stream",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/decisions",
     "/v1/systemone",
 )
