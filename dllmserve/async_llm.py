@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from dllmserve._values import SparseConfig
 from dllmserve.async_engine import AsyncEngine
@@ -21,13 +21,6 @@ from dllmserve.engine.filled import Template
 from dllmserve.outputs import CanvasStep, RequestOutput, TextDelta
 from dllmserve.process.calls import Call
 from dllmserve.sampling_params import SamplingParams
-
-#: seconds that another event loop gets to close the engines, before they are killed
-_CLOSE_S = 15.0
-_NOT_STARTED = "the engine has not been started: await start(), or use 'async with'"
-#: texts up to this many characters are tokenised where they are, longer ones in a thread
-_SHORT_TEXT = 4096
-_Ids = TypeVar("_Ids")
 
 
 class AsyncLLM(AsyncEngine):

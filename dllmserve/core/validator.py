@@ -74,10 +74,8 @@ class RequestValidator:
         if holes:
             params = self._of_row(prompt_ids, holes, params, name)
         params = settled(params, self.spec)
-        if canvas is None:
-            ids = self._ids(prompt_ids, holes, params, name)
-        else:
-            ids = _checked_ids(prompt_ids, self.spec, name)
+        own = canvas is None
+        ids = self._ids(prompt_ids, holes, params, name) if own else self._known(prompt_ids, name)
         self._check(params)
         request = Request(
             id=id,
@@ -100,6 +98,10 @@ class RequestValidator:
             raise InvalidParameterError(f"cache {request.policy!r}: {'; '.join(reasons)}")
         self.limits.check(request, policy.slots(request, self.spec))
         return request
+
+    def _known(self, ids: Sequence[int], name: str) -> list[int]:
+        """Ids as plain ints, masks among them."""
+        return _checked_ids(ids, self.spec, name)
 
     def given(self, ids: Sequence[int], name: str) -> list[int]:
         """Given tokens as plain ints.
