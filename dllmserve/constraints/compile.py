@@ -108,10 +108,19 @@ def language(
             return automaton(parse(regex, "regex"))
         if choice is not None:
             limits.check(sum(map(len, choice)), limits.MAX_TEXT, "the length of all choices")
+            _check_unicode(choice)
             return automaton(either(text(one) for one in choice))
         return automaton(schema_node(json_schema or ""))
     except RecursionError as error:
         raise InvalidParameterError("the constraint is nested too deeply") from error
+
+
+def _check_unicode(choice: tuple[str, ...]) -> None:
+    for one in choice:
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidParameterError(f"choice {one!r} is not valid Unicode: {error}") from error
 
 
 class _NoTextError(Exception):
