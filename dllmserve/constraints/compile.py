@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from dllmserve.constraints import limits
 from dllmserve.constraints.dfa import Dfa, first_of_each, salts
-from dllmserve.constraints.grammar import NEVER, TokenGrammar, finished, tokens_to
+from dllmserve.constraints.grammar import TokenGrammar, finished
+from dllmserve.constraints.graph import NEVER, steps_to
 from dllmserve.constraints.nfa import automaton
 from dllmserve.constraints.nodes import either, text
 from dllmserve.constraints.regex import parse
@@ -183,8 +184,8 @@ class _Parts:
         source, target = self._moves.source, self._moves.target
         begin = np.zeros(len(self._accepting), np.bool_)
         begin[self._start] = True
-        self._live = tokens_to(target, source, begin) < NEVER
-        self._live &= tokens_to(source, target, self._accepting) < NEVER
+        self._live = steps_to(target, source, begin) < NEVER
+        self._live &= steps_to(source, target, self._accepting) < NEVER
         if not self._live[self._start]:
             raise _NoTextError
         return self._live[source] & self._live[target]
