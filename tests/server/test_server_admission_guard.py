@@ -12,8 +12,11 @@ PATHS = (
     "/v1/generate",
     "/v1/generate_batch",
     "/v1/generate/stream",
+    "/v1/infill",
+    "/infill",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
 )
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
