@@ -18,15 +18,17 @@ SERVE ?=
 BENCH ?= -m benchmarks.cpu_vs_loop
 SCORES ?= --unmask threshold
 CHAOS ?=
+CLIENTS ?=
 
 VENV := .venv
 FUZZ := .venv-fuzz
+PLAYED := .venv-clients
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help generate serve test numerics check fmt bench fuzz chaos scores clean
+.PHONY: help generate serve test numerics check fmt bench fuzz clients chaos scores clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +70,9 @@ fuzz: $(READY)-test $(FUZZ)/.ready ## set up, then send a server malformed reque
 	@$(BIN)/python -m tests.server.fuzz.raw
 	@$(BIN)/python -m tests.server.fuzz.schema --st $(FUZZ)/bin/st
 
+clients: $(READY)-test $(PLAYED)/.ready ## set up, then let other people's clients play; CLIENTS="instructor ..." chooses
+	@$(BIN)/python -m tests.clients $(CLIENTS)
+
 chaos: $(READY)-test ## set up, then break a real server in many ways; CHAOS="NAME... --quick" chooses
 	@$(BIN)/python -m chaos $(CHAOS)
 
@@ -75,7 +80,7 @@ scores: $(READY) ## set up, then reproduce the embedded model's held-out scores;
 	@$(BIN)/dllmserve eval $(SCORES)
 
 clean: ## remove .venv, caches and build output
-	@rm -rf $(VENV) $(FUZZ) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(FUZZ) $(PLAYED) tests/clients/node/node_modules build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A stamp is written last, so an interrupted set-up is simply run again.
@@ -99,4 +104,16 @@ $(FUZZ)/.ready:
 	@echo "Setting up $(FUZZ)." >&2
 	@$(PYTHON) -m venv --clear $(FUZZ)
 	@$(FUZZ)/bin/python -m pip install --quiet --disable-pip-version-check schemathesis==4.32.5
+	@touch $@
+
+# one for each client: they want different versions of what they share
+$(PLAYED)/.ready: $(wildcard tests/clients/requirements/*.txt) tests/clients/node/package.json
+	@echo "Setting up $(PLAYED): a few hundred MB." >&2
+	@for file in tests/clients/requirements/*.txt; do \
+	  to=$(PLAYED)/$$(basename $$file .txt); $(PYTHON) -m venv --clear $$to || exit 1; \
+	  $$to/bin/python -m pip install --quiet --disable-pip-version-check -r $$file || exit 1; \
+	done
+	@if command -v npm >/dev/null; then \
+	  npm install --prefix tests/clients/node --silent --no-audit --no-fund --no-package-lock; \
+	else echo "There is no npm, so clients of Node's are left out." >&2; fi
 	@touch $@

@@ -6,6 +6,7 @@
     ├── InvalidRequestError    (ValueError)         a request that is wrong in itself
     │   ├── InvalidParameterError                   a bad SamplingParams or SparseConfig field
     │   ├── PromptError                             an empty prompt, ids outside the vocabulary
+    │   ├── DecisionError                           the input or a question of a decision
     │   └── ContextLengthError                      prompt + answer over max_model_len
     ├── CapacityError          (ValueError)         a valid request that this engine can never fit
     ├── UnknownOptionError     (TypeError)          a keyword that nothing reads
@@ -57,6 +58,14 @@ class InvalidParameterError(InvalidRequestError, code="invalid_parameter"):
 
 class PromptError(InvalidRequestError, code="invalid_prompt"):
     """The prompt is empty, of the wrong type, or has ids outside the vocabulary."""
+
+
+class DecisionError(InvalidRequestError, code="invalid_decision"):
+    """The input or a question of a decision is wrong; ``param`` is its place, as in the message."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ContextLengthError(InvalidRequestError, code="context_length_exceeded"):

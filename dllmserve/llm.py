@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from tqdm import asyncio as text_bars
 from tqdm.auto import tqdm
 
+from dllmserve._each import each_params
 from dllmserve._system import refuse_torchrun
 from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
@@ -26,15 +28,16 @@ from dllmserve.engine.start import build_engine
 from dllmserve.engine.tokenizer import Tokenizer, prompt_ids
 from dllmserve.errors import (
     ConfigError,
-    InvalidParameterError,
-    InvalidRequestError,
     PromptError,
     TokenizerError,
 )
 from dllmserve.holes import Holes
 from dllmserve.models.loader import EMBEDDED
-from dllmserve.outputs import CanvasStep
-from dllmserve.sampling_params import SamplingParams, with_sparse
+from dllmserve.outputs import CanvasStep, RequestOutput
+from dllmserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from dllmserve.decisions.requests import Decider
 
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[str | Sequence[int]]
 Messages = Sequence[Mapping[str, Any]]
@@ -184,7 +187,7 @@ class LLM:
                 "prompts must be a list of texts or of token-id lists, "
                 f"got {type(prompts).__name__}"
             )
-        params = _params(sampling_params, sparse_configs, len(prompts))
+        params = each_params(sampling_params, sparse_configs, len(prompts))
         ids = [prompt_ids(self._tokenizer, p, f"prompts[{i}]") for i, p in enumerate(prompts)]
         return self._run(ids, params, use_tqdm, trace=history)
 
@@ -229,7 +232,7 @@ class LLM:
                 "templates must be a list of templates, each a list of pieces, got "
                 f"{type(templates).__name__}"
             )
-        params = _params(sampling_params, None, len(templates), prompts="templates")
+        params = each_params(sampling_params, None, len(templates), prompts="templates")
         rows = [
             template_row(self._tokenizer, template, f"templates[{place}]")
             for place, template in enumerate(templates)
@@ -262,9 +265,116 @@ class LLM:
 
         self._shared.check()
         read = conversations(messages)
-        params = _params(sampling_params, sparse_configs, len(read))
+        params = each_params(sampling_params, sparse_configs, len(read))
         ids = [self._chat_ids(conversation) for conversation in read]
         return self._run(ids, params, use_tqdm)
+
+    def log_likelihood(
+        self,
+        prompts: Prompts,
+        answers: Prompts,
+        samples: int = 128,
+        seed: int = 0,
+        use_tqdm: bool = True,
+    ) -> list[float]:
+        """How likely answers to prompts are: natural logarithms, none above 0 but by chance.
+
+        Of an autoregressive model exact. Of a masked one an estimate of a lower bound (LLaDA's
+        ``get_loglikelihood``); exact where an answer has one token. Of a block-causal one the sum
+        of the bounds of its blocks. Forwards are ordinary requests: they share steps with others.
+
+        Args:
+            prompts: texts or token-id lists, one for each answer; a prompt may come again.
+            answers: texts or token-id lists.
+            samples: forwards of an estimate, at most; those that mask the same are run once. Those
+                of the answers to one prompt mask alike, so that their difference has less noise.
+            seed: of what is masked.
+            use_tqdm: show a progress bar.
+
+        Returns:
+            One number for each answer.
+
+        Raises:
+            InvalidRequestError, CapacityError, TokenizerError: before anything runs.
+            OutOfMemoryError: the device ran out of memory.
+
+        Example:
+            >>> yes, no = llm.log_likelihood(["The people"] * 2, [" of", " xx"])  # doctest: +SKIP
+        """
+        from dllmserve.engine.likelihood import batches, scoring_params
+
+        self._shared.check()
+        asked = self._tokenizer, prompts, answers, samples, seed
+        found, totals = batches(self._engine.validator, *asked), list[float]()
+        with _progress_bar(len(answers), use_tqdm and bool(answers), "Scoring") as bar:
+            for batch in found:
+                outputs = self._outputs(
+                    [
+                        self._engine.make_request(
+                            list(forward.canvas.ids),
+                            scoring_params(len(forward.named)),
+                            candidates=forward.candidates,
+                            canvas=forward.canvas,
+                        )
+                        for forward in batch.forwards
+                    ]
+                )
+                totals += batch.totals([output.candidate_logprobs or [] for output in outputs])
+                bar.update(len(totals) - bar.n)
+        return totals
+
+    def decide(
+        self,
+        input: str | Messages,
+        questions: Sequence[Mapping[str, Any]],
+        model: str | None = None,
+        *,
+        reading: str = "parallel",
+        orders: int = 1,
+    ) -> dict[str, Any]:
+        """Answer typed questions about an input with probabilities, read off in one forward.
+
+        Args:
+            input: a text, or messages, calls of tools and their outputs, in the shapes of OpenAI's
+                ``/v1/decisions``.
+            questions: 1 to 400 predicates, choices and scores, in those shapes.
+            model: what the reply calls the model; by default what the engine's options call it.
+            reading: "parallel" (all questions in one forward) or "sequential" (each sees the
+                answers to those before it, which takes a forward for each).
+            orders: average each question over so many orders of its options, each a forward.
+
+        Returns:
+            ``model``, ``answers`` in the order of the questions, and ``usage``.
+
+        Raises:
+            DecisionError: the input or a question is wrong; its ``param`` names the place.
+            InvalidRequestError, CapacityError, TokenizerError: it cannot be read here.
+
+        Example:
+            >>> asked = {"type": "predicate", "instructions": "It rains."}
+            >>> answer = LLM("tiny").decide("Take an umbrella.", [asked])["answers"][0]
+            >>> 0 <= answer["probability"] <= 1
+            True
+        """
+        from dllmserve.decisions.answers import decision
+        from dllmserve.decisions.inputs import read_input
+        from dllmserve.decisions.questions import read_questions
+        from dllmserve.decisions.reading import How
+
+        self._shared.check()
+        read, given, decider = read_questions(questions), read_input(input), self._decider
+        waves = decider.run(given, read, How(reading, orders))
+        outputs: list[RequestOutput] | None = None
+        while isinstance(readings := decider.advance(waves, outputs), list):
+            make = self._engine.make_request
+            outputs = self._outputs([decider.request(each, make) for each in readings])
+        return decision(model or self.config.model, read, *readings)
+
+    @cached_property
+    def _decider(self) -> Decider:
+        from dllmserve.decisions.requests import Decider
+
+        return Decider(self._tokenizer, self._plan.spec, self._plan.limits)
 
     def stream(
         self,
@@ -279,7 +389,7 @@ class LLM:
         the last one.
         """
         self._shared.check()  # a forked process hears of it before anything else is done
-        (params,) = _params(sampling_params, sparse_config, 1, "sparse_config")
+        (params,) = each_params(sampling_params, sparse_config, 1, "sparse_config")
         ids = prompt_ids(self._tokenizer, prompt, "prompt")
         request = self._engine.make_request(ids, params, watch=True)
         return _canvases(self._shared, request)
@@ -312,18 +422,21 @@ class LLM:
         name: str = "prompts",
     ) -> list[dict[str, Any]]:
         """Check all requests, then run them to the end."""
-        core, engine = self._engine, self._shared
-        jobs = zip(prompts, params, holes or [()] * len(prompts), strict=True)
-        batch = engine.submit(
-            [
-                core.make_request(ids, own, holes=gaps, trace=trace, name=f"{name}[{place}]")
-                for place, (ids, own, gaps) in enumerate(jobs)
-            ]
-        )
-        shown = use_tqdm and bool(prompts)
+        core, gaps = self._engine, holes or [()] * len(prompts)
+        requests = [
+            core.make_request(ids, own, holes=open_, trace=trace, name=f"{name}[{place}]")
+            for place, (ids, own, open_) in enumerate(zip(prompts, params, gaps, strict=True))
+        ]
+        outputs = self._outputs(requests, use_tqdm and bool(prompts))
+        return [output.as_dict() for output in outputs]
+
+    def _outputs(self, requests: list[Request], shown: bool = False) -> list[RequestOutput]:
+        """Run checked requests to the end, with a progress bar if it is to be shown."""
+        engine = self._shared
+        batch = engine.submit(requests)
         began, steps, committed = time.monotonic(), engine.steps, engine.committed
         try:
-            with _progress_bar(len(prompts), shown) as bar:
+            with _progress_bar(len(requests), shown) as bar:
                 for ticket in batch.tickets:
                     while engine.advance(ticket):
                         if not shown:
@@ -335,7 +448,7 @@ class LLM:
                         )
                         bar.update(batch.ended - bar.n)
                 bar.update(batch.ended - bar.n)
-            return [ticket.output.as_dict() for ticket in batch.tickets if ticket.output]
+            return [ticket.output for ticket in batch.tickets if ticket.output]
         finally:
             # after an error or Ctrl-C nothing of this call stays behind
             engine.drop(batch)
@@ -352,57 +465,13 @@ def _canvases(engine: SharedEngine, request: Request) -> Iterator[CanvasStep]:
         engine.drop(batch)
 
 
-def _progress_bar(total: int, shown: bool) -> Any:
+def _progress_bar(total: int, shown: bool, what: str = "Generating") -> Any:
     """A bar on standard error, or in a notebook."""
     in_file = tqdm is text_bars.tqdm and not (sys.stderr and sys.stderr.isatty())
     return tqdm(
         total=total,
-        desc="Generating",
+        desc=what,
         disable=not shown,
         mininterval=_FILE_S if in_file else _SCREEN_S,
         miniters=0,  # forwards and tokens move while no request ends
     )
-
-
-def _params(
-    sampling: Any,
-    sparse: Any,
-    count: int,
-    name: str = "sparse_configs",
-    prompts: str = "prompts",
-) -> list[SamplingParams]:
-    """Parameters of each prompt, with the SparseConfig that was given beside them."""
-    params = _one_each("sampling_params", sampling, SamplingParams, count, prompts=prompts)
-    configs = _one_each(name, sparse, SparseConfig, count, optional=True)
-    pairs = list(zip(params, configs, strict=True))
-    # mostly all are one and the same, and are checked once
-    different = {(id(p), id(s)): (p, s) for p, s in pairs}
-    made = {key: with_sparse(*pair) for key, pair in different.items()}
-    return [made[id(p), id(s)] for p, s in pairs]
-
-
-def _one_each(
-    name: str,
-    given: Any,
-    kind: type[Any],
-    count: int,
-    *,
-    optional: bool = False,
-    prompts: str = "prompts",
-) -> list[Any]:
-    """One value per prompt, from a single value or a list of the right length."""
-    if given is None or isinstance(given, kind):
-        default = None if optional else kind()
-        return [given if given is not None else default] * count
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-        raise InvalidParameterError(
-            f"{name} must be a {kind.__name__} or a list of them, got {type(given).__name__}"
-        )
-    if len(given) != count:
-        raise InvalidRequestError(f"{name} has {len(given)} entries for {count} {prompts}")
-    for place, item in enumerate(given):
-        if not isinstance(item, kind) and not (optional and item is None):
-            raise InvalidParameterError(
-                f"{name}[{place}] must be a {kind.__name__}, got {type(item).__name__}"
-            )
-    return list(given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
@@ -98,7 +97,7 @@ class RequestOutput:
     logprobs: list[TokenLogprob] | None = None
     candidate_logprobs: list[list[float]] | None = None
     history: list[Forward] | None = None
-    holes: Sequence[FilledHole] = ()
+    holes: tuple[FilledHole, ...] = ()
 
     @property
     def answer(self) -> RequestOutput:
@@ -149,3 +148,20 @@ class CanvasStep:
     block: tuple[int, int]
     forward_passes: int
     output: RequestOutput | None = None
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """A piece of committed text. The last one carries the output.
+
+    Attributes:
+        text: never taken back; all pieces together are the answer's text.
+        tokens: ids that became committed with it.
+        output: the finished request, in the last piece.
+        logprobs: of those ids, if the request asks for log-probabilities.
+    """
+
+    text: str
+    tokens: int = 0
+    output: RequestOutput | None = None
+    logprobs: list[TokenLogprob] | None = None

@@ -12,8 +12,9 @@ from dllmserve.constraints import limits
 from dllmserve.constraints.dfa import Dfa, first_of_each, salts
 from dllmserve.constraints.grammar import NEVER, TokenGrammar, finished, tokens_to
 from dllmserve.constraints.nfa import automaton
-from dllmserve.constraints.nodes import Node, either, text
+from dllmserve.constraints.nodes import either, text
 from dllmserve.constraints.regex import parse
+from dllmserve.constraints.schema import schema_node
 from dllmserve.constraints.sequence import sequence, sequence_of
 from dllmserve.constraints.tokens import Moves, first_states, hashes, token_maps
 from dllmserve.constraints.utf8 import ByteDfa, to_bytes
@@ -103,19 +104,16 @@ def language(
     Raises:
         InvalidParameterError: it is wrong, not supported or too large.
     """
-    if regex is not None:
-        return automaton(parse(regex, "regex"))
-    if choice is not None:
-        limits.check(sum(map(len, choice)), limits.MAX_TEXT, "the length of all choices")
-        return automaton(either(text(one) for one in choice))
-    assert json_schema is not None
-    parts = sequence_of(json_schema)
-    return automaton(_schema(json_schema) if parts is None else sequence(parts, _schema))
-
-
-def _schema(document: object) -> Node:
-    """The language of a JSON schema."""
-    raise InvalidParameterError("json_schema is not supported yet")
+    try:
+        if regex is not None:
+            return automaton(parse(regex, "regex"))
+        if choice is not None:
+            limits.check(sum(map(len, choice)), limits.MAX_TEXT, "the length of all choices")
+            return automaton(either(text(one) for one in choice))
+        parts = sequence_of(json_schema or "")
+        return automaton(schema_node(json_schema or "") if parts is None else sequence(parts))
+    except RecursionError as error:
+        raise InvalidParameterError("the constraint is nested too deeply") from error
 
 
 class _NoTextError(Exception):

@@ -7,15 +7,24 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dllmserve.constraints import limits
+from dllmserve.constraints import charset, limits
 from dllmserve.constraints.alphabet import Alphabet
 from dllmserve.constraints.charset import CharSet
 from dllmserve.constraints.dfa import Dfa, minimised
-from dllmserve.constraints.nodes import Chars, Concat, Either, Embedded, Node, Repeat
+from dllmserve.constraints.nodes import (
+    EMPTY,
+    Chars,
+    Concat,
+    Either,
+    Embedded,
+    Members,
+    Node,
+    Repeat,
+)
 
 
 @dataclass
-class _Positions:
+class Positions:
     """A nondeterministic automaton.
 
     Attributes:
@@ -27,23 +36,38 @@ class _Positions:
     sets: dict[CharSet, int] = field(default_factory=dict)
     free: list[list[int]] = field(default_factory=list)
     edges: list[list[tuple[int, int]]] = field(default_factory=list)
+    _entries: dict[tuple[Node, int], int] = field(default_factory=dict)
+    _steps: int = 0
+
+    def automaton(self, start: int, final: int) -> Dfa:
+        """The smallest automaton of the texts that lead from one state to another."""
+        return minimised(_Subsets(self, final).determinise(start))
 
     def state(self, *free: int) -> int:
         """A new state, which is at the same time the given ones."""
+        limits.check(len(self.free), limits.MAX_POSITIONS, "the number of its positions")
         self.free.append(list(free))
         self.edges.append([])
         return len(self.free) - 1
 
-    def number(self, of: CharSet) -> int:
-        """The number of a set."""
-        return self.sets.setdefault(of, len(self.sets))
+    def edge(self, source: int, characters: CharSet, target: int) -> None:
+        """A way from state to state by any of some characters."""
+        if characters:
+            number = self.sets.setdefault(characters, len(self.sets))
+            self.edges[source].append((number, target))
 
     def before(self, node: Node, out: int) -> int:
         """The state from which the node's texts, and they alone, lead to state ``out``."""
+        # a node that stands in several places before the same state is there once
+        found = self._entries.get((node, out))
+        if found is None:
+            found = self._entries[node, out] = self._before(node, out)
+        return found
+
+    def _before(self, node: Node, out: int) -> int:
         if isinstance(node, Chars):
             entry = self.state()
-            if node.set:
-                self.edges[entry].append((self.number(node.set), out))
+            self.edge(entry, node.set, out)
             return entry
         if isinstance(node, Concat):
             for part in reversed(node.parts):
@@ -53,35 +77,75 @@ class _Positions:
             return self.state(*[self.before(part, out) for part in node.parts])
         if isinstance(node, Repeat):
             return self._repeated(node, out)
+        if isinstance(node, Members):
+            return self._members(node, out)
         if isinstance(node, Embedded):
             return self._embedded(node.dfa, out)
         raise TypeError(f"no such node: {node!r}")
 
     def _repeated(self, node: Repeat, out: int) -> int:
-        after = out
+        """A chain of parts from the last one to the first.
+
+        ``more`` is where another part may follow, and ``after`` is where one just ended.
+        """
+        separator = node.separator or EMPTY
+        if node.high == 0:
+            return out
         if node.high is None:
             after = self.state(out)
-            self.free[after].append(self.before(node.part, after))
+            first = self.before(node.part, after)
+            self.free[after].append(self.before(separator, first))
+            after = first
+            copies = 1
         else:
-            for _ in range(node.high - node.low):
-                after = self.state(self.before(node.part, after), out)
-        for _ in range(node.low):
+            after = out
+            for _ in range(node.high - max(node.low, 1)):
+                after = self.state(out, self.before(separator, self.before(node.part, after)))
             after = self.before(node.part, after)
-        return after
+            copies = max(node.low, 1)
+        # the parts that must be there, and are not yet
+        missing = node.low - 1 if node.high is None else copies - 1
+        for _ in range(missing):
+            self._steps += 1
+            limits.check(self._steps, limits.MAX_POSITIONS, "the number of its positions")
+            after = self.before(node.part, self.before(separator, after))
+        return after if node.low else self.state(after, out)
+
+    def _members(self, node: Members, out: int) -> int:
+        """From the last part to the first, by how many stand before: exactly, if that counts."""
+        count, needed = len(node.parts), sum(must for _, must in node.parts)
+        most = count if node.high is None else node.high
+        counts = node.low > max(needed, 0) or most < count
+        rows = count + 1 if counts else 2
+        after = [out if not counts or node.low <= n <= most else self.state() for n in range(rows)]
+        for part, must in reversed(node.parts):
+            before = []
+            for written in range(rows):
+                entry = self.before(part, after[min(written + 1, rows - 1)])
+                if written:
+                    entry = self.before(node.separator, entry)
+                before.append(entry if must else self.state(entry, after[written]))
+            after = before
+        return after[0]
 
     def _embedded(self, dfa: Dfa, out: int) -> int:
         own = [self.state() for _ in range(dfa.states)]
-        sets = [self.number(s) if s else -1 for s in dfa.alphabet.sets()]
+        sets = dfa.alphabet.sets()
         for source, row in enumerate(dfa.delta[: dfa.states].tolist()):
             if dfa.accepting[source]:
                 self.free[own[source]].append(out)
-            found: dict[int, list[int]] = {}
-            for symbol, target in enumerate(row):
+            for target, characters in grouped(row, sets).items():
                 if target != dfa.states:
-                    found.setdefault(target, []).append(symbol)
-            for target, symbols in found.items():
-                self.edges[own[source]] += [(sets[s], own[target]) for s in symbols]
-        return own[dfa.start]
+                    self.edge(own[source], characters, own[target])
+        return self.state() if dfa.empty else own[dfa.start]
+
+
+def grouped(row: list[int], sets: list[CharSet]) -> dict[int, CharSet]:
+    """The characters that lead to each of the next states of a row."""
+    found: dict[int, list[CharSet]] = {}
+    for target, characters in zip(row, sets, strict=True):
+        found.setdefault(target, []).append(characters)
+    return {target: charset.union(*parts) for target, parts in found.items()}
 
 
 def automaton(node: Node) -> Dfa:
@@ -90,17 +154,15 @@ def automaton(node: Node) -> Dfa:
     Raises:
         InvalidParameterError: it, or the way to it, is over a limit.
     """
-    limits.check(node.positions, limits.MAX_POSITIONS, "the number of its positions")
-    positions = _Positions()
+    positions = Positions()
     final = positions.state()
-    start = positions.before(node, final)
-    return minimised(_Subsets(positions, final).determinise(start))
+    return positions.automaton(positions.before(node, final), final)
 
 
 class _Subsets:
     """The states of a deterministic automaton are sets of positions."""
 
-    def __init__(self, positions: _Positions, final: int) -> None:
+    def __init__(self, positions: Positions, final: int) -> None:
         self._positions, self._final = positions, final
         self._alphabet, self._symbols = Alphabet.of(list(positions.sets))
         self._closures: dict[int, tuple[int, ...]] = {}

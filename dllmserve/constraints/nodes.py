@@ -6,7 +6,7 @@ A node is immutable and may stand in several places; two nodes are equal only if
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dllmserve.constraints import charset
@@ -15,22 +15,11 @@ from dllmserve.constraints.charset import CharSet
 if TYPE_CHECKING:
     from dllmserve.constraints.dfa import Dfa
 
-#: positions count up to here; more is too many everywhere
-_ENOUGH = 1 << 40
 
-
-@dataclass(frozen=True, eq=False)
 class Node:
-    """A set of texts.
+    """A set of texts."""
 
-    Attributes:
-        positions: states of its nondeterministic automaton, with repeats written out.
-    """
-
-    positions: int = field(init=False, default=1, compare=False, repr=False)
-
-    def _count(self, positions: int) -> None:
-        object.__setattr__(self, "positions", min(positions, _ENOUGH))
+    __slots__ = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,9 +35,6 @@ class Concat(Node):
 
     parts: tuple[Node, ...]
 
-    def __post_init__(self) -> None:
-        self._count(sum(part.positions for part in self.parts))
-
 
 @dataclass(frozen=True, eq=False)
 class Either(Node):
@@ -56,21 +42,31 @@ class Either(Node):
 
     parts: tuple[Node, ...]
 
-    def __post_init__(self) -> None:
-        self._count(1 + sum(part.positions for part in self.parts))
-
 
 @dataclass(frozen=True, eq=False)
 class Repeat(Node):
-    """``low`` to ``high`` times a part; None is no bound."""
+    """``low`` to ``high`` times a part, with a separator in between; no ``high`` is no bound."""
 
     part: Node
     low: int
     high: int | None
+    separator: Node | None = None
 
-    def __post_init__(self) -> None:
-        times = self.low + 1 if self.high is None else self.high
-        self._count(1 + times * (self.part.positions + 1))
+
+@dataclass(frozen=True, eq=False)
+class Members(Node):
+    """Parts in their order, each there or not, with a separator in between.
+
+    Attributes:
+        parts: the parts, and whether each must be there.
+        low, high: fewest and most parts; no ``high`` is no bound.
+        separator: between two that are there.
+    """
+
+    parts: tuple[tuple[Node, bool], ...]
+    low: int
+    high: int | None
+    separator: Node
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +75,10 @@ class Embedded(Node):
 
     dfa: Dfa
 
-    def __post_init__(self) -> None:
-        self._count(len(self.dfa.delta))
 
-
-EMPTY = Concat(())
-NOTHING = Either(())
-ANY_TEXT = Repeat(Chars(charset.ALL), 0, None)
+EMPTY: Node = Concat(())
+NOTHING: Node = Either(())
+ANY_TEXT: Node = Repeat(Chars(charset.ALL), 0, None)
 
 
 def text(value: str) -> Node:

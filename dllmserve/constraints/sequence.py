@@ -13,11 +13,11 @@ The server says so what calls of tools are. Such a text stands where a JSON sche
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
-from dllmserve.constraints.nodes import Concat, Node, Repeat, concat, either, text
+from dllmserve.constraints.nodes import Concat, Node, Repeat, either, text
 from dllmserve.constraints.regex import parse
+from dllmserve.constraints.schema import schema_node
 from dllmserve.errors import InvalidParameterError
 
 SEQUENCE = "x-dllmserve-sequence"
@@ -36,32 +36,27 @@ def sequence_of(json_schema: str) -> list[Any] | None:
     return list(read[SEQUENCE]) if isinstance(read, dict) and list(read) == [SEQUENCE] else None
 
 
-def sequence(parts: list[Any], schema: Callable[[Any], Node]) -> Node:
+def sequence(parts: list[Any]) -> Node:
     """The language of parts that follow each other.
-
-    Args:
-        parts: see above.
-        schema: makes the language of a JSON schema.
 
     Raises:
         InvalidParameterError: a part is none, or what it holds is not supported.
     """
-    return Concat(tuple(_part(part, schema) for part in parts))
+    return Concat(tuple(_part(part) for part in parts))
 
 
-def _part(part: Any, schema: Callable[[Any], Node]) -> Node:
+def _part(part: Any) -> Node:
     match part:
         case str():
             return text(part)
         case {"regex": str(expression), **rest} if not rest:
             return parse(expression, "regex")
         case {"schema": document, **rest} if not rest:
-            return schema(document)
+            return schema_node(json.dumps(document))
         case {"anyOf": [*options], **rest} if not rest and options:
-            return either(sequence(_list(option), schema) for option in options)
+            return either(sequence(_list(option)) for option in options)
         case {"repeat": [*repeated], "between": str(between), **rest} if not rest:
-            one = sequence(repeated, schema)
-            return concat(one, Repeat(concat(text(between), one), 0, None))
+            return Repeat(sequence(repeated), 1, None, text(between))
     raise InvalidParameterError(f"json_schema has a part that {SEQUENCE} does not know: {part!r}")
 
 

@@ -31,18 +31,22 @@ def settle(request: Request, report: EntryReport, ends: Collection[int]) -> Entr
     """
     if report.holds is None:
         return report
-    write_forced(request, report.holds, ends)
-    start = request.canvas.start
-    forced = {p - start: it.token for p, it in request.forced.items()}
-    length = min(len(report.holds), request.canvas.answer_len)
-    open_ = (i for i in range(length) if report.holds[i] != WRITTEN and i not in forced)
-    frontier = next(open_, length)
-    if request.revokes and not request.launched and request.progress.masks_left:
-        frontier = min(frontier, max(request.blocks[request.progress.block][0] - start, 0))
-    counts = range(request.ends_from, length)
-    found = [i for i, token in forced.items() if token in ends and i in counts]
-    end = min([*found, *([report.end] if report.end >= 0 else [])], default=-1)
+    holds, canvas, progress = report.holds, request.canvas, request.progress
+    write_forced(request, holds, ends)
+    length = min(len(holds), canvas.answer_len)
+    frontier = progress.frontier
+    while frontier < length and not _is_open(request, holds, canvas.start + frontier):
+        frontier += 1
+    if request.revokes and not request.launched and progress.masks_left:
+        frontier = min(frontier, max(request.blocks[progress.block][0] - canvas.start, 0))
+    found = (report.end, request.forced_end)
+    end = min((place for place in found if 0 <= place < length), default=-1)
     return replace(report, frontier=frontier, end=end, eos=end if end < frontier else -1)
+
+
+def _is_open(request: Request, holds: Sequence[int], position: int) -> bool:
+    """Whether nothing stands at a canvas position yet."""
+    return holds[position - request.canvas.start] != WRITTEN and position not in request.forced
 
 
 def write_forced(request: Request, holds: Sequence[int], ends: Collection[int]) -> None:
@@ -54,20 +58,19 @@ def write_forced(request: Request, holds: Sequence[int], ends: Collection[int]) 
         ends: ids that end the answer.
     """
     start, progress = request.canvas.start, request.progress
-    open_ = {
-        start + i: token
-        for i, token in enumerate(holds)
-        if token != WRITTEN and start + i not in request.forced
-    }
     while not request.launched:
-        left = [p for p in range(*request.blocks[progress.block]) if p in open_]
+        block = range(*request.blocks[progress.block])
+        # a block may hold given tokens before the answer's start and behind its end
+        inside = range(max(block.start, start), min(block.stop, start + len(holds)))
+        left = [p for p in inside if _is_open(request, holds, p)]
         if progress.step_in_block == 0 and progress.scheduled == 0:
             request.begin_block(len(left))
         progress.masks_left = len(left)
         if not left:
             request.leave_block()
             continue
-        written = _needs_no_forward(request, left, open_, ends)
+        known = {p: holds[p - start] for p in left}
+        written = _needs_no_forward(request, left, known, ends)
         if not written:
             return
         if RULES[request.params.unmask].quota == "exact":
@@ -75,8 +78,11 @@ def write_forced(request: Request, holds: Sequence[int], ends: Collection[int]) 
             progress.scheduled += 1
         step = max(progress.forwards + len(request.foreseen), 1)
         for position in written:
-            forced = Forced(open_.pop(position), step)
+            forced = Forced(known[position], step)
             request.forced[position] = request.unsent[position] = forced
+            if forced.token in ends and position - start >= request.ends_from:
+                before = request.forced_end
+                request.forced_end = min(before if before >= 0 else len(holds), position - start)
 
 
 def _needs_no_forward(

@@ -105,9 +105,10 @@ class Request:
     ``stream`` for the ids that join the committed prefix.
     ``candidates`` are ids whose log-probabilities are wanted, one tuple for each position to fill.
     ``grammars`` say what the answer, or each of the holes, has to match, ``regions`` where that is.
-    ``forced`` tokens of canvas positions were written by the host; those that are ``unsent`` are
-    not on the device yet. ``foreseen`` has, for each step of the schedule whose outcome was known
-    without a forward, the forwards that were run before it.
+    ``forced`` tokens of canvas positions were written by the host, the first end id among them at
+    answer position ``forced_end``; those that are ``unsent`` are not on the device yet.
+    ``foreseen`` has, for each step of the schedule whose outcome was known without a forward, the
+    forwards that were run before it.
     ``holes`` are those of a template; the canvas's are then the same, where they touch as one.
     ``owner`` is a short name of whose it is: owners are served in turns, and those with a name
     leave room for others; "" is somebody who has the engine alone.
@@ -141,6 +142,7 @@ class Request:
     prefix: Prefix | None = None
     assumed: deque[int | None] = field(default_factory=deque)
     forced: dict[int, Forced] = field(default_factory=dict)
+    forced_end: int = -1
     unsent: dict[int, Forced] = field(default_factory=dict)
     foreseen: list[int] = field(default_factory=list)
     masks: tuple[int, ...] = ()

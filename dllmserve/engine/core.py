@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from dllmserve.constraints.compiled import Compiled
+from dllmserve.core.canvas import Canvas
 from dllmserve.core.constrained import begin
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
@@ -134,6 +135,7 @@ class EngineCore:
         owner: str = "",
         candidates: tuple[tuple[int, ...], ...] = (),
         trace: bool = False,
+        canvas: Canvas | None = None,
         name: str = "prompt",
         grammars: Sequence[Compiled | None] | None = None,
     ) -> Request:
@@ -142,6 +144,7 @@ class EngineCore:
         Args:
             prompt_ids, params, holes, watch, stream, owner, candidates, trace: see
                 :class:`dllmserve.core.request.Request`. With holes, the ids are a whole row.
+            canvas: see :meth:`dllmserve.core.validator.RequestValidator.request`.
             name: of the prompt, in errors.
             grammars: what the answer, or each hole, has to match; None compiles what they ask for.
 
@@ -160,11 +163,17 @@ class EngineCore:
             owner=owner,
             candidates=candidates,
             trace=trace,
+            canvas=canvas,
             name=name,
             grammars=self._grammars.of(params, holes) if grammars is None else grammars,
         )
         begin(request, ends_of(request.params, self.spec))
         return request
+
+    @property
+    def validator(self) -> RequestValidator:
+        """What requests are held against."""
+        return self._validator
 
     def add(self, request: Request) -> None:
         """Queue a request made by :meth:`make_request`."""

@@ -114,6 +114,7 @@ class EngineLoop:
                 grammars=message.grammars,
                 candidates=message.candidates,
                 trace=message.trace,
+                canvas=message.canvas,
             )
             self._engine.add(request)
         except DllmServeError as error:  # the owner checks the same, before it submits

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from dllmserve.constraints.compiled import Compiled
+from dllmserve.core.canvas import Canvas as Layout
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
@@ -67,6 +68,8 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
         watch: report a canvas after every step.
         owner, candidates, trace, holes, grammars: as
             :class:`dllmserve.core.request.Request` says.
+        canvas: what is filled, if it is neither holes nor an answer behind a prompt; without its
+            ids, which are the prompt_ids.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
@@ -80,6 +83,7 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
     trace: bool = False
     holes: Holes = ()
     grammars: tuple[Compiled | None, ...] = ()
+    canvas: Layout | None = None
     id: int = msgspec.field(default_factory=itertools.count().__next__)
 
 

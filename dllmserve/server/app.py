@@ -26,7 +26,17 @@ from starlette.types import Receive, Scope, Send
 from dllmserve import __version__
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, EngineError
-from dllmserve.server import failures, infill, llama_cpp, native, openai, ops, responses
+from dllmserve.server import (
+    decisions,
+    failures,
+    infill,
+    llama_cpp,
+    native,
+    openai,
+    ops,
+    responses,
+    systemone,
+)
 from dllmserve.server.admission_guard import AdmissionGuard
 from dllmserve.server.hosts import (
     LocalOnly,
@@ -39,7 +49,7 @@ from dllmserve.server.http.auth import AuthGuard, presented
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.logs import configure_logging
 from dllmserve.server.http.request_id import RequestLog
-from dllmserve.server.http.respond import Headers
+from dllmserve.server.http.respond import SYSTEM_ONE, Headers
 from dllmserve.server.http.slots import Classify, Sender
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
@@ -52,13 +62,8 @@ _log = logging.getLogger("dllmserve.server")
 __all__ = ["app", "create_app"]
 
 #: of all endpoints
-ROUTERS = (
-    native.router,
-    infill.router,
-    openai.router,
-    responses.router,
-    llama_cpp.router,
-    ops.router,
+ROUTERS = tuple(
+    m.router for m in (native, infill, openai, responses, decisions, systemone, llama_cpp, ops)
 )
 
 
@@ -166,7 +171,14 @@ def _most_calls(settings: Settings) -> int | None:
 
 
 #: headers of answers that the official clients, and those of the native API, read
-EXPOSED = "X-Request-Id Retry-After X-Should-Retry Location Allow WWW-Authenticate".split()
+EXPOSED = (
+    *("X-Request-Id", "X-Typesafe-Request-Id", "Retry-After", "X-Should-Retry", "Location"),
+    *("Allow", "WWW-Authenticate"),
+)
+
+
+#: paths whose clients read the request's id from a header of their own
+_ID_HEADERS = dict.fromkeys((SYSTEM_ONE, "/v1/models"), b"x-typesafe-request-id")
 
 
 def _guards(service: Service) -> list[Middleware]:
@@ -177,7 +189,10 @@ def _guards(service: Service) -> list[Middleware]:
     if server.origins:
         # around all that answer, so that a page can read their refusals; preflights end here
         guards.append(_cors(server.origins))
-    guards.append(Middleware(RequestLog, metrics_hook=service.metrics.http, quiet=ops.PROBED))
+    log = Middleware(
+        RequestLog, metrics_hook=service.metrics.http, quiet=ops.PROBED, also=_ID_HEADERS
+    )
+    guards.append(log)
     if settings.keys is None and not server.insecure_no_auth:
         guards.append(Middleware(LocalOnly))
     auth = Middleware(
@@ -264,7 +279,8 @@ def _describe(app: FastAPI, settings: Settings) -> None:
         schema = plain()
         for path, operations in schema["paths"].items():
             for operation in operations.values():
-                operation["responses"].pop("422", None)
+                if path != SYSTEM_ONE:  # whose clients want it; others get a 400
+                    operation["responses"].pop("422", None)
                 if secured and path not in open_paths:
                     operation["security"] = [{"bearer": []}, {"header": []}]
         parts = schema.setdefault("components", {})

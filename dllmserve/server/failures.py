@@ -10,13 +10,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from dllmserve._values import SparseConfig
 from dllmserve.errors import (
     DeadlineError,
+    DecisionError,
     DllmServeError,
     EngineDiedError,
     EngineStartError,
@@ -28,7 +29,8 @@ from dllmserve.errors import (
 from dllmserve.foreign import advice
 from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.error_texts import explain
-from dllmserve.server.http.respond import error_body, error_type, wants_detail
+from dllmserve.server.http.escape import shown
+from dllmserve.server.http.respond import SYSTEM_ONE, error_body, error_type
 
 _log = logging.getLogger("dllmserve.server")
 
@@ -59,6 +61,7 @@ class ApiError(Exception):
         code: for programs.
         param: the request's field.
         headers: of the response.
+        type: of the error object; by default what goes with the status.
     """
 
     def __init__(
@@ -69,10 +72,11 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: dict[str, str] | None = None,
+        type: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message = status, message
-        self.code, self.param = code, param
+        self.code, self.param, self.type = code, param, type
         self.headers = headers or {}
 
 
@@ -83,6 +87,8 @@ def as_api_error(error: Exception) -> ApiError:
     if not isinstance(error, DllmServeError):
         return ApiError(500, explained(error), code="server_error")
     message, status, headers = explained(error), error.http_status, {}
+    if isinstance(error, DecisionError):  # whose clients know of no codes
+        return ApiError(status, message, param=error.param and shown(error.param))
     if isinstance(error, TokenizerError):
         status = 400  # text for a checkpoint without tokenizer or template
     elif isinstance(error, OverloadedError):
@@ -123,10 +129,10 @@ def error_response(path: str, error: ApiError) -> Response:
     """The error object as a response."""
     content = error_body(
         error.message,
-        type=error_type(error.status),
+        type=error.type or error_type(error.status),
         code=error.code,
         param=error.param,
-        detail=wants_detail(path),
+        path=path,
     )
     return Response(
         content, status_code=error.status, headers=error.headers, media_type="application/json"
@@ -149,6 +155,8 @@ def install(app: FastAPI) -> None:
             details = list(error.errors())
         # its traceback is in a reference cycle with the body, which not every Starlette breaks
         error.__traceback__ = None
+        if request.scope["path"] == SYSTEM_ONE:
+            return _listed(details)
         return error_response(request.scope["path"], _invalid(request, details))
 
     async def routing(request: Request, error: Exception) -> Response:
@@ -179,6 +187,26 @@ def _methods(request: Request) -> list[str]:
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
         if any(r.matches({**request.scope, "method": method})[0] is Match.FULL for r in routes)
     ]
+
+
+#: what is told of the bounds that a value breaks
+_BOUNDS = ("min_length", "max_length", "ge", "gt", "le", "expected", "expected_tags")
+#: most errors of a body that are told
+_MAX_LISTED = 20
+
+
+def _listed(details: Sequence[Mapping[str, Any]]) -> Response:
+    """The errors that pydantic found, in the list that clients of pydantic's own APIs read.
+
+    Values of the client are left out.
+    """
+    told = []
+    for detail in details[:_MAX_LISTED]:
+        place = [shown(step, 100) if isinstance(step, str) else step for step in detail["loc"]]
+        one = {"loc": place, "msg": shown(detail["msg"], 500), "type": detail["type"]}
+        bounds = {k: v for k, v in (detail.get("ctx") or {}).items() if k in _BOUNDS}
+        told.append(one | ({"ctx": bounds} if bounds else {}))
+    return JSONResponse({"detail": told}, status_code=422)
 
 
 def _named(request: Request, message: str) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 from fastapi import APIRouter
@@ -46,11 +47,20 @@ class ModelCard(BaseModel):
     max_model_len: int | None
 
 
+class ModelNote(BaseModel):
+    """A model, as clients of System One read it; its date is the server's start."""
+
+    name: str
+    description: str
+    release_date: str
+
+
 class ModelList(BaseModel):
-    """All models: one."""
+    """All models: one, in the shapes of two kinds of clients."""
 
     object: Literal["list"]
     data: list[ModelCard]
+    models: list[ModelNote]
 
 
 def _responses(kind: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
@@ -250,7 +260,7 @@ def _check_count(count: int, param: str, service: Service) -> None:
 @router.get("/v1/models", response_model=ModelList, responses=errors(400, body=False))
 async def models(service: ServiceOf) -> dict[str, Any]:
     """The model of this server."""
-    return {"object": "list", "data": [_card(service)]}
+    return {"object": "list", "data": [_card(service)], "models": [_note(service)]}
 
 
 @router.get(
@@ -270,4 +280,13 @@ def _card(service: Service) -> dict[str, Any]:
         "created": service.created,
         "owned_by": "dllmserve",
         "max_model_len": None if info is None else info.limits.max_model_len,
+    }
+
+
+def _note(service: Service) -> dict[str, Any]:
+    info = service.llm.fleet.info
+    return {
+        "name": service.model_name,
+        "description": "a model that is being loaded" if info is None else info.spec.architecture,
+        "release_date": datetime.fromtimestamp(service.created, UTC).date().isoformat(),
     }

@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request as HttpRequest
 
 from dllmserve import __version__
-from dllmserve.async_llm import TextDelta
 from dllmserve.engine.tokenizer import Tokenizer
-from dllmserve.outputs import RequestOutput, TokenLogprob
+from dllmserve.outputs import RequestOutput, TextDelta, TokenLogprob
 from dllmserve.server.common import note_runs
 from dllmserve.server.failures import as_api_error, log_failure
 from dllmserve.server.http.respond import error_object, error_type

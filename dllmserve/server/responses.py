@@ -13,8 +13,8 @@ from fastapi import APIRouter, Path, Query
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request as HttpRequest
 
-from dllmserve.async_llm import TextDelta
 from dllmserve.errors import InvalidRequestError, JobStoreError
+from dllmserve.outputs import TextDelta
 from dllmserve.server.common import (
     JobsOf,
     JsonRoute,

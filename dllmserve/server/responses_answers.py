@@ -8,8 +8,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from dllmserve.async_llm import TextDelta
-from dllmserve.outputs import RequestOutput
+from dllmserve.outputs import RequestOutput, TextDelta
 from dllmserve.server.common import note_runs
 from dllmserve.server.failures import as_api_error, log_failure
 from dllmserve.server.openai_answers import Reply

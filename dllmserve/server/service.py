@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from dllmserve.async_llm import AsyncLLM, TextDelta
+from dllmserve.async_llm import AsyncLLM
 from dllmserve.core.request import Request
 from dllmserve.errors import (
     ContextLengthError,
@@ -21,7 +21,7 @@ from dllmserve.errors import (
     RequestAbortedError,
 )
 from dllmserve.holes import Hole, Holes
-from dllmserve.outputs import RequestOutput
+from dllmserve.outputs import RequestOutput, TextDelta
 from dllmserve.process.calls import Call, Event, Started
 from dllmserve.process.messages import EngineInfo
 from dllmserve.process.supervisor import State, SupervisorOptions

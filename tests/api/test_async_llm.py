@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from dllmserve import LLM, AsyncLLM, SamplingParams, SparseConfig
-from dllmserve.async_llm import TextDelta
 from dllmserve.errors import (
     CapacityError,
     ConfigError,
@@ -22,6 +21,7 @@ from dllmserve.errors import (
     TokenizerError,
     UnknownOptionError,
 )
+from dllmserve.outputs import TextDelta
 from dllmserve.process.supervisor import State
 from tests.process.left import nothing_left
 
@@ -79,6 +79,14 @@ async def same_logprobs(llm: AsyncLLM, sync: LLM) -> None:
         assert all(d.logprobs is not None and len(d.logprobs) == d.tokens for d in deltas)
         assert [one for d in deltas for one in d.logprobs or ()] == expected["logprobs"]
         assert all([d.logprobs is None async for d in llm.stream_text("Hello", params)])
+
+
+async def same_likelihoods(llm: AsyncLLM, sync: LLM) -> None:
+    asked: Any = (["Hello", "Hello", [65, 66]], ["ab", "abc", [67]], 12, 3)
+    found = await llm.log_likelihood(*asked)
+    assert found == pytest.approx(sync.log_likelihood(*asked, use_tqdm=False), abs=1e-3)
+    with pytest.raises(PromptError, match=r"answers\[0\] is empty"):
+        await llm.log_likelihood(["Hello"], [[]])
 
 
 async def errors(llm: AsyncLLM) -> None:
@@ -153,6 +161,7 @@ def test_everything_is_as_with_llm(
             await same_answers(llm, sync)
             await same_streams(llm, sync)
             await same_logprobs(llm, sync)
+            await same_likelihoods(llm, sync)
             await errors(llm)
             await dropped(llm)
             # without a seed each call draws its own

@@ -135,7 +135,9 @@ def test_documented_signatures() -> None:
     assert list(signature(LLM))[:5] == ["model", *llm]
     assert {**signature(LLM), **llm} == signature(LLM)
     generate = inspect.signature(LLM.generate).parameters
-    assert list(generate) == ["self", "prompts", "sampling_params", "sparse_configs", "use_tqdm"]
+    assert list(generate) == [
+        *("self", "prompts", "sampling_params", "sparse_configs", "use_tqdm", "history")
+    ]
     assert generate["use_tqdm"].default is True
     assert generate["sparse_configs"].default is None
 

@@ -6,22 +6,24 @@ from typing import Any
 import pytest
 
 from dllmserve.constraints.nfa import automaton
-from dllmserve.constraints.nodes import Node
-from dllmserve.constraints.regex import parse
 from dllmserve.constraints.sequence import SEQUENCE, sequence, sequence_of
 from dllmserve.errors import InvalidParameterError
 
 
-def schema(document: Any) -> Node:
-    """In place of schemas, an expression for each."""
-    return parse(document["expression"], "schema")
-
-
 def accepts(parts: list[Any], text: str) -> bool:
-    return automaton(sequence(parts, schema)).accepts(text)
+    return automaton(sequence(parts)).accepts(text)
 
 
-ONE = {"anyOf": [["<a:", {"schema": {"expression": "[0-9]+"}}, ">"], ["<b>"]]}
+ONE = {
+    "anyOf": [
+        [
+            "<a:",
+            {"schema": {"$ref": "#/$defs/n", "$defs": {"n": {"type": "integer", "minimum": 0}}}},
+            ">",
+        ],
+        ["<b>"],
+    ]
+}
 WORDS = {"regex": "[^<]*"}
 CASES: list[tuple[list[Any], list[str], list[str]]] = [
     ([], [""], ["a"]),
@@ -66,8 +68,9 @@ def test_what_is_a_sequence() -> None:
         {"repeat": ["a"]},
         {"regex": "("},
         {"regex": "a(?=b)"},
+        {"schema": {"$ref": "#"}},
     ],
 )
 def test_wrong_parts(part: Any) -> None:
     with pytest.raises(InvalidParameterError):
-        sequence([part], schema)
+        sequence([part])

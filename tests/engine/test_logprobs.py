@@ -156,6 +156,8 @@ def watched(llm: LLM, prompt: list[int], *given: Any) -> tuple[list[int], list[f
     return [steps.get(p, 0) for p in places], [confidence.get(p) for p in places]
 
 
+#: masks positions again
+DOUBTING = {"unmask": "wino", "threshold": 0.01, "threshold_back": 0.9, "block_length": 12}
 KEPT: list[tuple[dict[str, Any], SparseConfig | None]] = [
     ({"cache": "dual", "steps": 4}, None),
     ({"cache": "prefix", "unmask": "threshold", "threshold": 0.05}, None),
@@ -164,17 +166,8 @@ KEPT: list[tuple[dict[str, Any], SparseConfig | None]] = [
     ({"cache": "drift", "steps": 8, "refresh_share": 0.2}, None),
     ({"steps": 4}, SparseConfig(default_block_len=4)),
     ({"unmask": "wino", "threshold": 0.05}, None),
-    ({"unmask": "wino", "threshold": 0.01, "threshold_back": 0.9, "block_length": 12}, None),
-    (
-        {
-            "unmask": "wino",
-            "threshold": 0.01,
-            "threshold_back": 0.9,
-            "block_length": 12,
-            "cache": "dual",
-        },
-        None,
-    ),
+    (DOUBTING, None),
+    ({**DOUBTING, "cache": "dual"}, None),
     ({"cache": "dual", "suffix_window": 4, "steps": 4}, None),
 ]
 

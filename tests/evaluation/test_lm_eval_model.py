@@ -16,7 +16,12 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM
-from dllmserve.errors import PromptError, TokenizerError, UnknownOptionError
+from dllmserve.errors import (
+    InvalidParameterError,
+    PromptError,
+    TokenizerError,
+    UnknownOptionError,
+)
 from tests.checkpoints import Shape, write_random
 
 TASK = Path(__file__).parents[2] / "examples" / "lm_eval"
@@ -134,10 +139,64 @@ def test_names_and_template(lm: Any) -> None:
     assert lm.chat_template("other") == lm.chat_template(True) and lm.chat_template(False) is None
 
 
-def test_what_is_not_offered(lm: Any, model_class: Any, tmp_path: Path) -> None:
-    for name in ("loglikelihood", "loglikelihood_rolling"):
-        with pytest.raises(NotImplementedError, match=r"generate_until tasks alone.*such as gsm8k"):
-            getattr(lm, name)([])
+def pair(context: str, continuation: str) -> Any:
+    return SimpleNamespace(args=(context, continuation))
+
+
+def test_likelihoods(lm: Any) -> None:
+    """The answers of a question, by a chat template and without, and what is greedy of them."""
+    text = lm.apply_chat_template(user("Sort the numbers: 9 41 7"))
+    requests = [pair(text, answer) for answer in ("7 9 41", "9 7 41", "41 9 7", "7 9 41")]
+    found = lm.loglikelihood(requests, disable_tqdm=True)
+    assert found[0] == found[3] and found[0][0] == max(value for value, _ in found)
+    assert [greedy for _, greedy in found] == [True, False, False, True]
+    assert lm.partial[0] == ("loglikelihood", requests[0].args, found[0])
+    ids = [lm._encode_pair(*request.args) for request in requests]
+    assert all(before == lm._llm.chat_ids(user("Sort the numbers: 9 41 7")) for before, _ in ids)
+    alone = lm._llm.log_likelihood(*map(list, zip(*ids, strict=True)), use_tqdm=False)
+    assert [value for value, _ in found] == pytest.approx(alone, abs=1e-3)
+    # blanks at the end of a context belong to what follows
+    moved, plain = lm._encode_pair("The people ", "of"), lm._encode_pair("The people", " of")
+    assert moved == plain and plain[0] == lm._llm.tokenizer.encode("The people")
+    before, ids = lm._encode_pair("", "The people")
+    assert len(before) == 1 and ids == lm._llm.tokenizer.encode("The people", special=False)
+    assert lm.loglikelihood([], disable_tqdm=True) == []
+
+
+def test_options_of_likelihoods(model_class: Any) -> None:
+    few = model_class("tiny", max_model_len=128, mc_num=2, is_check_greedy=False, seed=4)
+    requests = [pair("The president", " of the United"), pair("The president", " of")]
+    (long, short) = few.loglikelihood(requests, disable_tqdm=True)
+    prompt = few._llm.tokenizer.encode("The president")
+    ids = few._llm.tokenizer.encode(" of the United", special=False)
+    (alone,) = few._llm.log_likelihood([prompt], [ids], 2, 4, use_tqdm=False)
+    assert long[0] == pytest.approx(alone, abs=1e-3) and long[1] is short[1] is False
+    for given, words in (({"mc_num": 0}, "mc_num"), ({"is_check_greedy": 2}, "is_check_greedy")):
+        with pytest.raises(InvalidParameterError, match=words):
+            model_class("tiny", **given)
+
+
+def test_whole_texts(lm: Any, model_class: Any, growing_checkpoints: dict[str, Path]) -> None:
+    """Of an autoregressive model the chain over all tokens, in pieces that fit."""
+    with pytest.raises(NotImplementedError, match="bounds that of an answer behind a prompt"):
+        lm.loglikelihood_rolling([pair("a", "b")])
+    causal = model_class(str(growing_checkpoints["qwen3"]), max_model_len=16, mc_num=1)
+    texts = ["abcdefghijklmnopqrstuvwxyz0123456789", "ab"]
+    found = causal.loglikelihood_rolling(
+        [SimpleNamespace(args=(text,)) for text in texts], disable_tqdm=True
+    )
+    llm, prefix = causal._llm, causal._prefix()
+    for text, value in zip(texts, found, strict=True):
+        ids = llm.tokenizer.encode(text, special=False)
+        whole, total = [prefix, *ids], 0.0
+        for low in range(1, len(whole), 15):
+            high = min(low + 15, len(whole))
+            before = whole[max(high - 16, 0) : low]
+            total += llm.log_likelihood([before], [whole[low:high]], use_tqdm=False)[0]
+        assert value == pytest.approx(total, abs=1e-3)
+
+
+def test_what_is_not_offered(model_class: Any, tmp_path: Path) -> None:
     with pytest.raises(UnknownOptionError, match="did you mean 'threshold'"):
         model_class("tiny", thresold=0.9)
     folder = write_random(tmp_path / "bare", Shape(family="dream"))
@@ -156,10 +215,14 @@ def test_without_lm_eval() -> None:
 
 
 @pytest.mark.skipif(not REAL, reason="lm_eval is not installed")
-def test_a_task_of_the_real_lm_eval(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("task", "metric", "requests"),
+    [("sort_numbers", "exact_match", 4), ("sorted_choice", "acc", 0)],
+)
+def test_tasks_of_the_real_lm_eval(tmp_path: Path, task: str, metric: str, requests: int) -> None:
     command = [sys.executable, "-m", "dllmserve.lm_eval", "run", "--model", "dllmserve"]
-    command += ["--model_args", "pretrained=tiny,max_model_len=512,unmask=threshold"]
-    command += ["--tasks", "sort_numbers", "--include_path", ".", "--limit", "4"]
+    command += ["--model_args", "pretrained=tiny,max_model_len=512,unmask=threshold,mc_num=32"]
+    command += ["--tasks", task, "--include_path", ".", "--limit", "4"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
     done = subprocess.run(
         [*command, "--apply_chat_template", "--output_path", str(tmp_path / "out")],
@@ -172,8 +235,8 @@ def test_a_task_of_the_real_lm_eval(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (file,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(file.read_text())
-    assert found["results"]["sort_numbers"]["exact_match,none"] == 1.0
-    assert found["config"]["requests"] == 4 and found["config"]["model_dtype"] == "float32"
+    assert found["results"][task][f"{metric},none"] == 1.0
+    assert found["config"]["requests"] == requests and found["config"]["model_dtype"] == "float32"
 
 
 @pytest.mark.skipif(not REAL, reason="lm_eval is not installed")

@@ -186,6 +186,8 @@ class StandIn:
             forward_passes=length,
             steps=list(range(1, used + 1)),
             logprobs=logprobs_of(found[:used], submit.params.logprobs),
+            # the lowest id is the likeliest
+            candidate_logprobs=[[-float(id) for id in ids] for ids in submit.candidates] or None,
         )
 
 

@@ -257,7 +257,7 @@ def commands(name: str) -> list[tuple[int, str, str | None]]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="the documented commands need curl")
-@pytest.mark.parametrize("name", ["quickstart.md", "serving.md", "http_api.md"])
+@pytest.mark.parametrize("name", ["quickstart.md", "serving.md", "http_api.md", "decisions.md"])
 def test_every_curl_works_and_answers_as_printed(name: str, url: str) -> None:
     job = "0"
     assert commands(name)

@@ -26,7 +26,6 @@ ASKED: list[tuple[dict[str, Any], str | None, Any]] = [
     ({"response_format": named(schema=SCHEMA, strict=True)}, "json_schema", SCHEMA),
     ({"response_format": named(schema=SCHEMA, strict=False)}, "json_schema", SCHEMA),
     ({"response_format": named(description="of people")}, "json_schema", ANY),
-    ({"response_format": named(schema=True)}, "json_schema", True),
     ({"json_schema": SCHEMA}, "json_schema", SCHEMA),
     ({"guided_json": SCHEMA}, "json_schema", SCHEMA),
     ({"guided_json": json.dumps(SCHEMA)}, "json_schema", SCHEMA),
@@ -57,6 +56,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "response_format",
         "response_format.json_schema.schema must be true or false or an object",
     ),
+    ({"response_format": named(schema=True)}, "response_format", "response_format"),
+    ({"response_format": named(schema={"$ref": "#"})}, "response_format", "response_format"),
+    ({"guided_regex": "(?=a)"}, "guided_regex", "guided_regex"),
     ({"guided_json": "{"}, "guided_json", "guided_json is no JSON"),
     ({"guided_json": SCHEMA, "regex": "a"}, "guided_json", "regex and guided_json both say"),
     (
@@ -74,10 +76,10 @@ def test_every_name_for_it(byte_checkpoint: Path) -> None:
     async def main() -> None:
         async with serving(byte_checkpoint) as server:
             for path, frame in FRAMES.items():
-                await server.post(path, {**frame, "max_tokens": 2})
+                await server.post(path, {**frame, "max_tokens": 40})
                 plain = server.engine.calls[-1].submit.params
                 for given, field, value in ASKED:
-                    answer = await server.post(path, {**frame, "max_tokens": 2, **given})
+                    answer = await server.post(path, {**frame, "max_tokens": 40, **given})
                     assert answer.status == 200, (given, answer.body)
                     params = server.engine.calls[-1].submit.params
                     found = {n: getattr(params, n) for n in ("regex", "json_schema", "choice")}

@@ -80,13 +80,13 @@ def test_what_an_answer_has_to_match(byte_checkpoint: Path) -> None:
     async def main() -> None:
         async with tools_server(byte_checkpoint) as server:
             for given, wanted in CONSTRAINTS:
-                body = {"messages": HI, "tools": BOTH, "max_tokens": 4, **given}
+                body = {"messages": HI, "tools": BOTH, "max_tokens": 99, **given}
                 answer = await server.post(CHAT, body)
                 assert answer.status == 200, (given, answer.body)
                 schema = server.engine.calls[-1].submit.params.json_schema
                 found = None if schema is None else json.loads(schema)["x-dllmserve-sequence"]
                 assert found == wanted, given
-            older = {"functions": [t["function"] for t in BOTH], "messages": HI, "max_tokens": 4}
+            older = {"functions": [t["function"] for t in BOTH], "messages": HI, "max_tokens": 99}
             for given, wanted in (
                 ({}, [{"anyOf": [[TEXT], [TEXT, ONE]]}]),
                 ({"function_call": {"name": "add"}}, [{"anyOf": [P_ADD]}]),

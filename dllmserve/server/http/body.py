@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dllmserve._checks import check_float, check_int
 from dllmserve.errors import ConfigError
+from dllmserve.server.http.coding import CODINGS, CodingError, DecodedTooLarge, decode
 from dllmserve.server.http.respond import CLOSE, Headers, send_error, shown
 
 #: methods whose body is ignored, so that its type does not matter
@@ -48,11 +49,14 @@ class BodyGuard:
       for others. So a single owner (and all senders together, if there are no keys) may take
       half, and another owner always finds some
     - 408 for a body that is not complete after ``timeout_s`` seconds
-    - 415 for a body that is not JSON, or compressed; not for GET, HEAD, DELETE and OPTIONS
+    - 415 for a body that is not JSON, or compressed in another way than by gzip or zstd; not for
+      GET, HEAD, DELETE and OPTIONS
+    - 413 for a compressed body that is more than ``max_bytes`` when it is decoded, and 400 for one
+      that cannot be. The app gets it decoded
     - 400 for a Content-Length that is no number
 
-    413, 408 and 503 close the connection. A client that goes away while it sends is not answered
-    and the app is not called.
+    413 for what comes, 408 and 503 close the connection. A client that goes away while it sends
+    is not answered and the app is not called.
 
     Args:
         app: the app behind.
@@ -126,6 +130,19 @@ class BodyGuard:
         if wrong:
             await send_error(scope, send, 415, wrong, code="unsupported_media_type")
             return
+        if body[0] and scope["method"] not in _BODILESS and (coding := _coding(scope)):
+            try:
+                body[0] = decode(body[0], coding, self.max_bytes)
+            except CodingError as error:
+                await send_error(scope, send, 400, str(error), code="malformed_request")
+                return
+            except DecodedTooLarge:
+                text = (
+                    f"The request body is limited to {self.max_bytes} bytes, also after it has "
+                    "been decoded; split the request into smaller ones."
+                )
+                await send_error(scope, send, 413, text, code="body_too_large")
+                return
         await self.app(scope, _replay(body, receive), send)
 
     async def _read(self, receive: Receive, owner: str) -> bytes:
@@ -187,6 +204,12 @@ def _headers(scope: Scope, name: bytes) -> list[bytes]:
     return [value.strip().lower() for key, value in scope["headers"] if key.lower() == name]
 
 
+def _coding(scope: Scope) -> bytes:
+    """How the body is compressed; b"" if it is not."""
+    given = _headers(scope, b"content-encoding")
+    return b", ".join(value for value in given if value not in (b"", b"identity"))
+
+
 def _declared_length(scope: Scope) -> int:
     """Content-Length, or 0; raises ValueError, with a message for the client."""
     values = set(_headers(scope, b"content-length"))
@@ -200,11 +223,12 @@ def _declared_length(scope: Scope) -> int:
 
 def _wrong_type(scope: Scope) -> str | None:
     """What is wrong with the body's type, as a message for the client; None if it is JSON."""
-    coding = _headers(scope, b"content-encoding")
-    if any(value not in (b"", b"identity") for value in coding):
+    coding = _coding(scope)
+    if coding and coding not in CODINGS:
+        known = " or ".join(sorted(name.decode() for name in CODINGS))
         return (
-            f"Content-Encoding '{shown(coding[0], 40)}' is not supported;"
-            " send the JSON uncompressed."
+            f"Content-Encoding '{shown(coding, 40)}' is not supported;"
+            f" send the JSON uncompressed, or compressed by {known}, once."
         )
     types = _headers(scope, b"content-type")
     if types and all(_is_json(value) for value in types):

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect
@@ -53,6 +53,7 @@ class RequestLog:
         metrics_hook: called with method, route, status and seconds of each request.
         quiet: routes that are asked every few seconds, such as probes: their 200s are logged at
             DEBUG.
+        also: by path, the name of another header that is to carry the id.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class RequestLog:
         log: logging.Logger = _access_log,
         metrics_hook: MetricsHook | None = None,
         quiet: frozenset[str] = frozenset(),
+        also: Mapping[str, bytes] | None = None,
     ) -> None:
         self.app = app
         self.clock = clock
         self.log = log
         self.metrics_hook = metrics_hook
         self.quiet = quiet
+        self.also = also or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Log one request; other kinds of scope pass."""
@@ -76,7 +79,7 @@ class RequestLog:
             await self.app(scope, receive, send)
             return
         start = self.clock()
-        exchange = _Exchange(scope, receive, send)
+        exchange = _Exchange(scope, receive, send, self.also.get(scope["path"]))
         scope.setdefault("state", {})["request_id"] = exchange.request_id
         try:
             await self._run(exchange)
@@ -138,8 +141,11 @@ class RequestLog:
 class _Exchange:
     """One request, and the state of its answer."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, also: bytes | None = None
+    ) -> None:
         self.scope = scope
+        self._names = [b"x-request-id", *([also] if also else [])]
         self.request_id = _request_id(scope)
         #: of the response, once it has begun
         self.status: int | None = None
@@ -158,8 +164,9 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = [pair for pair in message.get("headers", ()) if pair[0] != b"x-request-id"]
-            headers.append((b"x-request-id", self.request_id.encode()))
+            given = message.get("headers", ())
+            headers = [pair for pair in given if pair[0] not in self._names]
+            headers += [(name, self.request_id.encode()) for name in self._names]
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True

@@ -57,6 +57,10 @@ def error_type(status: int) -> str:
     return _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
+#: its errors have the shape that its own clients read
+SYSTEM_ONE = "/v1/systemone"
+
+
 def wants_detail(path: str) -> bool:
     """Whether errors of this path repeat their message as ``detail``, as the native API does."""
     return path.startswith(("/v1/generate", "/v1/result"))
@@ -75,9 +79,9 @@ def error_body(
     type: str,
     code: str | None = None,
     param: str | None = None,
-    detail: bool = False,
+    path: str = "",
 ) -> bytes:
-    """The error object as JSON.
+    """The error object as JSON, in the shape of a path.
 
     Control characters of the message are escaped and it is cut after 2000 characters; use
     :func:`shown` for each part of it that a user wrote.
@@ -88,7 +92,9 @@ def error_body(
     """
     message = shown(message, MAX_MESSAGE)
     body = error_object(message, type=type, code=code, param=param)
-    if detail:
+    if path == SYSTEM_ONE:
+        body = {"detail": {"error_type": code or type, "message": message}}
+    elif wants_detail(path):
         body["detail"] = message
     return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
 
@@ -108,7 +114,7 @@ async def send_error(
     """Answer a request with the error object.
 
     Args:
-        scope: the request; its path decides about ``detail``.
+        scope: the request; its path decides about the shape.
         send: the ASGI callable.
         status: HTTP status.
         message: for people; names the limit, the value given and the way out.
@@ -125,7 +131,7 @@ async def send_error(
         type=type or error_type(status),
         code=code,
         param=param,
-        detail=wants_detail(scope.get("path", "")),
+        path=scope.get("path", ""),
     )
     fixed = [
         (b"content-type", b"application/json"),

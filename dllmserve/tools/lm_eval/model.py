@@ -8,24 +8,26 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NoReturn
+from typing import Any
 
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 from dllmserve import __version__
-from dllmserve.errors import PromptError, TokenizerError
+from dllmserve._checks import check_bool, check_int
+from dllmserve.errors import InvalidParameterError, PromptError, TokenizerError
 from dllmserve.llm import LLM
 from dllmserve.tools.environment import dtype_name
 from dllmserve.tools.lm_eval.asking import Ask, cut, read_request, split_options
+from dllmserve.tools.lm_eval.scoring import greedy_params, moved_spaces, rolling
 
 #: below lm-eval's own, whose level and format it has
 log = logging.getLogger("lm_eval.models.dllmserve")
 
-_NO_LIKELIHOOD = (
-    "dllmserve runs generate_until tasks alone, and this task asks for {}: a masked diffusion "
-    "model has no probability of a text that comes token by token. Choose a task, or a variant "
-    "of it, that generates (such as gsm8k)"
+_NO_ROLLING = (
+    "this task asks for the log-likelihood of whole texts (loglikelihood_rolling), and a masked "
+    "diffusion model bounds that of an answer behind a prompt alone: choose a task of the type "
+    "loglikelihood, multiple_choice or generate_until, or an autoregressive model"
 )
 
 
@@ -38,6 +40,9 @@ class DllmServeLM(LM):
         device: of lm-eval's ``--device``.
         batch_size, max_batch_size: not read: all requests of a call are submitted at once, and
             ``max_num_seqs`` says how many of them run.
+        mc_num: samples of a log-likelihood's estimate, see :meth:`dllmserve.LLM.log_likelihood`.
+        is_check_greedy: tell whether a continuation is what greedy decoding gives, which takes a
+            forward for each of its tokens; if not, it counts as none.
         **options: any field of EngineConfig, and of SamplingParams and SparseConfig as defaults
             of the requests; ``seed`` is the requests', ``engine_seed`` the engine's.
 
@@ -53,9 +58,13 @@ class DllmServeLM(LM):
         device: str | None = None,
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        mc_num: int = 128,
+        is_check_greedy: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
+        self._samples = check_int(InvalidParameterError, "mc_num", mc_num, 1)
+        self._checks_greedy = check_bool(InvalidParameterError, "is_check_greedy", is_check_greedy)
         config, self._base = split_options(pretrained, model, device, options)
         self._llm = LLM(**asdict(config))
         tokenizer = self._llm.tokenizer
@@ -88,15 +97,90 @@ class DllmServeLM(LM):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> NoReturn:
-        """Not offered."""
-        raise NotImplementedError(_NO_LIKELIHOOD.format("log-likelihoods"))
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """How likely continuations are behind their contexts, and which are the greedy ones.
+
+        What it is of a model that is not autoregressive, :meth:`dllmserve.LLM.log_likelihood` says.
+        """
+        pairs = [self._encode_pair(*request.args) for request in requests]
+        sums = self._score(pairs, disable_tqdm)
+        found = list(zip(sums, self._are_greedy(pairs, disable_tqdm), strict=True))
+        for request, one in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, one)
+        return found
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
-    ) -> NoReturn:
-        """Not offered."""
-        raise NotImplementedError(_NO_LIKELIHOOD.format("rolling log-likelihoods"))
+    ) -> list[float]:
+        """How likely whole texts are, of autoregressive models.
+
+        Raises:
+            NotImplementedError: the model is none.
+        """
+        spec = self._llm.spec
+        if spec.geometry != "causal":
+            raise NotImplementedError(_NO_ROLLING)
+        texts = [self._tokenizer.encode(request.args[0], special=False) for request in requests]
+        most = self._llm.plan.limits.max_model_len
+        pieces = [list(rolling(ids, self._prefix(), most)) for ids in texts]
+        sums = iter(self._score([pair for text in pieces for pair in text], disable_tqdm))
+        found = [sum(next(sums) for _ in text) for text in pieces]
+        for request, one in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, one)
+        return found
+
+    def _score(
+        self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool
+    ) -> list[float]:
+        """Log-likelihoods of answers behind prompts."""
+        prompts, answers = [before for before, _ in pairs], [ids for _, ids in pairs]
+        seed = self._base.sampling.get("seed") or 0
+        return self._llm.log_likelihood(
+            prompts, answers, self._samples, seed, use_tqdm=not disable_tqdm
+        )
+
+    def _are_greedy(
+        self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool
+    ) -> list[bool]:
+        """Whether answers are what greedy decoding gives; prompts and lengths are decoded once."""
+        if not self._checks_greedy:
+            return [False] * len(pairs)
+        asked = {(tuple(before), len(ids)): 0 for before, ids in pairs}
+        outputs = self._llm.generate(
+            [list(before) for before, _ in asked],
+            [greedy_params(length, self._llm.spec) for _, length in asked],
+            use_tqdm=not disable_tqdm,
+        )
+        answers = dict(zip(asked, (output["token_ids"] for output in outputs), strict=True))
+        return [answers[tuple(before), len(ids)] == ids for before, ids in pairs]
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context, and of what follows when both are one text."""
+        if context in self._rendered:
+            before, whole = self._encode(context), self._encode(context, continuation)
+        else:
+            context, continuation = moved_spaces(context, continuation)
+            before, whole = self._encode(context), self._encode(context, continuation)
+        if not before:
+            before = [self._prefix()]
+            whole = [*before, *whole]
+        # a tokenizer may make one token of the border
+        rest = whole[len(before) :] or self._tokenizer.encode(continuation, special=False)
+        return before, rest
+
+    def _prefix(self) -> int:
+        """What stands before a text that has nothing before it."""
+        begun = self._tokenizer.encode("")
+        ends = self._llm.spec.text_end_ids or self._llm.spec.eos_ids
+        for id in (*begun[:1], self._tokenizer.end_id, *ends):
+            if id is not None:
+                return id
+        raise PromptError(
+            "a text without a context needs a token before it, and the tokenizer has neither one "
+            "that begins texts nor one that ends them"
+        )
 
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
@@ -147,12 +231,12 @@ class DllmServeLM(LM):
             / max(self._usage["forward_passes"], 1),
         }
 
-    def _encode(self, context: str) -> list[int]:
-        """Ids of a prompt. What a template wrote has its special tokens already."""
-        plain = self._tokenizer.encode(context, special=False)
+    def _encode(self, context: str, rest: str = "") -> list[int]:
+        """Ids of a prompt, and of more. What a template wrote has its special tokens already."""
+        plain = self._tokenizer.encode(context + rest, special=False)
         if context in self._rendered:
             return plain
-        whole = self._tokenizer.encode(context)
+        whole = self._tokenizer.encode(context + rest)
         added = whole[: len(whole) - len(plain)]
         # a prompt from lm-eval's cache of requests may be a template's too
         return plain if added and plain[: len(added)] == added else whole

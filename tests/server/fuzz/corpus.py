@@ -150,8 +150,10 @@ def _chunks() -> Iterator[Case]:
     for kind in ("text/plain", "multipart/form-data; boundary=a", "application/jsonx", "", "*/*"):
         data = request("POST", COMPLETIONS, BODY, f"Content-Type: {kind}")
         yield Case(f"Content-Type: {kind}", data, frozenset({415}))
+    data = request("POST", COMPLETIONS, BODY, "Content-Encoding: br")
+    yield Case("a body of an unknown coding", data, frozenset({415}))
     data = request("POST", COMPLETIONS, BODY, "Content-Encoding: gzip")
-    yield Case("a compressed body", data, frozenset({415}))
+    yield Case("a body that is not compressed as it says", data, frozenset({400}))
 
 
 def _heads() -> Iterator[Case]:

@@ -218,17 +218,6 @@ def test_content_types(method: str) -> None:
 TWO_TYPES = ["Content-Type: application/json", "Content-Type: text/plain"]
 
 
-def test_compressed_bodies_are_refused() -> None:
-    async def main() -> None:
-        async with serving(BodyGuard(Echo())) as live, connected(live.port) as client:
-            answer = await client.ask(post(b"{}", "Content-Encoding: gzip"))
-            assert answer.status == 415
-            assert "'gzip'" in answer.error["message"]
-            assert (await client.ask(post(b"{}", "Content-Encoding: identity"))).status == 200
-
-    asyncio.run(main())
-
-
 def test_native_paths_have_detail_too() -> None:
     async def main() -> None:
         async with serving(BodyGuard(Echo(), max_bytes=LIMIT)) as live:

@@ -302,7 +302,7 @@ def test_shown_and_escaped() -> None:
 
 @pytest.mark.parametrize("evil", EVIL)
 def test_error_bodies_are_clean(evil: str) -> None:
-    body = error_body(evil, type="not_found", param=None, detail=True)
+    body = error_body(evil, type="not_found", param=None, path="/v1/generate")
     error = json.loads(body)
     assert error["detail"] == error["error"]["message"]
     assert not CONTROL.search(body.decode())
