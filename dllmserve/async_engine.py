@@ -384,9 +384,10 @@ class AsyncEngine:
                     call.hold_back()  # the beginning of a character, or of a stop string
             elif isinstance(event, RequestOutput):
                 # the last step's ids come with the output
-                left = event.completion_tokens - given
-                rest = None if event.logprobs is None else event.logprobs[given:]
-                yield TextDelta(text.finish(event.written), max(left, 0), event, rest)
+                output = event.answer
+                left = output.completion_tokens - given
+                rest = None if output.logprobs is None else output.logprobs[given:]
+                yield TextDelta(text.finish(output.text), max(left, 0), output, rest)
                 return
 
     def _text_tokenizer(self) -> Tokenizer:

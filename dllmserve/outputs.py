@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
 
@@ -100,9 +100,14 @@ class RequestOutput:
     holes: tuple[FilledHole, ...] = ()
 
     @property
-    def written(self) -> str:
-        """Text of what the model wrote: the answer, or what is in the holes."""
-        return "".join(hole.text for hole in self.holes) if self.holes else self.text
+    def answer(self) -> RequestOutput:
+        """What the model wrote alone: of a template, what is in its only hole."""
+        if not self.holes:
+            return self
+        (hole,) = self.holes
+        steps, logprobs, ids = hole.steps, hole.logprobs, hole.token_ids
+        found = replace(self, text=hole.text, token_ids=ids, steps=steps, logprobs=logprobs)
+        return replace(found, holes=())
 
     def as_dict(self) -> dict[str, Any]:
         """The dictionary that LLM.generate returns, and LLM.infill with its ``holes``."""

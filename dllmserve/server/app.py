@@ -26,7 +26,17 @@ from starlette.types import Receive, Scope, Send
 from dllmserve import __version__
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, EngineError
-from dllmserve.server import decisions, failures, native, openai, ops, responses, systemone
+from dllmserve.server import (
+    decisions,
+    failures,
+    infill,
+    llama_cpp,
+    native,
+    openai,
+    ops,
+    responses,
+    systemone,
+)
 from dllmserve.server.admission_guard import AdmissionGuard
 from dllmserve.server.hosts import (
     LocalOnly,
@@ -52,7 +62,9 @@ _log = logging.getLogger("dllmserve.server")
 __all__ = ["app", "create_app"]
 
 #: of all endpoints
-ROUTERS = tuple(m.router for m in (native, openai, responses, decisions, systemone, ops))
+ROUTERS = tuple(
+    m.router for m in (native, infill, openai, responses, decisions, systemone, llama_cpp, ops)
+)
 
 
 def create_app(settings: Settings, began: float | None = None) -> FastAPI:

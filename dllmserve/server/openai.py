@@ -24,6 +24,7 @@ from dllmserve.server.common import (
     note_runs,
 )
 from dllmserve.server.failures import ApiError
+from dllmserve.server.gap import before_ids, behind_ids, in_gap
 from dllmserve.server.http.escape import shown
 from dllmserve.server.openai_answers import ChatAnswer, CompletionAnswer, Reply, stream
 from dllmserve.server.openai_bodies import ChatRequest, CompletionRequest, OpenAIFields
@@ -78,8 +79,11 @@ async def completions(
     prompts = body.prompts()
     note_prompts(http, service, prompts)
     _check_count(len(prompts) * body.choices(service.settings.server), "prompt", service)
+    behind = await behind_ids(service, body.suffix, owner) if body.suffix else []
     ids = [
-        await service.prompt_ids(prompt, f"prompt[{i}]" if len(prompts) > 1 else "prompt", owner)
+        await before_ids(service, prompt, owner)
+        if body.suffix
+        else await service.prompt_ids(prompt, _named("prompt", i, len(prompts)), owner)
         for i, prompt in enumerate(prompts)
     ]
     tokenizer = service.llm.tokenizer
@@ -90,7 +94,7 @@ async def completions(
             for prompt in prompts
         ]
     constraint = body.constraint()
-    requests = await _requests(body, ids, service, constraint)
+    requests = await _requests(body, ids, service, constraint, behind=behind)
     reply = reply_to(body, service, constraint, echoes=echoes)
     return await _answer(body, requests, reply, http, service, owner)
 
@@ -171,7 +175,7 @@ async def _answer(
     finally:
         close_all(runs)
     note_runs(http, runs, sum(output.completion_tokens for output in outputs))
-    return JSONResponse(reply.whole(runs, outputs))
+    return JSONResponse(reply.whole(runs, [output.answer for output in outputs]))
 
 
 async def _requests(
@@ -180,19 +184,37 @@ async def _requests(
     service: Service,
     constraint: dict[str, Any],
     tools: str | None = None,
+    behind: Sequence[int] = (),
 ) -> list[Request]:
-    """Checked requests: every choice of every prompt; ``tools`` is the field that has tools."""
+    """Checked requests: every choice of every prompt.
+
+    Args:
+        body, prompts, service: what is asked.
+        constraint: what answers have to match.
+        tools: the field that has tools.
+        behind: ids that stand behind each answer.
+    """
     config, llm = service.settings.server, service.llm
     choices = body.choices(config)
     requests = []
     for index, ids in enumerate(prompts):
         name = "messages" if isinstance(body, ChatRequest) else "prompt"
-        name = name if len(prompts) == 1 else f"{name}[{index}]"
+        name = _named(name, index, len(prompts))
         with body.own_names(tools):
-            choice = body.sampling_params(len(ids), llm.info, config, constraint)
-            await llm.prepare(choice(0))
-            requests += [llm.check(ids, choice(i), name=name) for i in range(choices)]
+            found = body.sampling_params(len(ids) + len(behind), llm.info, config, constraint)
+            params = [found(i) for i in range(choices)]
+            if behind:
+                name = f"{name} with its suffix"
+                requests += await in_gap(llm, ids, [*behind], params, name)
+                continue
+            await llm.prepare(params[0])
+            requests += [llm.check(ids, choice, name=name) for choice in params]
     return requests
+
+
+def _named(name: str, index: int, count: int) -> str:
+    """What errors call one of several prompts."""
+    return name if count == 1 else f"{name}[{index}]"
 
 
 def check_stream(body: OpenAIFields, service: Service) -> None:

@@ -232,7 +232,9 @@ class CompletionRequest(OpenAIFields):
     )
     echo: bool | None = Field(default=None, description="Put the prompt before the answer.")
     best_of: int | None = Field(default=None, ge=1, le=MAX_CHOICES, description="Must equal n.")
-    suffix: neutral("") = None  # type: ignore[valid-type]
+    suffix: Text | None = Field(
+        default=None, description="What stands behind the answer, which is made to fit it."
+    )
     logprobs: int | None = Field(
         default=None,
         ge=0,

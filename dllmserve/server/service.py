@@ -20,6 +20,7 @@ from dllmserve.errors import (
     QuotaError,
     RequestAbortedError,
 )
+from dllmserve.holes import Hole, Holes
 from dllmserve.outputs import RequestOutput, TextDelta
 from dllmserve.process.calls import Call, Event, Started
 from dllmserve.process.messages import EngineInfo
@@ -393,6 +394,14 @@ class Service:
             self._check_length(len(prompt), name)
             await asyncio.sleep(0)  # other tasks run between the prompts of a batch
         return await self.llm.prompt_ids(prompt)
+
+    async def template_row(
+        self, template: Sequence[str | Sequence[int] | Hole], owner: str = ""
+    ) -> tuple[list[int], Holes]:
+        """Ids of a template's row, and its holes. What cannot fit is refused before."""
+        self.require_engine(owner)
+        self._check_length(sum(len(p) for p in template if isinstance(p, str)), "template")
+        return await self.llm.template_row(template)
 
     async def chat_ids(
         self,

@@ -216,7 +216,7 @@ TEXTS: list[tuple[str, Any, str]] = [
         WATCH,
         {"prompt": "a", "stream": True},
         "stream is not a parameter of this endpoint, but of /v1/completions, /v1/chat/completions, "
-        "/v1/responses",
+        "/v1/responses, /infill",
     ),
     (
         TEXT,

@@ -12,6 +12,8 @@ PATHS = (
     "/v1/generate",
     "/v1/generate_batch",
     "/v1/generate/stream",
+    "/v1/infill",
+    "/infill",
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/responses",

@@ -326,7 +326,6 @@ def test_the_operators_block_length_is_for_all(byte_checkpoint: Path) -> None:
 
 
 REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
-    (COMPLETE, {"suffix": "x"}, "suffix"),
     (COMPLETE, {"logprobs": 21}, "logprobs"),
     (COMPLETE, {"logprobs": True}, "logprobs"),
     (COMPLETE, {"logprobs": 1, "echo": True}, "echo"),

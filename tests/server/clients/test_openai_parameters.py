@@ -30,7 +30,7 @@ TABLE: list[tuple[tuple[str, ...], str, list[Any], list[Any]]] = [
     (BOTH, "repetition_penalty", [1, 1.0, None], [1.1, 0, True]),
     (BOTH, "min_p", [0, 0.0, None], [0.1]),
     (BOTH, "min_tokens", [0, None], [1]),
-    ((TEXT,), "suffix", ["", None], [" ", "end"]),
+    ((TEXT,), "suffix", ["", "end", None], [5]),
     ((TEXT,), "best_of", [1, None], [0, 2, "1"]),
     ((TEXT,), "logprobs", [None], [-1, 21, True]),
     ((CHAT,), "logprobs", [False, None], [0, 1]),

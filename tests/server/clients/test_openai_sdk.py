@@ -231,6 +231,21 @@ def test_completions_stream_of_several(lenient: OpenAI) -> None:
     assert [reasons[0], reasons[1]] == [choice.finish_reason for choice in whole.choices]
 
 
+def test_suffix(client: OpenAI, lenient: OpenAI) -> None:
+    """Whole and in pieces; what the official client sends is all that is needed."""
+    told: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_tokens": 6}
+    asked: dict[str, Any] = {"prompt": "Fellow citizens", "suffix": " of Representatives"}
+    whole = client.completions.create(**told, **asked)
+    (choice,) = whole.choices
+    assert whole.usage is not None and 1 <= whole.usage.completion_tokens <= 6
+    assert choice.finish_reason in ("stop", "length")
+    with lenient.completions.create(**told, **asked, stream=True) as stream:
+        assert "".join(c.choices[0].text for c in stream if c.choices) == choice.text
+    alone = client.completions.create(**told, prompt="Fellow citizens")
+    assert alone.usage is not None
+    assert whole.usage.prompt_tokens > alone.usage.prompt_tokens
+
+
 def test_echo_and_logit_bias(client: OpenAI) -> None:
     told: dict[str, Any] = {"model": MODEL, "temperature": 0, "extra_body": FAST}
     echoed = client.completions.create(prompt=[400], echo=True, max_tokens=1, **told)

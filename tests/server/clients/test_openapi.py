@@ -105,7 +105,7 @@ def test_texts_biases_and_events() -> None:
         for response in operation["responses"].values()
         if "text/event-stream" in response.get("content", {})
     ]
-    assert len(streams) == 3
+    assert len(streams) == 5
     assert all(stream["itemSchema"]["properties"]["data"] for stream in streams)
 
 
