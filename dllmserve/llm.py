@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import asyncio as text_bars
 from tqdm.auto import tqdm
 
+from dllmserve._each import each_params
 from dllmserve._system import refuse_torchrun
 from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
@@ -21,22 +22,19 @@ from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.filled import Template, template_row
-from dllmserve.engine.likelihood import batches, scoring_params
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.engine.shared import SharedEngine
 from dllmserve.engine.start import build_engine
 from dllmserve.engine.tokenizer import Tokenizer, prompt_ids
 from dllmserve.errors import (
     ConfigError,
-    InvalidParameterError,
-    InvalidRequestError,
     PromptError,
     TokenizerError,
 )
 from dllmserve.holes import Holes
 from dllmserve.models.loader import EMBEDDED
 from dllmserve.outputs import CanvasStep, RequestOutput
-from dllmserve.sampling_params import SamplingParams, with_sparse
+from dllmserve.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from dllmserve.decisions.requests import Decider
@@ -189,7 +187,7 @@ class LLM:
                 "prompts must be a list of texts or of token-id lists, "
                 f"got {type(prompts).__name__}"
             )
-        params = _params(sampling_params, sparse_configs, len(prompts))
+        params = each_params(sampling_params, sparse_configs, len(prompts))
         ids = [prompt_ids(self._tokenizer, p, f"prompts[{i}]") for i, p in enumerate(prompts)]
         return self._run(ids, params, use_tqdm, trace=history)
 
@@ -234,7 +232,7 @@ class LLM:
                 "templates must be a list of templates, each a list of pieces, got "
                 f"{type(templates).__name__}"
             )
-        params = _params(sampling_params, None, len(templates), prompts="templates")
+        params = each_params(sampling_params, None, len(templates), prompts="templates")
         rows = [
             template_row(self._tokenizer, template, f"templates[{place}]")
             for place, template in enumerate(templates)
@@ -267,7 +265,7 @@ class LLM:
 
         self._shared.check()
         read = conversations(messages)
-        params = _params(sampling_params, sparse_configs, len(read))
+        params = each_params(sampling_params, sparse_configs, len(read))
         ids = [self._chat_ids(conversation) for conversation in read]
         return self._run(ids, params, use_tqdm)
 
@@ -303,6 +301,8 @@ class LLM:
         Example:
             >>> yes, no = llm.log_likelihood(["The people"] * 2, [" of", " xx"])  # doctest: +SKIP
         """
+        from dllmserve.engine.likelihood import batches, scoring_params
+
         self._shared.check()
         asked = self._tokenizer, prompts, answers, samples, seed
         found, totals = batches(self._engine.validator, *asked), list[float]()
@@ -389,7 +389,7 @@ class LLM:
         the last one.
         """
         self._shared.check()  # a forked process hears of it before anything else is done
-        (params,) = _params(sampling_params, sparse_config, 1, "sparse_config")
+        (params,) = each_params(sampling_params, sparse_config, 1, "sparse_config")
         ids = prompt_ids(self._tokenizer, prompt, "prompt")
         request = self._engine.make_request(ids, params, watch=True)
         return _canvases(self._shared, request)
@@ -475,47 +475,3 @@ def _progress_bar(total: int, shown: bool, what: str = "Generating") -> Any:
         mininterval=_FILE_S if in_file else _SCREEN_S,
         miniters=0,  # forwards and tokens move while no request ends
     )
-
-
-def _params(
-    sampling: Any,
-    sparse: Any,
-    count: int,
-    name: str = "sparse_configs",
-    prompts: str = "prompts",
-) -> list[SamplingParams]:
-    """Parameters of each prompt, with the SparseConfig that was given beside them."""
-    params = _one_each("sampling_params", sampling, SamplingParams, count, prompts=prompts)
-    configs = _one_each(name, sparse, SparseConfig, count, optional=True)
-    pairs = list(zip(params, configs, strict=True))
-    # mostly all are one and the same, and are checked once
-    different = {(id(p), id(s)): (p, s) for p, s in pairs}
-    made = {key: with_sparse(*pair) for key, pair in different.items()}
-    return [made[id(p), id(s)] for p, s in pairs]
-
-
-def _one_each(
-    name: str,
-    given: Any,
-    kind: type[Any],
-    count: int,
-    *,
-    optional: bool = False,
-    prompts: str = "prompts",
-) -> list[Any]:
-    """One value per prompt, from a single value or a list of the right length."""
-    if given is None or isinstance(given, kind):
-        default = None if optional else kind()
-        return [given if given is not None else default] * count
-    if not isinstance(given, Sequence) or isinstance(given, (str, bytes)):
-        raise InvalidParameterError(
-            f"{name} must be a {kind.__name__} or a list of them, got {type(given).__name__}"
-        )
-    if len(given) != count:
-        raise InvalidRequestError(f"{name} has {len(given)} entries for {count} {prompts}")
-    for place, item in enumerate(given):
-        if not isinstance(item, kind) and not (optional and item is None):
-            raise InvalidParameterError(
-                f"{name}[{place}] must be a {kind.__name__}, got {type(item).__name__}"
-            )
-    return list(given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
@@ -98,7 +97,7 @@ class RequestOutput:
     logprobs: list[TokenLogprob] | None = None
     candidate_logprobs: list[list[float]] | None = None
     history: list[Forward] | None = None
-    holes: Sequence[FilledHole] = ()
+    holes: tuple[FilledHole, ...] = ()
 
     @property
     def written(self) -> str:

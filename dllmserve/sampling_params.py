@@ -333,10 +333,7 @@ class SamplingParams:
         None, "The answer is one of these texts; several may be given.", own_check=True
     )
     logprobs: int | None = knob(
-        None,
-        "Give log-probabilities: of each token, and of so many of the likeliest beside it.",
-        low=0,
-        high=MAX_LOGPROBS,
+        None, "Give log-probabilities: of so many of the likeliest, too.", low=0, high=MAX_LOGPROBS
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:

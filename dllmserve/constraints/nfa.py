@@ -11,7 +11,16 @@ from dllmserve.constraints import charset, limits
 from dllmserve.constraints.alphabet import Alphabet
 from dllmserve.constraints.charset import CharSet
 from dllmserve.constraints.dfa import Dfa, minimised
-from dllmserve.constraints.nodes import EMPTY, Chars, Concat, Either, Embedded, Node, Repeat
+from dllmserve.constraints.nodes import (
+    EMPTY,
+    Chars,
+    Concat,
+    Either,
+    Embedded,
+    Members,
+    Node,
+    Repeat,
+)
 
 
 @dataclass
@@ -68,6 +77,8 @@ class Positions:
             return self.state(*[self.before(part, out) for part in node.parts])
         if isinstance(node, Repeat):
             return self._repeated(node, out)
+        if isinstance(node, Members):
+            return self._members(node, out)
         if isinstance(node, Embedded):
             return self._embedded(node.dfa, out)
         raise TypeError(f"no such node: {node!r}")
@@ -99,6 +110,23 @@ class Positions:
             limits.check(self._steps, limits.MAX_POSITIONS, "the number of its positions")
             after = self.before(node.part, self.before(separator, after))
         return after if node.low else self.state(after, out)
+
+    def _members(self, node: Members, out: int) -> int:
+        """From the last part to the first, by how many stand before: exactly, if that counts."""
+        count, needed = len(node.parts), sum(must for _, must in node.parts)
+        most = count if node.high is None else node.high
+        counts = node.low > max(needed, 0) or most < count
+        rows = count + 1 if counts else 2
+        after = [out if not counts or node.low <= n <= most else self.state() for n in range(rows)]
+        for part, must in reversed(node.parts):
+            before = []
+            for written in range(rows):
+                entry = self.before(part, after[min(written + 1, rows - 1)])
+                if written:
+                    entry = self.before(node.separator, entry)
+                before.append(entry if must else self.state(entry, after[written]))
+            after = before
+        return after[0]
 
     def _embedded(self, dfa: Dfa, out: int) -> int:
         own = [self.state() for _ in range(dfa.states)]

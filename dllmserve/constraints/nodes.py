@@ -54,6 +54,22 @@ class Repeat(Node):
 
 
 @dataclass(frozen=True, eq=False)
+class Members(Node):
+    """Parts in their order, each there or not, with a separator in between.
+
+    Attributes:
+        parts: the parts, and whether each must be there.
+        low, high: fewest and most parts; no ``high`` is no bound.
+        separator: between two that are there.
+    """
+
+    parts: tuple[tuple[Node, bool], ...]
+    low: int
+    high: int | None
+    separator: Node
+
+
+@dataclass(frozen=True, eq=False)
 class Embedded(Node):
     """The language of an automaton."""
 

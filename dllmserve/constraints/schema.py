@@ -21,6 +21,7 @@ from dllmserve.constraints.nodes import (
     NOTHING,
     Chars,
     Embedded,
+    Members,
     Node,
     Repeat,
     concat,
@@ -294,8 +295,8 @@ class _Reader:
                 members.append((concat(key, self.alternatives(parts, place)), name in required))
             elif name in required:
                 return NOTHING
-        low, high = flat.get("minProperties", 0), flat.get("maxProperties", len(members))
-        return concat(text("{"), _members(members, low, high), text("}"))
+        low, high = flat.get("minProperties", 0), flat.get("maxProperties")
+        return concat(text("{"), Members(tuple(members), low, high, json_text.COMMA), text("}"))
 
     def _check_keys(self, flat: Flat, where: str) -> None:
         """Refuse objects whose keys are free: an automaton cannot see that a key comes twice."""
@@ -429,20 +430,3 @@ def _items(named: list[Node], more: Node, low: int, high: int | None) -> Node:
         one = concat(json_text.COMMA if i else EMPTY, named[i], found)
         found = one if low > i else nodes.optional(one)
     return found
-
-
-def _members(members: list[tuple[Node, bool]], low: int, high: int) -> Node:
-    """Members in their order with commas in between, ``low`` to ``high`` of them."""
-    counted = low > sum(needed for _, needed in members) or high < len(members)
-
-    @functools.cache
-    def behind(i: int, written: int) -> Node:
-        """What may follow before member ``i`` if so many, or any at all, were written."""
-        if i == len(members):
-            return EMPTY if not counted or low <= written <= high else NOTHING
-        member, needed = members[i]
-        comma = json_text.COMMA if written else EMPTY
-        taken = concat(comma, member, behind(i + 1, written + 1 if counted else 1))
-        return taken if needed else either([taken, behind(i + 1, written)])
-
-    return behind(0, 0)

@@ -82,8 +82,7 @@ class Moves:
     def after(self, states: Bools, token_class: int) -> Bools:
         """States [Q + 1] bool that a class, or any if it is MASKED, leads to from some."""
         if token_class == MASKED and self._matrix is not None:
-            after: Bools = self._matrix[states].any(axis=0)
-            return after
+            return np.asarray(self._matrix[states].any(axis=0))
         found = np.zeros_like(states)
         if token_class == MASKED:
             source, target = self.edges
@@ -98,8 +97,7 @@ class Moves:
         if token_class != MASKED:
             return states[self.grammar.delta[:, token_class]]
         if self._matrix is not None:
-            before: Bools = self._matrix[:, states].any(axis=1)
-            return before
+            return np.asarray(self._matrix[:, states].any(axis=1))
         found = np.zeros_like(states)
         source, target = self.edges
         found[source[states[target]]] = True

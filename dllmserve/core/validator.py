@@ -60,12 +60,11 @@ class RequestValidator:
 
         Args:
             id, seed, watch, stream, owner, candidates, trace: the request's.
-            prompt_ids: token ids; integers of any kind. With holes, those of the whole row, any
-                ids where the holes are.
+            prompt_ids: token ids, integers of any kind; with holes, those of the whole row.
             params: how it is decoded.
             holes: what is filled; without any, an answer behind the prompt.
-            canvas: what is filled, of a model of this geometry, if it is not an answer behind a
-                prompt; its ids are the prompt_ids.
+            canvas: what is filled, of a model of this geometry, if it is neither; its ids are the
+                prompt_ids.
             name: of the prompt, in errors.
             grammars: what each hole of the canvas has to match; see :func:`regions_of`.
 
@@ -75,9 +74,8 @@ class RequestValidator:
         if holes:
             params = self._of_row(prompt_ids, holes, params, name)
         params = settled(params, self.spec)
-        ids = (
-            self.prompt(prompt_ids, name) if canvas else self._ids(prompt_ids, holes, params, name)
-        )
+        own = canvas is None
+        ids = self._ids(prompt_ids, holes, params, name) if own else self._known(prompt_ids, name)
         self._check(params)
         request = Request(
             id=id,
@@ -90,8 +88,8 @@ class RequestValidator:
             owner=owner,
             candidates=candidates,
             trace=trace,
+            grammars=tuple(grammars),
         )
-        request.grammars = tuple(grammars)
         request.regions = regions_of(request, grammars)
         self._check_whole_blocks(request, name)
         _check_candidates(request, self.spec)
@@ -101,15 +99,21 @@ class RequestValidator:
         self.limits.check(request, policy.slots(request, self.spec))
         return request
 
-    def prompt(self, ids: Sequence[int], name: str) -> list[int]:
+    def _known(self, ids: Sequence[int], name: str) -> list[int]:
+        """Ids as plain ints, masks among them."""
+        return _checked_ids(ids, self.spec, name)
+
+    def given(self, ids: Sequence[int], name: str) -> list[int]:
         """Given tokens as plain ints.
 
         Raises:
-            PromptError: there are none, or one is outside the vocabulary.
+            PromptError: there are none, one is outside the vocabulary, or one is the mask.
         """
         if not ids:
             raise PromptError(f"{name} is empty: give at least one token")
-        return _checked_ids(ids, self.spec, name)
+        found = _checked_ids(ids, self.spec, name)
+        _check_masks(found, (), self.spec, name)
+        return found
 
     def _canvas(self, ids: list[int], holes: Holes, params: SamplingParams, name: str) -> Canvas:
         """The prompt and an answer behind it, in blocks as the model's geometry wants them."""

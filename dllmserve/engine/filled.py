@@ -111,7 +111,7 @@ def with_holes(
         completion_tokens=sum(len(hole.token_ids) for hole in holes),
         steps=[steps[place] for place in kept],
         logprobs=None if said is None else [said[place] for place in kept],
-        holes=holes,
+        holes=tuple(holes),
     )
 
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dllmserve._checks import check_int
 from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.core.canvas import Canvas
-from dllmserve.core.likelihood import Likelihoods
+from dllmserve.core.likelihood import Forward, Likelihoods
 from dllmserve.core.validator import RequestValidator
 from dllmserve.engine.tokenizer import Tokenizer, prompt_ids
 from dllmserve.errors import InvalidParameterError, InvalidRequestError, PromptError
 from dllmserve.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # LLM has no use for it
+    from dllmserve.process.calls import Call
 
 #: forwards that are worked out at a time: their tokens take memory
 _BATCH = 4096
@@ -86,7 +90,7 @@ def checked(
             raise InvalidRequestError(
                 f"{name} has {len(answer)} tokens, over {MAX_GEN_LENGTH}: shorten it"
             )
-        ids = validator.prompt(answer, name)
+        ids = validator.given(answer, name)
         params = scoring_params(len(ids))
         request = validator.request(0, prompt, params, name=f"prompts[{place}]")
         found.append(Answer(request.prompt_ids, ids, request.canvas))
@@ -129,3 +133,25 @@ def _batches(answers: Sequence[Answer], samples: int, seed: int) -> Iterator[Lik
             yield batch
             batch = Likelihoods(samples, seed)
     yield batch
+
+
+async def totals(
+    found: Iterator[Likelihoods], begin: Callable[[Forward], Call], end: Callable[[Call], None]
+) -> list[float]:
+    """The answers' sums, by engines in other processes.
+
+    Args:
+        found: of :func:`batches`, which are worked out beside the event loop.
+        begin, end: submit a forward, and drop it if it has not ended.
+    """
+    sums = list[float]()
+    while (batch := await asyncio.to_thread(next, found, None)) is not None:
+        calls: list[Call] = []
+        try:
+            calls.extend(map(begin, batch.forwards))
+            outputs = [await call.output() for call in calls]
+        finally:
+            for call in calls:
+                end(call)
+        sums += batch.totals([output.candidate_logprobs or [] for output in outputs])
+    return sums

@@ -66,10 +66,10 @@ class Submit(msgspec.Struct, tag="submit", array_like=True, frozen=True):
         params: how it is decoded.
         stream: report committed ids as they come.
         watch: report a canvas after every step.
-        canvas: what is filled, if it is not an answer behind a prompt; without its ids, which are
-            the prompt_ids.
         owner, candidates, trace, holes, grammars: as
             :class:`dllmserve.core.request.Request` says.
+        canvas: what is filled, if it is neither holes nor an answer behind a prompt; without its
+            ids, which are the prompt_ids.
         id: unique in the process that made the message, so that a request can move to another
             engine.
     """
