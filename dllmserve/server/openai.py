@@ -109,7 +109,8 @@ async def prepared(
     messages = body.conversation()
     note_prompts(http, service, messages)
     use, constraint, tokenizer = body.tool_use(), body.constraint(), service.llm.tokenizer
-    ids = await service.chat_ids(messages, owner, None if use is None else use.told())
+    told, variables = None if use is None else use.told(), body.template_variables()
+    ids = await service.chat_ids(messages, owner, told, variables)
     calls, field = None, None
     if use is not None:
         field = "functions" if use.older else "tools"

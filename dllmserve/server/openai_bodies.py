@@ -44,6 +44,8 @@ from dllmserve.server.tools import ToolFields
 
 #: of answers, where neither the request nor the operator says otherwise
 DEFAULT_MAX_TOKENS = 128
+#: variables of chat templates that are not for clients to set
+TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt")
 #: OpenAI's limit
 MAX_CHOICES = 128
 #: what an answer has to match says nothing of how it is decoded, nor does what it tells of itself
@@ -285,7 +287,9 @@ class ChatRequest(ToolFields, OpenAIFields):
     moderation: neutral() = None  # type: ignore[valid-type]
     web_search_options: neutral() = None  # type: ignore[valid-type]
     prompt_cache_options: neutral() = None  # type: ignore[valid-type]
-    chat_template_kwargs: neutral({}) = None  # type: ignore[valid-type]
+    chat_template_kwargs: Entries[Any] | None = Field(
+        default=None, description="More that the chat template may read, such as enable_thinking."
+    )
     reasoning_effort: Unread[Text] = _not_read()
     verbosity: Unread[Text] = _not_read()
 
@@ -299,6 +303,18 @@ class ChatRequest(ToolFields, OpenAIFields):
                 param="top_logprobs",
             )
         return (self.top_logprobs or 0) if self.logprobs else None
+
+    def template_variables(self) -> dict[str, Any] | None:
+        """What the chat template may read besides. Raises ApiError for what others give it."""
+        for name in self.chat_template_kwargs or ():
+            if name in TEMPLATE_NAMES:
+                raise ApiError(
+                    400,
+                    f"chat_template_kwargs has '{name}', which the server gives the template itself",
+                    code="invalid_parameter",
+                    param="chat_template_kwargs",
+                )
+        return self.chat_template_kwargs
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages as a chat template reads them.
