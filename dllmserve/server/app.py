@@ -26,7 +26,7 @@ from starlette.types import Receive, Scope, Send
 from dllmserve import __version__
 from dllmserve._checks import user_path
 from dllmserve.errors import ConfigError, EngineError
-from dllmserve.server import failures, native, openai, ops, responses
+from dllmserve.server import failures, native, openai, ops, responses, tokens
 from dllmserve.server.admission_guard import AdmissionGuard
 from dllmserve.server.hosts import (
     LocalOnly,
@@ -52,7 +52,7 @@ _log = logging.getLogger("dllmserve.server")
 __all__ = ["app", "create_app"]
 
 #: of all endpoints
-ROUTERS = (native.router, openai.router, responses.router, ops.router)
+ROUTERS = (native.router, openai.router, responses.router, tokens.router, ops.router)
 
 
 def create_app(settings: Settings, began: float | None = None) -> FastAPI:

@@ -25,10 +25,17 @@ from dllmserve.server.common import (
 from dllmserve.server.failures import ApiError
 from dllmserve.server.http.escape import shown
 from dllmserve.server.openai_answers import ChatAnswer, CompletionAnswer, Reply, stream
-from dllmserve.server.openai_bodies import ChatRequest, CompletionRequest, OpenAIFields
+from dllmserve.server.openai_bodies import (
+    ChatRequest,
+    CompletionRequest,
+    OpenAIFields,
+    conversation_of,
+    template_variables,
+)
 from dllmserve.server.service import Service, close_all, finish_all
 from dllmserve.server.sse import EventStream, unless_gone
 from dllmserve.server.tool_calls import Calls
+from dllmserve.server.tools import told_tools
 
 router = APIRouter(tags=["openai"], route_class=JsonRoute)
 
@@ -106,11 +113,14 @@ async def prepared(
     Raises:
         ApiError, DllmServeError: it cannot be answered.
     """
-    messages = body.conversation()
+    messages = conversation_of(body.messages)
     note_prompts(http, service, messages)
     use, constraint, tokenizer = body.tool_use(), body.constraint(), service.llm.tokenizer
-    told, variables = None if use is None else use.told(), body.template_variables()
-    ids = await service.chat_ids(messages, owner, told, variables)
+    tools, variables = (
+        None if use is None else told_tools(use.functions),
+        template_variables(body.chat_template_kwargs),
+    )
+    ids = await service.chat_ids(messages, owner, tools, variables)
     calls, field = None, None
     if use is not None:
         field = "functions" if use.older else "tools"

@@ -6,11 +6,12 @@ no other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from dllmserve._stepwise import stepwise
 from dllmserve._values import MAX_GEN_LENGTH, MAX_LOGPROBS
@@ -304,24 +305,26 @@ class ChatRequest(ToolFields, OpenAIFields):
             )
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def template_variables(self) -> dict[str, Any] | None:
-        """What the chat template may read besides. Raises ApiError for what others give it."""
-        for name in self.chat_template_kwargs or ():
-            if name in TEMPLATE_NAMES:
-                raise ApiError(
-                    400,
-                    f"chat_template_kwargs has '{name}', which the server gives the template itself",
-                    code="invalid_parameter",
-                    param="chat_template_kwargs",
-                )
-        return self.chat_template_kwargs
 
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages as a chat template reads them.
+def template_variables(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a chat template may read besides. Raises ApiError for what the server gives it."""
+    for name in given or ():
+        if name in TEMPLATE_NAMES:
+            raise ApiError(
+                400,
+                f"chat_template_kwargs has '{name}', which the server gives the template itself",
+                code="invalid_parameter",
+                param="chat_template_kwargs",
+            )
+    return given
 
-        Raises:
-            ApiError: arguments of calls hold too much to be parsed.
-        """
-        called = (m.arguments() for m in self.messages if isinstance(m, AssistantMessage))
-        check_texts(chain.from_iterable(called), "messages")
-        return template_messages([m.model_dump(exclude_none=True) for m in self.messages])
+
+def conversation_of(messages: Sequence[BaseModel]) -> list[dict[str, Any]]:
+    """Messages as a chat template reads them.
+
+    Raises:
+        ApiError: arguments of calls hold too much to be parsed.
+    """
+    called = (m.arguments() for m in messages if isinstance(m, AssistantMessage))
+    check_texts(chain.from_iterable(called), "messages")
+    return template_messages([m.model_dump(exclude_none=True) for m in messages])
