@@ -36,6 +36,7 @@ from dllmserve.server import (
     ops,
     responses,
     systemone,
+    tokens,
 )
 from dllmserve.server.admission_guard import AdmissionGuard
 from dllmserve.server.hosts import (
@@ -62,8 +63,16 @@ _log = logging.getLogger("dllmserve.server")
 __all__ = ["app", "create_app"]
 
 #: of all endpoints
-ROUTERS = tuple(
-    m.router for m in (native, infill, openai, responses, decisions, systemone, llama_cpp, ops)
+ROUTERS = (
+    native.router,
+    infill.router,
+    openai.router,
+    responses.router,
+    decisions.router,
+    systemone.router,
+    llama_cpp.router,
+    tokens.router,
+    ops.router,
 )
 
 
