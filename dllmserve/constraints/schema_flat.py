@@ -22,7 +22,7 @@ _COUNTS = frozenset("minLength maxLength minItems maxItems minProperties maxProp
 _NUMBERS = frozenset("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split())
 _OTHERS = frozenset(
     "type enum const properties required additionalProperties pattern format items prefixItems "
-    "additionalItems uniqueItems".split()
+    "additionalItems uniqueItems not".split()
 )
 KEYWORDS = _COUNTS | _NUMBERS | _OTHERS
 #: most alternatives that anyOf, oneOf and allOf together may make of one schema
@@ -201,9 +201,10 @@ def _checked(key: str, value: Any, where: str) -> Any:
         "items": (dict, bool, list),
         "additionalItems": (dict, bool),
         "additionalProperties": (dict, bool),
+        "not": (dict, bool),
     }
     if key in kinds and not isinstance(value, kinds[key]):
         raise wrong
     if key == "required" and not all(isinstance(name, str) for name in value):
         raise wrong
-    return [value] if key in ("pattern", "format") else value
+    return [value] if key in ("pattern", "format", "not") else value
