@@ -7,6 +7,7 @@ refused by name.
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from dllmserve.errors import InvalidParameterError
 # Python's parser itself: nothing else reads all of its syntax in the same way
 _parser: Any = re._parser  # type: ignore[attr-defined]
 
+#: catch_warnings changes what all threads see, so one thread at a time is inside of it
+_parsing = threading.Lock()
 _CATEGORIES = {
     "CATEGORY_DIGIT": ("d", True),
     "CATEGORY_NOT_DIGIT": ("d", False),
@@ -70,7 +73,7 @@ def parse(pattern: str, name: str, *, search: Node | None = None, end: Node = EM
             f"{name} has {len(pattern):,} characters; at most {limits.MAX_TEXT:,} are possible"
         )
     try:
-        with warnings.catch_warnings():
+        with _parsing, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "possible nested set": we read it as Python does
             parsed = _parser.parse(pattern)
         flags = parsed.state.flags & ~re.UNICODE
