@@ -293,3 +293,11 @@ def test_cache_drops_the_least_recently_used() -> None:
     assert cache.nbytes <= int(2.5 * one.nbytes)
     small = GrammarCache(capacity=10)
     assert small.get("a", lambda: one) is one and len(small) == 0
+
+
+def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_SECONDS", 0.01)
+    with pytest.raises(InvalidParameterError, match=r"takes more than 0\.01 seconds to compile"):
+        compiled("(a|b)*a(a|b){12}")
+    monkeypatch.undo()
+    assert compiled("(a|b)*a(a|b){5}").states
