@@ -247,8 +247,9 @@ class AsyncEngine:
         *,
         literal_contents: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Prompt ids of a conversation; see :meth:`Tokenizer.encode_chat`.
+        """Prompt ids of a conversation; see :meth:`Tokenizer.chat_ids`.
 
         Raises:
             TokenizerError: no tokenizer or chat template, or it refuses the messages.
@@ -257,7 +258,12 @@ class AsyncEngine:
         self._ready()
         tokenizer = self._text_tokenizer()
         read = template_messages(messages)
-        encode = partial(tokenizer.encode_chat, literal_contents=literal_contents, tools=tools)
+        encode = partial(
+            tokenizer.chat_ids,
+            literal_contents=literal_contents,
+            tools=tools,
+            variables=variables,
+        )
         size = sum(len(str(value)) for message in read for value in message.values())
         return await _tokenised(size + len(str(tools)), partial(encode, read))
 

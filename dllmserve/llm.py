@@ -409,7 +409,7 @@ class LLM:
     def _chat_ids(self, conversation: list[dict[str, Any]]) -> list[int]:
         if self._tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer, so chat() cannot be used")
-        return self._tokenizer.encode_chat(conversation)
+        return self._tokenizer.chat_ids(conversation)
 
     def _run(
         self,

@@ -49,24 +49,27 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text.
 
         Args:
             messages, tools: what the template is given, as plain data. ``documents`` is None.
             add_generation_prompt: end where the assistant speaks.
+            variables: more that the template may read, such as ``enable_thinking``.
 
         Raises:
             TokenizerError: the template refuses the messages, or fails.
         """
-        given = {"tools": tools, "documents": None}
+        more = {name: self._data(value) for name, value in (variables or {}).items()}
+        given = {**self._variables, **more, "documents": None}
         try:
             return str.__str__(
                 self._template.render(
                     messages=[self._message(message) for message in messages],
                     add_generation_prompt=add_generation_prompt,
-                    **{name: self._data(value) for name, value in given.items()},
-                    **self._variables,
+                    tools=self._data(tools),
+                    **given,
                 )
             )
         except (PromptError, TokenizerError):

@@ -94,12 +94,31 @@ class Tokenizer:
         found = (i for i in places if whole[i : i + len(plain)] == plain)
         return whole[: next(found, 0)]
 
+    def chat_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        literal_contents: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """As :meth:`encode_chat`, for any chat template.
+
+        A template that knows no tools gets them, calls and answers as texts: see :attr:`tool_form`.
+        """
+        if (tools or has_tools(messages)) and not self.tool_form.native:
+            messages, tools = self.tool_form.written(messages, tools), None
+        return self.encode_chat(
+            messages, literal_contents=literal_contents, tools=tools, variables=variables
+        )
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         literal_contents: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation, up to where the assistant speaks.
 
@@ -108,26 +127,26 @@ class Tokenizer:
             literal_contents: a control token's text inside any text of the messages and tools
                 becomes ordinary text, so that whoever wrote it cannot end a message or speak
                 for others. Control tokens are the tokenizer's added tokens.
-            tools: in OpenAI's form. A template that knows none gets them, calls and answers of
-                tools as texts, see :attr:`tool_form`.
+            tools: what the template is told of tools.
+            variables: more that the template may read.
 
         Raises:
             TokenizerError: no chat template, or the template refuses the messages.
             PromptError: a message is no valid Unicode text, or holds a character that is
                 a control token by itself.
         """
-        if (tools or has_tools(messages)) and not self.tool_form.native:
-            messages, tools = self.tool_form.written(messages, tools), None
         if not literal_contents:
             # the template writes the special tokens itself
-            return self.encode(self.render_chat(messages, tools=tools), special=False)
+            text = self.render_chat(messages, tools=tools, variables=variables)
+            return self.encode(text, special=False)
         name = self._template_name(tools)
         if name not in self._marked:
             from dllmserve.engine.marked import MarkedTemplate
 
             source, marks = self._templates[name], self._literal.marks
             self._marked[name] = MarkedTemplate(source, self._names, marks)
-        return self._literal.encode(self._marked[name].render(messages, tools=tools))
+        marked = self._marked[name].render(messages, tools=tools, variables=variables)
+        return self._literal.encode(marked)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
@@ -139,6 +158,7 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation, up to where the assistant speaks.
 
@@ -151,7 +171,10 @@ class Tokenizer:
 
             self._compiled[name] = ChatTemplate(self._templates[name], self._names)
         return self._compiled[name].render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            variables=variables,
         )
 
     @cached_property

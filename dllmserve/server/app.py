@@ -36,6 +36,7 @@ from dllmserve.server import (
     ops,
     responses,
     systemone,
+    tokens,
 )
 from dllmserve.server.admission_guard import AdmissionGuard
 from dllmserve.server.hosts import (
@@ -63,7 +64,8 @@ __all__ = ["app", "create_app"]
 
 #: of all endpoints
 ROUTERS = tuple(
-    m.router for m in (native, infill, openai, responses, decisions, systemone, llama_cpp, ops)
+    m.router
+    for m in (native, infill, openai, responses, decisions, systemone, tokens, llama_cpp, ops)
 )
 
 

@@ -27,10 +27,17 @@ from dllmserve.server.failures import ApiError
 from dllmserve.server.gap import before_ids, behind_ids, in_gap
 from dllmserve.server.http.escape import shown
 from dllmserve.server.openai_answers import ChatAnswer, CompletionAnswer, Reply, stream
-from dllmserve.server.openai_bodies import ChatRequest, CompletionRequest, OpenAIFields
+from dllmserve.server.openai_bodies import (
+    ChatRequest,
+    CompletionRequest,
+    OpenAIFields,
+    conversation_of,
+    template_variables,
+)
 from dllmserve.server.service import Service, close_all, finish_all
 from dllmserve.server.sse import EventStream, unless_gone
 from dllmserve.server.tool_calls import Calls
+from dllmserve.server.tools import told_tools
 
 router = APIRouter(tags=["openai"], route_class=JsonRoute)
 
@@ -120,10 +127,14 @@ async def prepared(
     Raises:
         ApiError, DllmServeError: it cannot be answered.
     """
-    messages = body.conversation()
+    messages = conversation_of(body.messages)
     note_prompts(http, service, messages)
     use, constraint, tokenizer = body.tool_use(), body.constraint(), service.llm.tokenizer
-    ids = await service.chat_ids(messages, owner, None if use is None else use.told())
+    tools, variables = (
+        None if use is None else told_tools(use.functions),
+        template_variables(body.chat_template_kwargs),
+    )
+    ids = await service.chat_ids(messages, owner, tools, variables)
     calls, field = None, None
     if use is not None:
         field = "functions" if use.older else "tools"

@@ -6,11 +6,12 @@ no other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from dllmserve._stepwise import stepwise
 from dllmserve._values import MAX_GEN_LENGTH, MAX_LOGPROBS
@@ -44,6 +45,8 @@ from dllmserve.server.tools import ToolFields
 
 #: of answers, where neither the request nor the operator says otherwise
 DEFAULT_MAX_TOKENS = 128
+#: variables of chat templates that are not for clients to set
+TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt")
 #: OpenAI's limit
 MAX_CHOICES = 128
 #: what an answer has to match says nothing of how it is decoded, nor does what it tells of itself
@@ -287,7 +290,9 @@ class ChatRequest(ToolFields, OpenAIFields):
     moderation: neutral() = None  # type: ignore[valid-type]
     web_search_options: neutral() = None  # type: ignore[valid-type]
     prompt_cache_options: neutral() = None  # type: ignore[valid-type]
-    chat_template_kwargs: neutral({}) = None  # type: ignore[valid-type]
+    chat_template_kwargs: Entries[Any] | None = Field(
+        default=None, description="More that the chat template may read, such as enable_thinking."
+    )
     reasoning_effort: Unread[Text] = _not_read()
     verbosity: Unread[Text] = _not_read()
 
@@ -302,12 +307,26 @@ class ChatRequest(ToolFields, OpenAIFields):
             )
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def conversation(self) -> list[dict[str, Any]]:
-        """The messages as a chat template reads them.
 
-        Raises:
-            ApiError: arguments of calls hold too much to be parsed.
-        """
-        called = (m.arguments() for m in self.messages if isinstance(m, AssistantMessage))
-        check_texts(chain.from_iterable(called), "messages")
-        return template_messages([m.model_dump(exclude_none=True) for m in self.messages])
+def template_variables(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a chat template may read besides. Raises ApiError for what the server gives it."""
+    for name in given or ():
+        if name in TEMPLATE_NAMES:
+            raise ApiError(
+                400,
+                f"chat_template_kwargs has '{name}', which the server gives the template itself",
+                code="invalid_parameter",
+                param="chat_template_kwargs",
+            )
+    return given
+
+
+def conversation_of(messages: Sequence[BaseModel]) -> list[dict[str, Any]]:
+    """Messages as a chat template reads them.
+
+    Raises:
+        ApiError: arguments of calls hold too much to be parsed.
+    """
+    called = (m.arguments() for m in messages if isinstance(m, AssistantMessage))
+    check_texts(chain.from_iterable(called), "messages")
+    return template_messages([m.model_dump(exclude_none=True) for m in messages])

@@ -408,6 +408,7 @@ class Service:
         messages: Sequence[Mapping[str, Any]],
         owner: str = "",
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation; special tokens in messages are ordinary text.
 
@@ -415,12 +416,15 @@ class Service:
             messages: as a chat template reads them, see :mod:`dllmserve.messages`.
             owner: who asks.
             tools: what the model is told that it may call.
+            variables: more that the chat template may read.
         """
         self.require_engine(owner)
         said = (str(value) for m in messages for key, value in m.items() if key != "role")
         self._check_length(sum(map(len, said)), "messages")
         self._check_length(sum(len(str(tool)) for tool in tools or ()), "tools")
-        return await self.llm.chat_ids(messages, literal_contents=True, tools=tools)
+        return await self.llm.chat_ids(
+            messages, literal_contents=True, tools=tools, variables=variables
+        )
 
     def require_engine(self, owner: str = "") -> None:
         """Raise OverloadedError while no request of this owner can be taken."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -134,6 +134,14 @@ class ToolFields(Body):
         )
 
 
+def told_tools(functions: Iterable[FunctionDefinition]) -> list[dict[str, Any]]:
+    """Tools as chat templates read them."""
+    return [
+        {"type": "function", "function": {"parameters": _NONE, **f.model_dump(exclude_none=True)}}
+        for f in functions
+    ]
+
+
 def _wrong(text: str, param: str) -> ApiError:
     return ApiError(400, text, code="invalid_parameter", param=param)
 
@@ -167,16 +175,6 @@ class ToolUse:
     mode: Literal["auto", "required", "named"]
     parallel: bool
     older: bool = False
-
-    def told(self) -> list[dict[str, Any]]:
-        """The tools as chat templates read them."""
-        return [
-            {
-                "type": "function",
-                "function": {"parameters": _NONE, **function.model_dump(exclude_none=True)},
-            }
-            for function in self.functions
-        ]
 
     def constraint(self, form: ToolForm, asked: dict[str, Any]) -> dict[str, Any]:
         """What the answer has to match, as fields of SamplingParams.

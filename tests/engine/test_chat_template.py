@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from dllmserve.engine.template import ChatTemplate
 from dllmserve.engine.tokenizer import load_tokenizer
 from dllmserve.errors import TokenizerError
 
@@ -50,3 +51,11 @@ def test_a_broken_template_fails_chats_only(
         with pytest.raises(TokenizerError, match="chat template"):
             tokenizer.render_chat(CHAT)
     assert tokenizer.decode(tokenizer.encode("Hi")) == "Hi"
+
+
+def test_variables_of_a_request() -> None:
+    source = "{{ bos_token }}{{ messages[0].content }}{{ enable_thinking }}{{ tools is none }}"
+    template = ChatTemplate(source, {"bos_token": "<s>"})
+    chat = [{"role": "user", "content": "Hi"}]
+    assert template.render(chat) == "<s>HiTrue"
+    assert template.render(chat, variables={"enable_thinking": False}) == "<s>HiFalseTrue"

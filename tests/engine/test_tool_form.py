@@ -100,11 +100,11 @@ def test_the_embedded_model_has_our_own_form() -> None:
     assert tokenizer is not None and tokenizer.tool_form == OWN
     chat = [{"role": "user", "content": "Hi"}]
     for literal in (False, True):
-        ids = tokenizer.encode_chat(chat, tools=[ADD], literal_contents=literal)
+        ids = tokenizer.chat_ids(chat, tools=[ADD], literal_contents=literal)
         text = tokenizer.decode(ids)
         assert '"name": "add"' in text and text.index("add") < text.index("Hi")
-        plain = tokenizer.encode_chat(chat, literal_contents=literal)
-        assert tokenizer.encode_chat(chat, tools=[], literal_contents=literal) == plain
+        plain = tokenizer.chat_ids(chat, literal_contents=literal)
+        assert tokenizer.chat_ids(chat, tools=[], literal_contents=literal) == plain
 
 
 def test_a_template_of_a_checkpoint_gets_its_tools(
@@ -124,5 +124,5 @@ def test_a_template_of_a_checkpoint_gets_its_tools(
     assert tokenizer.tool_form.native
     monkeypatch.setattr(tokenizer, "render_chat", render)
     chat = [{"role": "user", "content": "Hi"}]
-    tokenizer.encode_chat(chat, tools=[ADD])
+    tokenizer.chat_ids(chat, tools=[ADD])
     assert seen == [(chat, [ADD])]

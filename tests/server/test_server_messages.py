@@ -110,7 +110,7 @@ def test_both_doors_make_the_same_of_messages(
 
     async def main() -> None:
         async with serving(byte_checkpoint) as server:
-            monkeypatch.setattr(Tokenizer, "encode_chat", encode)
+            monkeypatch.setattr(Tokenizer, "chat_ids", encode)
             for told, expected in TOLD:
                 answer = await server.post(CHAT, {"messages": [*HI, told], "max_tokens": 1})
                 assert answer.status == 200, (told, answer.body)

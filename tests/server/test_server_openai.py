@@ -347,7 +347,8 @@ REFUSED: list[tuple[str, dict[str, Any], str | None]] = [
     (CHAT, {"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens"),
     (CHAT, {"logprobs": 1}, "logprobs"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
-    (CHAT, {"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (CHAT, {"chat_template_kwargs": []}, "chat_template_kwargs"),
     (CHAT, {"messages": []}, "messages"),
     (CHAT, {"prompt": "x"}, "prompt"),
 ]
@@ -388,6 +389,26 @@ def test_models(byte_checkpoint: Path) -> None:
                 assert (answer.status, answer.error["code"]) == (404, "model_not_found")
                 assert answer.error["param"] == "model"
                 assert "'byte-llada'" in answer.error["message"]
+
+    run(main())
+
+
+def test_variables_of_the_chat_template(
+    byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with serving(byte_checkpoint) as server:
+            tokenizer = server.service.llm.tokenizer
+            assert tokenizer is not None
+            source = "{{ messages[0].content }}{{ mood }}"
+            monkeypatch.setattr(tokenizer, "_templates", {"default": source})
+            monkeypatch.setattr(tokenizer, "_marked", {})
+            for given, text in (({}, "Hi"), ({"mood": "kind<|end|>"}, "Hikind<|end|>")):
+                body = {"messages": HI, "max_tokens": 1, "chat_template_kwargs": given}
+                assert (await server.post(CHAT, body)).status == 200
+                # what a client gives is text, whatever it looks like
+                ids = server.engine.calls[-1].submit.prompt_ids
+                assert ids == [byte - 33 for byte in text.encode()]
 
     run(main())
 

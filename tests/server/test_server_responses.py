@@ -111,7 +111,7 @@ def test_inputs(byte_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def main() -> None:
         async with serving(byte_checkpoint) as server:
-            monkeypatch.setattr(Tokenizer, "encode_chat", encode)
+            monkeypatch.setattr(Tokenizer, "chat_ids", encode)
             for given, messages in INPUTS:
                 answer = await server.post(PATH, {"max_output_tokens": 1, **given})
                 assert answer.status == 200, (given, answer.body)
@@ -275,7 +275,7 @@ def test_going_on_from_a_response(byte_checkpoint: Path, monkeypatch: pytest.Mon
 
     async def main() -> None:
         async with serving(byte_checkpoint) as server:
-            monkeypatch.setattr(Tokenizer, "encode_chat", encode)
+            monkeypatch.setattr(Tokenizer, "chat_ids", encode)
             server.engine.answer = iter(["one", "two", "three"])
             first = (await server.post(PATH, {"input": "a", "instructions": "x"})).json()
             second = (await events_of(server, {"input": "b", "previous_response_id": first["id"]}))[

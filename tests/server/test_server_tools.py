@@ -110,7 +110,7 @@ def test_what_the_model_is_told(byte_checkpoint: Path, monkeypatch: pytest.Monke
 
     async def main() -> None:
         async with serving(byte_checkpoint) as server:
-            monkeypatch.setattr(Tokenizer, "encode_chat", encode)
+            monkeypatch.setattr(Tokenizer, "chat_ids", encode)
             told = [ADD, tool("now", parameters=NOTHING)]
             marked = [{**ADD, "cache_control": {"type": "ephemeral"}}, NOW]
             strict = [tool(**ADD["function"], strict=True), NOW]

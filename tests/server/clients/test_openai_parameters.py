@@ -39,7 +39,7 @@ TABLE: list[tuple[tuple[str, ...], str, list[Any], list[Any]]] = [
     ((CHAT,), "tools", [[], None], [[{**TOOL, "type": "custom"}], {}]),
     ((CHAT,), "tool_choice", ["none", "auto", None], ["required", TOOL]),
     ((CHAT,), "prompt_cache_options", [None], [{"mode": "implicit"}]),
-    ((CHAT,), "chat_template_kwargs", [{}, None], [{"enable_thinking": False}, []]),
+    ((CHAT,), "chat_template_kwargs", [{}, {"enable_thinking": False}, None], [{"tools": 1}, []]),
     ((CHAT,), "functions", [[], None], [[TOOL], {}]),
     ((CHAT,), "function_call", ["none", "auto", None], [{"name": "f"}]),
     ((CHAT,), "modalities", [["text"], None], [["text", "audio"], ["audio"], []]),
