@@ -247,6 +247,7 @@ class AsyncEngine:
         *,
         literal_contents: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation; see :meth:`Tokenizer.chat_ids`.
@@ -262,6 +263,7 @@ class AsyncEngine:
             tokenizer.chat_ids,
             literal_contents=literal_contents,
             tools=tools,
+            continue_final_message=continue_final_message,
             variables=variables,
         )
         size = sum(len(str(value)) for message in read for value in message.values())

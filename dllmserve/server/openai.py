@@ -134,7 +134,7 @@ async def prepared(
         None if use is None else told_tools(use.functions),
         template_variables(body.chat_template_kwargs),
     )
-    ids = await service.chat_ids(messages, owner, tools, variables)
+    ids = await service.chat_ids(messages, owner, tools, variables, body.continues())
     calls, field = None, None
     if use is not None:
         field = "functions" if use.older else "tools"

@@ -409,22 +409,22 @@ class Service:
         owner: str = "",
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Prompt ids of a conversation; special tokens in messages are ordinary text.
 
         Args:
             messages: as a chat template reads them, see :mod:`dllmserve.messages`.
             owner: who asks.
-            tools: what the model is told that it may call.
-            variables: more that the chat template may read.
+            tools, variables, continue_final_message: see :meth:`Tokenizer.chat_ids`.
         """
         self.require_engine(owner)
         said = (str(value) for m in messages for key, value in m.items() if key != "role")
         self._check_length(sum(map(len, said)), "messages")
         self._check_length(sum(len(str(tool)) for tool in tools or ()), "tools")
-        return await self.llm.chat_ids(
-            messages, literal_contents=True, tools=tools, variables=variables
-        )
+        asked: dict[str, Any] = {"tools": tools, "variables": variables}
+        asked["continue_final_message"] = continue_final_message
+        return await self.llm.chat_ids(messages, literal_contents=True, **asked)
 
     def require_engine(self, owner: str = "") -> None:
         """Raise OverloadedError while no request of this owner can be taken."""
