@@ -229,7 +229,9 @@ class AsyncEngine:
         size = len(prompt) if isinstance(prompt, str) else 0
         return await _tokenised(size, partial(prompt_ids, self.tokenizer, prompt, "the prompt"))
 
-    async def template_row(self, template: Template) -> tuple[list[int], Holes]:
+    async def template_row(
+        self, template: Template, name: str = "template"
+    ) -> tuple[list[int], Holes]:
         """Ids of a template's row, and its holes; see :func:`dllmserve.engine.filled.template_row`.
 
         Raises:
@@ -239,7 +241,7 @@ class AsyncEngine:
         self._ready()
         pieces = template if isinstance(template, Sequence) else ()
         size = sum(len(piece) for piece in pieces if isinstance(piece, str))
-        return await _tokenised(size, partial(template_row, self.tokenizer, template, "template"))
+        return await _tokenised(size, partial(template_row, self.tokenizer, template, name))
 
     async def chat_ids(
         self,

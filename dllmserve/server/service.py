@@ -396,12 +396,15 @@ class Service:
         return await self.llm.prompt_ids(prompt)
 
     async def template_row(
-        self, template: Sequence[str | Sequence[int] | Hole], owner: str = ""
+        self,
+        template: Sequence[str | Sequence[int] | Hole],
+        name: str = "template",
+        owner: str = "",
     ) -> tuple[list[int], Holes]:
         """Ids of a template's row, and its holes. What cannot fit is refused before."""
         self.require_engine(owner)
-        self._check_length(sum(len(p) for p in template if isinstance(p, str)), "template")
-        return await self.llm.template_row(template)
+        self._check_length(sum(len(p) for p in template if isinstance(p, str)), name)
+        return await self.llm.template_row(template, name)
 
     async def chat_ids(
         self,
