@@ -14,8 +14,8 @@ class TokenLogprob(TypedDict):
 
     Attributes:
         token_id: what stands there.
-        logprob: of that token; None where no forward decided it (it was given, or filled in
-            behind an end id).
+        logprob: of that token; None where no forward decided it (it was given, filled in behind
+            an end id, or all that a constraint left).
         top: ``[id, logprob]`` of the likeliest tokens, the likeliest first, equal ones by id.
     """
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from dllmserve.constraints import limits
 from dllmserve.constraints.dfa import Dfa, first_of_each, salts
-from dllmserve.constraints.grammar import NEVER, TokenGrammar, finished, tokens_to
+from dllmserve.constraints.grammar import TokenGrammar, finished
+from dllmserve.constraints.graph import NEVER, steps_to
 from dllmserve.constraints.nfa import automaton
 from dllmserve.constraints.nodes import either, text
 from dllmserve.constraints.regex import parse
@@ -109,11 +110,20 @@ def language(
             return automaton(parse(regex, "regex"))
         if choice is not None:
             limits.check(sum(map(len, choice)), limits.MAX_TEXT, "the length of all choices")
+            _check_unicode(choice)
             return automaton(either(text(one) for one in choice))
         parts = sequence_of(json_schema or "")
         return automaton(schema_node(json_schema or "") if parts is None else sequence(parts))
     except RecursionError as error:
         raise InvalidParameterError("the constraint is nested too deeply") from error
+
+
+def _check_unicode(choice: tuple[str, ...]) -> None:
+    for one in choice:
+        try:
+            one.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidParameterError(f"choice {one!r} is not valid Unicode: {error}") from error
 
 
 class _NoTextError(Exception):
@@ -176,8 +186,8 @@ class _Parts:
         source, target = self._moves.source, self._moves.target
         begin = np.zeros(len(self._accepting), np.bool_)
         begin[self._start] = True
-        self._live = tokens_to(target, source, begin) < NEVER
-        self._live &= tokens_to(source, target, self._accepting) < NEVER
+        self._live = steps_to(target, source, begin) < NEVER
+        self._live &= steps_to(source, target, self._accepting) < NEVER
         if not self._live[self._start]:
             raise _NoTextError
         return self._live[source] & self._live[target]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dllmserve.constraints import limits
 from dllmserve.constraints.alphabet import Alphabet
+from dllmserve.constraints.graph import NEVER, edges_of, most_steps, steps_to
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,15 +77,21 @@ def first_of_each(
 def classes_of_states(delta: NDArray[np.int32], accepting: NDArray[np.bool_]) -> NDArray[np.intp]:
     """The number of every state's class: states from which the same texts lead to acceptance.
 
-    Moore's refinement on hashes. The result is compared with the table itself, so a collision can
-    only cost time.
+    Moore's refinement on hashes, which begins with the lengths of the shortest and the longest text
+    that each state accepts: without them, as many rounds would be needed as texts are long. The
+    result is compared with the table itself, so a collision can only cost time.
 
     Raises:
         InvalidParameterError: it takes too many rounds.
     """
     weights = salts(delta.shape[1])
-    end = keys = salts(2)[accepting.astype(np.intp)]
-    rounds, work = 8, 0
+    source, target = edges_of(delta)
+    least = steps_to(source, target, accepting)
+    alive = (least[source] < NEVER) & (least[target] < NEVER)
+    most = most_steps(source[alive], target[alive], len(delta))
+    most[least == NEVER] = NEVER
+    end = keys = mixed(np.stack([least, most], axis=1).astype(np.uint64) @ salts(2))
+    rounds, work = 4, 0
     while True:
         for _ in range(rounds):
             keys = mixed(keys[delta] @ weights + end)

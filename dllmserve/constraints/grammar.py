@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-#: what ``least`` says where no number of tokens leads to an end
-NEVER = 1 << 30
+from dllmserve.constraints.graph import edges_of, steps_to
+
 _LIMIT_SHORT = 1 << 15
 
 
@@ -27,7 +27,7 @@ class TokenGrammar:
         class_of: [V] int32: class of every id; 0 is never allowed.
         start: state before the first token.
         accepting: [Q + 1] bool: a canvas may end here.
-        least: [Q + 1] int32: fewest tokens to an accepting state, or :data:`NEVER`.
+        least: [Q + 1] int32: fewest tokens to an accepting state; :data:`NEVER` for the dead state.
         first: [C] int32: lowest id of every class, -1 for a class without ids (0 alone may be one).
         size: [C] int32: number of ids of every class.
 
@@ -128,37 +128,5 @@ def finished(
     first = np.full(classes, -1, np.int32)
     first[class_of[::-1]] = np.arange(len(class_of), dtype=np.int32)[::-1]
     size = np.bincount(class_of, minlength=classes).astype(np.int32)
-    least = tokens_to(*edges_of(delta), accepting)
+    least = steps_to(*edges_of(delta), accepting)
     return TokenGrammar(key, delta, class_of, start, accepting, least, first, size)
-
-
-def edges_of(delta: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Pairs (source, target) of a table's states, without those that lead to the dead state."""
-    source, column = np.nonzero(delta != len(delta) - 1)
-    return source.astype(np.int32), delta[source, column]
-
-
-def tokens_to(
-    source: NDArray[np.int32], target: NDArray[np.int32], ends: NDArray[np.bool_]
-) -> NDArray[np.int32]:
-    """Fewest edges from every state to an end, or :data:`NEVER`.
-
-    Args:
-        source, target: [E] edges; they may repeat.
-        ends: [N] which states are ends.
-    """
-    count = len(ends)
-    pairs = np.unique(target.astype(np.int64) * count + source)
-    behind, before = np.divmod(pairs, count)
-    starts = np.searchsorted(behind, np.arange(count + 1))
-    least = np.full(count, NEVER, np.int32)
-    least[ends] = 0
-    level, far = np.flatnonzero(ends), 0
-    while len(level):
-        far += 1
-        lengths = starts[level + 1] - starts[level]
-        shift = np.repeat(starts[level] - np.cumsum(lengths) + lengths, lengths)
-        found = np.unique(before[shift + np.arange(len(shift))])
-        level = found[least[found] == NEVER]
-        least[level] = far
-    return least

@@ -18,7 +18,7 @@ MAX_STEPS = 4_000_000
 MAX_WORK = 1 << 31
 #: pairs of states that beginnings of tokens lead between: those that are kept, and the work
 MAX_MOVES = 1 << 25
-MAX_PAIRS = 1 << 29
+MAX_PAIRS = 1 << 28
 
 
 def check(value: int, limit: int, what: str) -> None:

@@ -108,8 +108,8 @@ class _Reader:
     """One schema while it is read."""
 
     def __init__(self, root: Any) -> None:
-        self._flattener = Flattener(root, self._apart)
-        self.flat = self._flattener.flat
+        self.flat = Flattener(root, self._apart).flat
+        self._searched: dict[str, Dfa] = {}
 
     def node(self, schema: Any, where: str, refs: _Refs) -> Node:
         """Texts of a part of the schema."""
@@ -176,15 +176,29 @@ class _Reader:
 
     def _characters(self, flat: Flat, where: str) -> Dfa:
         """Strings that are valid, as characters, not as JSON."""
-        self._check_formats(flat, where)
-        found = [_searched(pattern, where) for pattern in flat.get("pattern", ())]
-        found += [format_automaton(name) for name in flat.get("format", ()) if name in FORMATS]
+        found = self._conditions(flat, where)
         low, high = flat.get("minLength", 0), flat.get("maxLength")
+        if high is not None and low > high:
+            return automaton(NOTHING)
         if low or high is not None or not found:
-            if high is not None and low > high:
-                return automaton(NOTHING)
             found.append(automaton(Repeat(Chars(charset.ALL), low, high)))
         return all_of(found)
+
+    def _conditions(self, flat: Flat, where: str) -> list[Dfa]:
+        """What strings have to match beside their length."""
+        self._check_formats(flat, where)
+        found = [self._search(pattern, where) for pattern in flat.get("pattern", ())]
+        return found + [format_automaton(n) for n in flat.get("format", ()) if n in FORMATS]
+
+    def _search(self, pattern: str, where: str) -> Dfa:
+        """Strings in which a pattern is found, anywhere if it is not anchored."""
+        if pattern not in self._searched:
+            try:
+                found = automaton(parse(pattern, "pattern", search=ANY_TEXT))
+            except InvalidParameterError as error:
+                raise refused(where, str(error)) from error
+            self._searched[pattern] = found
+        return self._searched[pattern]
 
     def _check_formats(self, flat: Flat, where: str) -> None:
         for name in flat.get("format", ()):
@@ -256,8 +270,9 @@ class _Reader:
         values: list[Any] = []
         for part in parts:
             found = part.get("enum", [False, True])
-            good = [v for v in found if self.valid(v, part, where)]
-            values += [v for v in good if not any(same(v, other) for other in values)]
+            for value in found:
+                if self.valid(value, part, where) and not any(same(value, v) for v in values):
+                    values.append(value)
         if len(values) > _MAX_UNIQUE:
             raise refused(
                 where,
@@ -324,7 +339,9 @@ class _Reader:
         if "enum" in flat and not any(same(value, other) for other in flat["enum"]):
             return False
         if kind == "string":
-            return self._characters(flat, where).accepts(value)
+            conditions = self._conditions(flat, where)
+            fits = flat.get("minLength", 0) <= len(value) <= flat.get("maxLength", len(value))
+            return fits and all(condition.accepts(value) for condition in conditions)
         if kind in ("integer", "number"):
             number = Decimal(value)
             divisor = flat.get("multipleOf", Decimal(0))
@@ -397,19 +414,6 @@ class _Reader:
         return crowded or any(
             all(map(self._impossible, self.flat(schema, "", flat["$refs"]))) for schema in schemas
         )
-
-
-@functools.lru_cache(maxsize=256)
-def _search(pattern: str) -> Dfa:
-    return automaton(parse(pattern, "pattern", search=ANY_TEXT))
-
-
-def _searched(pattern: str, where: str) -> Dfa:
-    """Strings in which a pattern is found, anywhere if it is not anchored."""
-    try:
-        return _search(pattern)
-    except InvalidParameterError as error:
-        raise refused(where, str(error)) from error
 
 
 def _items(named: list[Node], more: Node, low: int, high: int | None) -> Node:

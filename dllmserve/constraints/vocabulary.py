@@ -122,13 +122,15 @@ class Vocabulary:
         Raises:
             TokenizerError: the decoder does what depends on neighbouring tokens.
         """
-        state = json.loads(fast.to_str())
-        special = {token["id"] for token in state["added_tokens"] if token["special"]}
-        rule = _Decoder(state["decoder"])
-        size = max(fast.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        added = fast.get_added_tokens_decoder()
+        special = {id for id, token in added.items() if token.special}
+        decoder = fast.decoder
+        rule = _Decoder(None if decoder is None else json.loads(decoder.__getstate__()))
+        ids = fast.get_vocab(with_added_tokens=True)
+        size = max(ids.values(), default=-1) + 1
         pieces: list[bytes | None] = [None] * size
         first: list[bytes | None] = [None] * size
-        for token, id in fast.get_vocab(with_added_tokens=True).items():
+        for token, id in ids.items():
             if id not in special:
                 pieces[id], first[id] = rule.bytes_of(token)
         return cls(pieces, first)

@@ -13,6 +13,7 @@ from dllmserve._values import MAX_GEN_LENGTH
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.request import Request
+from dllmserve.core.validator import window_of
 from dllmserve.decisions.answers import Cost
 from dllmserve.decisions.questions import Question
 from dllmserve.decisions.reading import MAX_READINGS, Found, How, decide
@@ -47,7 +48,7 @@ class Decider:
         if tokenizer is None:
             raise TokenizerError("decisions need a tokenizer, and this checkpoint has none")
         self._together = spec.geometry == "full"
-        self._in_blocks = bool(spec.block_length)
+        self._spec = spec
         ends = (*spec.turn_end_ids, *spec.eos_ids)
         self._template = Template(tokenizer, ends[0] if ends else None, _room(spec, limits))
 
@@ -123,7 +124,11 @@ class Decider:
             readings = await asyncio.to_thread(self.advance, waves, found)
             if not isinstance(readings, list):
                 return readings
-            found = await outputs([self.request(reading, make) for reading in readings])
+            requests = []
+            for reading in readings:
+                requests.append(self.request(reading, make))
+                await asyncio.sleep(0)  # other tasks run between them
+            found = await outputs(requests)
 
     def request(self, reading: Reading, make: Make) -> Request:
         """A checked request for one forward, from a function that checks them.
@@ -134,7 +139,7 @@ class Decider:
         if self._together:
             holes = tuple((position, Hole(1)) for position in reading.holes)
             # one block, whatever length the engine's options give to those of others
-            block = len(reading.ids) if self._in_blocks else None
+            block = len(reading.ids) if self._spec.block_length else None
             params = SamplingParams(
                 temperature=0.0, steps_per_block=1, block_length=block, ignore_eos=True
             )
@@ -142,8 +147,8 @@ class Decider:
         params = SamplingParams(temperature=0.0, gen_length=1, steps_per_block=1, ignore_eos=True)
         prompt = reading.ids[:-1]
         # a block is filled to its end, of which nothing is read
-        filled = sum(make(prompt, params).masks)
-        return make(prompt, params, candidates=(*reading.asked, *[()] * (filled - 1)))
+        behind = -len(reading.ids) % (window_of(self._spec, params) or 1)
+        return make(prompt, params, candidates=(*reading.asked, *[()] * behind))
 
     def _waves(self, readings: list[Reading], most: int) -> Iterator[list[Reading]]:
         """Groups of readings; a prompt that they share has to be stored by the first of them."""

@@ -422,9 +422,9 @@ class EngineCore:
         self, request: Request, ids: list[int], start: int = 0
     ) -> list[TokenLogprob] | None:
         """Log-probabilities of the answer's ids from ``start`` on, if they are asked for."""
-        kept = self._logprobs.get(request)
-        if kept is None or request.params.logprobs is None:
+        if request.params.logprobs is None:
             return None
+        kept = self._logprobs.get(request) or AnswerLogprobs(request)
         return kept.read(ids, start)
 
     def _traced_output(

@@ -27,6 +27,8 @@ class AnswerLogprobs:
     def __init__(self, request: Request) -> None:
         self._canvas = request.canvas
         self._candidates = request.candidates
+        #: positions that the host has written, by the request
+        self._forced = request.forced
         named = max(map(len, request.candidates), default=0)
         self._wanted = Wanted(request.params.logprobs or 0, named)
         length = request.canvas.end - request.canvas.start
@@ -55,10 +57,13 @@ class AnswerLogprobs:
     def read(self, token_ids: Sequence[int], start: int = 0) -> list[TokenLogprob]:
         """Of the answer's positions from ``start`` on, where these tokens stand."""
         rows: list[list[float]] = self._values[start : start + len(token_ids)].tolist()
-        return [self._one(token, row) for token, row in zip(token_ids, rows, strict=True)]
+        places = range(self._canvas.start + start, self._canvas.start + start + len(rows))
+        return [self._one(*one) for one in zip(places, token_ids, rows, strict=True)]
 
-    def _one(self, token: int, row: list[float]) -> TokenLogprob:
+    def _one(self, position: int, token: int, row: list[float]) -> TokenLogprob:
         likely = self._wanted.likely
+        if position in self._forced:
+            return {"token_id": token, "logprob": None, "top": []}
         ids, values = row[2 : 2 + likely], row[2 + likely : 2 + 2 * likely]
         pairs = zip(ids, values, strict=True)
         top: list[list[int | float]] = [[int(id), v] for id, v in pairs if v > -inf and id >= 0]

@@ -222,6 +222,48 @@ class LogitsHead:
             start = end
         return replace(TokenStats.concat(parts), logprobs=tuple(logprobs))
 
+    def of_tokens(
+        self,
+        logprobs: tuple[Tensor, ...],
+        token: Tensor,  # [M] int64
+        hidden: Tensor,  # as in stats()
+        cfg_scale: Tensor,
+        segments: tuple[SegmentShape, ...],
+    ) -> tuple[Tensor, ...]:
+        """Log-probabilities as they are of other tokens than were proposed.
+
+        Logits are not kept, so what is added is the difference of two rows of the LM head, times
+        the hidden state.
+        """
+        found, left, start = list[Tensor](), iter(logprobs), 0
+        twins = len(hidden) - len(cfg_scale)
+        for segment in segments:
+            rows = slice(start, start + segment.rows)
+            start += segment.rows
+            if not segment.wanted:
+                continue
+            values = next(left)
+            if segment.constrained:
+                before, now = values[:, 0].long(), token[rows]
+                more = self._gap(hidden[rows], before, now)
+                if segment.guided:
+                    other = self._gap(hidden[rows.start + twins : rows.stop + twins], before, now)
+                    more = other + (cfg_scale[rows] + 1.0) * (more - other)
+                more = torch.where(now == before, 0.0, more)
+                own = torch.stack((now.double(), values[:, 1] + more), dim=1)
+                values = torch.cat((own, values[:, 2:]), dim=1)
+            found.append(values)
+        return tuple(found)
+
+    def _gap(self, x: Tensor, before: Tensor, now: Tensor) -> Tensor:
+        """How much larger the logit of one id is than that of another, of rows x [n, d]: [n]."""
+        vocab, total = self._reducer.vocab, torch.zeros(len(x), device=x.device)
+        for ids, sign in ((now, 1.0), (before, -1.0)):
+            column, mine = vocab.locate(ids)
+            one = (x.float() * self._weight[column].float()).sum(dim=-1)
+            total += sign * one.masked_fill(~mine, 0.0)
+        return vocab.group.all_reduce(total).double()
+
     def _chunk_rows(self, segment: SegmentShape) -> int:
         """Rows per chunk, so that every kind of segment takes about the same memory."""
         rows = self._max_rows

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from dllmserve.core.plan import StepPlan
 from dllmserve.decoding.logprobs import Wanted
+from dllmserve.decoding.rule import Update
+from dllmserve.runtime.inputs import entry_fields
 from dllmserve.runtime.platform import host_room, to_host
-from dllmserve.runtime.shape import ENTRY_FIELDS, SPAN_FIELDS, EntryField, Packing
+from dllmserve.runtime.shape import ENTRY_FIELDS, SPAN_FIELDS, EntryField, Packing, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.tensors import HeadCells, StepOutputs
 
@@ -40,6 +42,15 @@ def candidate_ids(
             place = (place - table.host[row].start).clamp(0, len(own) - 1)
             found[first : first + count, : own.shape[1]] = own[place]
     return found
+
+
+def tokens_of(update: Update, packed: Tensor, shape: StepShape, cells: HeadCells) -> Tensor:
+    """The token that a rule leaves at the position of each LM-head row: [M] int64."""
+    first = entry_fields(packed, shape)[:, EntryField.FIRST_ROW].contiguous()
+    index = torch.arange(shape.rows, dtype=first.dtype, device=first.device)
+    # of entries that begin at the same row all but the last are empty
+    entry = torch.searchsorted(first, index, right=True) - 1
+    return update.tokens[entry, cells.column.clamp(max=update.tokens.shape[1] - 1)]
 
 
 class LogprobReport:

@@ -16,13 +16,14 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import EntryReport, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, Track
 from dllmserve.decoding.logprobs import Wanted
-from dllmserve.decoding.rule import UnmaskRule
+from dllmserve.decoding.rule import RuleView, UnmaskRule, Update
+from dllmserve.decoding.stats import TokenStats
 from dllmserve.device import host_to_device
 from dllmserve.models.decoder import Decoder
 from dllmserve.runtime.edits import LogitEdit
 from dllmserve.runtime.inputs import span_fields
 from dllmserve.runtime.logits import LogitsHead, StepEdits
-from dllmserve.runtime.logprobs import LogprobReport, candidate_ids
+from dllmserve.runtime.logprobs import LogprobReport, candidate_ids, tokens_of
 from dllmserve.runtime.platform import (
     host_room,
     is_out_of_memory,
@@ -44,7 +45,7 @@ from dllmserve.runtime.shape import (
     lay_out,
 )
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.runtime.step import StepOps, TorchStep
+from dllmserve.runtime.step import StepOps, StepWork, TorchStep
 from dllmserve.runtime.tensors import StepOutputs
 
 if TYPE_CHECKING:
@@ -434,8 +435,37 @@ class ModelRunner:
         keep = None if meter is None else meter.keep
         if constraint is None:
             return work.finish(stats, keep)
-        outputs = work.finish(stats, keep, constraint.settle)
-        return replace(outputs, holds=constraint.holds(shape, table))
+        return self._finish(work, constraint, (stats, hidden, keep), shape)
+
+    def _finish(
+        self,
+        work: StepWork,
+        constraint: ConstraintEdit,
+        found: tuple[TokenStats, Tensor, Callable[[], None] | None],
+        shape: StepShape,
+    ) -> StepOutputs:
+        """The end of a step with constrained entries, which may write what nobody proposed.
+
+        Args:
+            work: the step.
+            constraint: says what fits.
+            found: statistics, hidden states of the LM-head rows, and what else is written.
+            shape: the step's.
+        """
+        stats, hidden, keep = found
+        given, logprobs = work.tensors, stats.logprobs
+
+        def settle(update: Update, view: RuleView) -> Update:
+            nonlocal logprobs
+            update = constraint.settle(update, view)
+            if logprobs and given.cells is not None:
+                tokens = tokens_of(update, self._packed, shape, given.cells)
+                scale = given.cfg_scale
+                logprobs = self._head.of_tokens(logprobs, tokens, hidden, scale, shape.segments)
+            return update
+
+        outputs = work.finish(stats, keep, settle)
+        return replace(outputs, holds=constraint.holds(shape, self.table), logprobs=logprobs)
 
     def _constraint(self, shape: StepShape) -> ConstraintEdit | None:
         """What keeps constrained entries to their grammars; None if the step has none."""

@@ -63,9 +63,16 @@ _log = logging.getLogger("dllmserve.server")
 __all__ = ["app", "create_app"]
 
 #: of all endpoints
-ROUTERS = tuple(
-    m.router
-    for m in (native, infill, openai, responses, decisions, systemone, tokens, llama_cpp, ops)
+ROUTERS = (
+    native.router,
+    infill.router,
+    openai.router,
+    responses.router,
+    decisions.router,
+    systemone.router,
+    llama_cpp.router,
+    tokens.router,
+    ops.router,
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from dllmserve.async_llm import AsyncLLM
 from dllmserve.core.request import Request
+from dllmserve.engine.filled import Template
 from dllmserve.errors import (
     ContextLengthError,
     DeadlineError,
@@ -20,7 +21,7 @@ from dllmserve.errors import (
     QuotaError,
     RequestAbortedError,
 )
-from dllmserve.holes import Hole, Holes
+from dllmserve.holes import Holes
 from dllmserve.outputs import RequestOutput, TextDelta
 from dllmserve.process.calls import Call, Event, Started
 from dllmserve.process.messages import EngineInfo
@@ -396,10 +397,7 @@ class Service:
         return await self.llm.prompt_ids(prompt)
 
     async def template_row(
-        self,
-        template: Sequence[str | Sequence[int] | Hole],
-        name: str = "template",
-        owner: str = "",
+        self, template: Template, name: str = "template", owner: str = ""
     ) -> tuple[list[int], Holes]:
         """Ids of a template's row, and its holes. What cannot fit is refused before."""
         self.require_engine(owner)

@@ -175,6 +175,24 @@ def responses_tools(target: Target) -> None:
     assert client.responses.create(input=answers, **told).output_text is not None
 
 
+def decisions(target: Target) -> None:
+    asked: Any = [
+        {"type": "predicate", "instructions": "There are three numbers."},
+        {
+            "type": "choice",
+            "name": "least",
+            "instructions": "Which is the least?",
+            "choices": [{"value": number} for number in ("9", "41", "7")],
+        },
+        {"type": "score", "instructions": "How hard?", "levels": [{"label": "a"}, {"label": "b"}]},
+    ]
+    told: dict[str, Any] = {"model": target.model, "input": QUESTION, "questions": asked}
+    first, least, hard = _client(target).decisions.create(**told).answers
+    assert first.type == "predicate" and 0 <= first.probability <= 1
+    assert least.type == "choice" and least.name == "least" and least.choice in ("9", "41", "7")
+    assert hard.type == "score" and abs(sum(p.probability for p in hard.probabilities) - 1) < 1e-9
+
+
 PACKAGE = "openai"
 SCENARIOS: list[Scenario] = [
     chat,
@@ -193,4 +211,5 @@ SCENARIOS: list[Scenario] = [
     responses_parse,
     responses_stream,
     responses_tools,
+    *([decisions] if hasattr(OpenAI, "decisions") else []),  # older versions know none
 ]

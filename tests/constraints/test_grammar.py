@@ -16,7 +16,8 @@ import pytest
 from dllmserve.constraints import limits
 from dllmserve.constraints.cache import GrammarCache
 from dllmserve.constraints.compile import compile_grammar, grammar_key
-from dllmserve.constraints.grammar import NEVER, TokenGrammar
+from dllmserve.constraints.grammar import TokenGrammar
+from dllmserve.constraints.graph import NEVER
 from dllmserve.constraints.vocabulary import Vocabulary
 from dllmserve.errors import InvalidParameterError
 from tests.constraints.test_regex import samples

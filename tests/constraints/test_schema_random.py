@@ -109,7 +109,7 @@ class Schemas:
 
 
 def anchored(schema: Any) -> Any:
-    """Patterns end where the text does: Python's ``$`` takes a newline behind it, too."""
+    """With patterns that end where the text does: Python's ``$`` takes a newline behind it."""
     if isinstance(schema, list):
         return [anchored(part) for part in schema]
     if not isinstance(schema, dict):

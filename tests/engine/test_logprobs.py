@@ -421,3 +421,45 @@ def test_candidates_that_are_none(
     params = SamplingParams(gen_length=8)
     with pytest.raises(InvalidParameterError, match=words):
         engine.make_request([1, 2], params, candidates=candidates)
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_what_constraints_write(byte_checkpoint: Path, kernels: str) -> None:
+    """Tokens that nobody proposed have their own log-probability; those without a choice none."""
+    if kernels == "triton":
+        helpers.need_interpreter()
+    llm = LLM(str(byte_checkpoint), device="cpu", kernels=kernels, max_model_len=64)
+    model = models.load(byte_checkpoint)
+    given: list[dict[str, Any]] = [
+        {"choice": ["abc", "abd", "xyz"], "steps": 1},
+        {"choice": ["abc", "xbz", "uvw"], "steps": 1, "cfg_scale": 0.6},
+        {"regex": "[ab]{3}[cd]+", "steps": 2, "temperature": 0.9},
+        {"regex": "(ab|cd)*", "unmask": "threshold", "threshold": 0.001},
+        {"regex": "(abcd|efgh|ijkl)+", "steps": 3, "logit_bias": {101: 5.0}},
+    ]
+    base = {"temperature": 0.0, "gen_length": 12, "block_length": 12, "seed": 1, "logprobs": 2}
+    requests = [
+        llm._engine.make_request([5, 6, 7 + n], SamplingParams(**{**base, **one}))
+        for n, one in enumerate(given)
+    ]
+    decided = forced = 0
+    for request, output in zip(requests, run(llm, requests), strict=True):
+        expected = replayed(model, request.canvas, output, request.params.cfg_scale)
+        assert output.logprobs is not None
+        for place, (ranked, entry) in enumerate(zip(expected, output.logprobs, strict=True)):
+            assert (entry["logprob"] is None) == (request.canvas.start + place in request.forced)
+            if entry["logprob"] is None:
+                forced += 1
+                continue
+            decided += 1
+            own = dict(ranked)[entry["token_id"]]
+            assert entry["logprob"] == pytest.approx(own, abs=TOLERANCE)
+    assert decided > 20 and forced
+
+
+def test_an_answer_that_needs_no_forward(byte_checkpoint: Path, engines: Engines) -> None:
+    llm = engines(byte_checkpoint)
+    params = SamplingParams(gen_length=4, steps=4, choice=["abcd"], logprobs=1)
+    (output,) = llm.generate([[5]], params, use_tqdm=False)
+    assert output["usage"]["forward_passes"] == 0 and output["text"] == "abcd"
+    assert [entry["logprob"] for entry in output["logprobs"]] == [None] * 4

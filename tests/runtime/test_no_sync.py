@@ -83,18 +83,24 @@ def _requests() -> list[Request]:
         (SamplingParams(unmask="wino", cache="dual", **block), None),
         (SamplingParams(steps=32, cfg_scale=1.0, cache="delayed", **block), None),
         (SamplingParams(steps=32, **block), SparseConfig(score="attention", min_keep=8)),
+        (SamplingParams(temperature=0.0, steps=32, logprobs=3, **block), None),
+        (SamplingParams(cfg_scale=1.0, logit_bias=bias, logprobs=20, top_p=0.9, **block), None),
+        (SamplingParams(unmask="wino", cache="dual", logprobs=0, **block), None),
+        (SamplingParams(temperature=0.0, steps=32, logprobs=0, **block), None),
     ]
-    return [
+    requests = [
         prompt_request(i, [5] * (10 + i), with_sparse(params, sparse), seed=i)
         for i, (params, sparse) in enumerate(given)
     ]
+    requests[-1].candidates = ((1, 2), ()) * 32
+    return requests
 
 
 def test_a_mixed_step_reads_nothing_back_to_the_host() -> None:
     spec = read_spec(read_config(find_model("tiny")))
     limits = Limits(
         max_model_len=LENGTH,
-        max_num_seqs=24,
+        max_num_seqs=32,
         max_num_batched_tokens=8192,
         max_logit_rows=1024,
         page_size=32,
