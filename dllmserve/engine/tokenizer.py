@@ -22,7 +22,6 @@ from dllmserve.engine.codec import Codec, Controls, valid_text
 from dllmserve.engine.token_files import DEFAULT, TokenFiles, read_token_files
 from dllmserve.engine.tool_form import ToolForm, form_of, has_tools
 from dllmserve.errors import PromptError, TokenizerError
-from dllmserve.messages import check_open
 from dllmserve.models.files import NotText, read_bytes
 
 if TYPE_CHECKING:
@@ -110,6 +109,8 @@ class Tokenizer:
         With ``continue_final_message`` the last message has to be a text of the assistant.
         """
         if continue_final_message:
+            from dllmserve.messages import check_open  # which generate() has no use for
+
             check_open(messages)
         if (tools or has_tools(messages)) and not self.tool_form.native:
             messages, tools = self.tool_form.written(messages, tools), None
