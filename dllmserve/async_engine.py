@@ -240,7 +240,8 @@ class AsyncEngine:
         """
         self._ready()
         pieces = template if isinstance(template, Sequence) else ()
-        size = sum(len(piece) for piece in pieces if isinstance(piece, str))
+        # each text takes some time, however short it is
+        size = sum(len(piece) + 32 for piece in pieces if isinstance(piece, str))
         return await _tokenised(size, partial(template_row, self.tokenizer, template, name))
 
     async def chat_ids(
