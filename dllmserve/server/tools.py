@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dllmserve.constraints.sequence import SEQUENCE
 from dllmserve.engine.tool_form import ToolForm
 from dllmserve.server.failures import ApiError
 from dllmserve.server.fields import Body, Entries, Listed, Text
@@ -183,6 +182,8 @@ class ToolUse:
             form: how calls are written.
             asked: what a text has to match, as fields of SamplingParams.
         """
+        from dllmserve.constraints.sequence import SEQUENCE  # loads numpy
+
         one = {"anyOf": [self._call(form, f) for f in self.functions if f.name in self.allowed]}
         calls: Any = one
         if self.parallel:

@@ -7,7 +7,7 @@ from dllmserve import __version__
 from tests.server.stand_in import MAX_LEN, run, serving
 
 HI = [{"role": "user", "content": "Hi"}]
-H, I, USER, END, ASSISTANT = 39, 72, 257, 256, 258
+H, LOW_I, USER, END, ASSISTANT = 39, 72, 257, 256, 258
 TOOL = {"type": "function", "function": {"name": "add"}}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("/tokenize", {}, "prompt"),
@@ -26,16 +26,16 @@ def test_tokens(byte_checkpoint: Path) -> None:
         async with serving(byte_checkpoint) as server:
             told = {"max_model_len": MAX_LEN, "token_strs": None}
             answer = await server.post("/tokenize", {"model": "byte-llada", "prompt": "Hi"})
-            assert answer.json() == {**told, "count": 2, "tokens": [H, I]}
+            assert answer.json() == {**told, "count": 2, "tokens": [H, LOW_I]}
             answer = await server.post("/tokenize", {"prompt": "Hi", "return_token_strs": True})
             assert answer.json()["token_strs"] == ["H", "i"]
             answer = await server.post("/tokenize", {"messages": HI})
-            ids = [USER, H, I, END, ASSISTANT]
+            ids = [USER, H, LOW_I, END, ASSISTANT]
             assert answer.json() == {**told, "count": 5, "tokens": ids}
             longer = (await server.post("/tokenize", {"messages": HI, "tools": [TOOL]})).json()
             text = await server.post("/detokenize", {"tokens": longer["tokens"]})
             assert '"name": "add"' in text.json()["prompt"] and longer["count"] > MAX_LEN
-            answer = await server.post("/detokenize", {"tokens": [H, END, I]})
+            answer = await server.post("/detokenize", {"tokens": [H, END, LOW_I]})
             assert answer.json() == {"prompt": "Hi"}
             assert (await server.get("/version")).json() == {"version": __version__}
             for path in ("/tokenize", "/detokenize"):
