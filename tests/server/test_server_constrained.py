@@ -12,11 +12,13 @@ from dllmserve.server.app import create_app
 from dllmserve.server.config import ServerConfig
 from dllmserve.server.settings import Settings
 from tests.checkpoints import write_byte_model
+from tests.engine.test_tool_form import LISTED
 from tests.process.left import nothing_left
 from tests.server.stand_in import Exchange
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
-FAMILIES = ("llada", "sdar", "fast-dllm", "qwen3")
+#: with the chat templates of their own, if they have one
+MODELS = (("llada", None), ("sdar", None), ("fast-dllm", None), ("qwen3", None), ("llada", LISTED))
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -52,9 +54,12 @@ def check_calls(message: dict[str, Any], least: int = 1) -> None:
         check(call["function"]["arguments"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_valid(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "template"), MODELS)
+def test_answers_are_valid(family: str, template: str | None, tmp_path: Path) -> None:
     directory = write_byte_model(tmp_path / family, family, max_len=2048)
+    if template is not None:
+        settings = {"eos_token": "<|end|>", "chat_template": template}
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     config = ServerConfig(job_store="memory", shutdown_timeout=0.0)
     engine = EngineConfig(model=str(directory), max_num_seqs=4, kv_pages=1024, threads=1)
     app = create_app(Settings(config, engine, None))
@@ -66,6 +71,8 @@ def test_answers_are_valid(family: str, tmp_path: Path) -> None:
 
     async def main() -> None:
         async with app.router.lifespan_context(app):
+            tokenizer = app.state.service.llm.tokenizer
+            assert tokenizer.tool_form.native == (template is not None)
             for temperature in (0.0, 1.5):
                 told = {**ASK, "temperature": temperature, "seed": 5}
                 chats = [
