@@ -45,6 +45,9 @@ _SAME: tuple[tuple[str, str], ...] = (
     ("pool_kernel", "kernel_size"),
     ("early_end", "early_stop eos_early_stop eos_early_exit"),
     ("seed", "random_seed manual_seed rng_seed sampling_seed"),
+    ("json_schema", "guided_json"),
+    ("regex", "guided_regex"),
+    ("choice", "guided_choice"),
     ("stop", "stop_strings stop_sequences stop_words stop_str stop_sequence until"),
     ("dtype", "torch_dtype precision"),
     ("device", "device_map"),
@@ -84,6 +87,11 @@ _ALIKE: tuple[tuple[str, str, str], ...] = (
         "logprobs",
         "of each token of the answer, and of so many of the likeliest",
         "top_logprobs output_scores output_logits return_logprob",
+    ),
+    (
+        "json_schema",
+        "a JSON schema; {'type': 'object'} is any object",
+        "response_format guided_decoding structured_outputs",
     ),
     ("enforce_eager", "True is without CUDA graphs", "use_cuda_graph disable_cuda_graph"),
 )
@@ -125,9 +133,8 @@ _NOT_OFFERED: tuple[tuple[str, str], ...] = (
     ("config.json has the id", "bos_token_id"),
     ("log-probabilities are those of the answer's tokens", "prompt_logprobs"),
     (
-        "answers are not constrained to a form",
-        "guided_json guided_choice guided_regex guided_grammar guided_decoding grammar regex "
-        "structured_outputs response_format json_schema choice ebnf",
+        "answers are constrained by regex, json_schema or choice",
+        "guided_grammar grammar ebnf structural_tag",
     ),
     (
         "text leaves special tokens and the stop string out; token_ids has every id",

@@ -133,13 +133,16 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
     canvas, regions = request.canvas, []
     spans = [(start, start + hole.length) for start, hole in request.holes]
     spans = spans or [(canvas.start, canvas.start + canvas.answer_len)]
-    name, way = request.params.length_name, "the answer end (ignore_eos=False)"
+    params, way = request.params, "the answer end (ignore_eos=False)"
+    name, asked = params.length_name, "json_schema" if params.json_schema is not None else "regex"
+    asked = "choice" if params.choice is not None else asked
     for place, ((start, end), grammar) in enumerate(zip(spans, grammars, strict=True)):
         if request.holes:
             name, way = f"the length of hole {place}", "the hole end (fill='up_to')"
+            asked = f"what hole {place} has to match"
         if grammar is not None:
             regions.append(Region(start, end, grammar))
-            _check_room(regions[-1], name, way)
+            _check_room(regions[-1], asked, name, way)
     check_count(len(regions))
     return tuple(regions)
 
@@ -153,20 +156,20 @@ def check_count(regions: int) -> None:
         )
 
 
-def _check_room(region: Region, name: str, way: str) -> None:
+def _check_room(region: Region, asked: str, name: str, way: str) -> None:
     from dllmserve.constraints.sets import Moves, RegionSets, may_end_early
 
     grammar, slots = region.grammar, region.end - region.start
     least = int(grammar.least[grammar.start])
     if least > slots:
         raise InvalidParameterError(
-            f"the shortest text that matches has {least} tokens, and {name} is {slots}: raise it "
-            f"to {least} or more"
+            f"{asked} matches no text of fewer than {least} tokens, and {name} is {slots}: raise "
+            f"it to {least} or more"
         )
     if not may_end_early(grammar) and not RegionSets(Moves(grammar), slots).feasible:
         raise InvalidParameterError(
-            f"no text that matches has exactly {slots} tokens, which {name} asks for (the shortest "
-            f"has {least}): take another length, or let {way}"
+            f"{asked} matches no text of exactly {slots} tokens, which {name} asks for (the "
+            f"shortest has {least}): take another length, or let {way}"
         )
 
 

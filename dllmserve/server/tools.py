@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from dllmserve.constraints.sequence import SEQUENCE
 from dllmserve.engine.tool_form import ToolForm
 from dllmserve.server.failures import ApiError
 from dllmserve.server.fields import Body, Entries, Listed, Text
@@ -112,6 +111,11 @@ class ToolFields(Body):
         given = {function.name: function for function in functions or ()}
         if len(given) < len(functions or ()):
             raise _wrong(f"{names[0]} has two entries of one name", names[0])
+        for name, function in given.items():
+            kind = (function.parameters or {}).get("type", "object")
+            if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+                text = f"the parameters of '{name}' in {names[0]} must be a schema of an object"
+                raise _wrong(text, names[0])
         self.tools = self.functions = None  # the request keeps them no longer than it needs them
         if choice == "none" or (not given and choice in (None, "auto")):
             return None
@@ -183,6 +187,8 @@ class ToolUse:
             form: how calls are written.
             asked: what a text has to match, as fields of SamplingParams.
         """
+        from dllmserve.constraints.sequence import SEQUENCE  # loads numpy
+
         one = {"anyOf": [self._call(form, f) for f in self.functions if f.name in self.allowed]}
         calls: Any = one
         if self.parallel:
@@ -200,7 +206,7 @@ class ToolUse:
     @staticmethod
     def _call(form: ToolForm, function: FunctionDefinition) -> list[Any]:
         schema = _NONE if function.parameters is None else function.parameters
-        return [form.head(function.name), {"schema": {"type": "object", **schema}}, form.after]
+        return [form.head(function.name), {"schema": {**schema, "type": "object"}}, form.after]
 
 
 def _part(asked: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ REFUSED = [
         ("there is no search", "num_beams best_of length_penalty early_stopping penalty_alpha"),
         ("a request has one answer", "n num_return_sequences"),
         ("an answer ends at the checkpoint's end ids", "stopping_criteria"),
-        ("answers are not constrained", "guided_json guided_choice"),
+        ("answers are constrained by regex", "guided_grammar ebnf"),
         ("log-probabilities are those", "prompt_logprobs"),
         ("text leaves", "skip_special_tokens detokenize include_stop_str_in_output"),
     )
@@ -64,6 +64,8 @@ OF_REQUESTS = [
     ("guidance_scale", "give 'cfg_scale': it is guidance_scale - 1"),
     ("alg", "give 'confidence': with schedule='dream'"),
     ("use_cache", "give 'cache': 'none'"),
+    ("guided_json", "did you mean 'json_schema'?"),
+    ("response_format", "give 'json_schema': a JSON schema"),
     ("top_logprobs", "give 'logprobs': of each token"),
     ("keep_ratio", "retention_ratio belongs to SparseConfig"),
     ("temprature", "did you mean 'temperature'?"),

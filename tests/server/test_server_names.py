@@ -52,7 +52,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"do_sample": True}, "do_sample is not a parameter of this endpoint; give temperature: 0 is"),
     ({"num_beams": 2}, "; not offered, because there is no search over several answers"),
-    ({"guided_choice": ["a"]}, "; not offered, because answers are not constrained to a form"),
+    ({"guided_grammar": "a"}, "; not offered, because answers are constrained by regex"),
     (
         {"temprature": 1},
         "temprature is not a parameter of this endpoint; did you mean temperature?",

@@ -136,6 +136,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [tool("")]}, "tools", "tools.0.function.name must be a name of 1 to 128"),
     ({"tools": [ADD, ADD]}, "tools", "two entries of one name"),
     ({"tools": [{"type": "function"}]}, "tools", "tools.0.function is missing"),
+    (
+        {"tools": [tool("f", parameters={"type": "string"})]},
+        "tools",
+        "must be a schema of an object",
+    ),
+    ({"tools": [tool("f", parameters={"$ref": "#"})]}, "tools", "tools"),
     ({"tools": BOTH, "tool_choice": "any"}, "tool_choice", "tool_choice must be"),
     ({"tools": BOTH, "tool_choice": {"type": "function"}}, "tool_choice", "tool_choice"),
     ({"tools": BOTH, "tool_choice": some("auto", "sub")}, "tool_choice", "'sub'"),

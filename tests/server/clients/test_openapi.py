@@ -60,6 +60,7 @@ def test_statuses() -> None:
             "/metrics",
             "/v1/models",
             "/v1/models/{model}",
+            "/version",
         )
         if "requestBody" in operation:
             assert {"400", "401", "408", "413", "415", "429", "503"} <= statuses
