@@ -179,7 +179,8 @@ class _Parts:
         chosen = kept.chosen(self._of_id[first])
         delta[chosen.source, chosen.numbers() + 1] = chosen.target
         accepting = np.append(self._accepting[self._live], False)
-        return finished(key, delta, class_of, int(rank[self._start]), accepting)
+        over = states - 1 if ends else -1  # the last one; a text that may end leads to it
+        return finished(key, delta, class_of, int(rank[self._start]), accepting, over)
 
     def _alive(self) -> NDArray[np.bool_]:
         """Which moves are on the way from the start to an end; sets the states that are."""

@@ -27,6 +27,7 @@ class TokenGrammar:
         class_of: [V] int32: class of every id; 0 is never allowed.
         start: state before the first token.
         accepting: [Q + 1] bool: a canvas may end here.
+        over: state in which a text has ended, which end ids alone lead to and keep; -1 without any.
         least: [Q + 1] int32: fewest tokens to an accepting state; :data:`NEVER` for the dead state.
         first: [C] int32: lowest id of every class, -1 for a class without ids (0 alone may be one).
         size: [C] int32: number of ids of every class.
@@ -46,6 +47,7 @@ class TokenGrammar:
     class_of: NDArray[np.int32]
     start: int
     accepting: NDArray[np.bool_]
+    over: int
     least: NDArray[np.int32]
     first: NDArray[np.int32]
     size: NDArray[np.int32]
@@ -87,7 +89,7 @@ class TokenGrammar:
     def _bytes(self) -> bytes:
         key = self.key.encode()
         head = np.array(
-            [len(key), self.states, self.classes, len(self.class_of), self.start], "<i8"
+            [len(key), self.states, self.classes, len(self.class_of), self.start, self.over], "<i8"
         )
         # what repeats column by column is small if columns are stored
         kind = "<i2" if self.states < _LIMIT_SHORT else "<i4"
@@ -105,9 +107,9 @@ class TokenGrammar:
     def from_bytes(cls, data: bytes) -> TokenGrammar:
         """The grammar that :meth:`to_bytes` wrote. The data must come from this package."""
         raw = zlib.decompress(data)
-        length, states, classes, ids, start = np.frombuffer(raw, "<i8", 5).tolist()
-        place = 40 + length
-        key = raw[40:place].decode()
+        length, states, classes, ids, start, over = np.frombuffer(raw, "<i8", 6).tolist()
+        place = 48 + length
+        key = raw[48:place].decode()
         kind = np.dtype("<i2" if states < _LIMIT_SHORT else "<i4")
         table = np.frombuffer(raw, kind, (states + 1) * classes, place)
         place += table.nbytes
@@ -116,7 +118,7 @@ class TokenGrammar:
         least = np.frombuffer(raw, "<i4", states + 1, place + 4 * ids).astype(np.int32)
         place += 4 * (ids + states + 1)
         accepting = np.frombuffer(raw, np.bool_, states + 1, place).copy()
-        return _with_counts(key, delta, class_of, start, accepting, least)
+        return _with_counts(key, delta, class_of, start, accepting, over, least)
 
 
 def finished(
@@ -125,10 +127,11 @@ def finished(
     class_of: NDArray[np.int32],
     start: int,
     accepting: NDArray[np.bool_],
+    over: int = -1,
 ) -> TokenGrammar:
     """A grammar with what follows from its table."""
     least = steps_to(*edges_of(delta), accepting)
-    return _with_counts(key, delta, class_of, start, accepting, least)
+    return _with_counts(key, delta, class_of, start, accepting, over, least)
 
 
 def _with_counts(
@@ -137,10 +140,11 @@ def _with_counts(
     class_of: NDArray[np.int32],
     start: int,
     accepting: NDArray[np.bool_],
+    over: int,
     least: NDArray[np.int32],
 ) -> TokenGrammar:
     classes = delta.shape[1]
     first = np.full(classes, -1, np.int32)
     first[class_of[::-1]] = np.arange(len(class_of), dtype=np.int32)[::-1]
     size = np.bincount(class_of, minlength=classes).astype(np.int32)
-    return TokenGrammar(key, delta, class_of, start, accepting, least, first, size)
+    return TokenGrammar(key, delta, class_of, start, accepting, over, least, first, size)

@@ -40,14 +40,6 @@ def may_end_early(grammar: TokenGrammar) -> bool:
     return bool(grammar.accepting[after].any(axis=1).all())
 
 
-def over_state(grammar: TokenGrammar) -> int:
-    """The state in which a text has ended: it is never left. -1 if there is none."""
-    states = np.arange(len(grammar.delta))[:, None]
-    stays = (grammar.delta == states) | (grammar.delta == len(states) - 1)
-    found = np.flatnonzero(grammar.accepting & stays.all(axis=1) & (grammar.delta == states).any(1))
-    return int(found[0]) if len(found) else -1
-
-
 class Moves:
     """From a set of states to the next one and back, by any token.
 
@@ -58,7 +50,6 @@ class Moves:
     def __init__(self, grammar: TokenGrammar) -> None:
         self.grammar = grammar
         self._dead = len(grammar.delta) - 1
-        self.over = over_state(grammar)
 
     @cached_property
     def edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -172,7 +163,8 @@ class RegionSets:
         if len(classes) != 1:
             return -1
         reached = self._reached[slot]
-        ended = self._moves.over >= 0 and reached[self._moves.over] and reached.sum() == 1
+        over = self.grammar.over
+        ended = over >= 0 and reached[over] and reached.sum() == 1
         alone = ended or self.grammar.size[classes[0]] == 1
         return int(self.grammar.first[classes[0]]) if alone else -1
 

@@ -226,7 +226,7 @@ def test_each_hole_has_its_own_constraint(
 def test_what_fits_no_hole_is_refused(engines: Engines, byte_checkpoint: Path) -> None:
     llm = engines(byte_checkpoint)
     for hole, why in (
-        (Hole(2, regex="abc"), "shortest text that matches has 3 tokens, and the length of hole 1"),
+        (Hole(2, regex="abc"), "no text of fewer than 3 tokens, and the length of hole 1 is 2"),
         (Hole(4, regex="(abc)+"), r"exactly 4 tokens, .* let the hole end \(fill='up_to'\)"),
         (Hole(4, regex="a(?=b)"), "look"),
     ):
@@ -268,3 +268,19 @@ def test_stop_cuts_a_hole(engines: Engines, byte_checkpoint: Path) -> None:
     assert found["finish_reason"] == "stop"
     (found,) = llm.infill([pieces], SamplingParams(**given), use_tqdm=False)
     assert (found["text"], found["finish_reason"]) == ("abqqqqqqcd", "length")
+
+
+def test_a_repeated_class_is_no_end(engines: Engines, byte_checkpoint: Path) -> None:
+    """A text that fills its slots exactly has no end, so each slot is the model's to choose."""
+    llm = engines(byte_checkpoint)
+    for pieces in (["x", Hole(5, regex="[ab]+")], ["x", Hole(5, regex="[ab]*"), "y"]):
+        (found,) = llm.infill([pieces], GREEDY, use_tqdm=False)
+        assert found["usage"]["forward_passes"] == 5
+        texts = {
+            llm.infill([pieces], SamplingParams(seed=seed), use_tqdm=False)[0]["holes"][0]["text"]
+            for seed in range(12)
+        }
+        assert len(texts) > 2
+    params = SamplingParams(gen_length=5, ignore_eos=True, regex="[ab]+", temperature=0.0)
+    (answer,) = llm.generate(["x"], params, use_tqdm=False)
+    assert answer["usage"]["forward_passes"] == 5
