@@ -82,7 +82,7 @@ def compile_grammar(
     )
     dfa = language(regex=regex, json_schema=json_schema, choice=choice)
     if dfa.empty:
-        raise InvalidParameterError(f"no text at all satisfies this {given[0]}")
+        raise InvalidParameterError(f"{given[0]} is satisfied by no text at all")
     never = {mask_id, *end_ids}
     parts = _Parts(to_bytes(dfa), vocabulary, vocab_size, never)
     ends = [id for id in end_ids if 0 <= id < vocab_size and id != mask_id]
@@ -90,7 +90,7 @@ def compile_grammar(
         return parts.assemble(key, ends)
     except _NoTextError:
         raise InvalidParameterError(
-            f"no sequence of this model's tokens gives a text that satisfies this {given[0]}"
+            f"{given[0]} is satisfied by no text that this model's tokens can make"
         ) from None
 
 
