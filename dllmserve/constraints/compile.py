@@ -80,14 +80,14 @@ def compile_grammar(
         mask_id=mask_id,
         end_ids=end_ids,
     )
-    dfa = language(regex=regex, json_schema=json_schema, choice=choice)
-    if dfa.empty:
-        raise InvalidParameterError(f"{given[0]} is satisfied by no text at all")
-    never = {mask_id, *end_ids}
-    parts = _Parts(to_bytes(dfa), vocabulary, vocab_size, never)
     ends = [id for id in end_ids if 0 <= id < vocab_size and id != mask_id]
     try:
-        return parts.assemble(key, ends)
+        with limits.bounded_time():
+            dfa = language(regex=regex, json_schema=json_schema, choice=choice)
+            if dfa.empty:
+                raise InvalidParameterError(f"{given[0]} is satisfied by no text at all")
+            parts = _Parts(to_bytes(dfa), vocabulary, vocab_size, {mask_id, *end_ids})
+            return parts.assemble(key, ends)
     except _NoTextError:
         raise InvalidParameterError(
             f"{given[0]} is satisfied by no text that this model's tokens can make"

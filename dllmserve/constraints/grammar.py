@@ -96,6 +96,7 @@ class TokenGrammar:
             key,
             self.delta.T.astype(kind).tobytes(),
             self.class_of.astype("<i4").tobytes(),
+            self.least.astype("<i4").tobytes(),
             self.accepting.tobytes(),
         ]
         return zlib.compress(b"".join(parts), 1)
@@ -112,8 +113,10 @@ class TokenGrammar:
         place += table.nbytes
         delta = np.ascontiguousarray(table.reshape(classes, states + 1).T, np.int32)
         class_of = np.frombuffer(raw, "<i4", ids, place).astype(np.int32)
-        accepting = np.frombuffer(raw, np.bool_, states + 1, place + 4 * ids).copy()
-        return finished(key, delta, class_of, start, accepting)
+        least = np.frombuffer(raw, "<i4", states + 1, place + 4 * ids).astype(np.int32)
+        place += 4 * (ids + states + 1)
+        accepting = np.frombuffer(raw, np.bool_, states + 1, place).copy()
+        return _with_counts(key, delta, class_of, start, accepting, least)
 
 
 def finished(
@@ -124,9 +127,20 @@ def finished(
     accepting: NDArray[np.bool_],
 ) -> TokenGrammar:
     """A grammar with what follows from its table."""
+    least = steps_to(*edges_of(delta), accepting)
+    return _with_counts(key, delta, class_of, start, accepting, least)
+
+
+def _with_counts(
+    key: str,
+    delta: NDArray[np.int32],
+    class_of: NDArray[np.int32],
+    start: int,
+    accepting: NDArray[np.bool_],
+    least: NDArray[np.int32],
+) -> TokenGrammar:
     classes = delta.shape[1]
     first = np.full(classes, -1, np.int32)
     first[class_of[::-1]] = np.arange(len(class_of), dtype=np.int32)[::-1]
     size = np.bincount(class_of, minlength=classes).astype(np.int32)
-    least = steps_to(*edges_of(delta), accepting)
     return TokenGrammar(key, delta, class_of, start, accepting, least, first, size)

@@ -52,6 +52,17 @@ _PATTERNS = {
     "ipv6": _IPV6,
     "uri": _URI,
 }
+#: what a string of a format surely looks like, whoever judges it
+_LOOKS = {
+    "date": r"[0-9]{4}-[0-9]{2}-[0-9]{2}",
+    "time": r"[0-9]{2}:[0-9]{2}.*",
+    "date-time": r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt\s_].*",
+    "duration": r"P.*",
+    "uuid": r"[0-9A-Fa-f-]{36}",
+    "email": r"(?:.|\n)*@(?:.|\n)*",
+    "ipv4": r"[0-9.]*",
+    "ipv6": r"[0-9A-Fa-f]*:(?:.|\n)*",
+}
 #: years that no calendar has
 _NO_YEAR = r"0000-.*"
 
@@ -80,3 +91,10 @@ def format_automaton(name: str) -> Dfa:
     if name in ("date", "date-time"):
         found = intersection(found, complement(automaton(parse(_NO_YEAR, "format"))))
     return found
+
+
+@functools.cache
+def looks_like(name: str) -> Dfa | None:
+    """All strings that anyone may take for one of a format, and more; None if that can be any."""
+    pattern = _LOOKS.get(name)
+    return None if pattern is None else automaton(parse(pattern, "format"))

@@ -7,6 +7,7 @@ refused by name.
 from __future__ import annotations
 
 import re
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from dllmserve.errors import InvalidParameterError
 # Python's parser itself: nothing else reads all of its syntax in the same way
 _parser: Any = re._parser  # type: ignore[attr-defined]
 
+#: catch_warnings changes what all threads see, so one thread at a time is inside of it
+_parsing = threading.Lock()
 _CATEGORIES = {
     "CATEGORY_DIGIT": ("d", True),
     "CATEGORY_NOT_DIGIT": ("d", False),
@@ -47,7 +50,7 @@ _NEWLINE = charset.chars("\n")
 _Items = Sequence[tuple[Any, Any]]
 
 
-def parse(pattern: str, name: str, *, search: Node | None = None) -> Node:
+def parse(pattern: str, name: str, *, search: Node | None = None, end: Node = EMPTY) -> Node:
     r"""The language of a regular expression.
 
     Args:
@@ -55,6 +58,7 @@ def parse(pattern: str, name: str, *, search: Node | None = None) -> Node:
         name: what errors call it.
         search: None if a text has to match as a whole; else what may stand before and behind a
             match that is not anchored.
+        end: what may stand behind an anchor at the end.
 
     Raises:
         InvalidParameterError: it is no regular expression, or uses what is not supported.
@@ -69,13 +73,13 @@ def parse(pattern: str, name: str, *, search: Node | None = None) -> Node:
             f"{name} has {len(pattern):,} characters; at most {limits.MAX_TEXT:,} are possible"
         )
     try:
-        with warnings.catch_warnings():
+        with _parsing, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "possible nested set": we read it as Python does
             parsed = _parser.parse(pattern)
         flags = parsed.state.flags & ~re.UNICODE
         if flags:
             raise _refused(f"flags, here {re.RegexFlag(flags)!r}")
-        return _Reader(search).sequence(list(parsed), search, search)
+        return _Reader(end).sequence(list(parsed), search, search)
     except _Unsupported as error:
         raise InvalidParameterError(f"{name} {_short(pattern)} uses {error}") from None
     except (re.error, OverflowError) as error:
@@ -105,8 +109,8 @@ class _Reader:
     and None where an anchor would be inside of the text.
     """
 
-    def __init__(self, search: Node | None) -> None:
-        self._outside = EMPTY if search is None else search
+    def __init__(self, end: Node) -> None:
+        self._end = end
 
     def whole(self, items: _Items) -> Node:
         """Items that stand inside of a text."""
@@ -120,7 +124,7 @@ class _Reader:
             before = EMPTY
             items.pop(0)
         while items and _place(items[-1]) in ("AT_END", "AT_END_STRING"):
-            behind = EMPTY
+            behind = self._end
             items.pop()
         if not items or not any(map(_anchored, (items[0], items[-1]))):
             return concat(before, self.whole(items), behind)
@@ -161,7 +165,7 @@ class _Reader:
 
     def _to_right(self, items: _Items, right: Node) -> Node:
         while items and _place(items[-1]) in ("AT_END", "AT_END_STRING"):
-            right, items = EMPTY, items[:-1]
+            right, items = self._end, items[:-1]
         if not items:
             return right
         return concat(self.whole(items[:-1]), self._edge(items[-1], None, right))

@@ -7,19 +7,14 @@ it does not name, and spaces stand in one way. What cannot be kept exactly is re
 from __future__ import annotations
 
 import functools
-from decimal import Decimal
 from typing import Any
 
-from dllmserve.constraints import charset, json_text, nodes
-from dllmserve.constraints.dfa import Dfa, all_of
-from dllmserve.constraints.json_formats import FORMATS, REFUSED, format_automaton
-from dllmserve.constraints.json_numbers import Bounds, decimals, integers, multiples
-from dllmserve.constraints.nfa import automaton
+from dllmserve.constraints import json_text, nodes
+from dllmserve.constraints.json_formats import FORMATS
+from dllmserve.constraints.json_numbers import decimals, integers
 from dllmserve.constraints.nodes import (
-    ANY_TEXT,
     EMPTY,
     NOTHING,
-    Chars,
     Embedded,
     Members,
     Node,
@@ -28,25 +23,15 @@ from dllmserve.constraints.nodes import (
     either,
     text,
 )
-from dllmserve.constraints.regex import parse
-from dllmserve.constraints.schema_flat import Flattener, read_schema
-from dllmserve.constraints.schema_merge import (
-    TYPES,
-    Flat,
-    SchemaError,
-    merged,
-    refused,
-    same,
-    type_of,
-)
+from dllmserve.constraints.schema_flat import read_schema
+from dllmserve.constraints.schema_merge import Flat, SchemaError, refused, same
+from dllmserve.constraints.schema_values import Values
 from dllmserve.errors import InvalidParameterError
 
 #: how deep objects and arrays may be nested where a schema allows any JSON object
 FREE_DEPTH = 4
 #: most values that an array without repeats may choose from
 _MAX_UNIQUE = 8
-_MAX_DIVISOR = 1000
-_MAX_DIGITS = 100
 
 #: types that keywords speak of, for schemas that name none
 _SPEAKS_OF = {
@@ -104,12 +89,8 @@ def _braces(member: Node) -> Node:
     return concat(text("{"), Repeat(member, 0, None, json_text.COMMA), text("}"))
 
 
-class _Reader:
-    """One schema while it is read."""
-
-    def __init__(self, root: Any) -> None:
-        self.flat = Flattener(root, self._apart).flat
-        self._searched: dict[str, Dfa] = {}
+class _Reader(Values):
+    """One schema, from its parts to their texts."""
 
     def node(self, schema: Any, where: str, refs: _Refs) -> Node:
         """Texts of a part of the schema."""
@@ -135,12 +116,16 @@ class _Reader:
         }
         parts = []
         for kind in types:
-            if kind == "boolean":
-                parts += [text("true"), text("false")]
-            elif kind == "null":
-                parts.append(text("null"))
-            else:
+            if kind in ("boolean", "null"):
+                values = [None] if kind == "null" else [True, False]
+                parts += [json_text.constant(v) for v in values if self.valid(v, flat, where)]
+            elif kind in ("string", "integer") or not self.forbidden(flat, kind, where):
                 parts.append(makers[kind](flat, where))
+            else:
+                raise refused(
+                    where,
+                    f"the keyword 'not' is not supported here: it forbids values of type {kind}",
+                )
         return either(parts)
 
     def _constant(self, value: Any, where: str) -> Node:
@@ -169,71 +154,23 @@ class _Reader:
         low, high = flat.get("minLength", 0), flat.get("maxLength")
         if high is not None and low > high:
             return NOTHING
-        if "pattern" not in flat and not any(name in FORMATS for name in flat.get("format", ())):
-            self._check_formats(flat, where)
+        self.check_formats(flat, where)
+        free = "pattern" not in flat and not any(name in FORMATS for name in flat.get("format", ()))
+        if free and not self.forbidden(flat, "string", where):
             return json_text.string(low, high)
-        return json_text.quoted(self._characters(flat, where))
-
-    def _characters(self, flat: Flat, where: str) -> Dfa:
-        """Strings that are valid, as characters, not as JSON."""
-        found = self._conditions(flat, where)
-        low, high = flat.get("minLength", 0), flat.get("maxLength")
-        if high is not None and low > high:
-            return automaton(NOTHING)
-        if low or high is not None or not found:
-            found.append(automaton(Repeat(Chars(charset.ALL), low, high)))
-        return all_of(found)
-
-    def _conditions(self, flat: Flat, where: str) -> list[Dfa]:
-        """What strings have to match beside their length."""
-        self._check_formats(flat, where)
-        found = [self._search(pattern, where) for pattern in flat.get("pattern", ())]
-        return found + [format_automaton(n) for n in flat.get("format", ()) if n in FORMATS]
-
-    def _search(self, pattern: str, where: str) -> Dfa:
-        """Strings in which a pattern is found, anywhere if it is not anchored."""
-        if pattern not in self._searched:
-            try:
-                found = automaton(parse(pattern, "pattern", search=ANY_TEXT))
-            except InvalidParameterError as error:
-                raise refused(where, str(error)) from error
-            self._searched[pattern] = found
-        return self._searched[pattern]
-
-    def _check_formats(self, flat: Flat, where: str) -> None:
-        for name in flat.get("format", ()):
-            if name in REFUSED:
-                known = ", ".join(sorted(FORMATS))
-                raise refused(where, f"the format {name!r} is not supported; these are: {known}")
+        return json_text.quoted(self.strings(flat, where))
 
     # numbers
 
-    def _bounds(self, flat: Flat, where: str) -> Bounds:
-        low, high = flat.get("minimum"), flat.get("maximum")
-        above, below = flat.get("exclusiveMinimum"), flat.get("exclusiveMaximum")
-        for bound in (low, high, above, below):
-            if bound is not None and len(f"{bound:f}") > _MAX_DIGITS:
-                raise refused(where, f"a bound of a number has more than {_MAX_DIGITS} digits")
-        low_open = above is not None and (low is None or above >= low)
-        high_open = below is not None and (high is None or below <= high)
-        return Bounds(above if low_open else low, below if high_open else high, low_open, high_open)
-
     def _integer(self, flat: Flat, where: str) -> Node:
-        found = integers(self._bounds(flat, where))
-        divisor = flat.get("multipleOf", Decimal(1))
-        if divisor == 1:
-            return found
-        if divisor != int(divisor) or divisor > _MAX_DIVISOR:
-            raise refused(
-                where,
-                f"multipleOf {divisor} is not supported: only integers from 1 to {_MAX_DIVISOR}",
-            )
-        return Embedded(all_of([automaton(found), multiples(int(divisor))]))
+        if "multipleOf" in flat or self.forbidden(flat, "integer", where):
+            return Embedded(self.integers(flat, where))
+        return integers(self.bounds(flat, where))
 
     def _number(self, flat: Flat, where: str) -> Node:
         if "multipleOf" in flat:
-            return self._integer(flat, where)
-        return decimals(self._bounds(flat, where))
+            return Embedded(self.integers(flat, where))
+        return decimals(self.bounds(flat, where))
 
     # arrays
 
@@ -327,93 +264,6 @@ class _Reader:
                 f"the object's keys are free ({named} are named): a key could come twice, which no "
                 "regular language excludes; name the keys in properties",
             )
-
-    # values
-
-    def valid(self, value: Any, flat: Flat, where: str) -> bool:
-        """Whether a constant is valid under a flat schema."""
-        kind = type_of(value)
-        types = flat.get("type", TYPES)
-        if kind not in types and not (kind == "integer" and "number" in types):
-            return False
-        if "enum" in flat and not any(same(value, other) for other in flat["enum"]):
-            return False
-        if kind == "string":
-            conditions = self._conditions(flat, where)
-            fits = flat.get("minLength", 0) <= len(value) <= flat.get("maxLength", len(value))
-            return fits and all(condition.accepts(value) for condition in conditions)
-        if kind in ("integer", "number"):
-            number = Decimal(value)
-            divisor = flat.get("multipleOf", Decimal(0))
-            whole = not divisor or number % divisor == 0
-            return whole and self._bounds(flat, where).contains(number)
-        if kind == "array":
-            return self._valid_array(value, flat, where)
-        return kind != "object" or self._valid_object(value, flat, where)
-
-    def _valid_any(self, value: Any, schema: Any, flat: Flat, where: str) -> bool:
-        return any(
-            self.valid(value, part, where) for part in self.flat(schema, where, flat["$refs"])
-        )
-
-    def _valid_array(self, value: list[Any], flat: Flat, where: str) -> bool:
-        if not flat.get("minItems", 0) <= len(value) <= flat.get("maxItems", len(value)):
-            return False
-        pairs = [(a, b) for i, a in enumerate(value) for b in value[:i]]
-        if flat.get("uniqueItems") and any(same(a, b) for a, b in pairs):
-            return False
-        prefix = flat.get("prefixItems", [])
-        schemas = prefix[: len(value)] + [flat.get("items", True)] * (len(value) - len(prefix))
-        pairs = list(zip(value, schemas, strict=True))
-        return all(self._valid_any(item, schema, flat, where) for item, schema in pairs)
-
-    def _valid_object(self, value: dict[str, Any], flat: Flat, where: str) -> bool:
-        if not flat.get("minProperties", 0) <= len(value) <= flat.get("maxProperties", len(value)):
-            return False
-        if any(name not in value for name in flat.get("required", [])):
-            return False
-        properties, others = flat.get("properties", {}), flat.get("additionalProperties", True)
-        return all(
-            self._valid_any(item, properties.get(name, others), flat, where)
-            for name, item in value.items()
-        )
-
-    # oneOf
-
-    def _apart(self, a: Flat, b: Flat) -> bool:
-        """Whether no value is valid under both; False also if that cannot be shown."""
-        try:
-            both = merged(a, b)
-            return both is None or self._impossible(both)
-        except SchemaError:
-            return False
-
-    def _impossible(self, flat: Flat) -> bool:
-        """Whether no value is valid; False also if that cannot be shown."""
-        if "enum" in flat:
-            return not any(self.valid(value, flat, "") for value in flat["enum"])
-        return all(self._impossible_type(kind, flat) for kind in flat.get("type", TYPES))
-
-    def _impossible_type(self, kind: str, flat: Flat) -> bool:
-        if kind == "string":
-            return self._characters(flat, "").empty
-        if kind in ("integer", "number"):
-            maker = integers if kind == "integer" else decimals
-            return automaton(maker(self._bounds(flat, ""))).empty
-        if kind == "object":
-            properties, others = flat.get("properties", {}), flat.get("additionalProperties", True)
-            schemas = [properties.get(name, others) for name in flat.get("required", [])]
-            crowded = flat.get("minProperties", 0) > flat.get("maxProperties", 1 << 60)
-        elif kind == "array":
-            low = flat.get("minItems", 0)
-            prefix = flat.get("prefixItems", [])
-            schemas = prefix[:low] + [flat.get("items", True)] * (low > len(prefix))
-            crowded = low > flat.get("maxItems", 1 << 60)
-        else:
-            return False
-        return crowded or any(
-            all(map(self._impossible, self.flat(schema, "", flat["$refs"]))) for schema in schemas
-        )
 
 
 def _items(named: list[Node], more: Node, low: int, high: int | None) -> Node:

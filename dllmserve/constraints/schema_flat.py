@@ -22,12 +22,14 @@ _COUNTS = frozenset("minLength maxLength minItems maxItems minProperties maxProp
 _NUMBERS = frozenset("minimum maximum exclusiveMinimum exclusiveMaximum multipleOf".split())
 _OTHERS = frozenset(
     "type enum const properties required additionalProperties pattern format items prefixItems "
-    "additionalItems uniqueItems".split()
+    "additionalItems uniqueItems not".split()
 )
 KEYWORDS = _COUNTS | _NUMBERS | _OTHERS
 #: most alternatives that anyOf, oneOf and allOf together may make of one schema
 _MAX_ALTERNATIVES = 1024
 _MAX_PARTS = 20_000
+#: most pairs of alternatives of oneOf that are told apart
+_MAX_PAIRS = 5_000
 
 
 def read_schema(text: str) -> Any:
@@ -63,7 +65,7 @@ class Flattener:
     def __init__(self, root: Any, apart: Callable[[Flat, Flat], bool]) -> None:
         self._root = root
         self._apart = apart
-        self._parts = 0
+        self._parts = self._pairs = 0
 
     def flat(self, schema: Any, where: str, refs: frozenset[str]) -> list[Flat]:
         """Alternatives: a value is valid if it is valid under any of them.
@@ -77,8 +79,7 @@ class Flattener:
             SchemaError: it is wrong, recursive, or not supported.
         """
         self._parts += 1
-        if self._parts > _MAX_PARTS:
-            raise refused(where, f"it has more than {_MAX_PARTS:,} parts, references written out")
+        limits.check(self._parts, _MAX_PARTS, "the number of its parts, references written out,")
         if isinstance(schema, bool):
             return [{"$refs": refs}] if schema else []
         if not isinstance(schema, dict):
@@ -108,6 +109,8 @@ class Flattener:
     def _check_apart(self, branches: list[list[Flat]], where: str) -> None:
         for j, later in enumerate(branches):
             for i, earlier in enumerate(branches[:j]):
+                self._pairs += len(earlier) * len(later)
+                limits.check(self._pairs, _MAX_PAIRS, "the number of pairs in oneOf")
                 if not all(self._apart(a, b) for a in earlier for b in later):
                     raise refused(
                         where,
@@ -117,13 +120,13 @@ class Flattener:
                     )
 
     def _referred(self, ref: Any, where: str, refs: frozenset[str]) -> list[Flat]:
-        if ref in refs:
-            raise refused(
-                where, f"$ref {ref!r} is recursive, which no regular language is: write it out"
-            )
         if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
             raise refused(
                 where, f"$ref {ref!r} is not supported: only pointers into the schema, '#/...'"
+            )
+        if ref in refs:
+            raise refused(
+                where, f"$ref {ref!r} is recursive, which no regular language is: write it out"
             )
         target = self._root
         for step in ref[2:].split("/") if len(ref) > 1 else []:
@@ -198,9 +201,10 @@ def _checked(key: str, value: Any, where: str) -> Any:
         "items": (dict, bool, list),
         "additionalItems": (dict, bool),
         "additionalProperties": (dict, bool),
+        "not": (dict, bool),
     }
     if key in kinds and not isinstance(value, kinds[key]):
         raise wrong
     if key == "required" and not all(isinstance(name, str) for name in value):
         raise wrong
-    return [value] if key in ("pattern", "format") else value
+    return [value] if key in ("pattern", "format", "not") else value

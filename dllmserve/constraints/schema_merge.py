@@ -92,6 +92,7 @@ _RULES: dict[str, Callable[[Any, Any], Any]] = {
     "minProperties": max,
     "maxProperties": min,
     "uniqueItems": lambda a, b: a or b,
+    "not": lambda a, b: [*a, *b],
     "$refs": lambda a, b: a | b,
 }
 _OBJECT = ("properties", "additionalProperties")
@@ -101,8 +102,8 @@ _ARRAY = ("prefixItems", "items")
 def merged(a: Flat, b: Flat) -> Flat | None:
     """One schema for what two demand at once; None if their types or constants exclude each other.
 
-    In a flat schema ``type`` is a tuple, ``pattern`` and ``format`` are lists, ``enum`` holds what
-    ``const`` said, too, and ``$refs`` names the references that led to it.
+    In a flat schema ``type`` is a tuple, ``pattern``, ``format`` and ``not`` are lists, ``enum``
+    holds what ``const`` said, too, and ``$refs`` names the references that led to it.
 
     Raises:
         SchemaError: they cannot be merged.

@@ -18,8 +18,9 @@ from dllmserve.constraints.dfa import first_of_each, mixed, salts
 from dllmserve.constraints.utf8 import ByteDfa
 from dllmserve.constraints.vocabulary import Vocabulary
 
-#: pairs of states that are made at a time, which bounds the memory of temporary arrays
-_BATCH = 1 << 22
+#: pairs of states that are made at a time: bounds the memory of temporary arrays, and how long
+#: other threads wait
+_BATCH = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
