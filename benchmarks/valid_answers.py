@@ -202,7 +202,8 @@ def main() -> int:
     args = parser.parse_args()
     wrong, record_ = 0, {}
     for name, options in (("tiny", {}), ("random", {"load_format": "dummy"})):
-        llm = LLM("tiny", device=args.device, dtype="float32", max_num_seqs=32, **options)
+        sizes: dict[str, Any] = {"max_num_seqs": 48, "gpu_memory_utilization": 0.3}
+        llm = LLM("tiny", device=args.device, dtype="float32", **sizes, **options)
         start = time.perf_counter()
         found = run(llm, args.answers, args.seed, args.batch)
         seconds = time.perf_counter() - start

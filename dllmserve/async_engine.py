@@ -229,7 +229,9 @@ class AsyncEngine:
         size = len(prompt) if isinstance(prompt, str) else 0
         return await _tokenised(size, partial(prompt_ids, self.tokenizer, prompt, "the prompt"))
 
-    async def template_row(self, template: Template) -> tuple[list[int], Holes]:
+    async def template_row(
+        self, template: Template, name: str = "template"
+    ) -> tuple[list[int], Holes]:
         """Ids of a template's row, and its holes; see :func:`dllmserve.engine.filled.template_row`.
 
         Raises:
@@ -238,8 +240,9 @@ class AsyncEngine:
         """
         self._ready()
         pieces = template if isinstance(template, Sequence) else ()
-        size = sum(len(piece) for piece in pieces if isinstance(piece, str))
-        return await _tokenised(size, partial(template_row, self.tokenizer, template, "template"))
+        # each text takes some time, however short it is
+        size = sum(len(piece) + 32 for piece in pieces if isinstance(piece, str))
+        return await _tokenised(size, partial(template_row, self.tokenizer, template, name))
 
     async def chat_ids(
         self,
@@ -247,6 +250,7 @@ class AsyncEngine:
         *,
         literal_contents: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation; see :meth:`Tokenizer.chat_ids`.
@@ -262,6 +266,7 @@ class AsyncEngine:
             tokenizer.chat_ids,
             literal_contents=literal_contents,
             tools=tools,
+            continue_final_message=continue_final_message,
             variables=variables,
         )
         size = sum(len(str(value)) for message in read for value in message.values())

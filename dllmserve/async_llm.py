@@ -97,10 +97,15 @@ class AsyncLLM(AsyncEngine):
         messages: Sequence[Mapping[str, Any]],
         sampling_params: SamplingParams | None = None,
         sparse_config: SparseConfig | None = None,
+        continue_final_message: bool = False,
     ) -> dict[str, Any]:
-        """Answer a conversation with the checkpoint's chat template; see :meth:`generate`."""
+        """Answer a conversation with the checkpoint's chat template; as :meth:`dllmserve.LLM.chat`.
+
+        See :meth:`generate`.
+        """
         self._ready()
-        return await self.generate(await self.chat_ids(messages), sampling_params, sparse_config)
+        ids = await self.chat_ids(messages, continue_final_message=continue_final_message)
+        return await self.generate(ids, sampling_params, sparse_config)
 
     async def log_likelihood(
         self,

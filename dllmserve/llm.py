@@ -246,6 +246,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         sparse_configs: SparseConfig | Sequence[SparseConfig | None] | None = None,
         use_tqdm: bool = True,
+        continue_final_message: bool = False,
     ) -> list[dict[str, Any]]:
         """Answer one conversation, or several, with the checkpoint's chat template.
 
@@ -253,6 +254,8 @@ class LLM:
             messages: ``[{"role": "user", "content": "..."}]``, or a list of such lists. What else
                 a message may have is in :func:`dllmserve.messages.template_messages`.
             sampling_params, sparse_configs, use_tqdm: as in :meth:`generate`.
+            continue_final_message: the last message of each conversation is the assistant's, and
+                is left open: the answer is what follows its text.
 
         Returns:
             As :meth:`generate`, one dictionary per conversation.
@@ -266,7 +269,7 @@ class LLM:
         self._shared.check()
         read = conversations(messages)
         params = each_params(sampling_params, sparse_configs, len(read))
-        ids = [self._chat_ids(conversation) for conversation in read]
+        ids = [self._chat_ids(conversation, continue_final_message) for conversation in read]
         return self._run(ids, params, use_tqdm)
 
     def log_likelihood(
@@ -394,8 +397,8 @@ class LLM:
         request = self._engine.make_request(ids, params, watch=True)
         return _canvases(self._shared, request)
 
-    def chat_ids(self, messages: Messages) -> list[int]:
-        """Prompt ids of a conversation, rendered with the chat template.
+    def chat_ids(self, messages: Messages, continue_final_message: bool = False) -> list[int]:
+        """Prompt ids of a conversation, rendered with the chat template; see :meth:`chat`.
 
         Raises:
             TokenizerError: no tokenizer or chat template, or it refuses the messages.
@@ -404,12 +407,12 @@ class LLM:
         from dllmserve.messages import template_messages
 
         self._shared.check()
-        return self._chat_ids(template_messages(messages))
+        return self._chat_ids(template_messages(messages), continue_final_message)
 
-    def _chat_ids(self, conversation: list[dict[str, Any]]) -> list[int]:
+    def _chat_ids(self, conversation: list[dict[str, Any]], goes_on: bool) -> list[int]:
         if self._tokenizer is None:
             raise TokenizerError("the checkpoint has no tokenizer, so chat() cannot be used")
-        return self._tokenizer.chat_ids(conversation)
+        return self._tokenizer.chat_ids(conversation, continue_final_message=goes_on)
 
     def _run(
         self,

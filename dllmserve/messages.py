@@ -45,6 +45,22 @@ def template_messages(messages: Any, name: str = "messages") -> list[dict[str, A
     return [_message(message, f"{name}[{place}]") for place, message in enumerate(messages)]
 
 
+def check_open(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raise PromptError unless the last message is one that can be gone on with."""
+    last = messages[-1]
+    if last.get("role") != "assistant":
+        raise PromptError(
+            "continue_final_message goes on with the assistant's last message, and the last one "
+            f"here is of role {last.get('role')!r}: end with the beginning of the answer, or leave "
+            "it out"
+        )
+    if last.get("tool_calls"):
+        raise PromptError(
+            "continue_final_message goes on with a text, and the last message calls tools: leave "
+            "it out"
+        )
+
+
 def conversations(messages: Any) -> list[list[dict[str, Any]]]:
     """One conversation or a list of them, as chat templates read them.
 

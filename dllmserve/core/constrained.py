@@ -32,6 +32,8 @@ def settle(request: Request, report: EntryReport, ends: Collection[int]) -> Entr
     if report.holds is None:
         return report
     holds, canvas, progress = report.holds, request.canvas, request.progress
+    if request.revokes:
+        _forget_taken_back(request, holds, ends)
     write_forced(request, holds, ends)
     length = min(len(holds), canvas.answer_len)
     frontier = progress.frontier
@@ -42,6 +44,15 @@ def settle(request: Request, report: EntryReport, ends: Collection[int]) -> Entr
     found = (report.end, request.forced_end)
     end = min((place for place in found if 0 <= place < length), default=-1)
     return replace(report, frontier=frontier, end=end, eos=end if end < frontier else -1)
+
+
+def _forget_taken_back(request: Request, holds: Sequence[int], ends: Collection[int]) -> None:
+    """Forget tokens of the host's that the rule has masked again."""
+    start = request.canvas.start
+    kept = {p: it for p, it in request.forced.items() if holds[p - start] == WRITTEN}
+    request.forced = kept
+    own = (p - start for p, it in kept.items() if it.token in ends)
+    request.forced_end = min((i for i in own if i >= request.ends_from), default=-1)
 
 
 def _is_open(request: Request, holds: Sequence[int], position: int) -> bool:

@@ -50,7 +50,10 @@ def template_row(tokenizer: Tokenizer | None, template: Any, name: str) -> tuple
         else:
             row += _piece_ids(tokenizer, piece, f"{name}[{place}]", first=place == 0)
     if not holes:
-        raise PromptError(f"{name} has no hole: put a dllmserve.Hole(length) where text is wanted")
+        raise PromptError(
+            f"{name} has no hole: put a dllmserve.Hole(length) where text is wanted, over HTTP "
+            '{"hole": length}'
+        )
     return row, tuple(holes)
 
 

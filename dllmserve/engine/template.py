@@ -49,6 +49,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text.
@@ -56,11 +57,19 @@ class ChatTemplate:
         Args:
             messages, tools: what the template is given, as plain data. ``documents`` is None.
             add_generation_prompt: end where the assistant speaks.
+            continue_final_message: end where the text of the last message does.
             variables: more that the template may read, such as ``enable_thinking``.
 
         Raises:
-            TokenizerError: the template refuses the messages, or fails.
+            TokenizerError: the template refuses the messages, or fails, or does not show the text
+                that is to be continued.
         """
+        if continue_final_message:
+            marked, mark = _with_mark(messages)
+            text = self.render(
+                marked, tools=tools, add_generation_prompt=False, variables=variables
+            )
+            return self._up_to(mark, text, str(messages[-1].get("content")))
         more = {name: self._data(value) for name, value in (variables or {}).items()}
         given = {**self._variables, **more, "documents": None}
         try:
@@ -76,6 +85,21 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template is foreign code
             raise TokenizerError(f"the chat template failed: {self.plain(str(error))}") from error
+
+    def _up_to(self, mark: str, text: str, content: str) -> str:
+        """A rendered text up to the mark behind the last message's content."""
+        place = text.rfind(mark)
+        if place < 0 or content.strip() not in self.plain(text):
+            raise TokenizerError(
+                "the chat template does not show the text of the last message as it is, so "
+                "continue_final_message cannot be used"
+            )
+        if text[place + 1 : place + 2] == " ":
+            return text[:place]
+        # the template strips texts, so what stands before the mark is to be without blanks, too
+        blanks = len(content) - len(content.rstrip())
+        ends = blanks and self.plain(text[:place]).endswith(content[-blanks:])
+        return text[: place - blanks] if ends else text[:place]
 
     def environment(self) -> Environment:
         """What the template may use."""
@@ -136,6 +160,14 @@ class ChatTemplate:
         if isinstance(value, (list, tuple)):
             return [self._data(item) for item in value]
         return f"<{type(value).__name__}>"
+
+
+def _with_mark(messages: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], str]:
+    """Messages whose last one ends with a character that stands nowhere else, and a blank."""
+    said = json.dumps(messages, ensure_ascii=False, default=str)
+    mark = next(c for c in map(chr, range(0xF8FF, 0xE000, -1)) if c not in said)
+    last = messages[-1]
+    return [*messages[:-1], {**last, "content": f"{last.get('content') or ''}{mark} "}], mark
 
 
 class _Generation(Extension):

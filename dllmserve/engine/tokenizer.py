@@ -100,16 +100,26 @@ class Tokenizer:
         *,
         literal_contents: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """As :meth:`encode_chat`, for any chat template.
 
         A template that knows no tools gets them, calls and answers as texts: see :attr:`tool_form`.
+        With ``continue_final_message`` the last message has to be a text of the assistant.
         """
+        if continue_final_message:
+            from dllmserve.messages import check_open  # which generate() has no use for
+
+            check_open(messages)
         if (tools or has_tools(messages)) and not self.tool_form.native:
             messages, tools = self.tool_form.written(messages, tools), None
         return self.encode_chat(
-            messages, literal_contents=literal_contents, tools=tools, variables=variables
+            messages,
+            literal_contents=literal_contents,
+            tools=tools,
+            continue_final_message=continue_final_message,
+            variables=variables,
         )
 
     def encode_chat(
@@ -118,6 +128,7 @@ class Tokenizer:
         *,
         literal_contents: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Prompt ids of a conversation, up to where the assistant speaks.
@@ -128,6 +139,8 @@ class Tokenizer:
                 becomes ordinary text, so that whoever wrote it cannot end a message or speak
                 for others. Control tokens are the tokenizer's added tokens.
             tools: what the template is told of tools.
+            continue_final_message: the last message is the assistant's, and is left open, so that
+                the prompt ends where its text does.
             variables: more that the template may read.
 
         Raises:
@@ -135,18 +148,18 @@ class Tokenizer:
             PromptError: a message is no valid Unicode text, or holds a character that is
                 a control token by itself.
         """
+        asked: dict[str, Any] = {"tools": tools, "variables": variables}
+        asked["continue_final_message"] = continue_final_message
         if not literal_contents:
             # the template writes the special tokens itself
-            text = self.render_chat(messages, tools=tools, variables=variables)
-            return self.encode(text, special=False)
+            return self.encode(self.render_chat(messages, **asked), special=False)
         name = self._template_name(tools)
         if name not in self._marked:
             from dllmserve.engine.marked import MarkedTemplate
 
             source, marks = self._templates[name], self._literal.marks
             self._marked[name] = MarkedTemplate(source, self._names, marks)
-        marked = self._marked[name].render(messages, tools=tools, variables=variables)
-        return self._literal.encode(marked)
+        return self._literal.encode(self._marked[name].render(messages, **asked))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
@@ -158,6 +171,7 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text of a conversation, up to where the assistant speaks.
@@ -174,6 +188,7 @@ class Tokenizer:
             messages,
             tools=tools,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             variables=variables,
         )
 

@@ -14,15 +14,15 @@ from dllmserve.sampling_params import SamplingParams
 from dllmserve.server.service import Service
 
 
-async def before_ids(service: Service, prompt: str | list[int], owner: str) -> list[int]:
-    """Ids of what stands before a gap: of a text, with what begins a prompt."""
-    row, _ = await service.template_row([prompt, Hole(1)], owner)
+async def before_ids(service: Service, prompt: str | list[int], name: str, owner: str) -> list[int]:
+    """Ids of what stands before a gap: of a text, with what begins a prompt; errors name it."""
+    row, _ = await service.template_row([prompt, Hole(1)], name, owner)
     return row[:-1]
 
 
-async def behind_ids(service: Service, suffix: str, owner: str) -> list[int]:
-    """Ids of a text that stands behind a gap."""
-    row, _ = await service.template_row([Hole(1), suffix], owner)
+async def behind_ids(service: Service, suffix: str, name: str, owner: str) -> list[int]:
+    """Ids of a text that stands behind a gap; errors name it."""
+    row, _ = await service.template_row([Hole(1), suffix], name, owner)
     return row[1:]
 
 

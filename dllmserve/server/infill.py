@@ -121,7 +121,7 @@ async def infill(
     free_body(http)
     note_prompts(http, service, body.template)
     params = body.sampling_params()
-    row, holes = await service.template_row(body.pieces(), owner)
+    row, holes = await service.template_row(body.pieces(), owner=owner)
     await service.llm.prepare(params, holes)
     request = service.llm.check(row, params, holes=holes, name="template")
     (run,) = service.admit([request], owner, timeout_s=body.timeout)

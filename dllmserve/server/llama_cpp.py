@@ -154,8 +154,8 @@ async def infill(
     free_body(http)
     text = body.before()
     note_prompts(http, service, [text, body.input_suffix])
-    before = await before_ids(service, text, owner)
-    behind = await behind_ids(service, body.input_suffix, owner)
+    before = await before_ids(service, text, "input_prefix", owner)
+    behind = await behind_ids(service, body.input_suffix, "input_suffix", owner)
     if body.n_predict == 0:  # to fill a cache, which is none of this server's
         return JSONResponse(_wanted(body, _nothing(service, len(before) + len(behind))))
     config, constraint = service.settings.server, body.constraint()

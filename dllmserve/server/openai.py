@@ -86,13 +86,14 @@ async def completions(
     prompts = body.prompts()
     note_prompts(http, service, prompts)
     _check_count(len(prompts) * body.choices(service.settings.server), "prompt", service)
-    behind = await behind_ids(service, body.suffix, owner) if body.suffix else []
-    ids = [
-        await before_ids(service, prompt, owner)
-        if body.suffix
-        else await service.prompt_ids(prompt, _named("prompt", i, len(prompts)), owner)
-        for i, prompt in enumerate(prompts)
-    ]
+    behind = await behind_ids(service, body.suffix, "suffix", owner) if body.suffix else []
+    ids = []
+    for index, prompt in enumerate(prompts):
+        name = _named("prompt", index, len(prompts))
+        if body.suffix:
+            ids.append(await before_ids(service, prompt, name, owner))
+        else:
+            ids.append(await service.prompt_ids(prompt, name, owner))
     tokenizer = service.llm.tokenizer
     echoes: list[str] = []
     if body.echo:
@@ -134,7 +135,7 @@ async def prepared(
         None if use is None else told_tools(use.functions),
         template_variables(body.chat_template_kwargs),
     )
-    ids = await service.chat_ids(messages, owner, tools, variables)
+    ids = await service.chat_ids(messages, owner, tools, variables, body.continues())
     calls, field = None, None
     if use is not None:
         field = "functions" if use.older else "tools"

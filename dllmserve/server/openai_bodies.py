@@ -290,11 +290,31 @@ class ChatRequest(ToolFields, OpenAIFields):
     moderation: neutral() = None  # type: ignore[valid-type]
     web_search_options: neutral() = None  # type: ignore[valid-type]
     prompt_cache_options: neutral() = None  # type: ignore[valid-type]
+    continue_final_message: bool | None = Field(
+        default=None, description="Go on with the last message, which is the assistant's."
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="Not continue_final_message, if it is given at all."
+    )
     chat_template_kwargs: Entries[Any] | None = Field(
         default=None, description="More that the chat template may read, such as enable_thinking."
     )
     reasoning_effort: Unread[Text] = _not_read()
     verbosity: Unread[Text] = _not_read()
+
+    def continues(self) -> bool:
+        """Whether the answer goes on with the last message. Raises ApiError for a contradiction."""
+        continues = bool(self.continue_final_message)
+        if self.add_generation_prompt is continues:  # None is neither
+            wanted = "false" if continues else "true"
+            raise ApiError(
+                400,
+                "an answer is a new message (add_generation_prompt) or goes on with the last one "
+                f"(continue_final_message): leave add_generation_prompt out, or give {wanted}",
+                code="invalid_parameter",
+                param="add_generation_prompt",
+            )
+        return continues
 
     def likeliest(self) -> int | None:
         """See :meth:`OpenAIFields.likeliest`. Raises ApiError for top_logprobs alone."""

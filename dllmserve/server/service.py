@@ -12,6 +12,7 @@ from typing import Any
 
 from dllmserve.async_llm import AsyncLLM
 from dllmserve.core.request import Request
+from dllmserve.engine.filled import Template
 from dllmserve.errors import (
     ContextLengthError,
     DeadlineError,
@@ -20,7 +21,7 @@ from dllmserve.errors import (
     QuotaError,
     RequestAbortedError,
 )
-from dllmserve.holes import Hole, Holes
+from dllmserve.holes import Holes
 from dllmserve.outputs import RequestOutput, TextDelta
 from dllmserve.process.calls import Call, Event, Started
 from dllmserve.process.messages import EngineInfo
@@ -396,12 +397,12 @@ class Service:
         return await self.llm.prompt_ids(prompt)
 
     async def template_row(
-        self, template: Sequence[str | Sequence[int] | Hole], owner: str = ""
+        self, template: Template, name: str = "template", owner: str = ""
     ) -> tuple[list[int], Holes]:
         """Ids of a template's row, and its holes. What cannot fit is refused before."""
         self.require_engine(owner)
-        self._check_length(sum(len(p) for p in template if isinstance(p, str)), "template")
-        return await self.llm.template_row(template)
+        self._check_length(sum(len(p) for p in template if isinstance(p, str)), name)
+        return await self.llm.template_row(template, name)
 
     async def chat_ids(
         self,
@@ -409,22 +410,22 @@ class Service:
         owner: str = "",
         tools: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Prompt ids of a conversation; special tokens in messages are ordinary text.
 
         Args:
             messages: as a chat template reads them, see :mod:`dllmserve.messages`.
             owner: who asks.
-            tools: what the model is told that it may call.
-            variables: more that the chat template may read.
+            tools, variables, continue_final_message: see :meth:`Tokenizer.chat_ids`.
         """
         self.require_engine(owner)
         said = (str(value) for m in messages for key, value in m.items() if key != "role")
         self._check_length(sum(map(len, said)), "messages")
         self._check_length(sum(len(str(tool)) for tool in tools or ()), "tools")
-        return await self.llm.chat_ids(
-            messages, literal_contents=True, tools=tools, variables=variables
-        )
+        asked: dict[str, Any] = {"tools": tools, "variables": variables}
+        asked["continue_final_message"] = continue_final_message
+        return await self.llm.chat_ids(messages, literal_contents=True, **asked)
 
     def require_engine(self, owner: str = "") -> None:
         """Raise OverloadedError while no request of this owner can be taken."""

@@ -190,6 +190,8 @@ WANTED: list[tuple[Hole, str]] = [
     (Hole(6, regex="[ab]+", fill="up_to"), "[ab]{1,6}"),
     (Hole(3, choice=["one", "two", "seven"]), "one|two"),
     (Hole(6, choice=["one", "two", "seven"], fill="up_to"), "one|two|seven"),
+    (Hole(9, json_schema={"type": "integer", "minimum": 5}, fill="up_to"), "[5-9]|[1-9][0-9]+"),
+    (Hole(4, json_schema={"enum": [True, None, False]}), "true|null"),
 ]
 
 

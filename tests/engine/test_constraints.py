@@ -15,7 +15,9 @@ from dllmserve.constraints.compile import compile_grammar
 from dllmserve.constraints.compiled import Compiled
 from dllmserve.constraints.grammar import TokenGrammar
 from dllmserve.constraints.vocabulary import Vocabulary
-from dllmserve.core.request import Request
+from dllmserve.core.constrained import settle
+from dllmserve.core.plan import OPEN, WRITTEN, EntryReport
+from dllmserve.core.request import Forced, Request
 from dllmserve.errors import InvalidParameterError
 from dllmserve.outputs import RequestOutput
 from tests import helpers
@@ -236,3 +238,17 @@ def test_a_canvas_without_room(engines: Engines) -> None:
         constrained(llm, grammar, [4], gen_length=5, ignore_eos=True)
     (output,) = run(llm, [constrained(llm, grammar, [4], gen_length=6, ignore_eos=True)])
     assert output.token_ids == [0] * 6
+
+
+def test_tokens_that_the_host_wrote_may_be_taken_back(engines: Engines) -> None:
+    """A rule masks one again that had to stand there: what stands there later is another one."""
+    llm = engines(helpers.GOLDEN / FULL)
+    grammar = for_model(random_grammar(1, llm.spec.embedding_size, 30, 8, end=True), llm)
+    request = constrained(llm, grammar, [5, 6, 7], gen_length=8, unmask="wino")
+    request.forced = {5: Forced(40, 1), 6: Forced(41, 1)}
+    request.progress.step_in_block = 1
+    ends = llm.spec.eos_ids
+    holds = [OPEN, WRITTEN, WRITTEN, OPEN, OPEN, OPEN, 44, OPEN]
+    settle(request, EntryReport(6, 0, -1, holds=holds), ends)
+    assert {p: it.token for p, it in request.forced.items()} == {5: 40, 9: 44}
+    assert request.with_forced([0] * 8) == [0, 0, 40, 0, 0, 0, 44, 0]

@@ -108,6 +108,42 @@ def test_templates(tmp_path: Path, name: str) -> None:
     same(folder, tools=TOOLS)
 
 
+# transformers looks for "content" in the source, which a template that writes all as JSON has not
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "json"])
+def test_an_answer_that_is_gone_on_with(tmp_path: Path, name: str) -> None:
+    """Texts with blanks, thoughts and what control tokens are made of; where both show them."""
+    folder = base(tmp_path)
+    config = CONFIG | {"bos_token": "<s>", "mask_token": None, "own_token": "<|own|>"}
+    put(folder, "tokenizer_config.json", config | {"chat_template": TEMPLATES[name]})
+    theirs, ours = reference(folder), load_tokenizer(folder)
+    assert ours is not None
+    shown = 0
+    for content in (
+        "The answer",
+        " is \n",
+        "a",
+        "x\n\ny  ",
+        "<b> & |",
+        "<think>\nhm\n</think>\n\nso",
+    ):
+        chat = [USER | {"content": "a"}, BOT | {"content": content}]
+        given = {"add_generation_prompt": False, "continue_final_message": True}
+        try:
+            text = theirs.apply_chat_template(chat, tokenize=False, **given)
+        except Exception:
+            with pytest.raises(TokenizerError):
+                ours.render_chat(chat, continue_final_message=True)
+            continue
+        shown += 1
+        assert ours.render_chat(chat, continue_final_message=True) == text
+        ids = theirs.apply_chat_template(chat, tokenize=True, return_dict=False, **given)
+        assert ours.chat_ids(chat, continue_final_message=True) == ids
+        if "<think>" not in content:
+            literal = ours.chat_ids(chat, continue_final_message=True, literal_contents=True)
+            assert literal == ids
+    assert bool(shown) == (name not in ODDS)
+
+
 NAMES = ODDS["names"] + ODDS["names defined"]
 FILES: dict[str, dict[str, Any]] = {
     "config": {"tokenizer_config.json": CONFIG | {"chat_template": NAMES, "add_bos_token": True}},

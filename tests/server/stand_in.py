@@ -20,7 +20,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.limits import Limits
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer, load_tokenizer
 from dllmserve.errors import DllmServeError, EngineError, RequestAbortedError
-from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
+from dllmserve.outputs import CanvasStep, FilledHole, RequestOutput, TokenLogprob
 from dllmserve.process.calls import Call, Delta
 from dllmserve.process.messages import Counters, EngineInfo, Submit
 from dllmserve.process.supervisor import State
@@ -158,11 +158,12 @@ class StandIn:
             return
         call.start()
         output = self.output(call, ids)
+        shown = output.answer.token_ids if len(output.holes) < 2 else output.token_ids
         if call.submit.stream:
-            for place in range(0, max(len(output.token_ids) - 2, 0), 2):
+            for place in range(0, max(len(shown) - 2, 0), 2):
                 part = slice(place, place + 2)
                 logprobs = None if output.logprobs is None else output.logprobs[part]
-                call.put(Delta(output.token_ids[part], logprobs))
+                call.put(Delta(shown[part], logprobs))
         if call.submit.watch:
             for step in range(1, len(output.token_ids) + 1):
                 call.put(canvas(output.token_ids, step))
@@ -171,6 +172,8 @@ class StandIn:
     def output(self, call: Call, ids: list[int] | None = None) -> RequestOutput:
         """What becomes of a call."""
         submit = call.submit
+        if submit.holes:
+            return self._filled(submit)
         length = int(submit.params.gen_length)
         found = echo_ids(submit.prompt_ids, length) if ids is None else ids
         if self.answer is not None and self._text is not None:
@@ -188,6 +191,28 @@ class StandIn:
             logprobs=logprobs_of(found[:used], submit.params.logprobs),
             # the lowest id is the likeliest
             candidate_logprobs=[[-float(id) for id in ids] for ids in submit.candidates] or None,
+        )
+
+    def _filled(self, submit: Submit) -> RequestOutput:
+        """What becomes of a template: every hole says "ABAB"."""
+        row, holes = list(submit.prompt_ids), []
+        text = AnswerText(self._text)
+        for start, hole in submit.holes:
+            own = echo_ids([32, 33], hole.length)
+            row[start : start + hole.length] = own
+            told = logprobs_of(own, submit.params.logprobs)
+            holes.append(FilledHole(hole.name, text.read(own, ())[0], own, [1] * len(own), told))
+        filled = sum(hole.length for _, hole in submit.holes)
+        return RequestOutput(
+            text=text.read(row, ())[0],
+            token_ids=row,
+            finish_reason="length",
+            prompt_tokens=len(row) - filled,
+            completion_tokens=filled,
+            forward_passes=1,
+            steps=[1] * len(row),
+            logprobs=logprobs_of(row, submit.params.logprobs),
+            holes=tuple(holes),
         )
 
 

@@ -123,6 +123,8 @@ def test_the_walk_finds_what_is_known(byte_checkpoint: Path) -> None:
         "/v1/generate.sparse.score",
         "/v1/generate_batch.prompts.0.0",
         "/v1/generate/stream.unknown",
+        "/v1/infill.template.0.choice.0",
+        "/infill.input_extra.0.text",
         "/v1/decisions.questions.0",
         "/v1/systemone.questions.*.criteria.*",
     ):

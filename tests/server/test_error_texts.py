@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from dllmserve.server.infill import InfillRequest
+from dllmserve.server.llama_cpp import LlamaInfillRequest
 from dllmserve.server.native import BatchRequest, GenerateRequest
 from dllmserve.server.openai_bodies import ChatRequest, CompletionRequest
 from tests.server.stand_in import run, serving
@@ -21,6 +23,8 @@ FRAMES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     TEXT: (CompletionRequest, {"prompt": "a"}),
     ONE: (GenerateRequest, {"prompt": "a"}),
     SEVERAL: (BatchRequest, {"prompts": ["a"]}),
+    "/v1/infill": (InfillRequest, {"template": ["a", {"hole": 2}]}),
+    "/infill": (LlamaInfillRequest, {"input_prefix": "a", "input_suffix": "b", "n_predict": 2}),
 }
 #: of every type, and at the edges of it; null is "not given"
 VALUES: list[Any] = [

@@ -17,6 +17,8 @@ PATHS = (
     "/v1/completions",
     "/v1/chat/completions",
     "/v1/responses",
+    "/tokenize",
+    "/detokenize",
     "/v1/decisions",
     "/v1/systemone",
 )

@@ -26,6 +26,10 @@ ASKED: list[tuple[str, dict[str, Any]]] = [
     ("/v1/generate", {"prompt": SECRET, "remasking": SECRET}),
     ("/v1/generate_batch", {"prompts": [SECRET, ""]}),
     ("/v1/generate/stream", {"prompt": SECRET, "gen_length": 8}),
+    ("/v1/infill", {"template": [SECRET, {"hole": 4, "name": SECRET}]}),
+    ("/v1/infill", {"template": [SECRET, {"hole": 4, "choice": [SECRET, 5]}]}),
+    ("/infill", {"input_prefix": SECRET, "input_suffix": SECRET, "n_predict": 4}),
+    ("/v1/completions", {"prompt": "a", "suffix": SECRET, "max_tokens": 4}),
     (f"/v1/{SECRET}", {"prompt": SECRET}),
 ]
 

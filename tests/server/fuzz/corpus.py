@@ -53,6 +53,8 @@ def valid() -> list[bytes]:
         (COMPLETIONS, {"prompt": "a", "n": 2, "logit_bias": {"5": -1.5}, "echo": True}),
         ("/v1/generate", {"prompt": "a", "temperature": 0.6, "gen_length": 4}),
         ("/v1/generate_batch", {"prompts": ["a", "b"], "gen_length": 4, "steps": 2}),
+        ("/v1/infill", {"template": ["a", {"hole": 4, "name": "x"}, [66]], "temperature": 0}),
+        ("/infill", {"input_prefix": "a", "input_suffix": "b", "n_predict": 4, "stream": True}),
         ("/v1/generate/stream", {"prompt": "a", "gen_length": 4, "sparse": {"enabled": True}}),
     ]
     found = [request("POST", path, json.dumps(body).encode()) for path, body in bodies]

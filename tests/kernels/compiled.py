@@ -1,0 +1,50 @@
+"""Compile the constraint kernels for a GPU that need not be there.
+
+``python -m tests.kernels.compiled``; Triton's interpreter takes what the compiler refuses.
+"""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dllmserve.runtime.kernels import constrain, region_sets
+
+TYPES = {
+    "tokens": "*i64 rows cells fields best holds ints",
+    "packed": "*i32 wide entry_of",
+    "small": "*i16",
+    "sets": "*u8 allowed write left",
+    "masked": "*i1",
+    "z": "*bf16",
+    "confidence": "*fp64",
+}
+#: sizes that a launch fixes
+FIXED = {"LOOK": 32, "TILE": 1024, "MOST": 128, "ST": 16, "CT": 128, "WIDTH": 32}
+KERNELS = (
+    region_sets.sweep,
+    constrain.allowed_classes,
+    constrain.strike,
+    constrain.note_best,
+    constrain.settle,
+    constrain.only_ids,
+)
+
+
+def main() -> None:
+    """Compile each; an error names the line."""
+    kinds = dict[str, str]()
+    for first, line in TYPES.items():
+        kind, *others = line.split()
+        kinds |= dict.fromkeys([first, *others], kind)
+    for kernel in KERNELS:
+        parameters = kernel.params
+        fixed = {(i,): FIXED[p.name] for i, p in enumerate(parameters) if p.is_constexpr}
+        signature = {
+            p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters
+        }
+        source = ASTSource(kernel, signature, fixed)
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+
+
+if __name__ == "__main__":
+    main()
