@@ -85,12 +85,12 @@ def compile_grammar(
         with limits.bounded_time():
             dfa = language(regex=regex, json_schema=json_schema, choice=choice)
             if dfa.empty:
-                raise InvalidParameterError(f"no text at all satisfies this {given[0]}")
+                raise InvalidParameterError(f"{given[0]} is satisfied by no text at all")
             parts = _Parts(to_bytes(dfa), vocabulary, vocab_size, {mask_id, *end_ids})
             return parts.assemble(key, ends)
     except _NoTextError:
         raise InvalidParameterError(
-            f"no sequence of this model's tokens gives a text that satisfies this {given[0]}"
+            f"{given[0]} is satisfied by no text that this model's tokens can make"
         ) from None
 
 

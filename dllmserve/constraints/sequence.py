@@ -33,7 +33,7 @@ def sequence_of(json_schema: str) -> list[Any] | None:
     if SEQUENCE not in json_schema:
         return None
     read = json.loads(json_schema)
-    return list(read[SEQUENCE]) if isinstance(read, dict) and list(read) == [SEQUENCE] else None
+    return _list(read[SEQUENCE]) if isinstance(read, dict) and list(read) == [SEQUENCE] else None
 
 
 def sequence(parts: list[Any]) -> Node:
@@ -60,7 +60,7 @@ def _part(part: Any) -> Node:
     raise InvalidParameterError(f"json_schema has a part that {SEQUENCE} does not know: {part!r}")
 
 
-def _list(option: Any) -> list[Any]:
-    if isinstance(option, list):
-        return option
-    raise InvalidParameterError(f"json_schema: anyOf of {SEQUENCE} takes lists, got {option!r}")
+def _list(parts: Any) -> list[Any]:
+    if isinstance(parts, list):
+        return parts
+    raise InvalidParameterError(f"json_schema: {SEQUENCE} takes lists of parts, got {parts!r}")

@@ -16,7 +16,6 @@ from dllmserve.server.fields import (
     Listed,
     Text,
     example,
-    given,
     neutral,
 )
 from dllmserve.server.openai_bodies import ChatRequest, Unread
@@ -66,6 +65,8 @@ class CallItem(_Item):
     call_id: Text
     name: Text
     arguments: Text
+    async_: neutral(False) = Field(default=None, alias="async", exclude=True)  # type: ignore[valid-type]
+    caller: Marker = None
 
 
 class OutputItem(_Item):
@@ -74,6 +75,8 @@ class OutputItem(_Item):
     type: Literal["function_call_output"]
     call_id: Text
     output: Content
+    name: Text | None = Field(default=None, exclude=True, description="Not read.")
+    caller: Marker = None
 
 
 class ReasoningItem(_Item):
@@ -111,6 +114,10 @@ class FunctionTool(FunctionDefinition):
     types = ("function",)
 
     type: Literal["function"] = Field(exclude=True)
+    async_: neutral(False) = Field(default=None, alias="async", exclude=True)  # type: ignore[valid-type]
+    defer_loading: neutral(False) = Field(default=None, exclude=True)  # type: ignore[valid-type]
+    allowed_callers: neutral(["direct"]) = Field(default=None, exclude=True)  # type: ignore[valid-type]
+    output_schema: Marker = None
 
 
 class NamedTool(Body):
@@ -245,9 +252,12 @@ class ResponsesRequest(DecodingFields):
         if self.text is not None and self.text.format is not None:
             values["response_format"] = _format(self.text.format)
         if self.tools is not None:
-            values["tools"] = [{"type": "function", "function": given(tool)} for tool in self.tools]
-            for tool in values["tools"]:
-                del tool["function"]["type"]
+            read = ("name", "description", "parameters")
+            functions = [
+                {key: found for key in read if (found := getattr(tool, key)) is not None}
+                for tool in self.tools
+            ]
+            values["tools"] = [{"type": "function", "function": f} for f in functions]
         if self.tool_choice is not None:
             values["tool_choice"] = _choice(self.tool_choice)
         return ChatRequest.model_validate(values)

@@ -57,6 +57,11 @@ def test_what_is_a_sequence() -> None:
         assert sequence_of(json.dumps(other)) is None
 
 
+def test_a_sequence_is_a_list() -> None:
+    with pytest.raises(InvalidParameterError, match="takes lists"):
+        sequence_of(json.dumps({SEQUENCE: 1}))
+
+
 @pytest.mark.parametrize(
     "part",
     [

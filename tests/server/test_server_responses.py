@@ -138,6 +138,10 @@ def test_what_becomes_of_parameters(byte_checkpoint: Path) -> None:
                 assert (await server.post(PATH, body)).status == 200
                 constraint = server.engine.calls[-1].submit.params.json_schema
                 assert constraint is not None and "add" in constraint
+            more = {"async": False, "defer_loading": False, "allowed_callers": None}
+            more |= {"output_schema": {"type": "integer"}}
+            told = (await server.post(PATH, {**body, "tools": [{**TOOL, **more}]})).json()
+            assert told["tools"] == [{**TOOL, "description": None}]
             body["tool_choice"] = "none"
             await server.post(PATH, body)
             assert server.engine.calls[-1].submit.params.json_schema is None
@@ -363,6 +367,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"input": "x" * 9999}, "input", "input has"),
     ({"input": "a", "messages": []}, "messages", "messages is not a parameter"),
     ({"input": "a", "tools": [{"type": "web_search"}]}, "tools", "has type 'web_search'"),
+    ({"input": "a", "tools": [{**TOOL, "defer_loading": True}]}, "tools", "defer_loading"),
+    ({"input": "a", "tools": [{**TOOL, "async": True}]}, "tools", "tools.0.async"),
     ({"input": "a", "tool_choice": "required"}, "tool_choice", "there are no tools"),
     ({"input": "a", "background": True}, "background", "is not supported"),
     ({"input": "a", "truncation": "auto"}, "truncation", "'disabled'"),
