@@ -290,7 +290,7 @@ def test_examples_of_the_api_page_work(url: str) -> None:
             answer = httpx.post(url + path, json=example, timeout=60)
             assert answer.status_code == 200, (path, answer.text)
             sent += 1
-    assert sent == 8
+    assert sent == 12
 
 
 @pytest.mark.parametrize("name", ["openai_client", "native_poll", "watch_stream"])
