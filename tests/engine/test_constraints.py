@@ -232,7 +232,7 @@ def test_a_canvas_without_room(engines: Engines) -> None:
         vocab_size=llm.spec.embedding_size,
         mask_id=llm.spec.mask_id,
     )
-    with pytest.raises(InvalidParameterError, match="has 4 tokens, and gen_length is 3"):
+    with pytest.raises(InvalidParameterError, match="fewer than 4 tokens, and gen_length is 3"):
         constrained(llm, grammar, [4], gen_length=3, ignore_eos=True)
     with pytest.raises(InvalidParameterError, match="exactly 5 tokens"):
         constrained(llm, grammar, [4], gen_length=5, ignore_eos=True)
