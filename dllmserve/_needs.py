@@ -24,11 +24,11 @@ def install(extra: str) -> str:
         lines = requires("dllmserve") or []
     except PackageNotFoundError:  # run from a clone, without having been installed
         lines = []
-    packages = [
-        f"'{package.strip()}'"
-        for package, _, marker in (line.partition(";") for line in lines)
-        if re.search(rf"""\bextra == ['"]{extra}['"]""", marker)
-    ]
+    mine, packages = re.compile(rf"""(\s+and\s+)?\bextra == ['"]{extra}['"]"""), list[str]()
+    for package, _, marker in (line.partition(";") for line in lines):
+        if mine.search(marker):
+            other = mine.sub("", marker).strip().strip("()").replace("'", '"')
+            packages.append(f"'{package.strip()}; {other}'" if other else f"'{package.strip()}'")
     return " ".join(["pip install", *(packages or [f"-e '.[{extra}]'"])])
 
 

@@ -139,8 +139,9 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
     for place, ((start, end), grammar) in enumerate(zip(spans, grammars, strict=True)):
         if request.holes:
             name, way = f"the length of hole {place}", "the hole end (fill='up_to')"
-            asked = f"what hole {place} has to match"
         if grammar is not None:
+            if request.holes:
+                asked = f"{request.holes[place][1].constraints[0]} of hole {place}"
             regions.append(Region(start, end, grammar))
             _check_room(regions[-1], asked, name, way)
     check_count(len(regions))

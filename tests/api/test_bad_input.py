@@ -340,6 +340,7 @@ BUILTINS = {
     "InvalidRequestError": ValueError,
     "InvalidParameterError": ValueError,
     "PromptError": ValueError,
+    "DecisionError": ValueError,
     "ContextLengthError": ValueError,
     "CapacityError": ValueError,
     "UnknownOptionError": TypeError,

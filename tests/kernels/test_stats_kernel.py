@@ -56,7 +56,8 @@ def fused(
 
 def back(stats: TokenStats) -> TokenStats:
     """The same on the host."""
-    return TokenStats(**{k: None if v is None else v.cpu() for k, v in vars(stats).items()})
+    parts = ((k, v.cpu() if isinstance(v, torch.Tensor) else v) for k, v in vars(stats).items())
+    return TokenStats(**dict(parts))
 
 
 def moved(params: RowParams) -> RowParams:
@@ -115,9 +116,7 @@ def test_proposals_without_confidence(sampled: bool) -> None:
     reducer = TritonReducer(VocabShard(9000))
     segment = SegmentShape(4, 4, guided=False, sampled=sampled, filtered=False, last=True)
     there = (z.to(DEVICE), moved(params), 7, segment, BOTH)
-    got = TokenStats(
-        **{k: None if v is None else v.cpu() for k, v in vars(reducer.reduce(*there)).items()}
-    )
+    got = back(reducer.reduce(*there))
     expected = row_stats(
         given.clone(), params, mask_id=7, sampled=sampled, filtered=False, needs=BOTH
     )

@@ -13,7 +13,7 @@ import pytest
 
 from dllmserve.messages import template_messages
 from dllmserve.server.failures import ApiError
-from dllmserve.server.openai_bodies import ChatRequest
+from dllmserve.server.openai_bodies import ChatRequest, conversation_of
 from dllmserve.server.strict_json import (
     MAX_DEPTH,
     MAX_VALUES,
@@ -254,8 +254,8 @@ def test_arguments_of_calls_are_bounded_where_they_are_parsed() -> None:
 
     fine = asked('{"a": [1]}', "{oops")
     read = [m.model_dump(exclude_none=True) for m in fine.messages]
-    assert fine.conversation() == template_messages(read)
+    assert conversation_of(fine.messages) == template_messages(read)
     third = json.dumps({"a": [[]] * (MAX_VALUES // 3)})
     for wrong in (asked(third, third), asked('{"a":' * 900 + "1" + "}" * 900)):
         with pytest.raises(ApiError, match="JSON inside of messages"):
-            wrong.conversation()
+            conversation_of(wrong.messages)
