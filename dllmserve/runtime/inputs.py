@@ -248,9 +248,13 @@ def head_cells(
     real, own = index < last_row, spans.index_select(0, entry)
     block = own[:, SpanField.Q_START] + own[:, SpanField.BLK_OFF]
     row = own[:, SpanField.ROW].masked_fill(~real, table.trash_row)
+    column = (tensors.positions[tensors.head_rows] + shift - block).clamp(min=0)
+    if shift:  # position 0 has nothing before it: it is read where position 1 is
+        at_start = (index == first.index_select(0, entry)) & (block == 0)
+        column = column.masked_fill(at_start & table.masked[row, 0], 0)
     return HeadCells(
         row=row,
-        column=(tensors.positions[tensors.head_rows] + shift - block).clamp(min=0),
+        column=column,
         entering=(entries[:, EntryField.ENTERING].index_select(0, entry) > 0) | ~real,
         forward=table.forwards[row],
         real=real,

@@ -87,6 +87,24 @@ def test_whose_head_rows_they_are(pad: Padding, shift: int) -> None:
     assert rows.tolist() == [table.trash_row] * shape.rows
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["open", "given"])
+def test_a_row_that_begins_with_a_hole(first: bool) -> None:
+    """Of a shifted model the first two positions are read at the same one."""
+    table, plan = table_and_plan({})
+    table.masked[6, :4] = torch.tensor([first, True, False, True])
+    table.masked[6, 4:] = False
+    span = Span(6, 0, 8, 0, 0, 0, 0, 8)
+    plan = StepPlan((StepEntry(span, None, 2 + first, "steps"), *plan.entries[1:]))
+    packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, LADDER)
+    ints, shape = packed(packing.ints), packing.shape
+    work = TorchStep(table, {}, replace(SPEC, logit_shift=1)).begin(ints, shape)
+    expected, got = work.decision.cells(), head_cells(ints, shape, table, work.tensors, 1)
+    real = expected.real
+    assert torch.equal(got.column[real], expected.column[real])
+    own = got.column[real & (got.row == 6)].tolist()
+    assert own == ([0, 1, 3] if first else [1, 3])
+
+
 @pytest.mark.parametrize("pad", [EXACT, LADDER], ids=["exact", "ladder"])
 def test_a_segment_has_one_set_of_edits_and_room_for_the_longest(pad: Padding) -> None:
     def edits(biases: dict[int, int]) -> list[tuple[tuple[str, int], ...]]:
