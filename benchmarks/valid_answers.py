@@ -164,7 +164,8 @@ def run(llm: LLM, count: int, seed: int, batch: int) -> Counter[str]:
             try:
                 jobs.append((constraint, params, core.make_request(ids, params)))
             except InvalidParameterError as error:
-                kind = "refused: no room" if "shortest text" in str(error) else f"refused: {error}"
+                no_room = "fewer than" in str(error)
+                kind = "refused: no room" if no_room else f"refused: {error}"
                 found[kind] += 1
         tokenizer = llm.tokenizer
         assert tokenizer is not None
