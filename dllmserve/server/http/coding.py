@@ -5,16 +5,21 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-try:
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        from backports import zstd
-except ImportError:  # a Python that was built without it, or no package of the extra "server"
-    zstd = None
 
+def _found_zstd() -> Any:
+    """Python's zstd; None if it was built without, or the extra "server" is not there."""
+    try:
+        return import_module(
+            "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+        )
+    except ImportError:
+        return None
+
+
+zstd = _found_zstd()
 #: largest window of a zstd frame, as a power of two: 8 MiB, the most that HTTP allows (RFC 9659)
 _WINDOW_LOG = 23
 
