@@ -189,8 +189,7 @@ class StandIn:
             forward_passes=length,
             steps=list(range(1, used + 1)),
             logprobs=logprobs_of(found[:used], submit.params.logprobs),
-            # the lowest id is the likeliest
-            candidate_logprobs=[[-float(id) for id in ids] for ids in submit.candidates] or None,
+            candidate_logprobs=named_logprobs(submit),
         )
 
     def _filled(self, submit: Submit) -> RequestOutput:
@@ -213,7 +212,13 @@ class StandIn:
             steps=[1] * len(row),
             logprobs=logprobs_of(row, submit.params.logprobs),
             holes=tuple(holes),
+            candidate_logprobs=named_logprobs(submit),
         )
+
+
+def named_logprobs(submit: Submit) -> list[list[float]] | None:
+    """Of a request's candidates: the lowest id is the likeliest."""
+    return [[-float(id) for id in ids] for ids in submit.candidates] or None
 
 
 def logprobs_of(ids: list[int], likeliest: int | None) -> list[TokenLogprob] | None:
