@@ -16,14 +16,13 @@ only where that has changed what they depend on.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from dllmserve.constraints.grammar import TokenGrammar
+from dllmserve.constraints.grammar import TokenGrammar
+from dllmserve.constraints.graph import edges_of
 
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
@@ -54,12 +53,9 @@ class Moves:
     @cached_property
     def edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """[E] int64 each: a state, and a state that some token leads to from it; no pair twice."""
-        count = self._dead + 1
-        source = np.arange(count)[:, None] * count
-        pairs = np.unique((source + self.grammar.delta).ravel())
-        source, target = np.divmod(pairs, count)
-        live = (source != self._dead) & (target != self._dead)
-        return source[live], target[live]
+        source, target = edges_of(self.grammar.delta)
+        pairs = np.unique(source.astype(np.int64) * (self._dead + 1) + target)
+        return np.divmod(pairs, self._dead + 1)
 
     @cached_property
     def _matrix(self) -> Bools | None:
@@ -93,6 +89,12 @@ class Moves:
         source, target = self.edges
         found[source[states[target]]] = True
         return found
+
+
+@lru_cache(maxsize=16)
+def moves_of(grammar: TokenGrammar) -> Moves:
+    """The moves of a grammar, which take a while to find; the same for all its requests."""
+    return Moves(grammar)
 
 
 class RegionSets:

@@ -158,7 +158,7 @@ def check_count(regions: int) -> None:
 
 
 def _check_room(region: Region, asked: str, name: str, way: str) -> None:
-    from dllmserve.constraints.sets import Moves, RegionSets, may_end_early
+    from dllmserve.constraints.sets import RegionSets, may_end_early, moves_of
 
     grammar, slots = region.grammar, region.end - region.start
     least = int(grammar.least[grammar.start])
@@ -167,7 +167,7 @@ def _check_room(region: Region, asked: str, name: str, way: str) -> None:
             f"{asked} matches no text of fewer than {least} tokens, and {name} is {slots}: raise "
             f"it to {least} or more"
         )
-    if not may_end_early(grammar) and not RegionSets(Moves(grammar), slots).feasible:
+    if not may_end_early(grammar) and not RegionSets(moves_of(grammar), slots).feasible:
         raise InvalidParameterError(
             f"{asked} matches no text of exactly {slots} tokens, which {name} asks for (the "
             f"shortest has {least}): take another length, or let {way}"
@@ -183,7 +183,7 @@ def begin(request: Request, ends: Collection[int]) -> None:
     """
     if not request.regions:
         return
-    from dllmserve.constraints.sets import Moves, RegionSets
+    from dllmserve.constraints.sets import RegionSets, moves_of
 
     canvas = request.canvas
     holds = [WRITTEN] * (canvas.end - canvas.start)
@@ -193,7 +193,7 @@ def begin(request: Request, ends: Collection[int]) -> None:
         slots = region.end - region.start
         if len(region.grammar.delta) * slots > _MOST_CELLS:
             continue  # the first forward will tell
-        sets = RegionSets(Moves(region.grammar), slots)
+        sets = RegionSets(moves_of(region.grammar), slots)
         for slot, token in sets.forced(range(slots)).items():
             holds[region.start + slot - canvas.start] = token
     write_forced(request, holds, ends)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllmserve.constraints.sets import MASKED, Moves, RegionSets
+from dllmserve.constraints.sets import MASKED, Moves, RegionSets, moves_of
 from dllmserve.core.plan import OPEN, WRITTEN, Part, SpanField
 from dllmserve.core.rows import RowInit
 from dllmserve.decoding.rule import RuleView, Update, rank_of
@@ -121,7 +121,7 @@ class ConstraintEdit:
             grammar = region.grammar
             if grammar.key not in self._moves:
                 own = grammar.class_of[self._vocab.start : self._vocab.stop]
-                self._moves[grammar.key] = Moves(grammar), torch.from_numpy(own.astype(np.int64))
+                self._moves[grammar.key] = moves_of(grammar), torch.from_numpy(own.astype(np.int64))
             moves, class_of = self._moves[grammar.key]
             sets = RegionSets(moves, region.end - region.start)
             made.append(_Region(region.start, sets, class_of))

@@ -133,7 +133,8 @@ def for_model(grammar: TokenGrammar, llm: LLM) -> TokenGrammar:
     first = np.full_like(grammar.first, -1)
     first[class_of[::-1]] = np.arange(len(class_of))[::-1]
     size = np.bincount(class_of, minlength=len(first)).astype(np.int32)
-    return replace(grammar, class_of=class_of, first=first, size=size)
+    key = f"{grammar.key} of {llm.config.model}"
+    return replace(grammar, key=key, class_of=class_of, first=first, size=size)
 
 
 @pytest.mark.parametrize("name", [BLOCK, CAUSAL])

@@ -12,7 +12,7 @@ import triton
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dllmserve.constraints.sets import Moves, may_end_early
+from dllmserve.constraints.sets import may_end_early, moves_of
 from dllmserve.core.plan import OPEN, SpanField
 from dllmserve.core.rows import RowInit
 from dllmserve.decoding.rule import RuleView, Update
@@ -56,7 +56,7 @@ class _Packed:
 
 def _pack(grammar: TokenGrammar) -> _Packed:
     states, classes = len(grammar.delta) - 1, len(grammar.first)
-    source, target = Moves(grammar).edges
+    source, target = moves_of(grammar).edges
     over = grammar.over
     only = np.where(grammar.size == 1, grammar.first, -1)
     order = np.argsort(grammar.class_of, kind="stable")
