@@ -263,3 +263,28 @@ def test_weights_of_experts(score: str, bias: str) -> None:
     torch.testing.assert_close(weights, 2 * own)
     normal = experts.route(x, gate, biases, router._replace(normalize=True))[1]
     torch.testing.assert_close(normal.sum(dim=1), torch.full((2,), 2.0))
+
+
+def test_pool_of_a_window() -> None:
+    """Two tokens of a window, and one of the next, which is not full."""
+    router = Router(2, capacity=2, window=2)
+    scores = [[0.9, 0.1, 0.3, 0.3], [0.1, 0.2, 0.8, 0.8], [0.0, 0.1, 0.0, 0.0]]
+    struck = experts.pooled(scores, router)
+    assert [experts.choose(row, router) for row in struck] == [[0, 2], [2, 0], [1, 0]]
+    assert experts.pooled(scores, router._replace(capacity=4)) == scores
+
+
+def test_block_routing_of_whole_windows() -> None:
+    """A capacity of all experts is no bound; a small one keeps a window to so many of them."""
+    plain = experts.load(GOLDEN / "llada2-g4e8", n_group=1, topk_group=1)
+    tokens = cases("llada2-g4e8")[0]["tokens"]
+    bounds = {"expert_capacity": 8, "block_size": 8, "n_group": 4}
+    free = experts.load(GOLDEN / "llada2-g4e8", **bounds)
+    assert torch.equal(free.block_causal(tokens, 8), plain.block_causal(tokens, 8))
+    few = experts.load(GOLDEN / "llada2-g4e8", **bounds | {"expert_capacity": 3})
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(1))
+    ids, _ = few.routed(x, 1)
+    assert [len(set(ids[a : a + 8].flatten().tolist())) for a in (0, 8, 16)] == [3, 3, 3]
+    whole = few.block_causal(tokens, 8)
+    assert not torch.allclose(whole, plain.block_causal(tokens, 8), atol=1e-3)
+    torch.testing.assert_close(few.block_causal(tokens[:16], 8), whole[:16], atol=1e-5, rtol=0)

@@ -1,8 +1,9 @@
-"""Naive forwards of models with experts: LLaDA2.0 and 2.1, LLaDA-MoE, SDAR-MoE and Qwen3-MoE.
+"""Naive forwards of models with experts: LLaDA2.0 to 2.2, LLaDA-MoE, SDAR-MoE and Qwen3-MoE.
 
 Upstream: modeling code of inclusionAI's LLaDA2.X and LLaDA-MoE checkpoints, of SDAR-30B-A3B, and
-transformers' Qwen3Moe. Every choice of a token's experts is made on its own; equal scores go to the
-lower expert, which upstream leaves to `torch.topk`.
+transformers' Qwen3Moe; LLaDA2.2's block routing as in SGLang's `llada2.py`. Every choice of a
+token's experts is made on its own; equal scores go to the lower expert, which upstream leaves to
+`torch.topk`.
 """
 
 from collections.abc import Mapping
@@ -54,6 +55,8 @@ class Router(NamedTuple):
     top_groups: int = 1
     normalize: bool = False
     scale: float = 1.0
+    capacity: int = 0  # experts that the tokens of a window take among them, if not all
+    window: int = 0  # tokens of a window
 
 
 class Shape(NamedTuple):
@@ -99,7 +102,11 @@ def dims_of(config: Mapping[str, Any], mask_id: int) -> Dims:
 
 
 def llada2_shape(config: Mapping[str, Any]) -> Shape:
-    """LLaDA2.0 and 2.1, whose code ignores norm_topk_prob, score_function and rotary_dim."""
+    """LLaDA2.X, whose code ignores norm_topk_prob, score_function and rotary_dim.
+
+    With an expert capacity there are no groups.
+    """
+    capacity = config.get("expert_capacity") or 0
     top_k, layers = config["num_experts_per_tok"], config["num_hidden_layers"]
     head_dim = config["head_dim"]
     return Shape(
@@ -115,10 +122,12 @@ def llada2_shape(config: Mapping[str, Any]) -> Shape:
             per_token=top_k,
             score="sigmoid",
             bias="choice",
-            groups=config["n_group"],
-            top_groups=config["topk_group"],
+            groups=1 if capacity else config["n_group"],
+            top_groups=1 if capacity else config["topk_group"],
             normalize=top_k > 1,
             scale=config["routed_scaling_factor"],
+            capacity=capacity,
+            window=config["block_size"] if capacity else 0,
         ),
     )
 
@@ -178,14 +187,30 @@ def choose(scores: list[float], router: Router) -> list[int]:
     return greatest(struck, router.per_token)
 
 
+def pooled(scores: list[list[float]], router: Router) -> list[list[float]]:
+    """Scores of a row's tokens where experts that their window does not admit are struck out.
+
+    A window admits the experts that score best in any of its tokens.
+    """
+    struck: list[list[float]] = []
+    for start in range(0, len(scores), router.window):
+        inside = scores[start : start + router.window]
+        pool = greatest([max(column) for column in zip(*inside, strict=True)], router.capacity)
+        struck.extend(
+            [s if i in pool else -float("inf") for i, s in enumerate(row)] for row in inside
+        )
+    return struck
+
+
 def route(
     x: Tensor, gate: Tensor, bias: Tensor | None, router: Router
 ) -> tuple[Tensor, Tensor]:  # [N, K] int64, [N, K] float32
-    """Experts of tokens x [N, d], best first, and the weight of each."""
+    """Experts of one row's tokens x [N, d], best first, and the weight of each."""
     logits = x.float() @ gate.float().T  # [N, E]
     scores = logits.sigmoid() if router.score == "sigmoid" else logits.softmax(dim=-1)
     biased = scores if bias is None else scores + bias.float()
-    ids = torch.tensor([choose(row, router) for row in biased.tolist()])
+    rows = pooled(biased.tolist(), router) if router.capacity else biased.tolist()
+    ids = torch.tensor([choose(row, router) for row in rows])
     weights = (biased if router.bias == "weights" else scores).gather(1, ids)
     if router.normalize:
         weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)
@@ -210,13 +235,13 @@ class ExpertModel(OracleModel):
         return self.forward(torch.tensor([tokens]), sees=sees).logits[0].float()
 
     def routed(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Experts [N, K] and weights [N, K] of tokens x [N, d] that a layer's router gets."""
+        """Experts [N, K] and weights [N, K] of a row's tokens x [N, d], from a layer's router."""
         prefix = self.names["layer"].format(layer)
         bias = self.weights[prefix + self.names["bias"]] if self.shape.router.bias else None
         return route(x, self.weights[prefix + "mlp.gate.weight"], bias, self.shape.router)
 
     def experts(self, x: Tensor, layer: int) -> Tensor:
-        """What a layer's routed experts make of tokens x [N, d], without the shared one."""
+        """What a layer's routed experts make of a row x [N, d], without the shared one."""
         ids, weights = self.routed(x, layer)
         prefix = self.names["layer"].format(layer) + "mlp.experts."
         out = torch.zeros(x.shape, dtype=torch.float32)
@@ -255,7 +280,7 @@ class ExpertModel(OracleModel):
         layer = int(prefix.rstrip(".").rpartition(".")[2])
         if not self.shape.sparse[layer]:
             return self._gated(normed, prefix + "mlp.")
-        out = self.experts(normed.flatten(0, 1), layer).view_as(normed)
+        out = torch.stack([self.experts(row, layer) for row in normed])
         if self.shape.shared:
             out = out + self.shared(normed, layer)
         return out
