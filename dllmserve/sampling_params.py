@@ -79,7 +79,8 @@ class SamplingParams:
             each.
         threshold: least confidence for the rules that compare with one: "threshold"
             (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "dynamic" (SDAR, LLaDA2),
-            "threshold_dinfer", "hierarchy", "credit" (dInfer), "klass" (arXiv 2511.05664; 0.9 there) and "wino" (0.6 there).
+            "threshold_dinfer", "hierarchy", "credit" (dInfer), "klass" (arXiv 2511.05664; 0.9
+            there) and "wino" (0.6 there).
         factor: the factor f of ``unmask="factor"`` (Fast-dLLM) and "factor_strict".
         entropy_bound: entropy budget in nats of ``unmask="entropy_bound"``.
         low_threshold: least confidence of the best position of a run of masks, for

@@ -5,7 +5,6 @@ import random
 import pytest
 
 from dllmserve import Hole
-
 from tests import helpers
 from tests.conftest import Engines
 
