@@ -145,6 +145,11 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
             regions.append(Region(start, end, grammar))
             _check_room(regions[-1], asked, name, way)
     check_count(len(regions))
+    if regions and params.end_padding:
+        raise InvalidParameterError(
+            "end_padding=True writes over what stands behind an end id, and does not work with "
+            "what has to match something: leave one of them out"
+        )
     return tuple(regions)
 
 

@@ -62,6 +62,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "refresh_share": (["--refresh-share", "0.1"], 0.1),
     "suffix_window": (["--suffix-window", "16"], 16),
     "early_end": (["--early-end"], True),
+    "end_padding": (["--end-padding", "--early-end"], True),
     "quality": (["--quality", "balanced"], "balanced"),
     "factor": (["--factor", "2"], 2.0),
     "entropy_bound": (["--entropy-bound", "0.3"], 0.3),
