@@ -262,9 +262,14 @@ def _held(routed: Routed) -> Tensor:
 
 
 def _by_expert(routed: Routed, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each expert held that any token takes: its pairs [P] int64, and its weight."""
+    """For each expert held that any token takes: its pairs [P] int64 in order, and its weight."""
+    held = routed.held
     ids = routed.ids.flatten()
-    for expert, weight in zip(routed.held, weights, strict=True):
-        pairs = (ids == expert).nonzero().flatten()
-        if len(pairs):
-            yield pairs, weight
+    pairs = ids.argsort(stable=True)
+    # those of experts before ours, of each of ours, and of experts behind
+    places = (ids - held.start).clamp(-1, len(held)) + 1
+    before, *counts, _ = torch.bincount(places, minlength=len(held) + 2).tolist()
+    for weight, count in zip(weights, counts, strict=True):
+        if count:
+            yield pairs[before : before + count], weight
+        before += count
