@@ -488,7 +488,7 @@ def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     filtered = params.top_k > 0 or params.top_p < 1
     shape = (span.q_len, span.ctx_len, span.store, span.q_start, span.keep, span.blk_off)
     edits = sorted(RULES[entry.rule].needs & {*EDITS})
-    biased = bool(params.logit_bias) or params.logits_eos_inf  # ids that are never are everyone's
+    biased = bool(params.logit_bias) or params.logits_eos_inf
     kind = (entry.uncond is not None, entry.blind is not None, biased, bool(request.regions), edits)
     wants = params.logprobs is not None or bool(request.candidates)
     needs = (params.temperature > 0, filtered, params.confidence_eos_eot_inf, wants)
