@@ -77,6 +77,7 @@ class RequestOutput:
         prompt_tokens, completion_tokens: lengths in tokens.
         forward_passes: forwards that the request took part in; guidance counts once.
         cached_tokens: tokens of the prompt whose K and V were found, from requests before.
+        edits: written tokens that were replaced, of all that the request computed.
         steps: number, from 1, of the request's forward that wrote each of token_ids; 0 where
             a token was given.
         logprobs: of each of token_ids, if asked for.
@@ -93,6 +94,7 @@ class RequestOutput:
     completion_tokens: int
     forward_passes: int
     cached_tokens: int = 0
+    edits: int = 0
     steps: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     candidate_logprobs: list[list[float]] | None = None
@@ -122,6 +124,7 @@ class RequestOutput:
                 "completion_tokens": self.completion_tokens,
                 "forward_passes": self.forward_passes,
                 "cached_tokens": self.cached_tokens,
+                "edits": self.edits,
             },
             "steps": self.steps,
             **{key: value for key, value in asked.items() if value is not None},

@@ -402,6 +402,7 @@ class EngineCore:
             completion_tokens=request.canvas.filled(used),
             forward_passes=request.reported_forwards,
             cached_tokens=0 if request.prefix is None else request.prefix.cached,
+            edits=request.progress.edits,
             steps=steps[:used],
             logprobs=self._logprobs_of(request, ids[:used]),
             candidate_logprobs=kept.candidates(used) if kept and request.candidates else None,
