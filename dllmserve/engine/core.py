@@ -467,4 +467,5 @@ class EngineCore:
             # a block may hold given tokens before the answer's start and behind its end
             block=(min(max(block, 0), length), min(max(block + width, 0), length)),
             forward_passes=request.progress.forwards,
+            edited=[p for p in (block + e for e in handle.edited(index)) if 0 <= p < length],
         )

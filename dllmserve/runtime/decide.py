@@ -147,7 +147,7 @@ class StepDecision:
         for whole, cells, values in writings:
             whole.view(-1)[cells] = values  # with one index, which need not be copied
         confidence = shown_confidence(view, edits)
-        return StepOutputs(report, view.tokens, confidence, stats.logprobs, heads)
+        return StepOutputs(report, view.tokens, confidence, stats.logprobs, heads, edits=edits)
 
     def _block_view(self, stats: TokenStats) -> tuple[RuleView, Tensor]:
         """Spread the [M] statistics over the [n, W] block cells."""

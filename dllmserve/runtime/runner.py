@@ -132,6 +132,13 @@ class StepHandle:
         found = self.proposals
         return found.tokens[index, :width].tolist(), found.confidence[index, :width].tolist()
 
+    def edited(self, entry: int) -> list[int]:
+        """Positions of an entry's block whose written token was replaced."""
+        edits = self.proposals.edits
+        if edits is None:
+            return []
+        return edits[self._indices[entry], : self.blocks[entry][1]].nonzero()[:, 0].tolist()
+
     def keep_proposals(self) -> None:
         """Copy the proposals, which the next replay of the same graph would overwrite.
 
@@ -139,7 +146,10 @@ class StepHandle:
         """
         found = self.proposals
         self.proposals = replace(
-            found, tokens=found.tokens.cpu(), confidence=found.confidence.cpu()
+            found,
+            tokens=found.tokens.cpu(),
+            confidence=found.confidence.cpu(),
+            edits=None if found.edits is None else found.edits.cpu(),
         )
 
     def result(self) -> list[EntryReport]:

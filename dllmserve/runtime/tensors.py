@@ -74,6 +74,7 @@ class StepOutputs:
             one's. None if no segment wants log-probabilities.
         holds: [n, A] int64, what answers of constrained entries hold, see
             :class:`dllmserve.core.plan.EntryReport`; None if the step has none.
+        edits: [n, W] bool, written tokens that were replaced; None if none may be.
     """
 
     report: Tensor
@@ -82,3 +83,4 @@ class StepOutputs:
     logprobs: tuple[Tensor, ...] = ()
     heads: Tensor | None = None
     holds: Tensor | None = None
+    edits: Tensor | None = None

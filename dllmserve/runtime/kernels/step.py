@@ -80,4 +80,4 @@ class TritonWork:
         heads = heads_of(view, edits, None) if stats.logprobs else None
         report = commit_step(self.packed, shape, table, update, stats.prob, before)
         confidence = shown_confidence(view, edits)
-        return StepOutputs(report, view.tokens, confidence, stats.logprobs, heads)
+        return StepOutputs(report, view.tokens, confidence, stats.logprobs, heads, edits=edits)
