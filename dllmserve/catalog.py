@@ -244,7 +244,10 @@ MODELS = Catalog(
         "DreamModel": ModelInfo("dllmserve.models.dream:Dream"),
         "DreamForCausalLM": ModelInfo("dllmserve.models.dream:DreamReasoner"),
         "ILLaDAForCausalLM": ModelInfo("dllmserve.models.illada:Illada"),
+        "LLaDA2MoeModelLM": ModelInfo("dllmserve.models.llada2:Llada2"),
+        "LLaDAMoEModelLM": ModelInfo("dllmserve.models.llada_moe:LladaMoe"),
         "SDARForCausalLM": ModelInfo("dllmserve.models.sdar:Sdar"),
+        "SDARMoeForCausalLM": ModelInfo("dllmserve.models.sdar:SdarMoe"),
         "Fast_dLLM_QwenForCausalLM": ModelInfo("dllmserve.models.fast_dllm:FastDllm"),
         "StableDiffcoderForCausalLM": ModelInfo(
             "dllmserve.models.stable_diffcoder:StableDiffcoder"
@@ -257,6 +260,7 @@ MODELS = Catalog(
         "LlamaForCausalLM": ModelInfo("dllmserve.models.llama:Llama"),
         "Qwen2ForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen2"),
         "Qwen3ForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen3"),
+        "Qwen3MoeForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen3Moe"),
     },
 )
 
@@ -304,6 +308,7 @@ RULES = Catalog(
         ),
         "sequential": RuleInfo("dllmserve.decoding.sequential:SequentialRule", quota="exact"),
         "dynamic": RuleInfo("dllmserve.decoding.dynamic:DynamicRule", quota="least", edits=True),
+        "threshold_dinfer": RuleInfo("dllmserve.decoding.threshold_dinfer:DinferThresholdRule"),
         "joint": RuleInfo(
             "dllmserve.decoding.threshold_strict:StrictThresholdRule",
             confidence=_PROBABILITY,

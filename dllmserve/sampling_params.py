@@ -74,12 +74,12 @@ class SamplingParams:
         block_length: diffusion block; None is the engine's default_block_length or the model's
             own, if there is one, else one block for the whole answer (with a SparseConfig: its
             default_block_len). The last block may be shorter.
-        unmask: which positions are written in a step: "steps", "sequential", "dynamic" (SDAR),
-            "threshold", "threshold_strict", "factor", "factor_strict", "entropy_bound",
-            "hierarchy", "credit", "klass", "wino" or "joint"; docs/decoding.md explains each.
+        unmask: which positions are written in a step: "steps", "threshold", "dynamic", ...;
+            docs/decoding.md explains each rule.
         threshold: least confidence for the rules that compare with one: "threshold"
-            (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "dynamic" (SDAR), "hierarchy",
-            "credit" (dInfer), "klass" (arXiv 2511.05664), "wino" and "joint" (0.5 unless given).
+            (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "dynamic" (SDAR, LLaDA2),
+            "threshold_dinfer", "hierarchy", "credit" (dInfer), "klass" (arXiv 2511.05664), "wino"
+            and "joint" (SGLang; 0.5 unless given).
         factor: the factor f of ``unmask="factor"`` (Fast-dLLM) and "factor_strict".
         entropy_bound: entropy budget in nats of ``unmask="entropy_bound"``.
         low_threshold: least confidence of the best position of a run of masks, for
@@ -204,8 +204,8 @@ class SamplingParams:
     unmask: str = knob("steps", "Rule that chooses what is written in a step.", choices=RULES)
     threshold: float = knob(
         0.9,
-        "Least confidence, for unmask=threshold, threshold_strict, dynamic, hierarchy, credit, "
-        "klass, wino.",
+        "Least confidence, for unmask=threshold, threshold_strict, threshold_dinfer, dynamic, "
+        "hierarchy, credit, klass, wino.",
         column=True,
         own_check=True,
     )

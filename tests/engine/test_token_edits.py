@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from dllmserve.outputs import RequestOutput
 from tests import helpers
 from tests.conftest import Engines
 from tests.oracles import edits, models
+from tests.parallel.threads import threaded_llm
 
 NUMBERS = itertools.count(5 * 10**6)
 ENDS = (3, 17, 40, 41, 42, 43)
@@ -134,3 +136,90 @@ def test_against_the_plain_loop(engines: Engines, name: str, full: bool) -> None
             batch, run(engines(helpers.GOLDEN / name, **option), [r for r, _ in batch]), strict=True
         ):
             check(job, output)
+
+
+def drawn(cfg_scale: float = 0.0, most: int = 8) -> list[tuple[list[int], SamplingParams]]:
+    """Requests of every kind that edit, some of which draw their tokens, beside one that does not.
+
+    Args:
+        cfg_scale: of one of them.
+        most: steps of a block for edits alone.
+    """
+    base: dict[str, Any] = {"gen_length": 8, "block_length": 4, "ignore_eos": True}
+    base |= {"max_edit_steps": most}
+    variants: list[dict[str, Any]] = [
+        {"unmask": "joint", "temperature": 0.0, "penalty_lambda": 1.0, "logprobs": 2},
+        {"unmask": "joint", "temperature": 0.7, "seed": 3},
+        {"unmask": "dynamic", "temperature": 0.0, "edit_threshold": 0.0, "logit_bias": {8: 3.0}},
+        {
+            "unmask": "threshold_strict",
+            "temperature": 1.0,
+            "top_p": 0.9,
+            "seed": 4,
+            "edit_threshold": 0.05,
+            "max_edit_steps": 3,
+            "min_tokens_per_step": 3,
+        },
+        {"unmask": "factor", "temperature": 0.0, "max_edit_steps": 16},
+    ]
+    variants[2]["cfg_scale"] = cfg_scale
+    prompts = [helpers.random_prompt(i, 3 + 2 * i) for i in range(len(variants))]
+    return [(p, SamplingParams(**{**base, **v})) for p, v in zip(prompts, variants, strict=True)]
+
+
+def same(llm: LLM, batch: list[tuple[list[int], SamplingParams]], expected: list[Any]) -> None:
+    """The batch at once gives what each request gave alone."""
+    found = llm.generate([p for p, _ in batch], [s for _, s in batch], use_tqdm=False)
+    helpers.check_idle(llm)
+    for one, other in zip(found, expected, strict=True):
+        pairs = zip(one.pop("logprobs", ()), other.get("logprobs", ()), strict=True)
+        assert all(a["logprob"] == pytest.approx(b["logprob"], abs=1e-4) for a, b in pairs)
+        assert one == {key: value for key, value in other.items() if key != "logprobs"}
+
+
+def alone(llm: LLM, batch: list[tuple[list[int], SamplingParams]]) -> list[Any]:
+    return [llm.generate([p], s, use_tqdm=False)[0] for p, s in batch]
+
+
+def test_alone_together_and_on_two_ranks(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn, too, depends on nothing else."""
+    for name in ("llada2-g4e8", "llada-kv2of4"):
+        folder = helpers.GOLDEN / name
+        batch = drawn(cfg_scale=float(name == "llada-kv2of4"))
+        expected = alone(engines(folder), batch)
+        assert sum(output["usage"]["edits"] > 0 for output in expected) >= 3
+        same(engines(folder), batch, expected)
+        two, _, _ = threaded_llm(monkeypatch, str(folder), 2, kv_pages=40, page_size=8)
+        same(two, batch, expected)
+
+
+def test_on_triton_kernels(engines: Engines, checkpoints: dict[str, Path]) -> None:
+    """Under the interpreter on a CPU."""
+    helpers.need_interpreter()
+    folder, batch = checkpoints["llada-odd"], drawn(cfg_scale=1.0, most=1)
+    triton = LLM(str(folder), device="cpu", kernels="triton")
+    expected = alone(engines(folder), batch)
+    assert sum(output["usage"]["edits"] > 0 for output in expected) >= 3
+    same(triton, batch, expected)
+
+
+def test_what_a_watcher_sees(engines: Engines) -> None:
+    """Tokens that are replaced are marked; the history has them with their probabilities."""
+    llm = engines(helpers.GOLDEN / "llada2-g4e8")
+    params = SamplingParams(temperature=0.0, gen_length=8, block_length=8, unmask="joint")
+    before: list[int | None] = []
+    seen = 0
+    for step in llm.stream([1, 2, 3], params):
+        for place in step.edited:
+            assert step.committed[place] and step.token_ids[place] != before[place]
+            assert step.confidence[place] is not None
+        kept = set(range(len(before))) - set(step.edited)
+        assert all(step.token_ids[p] == before[p] for p in kept if before[p] is not None)
+        pairs = zip(step.token_ids, step.committed, strict=True)
+        before = [token if written else None for token, written in pairs]
+        seen += len(step.edited)
+    assert step.output is not None and seen > 0
+    [output] = llm.generate([[1, 2, 3]], params, use_tqdm=False, history=True)
+    assert output["token_ids"] == step.output.token_ids
+    counts = [len(forward["written"]) for forward in output["history"]]
+    assert sum(counts) == 8 + seen
