@@ -157,6 +157,11 @@ def bias_of(params: SamplingParams, spec: ModelSpec) -> Pairs:
     return tuple(bias.items())
 
 
+def penalty_of(params: SamplingParams, spec: ModelSpec) -> Pairs:
+    """What is taken off the logit of the token to the left, with no id; nothing where it is 0."""
+    return ((0, params.penalty_lambda),) if params.penalty_lambda > 0 else ()
+
+
 def edits_of(params: SamplingParams, spec: ModelSpec) -> dict[str, Pairs]:
     """Logit edits that a request asks for, by itself or by its rule, in their order."""
     needs, found = RULES[params.unmask].needs, {}
@@ -176,7 +181,8 @@ def _select(sparse: SparseConfig | None) -> RowSelect:
 def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
     """The rows of a newly admitted request: one, or two with guidance."""
     params, track = request.params, _TRACKS[CACHES[request.policy].tracks]
-    floats = tuple(float(getattr(params, name)) for name in FLOATS)
+    numbers = (getattr(params, name) for name in FLOATS)
+    floats = tuple(inf if number is None else float(number) for number in numbers)
     ints = (
         request.canvas.start,
         request.canvas.end - request.canvas.start,
