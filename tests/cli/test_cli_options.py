@@ -117,6 +117,8 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "engine.threads": (["--threads", "3"], 3),
     "engine.prefix_caching": (["--no-prefix-caching"], False),
     "engine.prefix_isolation": (["--prefix-isolation"], True),
+    "engine.expert_parallel": (["--expert-parallel", "--tensor-parallel-size", "2"], True),
+    "engine.layers": (["--layers", "2", "--load-format", "dummy"], 2),
     "engine.mask_id": (["--mask-id", "7"], 7),
     "engine.eos_ids": (["--eos-ids", "5", "--eos-ids", "7,9"], (5, 7, 9)),
     "engine.default_block_length": (["--default-block-length", "16"], 16),
