@@ -1,0 +1,231 @@
+"""Products of a mixture of experts: every expert with the tokens that chose it, in one launch.
+
+A pair is a token and one of its choices. A tile of a launch is one expert, some of its pairs and
+some of its outputs; which expert a tile has is found from the numbers of pairs, on the device, so
+a launch has the same size whatever tokens choose, and can be part of a CUDA graph::
+
+    counts   | 3 | 0 | 5 | 1 |          pairs of each expert
+    tiles    |0|     |1 2|3|            of at most 4 pairs each
+    order    expert 2: | 7 0 4 9 2 |    its pairs, n * choices + j
+
+Rows are in the order of pairs, before and after a product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Shape of a program's work.
+
+    Attributes:
+        pairs, outs, depth: rows, outputs, and what of the inner dimension is loaded at once.
+        warps, stages: as in Triton.
+        more: rows beside ``pairs``.
+    """
+
+    pairs: int
+    outs: int
+    depth: int
+    warps: int
+    stages: int
+    more: int = 0
+
+
+@triton.jit
+def _tile_of(
+    counts_ptr: tl.tensor,
+    tile: tl.tensor,
+    experts: tl.tensor,
+    EXPERTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A tile's expert, its first pair among the expert's, and their number."""
+    e = tl.arange(0, EXPERTS)
+    count = tl.load(counts_ptr + e, mask=e < experts, other=0)
+    tiles = (count + PAIRS - 1) // PAIRS
+    expert = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)
+    before = tl.sum(tl.where(e < expert, tiles, 0), 0)
+    return expert, (tile - before) * PAIRS, tl.sum(tl.where(e == expert, count, 0), 0)
+
+
+@triton.jit
+def _pairs_of(
+    order_ptr: tl.tensor,  # pointer to the expert's
+    first: tl.tensor,
+    count: tl.tensor,
+    PAIRS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Some of an expert's pairs, and which are real."""
+    place = first + tl.arange(0, PAIRS)
+    return tl.load(order_ptr + place, mask=place < count, other=0), place < count
+
+
+@triton.jit
+def _store(
+    out_ptr: tl.tensor,
+    total: tl.tensor,  # [OUTS, pairs] float32
+    above: tl.tensor,
+    pair: tl.tensor,
+    pair_ok: tl.tensor,
+    out: tl.tensor,
+    outs: tl.tensor,
+    GATED: tl.constexpr,
+) -> None:
+    """Results to the rows of their pairs."""
+    dtype = out_ptr.dtype.element_ty
+    found = total.to(dtype)
+    if GATED:
+        wide = found.to(tl.float32)
+        # rounded to the dtype after every operation, as torch's calls do
+        act = tl.div_rn(wide, 1.0 + tl.exp(-wide)).to(dtype)
+        found = (act.to(tl.float32) * above.to(dtype).to(tl.float32)).to(dtype)
+    to = out_ptr + pair.to(tl.int64)[None, :] * outs + out[:, None]
+    tl.store(to, found, mask=pair_ok[None, :] & (out < outs)[:, None])
+
+
+# numbers of tokens must not choose the machine code
+@triton.jit(do_not_specialize=["tokens"])
+def _product_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    counts_ptr: tl.tensor,
+    order_ptr: tl.tensor,
+    tokens: tl.tensor,
+    experts: tl.tensor,
+    choices: tl.tensor,
+    outs: tl.tensor,
+    depth: tl.tensor,
+    GATED: tl.constexpr,
+    EVEN: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    MORE: tl.constexpr,
+    OUTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> None:
+    out_tiles = tl.cdiv(outs, OUTS)
+    expert, first, count = _tile_of(
+        counts_ptr, tl.program_id(0) // out_tiles, experts, EXPERTS, PAIRS + MORE
+    )
+    if first >= count:
+        return
+    order_ptr += expert.to(tl.int64) * tokens
+    pair, pair_ok = _pairs_of(order_ptr, first, count, PAIRS)
+    out = (tl.program_id(0) % out_tiles) * OUTS + tl.arange(0, OUTS)
+    k = tl.arange(0, DEPTH)
+    x_place = x_ptr + (pair // choices).to(tl.int64)[:, None] * depth + k[None, :]
+    rows = expert.to(tl.int64) * outs * (2 if GATED else 1)
+    w_place = weight_ptr + (rows + out)[:, None] * depth + k[None, :]
+    w_above = w_place + outs.to(tl.int64) * depth
+    out_ok = (out < outs)[:, None]
+    total = tl.zeros((OUTS, PAIRS), dtype=tl.float32)
+    above = tl.zeros((OUTS, PAIRS), dtype=tl.float32)
+    if MORE:  # a tile has rows of two lengths, since each has to be a power of two
+        pair_more, more_ok = _pairs_of(order_ptr, first + PAIRS, count, MORE)
+        y_place = x_ptr + (pair_more // choices).to(tl.int64)[:, None] * depth + k[None, :]
+        total_more = tl.zeros((OUTS, MORE), dtype=tl.float32)
+        above_more = tl.zeros((OUTS, MORE), dtype=tl.float32)
+    for low in range(0, depth, DEPTH):
+        inside = (k < depth - low)[None, :]
+        w_ok = out_ok & inside
+        if EVEN:
+            x = tl.load(x_place + low, mask=pair_ok[:, None], other=0.0)
+            w = tl.load(w_place + low)
+        else:
+            x = tl.load(x_place + low, mask=pair_ok[:, None] & inside, other=0.0)
+            w = tl.load(w_place + low, mask=w_ok, other=0.0)
+        # weights come first: with few pairs the matrix units want the longer side there
+        total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
+        if MORE:
+            y = tl.load(y_place + low, mask=more_ok[:, None] & inside, other=0.0)
+            total_more = tl.dot(w, tl.trans(y), total_more, input_precision="ieee")
+        if GATED:
+            v = tl.load(w_above + low) if EVEN else tl.load(w_above + low, mask=w_ok, other=0.0)
+            above = tl.dot(v, tl.trans(x), above, input_precision="ieee")
+            if MORE:
+                above_more = tl.dot(v, tl.trans(y), above_more, input_precision="ieee")
+    _store(out_ptr, total, above, pair, pair_ok, out, outs, GATED)
+    if MORE:
+        _store(out_ptr, total_more, above_more, pair_more, more_ok, out, outs, GATED)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    counts: Tensor,
+    order: Tensor,
+    choices: int,
+    gated: bool,
+    tiling: Tiling,
+    pairs: int,
+) -> Tensor:
+    """Rows of pairs times the matrices of their experts."""
+    experts, depth = weight.shape[0], weight.shape[2]
+    outs = weight.shape[1] // (2 if gated else 1)
+    out = torch.empty(pairs, outs, dtype=x.dtype, device=x.device)
+    tiles = min(pairs, pairs // (tiling.pairs + tiling.more) + experts)
+    if pairs:
+        _product_kernel[(tiles * triton.cdiv(outs, tiling.outs),)](
+            x, weight, out, counts, order,
+            order.shape[1], experts, choices if gated else 1, outs, depth,
+            GATED=gated,
+            EVEN=outs % tiling.outs == 0 and depth % tiling.depth == 0,
+            EXPERTS=triton.next_power_of_2(experts),
+            PAIRS=tiling.pairs, MORE=tiling.more, OUTS=tiling.outs, DEPTH=tiling.depth,
+            num_warps=tiling.warps, num_stages=tiling.stages,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _combine_kernel(
+    rows_ptr: tl.tensor,
+    ids_ptr: tl.tensor,
+    weights_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    width: tl.tensor,
+    first_held: tl.tensor,
+    held: tl.tensor,
+    experts: tl.tensor,
+    PAIRS: tl.constexpr,
+    ALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for j in tl.static_range(PAIRS):
+        pair = token * PAIRS + j
+        weight = tl.load(weights_ptr + pair)
+        wanted = inside
+        if not ALL:
+            local = tl.load(ids_ptr + pair) - first_held
+            wanted = inside & (local >= 0) & ((local < held) | (local + first_held == experts))
+        row = tl.load(rows_ptr + pair * width + column, mask=wanted, other=0.0)
+        total += weight * row.to(tl.float32)
+    tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def combine(rows: Tensor, ids: Tensor, weights: Tensor, held: range, experts: int) -> Tensor:
+    """Weighted sums of tokens' pairs."""
+    tokens, pairs = ids.shape
+    width = rows.shape[1]
+    out = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
+    block = min(triton.next_power_of_2(width), 1024)
+    if tokens:
+        _combine_kernel[(tokens, triton.cdiv(width, block))](
+            rows, ids, weights, out, width, held.start, len(held), experts,
+            PAIRS=pairs, ALL=len(held) == experts, BLOCK=block, num_warps=4,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
