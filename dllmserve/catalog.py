@@ -239,7 +239,10 @@ MODELS = Catalog(
         "DreamModel": ModelInfo("dllmserve.models.dream:Dream"),
         "DreamForCausalLM": ModelInfo("dllmserve.models.dream:DreamReasoner"),
         "ILLaDAForCausalLM": ModelInfo("dllmserve.models.illada:Illada"),
+        "LLaDA2MoeModelLM": ModelInfo("dllmserve.models.llada2:Llada2"),
+        "LLaDAMoEModelLM": ModelInfo("dllmserve.models.llada_moe:LladaMoe"),
         "SDARForCausalLM": ModelInfo("dllmserve.models.sdar:Sdar"),
+        "SDARMoeForCausalLM": ModelInfo("dllmserve.models.sdar:SdarMoe"),
         "Fast_dLLM_QwenForCausalLM": ModelInfo("dllmserve.models.fast_dllm:FastDllm"),
         "StableDiffcoderForCausalLM": ModelInfo(
             "dllmserve.models.stable_diffcoder:StableDiffcoder"
@@ -252,6 +255,7 @@ MODELS = Catalog(
         "LlamaForCausalLM": ModelInfo("dllmserve.models.llama:Llama"),
         "Qwen2ForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen2"),
         "Qwen3ForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen3"),
+        "Qwen3MoeForCausalLM": ModelInfo("dllmserve.models.qwen:Qwen3Moe"),
     },
 )
 

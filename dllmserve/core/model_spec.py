@@ -36,6 +36,45 @@ class RopeScaling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertSpec:
+    """Mixture of experts: MLPs of which each token takes a few, chosen by a router.
+
+    The router's logits are one product of the hidden state. Scores come from them, some experts
+    are chosen by their scores, and what these give is summed with weights, in the order of the
+    choice; of equal scores the expert with the smaller number comes first.
+
+    Attributes:
+        layers: of each layer, whether experts stand in place of its MLP; ``ModelSpec.mlp_size`` is
+            the width of the others.
+        count: routed experts of a layer.
+        per_token: of which each token takes so many.
+        size: inner width of each.
+        shared_size: inner width of the expert that every token takes beside them, with weight 1;
+            0 for none.
+        score: "softmax" over the logits of all experts, or "sigmoid" of each.
+        normalize: weights are divided by their sum + 1e-20.
+        scale: weights are then multiplied by it.
+        bias: of the scores: "choice" for the choice alone (LLaDA2), "weights" also in the weights
+            (LLaDA-MoE), "" for none.
+        groups: experts are so many runs of equal length, and are chosen in the ``top_groups`` best
+            runs; a run's score is the sum of its two largest.
+        top_groups: see there.
+    """
+
+    layers: tuple[bool, ...]
+    count: int
+    per_token: int
+    size: int
+    shared_size: int = 0
+    score: str = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    bias: str = ""
+    groups: int = 1
+    top_groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Dimensions and special ids of a checkpoint, read from its config.json.
 
@@ -43,7 +82,12 @@ class ModelSpec:
         architecture: ``architectures[0]`` of config.json.
         vocab_size: ids a prompt may contain are ``0 .. vocab_size - 1``.
         embedding_size: rows of the embedding and of the LM head, >= vocab_size.
+        mlp_size: inner width of the MLPs, of which a model whose layers all have experts has none.
+        experts: None for a model without experts.
         rope_theta, rope_scaling: base of the rotary angles, and what else they depend on.
+        rotary_dim: so many first dimensions of each head are rotated; 0 for all.
+        head_norms: queries and keys are normalised in each head, before they are rotated.
+        qkv_bias, out_bias: attention's matrices have a bias.
         logit_shift: 1 if position i's hidden state predicts token i + 1 (Dream, autoregressive
             models), else 0.
         mask_id: id fed to the model at masked positions; NO_MASK in a "causal" model.
@@ -85,10 +129,19 @@ class ModelSpec:
     causal_context: bool = False
     short_blocks: bool = False
     rope_scaling: RopeScaling | None = None
+    rotary_dim: int = 0
+    head_norms: bool = False
     qkv_bias: bool = False
+    out_bias: bool = False
     tied_head: bool = False
     dtype: str = "bfloat16"
     weights: int = 0
+    experts: ExpertSpec | None = None
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of each head that are rotated."""
+        return self.rotary_dim or self.head_dim
 
     @property
     def fed_mask_id(self) -> int:

@@ -22,11 +22,13 @@ def _rotate_kernel(
     head_stride: tl.tensor,
     count: tl.tensor,
     half: tl.tensor,
+    behind: tl.tensor,
     queries: tl.tensor,
     eps: tl.tensor,
     NORM: tl.constexpr,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    BEHIND: tl.constexpr,  # dimensions that are normalised and not rotated, in tl.arange's sizes
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -42,7 +44,19 @@ def _rotate_kernel(
     first, second = first.to(tl.float32), second.to(tl.float32)
     if NORM:
         squares = tl.sum(first * first + second * second, axis=1)
-        scale = tl.rsqrt(squares / (2 * half) + eps)[:, None]
+        if BEHIND:
+            dim = 2 * half + tl.arange(0, BEHIND)
+            within = (head < count)[:, None] & (dim < 2 * half + behind)[None, :]
+            rest_place = heads_ptr + row * row_stride + head[:, None] * head_stride + dim[None, :]
+            rest = tl.load(rest_place, mask=within, other=0.0).to(tl.float32)
+            squares += tl.sum(rest * rest, axis=1)
+        scale = tl.rsqrt(squares / (2 * half + behind) + eps)[:, None]
+        if BEHIND:
+            query, key = (head < queries)[:, None] & within, (head >= queries)[:, None] & within
+            weight = tl.load(query_ptr + dim[None, :], mask=query, other=0.0).to(tl.float32)
+            weight += tl.load(key_ptr + dim[None, :], mask=key, other=0.0).to(tl.float32)
+            rest = (rest * scale).to(dtype).to(tl.float32) * weight
+            tl.store(rest_place, rest.to(dtype), mask=within)
         # a head's weight is the queries' or the keys'
         query, key = (head < queries)[:, None] & inside, (head >= queries)[:, None] & inside
         low = tl.load(query_ptr + pair[None, :], mask=query, other=0.0).to(tl.float32)
@@ -57,15 +71,16 @@ def _rotate_kernel(
 
 def rotate_(
     heads: Tensor,  # [N, H, D]
-    cos: Tensor,  # [max_len, D/2] float32
-    sin: Tensor,  # [max_len, D/2] float32
+    cos: Tensor,  # [max_len, r/2] float32
+    sin: Tensor,  # [max_len, r/2] float32
     positions: Tensor,  # [N] int64
     count: int,
     norms: tuple[Tensor, Tensor, int, float] | None = None,
 ) -> None:
     """Rotate the first ``count`` heads in place, in float32, and cast back.
 
-    If there are norms, heads are normalised first, rounded as torch's calls round.
+    The tables say how many of the first dimensions are rotated; those behind them stay. If there
+    are norms, whole heads are normalised first, rounded as torch's calls round.
 
     Args:
         heads: [N, H, D], last dimension contiguous; a view of the fused q, k, v product.
@@ -81,7 +96,9 @@ def rotate_(
     if rows == 0 or count == 0:
         return
     query, key, queries, eps = (cos, cos, 0, 0.0) if norms is None else norms
-    half_block = triton.next_power_of_2(dim // 2)
+    half = cos.shape[1]
+    behind = dim - 2 * half
+    half_block = triton.next_power_of_2(half)
     per_program = min(triton.next_power_of_2(count), max(_ELEMENTS // half_block, 1))
     _rotate_kernel[(rows, triton.cdiv(count, per_program))](
         heads,
@@ -93,12 +110,14 @@ def rotate_(
         heads.stride(0),
         heads.stride(1),
         count,
-        dim // 2,
+        half,
+        behind,
         queries,
         eps,
         NORM=norms is not None,
         HEADS=per_program,
         HALF=half_block,
+        BEHIND=triton.next_power_of_2(behind) if behind and norms is not None else 0,
         num_warps=4,
         enable_fp_fusion=False,  # torch rounds after every operation
     )

@@ -40,6 +40,9 @@ class Part:
     Example:
         >>> Part("up.weight", (6, 4), (slice(2, 4), slice(None))).held
         (2, 4)
+
+    A tensor may have several parts, such as the rows of q, of k and of v in one packed matrix;
+    and a rank may hold none of a part, which is then cut to no rows.
     """
 
     name: str
@@ -112,10 +115,10 @@ class Build:
         """For the modules of a module of that name in the checkpoint."""
         return replace(self, prefix=f"{self.prefix}{name}.")
 
-    def weight(self, *parts: Part, ones: bool = False) -> Tensor:
+    def weight(self, *parts: Part, ones: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised weight of parts that differ in their rows alone, see :class:`Weight`."""
         shape = (sum(part.held[0] for part in parts), *parts[0].held[1:])
-        data = torch.empty(shape, dtype=self.dtype, device=self.device)
+        data = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         named = tuple(replace(part, name=self.prefix + part.name) for part in parts)
         self.weights.append(Weight(data, named, ones))
         return data
@@ -144,6 +147,8 @@ class Linear:
         inputs: width of x.
         outputs: rows of each matrix, by its name.
         bias: whether each matrix has one.
+        packed: the name of the one matrix in which all of them lie below each other; "" if each is
+            a matrix by itself.
         by_columns: cut the inputs instead, see :class:`JoinedLinear`.
     """
 
@@ -154,14 +159,21 @@ class Linear:
         outputs: Mapping[str, int],
         *,
         bias: bool = False,
+        packed: str = "",
         by_columns: bool = False,
     ) -> None:
         share = build.partition.share
-        matrices, biases = [], []
+        matrices, biases, above = [], [], 0
         for name, rows in outputs.items():
-            cut = (_ALL, share(inputs)) if by_columns else (share(rows), _ALL)
-            matrices.append(Part(f"{name}.weight", (rows, inputs), cut))
-            biases.append(Part(f"{name}.bias", (rows,), cut[:1]))
+            mine = share(rows)
+            cut = (_ALL, share(inputs)) if by_columns else (mine, _ALL)
+            height = rows
+            if packed:
+                name, height = packed, sum(outputs.values())
+                cut = (slice(above + mine.start, above + mine.stop), _ALL)
+                above += rows
+            matrices.append(Part(f"{name}.weight", (height, inputs), cut))
+            biases.append(Part(f"{name}.bias", (height,), cut[:1]))
         self.weight = build.weight(*matrices)
         self.bias = build.weight(*biases) if bias else None
         self._product = build.ops.linear
@@ -174,9 +186,13 @@ class Linear:
 class JoinedLinear(Linear):
     """``x @ W.T`` of the whole matrix on every rank, from each rank's share of x and of W."""
 
-    def __init__(self, build: Build, inputs: int, outputs: int, name: str) -> None:
+    def __init__(
+        self, build: Build, inputs: int, outputs: int, name: str, *, bias: bool = False
+    ) -> None:
         self._exact, self._group = build.partition.exact, build.group
-        super().__init__(build, inputs, {name: outputs}, by_columns=not self._exact)
+        super().__init__(build, inputs, {name: outputs}, bias=bias, by_columns=not self._exact)
+        if self._group.rank and not self._exact:
+            self.bias = None  # the first rank adds it to the sum
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, this rank's inputs] -> [N, outputs]."""
@@ -236,6 +252,7 @@ class Attention:
         build: the rank's.
         layer: its index, by which the context finds its K and V.
         q, k, v, out: names of the matrices.
+        packed: name of the one matrix that q, k and v are rows of, if they are.
         norms: names of the norms over each head of the queries and of the keys, if there are any;
             whole on every rank.
     """
@@ -245,21 +262,28 @@ class Attention:
         build: Build,
         layer: int,
         *,
-        q: str,
-        k: str,
-        v: str,
         out: str,
+        q: str = "q",
+        k: str = "k",
+        v: str = "v",
+        packed: str = "",
         norms: tuple[str, str] | None = None,
     ) -> None:
         spec, local, self._ops = build.spec, build.partition.local, build.ops
         width, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.qkv = Linear(build, spec.hidden_size, {q: width, k: kv, v: kv}, bias=spec.qkv_bias)
+        self.qkv = Linear(
+            build,
+            spec.hidden_size,
+            {q: width, k: kv, v: kv},
+            bias=spec.qkv_bias,
+            packed=packed,
+        )
         self.norms: HeadNorms | None = None
         if norms is not None:
             parts = [Part(f"{name}.weight", (spec.head_dim,), (_ALL,)) for name in norms]
             of_q, of_k = (build.weight(part, ones=True) for part in parts)
             self.norms = HeadNorms(of_q, of_k, local.num_heads, spec.norm_eps)
-        self.out = JoinedLinear(build, width, spec.hidden_size, out)
+        self.out = JoinedLinear(build, width, spec.hidden_size, out, bias=spec.out_bias)
         self._layer = layer
         self._heads, self._head_dim = local.num_heads, spec.head_dim
         self._rotated = local.num_heads + local.num_kv_heads
@@ -282,10 +306,18 @@ class Attention:
 
 
 class Mlp:
-    """``down(silu(gate(x)) * up(x))``; a rank has a share of the inner dimension."""
+    """``down(silu(gate(x)) * up(x))``; a rank has a share of the inner dimension.
 
-    def __init__(self, build: Build, *, gate: str, up: str, down: str) -> None:
-        width, inner = build.spec.hidden_size, build.spec.mlp_size
+    Args:
+        build: the rank's.
+        gate, up, down: names of the matrices.
+        inner: the inner dimension; the model's ``mlp_size`` if it is not given.
+    """
+
+    def __init__(
+        self, build: Build, *, gate: str, up: str, down: str, inner: int | None = None
+    ) -> None:
+        width, inner = build.spec.hidden_size, inner or build.spec.mlp_size
         self.gate_up = Linear(build, width, {gate: inner, up: inner})
         self.down = JoinedLinear(build, inner, width, down)
         self._silu_mul = build.ops.silu_mul

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.core.model_spec import RopeScaling
+from dllmserve.core.model_spec import ExpertSpec, RopeScaling
 from dllmserve.layers.rotary import query_factors, rotary_tables
 
 #: what ``at`` gives and ``rotate`` takes; its content is the implementation's own
@@ -68,6 +69,23 @@ class HeadNorms(NamedTuple):
     eps: float
 
 
+class Routed(NamedTuple):
+    """Which experts each token takes, see :class:`dllmserve.core.model_spec.ExpertSpec`.
+
+    A pair is a token n and its choice j; pairs are numbered ``n * K + j``. A shared expert that is
+    stored as one more expert is every token's last choice, so K is then one more.
+
+    Attributes:
+        ids: [N, K] int32 expert of each pair.
+        weights: [N, K] float32.
+        held: the experts that this rank has; pairs of others are none of its business.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    held: range
+
+
 class LayerOps:
     """The operations of a decoder layer, apart from attention: plain torch, on any device.
 
@@ -75,12 +93,12 @@ class LayerOps:
     library's: the last bits of a row may depend on how many rows are in the call. The rest does
     not depend on them in float32.
 
-    Rotary position embedding has the half-split layout: the first half of a head rotates with the
-    second. Its cos and sin tables are float32, for positions ``0 .. max_len - 1``; see
-    :mod:`dllmserve.layers.rotary`.
+    Rotary position embedding has the half-split layout: of the first ``rotary_dim`` dimensions of
+    a head, the first half rotates with the second; dimensions behind them stay. Its cos and sin
+    tables are float32, for positions ``0 .. max_len - 1``; see :mod:`dllmserve.layers.rotary`.
 
     Example:
-        >>> ops = LayerOps(head_dim=64, theta=1e4, max_len=128, device=torch.device("cpu"))
+        >>> ops = LayerOps(rotary_dim=64, theta=1e4, max_len=128, device=torch.device("cpu"))
         >>> angles = ops.at(torch.tensor([0, 1, 2]))
         >>> ops.rotate(torch.zeros(3, 5, 64), 2, angles).shape
         torch.Size([3, 2, 64])
@@ -88,13 +106,13 @@ class LayerOps:
 
     def __init__(
         self,
-        head_dim: int,
+        rotary_dim: int,
         theta: float,
         max_len: int,
         device: torch.device,
         scaling: RopeScaling | None = None,
     ) -> None:
-        self.tables = rotary_tables(head_dim, theta, max_len, device, scaling)
+        self.tables = rotary_tables(rotary_dim, theta, max_len, device, scaling)
         self._query_factors = query_factors(max_len, device, scaling)
 
     def add_norm(
@@ -110,7 +128,7 @@ class LayerOps:
     def at(self, positions: Tensor) -> Angles:
         """Once per forward: what ``rotate`` needs of positions [N] int64, which come last."""
         cos, sin = self.tables
-        return cos[positions][:, None, :], sin[positions][:, None, :], positions  # [N, 1, D/2]
+        return cos[positions][:, None, :], sin[positions][:, None, :], positions  # [N, 1, r/2]
 
     def rotate(
         self, heads: Tensor, count: int, angles: Angles, norms: HeadNorms | None = None
@@ -125,9 +143,12 @@ class LayerOps:
             query, key, first_key, eps = norms
             queries, keys = turning[:, :first_key], turning[:, first_key:]
             turning = torch.cat((rms_norm(queries, query, eps), rms_norm(keys, key, eps)), dim=1)
-        first, second = turning.float().chunk(2, dim=-1)
+        rotated = 2 * cos.shape[-1]
+        behind = turning[..., rotated:]
+        first, second = turning[..., :rotated].float().chunk(2, dim=-1)
         turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.to(heads.dtype)
+        turned = turned.to(heads.dtype)
+        return torch.cat((turned, behind), dim=-1) if behind.shape[-1] else turned
 
     def scale_queries(self, queries: Tensor, angles: Angles) -> Tensor:
         """Rotated queries [N, Hq, D] times a factor of their positions, where the model has one."""
@@ -143,3 +164,107 @@ class LayerOps:
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: [N, d] -> [N, out]."""
         return F.linear(x, weight, bias)
+
+    def route(
+        self,
+        x: Tensor,  # [N, d]
+        gate: Tensor,  # [E, d]
+        bias: Tensor | None,  # [E] float32
+        experts: ExpertSpec,
+        held: range,
+    ) -> Routed:
+        """The experts of each token, with their weights, in float32 whatever x and gate are.
+
+        Args:
+            x: hidden states.
+            gate: the router's matrix, of all experts.
+            bias: of the scores, where ``experts.bias`` says that there is one.
+            experts: how many each token takes, and how.
+            held: experts that this rank has. If the number E is among them, it is that of the
+                shared expert, which every token takes.
+        """
+        logits = self.linear(x.float(), gate.float(), None)
+        scores = logits.sigmoid() if experts.score == "sigmoid" else logits.softmax(dim=-1)
+        ranked = scores if bias is None else scores + bias
+        if experts.bias == "weights":
+            scores = ranked
+        ids = _best(_in_best_groups(ranked, experts), experts.per_token)
+        weights = scores.gather(1, ids)
+        if experts.normalize:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights * experts.scale
+        if experts.count in held:
+            ids, weights = F.pad(ids, (0, 1), value=experts.count), F.pad(weights, (0, 1), value=1)
+        return Routed(ids.int(), weights, held)
+
+    def expert_up(self, x: Tensor, routed: Routed, gate_up: Tensor) -> Tensor:
+        """``silu(gate) * up`` of each pair's token and expert: [N, d] -> [N*K, m].
+
+        Rows of pairs whose expert this rank has not are undefined.
+
+        Args:
+            x: [N, d].
+            routed: of x.
+            gate_up: [held experts, 2m, d]: gate's m rows, then up's.
+        """
+        choices = routed.ids.shape[1]
+        inner = x.new_empty((routed.ids.numel(), gate_up.shape[1] // 2))
+        for pairs, weight in _by_expert(routed, gate_up):
+            inner[pairs] = self.silu_mul(self.linear(x[pairs // choices], weight, None))
+        return inner
+
+    def expert_down(self, inner: Tensor, routed: Routed, down: Tensor) -> Tensor:
+        """Each pair's row times its expert's matrix: [N*K, m] -> [N*K, d].
+
+        Args:
+            inner: see ``expert_up``, also for rows that are undefined.
+            routed: of the same tokens.
+            down: [held experts, d, m].
+        """
+        out = inner.new_empty((inner.shape[0], down.shape[1]))
+        for pairs, weight in _by_expert(routed, down):
+            out[pairs] = self.linear(inner[pairs], weight, None)
+        return out
+
+    def combine(self, rows: Tensor, routed: Routed) -> Tensor:
+        """The weighted sum of each token's pairs that this rank has: [N*K, d] -> [N, d].
+
+        It is computed in float32, in the order of the choice, and cast once.
+        """
+        choices, held = routed.ids.shape[1], _held(routed)
+        each = rows.view(-1, choices, rows.shape[1])
+        total = torch.zeros_like(each[:, 0], dtype=torch.float32)
+        for j in range(choices):
+            part = each[:, j].float() * routed.weights[:, j, None]
+            total = torch.where(held[:, j, None], total + part, total)
+        return total.to(rows.dtype)
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Places of the largest scores [N, n], from the largest on, the first of equals: [N, count]."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def _in_best_groups(scores: Tensor, experts: ExpertSpec) -> Tensor:
+    """Scores [N, E], and -inf for experts outside the best groups."""
+    if experts.groups == experts.top_groups:
+        return scores
+    runs = scores.view(len(scores), experts.groups, experts.count // experts.groups)
+    best = _best(runs.topk(2, dim=-1).values.sum(dim=-1), experts.top_groups)
+    outside = torch.ones(runs.shape[:2], dtype=torch.bool, device=scores.device)
+    outside.scatter_(1, best, False)
+    return runs.masked_fill(outside[:, :, None], -torch.inf).flatten(1)
+
+
+def _held(routed: Routed) -> Tensor:
+    """Which pairs' experts this rank has: [N, K] bool."""
+    return (routed.ids >= routed.held.start) & (routed.ids < routed.held.stop)
+
+
+def _by_expert(routed: Routed, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each expert held that any token takes: its pairs [P] int64, and its weight."""
+    ids = routed.ids.flatten()
+    for expert, weight in zip(routed.held, weights, strict=True):
+        pairs = (ids == expert).nonzero().flatten()
+        if len(pairs):
+            yield pairs, weight

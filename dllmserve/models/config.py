@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dllmserve.core.model_spec import RopeScaling
+from dllmserve.core.model_spec import ExpertSpec, RopeScaling
 from dllmserve.errors import UnsupportedModelError
 
 #: where a mask id that the engine's options give is put, and looked for first
@@ -67,11 +67,15 @@ def rope_theta(config: Mapping[str, Any]) -> float:
     return theta
 
 
-def rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+def rope(config: Mapping[str, Any], *, partial: bool = False) -> tuple[float, RopeScaling | None]:
     """The rotary base, and what else angles depend on.
 
     Files of transformers 4 have ``rope_theta`` and ``rope_scaling``, those of transformers 5
     ``rope_parameters`` with the base inside.
+
+    Args:
+        config: the file.
+        partial: some dimensions alone may be rotated, see :func:`rotary_dim`.
 
     Raises:
         UnsupportedModelError: angles that no layer here computes.
@@ -84,13 +88,49 @@ def rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             raise TypeError(f"{name} must be an object or null, got {value!r}")
         if value:
             field, given, inner = name, value, value.get("rope_theta") or inner
-    for part in (config.get("partial_rotary_factor"), given.get("partial_rotary_factor")):
+    parts = (config.get("partial_rotary_factor"), given.get("partial_rotary_factor"))
+    for part in () if partial else parts:
         if (part or 1) != 1:
             raise UnsupportedModelError(
                 f"{field}: partial_rotary_factor={part} is not supported (only 1)"
             )
     theta = float(config.get("rope_theta") or inner or 10000.0)
     return theta, _scaling(field, given, config, theta)
+
+
+def rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
+    """So many first dimensions of each head are rotated: those of ``partial_rotary_factor``."""
+    inside = config.get("rope_parameters") or {}
+    factor = one_of({**inside, **config}, ("partial_rotary_factor",), 1.0)
+    if not 0 < factor <= 1:
+        raise UnsupportedModelError(
+            f"partial_rotary_factor={factor} is not supported: it must be over 0 and at most 1"
+        )
+    return int(head_dim * factor)
+
+
+def expert_spec(**fields: Any) -> ExpertSpec:
+    """An ExpertSpec whose numbers fit each other.
+
+    Raises:
+        UnsupportedModelError: they do not.
+    """
+    spec = ExpertSpec(**fields)
+    in_group = spec.count // max(spec.groups, 1)
+    if not (
+        spec.size > 0
+        and spec.shared_size >= 0
+        and 0 < spec.top_groups <= spec.groups
+        and spec.count == in_group * spec.groups
+        and (spec.groups == spec.top_groups or in_group > 1)
+        and 0 < spec.per_token <= in_group * spec.top_groups
+    ):
+        raise UnsupportedModelError(
+            f"config.json: {spec.per_token} of {spec.count} experts of size {spec.size}, chosen in "
+            f"{spec.top_groups} of {spec.groups} groups, cannot be: groups must be equal and have "
+            "two experts each, and the groups chosen must have as many as a token takes"
+        )
+    return spec
 
 
 def _scaling(

@@ -6,13 +6,16 @@ Source of the fields and names: configuration_llama.py and modeling_llama.py of 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from dllmserve.core.model_spec import NO_MASK, ModelSpec
+from torch import Tensor
+
+from dllmserve.core.model_spec import NO_MASK, ExpertSpec, ModelSpec
 from dllmserve.errors import UnsupportedModelError
+from dllmserve.layers.experts import Experts
 from dllmserve.layers.modules import Attention, Build, Embedding, Head, Mlp, RMSNorm
-from dllmserve.models.config import eos_ids, need, one_of, refuse, rope, window
+from dllmserve.models.config import eos_ids, need, one_of, refuse, rope, rotary_dim, window
 from dllmserve.models.decoder import Block, Decoder
 
 #: traits of an autoregressive model
@@ -36,28 +39,38 @@ def mask_id(config: Mapping[str, Any], default: int) -> int:
     return int(one_of(config, ("mask_token_id", "mask_id"), default))
 
 
+def ends(config: Mapping[str, Any], default: int) -> tuple[int, ...]:
+    """End ids of a model whose published files may lack them."""
+    known = default < int(config.get("vocab_size") or 0)
+    return eos_ids(config) or ((default,) if known else ())
+
+
 class LlamaLike(Decoder):
     """A decoder with the layers, fields and names of Llama; a subclass says what differs.
 
     Attributes:
         name: the architecture.
         only: options, and the one value that is supported.
-        inside, head_name: names of the decoder and of the LM head in the checkpoint.
+        inside, embedding_name, head_name: names of the decoder, of the embedding in it, and of the
+            LM head in the checkpoint.
         head_norms: queries and keys are normalised in each head.
+        partial_rotary: some dimensions of each head alone may be rotated.
         default_head_dim: where head_dim is absent; None for width over heads.
     """
 
     name: ClassVar[str]
     only: ClassVar[Mapping[str, Any]] = {"hidden_act": "silu"}
     inside: ClassVar[str] = "model"
+    embedding_name: ClassVar[str] = "embed_tokens"
     head_name: ClassVar[str] = "lm_head"
     head_norms: ClassVar[bool] = False
+    partial_rotary: ClassVar[bool] = False
     default_head_dim: ClassVar[int | None] = None
 
     def __init__(self, build: Build) -> None:
         super().__init__(build)
         at = build.inside(self.inside)
-        self.embedding = Embedding(at, "embed_tokens")
+        self.embedding = Embedding(at, self.embedding_name)
         self.blocks = [
             self._block(at.inside(f"layers.{i}"), i) for i in range(self.spec.num_layers)
         ]
@@ -66,16 +79,29 @@ class LlamaLike(Decoder):
 
     def _block(self, at: Build, layer: int) -> Block:
         """LlamaDecoderLayer."""
-        attention, mlp = at.inside("self_attn"), at.inside("mlp")
-        norms = ("q_norm", "k_norm") if self.head_norms else None
         return Block(
             RMSNorm(at, "input_layernorm"),
-            Attention(
-                attention, layer, q="q_proj", k="k_proj", v="v_proj", out="o_proj", norms=norms
-            ),
+            self._attention(at, layer),
             RMSNorm(at, "post_attention_layernorm"),
-            Mlp(mlp, gate="gate_proj", up="up_proj", down="down_proj"),
+            self._mlp(at, layer),
         )
+
+    def _attention(self, at: Build, layer: int) -> Attention:
+        """LlamaAttention."""
+        norms = ("q_norm", "k_norm") if self.spec.head_norms else None
+        names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
+        return Attention(at.inside("self_attn"), layer, **names, norms=norms)
+
+    def _mlp(self, at: Build, layer: int) -> Callable[[Tensor], Tensor]:
+        """LlamaMLP, or the layer's experts."""
+        experts = self.spec.experts
+        if experts is not None and experts.layers[layer]:
+            return self._experts(at, experts)
+        return Mlp(at.inside("mlp"), gate="gate_proj", up="up_proj", down="down_proj")
+
+    def _experts(self, at: Build, experts: ExpertSpec) -> Experts:
+        """A layer's experts, by their names in Qwen3's mixtures of experts."""
+        return Experts(at, experts)
 
     @classmethod
     @abstractmethod
@@ -100,7 +126,8 @@ class LlamaLike(Decoder):
                 f"hidden_size={width} is not a multiple of num_attention_heads={heads}"
             )
         vocab = int(need(config, "vocab_size", cls.name))
-        theta, scaling = rope(config)
+        theta, scaling = rope(config, partial=cls.partial_rotary)
+        head_dim = int(head_dim or width // heads)
         return ModelSpec(
             architecture=cls.name,
             vocab_size=vocab,
@@ -109,16 +136,20 @@ class LlamaLike(Decoder):
             num_layers=int(need(config, "num_hidden_layers", cls.name)),
             num_heads=heads,
             num_kv_heads=kv,
-            head_dim=int(head_dim or width // heads),
+            head_dim=head_dim,
+            rotary_dim=rotary_dim(config, head_dim) % head_dim if cls.partial_rotary else 0,
             mlp_size=int(need(config, "intermediate_size", cls.name)),
             max_model_len=int(need(config, "max_position_embeddings", cls.name)),
             rope_theta=theta,
             rope_scaling=scaling,
             norm_eps=float(config.get("rms_norm_eps") or 1e-6),
-            eos_ids=eos_ids(config),
             tied_head=bool(config.get("tie_word_embeddings", False)),
             dtype=str(config.get("torch_dtype") or config.get("dtype") or "bfloat16"),
-            **cls.traits(config),
+            **{
+                "eos_ids": eos_ids(config),
+                "head_norms": cls.head_norms,
+                **cls.traits(config),
+            },
         )
 
 

@@ -22,7 +22,7 @@ from dllmserve.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from dllmserve.layers.modules import Build
+from dllmserve.layers.modules import Build, Part
 from dllmserve.layers.ops import LayerOps
 from dllmserve.models.config import MASK_FIELD, quantization
 from dllmserve.models.decoder import Decoder
@@ -203,8 +203,9 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
             f"the block size is {spec.block_length}; it must be over 0: give default_block_length "
             "(--default-block-length)"
         )
-    if spec.head_dim % 2:
-        raise UnsupportedModelError(f"head_dim={spec.head_dim} is odd, so it cannot be rotated")
+    if spec.rotated % 2:
+        field = "rotary_dim" if spec.rotary_dim else "head_dim"
+        raise UnsupportedModelError(f"{field}={spec.rotated} is odd, so it cannot be rotated")
     if spec.embedding_size < spec.vocab_size:
         raise UnsupportedModelError(
             f"embedding_size={spec.embedding_size} is under vocab_size={spec.vocab_size}"
@@ -285,7 +286,7 @@ def empty_decoder(
         from dllmserve.layers.triton import TritonOps
 
         kind = TritonOps
-    ops = kind(spec.head_dim, spec.rope_theta, max_len, device, spec.rope_scaling)
+    ops = kind(spec.rotated, spec.rope_theta, max_len, device, spec.rope_scaling)
     return _compose(Build(partition, dtype, device, ops))
 
 
@@ -310,7 +311,10 @@ def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decod
     """
     files = _weight_files(directory)
     decoder = empty_decoder(partition, **options)
-    places = {p.name: (p, rows) for weight in decoder.weights for p, rows in weight.places()}
+    places: dict[str, list[tuple[Part, Tensor]]] = {}
+    for weight in decoder.weights:
+        for part, rows in weight.places():
+            places.setdefault(part.name, []).append((part, rows))
     problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEMS}
     seen: set[str] = set()
     for name, tensor in _tensors(files):
@@ -318,17 +322,19 @@ def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decod
             if not any(part in name for part in decoder.ignored):
                 problems["unexpected"].append(name)
             continue
-        part, rows = places[name]
+        expected = places[name][0][0].shape
         shape, kind = tuple(tensor.get_shape()), tensor.get_dtype()
         if name in seen:
             problems["unusable"].append(f"{name} is in more than one file")
-        elif shape != part.shape:
-            problems["misshapen"].append(f"{name} is {shape}, expected {part.shape}")
+        elif shape != expected:
+            problems["misshapen"].append(f"{name} is {shape}, expected {expected}")
         elif kind not in _DTYPES:
             # quantized weights come with scales that nothing here would apply
             problems["unusable"].append(f"{name} is {kind}, expected F32, BF16 or F16")
         else:
-            rows.copy_(_read(name, tensor, part.cut))
+            for part, rows in places[name]:
+                if rows.numel():
+                    rows.copy_(_read(name, tensor, part.cut))
         seen.add(name)
     problems["missing"] = [name for name in places if name not in seen]
     _report(directory, problems)

@@ -15,7 +15,8 @@ from dllmserve.parallel.partition import Partition
 def random_decoder(partition: Partition, **options: Any) -> Decoder:
     """A decoder with seeded random weights.
 
-    A rank's are its part of the whole model's, so they do not depend on the number of ranks.
+    A rank's are its part of the whole model's, so they do not depend on the number of ranks; of a
+    model with a shared expert they depend on whether ranks divide experts between them.
 
     Args:
         partition, options: as for :func:`empty_decoder`.
@@ -31,12 +32,13 @@ def random_decoder(partition: Partition, **options: Any) -> Decoder:
 
 
 def _randomize(weight: Weight, generator: torch.Generator) -> None:
-    counts = [part.shape[0] for part in weight.parts]
-    shape = (sum(counts), *weight.parts[0].shape[1:])
+    rows_of = {part.name: part.shape[0] for part in weight.parts}
+    shape = (sum(rows_of.values()), *weight.parts[0].shape[1:])
     # in place where a rank has all of it: an embedding's copy takes a gigabyte
     complete = weight.data.shape == shape
     whole = weight.data if complete else weight.data.new_empty(shape)
     whole.normal_(0.0, 0.02, generator=generator)
     if not complete:
-        for (part, rows), drawn in zip(weight.places(), torch.split(whole, counts), strict=True):
-            rows.copy_(drawn[part.cut])
+        drawn = dict(zip(rows_of, torch.split(whole, list(rows_of.values())), strict=True))
+        for part, rows in weight.places():
+            rows.copy_(drawn[part.name][part.cut])

@@ -1,4 +1,4 @@
-"""Compile the constraint kernels for a GPU that need not be there.
+"""Compile the constraint kernels and the rotation of heads for a GPU that need not be there.
 
 ``python -m tests.kernels.compiled``; Triton's interpreter takes what the compiler refuses.
 """
@@ -7,19 +7,33 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dllmserve.kernels import rotary
 from dllmserve.runtime.kernels import constrain, region_sets
 
 TYPES = {
-    "tokens": "*i64 rows cells fields best holds ints",
+    "tokens": "*i64 rows cells fields best holds ints positions_ptr",
     "packed": "*i32 wide entry_of",
     "small": "*i16",
     "sets": "*u8 allowed write left",
     "masked": "*i1",
-    "z": "*bf16",
+    "z": "*bf16 heads_ptr query_ptr key_ptr",
+    "cos_ptr": "*fp32 sin_ptr",
+    "eps": "fp32",
     "confidence": "*fp64",
 }
 #: sizes that a launch fixes
-FIXED = {"LOOK": 32, "TILE": 1024, "MOST": 128, "ST": 16, "CT": 128, "WIDTH": 32}
+FIXED = {
+    "LOOK": 32,
+    "TILE": 1024,
+    "MOST": 128,
+    "ST": 16,
+    "CT": 128,
+    "WIDTH": 32,
+    "NORM": True,
+    "HEADS": 32,
+    "HALF": 32,
+    "BEHIND": 64,
+}
 KERNELS = (
     region_sets.sweep,
     constrain.allowed_classes,
@@ -27,6 +41,7 @@ KERNELS = (
     constrain.note_best,
     constrain.settle,
     constrain.only_ids,
+    rotary._rotate_kernel,
 )
 
 

@@ -62,12 +62,17 @@ def test_add_rms_norm(dtype: torch.dtype, width: int, add: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "count", "dim"), [(5, 3, 6), (1, 1, 2), (40, 33, 64)])
+@pytest.mark.parametrize(
+    ("heads", "count", "dim", "rotated"),
+    [(5, 3, 6, 6), (1, 1, 2, 2), (40, 33, 64, 64), (7, 6, 16, 8), (5, 4, 30, 6)],
+)
 @pytest.mark.parametrize("queries", [None, 1, 25])
-def test_rotate(dtype: torch.dtype, heads: int, count: int, dim: int, queries: int | None) -> None:
+def test_rotate(
+    dtype: torch.dtype, heads: int, count: int, dim: int, rotated: int, queries: int | None
+) -> None:
     from dllmserve.kernels.rotary import rotate_
 
-    ops = LayerOps(dim, 100.0, 50, DEVICE)
+    ops = LayerOps(rotated, 100.0, 50, DEVICE)
     positions = torch.tensor([0, 49, 7, 7], device=DEVICE)
     buffer = random(4, heads * dim + 5, dtype=dtype)  # a row is longer than its heads
     view = buffer[:, : heads * dim].view(4, heads, dim)
@@ -80,6 +85,10 @@ def test_rotate(dtype: torch.dtype, heads: int, count: int, dim: int, queries: i
     rotate_(view, *ops.tables, positions, count, norms)
     close(view[:, :count], expected, roundings=1 if norms is None else 4)
     assert torch.equal(buffer[:, count * dim :], before[:, count * dim :])
+    if norms is None:
+        assert torch.equal(
+            view[..., rotated:], before[:, : heads * dim].view_as(view)[..., rotated:]
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

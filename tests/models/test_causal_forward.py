@@ -22,6 +22,7 @@ from tests.parallel.threads import on_all, thread_groups
 
 CPU = torch.device("cpu")
 BLOCK = ("sdar-kv2of4", "sdar-tied-kv3of6", "fdv2-kv2of4", "fdv2-tied-kv1of3")
+EXPERTS = ("sdarmoe-kv2of4", "llada2-g4e8", "llada21-g4e12", "llada2-maskprop", "qwen3moe-kv2of4")
 CAUSAL = (
     "llama-kv2of4",
     "llama3rope-tied-kv2of6",
@@ -30,22 +31,31 @@ CAUSAL = (
     "qwen3-kv2of4",
     "qwen3-tied-kv1of3",
 )
-#: (model, index) of every forward
-CASES = [(name, i) for name in (*BLOCK, *CAUSAL) for i in range(2 if "sdar" in name else 1)]
 PAGE = 4
+
+
+def forwards_of(name: str) -> list[dict[str, Any]]:
+    cases = json.loads((GOLDEN / name / "cases.json").read_text())["cases"]
+    return [c for c in cases if c["kind"].endswith("forward")]
+
+
+#: (model, index) of every forward
+CASES = [(name, i) for name in (*BLOCK, *EXPERTS, *CAUSAL) for i in range(len(forwards_of(name)))]
 
 
 def case_of(name: str, index: int) -> tuple[list[int], int, dict[str, Any]]:
     """Tokens, block length, and the case."""
-    cases = json.loads((GOLDEN / name / "cases.json").read_text())["cases"]
-    case = [c for c in cases if c["kind"].endswith("-forward")][index]
+    case = forwards_of(name)[index]
     return case["tokens"], case.get("block_length") or case.get("block_size") or 1, case
 
 
-def load(folder: Path, group: Group = SOLO, kernels: str = "torch") -> Decoder:
+def load(
+    folder: Path, group: Group = SOLO, kernels: str = "torch", expert_parallel: bool = False
+) -> Decoder:
     spec = loader.read_spec(loader.read_config(folder))
     options: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "kernels": kernels}
-    return loader.load_decoder(folder, Partition(spec, group), max_len=128, **options)
+    partition = Partition(spec, group, expert_parallel=expert_parallel)
+    return loader.load_decoder(folder, partition, max_len=128, **options)
 
 
 def chunk(start: int, end: int, block: int, store: Store = Store.POSITIONS, row: int = 0) -> Span:
@@ -83,7 +93,8 @@ class Forwards:
 
 def upstreams(z: Tensor, case: dict[str, Any]) -> None:
     expected = torch.tensor(case["logits"])
-    assert float((z[case["rows"], : expected.shape[1]] - expected).abs().max()) < 1e-4
+    rows = case.get("rows") or case["logits_rows"]
+    assert float((z[rows, : expected.shape[1]] - expected).abs().max()) < 1e-4
     assert z.argmax(dim=-1).tolist() == case["argmax"]
 
 
@@ -125,7 +136,9 @@ def test_a_block_that_is_not_stored_leaves_no_trace(name: str) -> None:
     torch.testing.assert_close(last, whole[start:], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["sdar-kv2of4", "fdv2-tied-kv1of3", "llama3rope-tied-kv2of6"])
+@pytest.mark.parametrize(
+    "name", ["sdar-kv2of4", "fdv2-tied-kv1of3", "llama3rope-tied-kv2of6", "llada2-g4e8"]
+)
 def test_triton_kernels(name: str) -> None:
     """Of the layers and of attention, under the interpreter."""
     need_interpreter()
@@ -135,15 +148,29 @@ def test_triton_kernels(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["sdar-kv2of4", "fdv2-kv2of4", "llama3rope-tied-kv2of6", "qwen2-kv2of4"]
+    ("name", "divided"),
+    [
+        ("sdar-kv2of4", False),
+        ("fdv2-kv2of4", False),
+        ("llama3rope-tied-kv2of6", False),
+        ("qwen2-kv2of4", False),
+        ("llada2-g4e8", False),
+        ("qwen3moe-kv2of4", False),
+        ("qwen3moe-kv2of4", True),
+        ("sdarmoe-kv2of4", True),
+    ],
 )
-def test_two_ranks_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_give_the_same_bits(
+    name: str, divided: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     use_ordered_products(monkeypatch)
     tokens, block, case = case_of(name, 0)
     span = chunk(0, len(tokens), block)
     with torch.inference_mode():
         alone = Forwards(load(GOLDEN / name)).hidden(tokens, span)
-    ranks = [Forwards(load(GOLDEN / name, group)) for group in thread_groups(2)]
+    ranks = [
+        Forwards(load(GOLDEN / name, group, expert_parallel=divided)) for group in thread_groups(2)
+    ]
     both = on_all([lambda rank=rank: rank.hidden(tokens, span) for rank in ranks])  # type: ignore[misc]
     assert torch.equal(both[0], alone) and torch.equal(both[1], alone)
     upstreams(torch.cat([alone @ rank.decoder.head.weight.T for rank in ranks], dim=1), case)

@@ -37,13 +37,14 @@ def logits(folder: Path, sequences: list[list[int]]) -> list[Tensor]:
     return list((hidden @ decoder.head.weight.T).split([len(s) for s in sequences]))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "llada-moe-e8", "llada-moe-variant"])
 def test_upstreams_logits(name: str) -> None:
-    (case,) = (c for c in golden_raw(name) if c["kind"] == "forward")
-    (z,) = logits(GOLDEN / name, [case["tokens"]])
-    expected = torch.tensor(case["logits"])  # [rows, 24]
-    assert float((z[case["logits_rows"], :24] - expected).abs().max()) < 1e-4
-    assert z.argmax(dim=-1).tolist() == case["argmax"]
+    cases = [c for c in golden_raw(name) if c["kind"] == "forward"]
+    found = logits(GOLDEN / name, [case["tokens"] for case in cases])
+    for z, case in zip(found, cases, strict=True):
+        expected = torch.tensor(case["logits"])  # [rows, 24]
+        assert float((z[case["logits_rows"], :24] - expected).abs().max()) < 1e-4
+        assert z.argmax(dim=-1).tolist() == case["argmax"]
 
 
 @pytest.mark.parametrize("name", SHAPES)

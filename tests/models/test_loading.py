@@ -188,6 +188,21 @@ def test_configs_that_we_do_not_run(
         ("sdar-kv2of4", {"block_size": -4}, ["block size is -4"]),
         ("sdar-kv2of4", {"mask_token_id": None}, ["mask_token_id=151669 is outside the 151"]),
         ("fdv2-kv2of4", {"mask_token_id": -1}, ["mask_token_id=-1 is outside"]),
+        ("llada2-g4e8", {"norm_head": True}, ["norm_head=True"]),
+        ("llada2-g4e8", {"score_function": "softmax"}, ["score_function='softmax'"]),
+        ("llada2-g4e8", {"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
+        ("llada2-g4e8", {"expert_capacity": 4}, ["expert_capacity=4", "LLaDA2.2"]),
+        ("llada2-g4e8", {"n_group": 3}, ["2 of 8 experts", "in 2 of 3 groups"]),
+        ("llada2-g4e8", {"num_experts_per_tok": 5}, ["5 of 8 experts", "2 of 4 groups"]),
+        ("llada2-g4e8", {"partial_rotary_factor": 0.2}, ["rotary_dim=3 is odd"]),
+        ("llada2-g4e8", {"partial_rotary_factor": 1.5}, ["partial_rotary_factor=1.5"]),
+        ("llada2-g4e8", {"rope_scaling": {"type": "longrope"}}, ["rope_type='longrope'"]),
+        ("llada2-g4e8", {"moe_intermediate_size": None}, ["'moe_intermediate_size'"]),
+        ("llada-moe-e8", {"clip_qkv": 8.0}, ["clip_qkv=8.0"]),
+        ("llada-moe-e8", {"moe_layer_freq": 1}, ["moe_layer_freq=1", "each of the 2 layers"]),
+        ("llada-moe-variant", {"dense_intermediate_size": None}, ["'dense_intermediate_size'"]),
+        ("qwen3moe-kv2of4", {"num_experts": 1}, ["2 of 1 experts"]),
+        ("qwen3moe-kv2of4", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
     ],
 )
 def test_block_causal_and_autoregressive_configs(
@@ -199,13 +214,16 @@ def test_block_causal_and_autoregressive_configs(
 
 def test_defaults_of_published_files() -> None:
     """Without a mask id or a block size; Qwen3 without a head size."""
-    large = {"vocab_size": 151936, "mask_token_id": None, "bd_size": None, "block_size": None}
+    large = {"vocab_size": 157184, "mask_token_id": None, "bd_size": None, "block_size": None}
     for name, architecture, block, mask_id in (
         ("fdv2-kv2of4", None, 32, 151665),
         ("sdar-kv2of4", None, 4, 151669),
         ("llama-kv2of4", "StableDiffcoderForCausalLM", 4, 5),
         ("llama-kv2of4", "ILLaDAForCausalLM", 0, 5),
         ("qwen3-kv2of4", "A2DQwen3LMHeadModel", 0, 151669),
+        ("sdarmoe-kv2of4", None, 4, 151669),
+        ("llada2-g4e8", None, 32, 156895),
+        ("llada-moe-e8", None, 0, 156895),
     ):
         settings = json.loads((GOLDEN / name / "config.json").read_text()) | large
         if architecture is not None:
@@ -213,6 +231,9 @@ def test_defaults_of_published_files() -> None:
         spec = loader.read_spec(settings)
         assert (spec.block_length, spec.mask_id) == (block, mask_id)
         assert spec.geometry == ("block" if block else "full")
+    for name in ("llada2-g4e8", "llada-moe-e8"):
+        settings = json.loads((GOLDEN / name / "config.json").read_text()) | large
+        assert loader.read_spec(settings | {"eos_token_id": None}).eos_ids == (156892,)
     settings = json.loads((GOLDEN / "qwen3-kv2of4" / "config.json").read_text())
     del settings["head_dim"]
     spec = loader.read_spec(settings)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dllmserve.core.model_spec import ExpertSpec
 from dllmserve.decoding.stats import log_sum
 from dllmserve.layers.ops import HeadNorms, LayerOps, rms_norm, silu
 from dllmserve.parallel.vocab import VocabShard
@@ -117,6 +118,44 @@ def test_a_head() -> None:
         some = norms._replace(queries=len(queries))
         got = ops.rotate(heads[:, mine], len(mine) - 1, ops.at(positions), some)
         assert torch.equal(got, whole[:, mine[:-1]])
+
+
+def test_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's experts, whichever tokens are beside it and whichever rank has an expert."""
+    ordered.use_ordered_products(monkeypatch)
+    ops = LayerOps(2, 1.0, 0, CPU)
+    spec = ExpertSpec(layers=(True,), count=6, per_token=2, size=5, groups=3, top_groups=2)
+    x, gate, bias = numbers(9, 16), numbers(6, 16), numbers(6)
+    gate_up, down = numbers(7, 10, 16), numbers(7, 16, 5)
+
+    def mixed(x: Tensor, held: range) -> tuple[Tensor, Tensor]:
+        routed = ops.route(x, gate, bias, spec, held)
+        mine = slice(held.start, held.stop)
+        inner = ops.expert_up(x, routed, gate_up[mine])
+        rows = ops.expert_down(inner, routed, down[mine])
+        return rows.view(len(x), -1, 16), ops.combine(rows, routed)
+
+    every = ops.route(x, gate, bias, spec, range(7))
+    rows, whole = mixed(x, range(7))  # the last is the shared expert
+    for start, stop in ((0, 1), (3, 8), (8, 9)):
+        assert torch.equal(mixed(x[start:stop], range(7))[1], whole[start:stop])
+    total = torch.zeros(9, 16)
+    for held in (range(2), range(2, 6)):
+        here = (every.ids[:, :2] >= held.start) & (every.ids[:, :2] < held.stop)
+        got, part = mixed(x, held)
+        assert torch.equal(got[here], rows[:, :2][here])
+        total += part
+    torch.testing.assert_close(total + rows[:, 2], whole)
+    assert every.ids[:, 2].tolist() == [6] * 9 and every.weights[:, 2].tolist() == [1.0] * 9
+
+
+def test_equal_scores() -> None:
+    """The expert with the smaller number, and the earlier group, come first."""
+    ops, spec = LayerOps(2, 1.0, 0, CPU), ExpertSpec(layers=(), count=6, per_token=3, size=1)
+    x = torch.ones(1, 4)
+    assert ops.route(x, torch.zeros(6, 4), None, spec, range(6)).ids.tolist() == [[0, 1, 2]]
+    grouped = replace(spec, groups=3, top_groups=2)
+    assert ops.route(x, torch.zeros(6, 4), None, grouped, range(6)).ids.tolist() == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("x", [[-200.0, -89.0, 0.0, 89.0, 3e38], [-3e38, -0.0, 1e-30, 20.0, 200.0]])

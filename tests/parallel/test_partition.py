@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllmserve.config import EngineConfig
-from dllmserve.core.model_spec import ModelSpec
+from dllmserve.core.model_spec import ExpertSpec, ModelSpec
 from dllmserve.engine.setup import plan_engine
 from dllmserve.errors import ConfigError
 from dllmserve.layers.modules import Part
@@ -32,6 +32,25 @@ from tests.parallel.threads import ThreadGroup, thread_groups
 
 CPU = torch.device("cpu")
 SPEC = replace(PLAIN, hidden_size=24, num_heads=6, num_kv_heads=6, mlp_size=36, embedding_size=400)
+EXPERTS = ExpertSpec(
+    layers=(False, True),
+    count=12,
+    per_token=2,
+    size=18,
+    shared_size=18,
+    score="sigmoid",
+    bias="choice",
+    groups=4,
+    top_groups=2,
+)
+LLADA2 = replace(
+    SPEC,
+    architecture="LLaDA2MoeModelLM",
+    num_layers=2,
+    experts=EXPERTS,
+    out_bias=True,
+    head_norms=True,
+)
 
 
 @given(st.integers(1, 300_000), st.integers(1, 16))
@@ -56,9 +75,12 @@ def test_ids_are_located() -> None:
         assert int(columns.min()) >= 0 and int(columns.max()) < shard.stop - shard.start
 
 
-def parts_of(partition: Partition) -> dict[str, Part]:
+def parts_of(partition: Partition) -> dict[str, list[Part]]:
     """Every tensor of the checkpoint, and what a rank holds of it."""
-    return {part.name: part for part, _ in places(outline(partition))}
+    parts: dict[str, list[Part]] = {}
+    for part, _ in places(outline(partition)):
+        parts.setdefault(part.name, []).append(part)
+    return parts
 
 
 def places(decoder: Decoder) -> Iterator[tuple[Part, torch.Tensor]]:
@@ -66,23 +88,32 @@ def places(decoder: Decoder) -> Iterator[tuple[Part, torch.Tensor]]:
         yield from weight.places()
 
 
+#: on every rank whole, and cut by columns where ranks add up products
+WHOLE = ("norm", "ln_f", "mlp.gate.")
+JOINED = ("attn_out.weight", "blocks.0.ff_out.weight", "dense.weight", "down_proj.weight")
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("size", [2, 3, 6])
-def test_parts_make_the_whole(size: int, exact: bool) -> None:
+@pytest.mark.parametrize(
+    ("spec", "divided"), [(SPEC, False), (LLADA2, False), (LLADA2, True)], ids=str
+)
+def test_parts_make_the_whole(spec: ModelSpec, divided: bool, size: int, exact: bool) -> None:
     """Put together along the dimension that was cut, they are the tensor again."""
-    ranks = [Partition(SPEC, Group(rank, size), exact) for rank in range(size)]
+    ranks = [Partition(spec, Group(rank, size), exact, divided) for rank in range(size)]
     held = [parts_of(rank) for rank in ranks]
-    for rank, parts in zip(ranks, held, strict=True):
+    for rank in ranks:
         for part, rows in places(outline(rank)):
-            assert rows.shape == part.held == parts[part.name].held
-    for name, part in parts_of(Partition(SPEC)).items():
-        whole = torch.randn(part.shape)
-        taken = [whole[parts[name].cut] for parts in held]
-        if "norm" in name or "ln_f" in name:
+            assert rows.shape == part.held
+    for name, pieces in parts_of(Partition(spec)).items():
+        whole = torch.randn(pieces[0].shape)
+        taken = [whole[part.cut] for i in range(len(pieces)) for part in (p[name][i] for p in held)]
+        joined = name.endswith(JOINED) and not exact
+        experts = divided and ".experts." in name
+        if any(part in name for part in WHOLE) or (name.endswith("dense.bias") and not exact):
             assert all(torch.equal(tensor, whole) for tensor in taken)
         else:
-            joined = name.endswith(("attn_out.weight", "blocks.0.ff_out.weight"))
-            assert torch.equal(torch.cat(taken, dim=1 if joined and not exact else 0), whole)
+            assert torch.equal(torch.cat(taken, dim=1 if joined and not experts else 0), whole)
 
 
 def test_a_share_of_the_weights_is_a_share_of_the_memory() -> None:
@@ -140,17 +171,30 @@ def test_a_rank_reads_its_own_part_alone(monkeypatch: pytest.MonkeyPatch, exact:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_random_weights_do_not_depend_on_the_ranks(exact: bool) -> None:
-    spec = replace(SPEC, qkv_bias=True)
+@pytest.mark.parametrize(
+    ("spec", "divided"),
+    [
+        (SPEC, False),
+        (LLADA2, False),
+        (replace(LLADA2, experts=replace(EXPERTS, shared_size=0)), True),
+    ],
+)
+def test_random_weights_do_not_depend_on_the_ranks(
+    spec: ModelSpec, divided: bool, exact: bool
+) -> None:
+    spec = replace(spec, qkv_bias=True)
     options = {"dtype": torch.float32, "device": CPU, "max_len": 8}
     group = ThreadGroup(1, 3, [], None)  # type: ignore[arg-type]
-    mine = random_decoder(Partition(spec, group, exact), **options)
+    mine = random_decoder(Partition(spec, group, exact, divided), **options)
     same_parts(mine, random_decoder(Partition(spec), **options))
 
 
 def same_parts(mine: Decoder, whole: Decoder) -> None:
     """A rank's decoder holds its parts of the whole one's tensors."""
-    all_of = {part.name: rows for part, rows in places(whole)}
+    all_of: dict[str, torch.Tensor] = {}
+    for part, rows in places(whole):
+        tensor = all_of.setdefault(part.name, torch.empty(part.shape, dtype=rows.dtype))
+        tensor[part.cut] = rows
     for part, rows in places(mine):
         assert torch.equal(rows, all_of[part.name][part.cut]), part.name
 
