@@ -24,13 +24,13 @@ _LAST = tl.constexpr(0xFFFF)
 
 
 # numbers of tokens must not choose the machine code
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _logits_kernel(
     x_ptr: tl.tensor,
     gate_ptr: tl.tensor,
     logits_ptr: tl.tensor,
     counts_ptr: tl.tensor,
-    tokens: tl.tensor,
+    num_tokens: tl.tensor,
     depth: tl.tensor,
     experts: tl.tensor,
     held: tl.tensor,
@@ -45,7 +45,7 @@ def _logits_kernel(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     k = tl.arange(0, DEPTH)
-    token_ok, expert_ok = (token < tokens)[:, None], (expert < experts)[:, None]
+    token_ok, expert_ok = (token < num_tokens)[:, None], (expert < experts)[:, None]
     x_place = x_ptr + token.to(tl.int64)[:, None] * depth + k[None, :]
     gate_place = gate_ptr + expert[:, None] * depth + k[None, :]
     total = tl.zeros((TOKENS, EXPERTS), dtype=tl.float32)
@@ -117,8 +117,33 @@ def _in_best_groups(
     return real & kept[:, None]
 
 
+@triton.jit
+def _list_pairs(
+    counts_ptr: tl.tensor,
+    order_ptr: tl.tensor,
+    place: tl.tensor,  # [SLOTS] of each choice's expert among those held; outside them: not held
+    slot: tl.tensor,
+    pair: tl.tensor,
+    token: tl.tensor,
+    num_tokens: tl.tensor,
+    held: tl.tensor,  # routed experts that are
+    CHOICES: tl.constexpr,
+    SHARED: tl.constexpr,
+) -> None:
+    """Count a token's pairs, and note each in its expert's order."""
+    counted = (slot < CHOICES) & (place >= 0) & (place < held)
+    rank = tl.atomic_add(counts_ptr + place, 1, mask=counted)
+    if SHARED != 0:  # every token takes it, so nothing has to be counted
+        rank = tl.where(slot == CHOICES, token, rank)
+        place = tl.where(slot == CHOICES, held, place)
+        counted = counted | (slot == CHOICES)
+        if token == 0:
+            tl.store(counts_ptr + held, num_tokens)
+    tl.store(order_ptr + place.to(tl.int64) * num_tokens + rank, pair.to(tl.int32), mask=counted)
+
+
 # numbers of tokens must not choose the machine code
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def _choose_kernel(
     logits_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -126,7 +151,7 @@ def _choose_kernel(
     weights_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     order_ptr: tl.tensor,
-    tokens: tl.tensor,
+    num_tokens: tl.tensor,
     experts: tl.tensor,
     groups: tl.tensor,
     first_held: tl.tensor,
@@ -154,11 +179,11 @@ def _choose_kernel(
     _, key = _scores(logits, bias, top, total, SIGMOID, BIAS)
     if TOP != 0:
         real = _in_best_groups(key, real, groups, GROUPS, SIZE, TOP)
-    keys = _ordered(key, expert, real)
+    keys = tl.reshape(_ordered(key, expert, real), (GROUPS * SIZE,))
     slot = tl.arange(0, SLOTS)
     ids = slot * 0
     for choice in range(CHOICES):
-        best = tl.max(tl.max(keys, 1), 0)
+        best = tl.max(keys, 0)
         ids = tl.where(slot == choice, _LAST - (best & _LAST).to(tl.int32), ids)
         keys = tl.where(keys == best, _NONE, keys)
     routed = slot < CHOICES
@@ -176,16 +201,8 @@ def _choose_kernel(
     at = token.to(tl.int64) * (CHOICES + SHARED) + slot
     tl.store(ids_ptr + at, ids, mask=slot < CHOICES + SHARED)
     tl.store(weights_ptr + at, weights, mask=slot < CHOICES + SHARED)
-    local = ids - first_held
-    counted = routed & (local >= 0) & (local < held)
-    rank = tl.atomic_add(counts_ptr + local, 1, mask=counted)
-    if SHARED != 0:  # every token takes it, so nothing has to be counted
-        rank = tl.where(slot == CHOICES, token, rank)
-        local = tl.where(slot == CHOICES, held, local)
-        counted = counted | (slot == CHOICES)
-        if token == 0:
-            tl.store(counts_ptr + held, tokens)
-    tl.store(order_ptr + local.to(tl.int64) * tokens + rank, at.to(tl.int32), mask=counted)
+    place = tl.where(slot < CHOICES + SHARED, ids - first_held, -1)
+    _list_pairs(counts_ptr, order_ptr, place, slot, at, token, num_tokens, held, CHOICES, SHARED)
 
 
 class Choices(NamedTuple):
@@ -210,7 +227,6 @@ def choose_experts(
     bias: Tensor | None,  # [E] float32
     experts: ExpertSpec,
     held: range,
-    shared: bool,
 ) -> Choices:
     """The experts of each token. Ties go to the lower number.
 
@@ -218,11 +234,12 @@ def choose_experts(
         x, gate: of one dtype, contiguous; logits are float32 in any case.
         bias: of scores, if the model has one.
         experts: how they are chosen.
-        held: those that this rank has; pairs of others are in no expert's order.
-        shared: every token takes one more, number E, which is stored behind those held.
+        held: those that this rank has; pairs of others are in no expert's order. With number E
+            among them, that is a shared one, which every token takes.
     """
     (tokens, depth), count = x.shape, experts.count
-    pairs, stored = experts.per_token + shared, len(held) + shared
+    shared, stored = int(count in held), len(held)
+    pairs = experts.per_token + shared
 
     def room(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=x.device)
@@ -251,9 +268,9 @@ def choose_experts(
         groups = experts.groups if grouped else 1
         _choose_kernel[(tokens,)](
             *(logits, logits if bias is None else bias, *found),
-            *(tokens, count, groups, held.start, len(held), experts.scale),
+            *(tokens, count, groups, held.start, stored - shared, experts.scale),
             CHOICES=experts.per_token,
-            SHARED=int(shared),
+            SHARED=shared,
             SIGMOID=experts.score == "sigmoid",
             BIAS=("", "choice", "weights").index(experts.bias),
             NORMALIZE=experts.normalize,
