@@ -46,7 +46,7 @@ def refusals(params: Any) -> Iterator[str]:
     if params.confidence not in RULES[rule].confidence:
         named = " or ".join(map(repr, RULES[rule].confidence))
         yield f"unmask={rule!r} needs confidence={named}, got {params.confidence!r}"
-    compares = rule in ("threshold", "threshold_strict", "dynamic")
+    compares = rule in ("threshold", "threshold_strict", "threshold_dinfer", "dynamic")
     if compares and params.confidence == "neg_entropy" and params.threshold > 0:
         yield (
             "confidence='neg_entropy' is never above 0, so threshold must be <= 0 "

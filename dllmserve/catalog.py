@@ -301,6 +301,7 @@ RULES = Catalog(
         ),
         "sequential": RuleInfo("dllmserve.decoding.sequential:SequentialRule", quota="exact"),
         "dynamic": RuleInfo("dllmserve.decoding.dynamic:DynamicRule", quota="least"),
+        "threshold_dinfer": RuleInfo("dllmserve.decoding.threshold_dinfer:DinferThresholdRule"),
     },
 )
 

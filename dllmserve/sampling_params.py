@@ -74,11 +74,13 @@ class SamplingParams:
             own, if there is one, else one block for the whole answer (with a SparseConfig: its
             default_block_len). The last block may be shorter.
         unmask: which positions are written in a step: "steps", "sequential", "dynamic" (SDAR),
-            "threshold", "threshold_strict", "factor", "factor_strict", "entropy_bound",
-            "hierarchy", "credit", "klass" or "wino"; docs/decoding.md explains each.
+            "threshold", "threshold_strict", "threshold_dinfer", "factor", "factor_strict",
+            "entropy_bound", "hierarchy", "credit", "klass" or "wino"; docs/decoding.md explains
+            each.
         threshold: least confidence for the rules that compare with one: "threshold"
-            (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "dynamic" (SDAR), "hierarchy",
-            "credit" (dInfer), "klass" (arXiv 2511.05664; 0.9 there) and "wino" (0.6 there).
+            (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "dynamic" (SDAR, LLaDA2),
+            "threshold_dinfer", "hierarchy", "credit" (dInfer), "klass" (arXiv 2511.05664; 0.9
+            there) and "wino" (0.6 there).
         factor: the factor f of ``unmask="factor"`` (Fast-dLLM) and "factor_strict".
         entropy_bound: entropy budget in nats of ``unmask="entropy_bound"``.
         low_threshold: least confidence of the best position of a run of masks, for
@@ -196,8 +198,8 @@ class SamplingParams:
     unmask: str = knob("steps", "Rule that chooses what is written in a step.", choices=RULES)
     threshold: float = knob(
         0.9,
-        "Least confidence, for unmask=threshold, threshold_strict, dynamic, hierarchy, credit, "
-        "klass, wino.",
+        "Least confidence, for unmask=threshold, threshold_strict, threshold_dinfer, dynamic, "
+        "hierarchy, credit, klass, wino.",
         column=True,
         own_check=True,
     )

@@ -17,6 +17,8 @@ from dllmserve.core.request import Request
 
 GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llada-kv4of4", "llada-kv2of4", "dream-kv2of4")
+#: mixtures of experts with full attention
+EXPERTS = ("llada-moe-e8", "llada-moe-variant")
 DREAM_CONFIDENCE = {
     "maskgit_plus": "probability",
     "entropy": "neg_entropy",
@@ -62,8 +64,37 @@ class Case:
     sparse: SparseConfig | None
 
 
+#: kinds of LLaDA-MoE's cases besides those of LLaDA, and the rule of each
+DINFER = {
+    "dinfer-fastdllm": "threshold",
+    "dinfer-threshold": "threshold_dinfer",
+    "dinfer-hierarchy": "hierarchy",
+    "dinfer-credit": "credit",
+}
+
+
+def dinfers_own_way(given: dict[str, Any]) -> bool:
+    """Whether blocks are cut from position 0, as those of a template, or ids follow the end."""
+    return bool(given.get("start_block_align") or given.get("early_stop"))
+
+
+def dinfer_case(case: dict[str, Any]) -> Case:
+    """The same for one of dInfer's."""
+    given = case["params"]
+    options = {"unmask": DINFER[case["kind"]], "threshold": given["threshold"]}
+    if given["threshold"] is None:
+        options = {"unmask": "factor", "factor": given["factor"]}
+    if "low_threshold" in given:
+        options["low_threshold"] = given["low_threshold"]
+    sizes = {name: given[name] for name in ("gen_length", "block_length")}
+    params = SamplingParams(temperature=0.0, ignore_eos=not given["early_stop"], **sizes, **options)
+    return Case(case["kind"], case["prompt_ids"], case["output"], params, None)
+
+
 def golden_case(case: dict[str, Any]) -> Case:
     """The engine's parameters for an upstream script's."""
+    if case["kind"] in DINFER:
+        return dinfer_case(case)
     given = case["params"]
     options: dict[str, Any] = {"gen_length": given["gen_length"], "steps": given["steps"]}
     sparse = None
@@ -71,7 +102,10 @@ def golden_case(case: dict[str, Any]) -> Case:
         options |= {"schedule": "dream", "eps": given["eps"]}
         options |= {"confidence": DREAM_CONFIDENCE[given["alg"]]}
     else:
-        options |= {"block_length": given["block_length"], "remasking": given["remasking"]}
+        options |= {
+            "block_length": given["block_length"],
+            "remasking": given.get("remasking", "low_confidence"),
+        }
     if case["kind"] == "llada":
         options |= {"cfg_scale": given["cfg_scale"]}
     if case["kind"] == "fast-dllm":
@@ -82,7 +116,8 @@ def golden_case(case: dict[str, Any]) -> Case:
         names = ("retention_ratio", "pool_kernel", "delay_step", "head_select")
         sparse = SparseConfig(**{name: given[name] for name in names})
     params = SamplingParams(temperature=0.0, ignore_eos=True, **options)
-    return Case(case["kind"], case["prompt"], case["output"], params, sparse)
+    prompt = case["prompt_ids"] if "prompt_ids" in case else case["prompt"]
+    return Case(case["kind"], prompt, case["output"], params, sparse)
 
 
 @cache
@@ -95,7 +130,11 @@ def golden_raw(name: str) -> list[dict[str, Any]]:
 @cache
 def golden(name: str) -> list[Case]:
     """The generation cases of a golden checkpoint."""
-    return [golden_case(c) for c in golden_raw(name) if c["kind"] != "forward"]
+    return [
+        golden_case(c)
+        for c in golden_raw(name)
+        if c["kind"] not in ("forward", "router") and not dinfers_own_way(c["params"])
+    ]
 
 
 def run_cases(llm: LLM, cases: list[Case]) -> list[list[int]]:

@@ -139,8 +139,8 @@ class BiasEdit:
 class CreditEdit:
     """Credits of tokens at each position (dInfer), for the credit rule.
 
-    In every forward of a block but its first, all credits shrink to 0.8 and the position's best
-    token, of probability p, earns ``p ** 0.2``; then ``0.7 ln(1 + credit)`` is added to logits.
+    In every forward of a block all credits shrink to 0.8 and the position's best token, of
+    probability p, earns ``p ** 0.2``; then ``0.7 ln(1 + credit)`` is added to logits.
     A position remembers the credits of 16 tokens: upstream keeps one for every token of the
     vocabulary, most of which are zero. A seventeenth replaces the smallest.
 
@@ -185,7 +185,6 @@ class CreditEdit:
         least = torch.where(ids < 0, -1.0, credits).argmin(dim=-1, keepdim=True)
         kept = torch.arange(self.KEPT, device=z.device)
         here = torch.where(known.any(dim=-1, keepdim=True), known, kept == least)
-        here &= ~entering
         fresh = torch.where(known, credits, 0.0) + earned
         credits = torch.where(here, fresh, credits)
         ids = torch.where(here, token, ids)

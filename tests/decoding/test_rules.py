@@ -45,6 +45,7 @@ TWINS: dict[str, Twin] = {
     "factor": lambda c, h, m, p: rules.factor(c, m, p["factor"]),
     "entropy_bound": lambda c, h, m, p: rules.entropy_bound(h, m, p["entropy_bound"]),
     "threshold_strict": lambda c, h, m, p: rules.threshold_strict(c, m, p["threshold"]),
+    "threshold_dinfer": lambda c, h, m, p: rules.credit_threshold(c, m, p["threshold"]),
     "factor_strict": lambda c, h, m, p: rules.factor_strict(c, m, p["factor"]),
     "hierarchy": lambda c, h, m, p: rules.hierarchy(c, m, p["threshold"], p["low_threshold"]),
     "credit": lambda c, h, m, p: rules.credit_threshold(c, m, p["threshold"]),

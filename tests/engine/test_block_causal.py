@@ -21,11 +21,12 @@ RULES = {
 }
 AUTOREGRESSIVE = (
     *("llama-kv2of4", "llama3rope-tied-kv2of6", "qwen2-kv2of4", "qwen2-tied-kv1of6"),
-    *("qwen3-kv2of4", "qwen3-tied-kv1of3"),
+    *("qwen3-kv2of4", "qwen3-tied-kv1of3", "qwen3moe-kv2of4"),
 )
-SDAR = ("sdar-kv2of4", "sdar-tied-kv3of6")
+SDAR = ("sdar-kv2of4", "sdar-tied-kv3of6", "sdarmoe-kv2of4")
+LLADA2 = ("llada2-g4e8", "llada21-g4e12")
 FAST_DLLM = ("fdv2-kv2of4", "fdv2-tied-kv1of3")
-MODELS = (*AUTOREGRESSIVE, *SDAR, *FAST_DLLM)
+MODELS = (*AUTOREGRESSIVE, *SDAR, *FAST_DLLM, *LLADA2)
 Case = tuple[list[int], SamplingParams, list[int], dict[str, int]]
 
 
@@ -37,13 +38,16 @@ def cases(name: str) -> list[Case]:
         params = sampling(case, config["eos_token_id"])
         if params is not None:
             forwards = case["forwards"]
-            counts = forwards if isinstance(forwards, dict) else {"denoise": forwards}
-            found.append((case["prompt_ids"], params, case["expected_trimmed"], counts))
+            # SGLang's last forward of a block writes nothing
+            idle = len(case.get("forwards_per_block", ()))
+            counts = forwards if isinstance(forwards, dict) else {"denoise": forwards - idle}
+            expected = case["expected_trimmed"] if "settings" in case else case["output"]
+            found.append((case["prompt_ids"], params, expected, counts))
     return found
 
 
 def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
-    kind, given = case["kind"], case.get("settings", {})
+    kind, given = case["kind"], case.get("settings") or case.get("params", {})
     if kind == "sdar":
         ends = given["stopping_criteria_idx"]
         return SamplingParams(
@@ -55,6 +59,26 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
             threshold=given["confidence_threshold"],
             ignore_eos=True,
             stop_token_ids=ends,
+        )
+    if kind == "llada2.0" and not upstreams_own_way(case):
+        length = given["gen_length"]
+        return SamplingParams(
+            temperature=0.0,
+            gen_length=length,
+            block_length=given["block_length"],
+            steps_per_block=min(given["steps"], length // given["minimal_topk"]),
+            unmask="dynamic",
+            threshold=given["threshold"],
+            ignore_eos=given["eos_id"] < 0,
+        )
+    if kind == "sglang-low-confidence":
+        return SamplingParams(
+            temperature=0.0,
+            gen_length=given["max_new_tokens"],
+            block_length=given["block_size"],
+            unmask="threshold_strict",
+            threshold=given["algorithm_config"].get("threshold", 0.95),
+            ignore_eos=given["ignore_eos"],
         )
     if kind == "ar-greedy":
         ends, length = given["eos_token_id"], given["max_new_tokens"]
@@ -79,6 +103,19 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
     return None
 
 
+def upstreams_own_way(case: dict[str, Any]) -> bool:
+    """Whether LLaDA2.0's generate answers in a way of its own.
+
+    That is no steps at all; and with eos_early_stop, an answer that is not cut at the length that
+    was asked for, and none at all where the prompt has an end id.
+    """
+    given = case["params"]
+    early = given["eos_early_stop"] and (
+        given["eos_id"] in case["prompt_ids"] or len(case["output"]) > given["gen_length"]
+    )
+    return bool(early or given["minimal_topk"] > given["gen_length"])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_alone(engines: Engines, name: str) -> None:
     """Tokens and, where upstream computes the same, the number of forwards that decide."""
@@ -90,8 +127,43 @@ def test_alone(engines: Engines, name: str) -> None:
             assert output["usage"]["forward_passes"] == len(expected) == forwards["denoise"]
         ended = output["finish_reason"] == "stop"
         whole = (len(prompt) + params.gen_length) % (params.block_length or 1) == 0
-        if name in SDAR and whole and not ended:
+        if name in (*SDAR, *LLADA2) and whole and not ended:
             assert output["usage"]["forward_passes"] == forwards["denoise"]
+
+
+def test_where_llada2_goes_its_own_way(engines: Engines) -> None:
+    """An end id in the prompt ends nothing, and an answer is never longer than was asked for."""
+    llm = engines(helpers.GOLDEN / "llada2-g4e8")
+    found = [c for c in helpers.golden_raw("llada2-g4e8") if c["kind"] == "llada2.0"]
+    own = [case for case in found if upstreams_own_way(case)]
+    assert len(own) == 3
+    for case in own:
+        given = case["params"]
+        if given["minimal_topk"] > given["gen_length"]:
+            continue  # there are no answers in no forwards
+        case = {**case, "params": {**given, "eos_early_stop": False}}
+        prompt, length = case["prompt_ids"], given["gen_length"]
+        params = sampling({**case, "output": [], "prompt_ids": []}, 0)
+        assert params is not None
+        [output] = llm.generate([prompt], params, use_tqdm=False)
+        ids = output["token_ids"]
+        assert 0 < len(ids) <= length
+        written = case["canvas_after_prompt"]
+        assert all(t in (i, given["mask_id"]) for i, t in zip(ids, written, strict=False))
+        assert len(ids) == length or ids.index(given["eos_id"]) == len(ids) - 1
+
+
+def test_masks_are_never_proposed(engines: Engines) -> None:
+    """LLaDA2.0's generate writes masks where the mask is the best token, and leaves them there."""
+    llm = engines(helpers.GOLDEN / "llada2-maskprop")
+    for case in helpers.golden_raw("llada2-maskprop"):
+        params = sampling(case, 0)
+        if params is not None:
+            mask = case["params"]["mask_id"]
+            assert case["mask_proposals_written"] > 0
+            [output] = llm.generate([case["prompt_ids"]], params, use_tqdm=False)
+            assert mask not in output["token_ids"]
+            assert len(output["token_ids"]) == params.gen_length
 
 
 #: engine options that must change nothing
@@ -104,7 +176,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.mark.parametrize("name", [*SDAR, "qwen3-kv2of4", "llama3rope-tied-kv2of6", "fdv2-kv2of4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(*SDAR, "qwen3-kv2of4", "llama3rope-tied-kv2of6", "fdv2-kv2of4"),
+        *("qwen3moe-kv2of4", "llada2-g4e8"),
+    ],
+)
 def test_mixed(engines: Engines, name: str, options: dict[str, Any]) -> None:
     batch = cases(name)
     batch = random.Random(str(options)).sample(batch, len(batch))
@@ -140,7 +218,13 @@ def test_every_rule_and_sampler_alone_or_together(engines: Engines, name: str) -
     assert answers(few, batch) == alone
 
 
-@pytest.mark.parametrize("name", ["qwen3-kv2of4", "sdar-kv2of4", "fdv2-kv2of4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("qwen3-kv2of4", "sdar-kv2of4", "fdv2-kv2of4"),
+        *("qwen3moe-kv2of4", "sdarmoe-kv2of4", "llada2-g4e8"),
+    ],
+)
 def test_on_two_ranks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     folder = str(helpers.GOLDEN / name)
     llm, _, _ = threaded_llm(monkeypatch, folder, 2, kv_pages=40, page_size=8, max_num_seqs=8)

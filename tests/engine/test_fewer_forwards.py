@@ -14,8 +14,8 @@ from dllmserve.errors import OutOfMemoryError
 from dllmserve.runtime.logits import LogitsHead
 from tests.checkpoints import Shape, write_random
 from tests.conftest import Engines
-from tests.helpers import check_idle, random_prompt
-from tests.oracles import models, policies
+from tests.helpers import GOLDEN, check_idle, random_prompt
+from tests.oracles import experts, models, policies
 
 Options = dict[str, Any]
 
@@ -70,7 +70,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @cache
 def oracle(folder: Path) -> models.OracleModel:
-    return models.load(folder)
+    return experts.load(folder) if "moe" in folder.name else models.load(folder)
 
 
 #: rules that are tried with every policy; the others with one of each kind
@@ -94,11 +94,13 @@ def cases(early: bool) -> list[tuple[str, str, Options]]:
     return found
 
 
-def expected(folder: Path, prompt: list[int], options: Options, shape: Shape) -> policies.Result:
+def expected(
+    folder: Path, prompt: list[int], options: Options, eos_ids: tuple[int, ...]
+) -> policies.Result:
     given = {"cache": "none", **LENGTHS, **options}
     if options["unmask"] != "entropy_bound":
         given["entropy_bound"] = 0.1  # not read
-    [result] = policies.generate(oracle(folder), [prompt], eos_ids=shape.eos_ids, **given)
+    [result] = policies.generate(oracle(folder), [prompt], eos_ids=eos_ids, **given)
     return result
 
 
@@ -132,12 +134,26 @@ def test_engine_equals_the_slow_twins(
     """Alone, with what it cost; then all at once, in small steps, with the same tokens."""
     if not early and name.endswith("-ends"):
         pytest.skip("whole answers do not look at end ids")
-    folder, shape = folders[name], SHAPES[name]
+    compare(engines, folders[name], cases(early), SHAPES[name].eos_ids)
+
+
+def test_experts(engines: Engines) -> None:
+    """LLaDA-MoE with every policy."""
+    batch = [case for case in cases(early=False) if case[0] in ("steps", "wino")]
+    compare(engines, GOLDEN / "llada-moe-variant", batch, (99,))
+
+
+def compare(
+    engines: Engines,
+    folder: Path,
+    batch: list[tuple[str, str, Options]],
+    eos_ids: tuple[int, ...],
+) -> None:
     llm = engines(folder, page_size=5)
     prompts, params, answers = [], [], []
-    for place, (rule, policy, options) in enumerate(cases(early)):
+    for place, (rule, policy, options) in enumerate(batch):
         prompt, one = random_prompt(place, 1 + 5 * place % 17), sampling(options)
-        result = expected(folder, prompt, options, shape)
+        result = expected(folder, prompt, options, eos_ids)
         output, tokens = computed(llm, prompt, one)
         assert output["token_ids"] == result.tokens, (rule, policy)
         assert output["usage"]["forward_passes"] == result.forwards, (rule, policy)
@@ -149,7 +165,7 @@ def test_engine_equals_the_slow_twins(
         mixed = engines(folder, **options)
         outputs = mixed.generate(prompts, params, use_tqdm=False)
         check_idle(mixed)
-        for case, output, ids in zip(cases(early), outputs, answers, strict=True):
+        for case, output, ids in zip(batch, outputs, answers, strict=True):
             assert output["token_ids"] == ids, (case, options)
 
 
@@ -187,7 +203,7 @@ def test_a_bias_and_what_a_rule_does_to_logits_in_one_request(
         )
         params = SamplingParams(temperature=0.0, ignore_eos=True, logit_bias=bias, **settings)
         assert computed(llm, prompt, params)[0]["token_ids"] == result.tokens, rule
-        without = expected(folders[name], prompt, options, SHAPES[name])
+        without = expected(folders[name], prompt, options, SHAPES[name].eos_ids)
         moved += without.tokens != result.tokens
         prompts.append(prompt)
         given.append(params)

@@ -4,12 +4,13 @@ import random
 
 import pytest
 
+from dllmserve import Hole
 from tests import helpers
 from tests.conftest import Engines
 
 CASES = [
     pytest.param(name, index, id=f"{name}-{index}-{case.kind}")
-    for name in helpers.MODELS
+    for name in (*helpers.MODELS, *helpers.EXPERTS)
     for index, case in enumerate(helpers.golden(name))
 ]
 #: engine options that must change nothing
@@ -38,7 +39,7 @@ def test_alone(engines: Engines, name: str, index: int) -> None:
     assert output["usage"]["completion_tokens"] == len(case.output)
 
 
-@pytest.mark.parametrize("name", helpers.MODELS)
+@pytest.mark.parametrize("name", [*helpers.MODELS, "llada-moe-e8"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_mixed(engines: Engines, name: str, options: dict[str, int]) -> None:
     order = random.Random(str(options))
@@ -56,3 +57,27 @@ def test_what_was_in_the_pages_before_does_not_matter(engines: Engines, name: st
     kv.v.fill_(float("nan"))
     cases = helpers.golden(name)
     assert helpers.run_cases(llm, cases) == [c.output for c in cases]
+
+
+def test_dinfers_ends(engines: Engines) -> None:
+    """dInfer takes end ids out of its answer, which goes on behind the first of them."""
+    llm = engines(helpers.GOLDEN / "llada-moe-e8")
+    found = [c for c in helpers.golden_raw("llada-moe-e8") if c["kind"] == "dinfer-threshold"]
+    (case,) = (c for c in found if c["params"]["early_stop"])
+    params = helpers.dinfer_case(case).params
+    [output] = llm.generate([case["prompt_ids"]], params, use_tqdm=False)
+    *ids, end = output["token_ids"]
+    assert output["finish_reason"] == "stop" and end == case["params"]["eos_id"]
+    assert len(ids) > 8 and ids == case["output"][: len(ids)]
+    assert output["usage"]["forward_passes"] <= case["forwards"]
+
+
+def test_blocks_from_position_0(engines: Engines) -> None:
+    """dInfer's start_block_align: the first block holds the end of the prompt."""
+    found = [c for c in helpers.golden_raw("llada-moe-e8") if "params" in c]
+    (case,) = (c for c in found if c["params"].get("start_block_align"))
+    params = helpers.dinfer_case(case).params
+    hole = Hole(len(case["output"]))
+    llm = engines(helpers.GOLDEN / "llada-moe-e8")
+    [output] = llm.infill([[case["prompt_ids"], hole]], params, use_tqdm=False)
+    assert output["token_ids"] == case["prompt_ids"] + case["output"]

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from dllmserve import SamplingParams, SparseConfig
+from dllmserve import LLM, SamplingParams, SparseConfig
 from tests.conftest import SHAPES, Engines
-from tests.helpers import check_idle, random_prompt
-from tests.oracles import models
+from tests.helpers import GOLDEN, check_idle, random_prompt
+from tests.oracles import experts, models
 from tests.reference import decode
 
 Options = dict[str, Any]
@@ -90,14 +90,26 @@ def test_engine_equals_the_slow_decoder(
     engines: Engines, checkpoints: dict[str, Path], name: str, cache: str
 ) -> None:
     llm = engines(checkpoints[name], max_num_batched_tokens=150, max_logit_rows=40, page_size=5)
+    compare(llm, models.load(checkpoints[name]), cache, SHAPES[name].eos_ids)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_experts(engines: Engines, cache: str) -> None:
+    """LLaDA-MoE with all that its code has."""
+    folder = GOLDEN / "llada-moe-variant"
+    llm = engines(folder, max_num_batched_tokens=150, max_logit_rows=40, page_size=5)
+    compare(llm, experts.load(folder), cache, llm._engine.spec.eos_ids)
+
+
+def compare(llm: LLM, oracle: models.OracleModel, cache: str, eos_ids: tuple[int, ...]) -> None:
+    """One request of each rule, in one batch."""
     prompts, params, sparse = requests(cache)
     outputs = llm.generate(prompts, params, sparse, use_tqdm=False)
     check_idle(llm)
-    oracle = models.load(checkpoints[name])
     for rule, prompt, one, config, output in zip(
         RULES, prompts, params, sparse, outputs, strict=True
     ):
-        expected = decode(oracle, prompt, one, config, eos_ids=SHAPES[name].eos_ids)
+        expected = decode(oracle, prompt, one, config, eos_ids=eos_ids)
         assert output["token_ids"] == expected.ids, rule
         assert output["usage"]["forward_passes"] == expected.forwards, rule
         assert output["finish_reason"] == expected.finish_reason, rule

@@ -124,9 +124,7 @@ class BlockRule:
         return Decision({slot: proposed[slot] for slot in chosen}, erased)
 
     def _credited(self, slot: int, z: Tensor) -> Tensor:
-        # from a block's second forward on, the raw logits' best token gains, whatever is proposed
-        if self.t == 0:
-            return z
+        # the raw logits' best token gains, whatever is proposed
         wide = z.double()
         credit = self.credit.setdefault(slot, torch.zeros_like(wide))
         credit *= 0.8

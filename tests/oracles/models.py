@@ -122,10 +122,14 @@ def shift(z: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Half-split rotary embedding of x [B, H, Q, D] by angles [B or 1, 1, Q, D / 2]."""
-    low, high = x.float().chunk(2, dim=-1)
+    """Half-split rotary embedding of x [B, H, Q, D] by angles [B or 1, 1, Q, R / 2].
+
+    Only the first R of D dimensions turn.
+    """
+    half = angles.shape[-1]
+    low, high, rest = x.float().split([half, half, x.shape[-1] - 2 * half], dim=-1)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1).to(x.dtype)
 
 
 class OracleModel:
@@ -163,7 +167,7 @@ class OracleModel:
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
         hidden = F.embedding(tokens, self.weights[self.names["embed"] + ".weight"])
-        angles = self._angles(positions, hidden.shape[-1] // self.dims.heads)
+        angles = self._angles(positions, self._turning(hidden.shape[-1] // self.dims.heads))
         fresh: list[KV] = []
         queries: list[Tensor] = []
         for layer in range(self.dims.layers):
@@ -183,10 +187,13 @@ class OracleModel:
         head = self.names["embed" if self.dims.tied else "head"]
         return Forward(F.linear(hidden, self.weights[head + ".weight"]), fresh, queries)
 
-    def _angles(self, positions: Tensor, head_dim: int) -> Tensor:
-        exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-        inverse = 1.0 / (self.dims.theta**exponents)  # [D / 2]
-        angles = positions.float()[..., None] * inverse  # [Q, D / 2] or [B, Q, D / 2]
+    def _turning(self, head_dim: int) -> int:
+        return head_dim
+
+    def _angles(self, positions: Tensor, turning: int) -> Tensor:
+        exponents = torch.arange(0, turning, 2, device=positions.device).float() / turning
+        inverse = 1.0 / (self.dims.theta**exponents)  # [R / 2]
+        angles = positions.float()[..., None] * inverse  # [Q, R / 2] or [B, Q, R / 2]
         return angles.view(-1, 1, *angles.shape[-2:])
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
@@ -231,9 +238,14 @@ def load(
     path: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> OracleModel:
     """Loads a Hugging Face directory (config.json and one or more *.safetensors)."""
+    config, weights = read(path, device)
+    return OracleModel(config, {name: w.to(dtype) for name, w in weights.items()})
+
+
+def read(path: str | Path, device: str = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of a Hugging Face directory, as they are in its files."""
     folder = Path(path)
     weights: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("*.safetensors")):
         weights.update(load_file(shard, device=device))
-    config = json.loads((folder / "config.json").read_text())
-    return OracleModel(config, {name: w.to(dtype) for name, w in weights.items()})
+    return json.loads((folder / "config.json").read_text()), weights

@@ -118,10 +118,10 @@ def test_the_librarys_products(
             assert numbers == [n if n is None else pytest.approx(n, **NEAR) for n in other], kind
 
 
-@pytest.mark.parametrize("name", helpers.MODELS)
+@pytest.mark.parametrize("name", [*helpers.MODELS, *helpers.EXPERTS])
 @pytest.mark.parametrize("logit_rows", [1024, 7])
 def test_golden_mixed(monkeypatch: pytest.MonkeyPatch, name: str, logit_rows: int) -> None:
-    size = 4 if name == "llada-kv4of4" and logit_rows > 7 else 2
+    size = 4 if name in ("llada-kv4of4", "llada-moe-e8") and logit_rows > 7 else 2
     llm, _, _ = threaded_llm(
         monkeypatch, str(helpers.GOLDEN / name), size, max_logit_rows=logit_rows
     )

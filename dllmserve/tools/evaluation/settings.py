@@ -393,6 +393,7 @@ _FRONTIER: Settings = {
     **_rule("dynamic", "threshold", 0.9),
     **_rule("threshold", "threshold", 0.99, 0.9, 0.8, 0.6, 0.2),
     **_rule("threshold_strict", "threshold", 0.9),
+    **_rule("threshold_dinfer", "threshold", 0.9),
     **_rule("factor", "factor", 1.0),
     **_rule("factor_strict", "factor", 0.25, 1.0),
     **_rule("entropy_bound", "entropy_bound", 0.02, 0.15, 0.5, 1.5),
