@@ -79,11 +79,14 @@ class Routed(NamedTuple):
         ids: [N, K] int32 expert of each pair.
         weights: [N, K] float32.
         held: the experts that this rank has; pairs of others are none of its business.
+        counts, order: where each of them finds its pairs, if the implementation wants to know.
     """
 
     ids: Tensor
     weights: Tensor
     held: range
+    counts: Tensor | None = None
+    order: Tensor | None = None
 
 
 class LayerOps:
