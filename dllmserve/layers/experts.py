@@ -109,8 +109,6 @@ class Experts:
 
     def _route(self, x: Tensor, held: range, windows: Tensor | None) -> Routed:
         """The experts of each token."""
-        if windows is None:
-            return self._ops.route(x, self.gate, self.bias, self._spec, held)
         return self._ops.route(x, self.gate, self.bias, self._spec, held, windows)
 
     def _cut(self, x: Tensor, routed: Routed) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,14 @@ def test_the_bound_matters(batch: list[Job]) -> None:
 def test_on_two_ranks(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, batch: list[Job]) -> None:
     llm, _, _ = threaded_llm(monkeypatch, str(checkpoint), 2, kv_pages=40, page_size=8)
     assert answers(llm, batch) == [job[2] for job in batch]
+
+
+def test_on_triton_kernels(checkpoint: Path, batch: list[Job]) -> None:
+    """Under the interpreter on a CPU."""
+    helpers.need_interpreter()
+    llm = LLM(str(checkpoint), device="cpu", attention="triton", kernels="triton", page_size=16)
+    jobs = [(job[0], replace(job[1], gen_length=2), job[2][:2]) for job in (batch[4], batch[7])]
+    assert answers(llm, jobs) == [job[2] for job in jobs]
 
 
 def test_infilling(checkpoint: Path) -> None:

@@ -52,6 +52,8 @@ def test_twins_logits(tmp_path: Path, architecture: str, changes: dict[str, Any]
         whole = Forwards(load(folder)).logits(TOKENS, span)
     torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
     for divided in (False, config["num_experts"] % 2 == 0):
-        ranks = [Forwards(load(folder, group, "torch", divided)) for group in thread_groups(2)]
+        ranks = [
+            Forwards(load(folder, group, expert_parallel=divided)) for group in thread_groups(2)
+        ]
         parts = on_all([lambda rank=rank: rank.logits(TOKENS, span) for rank in ranks])  # type: ignore[misc]
         torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-4, rtol=1e-4)
