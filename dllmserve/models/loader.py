@@ -41,6 +41,10 @@ SHAPES_ONLY = (
     "sdar-8b",
     "fast-dllm-v2-7b",
     "qwen3-8b",
+    "llada2-mini",
+    "llada-moe-7b",
+    "sdar-30b-a3b",
+    "qwen3-30b-a3b",
 )
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
