@@ -189,7 +189,7 @@ class RequestValidator:
         """Refuse edits where a forward does not compute the whole block again."""
         if not params.edits or self.spec.geometry == "full":
             return
-        if self.spec.geometry == "causal" or self.spec.logit_shift:
+        if self.spec.geometry == "causal" or self.spec.logit_shift or self.spec.causal_context:
             why = (
                 "which writes one token after the other"
                 if self.spec.geometry == "causal"
