@@ -64,6 +64,8 @@ class Progress:
         forwards: forwards already run for the request; also the noise counter.
         frontier: answer positions unmasked without a gap, from the left, as last reported.
         wrote: positions that the block's last forward wrote; 0 before the first.
+        edit_steps: forwards of the block that began without masks, for edits alone.
+        edits: tokens that all forwards have replaced.
         end: answer position of the first end id that stands anywhere, as last reported; -1
             without one.
         scheduled: of the schedule of the active block, what is done: forwards that were run, and
@@ -83,6 +85,8 @@ class Progress:
     forwards: int = 0
     frontier: int = 0
     wrote: int = 0
+    edit_steps: int = 0
+    edits: int = 0
     end: int = -1
     eos: int = -1
     scheduled: int = 0
@@ -181,11 +185,44 @@ class Request:
         """Go on to the next block: all of the active one is written."""
         progress = self.progress
         progress.block += 1
-        progress.step_in_block = progress.scheduled = progress.wrote = 0
+        progress.step_in_block = progress.scheduled = progress.wrote = progress.edit_steps = 0
         if not self.launched:
             progress.masks_left = self.masks[progress.block]
             progress.seen_before = max(progress.seen_before, progress.seen)
             progress.seen = self.visible
+
+    def forward_done(self, masks_left: int, edits: int) -> None:
+        """Note a forward that decided tokens of the active block, and go on if that is final.
+
+        A block that may be edited is final when a forward that began without masks has changed
+        nothing, or was the last one that may.
+
+        Args:
+            masks_left: in the block.
+            edits: tokens that it replaced.
+        """
+        progress, before = self.progress, self.progress.masks_left
+        progress.forwards += 1
+        progress.step_in_block += 1
+        progress.scheduled += 1
+        progress.wrote = max(before - masks_left, 0)
+        progress.masks_left = masks_left
+        progress.edits += edits
+        if not self.params.edits:
+            final = masks_left == 0
+        else:
+            progress.edit_steps += before == 0
+            spent = progress.edit_steps >= self.params.max_edit_steps
+            final = masks_left == 0 and (spent or (before == 0 and edits == 0))
+        if final:
+            self.leave_block()
+
+    @property
+    def settled(self) -> int:
+        """Positions from the answer's start on that no forward will edit."""
+        if self.launched:
+            return self.canvas.end - self.canvas.start
+        return max(self.blocks[self.progress.block][0] - self.canvas.start, 0)
 
     def with_forced(self, ids: list[int], first: int = 0) -> list[int]:
         """Ids of the answer from position ``first`` on, with those that the host wrote."""
@@ -305,7 +342,7 @@ class Request:
         edits = sorted(RULES[params.unmask].needs & {*EDITS})
         sampled = params.temperature > 0
         needs = (sampled, filtered, params.confidence_eos_eot_inf, wants)
-        return (biased, bool(self.regions), edits, *needs)
+        return (biased, params.penalty_lambda > 0, bool(self.regions), edits, *needs)
 
     @cached_property
     def rows_needed(self) -> int:

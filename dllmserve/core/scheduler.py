@@ -19,13 +19,11 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import (
     EntryReport,
     Kind,
-    Mask,
     NewToken,
     Part,
-    Span,
     StepEntry,
     StepPlan,
-    Store,
+    with_blind,
 )
 from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import ends_of
@@ -273,6 +271,8 @@ class Scheduler:
                 finished.append(request)
                 continue
             self._check_progress(request, report)
+            if request.params.edits:
+                report = report.within(request.settled)
             if request.regions:
                 report = settle(request, report, ends_of(request.params, self.spec))
             request.progress.frontier = report.frontier
@@ -318,26 +318,20 @@ class Scheduler:
         if request.revokes:
             stuck = request.progress.step_in_block > MAX_REVOKING * request.longest_block
         else:
-            stuck = report.masks_left >= request.progress.masks_left
+            # without masks, a forward edits
+            stuck = report.masks_left >= max(request.progress.masks_left, 1)
         if stuck:
             raise EngineError(f"request {request.id} made no progress in a step")
-        self._forward_done(request, report.masks_left)
+        self._forward_done(request, report.masks_left, report.edits)
 
-    def _forward_done(self, request: Request, masks_left: int | None) -> None:
+    def _forward_done(self, request: Request, masks_left: int | None, edits: int = 0) -> None:
         """Advance by a forward that leaves so many masks in its block, or only stored (None)."""
         progress = request.progress
         if progress.storing:
             progress.stored = progress.storing
             self.storage.publish(request)
-        if masks_left is None:
-            return
-        progress.forwards += 1
-        progress.step_in_block += 1
-        progress.scheduled += 1
-        progress.wrote = max(progress.masks_left - masks_left, 0)
-        progress.masks_left = masks_left
-        if masks_left == 0:
-            request.leave_block()
+        if masks_left is not None:
+            request.forward_done(masks_left, edits)
 
     def _admit(self) -> list[Request]:
         """In turns by owner; first come first served within each, with bounded skipping.
@@ -433,6 +427,9 @@ class Scheduler:
             return StepEntry(span, uncond, 0, request.params.unmask, stores=stores)
         if request.revokes:
             span, blind = with_blind(span, request.visible, self.spec.logit_shift)
+        if request.params.edits:
+            span = span._replace(head=Part.OPEN)
+            uncond = uncond and uncond._replace(head=Part.OPEN)
         return StepEntry(
             span=span,
             uncond=uncond,
@@ -445,28 +442,8 @@ class Scheduler:
             and progress.masks_left == request.quota,
             blind=blind,
             stores=stores,
+            fills=request.masks[progress.block],
         )
-
-
-def with_blind(span: Span, seen: int, shift: int) -> tuple[Span, Span]:
-    """A span whose K,V are stored before anything attends, and a blind one that reads them.
-
-    Args:
-        span: stores all its K,V, or covers all that it sees.
-        seen: canvas positions that are seen.
-        shift: 1 for models that read the logits of position p at p - 1.
-    """
-    start = max(span.blk_start - shift, 0)  # position 0 has nothing before it
-    blind = Span(
-        row=span.row,
-        q_start=start,
-        q_len=max(span.blk_end - shift - start, 1),
-        ctx_len=seen,
-        head=Part.NONE,
-        mask=Mask.BLIND,
-        mask_arg=shift,
-    )
-    return span._replace(store=Store.AHEAD, ctx_len=seen, head=Part.BLOCK), blind
 
 
 def _known_tokens(requests: Sequence[Request]) -> tuple[NewToken, ...]:

@@ -179,6 +179,10 @@ class Storage:
             if page is None:
                 break
             found.append(page)
+        # a window is computed as a whole, so what is taken over ends where one ends
+        first, window = request.progress.stored // self._limits.page_size, request.canvas.window
+        while found and (first + len(found)) * self._limits.page_size % window:
+            found.pop()
         return found
 
     def missing(self, request: Request, span: Span) -> int:

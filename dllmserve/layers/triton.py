@@ -61,8 +61,13 @@ class TritonOps(LayerOps):
         bias: Tensor | None,  # [E] float32
         experts: ExpertSpec,
         held: range,
+        windows: Tensor | None = None,  # [N] int64
     ) -> Routed:
-        """See :class:`LayerOps`."""
+        """See :class:`LayerOps`; with windows, by torch's calls."""
+        if windows is not None:
+            routed = super().route(x, gate, bias, experts, held, windows)
+            counts, order = _listed(routed.ids, held)
+            return routed._replace(counts=counts, order=order)
         found = choose_experts(x, gate, bias, experts, held)
         return Routed(found.ids, found.weights, held, found.counts, found.order)
 
@@ -77,6 +82,26 @@ class TritonOps(LayerOps):
     def combine(self, rows: Tensor, routed: Routed) -> Tensor:
         """See :class:`LayerOps`."""
         return combine_pairs(rows, routed.ids, routed.weights, routed.held)
+
+
+def _listed(ids: Tensor, held: range) -> tuple[Tensor, Tensor]:
+    """Pairs of each expert of ``held``, see :class:`~dllmserve.kernels.routing.Choices`.
+
+    Args:
+        ids: [N, K] experts of each token, all different.
+        held: experts that this rank has.
+    """
+    tokens, stored = len(ids), len(held)
+    mine = (ids >= held.start) & (ids < held.stop)
+    place = torch.where(mine, ids.long() - held.start, stored)  # behind them: of no expert here
+    taken = torch.zeros(tokens, stored + 1, dtype=torch.int32, device=ids.device)
+    upto = taken.scatter_(1, place, 1).cumsum(0, dtype=torch.int32)
+    rank = upto.gather(1, place) - 1
+    room = stored * tokens
+    at = torch.where(mine, place * tokens + rank, room)
+    pairs = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
+    order = pairs.new_zeros(room + 1).scatter_(0, at.flatten(), pairs)
+    return taken[:, :stored].sum(0, dtype=torch.int32), order[:room].view(stored, tokens)
 
 
 def _product(x: Tensor, routed: Routed, weight: Tensor, *, gated: bool) -> Tensor:

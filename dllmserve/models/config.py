@@ -130,6 +130,11 @@ def expert_spec(**fields: Any) -> ExpertSpec:
             f"{spec.top_groups} of {spec.groups} groups, cannot be: groups must be equal and have "
             "two experts each, and the groups chosen must have as many as a token takes"
         )
+    if "capacity" in fields and not spec.per_token <= spec.capacity <= spec.count:
+        raise UnsupportedModelError(
+            f"config.json: expert_capacity={spec.capacity} must be at least the {spec.per_token} "
+            f"experts of a token and at most all {spec.count}"
+        )
     return spec
 
 

@@ -41,6 +41,10 @@ SHAPES_ONLY = (
     "sdar-8b",
     "fast-dllm-v2-7b",
     "qwen3-8b",
+    "llada2-mini",
+    "llada-moe-7b",
+    "sdar-30b-a3b",
+    "qwen3-30b-a3b",
 )
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -49,6 +53,8 @@ _PROBLEMS = ("missing", "unexpected", "misshapen", "unusable")
 _SHOWN = 6
 #: far more than any model has; each is composed before its weights are counted
 _MOST_LAYERS = 10_000
+#: how config.json calls their number
+_LAYER_FIELDS = ("num_hidden_layers", "n_layers")
 #: dtypes of weights, as safetensors calls them
 _DTYPES = ("F32", "BF16", "F16")
 #: fields of a ModelSpec that no model can do without
@@ -183,6 +189,8 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
         config = config | {MASK_FIELD: given.mask_id}
     if given.eos_ids is not None:
         config = config | {"eos_token_id": list(given.eos_ids)}
+    if given.layers is not None:
+        config = config | _first_layers(config, given.layers)
     try:
         spec = architecture.read(config)
     except UnsupportedModelError:
@@ -223,6 +231,15 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
         ) from error
 
 
+def _first_layers(config: dict[str, Any], layers: int) -> dict[str, int]:
+    """The number of layers under its names, of so many layers alone."""
+    names = [name for name in _LAYER_FIELDS if isinstance(config.get(name), int)]
+    for name in names:
+        if config[name] < layers:
+            raise ConfigError(f"layers={layers} is over the {config[name]} that the model has")
+    return dict.fromkeys(names, layers)
+
+
 def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:
     """The spec with what the engine's options say of mask, ends and blocks."""
     mask, block, ends = given.mask_id, given.default_block_length, given.eos_ids
@@ -236,6 +253,12 @@ def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:
                     f"{option}={value} does not work with an autoregressive model, which {why}: "
                     "leave it out"
                 )
+    window = 0 if spec.experts is None else spec.experts.window
+    if window and block not in (None, window):
+        raise ConfigError(
+            f"default_block_length={block} does not work with a model whose experts are chosen for "
+            f"blocks of {window}: leave it out"
+        )
     most = f"the model's ids are 0..{spec.embedding_size - 1}"
     if mask is not None and mask >= spec.embedding_size:
         raise ConfigError(f"mask_id={mask} has no embedding: {most}")
