@@ -339,6 +339,8 @@ class EntryReport:
 
     def within(self, length: int) -> EntryReport:
         """The report of the answer's first ``length`` positions."""
+        if self.frontier <= length and self.eos < length and self.end < length:
+            return self
         eos = self.eos if self.eos < length else -1
         end = self.end if self.end < length else -1
         return replace(self, frontier=min(self.frontier, length), eos=eos, end=end)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dllmserve.core.model_spec import ExpertSpec
 
 _LOWEST = tl.constexpr(float("-inf"))
-_NONE = tl.constexpr(-(2**63))
+_NONE = tl.constexpr(-(2**31))
 #: more than the number of any expert
 _LAST = tl.constexpr(0xFFFF)
 
@@ -81,16 +81,23 @@ def _scores(
 
 
 @triton.jit
-def _ordered(key: tl.tensor, place: tl.tensor, real: tl.tensor) -> tl.tensor:
-    """Keys float32 as int64 of the same order; of equal ones the first place is the largest.
+def _ordered(key: tl.tensor, real: tl.tensor) -> tl.tensor:
+    """Keys float32 as int32 of the same order, which a warp reduces in one instruction.
 
     What is not a number comes behind all that is, and what is not real behind that, so choices
     are different in any case.
     """
     key = tl.where(key == key, key, _LOWEST) + 0.0  # -0 equals 0
     bits = key.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(real, (bits.to(tl.int64) << 32) | (_LAST - place), _NONE)
+    return tl.where(real, bits ^ ((bits >> 31) & 0x7FFFFFFF), _NONE)
+
+
+@triton.jit
+def _take_best(keys: tl.tensor, place: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The place of the largest key, of equal ones the first, and the keys without it."""
+    best = tl.max(keys, 0)
+    one = tl.min(tl.where(keys == best, place, _LAST), 0)
+    return one, tl.where(place == one, _NONE, keys)
 
 
 @triton.jit
@@ -108,12 +115,11 @@ def _in_best_groups(
     first = tl.max(key, 1)
     here = tl.min(tl.where(key == first[:, None], place[None, :], SIZE), 1)
     second = tl.max(tl.where(place[None, :] == here[:, None], _LOWEST, key), 1)
-    worth = _ordered(first + second, group, group < groups)
+    worth = _ordered(first + second, group < groups)
     kept = group < 0
     for _ in range(TOP):
-        best = tl.max(worth, 0)
-        kept = kept | (worth == best)
-        worth = tl.where(worth == best, _NONE, worth)
+        one, worth = _take_best(worth, group)
+        kept = kept | (group == one)
     return real & kept[:, None]
 
 
@@ -179,13 +185,13 @@ def _choose_kernel(
     _, key = _scores(logits, bias, top, total, SIGMOID, BIAS)
     if TOP != 0:
         real = _in_best_groups(key, real, groups, GROUPS, SIZE, TOP)
-    keys = tl.reshape(_ordered(key, expert, real), (GROUPS * SIZE,))
+    keys = tl.reshape(_ordered(key, real), (GROUPS * SIZE,))
+    number = tl.reshape(expert, (GROUPS * SIZE,))
     slot = tl.arange(0, SLOTS)
     ids = slot * 0
     for choice in range(CHOICES):
-        best = tl.max(keys, 0)
-        ids = tl.where(slot == choice, _LAST - (best & _LAST).to(tl.int32), ids)
-        keys = tl.where(keys == best, _NONE, keys)
+        one, keys = _take_best(keys, number)
+        ids = tl.where(slot == choice, one, ids)
     routed = slot < CHOICES
     own = tl.load(logits_ptr + ids, mask=routed, other=0.0)
     weights, _ = _scores(
