@@ -138,14 +138,17 @@ def test_against_the_plain_loop(engines: Engines, name: str, full: bool) -> None
             check(job, output)
 
 
-def drawn(cfg_scale: float = 0.0, most: int = 8) -> list[tuple[list[int], SamplingParams]]:
+def drawn(
+    cfg_scale: float = 0.0, length: int = 8, most: int = 8
+) -> list[tuple[list[int], SamplingParams]]:
     """Requests of every kind that edit, some of which draw their tokens, beside one that does not.
 
     Args:
         cfg_scale: of one of them.
+        length: of each answer.
         most: steps of a block for edits alone.
     """
-    base: dict[str, Any] = {"gen_length": 8, "block_length": 4, "ignore_eos": True}
+    base: dict[str, Any] = {"gen_length": length, "block_length": 4, "ignore_eos": True}
     base |= {"max_edit_steps": most}
     variants: list[dict[str, Any]] = [
         {"unmask": "joint", "temperature": 0.0, "penalty_lambda": 1.0, "logprobs": 2},
@@ -181,22 +184,24 @@ def alone(llm: LLM, batch: list[tuple[list[int], SamplingParams]]) -> list[Any]:
     return [llm.generate([p], s, use_tqdm=False)[0] for p, s in batch]
 
 
-def test_alone_together_and_on_two_ranks(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llada2-g4e8", "llada-kv2of4"])
+def test_alone_together_and_on_two_ranks(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """What is drawn, too, depends on nothing else."""
-    for name in ("llada2-g4e8", "llada-kv2of4"):
-        folder = helpers.GOLDEN / name
-        batch = drawn(cfg_scale=float(name == "llada-kv2of4"))
-        expected = alone(engines(folder), batch)
-        assert sum(output["usage"]["edits"] > 0 for output in expected) >= 3
-        same(engines(folder), batch, expected)
-        two, _, _ = threaded_llm(monkeypatch, str(folder), 2, kv_pages=40, page_size=8)
-        same(two, batch, expected)
+    folder = helpers.GOLDEN / name
+    batch = drawn(cfg_scale=float(name == "llada-kv2of4"))
+    expected = alone(engines(folder), batch)
+    assert sum(output["usage"]["edits"] > 0 for output in expected) >= 3
+    same(engines(folder), batch, expected)
+    two, _, _ = threaded_llm(monkeypatch, str(folder), 2, kv_pages=40, page_size=8)
+    same(two, batch, expected)
 
 
 def test_on_triton_kernels(engines: Engines, checkpoints: dict[str, Path]) -> None:
     """Under the interpreter on a CPU."""
     helpers.need_interpreter()
-    folder, batch = checkpoints["llada-odd"], drawn(cfg_scale=1.0, most=1)
+    folder, batch = checkpoints["llada-odd"], drawn(cfg_scale=1.0, length=4, most=1)
     triton = LLM(str(folder), device="cpu", kernels="triton")
     expected = alone(engines(folder), batch)
     assert sum(output["usage"]["edits"] > 0 for output in expected) >= 3
