@@ -51,6 +51,7 @@ def _job(model: models.OracleModel, dice: random.Random, full: bool) -> Job:
         ignore_eos=True,
         stop_token_ids=ENDS if ends else None,
         logprobs=dice.choice([None, 2]),
+        sub_block_length=dice.choice([None, None, 2]) if size > 2 and not full else None,
         steps_per_block=dice.choice([None, 2]) if rule == "dynamic" and not full else None,
         cache=dice.choice(["none", "prefix", "dual"]) if full else "none",
         **given,
@@ -65,7 +66,7 @@ def _job(model: models.OracleModel, dice: random.Random, full: bool) -> Job:
     if full:
         canvas = template_canvas(ids, holes, size) if template else answer_canvas(ids, length, size)
     else:
-        canvas = window_template(ids, holes, size, 0)
+        canvas = window_template(ids, holes, size, 0, params.sub_block_length)
     request = Request(next(NUMBERS), canvas, params, 7)
     masked = [any(low <= p < high for low, high in canvas.holes) for p in range(len(canvas))]
     whole = ids + [0] * (len(canvas) - len(ids))
@@ -78,7 +79,9 @@ def _job(model: models.OracleModel, dice: random.Random, full: bool) -> Job:
         more.get("penalty_lambda", 0.0),
         request.quotas,
     )
-    row.decode([range(*block) for block in canvas.blocks], settings, ENDS if ends else ())
+    asked = canvas.start + canvas.answer_len
+    blocks = [range(*block) for block in canvas.blocks if block[0] < asked]
+    row.decode(blocks, settings, ENDS if ends else ())
     return request, row
 
 
