@@ -92,11 +92,6 @@ class RequestValidator:
             grammars=tuple(grammars),
         )
         request.regions = regions_of(request, grammars)
-        if request.regions and params.edits:
-            raise InvalidParameterError(
-                f"edit_threshold={params.edit_threshold:g} does not work with holes that have to "
-                "match something, whose tokens are written for good: leave one of them out"
-            )
         self._check_whole_blocks(request, name)
         _check_candidates(request, self.spec)
         policy = CACHES[request.policy].load()()
