@@ -205,7 +205,7 @@ class SamplingParams:
     threshold: float = knob(
         0.9,
         "Least confidence, for unmask=threshold, threshold_strict, threshold_dinfer, dynamic, "
-        "hierarchy, credit, klass, wino.",
+        "hierarchy, credit, klass, wino, joint.",
         column=True,
         own_check=True,
     )
