@@ -126,7 +126,7 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
             anything; none at all: the same.
 
     Raises:
-        InvalidParameterError: no text that matches fits into a hole.
+        InvalidParameterError: no text that matches fits into a hole, or its tokens could change.
     """
     if not grammars:
         return ()
@@ -145,6 +145,11 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
             regions.append(Region(start, end, grammar))
             _check_room(regions[-1], asked, name, way)
     check_count(len(regions))
+    if regions and params.edits:
+        raise InvalidParameterError(
+            f"edit_threshold={params.edit_threshold:g} does not work with what has to match "
+            "something, whose tokens are written for good: leave one of them out"
+        )
     return tuple(regions)
 
 

@@ -142,11 +142,11 @@ class StepDecision:
         heads = None
         if stats.logprobs:
             heads = heads_of(view, edits, self._inputs.scored)
+        confidence = shown_confidence(view, edits)
         if before is not None:
             before()
         for whole, cells, values in writings:
             whole.view(-1)[cells] = values  # with one index, which need not be copied
-        confidence = shown_confidence(view, edits)
         return StepOutputs(report, view.tokens, confidence, stats.logprobs, heads, edits=edits)
 
     def _block_view(self, stats: TokenStats) -> tuple[RuleView, Tensor]:

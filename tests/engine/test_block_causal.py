@@ -71,6 +71,32 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
             ignore_eos=True,
             stop_token_ids=ends,
         )
+    if kind == "ar-greedy":
+        ends, length = given["eos_token_id"], given["max_new_tokens"]
+        if ends == [eos]:
+            return SamplingParams(temperature=0.0, max_tokens=length)
+        return SamplingParams(
+            temperature=0.0, max_tokens=length, ignore_eos=True, stop_token_ids=ends
+        )
+    if kind == "fdv2-generate":
+        ends = given["stop_token"]
+        return SamplingParams(
+            temperature=0.0,
+            gen_length=len(case["expected_trimmed"]) if ends is None else given["max_new_tokens"],
+            block_length=given["block_size"],
+            sub_block_length=given["small_block_size"],
+            unmask="threshold_strict",
+            threshold=given["threshold"],
+            cache="sub_block" if given["use_block_cache"] else "none",
+            ignore_eos=True,
+            stop_token_ids=None if ends is None else [ends],
+        )
+    return of_llada2(case)
+
+
+def of_llada2(case: dict[str, Any]) -> SamplingParams | None:
+    """The same of LLaDA2's generate and of SGLang's."""
+    kind, given = case["kind"], case.get("params", {})
     if kind == "llada2.0" and not upstreams_own_way(case):
         length = given["gen_length"]
         return SamplingParams(
@@ -114,26 +140,6 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
             unmask="threshold_strict",
             threshold=given["algorithm_config"].get("threshold", 0.95),
             ignore_eos=given["ignore_eos"],
-        )
-    if kind == "ar-greedy":
-        ends, length = given["eos_token_id"], given["max_new_tokens"]
-        if ends == [eos]:
-            return SamplingParams(temperature=0.0, max_tokens=length)
-        return SamplingParams(
-            temperature=0.0, max_tokens=length, ignore_eos=True, stop_token_ids=ends
-        )
-    if kind == "fdv2-generate":
-        ends = given["stop_token"]
-        return SamplingParams(
-            temperature=0.0,
-            gen_length=len(case["expected_trimmed"]) if ends is None else given["max_new_tokens"],
-            block_length=given["block_size"],
-            sub_block_length=given["small_block_size"],
-            unmask="threshold_strict",
-            threshold=given["threshold"],
-            cache="sub_block" if given["use_block_cache"] else "none",
-            ignore_eos=True,
-            stop_token_ids=None if ends is None else [ends],
         )
     return None
 

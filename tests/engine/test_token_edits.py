@@ -51,6 +51,7 @@ def _job(model: models.OracleModel, dice: random.Random, full: bool) -> Job:
         ignore_eos=True,
         stop_token_ids=ENDS if ends else None,
         logprobs=dice.choice([None, 2]),
+        sub_block_length=dice.choice([None, None, 2]) if size > 2 and not full else None,
         steps_per_block=dice.choice([None, 2]) if rule == "dynamic" and not full else None,
         cache=dice.choice(["none", "prefix", "dual"]) if full else "none",
         **given,
@@ -65,7 +66,7 @@ def _job(model: models.OracleModel, dice: random.Random, full: bool) -> Job:
     if full:
         canvas = template_canvas(ids, holes, size) if template else answer_canvas(ids, length, size)
     else:
-        canvas = window_template(ids, holes, size, 0)
+        canvas = window_template(ids, holes, size, 0, params.sub_block_length)
     request = Request(next(NUMBERS), canvas, params, 7)
     masked = [any(low <= p < high for low, high in canvas.holes) for p in range(len(canvas))]
     whole = ids + [0] * (len(canvas) - len(ids))
@@ -78,7 +79,9 @@ def _job(model: models.OracleModel, dice: random.Random, full: bool) -> Job:
         more.get("penalty_lambda", 0.0),
         request.quotas,
     )
-    row.decode([range(*block) for block in canvas.blocks], settings, ENDS if ends else ())
+    asked = canvas.start + canvas.answer_len
+    blocks = [range(*block) for block in canvas.blocks if block[0] < asked]
+    row.decode(blocks, settings, ENDS if ends else ())
     return request, row
 
 
@@ -138,14 +141,17 @@ def test_against_the_plain_loop(engines: Engines, name: str, full: bool) -> None
             check(job, output)
 
 
-def drawn(cfg_scale: float = 0.0, most: int = 8) -> list[tuple[list[int], SamplingParams]]:
+def drawn(
+    cfg_scale: float = 0.0, length: int = 8, most: int = 8
+) -> list[tuple[list[int], SamplingParams]]:
     """Requests of every kind that edit, some of which draw their tokens, beside one that does not.
 
     Args:
         cfg_scale: of one of them.
+        length: of each answer.
         most: steps of a block for edits alone.
     """
-    base: dict[str, Any] = {"gen_length": 8, "block_length": 4, "ignore_eos": True}
+    base: dict[str, Any] = {"gen_length": length, "block_length": 4, "ignore_eos": True}
     base |= {"max_edit_steps": most}
     variants: list[dict[str, Any]] = [
         {"unmask": "joint", "temperature": 0.0, "penalty_lambda": 1.0, "logprobs": 2},
@@ -181,22 +187,24 @@ def alone(llm: LLM, batch: list[tuple[list[int], SamplingParams]]) -> list[Any]:
     return [llm.generate([p], s, use_tqdm=False)[0] for p, s in batch]
 
 
-def test_alone_together_and_on_two_ranks(engines: Engines, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["llada2-g4e8", "llada-kv2of4"])
+def test_alone_together_and_on_two_ranks(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     """What is drawn, too, depends on nothing else."""
-    for name in ("llada2-g4e8", "llada-kv2of4"):
-        folder = helpers.GOLDEN / name
-        batch = drawn(cfg_scale=float(name == "llada-kv2of4"))
-        expected = alone(engines(folder), batch)
-        assert sum(output["usage"]["edits"] > 0 for output in expected) >= 3
-        same(engines(folder), batch, expected)
-        two, _, _ = threaded_llm(monkeypatch, str(folder), 2, kv_pages=40, page_size=8)
-        same(two, batch, expected)
+    folder = helpers.GOLDEN / name
+    batch = drawn(cfg_scale=float(name == "llada-kv2of4"))
+    expected = alone(engines(folder), batch)
+    assert sum(output["usage"]["edits"] > 0 for output in expected) >= 3
+    same(engines(folder), batch, expected)
+    two, _, _ = threaded_llm(monkeypatch, str(folder), 2, kv_pages=40, page_size=8)
+    same(two, batch, expected)
 
 
 def test_on_triton_kernels(engines: Engines, checkpoints: dict[str, Path]) -> None:
     """Under the interpreter on a CPU."""
     helpers.need_interpreter()
-    folder, batch = checkpoints["llada-odd"], drawn(cfg_scale=1.0, most=1)
+    folder, batch = checkpoints["llada-odd"], drawn(cfg_scale=1.0, length=4, most=1)
     triton = LLM(str(folder), device="cpu", kernels="triton")
     expected = alone(engines(folder), batch)
     assert sum(output["usage"]["edits"] > 0 for output in expected) >= 3

@@ -1,14 +1,17 @@
-"""Compile the constraint kernels and the rotation of heads for a GPU that need not be there.
+"""Compile kernels of steps and constraints, and the rotation of heads, for a GPU not at hand.
 
 ``python -m tests.kernels.compiled``; Triton's interpreter takes what the compiler refuses.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dllmserve.kernels import experts, rotary, routing
-from dllmserve.runtime.kernels import constrain, region_sets
+from dllmserve.runtime.kernels import begin, constrain, finish, region_sets
 
 TYPES = {
     "tokens": "*i64 rows cells fields best holds ints positions_ptr",
@@ -20,6 +23,15 @@ TYPES = {
     "cos_ptr": "*fp32 sin_ptr logits_ptr bias_ptr weights_ptr",
     "eps": "fp32 scale",
     "confidence": "*fp64",
+}
+#: of kernels of a step, where some names mean something else
+STEP_TYPES = {
+    "masked": "*i1 open_flags open_ tempered eligible_out write",
+    "tokens": "*i64 ints forwards ids positions head_rows head_uncond keys top_k token token_out "
+    "current_out quota_out rule_out new eos report",
+    "floats": "*fp64 temperature top_p cfg_scale prob margin entropy confidence_out entropy_out "
+    "edit_out floats_out",
+    "packed": "*i32 starts steps",
 }
 #: sizes that a launch fixes
 FIXED = {
@@ -33,7 +45,7 @@ FIXED = {
     "HEADS": 32,
     "HALF": 32,
     "BEHIND": 64,
-    "TOKENS": 16,
+    "TOKENS": 64,
     "EXPERTS": 256,
     "DEPTH": 64,
     "HELD": 512,
@@ -52,7 +64,11 @@ FIXED = {
     "MORE": 16,
     "OUTS": 64,
     "ALL": False,
-    "BLOCK": 1024,
+    "BLOCK": 128,
+    "SPANS": 256,
+    "MARGIN": True,
+    "ENTROPY": True,
+    "REPLACES": True,
 }
 KERNELS = (
     region_sets.sweep,
@@ -67,15 +83,22 @@ KERNELS = (
     experts._product_kernel,
     experts._combine_kernel,
 )
+STEP_KERNELS = (begin._begin, finish._spread, finish._commit)
 
 
 def main() -> None:
     """Compile each; an error names the line."""
+    compile_all(KERNELS, TYPES)
+    compile_all(STEP_KERNELS, STEP_TYPES)
+
+
+def compile_all(kernels: Sequence[Any], types: Mapping[str, str]) -> None:
+    """Compile kernels whose arguments have types by their names."""
     kinds = dict[str, str]()
-    for first, line in TYPES.items():
+    for first, line in types.items():
         kind, *others = line.split()
         kinds |= dict.fromkeys([first, *others], kind)
-    for kernel in KERNELS:
+    for kernel in kernels:
         parameters = kernel.params
         fixed = {(i,): FIXED[p.name] for i, p in enumerate(parameters) if p.is_constexpr}
         signature = {

@@ -78,6 +78,6 @@ class TritonWork:
             update = settle(update, view)
         update, edits = with_edits(update, view)
         heads = heads_of(view, edits, None) if stats.logprobs else None
-        report = commit_step(self.packed, shape, table, update, stats.prob, before)
         confidence = shown_confidence(view, edits)
+        report = commit_step(self.packed, shape, table, update, stats.prob, before)
         return StepOutputs(report, view.tokens, confidence, stats.logprobs, heads, edits=edits)
