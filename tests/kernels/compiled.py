@@ -45,7 +45,7 @@ FIXED = {
     "HEADS": 32,
     "HALF": 32,
     "BEHIND": 64,
-    "TOKENS": 16,
+    "TOKENS": 64,
     "EXPERTS": 256,
     "DEPTH": 64,
     "HELD": 512,
@@ -64,13 +64,8 @@ FIXED = {
     "MORE": 16,
     "OUTS": 64,
     "ALL": False,
-    "BLOCK": 1024,
-}
-#: of kernels of a step, where some differ
-STEP_FIXED = FIXED | {
-    "TOKENS": 256,
-    "SPANS": 256,
     "BLOCK": 128,
+    "SPANS": 256,
     "MARGIN": True,
     "ENTROPY": True,
     "REPLACES": True,
@@ -93,19 +88,19 @@ STEP_KERNELS = (begin._begin, finish._spread, finish._commit)
 
 def main() -> None:
     """Compile each; an error names the line."""
-    compile_all(KERNELS, TYPES, FIXED)
-    compile_all(STEP_KERNELS, STEP_TYPES, STEP_FIXED)
+    compile_all(KERNELS, TYPES)
+    compile_all(STEP_KERNELS, STEP_TYPES)
 
 
-def compile_all(kernels: Sequence[Any], types: Mapping[str, str], sizes: Mapping[str, Any]) -> None:
-    """Compile kernels whose arguments have types, and sizes, by their names."""
+def compile_all(kernels: Sequence[Any], types: Mapping[str, str]) -> None:
+    """Compile kernels whose arguments have types by their names."""
     kinds = dict[str, str]()
     for first, line in types.items():
         kind, *others = line.split()
         kinds |= dict.fromkeys([first, *others], kind)
     for kernel in kernels:
         parameters = kernel.params
-        fixed = {(i,): sizes[p.name] for i, p in enumerate(parameters) if p.is_constexpr}
+        fixed = {(i,): FIXED[p.name] for i, p in enumerate(parameters) if p.is_constexpr}
         signature = {
             p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters
         }
