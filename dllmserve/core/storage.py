@@ -179,10 +179,12 @@ class Storage:
             if page is None:
                 break
             found.append(page)
-        # a window is computed as a whole, so what is taken over ends where one ends
-        first, window = request.progress.stored // self._limits.page_size, request.canvas.window
-        while found and (first + len(found)) * self._limits.page_size % window:
-            found.pop()
+        experts = self._spec.experts
+        if experts is not None and experts.capacity:
+            # what a position computes depends on its whole window, so that is computed as a whole
+            first = request.progress.stored // self._limits.page_size
+            while found and (first + len(found)) * self._limits.page_size % request.canvas.window:
+                found.pop()
         return found
 
     def missing(self, request: Request, span: Span) -> int:
