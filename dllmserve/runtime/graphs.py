@@ -128,7 +128,7 @@ class GraphPool:
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """Keep Python from collecting: to free the graphs of another engine is an error in a capture."""
+    """Keep Python from collecting: to free another engine's graphs is an error in a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
