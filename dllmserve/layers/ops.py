@@ -107,6 +107,9 @@ class LayerOps:
         torch.Size([3, 2, 64])
     """
 
+    #: experts' products wait for the device, which has to say who chose them
+    asks_for_experts = True
+
     def __init__(
         self,
         rotary_dim: int,

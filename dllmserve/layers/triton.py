@@ -26,6 +26,8 @@ class TritonOps(LayerOps):
         ``ops = TritonOps(64, 1e4, 128, device)``
     """
 
+    asks_for_experts = False
+
     def add_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:

@@ -102,9 +102,10 @@ def rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
     """So many first dimensions of each head are rotated: those of ``partial_rotary_factor``."""
     inside = config.get("rope_parameters") or {}
     factor = one_of({**inside, **config}, ("partial_rotary_factor",), 1.0)
-    if not 0 < factor <= 1:
+    if not 0 < factor <= 1 or int(head_dim * factor) == 0:
         raise UnsupportedModelError(
-            f"partial_rotary_factor={factor} is not supported: it must be over 0 and at most 1"
+            f"partial_rotary_factor={factor} is not supported: it must be over 0 and at most 1, "
+            f"and rotate some of the {head_dim} dimensions of a head"
         )
     return int(head_dim * factor)
 

@@ -20,7 +20,7 @@ from dllmserve.core.model_spec import ExpertSpec
 from dllmserve.errors import UnsupportedModelError
 from dllmserve.layers.experts import Experts
 from dllmserve.layers.modules import Attention, Build
-from dllmserve.models.config import expert_spec, need
+from dllmserve.models.config import expert_spec, need, one_of
 from dllmserve.models.llama import LlamaLike, blocks, ends, mask_id
 
 #: ids that the published config.json files lack
@@ -90,7 +90,7 @@ class Llada2(LlamaLike):
             shared_size=size * int(config.get("num_shared_experts") or 0),
             score="sigmoid",
             normalize=each > 1,
-            scale=float(config.get("routed_scaling_factor") or 1.0),
+            scale=float(one_of(config, ("routed_scaling_factor",), 1.0)),
             bias="choice",
             **chosen,
         )
