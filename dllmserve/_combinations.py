@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dllmserve.catalog import CACHES, RULES
 
 #: parameters that change nothing where they are 0 or None, which a cache reads or does not
 REFRESH = ("refresh_delay", "refresh_every", "refresh_window")
+
+#: rules that read min_tokens_per_step
+MIN_TOKENS = ("threshold_strict", "dynamic")
 
 
 def refusals(params: Any) -> Iterator[str]:
@@ -44,8 +47,8 @@ def refusals(params: Any) -> Iterator[str]:
             "canvas alone: leave the SparseConfig out"
         )
     if params.confidence not in RULES[rule].confidence:
-        named = " or ".join(map(repr, RULES[rule].confidence))
-        yield f"unmask={rule!r} needs confidence={named}, got {params.confidence!r}"
+        named = RULES[rule].confidence
+        yield f"unmask={rule!r} needs confidence={_listed(named)}, got {params.confidence!r}"
     compares = rule in ("threshold", "threshold_strict", "threshold_dinfer", "dynamic")
     if compares and params.confidence == "neg_entropy" and params.threshold > 0:
         yield (
@@ -54,14 +57,15 @@ def refusals(params: Any) -> Iterator[str]:
         )
     for name in REFRESH:
         if getattr(params, name) and name not in takes:
-            caches = " or ".join(repr(n) for n, info in CACHES.items() if name in info.takes)
+            caches = [n for n, info in CACHES.items() if name in info.takes]
             yield (
-                f"{name}={getattr(params, name)} needs cache={caches}, which are for full "
+                f"{name}={getattr(params, name)} needs cache={_listed(caches)}, which are for full "
                 f"attention, got cache={params.cache!r}"
             )
     yield from _of_ends(params)
     if RULES[rule].revokes:
         yield from _of_revoking(params)
+    yield from _of_edits(params)
 
 
 def _of_ends(params: Any) -> Iterator[str]:
@@ -86,5 +90,57 @@ def _of_revoking(params: Any) -> Iterator[str]:
     if params.early_end:
         yield (f"early_end=True does not work with unmask={rule!r}, which may take an end id back")
     if not CACHES[params.cache].whole:
-        caches = " or ".join(repr(name) for name, info in CACHES.items() if info.whole)
-        yield f"unmask={rule!r} works with cache={caches}, got {params.cache!r}"
+        caches = [name for name, info in CACHES.items() if info.whole]
+        yield f"unmask={rule!r} works with cache={_listed(caches)}, got {params.cache!r}"
+
+
+def _of_edits(params: Any) -> Iterator[str]:
+    """Edits need a rule and a cache that compute a block as a whole, and nothing final in it."""
+    rule, edits = params.unmask, params.edits
+    if params.min_tokens_per_step > 1 and rule not in MIN_TOKENS:
+        yield (
+            f"min_tokens_per_step={params.min_tokens_per_step} works with unmask="
+            f"{_listed(MIN_TOKENS)}, got unmask={rule!r}"
+        )
+    if params.penalty_lambda > 0 and rule != "joint":
+        yield (
+            f"penalty_lambda={params.penalty_lambda:g} works with unmask='joint' only, got "
+            f"unmask={rule!r}"
+        )
+    if not edits:
+        if params.max_edit_steps != type(params).max_edit_steps:
+            yield (
+                f"max_edit_steps={params.max_edit_steps} counts steps that edit: give an "
+                "edit_threshold, too"
+            )
+        return
+    given = f"edit_threshold={params.edit_threshold:g}"
+    if not RULES[rule].edits:
+        known = [name for name, info in RULES.items() if info.edits]
+        yield f"{given} works with unmask={_listed(known)}, got unmask={rule!r}"
+    if params.sparse is not None:
+        yield (
+            f"{given} does not work with sparse attention, which keeps a part of the canvas alone: "
+            "leave the SparseConfig out"
+        )
+    if params.constrained:
+        yield (
+            f"{given} does not work with regex, json_schema and choice, which write tokens for "
+            "good: leave one of them out"
+        )
+    if params.early_end:
+        yield f"early_end=True does not work with {given}, which may replace an end id"
+    cache = CACHES[params.cache]
+    if not cache.block:
+        caches = [name for name, info in CACHES.items() if info.block and info.named]
+        yield f"{given} works with cache={_listed(caches)}, got {params.cache!r}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names as errors write them.
+
+    Example:
+        >>> _listed(["none", "dual"])
+        "'none' or 'dual'"
+    """
+    return " or ".join(map(repr, names))

@@ -91,12 +91,14 @@ class RuleInfo(Info):
         confidence: what SamplingParams.confidence may be.
         quota: whether a schedule says how many positions each forward writes: "exact", so that the
             host knows the outcome, "least", or "" for a rule without one.
+        edits: tokens that it has written may be replaced (``edit_threshold``).
     """
 
     needs: frozenset[str] = frozenset()
     memory: tuple[float, float] | None = None
     confidence: tuple[str, ...] = ("probability", "margin", "neg_entropy")
     quota: str = ""
+    edits: bool = False
 
     @property
     def revokes(self) -> bool:
@@ -129,6 +131,8 @@ class CacheInfo(Info):
         windowed: for block-causal and autoregressive models; others are for full attention.
         follows: which positions a forward computes depends on which are written, so none is
             planned before the report of the last.
+        block: each forward that decides tokens computes the whole block, so that tokens of it may
+            be edited.
     """
 
     takes: tuple[str, ...] = ()
@@ -138,6 +142,7 @@ class CacheInfo(Info):
     grows: bool = False
     windowed: bool = False
     follows: bool = False
+    block: bool = False
 
 
 _Kind = TypeVar("_Kind", bound=Info)
@@ -273,7 +278,9 @@ RULES = Catalog(
         "entropy_bound": RuleInfo(
             "dllmserve.decoding.entropy:EntropyBoundRule", needs=frozenset({"entropy"})
         ),
-        "threshold_strict": RuleInfo("dllmserve.decoding.threshold_strict:StrictThresholdRule"),
+        "threshold_strict": RuleInfo(
+            "dllmserve.decoding.threshold_strict:StrictThresholdRule", edits=True
+        ),
         "factor_strict": RuleInfo(
             "dllmserve.decoding.factor_strict:StrictFactorRule",
             confidence=("probability", "margin"),
@@ -300,8 +307,13 @@ RULES = Catalog(
             confidence=_PROBABILITY,
         ),
         "sequential": RuleInfo("dllmserve.decoding.sequential:SequentialRule", quota="exact"),
-        "dynamic": RuleInfo("dllmserve.decoding.dynamic:DynamicRule", quota="least"),
+        "dynamic": RuleInfo("dllmserve.decoding.dynamic:DynamicRule", quota="least", edits=True),
         "threshold_dinfer": RuleInfo("dllmserve.decoding.threshold_dinfer:DinferThresholdRule"),
+        "joint": RuleInfo(
+            "dllmserve.decoding.threshold_strict:StrictThresholdRule",
+            confidence=_PROBABILITY,
+            edits=True,
+        ),
     },
 )
 
@@ -311,9 +323,9 @@ CACHES = Catalog(
     "dllmserve.caches",
     CacheInfo,
     {
-        "none": CacheInfo("dllmserve.cache.none:NoCache", whole=True),
-        "prefix": CacheInfo("dllmserve.cache.dual:PrefixCache", _REFRESHED),
-        "dual": CacheInfo("dllmserve.cache.dual:DualCache", _REFRESHED, whole=True),
+        "none": CacheInfo("dllmserve.cache.none:NoCache", whole=True, block=True),
+        "prefix": CacheInfo("dllmserve.cache.dual:PrefixCache", _REFRESHED, block=True),
+        "dual": CacheInfo("dllmserve.cache.dual:DualCache", _REFRESHED, whole=True, block=True),
         "rolling": CacheInfo("dllmserve.cache.rolling:RollingCache", ("refresh_every",)),
         "delayed": CacheInfo(
             "dllmserve.cache.delayed:DelayedCache",
@@ -325,7 +337,11 @@ CACHES = Catalog(
         ),
         "sparse": CacheInfo("dllmserve.cache.sparse:SparseCache", named=False),
         "paged": CacheInfo(
-            "dllmserve.cache.paged:PagedCache", named=False, grows=True, windowed=True
+            "dllmserve.cache.paged:PagedCache",
+            named=False,
+            grows=True,
+            windowed=True,
+            block=True,
         ),
         "sub_block": CacheInfo(
             "dllmserve.cache.sub_block:SubBlockCache", windowed=True, follows=True
@@ -336,6 +352,7 @@ CACHES = Catalog(
 #: in the order in which they are applied
 EDITS = {
     "bias": EditInfo("dllmserve.runtime.edits:BiasEdit", "dllmserve.core.rows:bias_of"),
+    "penalty": EditInfo("dllmserve.runtime.edits:PenaltyEdit", "dllmserve.core.rows:penalty_of"),
     "credit": EditInfo("dllmserve.runtime.edits:CreditEdit", keeps=True),
     "kl": EditInfo("dllmserve.runtime.edits:KlObserver", keeps=True),
     "constraint": EditInfo(

@@ -41,6 +41,9 @@ _SAME: tuple[tuple[str, str], ...] = (
     ("threshold", "confidence_threshold conf_threshold unmask_threshold token_threshold"),
     ("threshold", "dynamic_threshold"),
     ("entropy_bound", "entropy_threshold entropy_budget"),
+    ("edit_threshold", "editing_threshold"),
+    ("max_edit_steps", "max_post_steps max_post_edit_steps"),
+    ("min_tokens_per_step", "num_to_transfer"),
     ("retention_ratio", "keep_ratio retain_ratio"),
     ("pool_kernel", "kernel_size"),
     ("early_end", "early_stop eos_early_stop eos_early_exit"),
@@ -189,6 +192,8 @@ _RULES: tuple[tuple[str, str], ...] = (
     ("dynamic", "low_confidence_dynamic"),
     ("sequential", "sequential"),
     ("entropy_bound", "entropy_bounded"),
+    ("threshold_strict", "LowConfidence"),
+    ("joint", "JointThreshold"),
 )
 
 #: whose fields are often given to the wrong class: its name, module and class. Loaded by name,

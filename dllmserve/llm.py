@@ -171,9 +171,9 @@ class LLM:
         Returns:
             One dictionary per prompt, in the order of the prompts: ``text``, ``token_ids``,
             ``finish_reason`` ("stop" or "length"), ``usage`` (prompt_tokens, completion_tokens,
-            forward_passes, cached_tokens) and ``steps``, for each of token_ids the number, from 1,
-            of the forward that wrote it; with ``logprobs`` in the parameters ``logprobs``, see
-            :class:`dllmserve.outputs.TokenLogprob`; with history ``history``, see
+            forward_passes, cached_tokens, edits) and ``steps``, for each of token_ids the number,
+            from 1, of the forward that wrote it; with ``logprobs`` in the parameters ``logprobs``,
+            see :class:`dllmserve.outputs.TokenLogprob`; with history ``history``, see
             :class:`dllmserve.outputs.Forward`.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
 
@@ -30,7 +31,8 @@ class Forward(TypedDict):
     Attributes:
         forward: its number, from 1.
         written: ``[position in the answer, token id, confidence]``; the confidence is None where
-            something was filled in behind an end id.
+            something was filled in behind an end id. What replaced another token is among them,
+            with its probability.
         remasked: positions in the answer that were masked again.
     """
 
@@ -77,6 +79,7 @@ class RequestOutput:
         prompt_tokens, completion_tokens: lengths in tokens.
         forward_passes: forwards that the request took part in; guidance counts once.
         cached_tokens: tokens of the prompt whose K and V were found, from requests before.
+        edits: written tokens that were replaced, of all that the request computed.
         steps: number, from 1, of the request's forward that wrote each of token_ids; 0 where
             a token was given.
         logprobs: of each of token_ids, if asked for.
@@ -93,6 +96,7 @@ class RequestOutput:
     completion_tokens: int
     forward_passes: int
     cached_tokens: int = 0
+    edits: int = 0
     steps: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] | None = None
     candidate_logprobs: list[list[float]] | None = None
@@ -122,6 +126,7 @@ class RequestOutput:
                 "completion_tokens": self.completion_tokens,
                 "forward_passes": self.forward_passes,
                 "cached_tokens": self.cached_tokens,
+                "edits": self.edits,
             },
             "steps": self.steps,
             **{key: value for key, value in asked.items() if value is not None},
@@ -135,11 +140,13 @@ class CanvasStep:
     Attributes:
         token_ids: [gen_length] ids; provisional where ``committed`` is False and a
             proposal exists, else None.
-        committed: [gen_length] flags.
+        committed: [gen_length] flags: written. Of a request that edits, tokens of the active block
+            may still be replaced.
         confidence: [gen_length] confidence of the proposals; None without one.
         block: [start, end) of the active block in the answer.
         forward_passes: forwards so far.
         output: the finished request in the last event, else None.
+        edited: positions whose written token this forward has replaced by another.
     """
 
     token_ids: list[int | None]
@@ -148,6 +155,7 @@ class CanvasStep:
     block: tuple[int, int]
     forward_passes: int
     output: RequestOutput | None = None
+    edited: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

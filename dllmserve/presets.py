@@ -5,10 +5,11 @@ How they were measured, and what they cost, is in docs/decoding.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from dllmserve._values import BLOCK_LENGTH, MAX_STEPS, Filled, NotGiven
+from dllmserve._values import BLOCK_LENGTH, MAX_STEPS, Filled, NotGiven, rank
+from dllmserve.catalog import CACHES, RULES
 
 #: a model with blocks of its own keeps those
 _BLOCK = NotGiven(BLOCK_LENGTH)
@@ -52,6 +53,28 @@ def preset(quality: str, given: Mapping[str, Any]) -> dict[str, Any]:
         # an engine may have a block length of its own
         values["steps"] = NotGiven(steps_for(given.get("gen_length", 128), block))
     return values
+
+
+def filled(params: Any, given: Collection[str]) -> dict[str, Any]:
+    """The values of a preset that fill in what was not given.
+
+    Args:
+        params: SamplingParams with a quality.
+        given: names of the fields that were given.
+    """
+    if "max_tokens" in given and rank(params.max_tokens):
+        given = {*given, "gen_length"}
+    chosen = ("gen_length", "block_length", "unmask")
+    values = preset(params.quality, {n: getattr(params, n) for n in chosen if n in given})
+    # what is given may rule a part of the preset out; a rule that is not known revokes nothing
+    revokes = params.unmask in RULES and RULES[params.unmask].revokes
+    edits = params.edits or params.unmask == "joint"
+    if params.ignore_eos or revokes or edits:
+        values.pop("early_end", None)
+    cache = CACHES[values["cache"]]
+    if (revokes and not cache.whole) or (edits and not cache.block):
+        values["cache"] = Filled("dual")
+    return {name: value for name, value in values.items() if name not in given}
 
 
 def steps_for(length: int, block: int | None, tokens: int = 1) -> int:

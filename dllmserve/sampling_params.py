@@ -8,12 +8,13 @@ from typing import Any
 
 from dllmserve._checks import check_choice, check_float, check_known
 from dllmserve._combinations import refusals
+from dllmserve._lengths import DEFAULT_LENGTHS, settle_length
 from dllmserve._values import (
+    LOGIT_BIAS_BOUND,
     MAX_GEN_LENGTH,
     MAX_LOGPROBS,
     MAX_STEPS,
     Filled,
-    Kept,
     NotGiven,
     SparseConfig,
     normal_bias,
@@ -45,8 +46,8 @@ def _qualities() -> tuple[str, ...]:
     return tuple(PRESETS)
 
 
-#: max_tokens and gen_length, as documented
-DEFAULT_LENGTHS = NotGiven(64), NotGiven(128)
+#: what unmask="joint" takes where nobody says more, as SGLang's JointThreshold
+JOINT = {"threshold": 0.5, "edit_threshold": 0.0}
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,12 @@ class SamplingParams:
         block_length: diffusion block; None is the engine's default_block_length or the model's
             own, if there is one, else one block for the whole answer (with a SparseConfig: its
             default_block_len). The last block may be shorter.
-        unmask: which positions are written in a step: "steps", "sequential", "dynamic" (SDAR),
-            "threshold", "threshold_strict", "threshold_dinfer", "factor", "factor_strict",
-            "entropy_bound", "hierarchy", "credit", "klass" or "wino"; docs/decoding.md explains
-            each.
+        unmask: which positions are written in a step: "steps", "threshold", "dynamic", ...;
+            docs/decoding.md explains each rule.
         threshold: least confidence for the rules that compare with one: "threshold"
             (Fast-dLLM), "threshold_strict" (SGLang, LLaDA2), "dynamic" (SDAR, LLaDA2),
-            "threshold_dinfer", "hierarchy", "credit" (dInfer), "klass" (arXiv 2511.05664; 0.9
-            there) and "wino" (0.6 there).
+            "threshold_dinfer", "hierarchy", "credit" (dInfer), "klass" (arXiv 2511.05664), "wino"
+            and "joint" (SGLang; 0.5 unless given).
         factor: the factor f of ``unmask="factor"`` (Fast-dLLM) and "factor_strict".
         entropy_bound: entropy budget in nats of ``unmask="entropy_bound"``.
         low_threshold: least confidence of the best position of a run of masks, for
@@ -134,11 +133,18 @@ class SamplingParams:
             every forward, as in OpenAI's API: after guidance, before temperature, top-p and
             top-k, and before confidences are taken. -100 bans a token, 100 all but forces
             it. At most 1024 ids; kept as an immutable dict, sorted by id, and None if empty.
-
         regex: the whole text of the answer matches this regular expression (Python's syntax).
         json_schema: the answer is JSON that is valid by it: a dict, or JSON text; kept as text.
         choice: the answer is one of these texts.
         logprobs: gives log-probabilities of tokens, and of so many of the likeliest, at most 20.
+        edit_threshold: a written token of the active block is replaced if the model now proposes
+            another with a higher probability than this (LLaDA2.1); None: it stays. With unmask
+            "threshold_strict", "dynamic" and "joint" (0 there unless given).
+        max_edit_steps: forwards of a block without masks, which edit it, at most; 0 leaves a block
+            as soon as it has no mask.
+        min_tokens_per_step: tokens that a step writes at least ("threshold_strict", "dynamic").
+        penalty_lambda: with unmask="joint", taken off the logit of the token that stands one place
+            to the left in the block.
 
     Numbers may be numpy's, and arrays or tensors without dimensions; they become plain ones.
 
@@ -199,7 +205,7 @@ class SamplingParams:
     threshold: float = knob(
         0.9,
         "Least confidence, for unmask=threshold, threshold_strict, threshold_dinfer, dynamic, "
-        "hierarchy, credit, klass, wino.",
+        "hierarchy, credit, klass, wino, joint.",
         column=True,
         own_check=True,
     )
@@ -326,7 +332,6 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = knob(
         None, "Token ids that end the answer, too; also with ignore_eos.", own_check=True
     )
-
     regex: str | None = knob(None, "The answer matches this regular expression.", own_check=True)
     json_schema: Mapping[str, Any] | str | None = knob(
         None, "The answer is JSON that is valid by this JSON Schema.", own_check=True
@@ -336,6 +341,30 @@ class SamplingParams:
     )
     logprobs: int | None = knob(
         None, "Give log-probabilities: of so many of the likeliest, too.", low=0, high=MAX_LOGPROBS
+    )
+    edit_threshold: float | None = knob(
+        None,
+        "Replace written tokens of a block by others more probable than this (for "
+        "unmask=threshold_strict, dynamic, joint).",
+        low=0,
+        high=1,
+        column=True,
+    )
+    max_edit_steps: int = knob(
+        16, "Most steps of a block without masks, for edits alone.", low=0, high=MAX_STEPS
+    )
+    min_tokens_per_step: int = knob(
+        1,
+        "Tokens that a step writes at least (for unmask=threshold_strict, dynamic).",
+        low=1,
+        high=MAX_GEN_LENGTH,
+        column=True,
+    )
+    penalty_lambda: float = knob(
+        0.0,
+        "Taken off the logit of the token to the left (for unmask=joint).",
+        low=0,
+        high=LOGIT_BIAS_BOUND,
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
@@ -351,8 +380,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if "_given" in self.__dict__:
-            self._settle_length()
-            self._apply_quality()
+            settle_length(self)
+            self._fill()
         else:  # out of a message or a store: another process has done so
             object.__setattr__(self, "max_tokens", NotGiven(self.gen_length))
         names = ("block_length", "steps", "suffix_window", "cache")
@@ -386,9 +415,9 @@ class SamplingParams:
         return not (self.regex is None and self.json_schema is None and self.choice is None)
 
     @property
-    def _revokes(self) -> bool:
-        """Whether the rule may mask written positions again; one that is not known does not."""
-        return self.unmask in RULES and RULES[self.unmask].revokes
+    def edits(self) -> bool:
+        """True if written tokens of a block may be replaced before the block is left."""
+        return self.edit_threshold is not None
 
     @property
     def policy(self) -> str:
@@ -409,52 +438,23 @@ class SamplingParams:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def _settle_length(self) -> None:
-        """Make one length of its two names: the one that was given, or changed, sets the other."""
-        pair = ("max_tokens", "gen_length")
-        ranks = {name: rank(getattr(self, name)) for name in pair}
-        for name in (name for name in pair if ranks[name] == 2):
-            check_knobs(InvalidParameterError, self, name)
-        # neither does a list of all fields mean anything by the two defaults
-        every = len(self.__dict__["_given"]) == len(fields(self))
-        filler = self.__dict__["_filler"] or (every and self.gen_length == DEFAULT_LENGTHS[1])
-        if filler and self.max_tokens == DEFAULT_LENGTHS[0] and ranks["gen_length"] == 2:
-            ranks["max_tokens"] = 0
-        named = [name for name in pair if ranks[name] and ranks[name] == max(ranks.values())]
-        if len(named) == 2 and self.max_tokens != self.gen_length:
-            raise InvalidParameterError(
-                f"max_tokens={self.max_tokens} and gen_length={self.gen_length} contradict each "
-                "other: gen_length counts for diffusion models, and max_tokens for autoregressive "
-                "ones. Give one of them: alone, either is the length"
-            )
-        if named:
-            length = getattr(self, named[0])
-            for name in pair:
-                kept = Kept(length) if name in named else NotGiven(length)
-                object.__setattr__(self, name, kept)
-
-    def _apply_quality(self) -> None:
-        """Fill the fields that were not given from the preset."""
-        if self.quality is None:
-            return
-        from dllmserve.presets import preset
-
-        check_knobs(InvalidParameterError, self, "quality")
-        if not isinstance(self.block_length, NotGiven):  # a check makes a plain number of it
-            check_knobs(InvalidParameterError, self, "block_length")
+    def _fill(self) -> None:
+        """Fill fields that were not given: from the preset, and with what a rule has of its own."""
         given: frozenset[str] = self.__dict__["_given"]
-        if "max_tokens" in given and rank(self.max_tokens):
-            given |= {"gen_length"}
-        chosen = ("gen_length", "block_length", "unmask")
-        named = {name: getattr(self, name) for name in chosen if name in given}
-        revokes = self._revokes
-        for name, value in preset(self.quality, named).items():
-            # what is given may rule a part of the preset out
-            barred = name == "early_end" and (self.ignore_eos or revokes)
-            if name == "cache" and revokes and not CACHES[value].whole:
-                value = Filled("dual")
-            if name not in given and not barred:
-                object.__setattr__(self, name, value)
+        values = dict[str, Any]()
+        if self.unmask == "joint":
+            values = {name: value for name, value in JOINT.items() if name not in given}
+            if self.edit_threshold is None:  # the rule is nothing without
+                values["edit_threshold"] = JOINT["edit_threshold"]
+        if self.quality is not None:
+            from dllmserve.presets import filled
+
+            check_knobs(InvalidParameterError, self, "quality")
+            if not isinstance(self.block_length, NotGiven):  # a check makes a plain number of it
+                check_knobs(InvalidParameterError, self, "block_length")
+            values |= filled(self, given)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     def _check_values(self) -> None:
         check_knobs(InvalidParameterError, self)

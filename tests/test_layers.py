@@ -22,6 +22,7 @@ LAYERS = (
         "_checks",
         "_each",
         "_combinations",
+        "_lengths",
         "_environment",
         "_needs",
         "_plugins",

@@ -101,7 +101,7 @@ class CanvasText:
         start, end = step.block
         for place, (token, sure) in enumerate(zip(step.token_ids, step.confidence, strict=True)):
             if step.committed[place]:
-                old = place < len(self._known) and self._known[place]
+                old = place < len(self._known) and self._known[place] and place not in step.edited
                 states.append(State.COMMITTED if old else State.FRESH)
                 if token in self._end_ids:
                     break

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from dllmserve.catalog import RULES
 from dllmserve.cli.canvas import CanvasText
 from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
@@ -174,7 +175,8 @@ class _Job:
         for place, ids in enumerate(self._ids):
             heading(place)
             steps = self._llm.stream(ids, self._params)
-            for piece in plain_pieces(steps, self._tokenizer, self._params.stop_strings):
+            stops, whole = self._params.stop_strings, settles_by_block(self._params)
+            for piece in plain_pieces(steps, self._tokenizer, stops, blocks=whole):
                 _write(piece)
             _write("\n")
 
@@ -217,14 +219,23 @@ class _Job:
         return [_output(answer) for answer in answers], seconds
 
 
+def settles_by_block(params: SamplingParams) -> bool:
+    """Whether tokens that are written may change until their block is left."""
+    return params.edits or RULES[params.unmask].revokes
+
+
 def plain_pieces(
-    steps: Iterable[CanvasStep], tokenizer: Tokenizer, stops: Sequence[str] = ()
+    steps: Iterable[CanvasStep],
+    tokenizer: Tokenizer,
+    stops: Sequence[str] = (),
+    *,
+    blocks: bool = False,
 ) -> Iterator[str]:
     """Pieces of an answer's text; joined, they are exactly the finished text.
 
     A piece holds only what can no longer change: tokens that are committed without a gap
     from the left, without an unfinished character and without what may turn out to be the
-    beginning of a stop string.
+    beginning of a stop string; with ``blocks`` only those of blocks that have been left.
     """
     text, read = CommittedText(tokenizer, stops), 0
     for step in steps:
@@ -232,6 +243,8 @@ def plain_pieces(
             yield text.finish(step.output.text)
             return
         gap = step.committed.index(False) if False in step.committed else len(step.committed)
+        if blocks:
+            gap = min(gap, step.block[0])
         yield text.add([t for t in step.token_ids[read:gap] if t is not None])
         read = gap
 

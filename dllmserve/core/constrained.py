@@ -126,7 +126,7 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
             anything; none at all: the same.
 
     Raises:
-        InvalidParameterError: no text that matches fits into a hole.
+        InvalidParameterError: no text that matches fits into a hole, or its tokens could change.
     """
     if not grammars:
         return ()
@@ -149,6 +149,11 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
         raise InvalidParameterError(
             "end_padding=True writes over what stands behind an end id, and does not work with "
             "what has to match something: leave one of them out"
+        )
+    if regions and params.edits:
+        raise InvalidParameterError(
+            f"edit_threshold={params.edit_threshold:g} does not work with what has to match "
+            "something, whose tokens are written for good: leave one of them out"
         )
     return tuple(regions)
 

@@ -45,6 +45,8 @@ class Part(IntEnum):
     NONE = 0
     MASKED = 1
     BLOCK = 2
+    #: masked ones, and written ones that may still be edited: all but given tokens
+    OPEN = 3
 
 
 class Kind(IntEnum):
@@ -94,7 +96,7 @@ class Span(NamedTuple):
         blk_off, blk_len: the block's positions start at ``q_start + blk_off``.
         head: :class:`Part` of the block whose logits are computed; NONE in a forward that only
             stores, which has no block either. BLOCK adds the written positions, whose tokens are
-            scored.
+            scored, OPEN those for which another token is proposed.
         mask, mask_arg: see :class:`Mask`.
         pick: 0, or the device chooses the ``q_len`` queries among the ``pick`` positions from
             q_start on (with Store.AHEAD), those whose K,V are most out of date, and computes them
@@ -162,6 +164,27 @@ class Span(NamedTuple):
         return self.store in (Store.SELECT_PER_HEAD, Store.SELECT_SHARED)
 
 
+def with_blind(span: Span, seen: int, shift: int) -> tuple[Span, Span]:
+    """A span whose K,V are stored before anything attends, and a blind one that reads them.
+
+    Args:
+        span: stores all its K,V, or covers all that it sees.
+        seen: canvas positions that are seen.
+        shift: 1 for models that read the logits of position p at p - 1.
+    """
+    start = max(span.blk_start - shift, 0)  # position 0 has nothing before it
+    blind = Span(
+        row=span.row,
+        q_start=start,
+        q_len=max(span.blk_end - shift - start, 1),
+        ctx_len=seen,
+        head=Part.NONE,
+        mask=Mask.BLIND,
+        mask_arg=shift,
+    )
+    return span._replace(store=Store.AHEAD, ctx_len=seen, head=Part.BLOCK), blind
+
+
 @dataclass(frozen=True)
 class StepEntry:
     """A span with what the rule needs to know about it on the host.
@@ -178,6 +201,7 @@ class StepEntry:
             None.
         stores: more than one window or frame is stored for good: given tokens, a part of them, or
             what was lost.
+        fills: positions of the block that are not given; for Part.OPEN.
     """
 
     span: Span
@@ -189,6 +213,7 @@ class StepEntry:
     last: bool = False
     blind: Span | None = None
     stores: bool = False
+    fills: int = 0
 
     @property
     def kind(self) -> Kind:
@@ -204,7 +229,7 @@ class StepEntry:
     @property
     def head_rows(self) -> int:
         """LM-head rows, without unconditional twins."""
-        return (0, self.masks, self.span.blk_len)[self.span.head]
+        return (0, self.masks, self.span.blk_len, self.fills)[self.span.head]
 
     @property
     def logit_rows(self) -> int:
@@ -278,8 +303,9 @@ class StepPlan:
         for span in self.spans:
             _validate(span, max_model_len)
         for entry in self.entries:
-            if not 0 <= entry.masks <= entry.span.blk_len:
-                raise ValueError(f"{entry.masks} masks in a block of {entry.span.blk_len}")
+            masks = entry.masks
+            if masks < 0 or max(masks, entry.fills) > entry.span.blk_len:
+                raise ValueError(f"{masks} masks in a block of {entry.span.blk_len}")
             if entry.span.store == Store.AHEAD and not (entry.span.pick or entry.blind):
                 raise ValueError(f"nothing of the step reads what is stored ahead: {entry.span}")
 
@@ -298,6 +324,7 @@ class EntryReport:
         eos: answer index of the first end-of-sequence id before the frontier, or -1.
         broken: LM-head rows whose logits were not numbers; any ends the request.
         end: answer index of the first end-of-sequence id that stands anywhere, or -1.
+        edits: written tokens that were replaced.
         holds: of a constrained request, for each position of the answer: WRITTEN, OPEN, or the
             only id that an open position can hold, as far as that was looked at.
     """
@@ -307,10 +334,13 @@ class EntryReport:
     eos: int
     broken: int = 0
     end: int = -1
+    edits: int = 0
     holds: Sequence[int] | None = None
 
     def within(self, length: int) -> EntryReport:
         """The report of the answer's first ``length`` positions."""
+        if self.frontier <= length and self.eos < length and self.end < length:
+            return self
         eos = self.eos if self.eos < length else -1
         end = self.end if self.end < length else -1
         return replace(self, frontier=min(self.frontier, length), eos=eos, end=end)

@@ -151,10 +151,15 @@ def written_last(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
 
 def bias_of(params: SamplingParams, spec: ModelSpec) -> Pairs:
     """What is added to logits: the request's bias; ids that are out of the question are at -inf."""
-    bias = dict(params.logit_bias or {})
+    bias = dict(params.logit_bias or {}) | dict.fromkeys(spec.never_ids, -inf)
     if params.logits_eos_inf:
         bias |= dict.fromkeys(spec.text_end_ids, -inf)
     return tuple(bias.items())
+
+
+def penalty_of(params: SamplingParams, spec: ModelSpec) -> Pairs:
+    """What is taken off the logit of the token to the left, with no id; nothing where it is 0."""
+    return ((0, params.penalty_lambda),) if params.penalty_lambda > 0 else ()
 
 
 def edits_of(params: SamplingParams, spec: ModelSpec) -> dict[str, Pairs]:
@@ -176,7 +181,8 @@ def _select(sparse: SparseConfig | None) -> RowSelect:
 def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
     """The rows of a newly admitted request: one, or two with guidance."""
     params, track = request.params, _TRACKS[CACHES[request.policy].tracks]
-    floats = tuple(float(getattr(params, name)) for name in FLOATS)
+    numbers = (getattr(params, name) for name in FLOATS)
+    floats = tuple(inf if number is None else float(number) for number in numbers)
     ints = (
         request.canvas.start,
         request.canvas.end - request.canvas.start,

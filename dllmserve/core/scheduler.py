@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 
-from dllmserve.catalog import EDITS, RULES
 from dllmserve.core.budget import NO_LIMIT, SoftLimit, StepBudget
 from dllmserve.core.constrained import settle
 from dllmserve.core.fair import FairQueue, within_share
@@ -20,13 +19,11 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import (
     EntryReport,
     Kind,
-    Mask,
     NewToken,
     Part,
-    Span,
     StepEntry,
     StepPlan,
-    Store,
+    with_blind,
 )
 from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import ends_of
@@ -183,21 +180,21 @@ class Scheduler:
             entry = self._fitted(request, room)
         limit = budget.stores if entry.stores else budget.refreshes if entry.span.refresh else None
         amount = entry.tokens, entry.logit_rows, request.rows_needed
-        filling = self.storage.next_names(request, entry.span.final)
+        final = entry.span.final
+        filling = self.storage.next_names(request, final)
         if filling and filling[0] in budget.filling:
             return  # another does the same in this step: what it stores is found in the next one
         if not budget.has(*amount, limit):
             return
-        if request.grows:
-            may = not self.storage.missing(request, entry.span) or self._may_begin(request)
+        if request.grows and (missing := self.storage.missing(request, entry.span)):
             victims = self._victims(request, picked)
-            if not (may and self.storage.grow(request, entry.span, victims)):
+            if not (self._may_begin(request) and self.storage.grow(request, missing, victims)):
                 self._short = True
                 return
         budget.take(*amount, limit)
         budget.filling.update(filling)
         request.last_step = self._step
-        request.progress.storing = entry.span.final
+        request.progress.storing = final
         request.progress.deciding = entry.kind is Kind.FILL
         picked[request] = entry
 
@@ -274,6 +271,8 @@ class Scheduler:
                 finished.append(request)
                 continue
             self._check_progress(request, report)
+            if request.params.edits:
+                report = report.within(request.settled)
             if request.regions:
                 report = settle(request, report, ends_of(request.params, self.spec))
             request.progress.frontier = report.frontier
@@ -319,26 +318,20 @@ class Scheduler:
         if request.revokes:
             stuck = request.progress.step_in_block > MAX_REVOKING * request.longest_block
         else:
-            stuck = report.masks_left >= request.progress.masks_left
+            # without masks, a forward edits
+            stuck = report.masks_left >= max(request.progress.masks_left, 1)
         if stuck:
             raise EngineError(f"request {request.id} made no progress in a step")
-        self._forward_done(request, report.masks_left)
+        self._forward_done(request, report.masks_left, report.edits)
 
-    def _forward_done(self, request: Request, masks_left: int | None) -> None:
+    def _forward_done(self, request: Request, masks_left: int | None, edits: int = 0) -> None:
         """Advance by a forward that leaves so many masks in its block, or only stored (None)."""
         progress = request.progress
         if progress.storing:
             progress.stored = progress.storing
             self.storage.publish(request)
-        if masks_left is None:
-            return
-        progress.forwards += 1
-        progress.step_in_block += 1
-        progress.scheduled += 1
-        progress.wrote = max(progress.masks_left - masks_left, 0)
-        progress.masks_left = masks_left
-        if masks_left == 0:
-            request.leave_block()
+        if masks_left is not None:
+            request.forward_done(masks_left, edits)
 
     def _admit(self) -> list[Request]:
         """In turns by owner; first come first served within each, with bounded skipping.
@@ -434,6 +427,9 @@ class Scheduler:
             return StepEntry(span, uncond, 0, request.params.unmask, stores=stores)
         if request.revokes:
             span, blind = with_blind(span, request.visible, self.spec.logit_shift)
+        if request.params.edits:
+            span = span._replace(head=Part.OPEN)
+            uncond = uncond and uncond._replace(head=Part.OPEN)
         return StepEntry(
             span=span,
             uncond=uncond,
@@ -446,28 +442,8 @@ class Scheduler:
             and progress.masks_left == request.quota,
             blind=blind,
             stores=stores,
+            fills=request.masks[progress.block],
         )
-
-
-def with_blind(span: Span, seen: int, shift: int) -> tuple[Span, Span]:
-    """A span whose K,V are stored before anything attends, and a blind one that reads them.
-
-    Args:
-        span: stores all its K,V, or covers all that it sees.
-        seen: canvas positions that are seen.
-        shift: 1 for models that read the logits of position p at p - 1.
-    """
-    start = max(span.blk_start - shift, 0)  # position 0 has nothing before it
-    blind = Span(
-        row=span.row,
-        q_start=start,
-        q_len=max(span.blk_end - shift - start, 1),
-        ctx_len=seen,
-        head=Part.NONE,
-        mask=Mask.BLIND,
-        mask_arg=shift,
-    )
-    return span._replace(store=Store.AHEAD, ctx_len=seen, head=Part.BLOCK), blind
 
 
 def _known_tokens(requests: Sequence[Request]) -> tuple[NewToken, ...]:
@@ -483,13 +459,6 @@ def _known_tokens(requests: Sequence[Request]) -> tuple[NewToken, ...]:
 
 def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     """Guided entries last; then like with like, so that kernels see few, large groups."""
-    params = request.params
     span = entry.span
-    filtered = params.top_k > 0 or params.top_p < 1
     shape = (span.q_len, span.ctx_len, span.store, span.q_start, span.keep, span.blk_off)
-    edits = sorted(RULES[entry.rule].needs & {*EDITS})
-    biased = bool(params.logit_bias) or params.logits_eos_inf
-    kind = (entry.uncond is not None, entry.blind is not None, biased, bool(request.regions), edits)
-    wants = params.logprobs is not None or bool(request.candidates)
-    needs = (params.temperature > 0, filtered, params.confidence_eos_eot_inf, wants)
-    return (*kind, *needs, shape, request.id)
+    return (entry.uncond is not None, entry.blind is not None, *request.kind, shape, request.id)

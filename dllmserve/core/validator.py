@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dllmserve._lengths import DEFAULT_LENGTHS
 from dllmserve._values import Filled, NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
 from dllmserve.constraints.compiled import Compiled
@@ -22,7 +23,7 @@ from dllmserve.core.request import Request
 from dllmserve.core.rows import written_last
 from dllmserve.errors import ContextLengthError, InvalidParameterError, PromptError
 from dllmserve.holes import Holes
-from dllmserve.sampling_params import DEFAULT_LENGTHS, SamplingParams
+from dllmserve.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ class RequestValidator:
         """Refuse what block-causal and autoregressive models have no use for, or cannot do."""
         spec = self.spec
         self._check_cache(params)
+        self._check_edits(params)
         if spec.geometry == "full":
             if params.sub_block_length is not None:
                 raise InvalidParameterError(
@@ -138,6 +140,7 @@ class RequestValidator:
                     "models, and this one has full attention: use block_length"
                 )
             return
+        self._check_windows(params)
         kind = self._kind
         if params.schedule != "uniform":
             raise InvalidParameterError(
@@ -167,6 +170,36 @@ class RequestValidator:
                     f"{name}={getattr(params, name)} does not work with {kind}, which writes one "
                     "token after the other: leave it out"
                 )
+
+    def _check_windows(self, params: SamplingParams) -> None:
+        """Refuse what computes parts of the blocks that a model's experts are chosen for."""
+        window = 0 if self.spec.experts is None else self.spec.experts.window
+        if window and params.block_length != window:
+            raise InvalidParameterError(
+                f"block_length={params.block_length} does not work with a model whose experts are "
+                f"chosen for blocks of {window}: leave it out"
+            )
+        if window and params.policy == "sub_block":
+            raise InvalidParameterError(
+                f"cache='sub_block' computes parts of blocks, and this model's experts are chosen "
+                f"for a whole block of {window}: leave it out"
+            )
+
+    def _check_edits(self, params: SamplingParams) -> None:
+        """Refuse edits where a forward does not compute the whole block again."""
+        if not params.edits or self.spec.geometry == "full":
+            return
+        if self.spec.geometry == "causal" or self.spec.logit_shift or self.spec.causal_context:
+            why = (
+                "which writes one token after the other"
+                if self.spec.geometry == "causal"
+                else "whose first token of a block is decided with the block before"
+            )
+            raise InvalidParameterError(
+                f"edit_threshold={params.edit_threshold:g} replaces tokens of a block, and this is "
+                f"{self._kind} {why}: leave it out"
+                + (", and take another rule than 'joint'" if params.unmask == "joint" else "")
+            )
 
     @property
     def _kind(self) -> str:
@@ -323,7 +356,7 @@ def _without_full_attention(params: SamplingParams, spec: ModelSpec) -> dict[str
         changed["suffix_window"] = None
     if params.quality is not None:
         changed["early_end"] = False
-        if spec.geometry == "causal" and not RULES[params.unmask].revokes:
+        if spec.geometry == "causal" and not (RULES[params.unmask].revokes or params.edits):
             changed["unmask"] = "steps"  # writes the same, and is known beforehand
     if params.steps != SamplingParams.steps:
         # one a token is what it takes anyway

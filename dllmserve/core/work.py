@@ -16,6 +16,8 @@ def forwards_of(request: Request) -> int:
         return sum(len(block) for block in request.quotas)
     if request.revokes:
         return sum(request.masks) + REVOKED * len(request.blocks)
+    if request.params.edits:
+        return sum(request.masks) + request.params.max_edit_steps * len(request.blocks)
     return sum(request.masks)
 
 

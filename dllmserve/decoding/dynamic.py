@@ -8,9 +8,13 @@ from dllmserve.decoding.rule import RuleView, Update, write_best
 
 
 class DynamicRule:
-    """Write all positions whose confidence is above the threshold, but no fewer than the quota."""
+    """Write all positions whose confidence is above the threshold, but no fewer than the quota.
+
+    Nor fewer than ``min_tokens_per_step``.
+    """
 
     def apply(self, view: RuleView) -> Update:
         """Positions that pass are the most confident ones."""
         passing = ((view.confidence > view.threshold) & view.eligible).sum(dim=-1)
-        return write_best(view, view.confidence, torch.maximum(passing, view.quota))
+        least = torch.maximum(view.quota, view.least)
+        return write_best(view, view.confidence, torch.maximum(passing, least))

@@ -38,6 +38,7 @@ class RuleView:
             +inf where nothing is scored. None unless asked for.
         memory: what the rule left behind in the block's last forward; None unless it has a
             memory.
+        edits: what :func:`edited` needs; None if no request may edit.
     """
 
     eligible: Tensor
@@ -50,6 +51,7 @@ class RuleView:
     kl: Tensor | None = None
     back: Tensor | None = None
     memory: Memory | None = None
+    edits: Edits | None = None
 
     def parameter(self, name: str) -> Tensor:
         """[n, 1] float64, a number of SamplingParams, of every request."""
@@ -59,6 +61,25 @@ class RuleView:
     def threshold(self) -> Tensor:
         """[n, 1] float64."""
         return self.parameter("threshold")
+
+    @property
+    def least(self) -> Tensor:
+        """[n] int64, tokens that a step writes at least (``min_tokens_per_step``)."""
+        return self.parameter("min_tokens_per_step")[:, 0].long()
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Written tokens that may be replaced.
+
+    Attributes:
+        current: [n, W] int64, what stands there; undefined elsewhere.
+        prob: [n, W] float64, probability of the token that is proposed in its place; -inf where
+            none may be replaced.
+    """
+
+    current: Tensor
+    prob: Tensor
 
 
 @dataclass(frozen=True)
@@ -123,3 +144,15 @@ def write_best(view: RuleView, key: Tensor, count: Tensor) -> Update:
     count = count.clamp(min=1)
     write = (rank_of(key) < count[:, None]) & view.eligible
     return Update(tokens=view.tokens, write=write)
+
+
+def edited(view: RuleView) -> Tensor | None:
+    """Written tokens [n, W] bool that give way to the proposed ones (LLaDA2.1's token editing).
+
+    Those whose proposal is another token with a probability above ``edit_threshold``. None if no
+    request may edit.
+    """
+    if view.edits is None:
+        return None
+    sure = view.edits.prob > view.parameter("edit_threshold")
+    return sure & (view.tokens != view.edits.current)

@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas
@@ -68,7 +69,7 @@ class _InFlightStep:
     handle: StepHandle | None
     error: OutOfMemoryError | None = None
 
-    @property
+    @cached_property
     def foreseen(self) -> bool:
         """True if the next step can be planned without this one's report."""
         return self.handle is not None and all(r.predictable for r in self.requests)
@@ -402,6 +403,7 @@ class EngineCore:
             completion_tokens=request.canvas.filled(used),
             forward_passes=request.reported_forwards,
             cached_tokens=0 if request.prefix is None else request.prefix.cached,
+            edits=request.progress.edits,
             steps=steps[:used],
             logprobs=self._logprobs_of(request, ids[:used]),
             candidate_logprobs=kept.candidates(used) if kept and request.candidates else None,
@@ -466,4 +468,5 @@ class EngineCore:
             # a block may hold given tokens before the answer's start and behind its end
             block=(min(max(block, 0), length), min(max(block + width, 0), length)),
             forward_passes=request.progress.forwards,
+            edited=[p for p in (block + e for e in handle.edited(index)) if 0 <= p < length],
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dllmserve.catalog import RULES
 from dllmserve.core.rows import IntField, Track
 from dllmserve.decoding.noise import position_uniforms, row_keys
-from dllmserve.decoding.rule import Memory, RuleView, UnmaskRule, Update
+from dllmserve.decoding.rule import Edits, Memory, RuleView, UnmaskRule, Update, edited
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.runtime.inputs import StepInputs
 from dllmserve.runtime.shape import StepShape
@@ -135,17 +135,19 @@ class StepDecision:
         update = apply_rules(self._rules, self._shape.rules, view, kind)
         if settle is not None:
             update = settle(update, view)
+        update, edits = with_edits(update, view)
         answer = self._answer(update)
-        report = self._report(stats, answer)
+        report = self._report(stats, answer, edits)
         writings = self._writings(update, answer)
         heads = None
         if stats.logprobs:
-            heads = self._inputs.eligible.to(torch.int8) + 2 * self._inputs.scored
+            heads = heads_of(view, edits, self._inputs.scored)
+        confidence = shown_confidence(view, edits)
         if before is not None:
             before()
         for whole, cells, values in writings:
             whole.view(-1)[cells] = values  # with one index, which need not be copied
-        return StepOutputs(report, view.tokens, view.confidence, stats.logprobs, heads)
+        return StepOutputs(report, view.tokens, confidence, stats.logprobs, heads, edits=edits)
 
     def _block_view(self, stats: TokenStats) -> tuple[RuleView, Tensor]:
         """Spread the [M] statistics over the [n, W] block cells."""
@@ -168,6 +170,7 @@ class StepDecision:
             kl=self._spread_some(stats.kl),
             back=self._back(value) if self._shape.blind else None,
             memory=self._memory(),
+            edits=self._edits(stats.prob),
         )
         return view, self._ints[:, IntField.RULE]
 
@@ -176,6 +179,14 @@ class StepDecision:
         inputs = self._inputs
         open_ = self._table.open[inputs.rows[:, None], inputs.block]
         return self._spread(value, inputs.scored & open_, torch.inf)
+
+    def _edits(self, prob: Tensor) -> Edits | None:
+        """What may be replaced, if anything may."""
+        inputs = self._inputs
+        if inputs.editable is None:
+            return None
+        current = self._table.tokens[inputs.rows[:, None], inputs.block]
+        return Edits(current, self._spread(prob, inputs.editable, -torch.inf))
 
     def _spread_some(self, values: Tensor | None) -> Tensor | None:
         return None if values is None else self._spread(values, self._inputs.eligible, torch.inf)
@@ -302,8 +313,8 @@ class StepDecision:
         """[n] bool, rows whose ``stale`` is a drift."""
         return self._table.ints[rows, IntField.TRACK] == Track.DRIFT
 
-    def _report(self, stats: TokenStats, answer: _Answer) -> Tensor:
-        """[n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`."""
+    def _report(self, stats: TokenStats, answer: _Answer, edits: Tensor | None) -> Tensor:
+        """[n, REPORT_FIELDS] int64, see :class:`dllmserve.core.plan.EntryReport`."""
         inputs, longest, left = self._inputs, self._shape.answer, answer.left
         index = torch.arange(longest, device=left.device)
         open_ = answer.masked | (index >= self._ints[:, IntField.LENGTH, None])
@@ -317,7 +328,8 @@ class StepDecision:
         end = torch.where(first < longest, first, -1)
         bad = stats.prob.isnan() & inputs.head_real
         broken = torch.zeros_like(left).index_add(0, self._owner, bad.long())
-        return torch.stack((left, frontier, eos, broken, end), dim=1)
+        replaced = torch.zeros_like(left) if edits is None else edits.sum(dim=-1)
+        return torch.stack((left, frontier, eos, broken, end, replaced), dim=1)
 
 
 def apply_rules(
@@ -354,3 +366,29 @@ def apply_rules(
                 torch.where(mine, own.memory.cells, memory.cells),
             )
     return Update(tokens, write, remask, memory)
+
+
+def with_edits(update: Update, view: RuleView) -> tuple[Update, Tensor | None]:
+    """An update that also writes what is edited, and where that is: [n, W] bool, None for none."""
+    edits = edited(view)
+    if edits is None:
+        return update, None
+    tokens = torch.where(edits, view.tokens, update.tokens)
+    return replace(update, tokens=tokens, write=update.write | edits), edits
+
+
+def shown_confidence(view: RuleView, edits: Tensor | None) -> Tensor:
+    """[n, W] float64, see :class:`dllmserve.runtime.tensors.StepOutputs`."""
+    if view.edits is None or edits is None:
+        return view.confidence
+    return torch.where(edits, view.edits.prob, view.confidence)
+
+
+def heads_of(view: RuleView, edits: Tensor | None, scored: Tensor | None) -> Tensor:
+    """[n, W] int8, see :class:`dllmserve.runtime.tensors.StepOutputs`."""
+    heads = view.eligible.to(torch.int8)
+    if scored is not None:
+        heads = heads + 2 * scored
+    if view.edits is not None and edits is not None:
+        heads = heads + torch.where(edits, 1, 2) * (view.edits.prob != -torch.inf)
+    return heads

@@ -8,7 +8,7 @@ so that no request's arrival can be what memory runs out at.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -21,7 +21,8 @@ from dllmserve.core.rows import RowInit
 from dllmserve.decoding.stats import log_sum, without
 from dllmserve.device import host_to_device
 from dllmserve.parallel.vocab import VocabShard, best_of
-from dllmserve.runtime.tensors import HeadCells
+from dllmserve.runtime.shape import StepShape
+from dllmserve.runtime.tensors import HeadCells, StepTensors
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class BiasEdit:
 
     @staticmethod
     def _most(sizes: EditSizes) -> int:
-        return MAX_LOGIT_BIAS + len(sizes.spec.eos_ids)
+        return MAX_LOGIT_BIAS + len(sizes.spec.eos_ids) + len(sizes.spec.never_ids)
 
     @classmethod
     def nbytes(cls, sizes: EditSizes) -> int:
@@ -134,6 +135,52 @@ class BiasEdit:
             ids, mine = self._vocab.locate(ids)
             values = values.masked_fill(~mine, 0.0)
         return z.float().scatter_add_(1, ids, values)
+
+
+class PenaltyEdit:
+    """Takes ``penalty_lambda`` off the logit of the token to the left (SGLang's JointThreshold).
+
+    Of the one that stands in the block before the step, a mask included; the block's first position
+    has none.
+
+    Attributes:
+        values: [R + 1] float32.
+    """
+
+    statistic = ""
+
+    def __init__(self, sizes: EditSizes, vocab: VocabShard, device: torch.device) -> None:
+        self._vocab = vocab
+        self.values = torch.zeros(sizes.rows, device=device)
+
+    @staticmethod
+    def nbytes(sizes: EditSizes) -> int:
+        """See :class:`LogitEdit`."""
+        return sizes.rows * 4
+
+    def admit(self, init: RowInit) -> None:
+        """Note the request's."""
+        ((_, value),) = init.edits["penalty"]
+        self.values[init.row : init.row + 1] = value
+
+    def apply(self, z: Tensor, cells: HeadCells, rows: slice, size: int) -> Tensor:
+        """Logits [n, v] float32 with the penalty taken off."""
+        if cells.left is None:
+            raise ValueError("the penalty needs the tokens to the left")
+        column, mine = self._vocab.locate(cells.left[rows, None])
+        value = self.values[cells.row[rows], None]
+        wanted = mine & (cells.column[rows, None] > 0)
+        return z.float().scatter_add_(1, column, -value * wanted)
+
+
+def with_left(given: StepTensors, shape: StepShape, spec: ModelSpec) -> HeadCells | None:
+    """The cells of a step, with the tokens to the left if an edit reads them."""
+    cells = given.cells
+    if cells is None or not any(name == "penalty" for s in shape.segments for name, _ in s.edits):
+        return cells
+    # the query that logits are read at is that place already where they are shifted
+    query = (given.head_rows - 1 + spec.logit_shift).clamp(min=0)
+    return replace(cells, left=given.ids[query])
 
 
 class CreditEdit:

@@ -36,6 +36,8 @@ class StepInputs:
         quota: [n] int64, tokens that a schedule writes.
         fills: [n] bool, whether the forward decides tokens.
         scored: [n, W] bool, written block positions whose tokens are scored.
+        editable: [n, W] bool, written block positions for which another token is proposed; None if
+            the step has no entry that may edit.
         head_rows: [M] int64, index into ids of the hidden state of each LM-head row.
         head_uncond: [m] int64, the same on the unconditional side, for the last m rows.
         head_cells: [M] int64, index into the flattened [n, W] block of each LM-head row.
@@ -55,6 +57,7 @@ class StepInputs:
     quota: Tensor
     fills: Tensor
     scored: Tensor
+    editable: Tensor | None
     head_rows: Tensor
     head_uncond: Tensor
     head_cells: Tensor
@@ -96,13 +99,10 @@ def build_inputs(
     source = row[owner].masked_fill(padding, table.trash_row)
     hidden = table.masked[source, positions] | (wide[owner, SpanField.MASK] == Mask.BLIND)
     ids = table.tokens[source, positions].masked_fill(hidden, mask_id)
-    count, column = shape.entries, torch.arange(shape.width, device=table.device)
-    inside = column < wide[:count, SpanField.BLK_LEN, None]
-    first = (q_start + wide[:, SpanField.BLK_OFF])[:count, None]
-    block = torch.where(inside, first + column, table.max_len)
-    eligible = table.masked[row[:count, None], block] & inside
-    scored = inside & ~eligible & (wide[:count, SpanField.HEAD, None] == Part.BLOCK)
-    cells, real = _head_cells(eligible | scored, shape)
+    count = shape.entries
+    block, eligible, scored, editable = _blocks(wide[:count], shape, table)
+    read = eligible | scored if editable is None else eligible | scored | editable
+    cells, real = _head_cells(read, shape)
     entry = cells // shape.width
     offset = _read_at(wide[entry], cells % shape.width, logit_shift)
     first_twin = len(cells) - shape.twins
@@ -111,8 +111,9 @@ def build_inputs(
         offset, above = order.query_of(entry, offset), order.query_of(pair, above)
     head_rows = starts[entry] + offset
     if shape.blind:
-        read = first[entry, 0] + cells % shape.width - logit_shift  # the position that is read
-        blind = _blind_rows(wide, starts, entry, read, shape)
+        # the position that is read
+        position = block.flatten()[cells] - logit_shift
+        blind = _blind_rows(wide, starts, entry, position, shape)
         head_rows = torch.where(scored.flatten()[cells], blind, head_rows)
     return StepInputs(
         starts=starts,
@@ -127,11 +128,29 @@ def build_inputs(
         quota=entries[:, EntryField.QUOTA].long(),
         fills=wide[:count, SpanField.HEAD] != Part.NONE,
         scored=scored,
+        editable=editable,
         head_rows=head_rows,
         head_uncond=starts[pair] + above,
         head_cells=cells,
         head_real=real,
     )
+
+
+def _blocks(
+    spans: Tensor, shape: StepShape, table: StateTable
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``block``, ``eligible``, ``scored`` and ``editable`` of :class:`StepInputs`."""
+    column = torch.arange(shape.width, device=table.device)
+    row, head = spans[:, SpanField.ROW, None], spans[:, SpanField.HEAD, None]
+    first = spans[:, SpanField.Q_START, None] + spans[:, SpanField.BLK_OFF, None]
+    inside = column < spans[:, SpanField.BLK_LEN, None]
+    block = torch.where(inside, first + column, table.max_len)
+    eligible = table.masked[row, block] & inside
+    written = inside & ~eligible
+    editable = None
+    if shape.replaces:
+        editable = table.open[row, block] & written & (head == Part.OPEN)
+    return block, eligible, written & (head == Part.BLOCK), editable
 
 
 @dataclass(frozen=True)
@@ -251,7 +270,8 @@ def head_cells(
     column = (tensors.positions[tensors.head_rows] + shift - block).clamp(min=0)
     if shift:  # position 0 has nothing before it: it is read where position 1 is
         at_start = (index == first.index_select(0, entry)) & (block == 0)
-        column = column.masked_fill(at_start & table.masked[row, 0], 0)
+        edits = table.open[row, 0] & (own[:, SpanField.HEAD] == Part.OPEN)
+        column = column.masked_fill(at_start & (table.masked[row, 0] | edits), 0)
     return HeadCells(
         row=row,
         column=column,

@@ -13,14 +13,14 @@ from torch import Tensor
 from dllmserve.attention.backend import AttentionBackend, AttentionStep, KVStore
 from dllmserve.catalog import RULES, Made
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.core.plan import EntryReport, StepEntry, StepPlan
+from dllmserve.core.plan import EntryReport, Part, StepEntry, StepPlan
 from dllmserve.core.rows import RowInit, Track
 from dllmserve.decoding.logprobs import Wanted
 from dllmserve.decoding.rule import RuleView, UnmaskRule, Update
 from dllmserve.decoding.stats import TokenStats
 from dllmserve.device import host_to_device
 from dllmserve.models.decoder import Decoder
-from dllmserve.runtime.edits import LogitEdit
+from dllmserve.runtime.edits import LogitEdit, with_left
 from dllmserve.runtime.inputs import span_fields
 from dllmserve.runtime.logits import LogitsHead, StepEdits
 from dllmserve.runtime.logprobs import LogprobReport, candidate_ids, tokens_of
@@ -46,7 +46,7 @@ from dllmserve.runtime.shape import (
 )
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import StepOps, StepWork, TorchStep
-from dllmserve.runtime.tensors import StepOutputs
+from dllmserve.runtime.tensors import REPORT_FIELDS, StepOutputs
 
 if TYPE_CHECKING:
     from dllmserve.runtime.constraints import ConstraintEdit
@@ -66,7 +66,7 @@ _TRACK_NEEDS = {
     Track.DRIFT: frozenset({"track", "drift"}),
 }
 
-_MEMORY = frozenset({"memory"})
+_MEMORY, _REPLACE = frozenset({"memory"}), frozenset({"replace"})
 
 
 class StepHandle:
@@ -93,7 +93,8 @@ class StepHandle:
         self.await_event: Callable[[torch.cuda.Event], None] = _synchronize
         self._indices = packing.indices[: len(plan.entries)]
         self._table = table
-        like = torch.empty(packing.shape.entries, 5, dtype=torch.int64, device="meta")
+        size = packing.shape.entries, REPORT_FIELDS
+        like = torch.empty(size, dtype=torch.int64, device="meta")
         self._report_room = host_room(like, table.device)
         self._holds_room: Tensor | None = None
         if packing.shape.constrained:
@@ -131,6 +132,13 @@ class StepHandle:
         found = self.proposals
         return found.tokens[index, :width].tolist(), found.confidence[index, :width].tolist()
 
+    def edited(self, entry: int) -> list[int]:
+        """Positions of an entry's block whose written token was replaced."""
+        edits = self.proposals.edits
+        if edits is None:
+            return []
+        return edits[self._indices[entry], : self.blocks[entry][1]].nonzero()[:, 0].tolist()
+
     def keep_proposals(self) -> None:
         """Copy the proposals, which the next replay of the same graph would overwrite.
 
@@ -138,7 +146,10 @@ class StepHandle:
         """
         found = self.proposals
         self.proposals = replace(
-            found, tokens=found.tokens.cpu(), confidence=found.confidence.cpu()
+            found,
+            tokens=found.tokens.cpu(),
+            confidence=found.confidence.cpu(),
+            edits=None if found.edits is None else found.edits.cpu(),
         )
 
     def result(self) -> list[EntryReport]:
@@ -253,7 +264,9 @@ class ModelRunner:
         self._spec = decoder.spec
         self._table = table
         self.kv = kv
-        self.graphs = graphs if backend.graphs and decoder.group.captures else None
+        waits = decoder.spec.experts is not None and decoder.ops.asks_for_experts
+        captures = backend.graphs and decoder.group.captures and not waits
+        self.graphs = graphs if captures else None
         self._decoder = decoder
         self._backend = backend
         self._head = head
@@ -359,6 +372,8 @@ class ModelRunner:
         init = self.table.host[entry.span.row]
         rule = RULES[entry.rule]
         wanted = rule.needs | _CONFIDENCE_NEEDS.get(init.confidence, frozenset())
+        if entry.span.head == Part.OPEN:
+            wanted |= _REPLACE
         return wanted | _TRACK_NEEDS[init.track] | (_MEMORY if rule.memory else frozenset())
 
     def _replay(self, graphs: GraphPool, plan: StepPlan, packing: Packing) -> StepOutputs:
@@ -425,7 +440,7 @@ class ModelRunner:
             shape.segments,
             shape.needs,
             StepEdits(
-                given.cells,
+                with_left(given, shape, self.spec),
                 self._edits,
                 table.last,
                 candidate_ids(plan, packing, table, given.cells),

@@ -93,7 +93,7 @@ class StepShape:
         max_q: longest span.
         rules: names of the unmask rules in use.
         needs: statistics beyond token and probability, "memory" if a rule has one, "track" and
-            "drift" if ``StateTable.stale`` is kept.
+            "drift" if ``StateTable.stale`` is kept, "replace" if written tokens may be edited.
         pick: most positions that the queries of a span are chosen from; 0 if none are.
     """
 
@@ -131,6 +131,11 @@ class StepShape:
         """True if what is done to logits, or wanted of them, differs from row to row."""
         named = self.candidates > 0
         return named or any(segment.edits or segment.last for segment in self.segments)
+
+    @property
+    def replaces(self) -> bool:
+        """True if some entry may edit written tokens."""
+        return "replace" in self.needs
 
     @property
     def candidates(self) -> int:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from dllmserve.decoding.stats import RowParams
 
+#: columns of a report, the numbers of :class:`dllmserve.core.plan.EntryReport`
+REPORT_FIELDS = 6
+
 
 @dataclass(frozen=True)
 class HeadCells:
@@ -19,6 +22,8 @@ class HeadCells:
         entering: [M] bool, whether this is the block's first forward.
         forward: [M] int64, forwards that the request has had.
         real: [M] bool, False for padding.
+        left: [M] int64, what the model is given one place to the left, the mask id for a mask; None
+            if no edit reads it.
     """
 
     row: Tensor
@@ -26,6 +31,7 @@ class HeadCells:
     entering: Tensor
     forward: Tensor
     real: Tensor
+    left: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,14 +65,16 @@ class StepOutputs:
     """What a step leaves on the device for the host.
 
     Attributes:
-        report: [n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`.
+        report: [n, REPORT_FIELDS] int64, see :class:`dllmserve.core.plan.EntryReport`.
         tokens: [n, W] int64, proposals.
-        confidence: [n, W] float64, -inf where nothing was proposed.
+        confidence: [n, W] float64, -inf where nothing was proposed but what stands there.
         logprobs: [rows, columns] float64 of each segment that wants log-probabilities.
         heads: [n, W] int8, whose its LM-head rows are, in order: 1 a masked position's, 2 a written
-            one's that is scored, 0 none's. None if no segment wants log-probabilities.
+            one's that is scored or stays, 0 none's; that of one that is edited counts as a masked
+            one's. None if no segment wants log-probabilities.
         holds: [n, A] int64, what answers of constrained entries hold, see
             :class:`dllmserve.core.plan.EntryReport`; None if the step has none.
+        edits: [n, W] bool, written tokens that were replaced; None if none may be.
     """
 
     report: Tensor
@@ -75,3 +83,4 @@ class StepOutputs:
     logprobs: tuple[Tensor, ...] = ()
     heads: Tensor | None = None
     holds: Tensor | None = None
+    edits: Tensor | None = None

@@ -76,6 +76,7 @@ class Details(msgspec.Struct, frozen=True):
     cached_tokens: int = 0
     steps: list[int] = []
     logprobs: list[TokenLogprob] | None = None
+    edits: int = 0
 
 
 class _Live:
@@ -381,6 +382,7 @@ def _finished(output: RequestOutput, queue_time: float | None) -> JobResult:
         output.cached_tokens,
         output.steps,
         output.logprobs,
+        output.edits,
     )
     packed = msgspec.msgpack.encode(details)
     return JobResult("finished", output.text, None, packed, time.time())

@@ -107,6 +107,7 @@ class Metrics:
         self._rejected = counter("admission_rejections", "Requests refused.", "reason")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens taken.").labels(model)
         self._answer_tokens = counter("generation_tokens", "Answer tokens given.").labels(model)
+        self._edits = counter("edited_tokens", "Written tokens that were replaced.").labels(model)
         self._http = Counter(
             PREFIX + "http_requests",
             "HTTP requests answered.",
@@ -175,10 +176,11 @@ class Metrics:
         self.prompt_size.observe(prompt_tokens)
         self.asked_size.observe(gen_length)
 
-    def finished(self, reason: str, tokens: int, steps: int) -> None:
+    def finished(self, reason: str, tokens: int, steps: int, edits: int) -> None:
         """A request ended well."""
         self._success.labels(self._model, reason).inc()
         self._answer_tokens.inc(tokens)
+        self._edits.inc(edits)
         self.answer_size.observe(tokens)
         self.steps.observe(steps)
 

@@ -76,6 +76,7 @@ class Usage(BaseModel):
     completion_tokens: int
     forward_passes: int
     cached_tokens: int
+    edits: int
     queue_time: float | None = None
 
 
@@ -320,6 +321,7 @@ def _changes(
                 "text": "" if token is None else text(token),
                 "committed": cell[1],
                 "confidence": cell[2],
+                **({"edited": True} if position in now.edited else {}),
             }
         )
     return {

@@ -44,6 +44,7 @@ class UsageAnswer(BaseModel):
     total_tokens: int
     forward_passes: int
     tokens_per_forward: float
+    edits: int
     queue_time: float
 
 
@@ -219,6 +220,7 @@ class Reply:
             "prompt_tokens_details": {"cached_tokens": min(cached, prompt)},
             "forward_passes": forwards,
             "tokens_per_forward": round(completion / forwards, 3) if forwards else 0.0,
+            "edits": sum(output.edits for output in outputs),
         }
 
     def chunk(

@@ -182,7 +182,7 @@ class Run:
         metrics, now = self._service.metrics, time.monotonic()
         self._forwards, self._counted = output.forward_passes, True
         self._tokens = output.completion_tokens
-        metrics.finished(output.finish_reason, output.completion_tokens, output.forward_passes)
+        metrics.finished(output.finish_reason, self._tokens, self._forwards, output.edits)
         metrics.total.observe(now - self._began)
         if self.call.started is not None:
             metrics.inference.observe(now - self.call.started)

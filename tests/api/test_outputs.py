@@ -104,6 +104,7 @@ def test_forward_passes(
         "completion_tokens": 12,
         "forward_passes": forwards,
         "cached_tokens": 0,
+        "edits": 0,
     }
     assert sorted(output) == ["finish_reason", "steps", "text", "token_ids", "usage"]
 

@@ -81,7 +81,7 @@ def test_json_schema(run: Run, checkpoint: Path, answer: Callable[[str], dict[st
     for line in lines:
         answered = ["text", "token_ids", "finish_reason", "usage", "steps"]
         assert list(line) == ["prompt", *answered, "seconds"]
-        counts = {"prompt_tokens", "completion_tokens", "forward_passes", "cached_tokens"}
+        counts = {"prompt_tokens", "completion_tokens", "forward_passes", "cached_tokens", "edits"}
         assert set(line["usage"]) == counts
         assert line["seconds"] > 0
         wanted = answer(line["prompt"])

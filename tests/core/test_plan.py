@@ -44,7 +44,7 @@ def test_order_of_spans_and_totals() -> None:
         ((entry(ctx_len=-1),), "bad store, keep or ctx_len"),
         ((entry(mask=3),), "bad mask"),
         ((entry(mask=Mask.STAIR),), "bad mask"),
-        ((entry(head=3),), "bad part"),
+        ((entry(head=4),), "bad part"),
         ((entry(must=-1),), "bad part"),
         ((entry(head=Part.NONE),), "decides nothing has a block"),
         ((entry(store=Store.AHEAD),), "nothing of the step reads what is stored ahead"),

@@ -32,6 +32,7 @@ PARAMETERS = st.fixed_dictionaries(
         "kl_history": st.integers(1, 3),
         "threshold_back": CONFIDENCE,
         "last_accept": st.integers(1, 6),
+        "min_tokens_per_step": st.integers(1, 9),
     }
 )
 Parameters = dict[str, float]
@@ -40,18 +41,29 @@ Twin = Callable[[list[float], list[float], list[bool], Parameters], list[int]]
 TWINS: dict[str, Twin] = {
     "steps": lambda c, h, m, p: rules.steps(c, m, int(p["quota"])),
     "sequential": lambda c, h, m, p: rules.sequential(m, int(p["quota"])),
-    "dynamic": lambda c, h, m, p: rules.dynamic(c, m, p["threshold"], int(p["quota"])),
+    "dynamic": lambda c, h, m, p: rules.dynamic(c, m, p["threshold"], most(p)),
     "threshold": lambda c, h, m, p: rules.threshold(c, m, p["threshold"]),
     "factor": lambda c, h, m, p: rules.factor(c, m, p["factor"]),
     "entropy_bound": lambda c, h, m, p: rules.entropy_bound(h, m, p["entropy_bound"]),
-    "threshold_strict": lambda c, h, m, p: rules.threshold_strict(c, m, p["threshold"]),
+    "threshold_strict": lambda c, h, m, p: rules.threshold_strict(c, m, p["threshold"], least(p)),
     "threshold_dinfer": lambda c, h, m, p: rules.credit_threshold(c, m, p["threshold"]),
+    "joint": lambda c, h, m, p: rules.threshold_strict(c, m, p["threshold"], least(p)),
     "factor_strict": lambda c, h, m, p: rules.factor_strict(c, m, p["factor"]),
     "hierarchy": lambda c, h, m, p: rules.hierarchy(c, m, p["threshold"], p["low_threshold"]),
     "credit": lambda c, h, m, p: rules.credit_threshold(c, m, p["threshold"]),
     "klass": lambda c, h, m, p: rules.klass(c, m, calm(h, p), p["threshold"], int(p["kl_history"])),
     "wino": lambda c, h, m, p: doubt(c, m, p)[0],
 }
+
+
+def least(parameters: Parameters) -> int:
+    """Tokens that a step writes at least."""
+    return int(parameters["min_tokens_per_step"])
+
+
+def most(parameters: Parameters) -> int:
+    """The same with a schedule."""
+    return max(least(parameters), int(parameters["quota"]))
 
 
 def calm(kl: list[float], parameters: Parameters) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -38,12 +39,22 @@ def cases(name: str) -> list[Case]:
         params = sampling(case, config["eos_token_id"])
         if params is not None:
             forwards = case["forwards"]
-            # SGLang's last forward of a block writes nothing
-            idle = len(case.get("forwards_per_block", ()))
-            counts = forwards if isinstance(forwards, dict) else {"denoise": forwards - idle}
+            counts = forwards if isinstance(forwards, dict) else {"denoise": forwards - idle(case)}
             expected = case["expected_trimmed"] if "settings" in case else case["output"]
             found.append((case["prompt_ids"], params, expected, counts))
     return found
+
+
+def idle(case: dict[str, Any]) -> int:
+    """Forwards of SGLang's that need not be: they write nothing, and it is known beforehand."""
+    if case["kind"] == "sglang-low-confidence":
+        return len(case["forwards_per_block"])  # the last of each block
+    if case["kind"] != "sglang-joint-threshold":
+        return 0
+    # where no edits are left to make
+    most = case["params"]["algorithm_config"].get("max_post_edit_steps", 16)
+    unmasked = Counter(block for block, masks, _, _ in case["trace"] if not masks)
+    return sum(count > most for count in unmasked.values())
 
 
 def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
@@ -59,26 +70,6 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
             threshold=given["confidence_threshold"],
             ignore_eos=True,
             stop_token_ids=ends,
-        )
-    if kind == "llada2.0" and not upstreams_own_way(case):
-        length = given["gen_length"]
-        return SamplingParams(
-            temperature=0.0,
-            gen_length=length,
-            block_length=given["block_length"],
-            steps_per_block=min(given["steps"], length // given["minimal_topk"]),
-            unmask="dynamic",
-            threshold=given["threshold"],
-            ignore_eos=given["eos_id"] < 0,
-        )
-    if kind == "sglang-low-confidence":
-        return SamplingParams(
-            temperature=0.0,
-            gen_length=given["max_new_tokens"],
-            block_length=given["block_size"],
-            unmask="threshold_strict",
-            threshold=given["algorithm_config"].get("threshold", 0.95),
-            ignore_eos=given["ignore_eos"],
         )
     if kind == "ar-greedy":
         ends, length = given["eos_token_id"], given["max_new_tokens"]
@@ -99,6 +90,56 @@ def sampling(case: dict[str, Any], eos: int) -> SamplingParams | None:
             cache="sub_block" if given["use_block_cache"] else "none",
             ignore_eos=True,
             stop_token_ids=None if ends is None else [ends],
+        )
+    return of_llada2(case)
+
+
+def of_llada2(case: dict[str, Any]) -> SamplingParams | None:
+    """The same of LLaDA2's generate and of SGLang's."""
+    kind, given = case["kind"], case.get("params", {})
+    if kind == "llada2.0" and not upstreams_own_way(case):
+        length = given["gen_length"]
+        return SamplingParams(
+            temperature=0.0,
+            gen_length=length,
+            block_length=given["block_length"],
+            steps_per_block=min(given["steps"], length // given["minimal_topk"]),
+            unmask="dynamic",
+            threshold=given["threshold"],
+            ignore_eos=given["eos_id"] < 0,
+        )
+    if kind == "llada2.1":
+        return SamplingParams(
+            temperature=0.0,
+            gen_length=given["gen_length"],
+            block_length=given["block_length"],
+            unmask="threshold_strict",
+            threshold=given["threshold"],
+            edit_threshold=given["editing_threshold"],
+            max_edit_steps=given["max_post_steps"],
+            min_tokens_per_step=given["num_to_transfer"],
+            ignore_eos=given["eos_id"] < 0,
+        )
+    if kind == "sglang-joint-threshold":
+        own = dict(given["algorithm_config"])
+        if "max_post_edit_steps" in own:
+            own["max_edit_steps"] = own.pop("max_post_edit_steps")
+        return SamplingParams(
+            temperature=0.0,
+            gen_length=given["max_new_tokens"],
+            block_length=given["block_size"],
+            unmask="joint",
+            ignore_eos=given["ignore_eos"],
+            **own,
+        )
+    if kind == "sglang-low-confidence":
+        return SamplingParams(
+            temperature=0.0,
+            gen_length=given["max_new_tokens"],
+            block_length=given["block_size"],
+            unmask="threshold_strict",
+            threshold=given["algorithm_config"].get("threshold", 0.95),
+            ignore_eos=given["ignore_eos"],
         )
     return None
 
@@ -179,8 +220,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "name",
     [
-        *(*SDAR, "qwen3-kv2of4", "llama3rope-tied-kv2of6", "fdv2-kv2of4"),
-        *("qwen3moe-kv2of4", "llada2-g4e8"),
+        *(*SDAR, *LLADA2, "qwen3-kv2of4", "llama3rope-tied-kv2of6", "fdv2-kv2of4"),
+        "qwen3moe-kv2of4",
     ],
 )
 def test_mixed(engines: Engines, name: str, options: dict[str, Any]) -> None:
@@ -204,12 +245,25 @@ def test_every_rule_and_sampler_alone_or_together(engines: Engines, name: str) -
         {"unmask": "hierarchy", "threshold": 0.5},
         {"confidence": "margin", "top_k": 5, "temperature": 0.7, "seed": 1},
     ]
+    if name.startswith("sdar"):
+        variants += [
+            {"unmask": "joint", "threshold": 0.4, "edit_threshold": 0.2, "max_edit_steps": 3},
+            {
+                "unmask": "dynamic",
+                "temperature": 0.9,
+                "top_p": 0.9,
+                "seed": 5,
+                "edit_threshold": 0.1,
+                "max_edit_steps": 2,
+                "logit_bias": {9: 2.0},
+            },
+        ]
     batch: list[Case] = []
     for index, given in enumerate(variants):
         params = SamplingParams(
             **{"temperature": 0.0, "gen_length": 40, "ignore_eos": True, **given}
         )
-        batch.append((helpers.random_prompt(index, 3 + 9 * index), params, [], {}))
+        batch.append((helpers.random_prompt(index, 3 + 9 * (index % 9)), params, [], {}))
     llm = engines(helpers.GOLDEN / name)
     alone = [answers(llm, [case])[0] for case in batch]
     assert all(len(ids) == 40 for ids in alone)
@@ -287,6 +341,8 @@ CACHED: dict[str, Any] = {"cache": "sub_block", "sub_block_length": 8}
             "sub_block_length=8 is to be a part of a block of 4",
         ),
         ("fdv2-kv2of4", {"sub_block_length": None, "cache": "sub_block"}, "give sub_block_length"),
+        ("fdv2-kv2of4", {"unmask": "joint"}, "is decided with the block before: leave it out, and"),
+        ("qwen3-kv2of4", {"unmask": "dynamic", "edit_threshold": 0.5}, "writes one token after"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -136,6 +136,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"cache": "drift", "refresh_every": 3},
     {"unmask": "wino", "threshold": 0.1, "threshold_back": 0.3},
     {"unmask": "klass", "kl_threshold": 0.5, "threshold": 0.1},
+    {"unmask": "joint", "max_edit_steps": 2, "penalty_lambda": 0.5, "cache": "prefix"},
     {"unmask": "credit", "threshold": 0.3, "logit_bias": {5: 2.0, 9: -3.0}},
     {"unmask": "hierarchy", "cfg_scale": 0.7},
     {"sparse": SparseConfig(default_block_len=4)},
@@ -171,6 +172,7 @@ def test_a_shifted_model_fills_from_the_first_position_on(
     canvas = template_canvas([7] * 9, holes, 4)
     wino = {"unmask": "wino", "threshold": 0.01, "threshold_back": 0.9}
     made = [wino, {**wino, "cache": "dual"}, {"cache": "dual"}, {"cache": "delayed"}]
+    made += [{"unmask": "joint", "max_edit_steps": 2, "logit_bias": {5: 1.0}}]
     llm = engines(helpers.GOLDEN / "dream-kv2of4")
     alone = []
     for options in made:

@@ -34,9 +34,10 @@ PARAMS = [
     SamplingParams(unmask="threshold", threshold=0.2, cfg_scale=0.5, early_end=True, **BASE),
     SamplingParams(unmask="factor", cache="drift", refresh_every=2, **BASE),
     SamplingParams(steps=6, cache="rolling", ignore_eos=True, **BASE),
+    SamplingParams(unmask="joint", max_edit_steps=2, cfg_scale=0.5, **BASE),
 ]
 #: those whose steps the kernels take
-PLAIN = [PARAMS[0], PARAMS[1], PARAMS[6]]
+PLAIN = [PARAMS[0], PARAMS[1], PARAMS[6], PARAMS[-1]]
 
 
 class Shortage(Protocol):

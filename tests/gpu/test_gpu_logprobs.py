@@ -17,6 +17,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"steps": 12, "temperature": 0.9, "top_p": 0.8, "logit_bias": {7: 2.0}, "logprobs": 4},
     {"steps": 12, "confidence_eos_eot_inf": True, "logprobs": 2},
     {"unmask": "wino", "threshold": 0.01, "threshold_back": 0.9, "logprobs": 2},
+    {"unmask": "joint", "penalty_lambda": 1.0, "max_edit_steps": 3, "logprobs": 2},
+    {"unmask": "dynamic", "edit_threshold": 0.1, "steps": 12, "temperature": 0.6},
 ]
 
 

@@ -19,7 +19,7 @@ from dllmserve.decoding.rule import RuleView, UnmaskRule, Update, write_best
 from dllmserve.decoding.stats import TokenStats
 from dllmserve.models.loader import find_model, read_config, read_spec
 from dllmserve.runtime.inputs import build_inputs
-from dllmserve.runtime.kernels.finish import pick_best
+from dllmserve.runtime.kernels.pick import pick_best
 from dllmserve.runtime.kernels.step import TritonStep
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, StepShape, empty_ints, lay_out
 from dllmserve.runtime.state_table import StateTable
@@ -67,6 +67,7 @@ def init_of(
         dice.choice([0.0, 0.5, 9.0]),
         dice.choice([0.0, 1.5]),
         *(dice.choice([0.0, 0.4, 1.0]), dice.random(), 2.0, 0.9),
+        *(dice.choice([0.0, 0.5, torch.inf]), dice.choice([1.0, 3.0])),
     )
     goes_on = dice.random() < 0.3
     ints = (
@@ -115,13 +116,18 @@ class Case:
                     self._masks(one),
                     rule,
                     quota=1 + one.row % 4,
+                    fills=self._count(self.tables[0].open, one),
                 )
                 for one, twin, rule in self.spans
             )
         )
 
     def _masks(self, span: Span) -> int:
-        return int(self.tables[0].masked[span.row, span.blk_start : span.blk_end].sum())
+        return self._count(self.tables[0].masked, span)
+
+    @staticmethod
+    def _count(flags: Tensor, span: Span) -> int:
+        return int(flags[span.row, span.blk_start : span.blk_end].sum())
 
     def shape(self, pad: Padding) -> tuple[StepShape, Tensor]:
         """The plan's shape and its packing on the device."""
@@ -129,7 +135,8 @@ class Case:
 
         def needs(entry: StepEntry) -> frozenset[str]:
             wanted = NEEDS.get(table.host[entry.span.row].confidence, set())
-            return RULES[entry.rule].needs | frozenset(wanted)
+            replaces = {"replace"} if entry.span.head == Part.OPEN else set()
+            return RULES[entry.rule].needs | frozenset(wanted) | replaces
 
         packing = lay_out(self.plan(), table.host, needs, table.trash_row, pad)
         return packing.shape, on_device(list(packing.ints), table.device)
@@ -170,6 +177,8 @@ def make_case(
         span = Span(init.row, low, high - low, 0, 0, 0, start - low, stop - start)
         if dice.random() < 0.2:  # it only stores
             span = span._replace(blk_off=0, blk_len=0, head=Part.NONE)
+        elif RULES[rule].edits and dice.random() < 0.7:
+            span = span._replace(head=Part.OPEN)
         other = None
         committed = torch.rand(stop - start, generator=numbers) < dice.choice([0.0, 0.5, 0.9])
         committed[dice.randrange(stop - start)] = False
@@ -262,9 +271,8 @@ def check(case: Case, pad: Padding, *, steps: int = 2, nan: bool = False) -> Non
         same_tensors(mine.tensors, theirs.tensors)
         got, expected = mine.finish(stats), theirs.finish(stats)
         same_views(*(seen[-1] for seen in views))
-        eligible = views[1][-1].eligible
         same(got.confidence, expected.confidence, "confidence")
-        same(got.tokens, expected.tokens.masked_fill(~eligible, 0), "tokens")
+        same(got.tokens, expected.tokens, "tokens")
         same_tables(*case.tables)
         same(got.report, expected.report, "report")
         assert nan or not expected.report[:, 3].any()
@@ -273,6 +281,11 @@ def check(case: Case, pad: Padding, *, steps: int = 2, nan: bool = False) -> Non
 def same_views(got: RuleView, expected: RuleView) -> None:
     for name in ("eligible", "confidence", "entropy", "quota", "floats"):
         same(getattr(got, name), getattr(expected, name), name)
+    assert (got.edits is None) == (expected.edits is None)
+    if got.edits is not None and expected.edits is not None:
+        may = expected.edits.prob != -torch.inf
+        same(got.edits.prob, expected.edits.prob, "probability of edits")
+        same(got.edits.current, expected.edits.current.masked_fill(~may, 0), "current")
 
 
 #: Random cases: few of those that take the interpreter long.
@@ -331,7 +344,7 @@ def init_of(*given):
 steps.init_of = init_of
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 case = steps.make_case(1, device, entries=2)
-assert case.tables[0].floats.shape[1] == len(sampling_params.FLOATS) == 17
+assert case.tables[0].floats.shape[1] == len(sampling_params.FLOATS) == 19
 steps.check(case, steps.EXACT, steps=1)
 """
 

@@ -94,10 +94,16 @@ def entropy_bound(entropy: Sequence[float], masked: Sequence[bool], gamma: float
     return sorted(chosen)
 
 
-def threshold_strict(confidence: Sequence[float], masked: Sequence[bool], tau: float) -> list[int]:
-    """SGLang `LowConfidence`: every c > tau; the best slot only where there is none."""
+def threshold_strict(
+    confidence: Sequence[float], masked: Sequence[bool], tau: float, least: int = 1
+) -> list[int]:
+    """SGLang `LowConfidence`: every c > tau; the best slot only where there is none.
+
+    LLaDA2.1 writes the `least` best (its `num_to_transfer`) where fewer are above tau.
+    """
     order = ranked(confidence, masked)
-    return sorted([i for i in order if confidence[i] > tau] or order[:1])
+    sure = [i for i in order if confidence[i] > tau]
+    return sorted(sure if len(sure) >= least else order[:least])
 
 
 def factor_strict(confidence: Sequence[float], masked: Sequence[bool], f: float) -> list[int]:

@@ -45,7 +45,7 @@ def table_and_plan(biases: dict[int, int]) -> tuple[StateTable, StepPlan]:
                 row=row,
                 ids=[1, 2],
                 holes=((2, 8),),
-                floats=(0.0, 1.0, 0.9, 1.0, 0.1, 0.0, 0.4, 0.01, 2.0, 0.9),
+                floats=(0.0, 1.0, 0.9, 1.0, 0.1, 0.0, 0.4, 0.01, 2.0, 0.9, 0.0, 1.0),
                 ints=(2, 6, 0, 7, 0, 0, 0, RULES.index("steps"), 0, 0, 0, 0),
                 ends=(),
                 confidence="probability",

@@ -86,6 +86,10 @@ def _requests() -> list[Request]:
         (SamplingParams(temperature=0.0, steps=32, logprobs=3, **block), None),
         (SamplingParams(cfg_scale=1.0, logit_bias=bias, logprobs=20, top_p=0.9, **block), None),
         (SamplingParams(unmask="wino", cache="dual", logprobs=0, **block), None),
+        (
+            SamplingParams(unmask="joint", penalty_lambda=1.0, cache="dual", logprobs=1, **block),
+            None,
+        ),
         (SamplingParams(temperature=0.0, steps=32, logprobs=0, **block), None),
     ]
     requests = [

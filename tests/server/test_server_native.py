@@ -77,6 +77,7 @@ def test_details_on_request(served: Callable[..., None]) -> None:
                 "completion_tokens": 5,
                 "forward_passes": 5,
                 "cached_tokens": 0,
+                "edits": 0,
             },
         }
 

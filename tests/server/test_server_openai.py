@@ -127,6 +127,7 @@ def test_the_answer_of_a_completion(byte_checkpoint: Path) -> None:
                 "total_tokens": 15,
                 "forward_passes": 12,
                 "tokens_per_forward": 1.0,
+                "edits": 0,
             }
 
     run(main())

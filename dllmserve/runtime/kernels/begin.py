@@ -1,8 +1,8 @@
 """What a step reads from the state table, in one launch: the twin of ``TorchStep.begin``.
 
-The launch has programs of two kinds. One takes an entry, finds the masked positions of
-its block and writes their LM-head rows, whose places the host knows. The other takes a
-tile of a span's tokens. Neither needs what the other writes.
+The launch has programs of two kinds. One takes an entry, finds the positions of its block that
+are masked, or may be edited, and writes their LM-head rows, whose places the host knows. The
+other takes a tile of a span's tokens. Neither needs what the other writes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dllmserve import sampling_params
+from dllmserve.core.plan import Part
 from dllmserve.core.rows import IntField
 from dllmserve.decoding.stats import RowParams
-from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, Q_LEN, Q_START, ROW
+from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, HEAD, Q_LEN, Q_START, ROW
 from dllmserve.kernels.stats import mix
 from dllmserve.runtime.shape import ENTRY_FIELDS, StepShape
 from dllmserve.runtime.state_table import StateTable
@@ -32,6 +33,7 @@ _SEED = tl.constexpr(int(IntField.SEED))
 _TEMPERED = tl.constexpr(int(IntField.TEMPERED))
 
 _ENTRY = tl.constexpr(ENTRY_FIELDS)
+OPEN_PART = tl.constexpr(int(Part.OPEN))
 
 #: Tokens of one program, and spans whose lengths are added up at once.
 _TOKENS, _SPANS = 256, 256
@@ -52,16 +54,26 @@ def head_rows_of(
 
 
 @triton.jit
-def find_masked(
-    flags: tl.tensor,  # pointer to the block's first
+def find_read(
+    masked: tl.tensor,  # pointers to the block's first
+    open_flags: tl.tensor,
+    fields: tl.tensor,  # pointer to the span
     column: tl.tensor,
     length: tl.tensor,
     found: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Which columns are masked, how many are before each, and how many so far."""
-    hidden = tl.load(flags + column, mask=column < length, other=0) != 0
-    ones = hidden.to(tl.int32)
-    return hidden, found + tl.cumsum(ones, 0) - 1, found + tl.sum(ones, 0)
+    REPLACES: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Which columns are masked, and which have LM-head rows; of these, how many are before each.
+
+    And how many there are so far.
+    """
+    hidden = tl.load(masked + column, mask=column < length, other=0) != 0
+    read = hidden
+    if REPLACES:
+        may = tl.where(tl.load(fields + HEAD) == OPEN_PART, length, 0)
+        read = hidden | (tl.load(open_flags + column, mask=column < may, other=0) != 0)
+    ones = read.to(tl.int32)
+    return hidden, read, found + tl.cumsum(ones, 0) - 1, found + tl.sum(ones, 0)
 
 
 @triton.jit
@@ -136,6 +148,7 @@ def _store_params(
 def _list_rows(
     packed: tl.tensor,
     masked: tl.tensor,
+    open_flags: tl.tensor,
     floats: tl.tensor,
     ints: tl.tensor,
     forwards: tl.tensor,
@@ -155,6 +168,7 @@ def _list_rows(
     shift: tl.tensor,
     BLOCK: tl.constexpr,
     SPANS: tl.constexpr,
+    REPLACES: tl.constexpr,
 ) -> None:
     """LM-head rows of an entry's block, and the padding rows that follow its segment."""
     fields = packed + entry * FIELDS
@@ -164,27 +178,25 @@ def _list_rows(
     place = tl.where(blk_len > 0, tl.load(fields + Q_START) + blk_off, width - 1)
     first, count, pad_first, pad_count = head_rows_of(packed, spans, entry)
     start = _start_of(packed, entry, SPANS)
-    guided = spans - entries  # these entries come last, their twins in the same order
-    twin = entry >= entries - guided
-    twin_start = _start_of(packed, tl.where(twin, entry + guided, 0), SPANS)
+    # guided entries come last, their twins in the same order
+    twin = tl.where(entry >= 2 * entries - spans, entry + spans - entries, 0)
+    twin_start = _start_of(packed, twin, SPANS)
     key = mix(tl.load(ints + row * INTS + _SEED).to(tl.uint64))
     forward = tl.load(forwards + row).to(tl.uint64)
-    floats += row * FLOATS
-    ints += row * INTS
-    masked += row * width + place
-    found = blk_len * 0
+    floats, ints = floats + row * FLOATS, ints + row * INTS
+    masked, open_flags = masked + row * width + place, open_flags + row * width + place
     # items are the block's positions, then room for rows that the host counted but which
     # are not masked any more (they must point somewhere), then the padding rows
-    items = blk_len + count + pad_count
+    found, items = blk_len * 0, blk_len + count + pad_count
     for low in range(0, items, BLOCK):
         item = low + tl.arange(0, BLOCK)
-        hidden, rank, found = find_masked(masked, item, blk_len, found)
+        _, read, rank, found = find_read(masked, open_flags, fields, item, blk_len, found, REPLACES)
         spare = item - blk_len
         unused = (spare >= tl.minimum(found, count)) & (item < items)
-        valid = (hidden & (rank < count)) | unused
+        valid = (read & (rank < count)) | unused
         filler = tl.where(spare < count, first + spare, pad_first + spare - count)
-        to = tl.where(hidden, first + rank, filler)
-        column = tl.where(hidden, item, 0)
+        to = tl.where(read, first + rank, filler)
+        column = tl.where(read, item, 0)
         offset = tl.maximum(tl.minimum(blk_off + column - shift, last), 0).to(tl.int64)
         tl.store(head_rows + to, start + offset, mask=valid)
         tl.store(
@@ -205,6 +217,7 @@ def _begin(
     packed: tl.tensor,
     tokens: tl.tensor,
     masked: tl.tensor,
+    open_flags: tl.tensor,
     floats: tl.tensor,
     ints: tl.tensor,
     forwards: tl.tensor,
@@ -231,15 +244,17 @@ def _begin(
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     SPANS: tl.constexpr,
+    REPLACES: tl.constexpr,
 ) -> None:
     program = tl.program_id(0)
     if program < entries:
         _list_rows(
-            *(packed, masked, floats, ints, forwards, head_rows, head_uncond),
+            *(packed, masked, open_flags, floats, ints, forwards, head_rows, head_uncond),
             *(keys, temperature, top_p, top_k, tempered, cfg_scale),
             *(program, spans, entries, first_twin, width, shift),
             BLOCK,
             SPANS,
+            REPLACES,
         )
     else:
         tile = program - entries
@@ -293,7 +308,8 @@ def begin_step(
     )
     tiles = triton.cdiv(shape.max_q, _TOKENS)
     _begin[(shape.entries + (shape.spans + 1) * tiles,)](
-        *(packed, table.tokens, table.masked, table.floats, table.ints, table.forwards),
+        *(packed, table.tokens, table.masked, table.open),
+        *(table.floats, table.ints, table.forwards),
         *(out.ids, out.positions, out.starts, out.head_rows, out.head_uncond),
         *(params.keys, params.temperature, params.top_p, params.top_k, params.tempered),
         out.cfg_scale,
@@ -302,5 +318,6 @@ def begin_step(
         TOKENS=_TOKENS,
         BLOCK=block_tile(shape.width),
         SPANS=_SPANS,
+        REPLACES=shape.replaces,
     )
     return out

@@ -14,13 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from dllmserve.core.rows import IntField
-from dllmserve.decoding.rule import RuleView, Update
+from dllmserve.decoding.rule import Edits, RuleView, Update
 from dllmserve.decoding.stats import TokenStats
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, HEAD, Q_START, ROW
 from dllmserve.kernels.stats import uniform
-from dllmserve.runtime.kernels.begin import FLOATS, INTS, block_tile, find_masked, head_rows_of
+from dllmserve.runtime.kernels.begin import FLOATS, INTS, block_tile, find_read, head_rows_of
+from dllmserve.runtime.kernels.pick import MAX_RANKED, pick_best
 from dllmserve.runtime.shape import ENTRY_FIELDS, EntryField, StepShape
 from dllmserve.runtime.state_table import StateTable
+from dllmserve.runtime.tensors import REPORT_FIELDS
 from dllmserve.sampling_params import CONFIDENCE
 
 _START = tl.constexpr(int(IntField.START))
@@ -29,6 +31,7 @@ _CONFIDENCE = tl.constexpr(int(IntField.CONFIDENCE))
 _RANDOM = tl.constexpr(int(IntField.RANDOM_REMASKING))
 _QUOTA = tl.constexpr(int(EntryField.QUOTA))
 _ENTRY = tl.constexpr(ENTRY_FIELDS)
+_REPORT = tl.constexpr(REPORT_FIELDS)
 _RULE = tl.constexpr(int(IntField.RULE))
 _EARLY_END = tl.constexpr(int(IntField.EARLY_END))
 _ENDS_FROM = tl.constexpr(int(IntField.ENDS_FROM))
@@ -38,12 +41,6 @@ _MARGIN_KIND = tl.constexpr(CONFIDENCE.index("margin"))
 _NEG_ENTROPY_KIND = tl.constexpr(CONFIDENCE.index("neg_entropy"))
 _POSITION_SALT = tl.constexpr(0x5EED)  # of decoding.noise
 _INF = tl.constexpr(float("inf"))
-_HIGHEST = tl.constexpr(2**63 - 1)
-
-#: Positions that a program ranks, and that it compares them with at once.
-_RANKED, _COMPARED = 32, 128
-#: Counting takes the square of the width; above, sorting is faster.
-_MAX_RANKED = 1024
 
 
 @triton.jit
@@ -72,10 +69,36 @@ def _store_rule(
     tl.store(rule_out + entry, tl.load(ints + _RULE))
 
 
+@triton.jit
+def _confidence(
+    value: tl.tensor,
+    margin: tl.tensor,
+    entropy: tl.tensor,
+    entropy_out: tl.tensor,  # pointers to the tile's
+    kind: tl.tensor,
+    there: tl.tensor,
+    valid: tl.tensor,
+    inside: tl.tensor,
+    MARGIN: tl.constexpr,
+    ENTROPY: tl.constexpr,
+) -> tl.tensor:
+    """What a request's confidence is made of, in place of the probability; spreads entropies."""
+    if MARGIN:
+        other = tl.load(margin + there, mask=valid, other=0.0)
+        value = tl.where(kind == _MARGIN_KIND, other, value)
+    if ENTROPY:
+        spread = tl.load(entropy + there, mask=valid, other=_INF)
+        value = tl.where(kind == _NEG_ENTROPY_KIND, spread * -1.0, value)
+        tl.store(entropy_out, spread, mask=inside)
+    return value
+
+
 @triton.jit(do_not_specialize=["spans", "columns", "width"])
 def _spread(
     packed: tl.tensor,
+    tokens: tl.tensor,
     masked: tl.tensor,
+    open_: tl.tensor,
     floats: tl.tensor,
     ints: tl.tensor,
     token: tl.tensor,
@@ -87,6 +110,8 @@ def _spread(
     token_out: tl.tensor,
     confidence_out: tl.tensor,
     entropy_out: tl.tensor,
+    current_out: tl.tensor,
+    edit_out: tl.tensor,
     quota_out: tl.tensor,
     floats_out: tl.tensor,
     rule_out: tl.tensor,
@@ -95,6 +120,7 @@ def _spread(
     width: tl.tensor,
     MARGIN: tl.constexpr,
     ENTROPY: tl.constexpr,
+    REPLACES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     entry = tl.program_id(0)
@@ -103,29 +129,31 @@ def _spread(
     ints += row * INTS
     quota = tl.load(packed + spans * FIELDS + entry * _ENTRY + _QUOTA)
     _store_rule(floats + row * FLOATS, ints, quota, quota_out, floats_out, rule_out, entry)
-    masked += row * width + start
-    kind = tl.load(ints + _CONFIDENCE)
-    random = tl.load(ints + _RANDOM) > 0
-    found = length * 0
+    tokens += row * width + start
+    masked, open_ = masked + row * width + start, open_ + row * width + start
+    span, found = packed + entry * FIELDS, length * 0
+    kind, random = tl.load(ints + _CONFIDENCE), tl.load(ints + _RANDOM) > 0
     for low in range(0, columns, BLOCK):
         column = low + tl.arange(0, BLOCK)
-        hidden, rank, found = find_masked(masked, column, length, found)
-        valid = hidden & (rank < count)
-        there = first + rank
-        value = tl.load(prob + there, mask=valid, other=0.0)
+        hidden, read, rank, found = find_read(masked, open_, span, column, length, found, REPLACES)
+        inside, has_row = column < columns, read & (rank < count)
+        valid, there = hidden & has_row, first + rank
         to = entry.to(tl.int64) * columns + column
-        if MARGIN:
-            other = tl.load(margin + there, mask=valid, other=0.0)
-            value = tl.where(kind == _MARGIN_KIND, other, value)
-        if ENTROPY:
-            spread = tl.load(entropy + there, mask=valid, other=_INF)
-            value = tl.where(kind == _NEG_ENTROPY_KIND, spread * -1.0, value)
-            tl.store(entropy_out + to, spread, mask=column < columns)
+        value = tl.load(prob + there, mask=has_row, other=0.0)
+        if REPLACES:
+            stands = has_row & (hidden == 0)
+            tl.store(edit_out + to, tl.where(stands, value, -_INF), mask=inside)
+            tl.store(current_out + to, tl.load(tokens + column, mask=stands, other=0), mask=inside)
+        value = _confidence(
+            *(value, margin, entropy, entropy_out + to, kind, there, valid, inside),
+            MARGIN,
+            ENTROPY,
+        )
         key = tl.load(keys + there, mask=valid, other=0) ^ _POSITION_SALT
         value = tl.where(random, uniform(key, column * 0), value)
-        tl.store(confidence_out + to, tl.where(valid, value, -_INF), mask=column < columns)
-        tl.store(token_out + to, tl.load(token + there, mask=valid, other=0), mask=column < columns)
-        tl.store(eligible_out + to, hidden, mask=column < columns)
+        tl.store(confidence_out + to, tl.where(valid, value, -_INF), mask=inside)
+        tl.store(token_out + to, tl.load(token + there, mask=has_row, other=0), mask=inside)
+        tl.store(eligible_out + to, hidden, mask=inside)
 
 
 def spread_stats(
@@ -145,6 +173,9 @@ def spread_stats(
     def room(*sizes: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=table.device)
 
+    edits = None
+    if shape.replaces:
+        edits = Edits(room(count, columns, dtype=torch.int64), room(count, columns))
     view = RuleView(
         eligible=room(count, columns, dtype=torch.bool),
         tokens=room(count, columns, dtype=torch.int64),
@@ -152,20 +183,23 @@ def spread_stats(
         entropy=None if stats.entropy is None else room(count, columns),
         quota=room(count, dtype=torch.int64),
         floats=room(count, FLOATS.value),
-        pick=pick_best if columns <= _MAX_RANKED else None,
+        pick=pick_best if columns <= MAX_RANKED else None,
+        edits=edits,
     )
     kind = room(count, dtype=torch.int64)
     _spread[(count,)](
-        *(packed, table.masked, table.floats, table.ints),
+        *(packed, table.tokens, table.masked, table.open, table.floats, table.ints),
         *(stats.token, stats.prob),
         stats.prob if stats.margin is None else stats.margin,
         stats.prob if stats.entropy is None else stats.entropy,
         *(keys, view.eligible, view.tokens, view.confidence),
         view.confidence if view.entropy is None else view.entropy,
+        *((view.tokens, view.confidence) if edits is None else (edits.current, edits.prob)),
         *(view.quota, view.floats, kind),
         *(shape.spans, columns, table.masked.shape[1]),
         MARGIN=stats.margin is not None,
         ENTROPY=stats.entropy is not None,
+        REPLACES=shape.replaces,
         BLOCK=block_tile(columns),
     )
     return view, kind
@@ -186,14 +220,19 @@ def _write_block(
     entries: tl.tensor,
     width: tl.tensor,
     BLOCK: tl.constexpr,
-) -> tl.tensor:
-    """Write an entry's block to its row, and what is not given to the twin's; masks left."""
+) -> tuple[tl.tensor, tl.tensor]:
+    """Write an entry's block to its row, and what is not given to the twin's.
+
+    Returns:
+        Masks left, and tokens that were replaced.
+    """
     row, start, length = _block(packed, entry)
     guided = spans - entries
     twin = entry >= entries - guided
     other = tl.load(packed + (entry + tl.where(twin, guided, 0)) * FIELDS + ROW).to(tl.int64)
     shared = tl.where(twin, length, 0)
     left = length * 0
+    edits = length * 0
     for low in range(0, length, BLOCK):
         column = low + tl.arange(0, BLOCK)
         inside = column < length
@@ -201,8 +240,10 @@ def _write_block(
         chosen = tl.load(write + column, mask=inside, other=0) != 0
         fresh = tl.load(new + column, mask=inside, other=0)
         token = tl.where(chosen, fresh, tl.load(tokens + place, mask=inside, other=0))
-        hidden = (tl.load(masked + place, mask=inside, other=0) != 0) & (chosen == 0)
+        before = tl.load(masked + place, mask=inside, other=0) != 0
+        hidden = before & (chosen == 0)
         left += tl.sum(hidden.to(tl.int32), 0)
+        edits += tl.sum((chosen & (before == 0)).to(tl.int32), 0)
         tl.store(tokens + place, token, mask=chosen)
         tl.store(masked + place, hidden, mask=chosen)
         tl.store(steps + place, column * 0 + forward, mask=chosen)
@@ -210,7 +251,7 @@ def _write_block(
         own = tl.load(open_flags + place, mask=column < shared, other=0) != 0
         tl.store(tokens + place, token, mask=own)
         tl.store(masked + place, hidden, mask=own)
-    return left
+    return left, edits
 
 
 @triton.jit
@@ -369,7 +410,7 @@ def _commit(
     new += entry.to(tl.int64) * columns
     write += entry.to(tl.int64) * columns
     forward = (tl.load(forwards + row) + 1).to(tl.int32)
-    left = _write_block(
+    left, edits = _write_block(
         *(packed, tokens, masked, steps, open_flags, new, write, forward),
         *(entry, spans, entries, width, BLOCK),
     )
@@ -391,12 +432,13 @@ def _commit(
     # all padding entries lie on the trash row, and programs must not share what they write
     fills = tl.load(packed + entry * FIELDS + HEAD) != 0
     tl.store(forwards + row, forward.to(tl.int64), mask=fills & (row != trash_row))
-    report += entry * 5
+    report += entry * _REPORT
     tl.store(report, left.to(tl.int64))
     tl.store(report + 1, frontier.to(tl.int64))
     tl.store(report + 2, tl.where(end < frontier, end, -1).to(tl.int64))
     tl.store(report + 3, broken.to(tl.int64))
     tl.store(report + 4, tl.where(end < length, end, -1).to(tl.int64))
+    tl.store(report + 5, edits.to(tl.int64))
 
 
 def commit_step(
@@ -410,10 +452,10 @@ def commit_step(
     """Write the update to the state table, after ``before`` and without taking memory for it.
 
     Returns:
-        [n, 5] int64, see :class:`dllmserve.core.plan.EntryReport`.
+        [n, REPORT_FIELDS] int64, see :class:`dllmserve.core.plan.EntryReport`.
     """
     count = shape.entries
-    report = torch.empty((count, 5), dtype=torch.int64, device=table.device)
+    report = torch.empty((count, REPORT_FIELDS), dtype=torch.int64, device=table.device)
     tokens, write = update.tokens.contiguous(), update.write.contiguous()
     if before is not None:
         before()
@@ -431,57 +473,3 @@ def commit_step(
         BLOCK=block_tile(max(shape.width, shape.answer)),
     )
     return report
-
-
-@triton.jit
-def _ordered(keys: tl.tensor, place: tl.tensor, columns: tl.tensor) -> tl.tensor:
-    """Keys as int64 of the same order; NaN is the greatest, as in torch's sort."""
-    key = tl.load(keys + place, mask=place < columns, other=0.0).to(tl.float64)
-    bits = tl.where(key == 0.0, 0.0, key).to(tl.int64, bitcast=True)  # -0 equals 0
-    return tl.where(key != key, _HIGHEST, bits ^ ((bits >> 63) & _HIGHEST))
-
-
-@triton.jit(do_not_specialize=["columns"])
-def _pick_best(
-    keys: tl.tensor,
-    counts: tl.tensor,
-    eligible: tl.tensor,
-    write: tl.tensor,
-    columns: tl.tensor,
-    RANKED: tl.constexpr,
-    COMPARED: tl.constexpr,
-) -> None:
-    """Rank a tile of positions: how many come before each, ties by position."""
-    base = tl.program_id(0).to(tl.int64) * columns
-    keys += base
-    own = tl.program_id(1) * RANKED + tl.arange(0, RANKED)
-    key = _ordered(keys, own, columns)[:, None]
-    rank = tl.zeros([RANKED], dtype=tl.int32)
-    for low in range(0, columns, COMPARED):
-        place = low + tl.arange(0, COMPARED)
-        other = _ordered(keys, place, columns)[None, :]
-        earlier = place[None, :] < own[:, None]
-        before = (other > key) | ((other == key) & earlier)
-        rank += tl.sum((before & (place < columns)[None, :]).to(tl.int32), 1)
-    count = tl.maximum(tl.load(counts + tl.program_id(0)), 1)
-    can = tl.load(eligible + base + own, mask=own < columns, other=0) != 0
-    tl.store(write + base + own, can & (rank < count), mask=own < columns)
-
-
-def pick_best(
-    key: Tensor,  # [n, W] floating
-    count: Tensor,  # [n] int64
-    eligible: Tensor,  # [n, W] bool
-) -> Tensor:
-    """The ``count`` (at least one) eligible positions with the largest key: [n, W] bool.
-
-    Ties go to the lower position; see :func:`dllmserve.decoding.rule.write_best`.
-    """
-    rows, columns = key.shape
-    write = torch.empty((rows, columns), dtype=torch.bool, device=key.device)
-    _pick_best[(rows, triton.cdiv(columns, _RANKED))](
-        *(key.contiguous(), count.contiguous(), eligible.contiguous(), write, columns),
-        RANKED=_RANKED,
-        COMPARED=_COMPARED,
-    )
-    return write

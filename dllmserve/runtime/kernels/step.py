@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.decoding.rule import UnmaskRule
 from dllmserve.decoding.stats import TokenStats
-from dllmserve.runtime.decide import Settle, apply_rules
+from dllmserve.runtime.decide import (
+    Settle,
+    apply_rules,
+    heads_of,
+    shown_confidence,
+    with_edits,
+)
 from dllmserve.runtime.inputs import head_cells
 from dllmserve.runtime.kernels.begin import begin_step
 from dllmserve.runtime.kernels.finish import commit_step, spread_stats
@@ -71,6 +76,8 @@ class TritonWork:
         update = apply_rules(self.ops.rules, shape.rules, view, kind)
         if settle is not None:
             update = settle(update, view)
-        heads = view.eligible.to(torch.int8) if stats.logprobs else None
+        update, edits = with_edits(update, view)
+        heads = heads_of(view, edits, None) if stats.logprobs else None
+        confidence = shown_confidence(view, edits)
         report = commit_step(self.packed, shape, table, update, stats.prob, before)
-        return StepOutputs(report, view.tokens, view.confidence, stats.logprobs, heads)
+        return StepOutputs(report, view.tokens, confidence, stats.logprobs, heads, edits=edits)
