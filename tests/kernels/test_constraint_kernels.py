@@ -49,7 +49,7 @@ def row_of(row: int, dice: random.Random) -> RowInit:
         row=row,
         ids=[5, 6, 7, *[8] * 9],
         holes=holes,
-        floats=(0.8 * (row % 2), 1.0, 0.9, 1.0, 0.1, 0.0, 0.4, 0.01, 2.0, 0.9),
+        floats=(0.8 * (row % 2), 1.0, 0.9, 1.0, 0.1, 0.0, 0.4, 0.01, 2.0, 0.9, 0.0, 1.0),
         ints=(3, length, 0, 7 + row, 0, 0, 0, RULES.index("steps"), 0, 0, 0, 0),
         ends=(),
         confidence="probability",

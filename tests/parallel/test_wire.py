@@ -31,6 +31,7 @@ ENTRIES = st.builds(
     quota=NUMBERS,
     last=st.booleans(),
     blind=st.none() | SPANS,
+    fills=NUMBERS,
 )
 PAIRS = some(st.tuples(NUMBERS, FLOATS)).map(tuple)
 ROWS = st.builds(
