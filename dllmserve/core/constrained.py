@@ -7,7 +7,6 @@ them, as the request's rule would have done in a forward, and goes on to the nex
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 from dllmserve.catalog import RULES
 from dllmserve.constraints.compiled import Compiled
@@ -43,7 +42,7 @@ def settle(request: Request, report: EntryReport, ends: Collection[int]) -> Entr
         frontier = min(frontier, max(request.blocks[progress.block][0] - canvas.start, 0))
     found = (report.end, request.forced_end)
     end = min((place for place in found if 0 <= place < length), default=-1)
-    return replace(report, frontier=frontier, end=end, eos=end if end < frontier else -1)
+    return report._replace(frontier=frontier, end=end, eos=end if end < frontier else -1)
 
 
 def _forget_taken_back(request: Request, holds: Sequence[int], ends: Collection[int]) -> None:

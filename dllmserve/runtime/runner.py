@@ -161,7 +161,7 @@ class StepHandle:
             return reports
         entries = zip(reports, self._indices, self._constrained, strict=True)
         return [
-            replace(report, holds=self._holds[index].tolist()) if own else report
+            report._replace(holds=self._holds[index].tolist()) if own else report
             for report, index, own in entries
         ]
 

@@ -41,8 +41,8 @@ def test_upstreams_outputs(name: str) -> None:
         assert helpers.run_cases(llm, [case]) == [case.output], case.kind
     for _ in range(2):
         assert helpers.run_cases(llm, found) == [case.output for case in found]
-    graphs = llm._engine._runner.graphs
-    assert graphs is not None and graphs.replays > 50
+    runner: Any = llm._engine._runner
+    assert runner.graphs.replays > 50
 
 
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
@@ -52,9 +52,9 @@ def test_block_routing(checkpoint: Path, batch: list[Job], kernels: str) -> None
         assert answers(llm, [job]) == [job[2]]
     for _ in range(2):
         assert answers(llm, batch) == [job[2] for job in batch]
-    graphs = llm._engine._runner.graphs
+    runner: Any = llm._engine._runner
     # in plain torch the host asks who chose an expert, which no graph can
-    assert (graphs is not None and graphs.replays > 10) == (kernels == "triton")
+    assert (runner.graphs is not None and runner.graphs.replays > 10) == (kernels == "triton")
 
 
 @pytest.mark.parametrize(("name", "divided"), SHARED)
@@ -75,5 +75,5 @@ def test_on_two_devices(name: str, divided: bool) -> None:
     with LLM(str(helpers.GOLDEN / name), tensor_parallel_size=2, **options) as llm:
         for _ in range(3):
             assert answers(llm, found) == [case[2] for case in found]
-        graphs = llm._engine._runner._runner.graphs
-        assert graphs is not None and graphs.replays > 0
+        runner: Any = llm._engine._runner
+        assert runner._runner.graphs.replays > 0
