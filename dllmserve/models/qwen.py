@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from dllmserve.models.config import expert_spec, need
+from dllmserve.models.config import expert_spec, need, one_of
 from dllmserve.models.llama import CAUSAL, LlamaLike
 
 
@@ -46,6 +46,8 @@ class Qwen3Moe(Qwen3):
     @classmethod
     def traits(cls, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Those of an autoregressive model, and experts."""
+        # files of transformers 5 have another name
+        count = one_of(config, ("num_experts", "num_local_experts"), None)
         dense = set(config.get("mlp_only_layers") or ())
         step = int(config.get("decoder_sparse_step") or 1)
         experts = expert_spec(
@@ -53,7 +55,7 @@ class Qwen3Moe(Qwen3):
                 i not in dense and (i + 1) % step == 0
                 for i in range(int(need(config, "num_hidden_layers", cls.name)))
             ),
-            count=int(need(config, "num_experts", cls.name)),
+            count=int(need({"num_experts": count}, "num_experts", cls.name)),
             per_token=int(need(config, "num_experts_per_tok", cls.name)),
             size=int(need(config, "moe_intermediate_size", cls.name)),
             normalize=bool(config.get("norm_topk_prob", False)),

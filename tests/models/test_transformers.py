@@ -110,6 +110,24 @@ def test_tied_heads(tmp_path: Path, kind: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "block", "more"),
+    [
+        ("Qwen3MoeForCausalLM", 1, {"decoder_sparse_step": 2, "norm_topk_prob": True}),
+        ("SDARMoeForCausalLM", 4, {"mlp_only_layers": [1], "norm_topk_prob": False}),
+    ],
+)
+def test_experts_in_some_layers(
+    tmp_path: Path, name: str, block: int, more: dict[str, Any]
+) -> None:
+    given = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+    model = saved(tmp_path, "Qwen3Moe", num_hidden_layers=3, **given, **more)
+    rewrite(tmp_path, architectures=[name], mask_token_id=96)
+    same(tmp_path, model, block)
+    experts = read_spec(read_config(tmp_path)).experts
+    assert experts is not None and 0 < sum(experts.layers) < 3
+
+
+@pytest.mark.parametrize(
     ("kind", "name", "block"),
     [
         ("Qwen3", "SDARForCausalLM", 4),
