@@ -113,7 +113,7 @@ class Result:
         floor_seconds: the roofline's time for the steps of the median run.
         roofline_fraction: median of floor over wall time.
         experts_touched: experts that a step touches in a layer with experts, on average over the
-            median run; None without experts.
+            median run; None if nothing was counted.
         experts_uniform: as many as it would be if each expert were as likely as another.
         kernels: of a profiled run; None on a CPU or without a profile.
         peak_allocated, peak_reserved: bytes by torch's allocator; None on a CPU.
@@ -270,7 +270,7 @@ def _result(
         kernels=kernels,
         peak_allocated=peaks[0],
         peak_reserved=peaks[1],
-        experts_touched=floor.experts(middle.plans, floor.touched),
+        experts_touched=floor.experts(middle.plans, floor.touched) if floor.touched else None,
         experts_uniform=floor.experts(middle.plans, NONE_COUNTED),
     )
 
