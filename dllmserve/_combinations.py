@@ -62,14 +62,24 @@ def refusals(params: Any) -> Iterator[str]:
                 f"{name}={getattr(params, name)} needs cache={_listed(caches)}, which are for full "
                 f"attention, got cache={params.cache!r}"
             )
+    yield from _of_ends(params)
+    if RULES[rule].revokes:
+        yield from _of_revoking(params)
+    yield from _of_edits(params)
+
+
+def _of_ends(params: Any) -> Iterator[str]:
+    """What stops at an end id, and what stands behind it."""
     if params.early_end and params.ignore_eos:
         yield (
             "early_end=True and ignore_eos=True exclude each other: one stops at an end id, "
             "the other goes on behind it"
         )
-    if RULES[rule].revokes:
-        yield from _of_revoking(params)
-    yield from _of_edits(params)
+    if params.end_padding and not params.early_end:
+        yield (
+            "end_padding=True says what stands behind an end id that early_end=True looks for: "
+            "give early_end, or leave end_padding out"
+        )
 
 
 def _of_revoking(params: Any) -> Iterator[str]:

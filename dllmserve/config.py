@@ -34,6 +34,8 @@ class EngineConfig:
         tensor_parallel_size: devices that share one model: GPUs, from ``device`` on, or
             processes on a CPU. Models say which numbers work: they divide the heads, the K,V
             heads and the sizes of the layers.
+        expert_parallel: with tensor_parallel_size over 1, devices divide the experts of a mixture
+            of experts between them, in place of each expert's inner dimension.
         max_model_len: longest prompt + answer in tokens; None takes it from config.json.
         trust_remote_code: let a tokenizer that nothing else can load run its own code, which
             a warning names before; code of config and model never runs. The environment variable
@@ -42,6 +44,8 @@ class EngineConfig:
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         load_format: "auto" reads safetensors; "dummy" makes random weights from a bare
             config.json, for benchmarks.
+        layers: of the model only so many layers, the first ones, with load_format="dummy"; None is
+            all of them.
         attention: attention backend; "auto" is "triton" on CUDA where Triton is installed,
             else "sdpa".
         kernels: "triton" or "torch" for normalisation, rotation, activation and the
@@ -93,6 +97,9 @@ class EngineConfig:
     model: str = knob("tiny", "Local directory, hub id, or tiny.")
     enforce_eager: bool = knob(False, "Never use CUDA graphs.")
     tensor_parallel_size: int = knob(1, "Devices to spread the model over.", low=1)
+    expert_parallel: bool = knob(
+        False, "Divide experts between the devices, in place of cutting each of them."
+    )
     max_model_len: int | None = knob(
         None, "Longest prompt + answer in tokens (the model's own, if not given).", low=2
     )
@@ -107,6 +114,9 @@ class EngineConfig:
     device: str = knob("auto", "auto, cpu, cuda or cuda:N.")
     load_format: str = knob(
         "auto", "dummy makes random weights from a bare config.json.", choices=LOAD_FORMATS
+    )
+    layers: int | None = knob(
+        None, "Layers of a dummy model (all that it has, if not given).", low=1
     )
     attention: str = knob(
         "auto",
@@ -204,6 +214,16 @@ class EngineConfig:
             raise err(
                 "prefix_isolation=True says who shares pages, and with prefix_caching=False nobody "
                 "does: leave one of them out"
+            )
+        if self.expert_parallel and self.tensor_parallel_size == 1:
+            raise err(
+                "expert_parallel=True divides experts between devices, and tensor_parallel_size=1 "
+                "is one: give tensor_parallel_size, or leave expert_parallel out"
+            )
+        if self.layers is not None and self.load_format != "dummy":
+            raise err(
+                f"layers={self.layers} cuts a model that has no weights of its own: it needs "
+                "load_format='dummy'"
             )
         self.check_threads(self.device)
 

@@ -59,8 +59,7 @@ class SamplingParams:
             (LLaDA's ``add_gumbel_noise``): ``argmax(z - T ln(-ln u))``.
         max_tokens: the length of an autoregressive model's answer. For a diffusion model it is
             another name of gen_length: given alone, it sets that.
-        ignore_eos: keep decoding after an end-of-sequence id; token_ids then has exactly
-            gen_length ids.
+        ignore_eos: keep decoding after an end id; token_ids then has exactly gen_length ids.
         gen_length: length of the answer in tokens, 1 to 8192.
         steps: denoising steps for the whole answer, 1 to 8192, spread over the blocks as
             evenly as they can be, at least one a block. The rules with a schedule read it ("steps",
@@ -111,6 +110,8 @@ class SamplingParams:
             of them. A long gen_length then costs no more than a short one.
         early_end: once an end id is written, decode nothing behind it, and compute no block
             behind its own.
+        end_padding: with early_end, the end id stands in all places behind it, and forwards
+            compute and see them (early_stop in dInfer's loop of Fast-dLLM).
         sparse: sparse attention instead of a cache, a :class:`dllmserve.SparseConfig`; the
             sparse_configs of ``generate()`` set it. One that is not enabled becomes None.
         quality: "exact", "balanced" or "fast": values for the fields that are not given,
@@ -121,8 +122,7 @@ class SamplingParams:
             confidence, so they are written last; see docs/decoding.md for temperatures above 0.
         top_p: nucleus filter on the tempered distribution, in (0, 1]; 1 is off.
         top_k: keep the k most likely tokens; 0 is off.
-        seed: makes the request's random draws repeatable, whatever else is in the batch.
-            None draws a fresh seed.
+        seed: repeats the request's random draws, whatever else is in the batch; None: a fresh one.
         stop: string or strings that end the answer; the text is cut before the match.
         sub_block_length: parts of a block that are filled one after another (Fast-dLLM v2's small
             blocks); None: the block at once. Without ``cache="sub_block"`` each forward computes
@@ -287,6 +287,7 @@ class SamplingParams:
     early_end: bool = knob(
         False, "Decode nothing behind the first end of the answer (full attention)."
     )
+    end_padding: bool = knob(False, "With early_end, end ids stand behind the end, and are seen.")
     top_p: float = knob(
         1.0,
         "Draw from the likeliest tokens that add up to this probability; 1 is off.",
@@ -318,8 +319,7 @@ class SamplingParams:
     )
     steps_per_block: int | None = knob(
         None,
-        "Forwards of the schedule in each block; None follows from steps with full attention, or "
-        "is the block's length on block-causal models.",
+        "Forwards of the schedule in each block (from steps or the block's length, if not given).",
         low=1,
         high=MAX_STEPS,
     )

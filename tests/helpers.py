@@ -19,6 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 MODELS = ("llada-kv4of4", "llada-kv2of4", "dream-kv2of4")
 #: mixtures of experts with full attention
 EXPERTS = ("llada-moe-e8", "llada-moe-variant")
+LLADA_MOE_EOS = 147  # of the first
 DREAM_CONFIDENCE = {
     "maskgit_plus": "probability",
     "entropy": "neg_entropy",
@@ -75,7 +76,7 @@ DINFER = {
 
 def dinfers_own_way(given: dict[str, Any]) -> bool:
     """Whether blocks are cut from position 0, as those of a template, or ids follow the end."""
-    return bool(given.get("start_block_align") or given.get("early_stop"))
+    return bool(given.get("start_block_align") or ("eos_id" in given and given["early_stop"]))
 
 
 def dinfer_case(case: dict[str, Any]) -> Case:
@@ -87,8 +88,12 @@ def dinfer_case(case: dict[str, Any]) -> Case:
     if "low_threshold" in given:
         options["low_threshold"] = given["low_threshold"]
     sizes = {name: given[name] for name in ("gen_length", "block_length")}
+    expected = case["output"]
+    if case["kind"] == "dinfer-fastdllm" and given["early_stop"]:
+        options |= {"early_end": True, "end_padding": True}
+        expected = expected[: expected.index(LLADA_MOE_EOS) + 1]
     params = SamplingParams(temperature=0.0, ignore_eos=not given["early_stop"], **sizes, **options)
-    return Case(case["kind"], case["prompt_ids"], case["output"], params, None)
+    return Case(case["kind"], case["prompt_ids"], expected, params, None)
 
 
 def golden_case(case: dict[str, Any]) -> Case:

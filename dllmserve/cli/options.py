@@ -153,7 +153,7 @@ ENGINE = Group(
     names={"seed": "--engine-seed"},
     # declared by the commands themselves, with a short form
     skipped=frozenset({"model"}),
-    flags=frozenset({"enforce_eager", "trust_remote_code", "prefix_isolation"}),
+    flags=frozenset({"enforce_eager", "trust_remote_code", "prefix_isolation", "expert_parallel"}),
     lists={"eos_ids": "ID"},
 )
 #: of commands without the options of a request, whose --block-length would be another

@@ -150,6 +150,11 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
             f"edit_threshold={params.edit_threshold:g} does not work with what has to match "
             "something, whose tokens are written for good: leave one of them out"
         )
+    if regions and params.end_padding:
+        raise InvalidParameterError(
+            "end_padding=True writes over what stands behind an end id, and does not work with "
+            "what has to match something: leave one of them out"
+        )
     return tuple(regions)
 
 

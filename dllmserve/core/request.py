@@ -348,13 +348,14 @@ class Request:
         """Canvas positions that the active block's next forward sees.
 
         All of them, unless masks far behind the block are left out (``suffix_window``) or the
-        answer is known to end before (``early_end``).
+        answer is known to end before (``early_end``) and what follows is left out.
         """
         length, window = self.canvas_len, self.params.suffix_window
         block = min(self.progress.block, len(self.blocks) - 1)
         _, end = self.blocks[block]
         if window is not None:
             length = min(length, end + window)
-        if self.params.early_end and self.progress.end >= 0 and not self.holes:
+        ends = self.params.early_end and not self.params.end_padding
+        if ends and self.progress.end >= 0 and not self.holes:
             length = min(length, end)  # an end id is never written behind the active block
         return length

@@ -35,7 +35,7 @@ class IntField(IntEnum):
     TEMPERED = 5
     RANDOM_REMASKING = 6
     RULE = 7
-    #: end ids end everything behind them
+    #: end ids end everything behind them: 1 fills what is masked there, 2 what is written, too
     EARLY_END = 8
     #: a block is final when all of it is written, not position by position
     REVOKES = 9
@@ -192,7 +192,7 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
         int(params.schedule == "dream"),
         int(params.remasking == "random"),
         RULES.index(params.unmask),
-        int(params.early_end),
+        int(params.early_end) + int(params.end_padding),
         int(request.revokes),
         int(track),
         request.ends_from,

@@ -209,7 +209,8 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
     device = choose_device(options.device, rank, ranks)
     options.check_threads(str(device))
     dtype = choose_dtype(options.dtype, spec, device)
-    partition = Partition(spec, Group(rank, ranks), exact=dtype == torch.float32)
+    exact = dtype == torch.float32
+    partition = Partition(spec, Group(rank, ranks), exact, options.expert_parallel)
     attention = choose_attention(options.attention, partition.local, device)
     kernels = choose_kernels(options.kernels, device)
     max_len = _longest(options, spec)

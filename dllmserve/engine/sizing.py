@@ -116,7 +116,7 @@ class Sizing:
         per_row = length * 26 + pages * 8 + (2 * ends + MAX_STOP_IDS) * 8
         rows = (self.options.max_num_seqs + 1) * per_row
         edits = edit_bytes(self.edit_sizes, keeps=False)
-        return rows + edits + length * self.spec.head_dim * 4
+        return rows + edits + length * self.spec.rotated * 4
 
     def _history(self) -> int:
         """What rules keep of logits."""
@@ -145,4 +145,20 @@ class Sizing:
         inner = max(3 * spec.mlp_size, 2 * (q + 2 * kv) + q)
         if self.dtype == torch.float32:  # in which ranks gather each other's
             inner *= self.options.tensor_parallel_size
-        return inner + 3 * spec.hidden_size
+        return max(inner, self._of_experts) + 3 * spec.hidden_size
+
+    @property
+    def _of_experts(self) -> int:
+        """Numbers per token in the widest moment of a layer's experts."""
+        experts, width = self.spec.experts, self.spec.hidden_size
+        if experts is None:
+            return 0
+        pairs, size = experts.per_token + bool(experts.shared_size), experts.size
+        # gate and up, and their product; or that, each pair's output, and their sum in float32
+        wide = width * 4 // self.dtype.itemsize
+        if self.dtype != torch.float32:
+            return max(3 * pairs * size, pairs * (size + width) + 2 * wide)
+        if self.options.expert_parallel:  # ranks exchange the outputs of all pairs
+            return pairs * (size + 3 * width)
+        ranks = self.options.tensor_parallel_size  # each gathers the products, and has some outputs
+        return max(3 * pairs * size, pairs * (size * ranks + width // ranks) + 2 * width)

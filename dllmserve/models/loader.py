@@ -41,6 +41,10 @@ SHAPES_ONLY = (
     "sdar-8b",
     "fast-dllm-v2-7b",
     "qwen3-8b",
+    "llada2-mini",
+    "llada-moe-7b",
+    "sdar-30b-a3b",
+    "qwen3-30b-a3b",
 )
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -49,6 +53,8 @@ _PROBLEMS = ("missing", "unexpected", "misshapen", "unusable")
 _SHOWN = 6
 #: far more than any model has; each is composed before its weights are counted
 _MOST_LAYERS = 10_000
+#: how config.json calls their number
+_LAYER_FIELDS = ("num_hidden_layers", "n_layers")
 #: dtypes of weights, as safetensors calls them
 _DTYPES = ("F32", "BF16", "F16")
 #: fields of a ModelSpec that no model can do without
@@ -183,6 +189,8 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
         config = config | {MASK_FIELD: given.mask_id}
     if given.eos_ids is not None:
         config = config | {"eos_token_id": list(given.eos_ids)}
+    if given.layers is not None:
+        config = config | _first_layers(config, given.layers)
     try:
         spec = architecture.read(config)
     except UnsupportedModelError:
@@ -221,6 +229,15 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
         raise UnsupportedModelError(
             f"config.json has sizes that no memory could hold: {error}"
         ) from error
+
+
+def _first_layers(config: dict[str, Any], layers: int) -> dict[str, int]:
+    """The number of layers under its names, of so many layers alone."""
+    names = [name for name in _LAYER_FIELDS if isinstance(config.get(name), int)]
+    for name in names:
+        if config[name] < layers:
+            raise ConfigError(f"layers={layers} is over the {config[name]} that the model has")
+    return dict.fromkeys(names, layers)
 
 
 def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:

@@ -43,6 +43,11 @@ class Partition:
 
     def __post_init__(self) -> None:
         spec, size = self.spec, self.group.size
+        if self.expert_parallel and spec.experts is None:
+            raise ConfigError(
+                f"expert_parallel=True divides experts, of which {spec.architecture} has none: "
+                "leave it out"
+            )
         if not divides(spec, size, self.expert_parallel):
             raise ConfigError(
                 f"tensor_parallel_size={size} does not fit the model: it has to divide "

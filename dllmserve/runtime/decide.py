@@ -236,10 +236,11 @@ class StepDecision:
         open_ = table.open[rows, columns] & inside
         counts = index >= self._ints[:, IntField.ENDS_FROM, None]
         first = self._first_end(tokens, open_ & ~masked & counts)
-        asked = self._ints[:, IntField.EARLY_END, None] > 0
-        fill = masked & (index > first[:, None]) & asked
+        asked = self._ints[:, IntField.EARLY_END, None]
         end = tokens.gather(1, first[:, None].clamp(max=longest - 1))
         # what is filled lies behind the first end id, so that stays where it is
+        fill = (masked & (asked > 0)) | (open_ & (tokens != end) & (asked > 1))
+        fill &= index > first[:, None]
         masked = masked & ~fill
         of_block = self._laid_over(torch.zeros_like(inside), inputs.block < table.max_len)
         return _Answer(

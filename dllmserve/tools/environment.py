@@ -31,6 +31,10 @@ def environment(config: EngineConfig, plan: EnginePlan) -> dict[str, Any]:
             "name": config.model,
             "parameters": plan.spec.parameters(),
             "layer_weight_bytes": cost.layer_weights * cost.weight_bytes,
+            "expert_weight_bytes": cost.expert_layers
+            * cost.experts
+            * cost.expert_weights
+            * cost.weight_bytes,
             "head_weight_bytes": cost.head_weights * cost.weight_bytes,
             **asdict(plan.spec),
         },
@@ -50,10 +54,14 @@ def header_lines(config: EngineConfig, plan: EnginePlan) -> dict[str, str]:
     threads = f" ({found['threads']} threads)" if "threads" in found else ""
     cuda = f", CUDA {torch.version.cuda}" if plan.device.type == "cuda" else ""
     mode = ", eager" if config.enforce_eager else ""
+    inner = f"MLP {spec.mlp_size}"
+    if (experts := spec.experts) is not None:
+        of = f"{experts.per_token} of {experts.count} experts of {experts.size}"
+        inner = of if all(experts.layers) else f"{inner}, {of}"
     return {
         "model": f"{config.model} ({spec.architecture}), {weights}: {spec.num_layers} layers of "
         f"{spec.hidden_size}, {spec.num_heads} heads, {spec.num_kv_heads} K,V heads of "
-        f"{spec.head_dim}, MLP {spec.mlp_size}, vocabulary {spec.vocab_size}, "
+        f"{spec.head_dim}, {inner}, vocabulary {spec.vocab_size}, "
         f"{spec.parameters() / 1e6:,.1f} M parameters",
         "device": f"{found['name']}{threads}, {dtype_name(plan)}, torch {torch.__version__}{cuda}",
         "engine": f"dllmserve {__version__}, attention {plan.attention}, kernels {plan.kernels}"

@@ -102,6 +102,8 @@ WRONG_PARAMS = [
     ({"refresh_delay": 1}, ["refresh_delay=1", "'prefix' or 'dual'", "cache='none'"]),
     ({"refresh_every": 2, "cache": "none"}, ["refresh_every=2", "'drift'", "cache='none'"]),
     ({"refresh_window": 2, "cache": "rolling"}, ["refresh_window=2", "cache='rolling'"]),
+    *numbers("end_padding", "True or False", 1, "yes", None),
+    ({"end_padding": True}, ["end_padding=True", "give early_end"]),
     ({"early_end": True, "ignore_eos": True}, ["early_end=True", "ignore_eos=True"]),
     ({"unmask": "wino", "cfg_scale": 1.0}, ["unmask='wino'", "cfg_scale=1"]),
     ({"unmask": "wino", "early_end": True}, ["unmask='wino'", "early_end=True"]),

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from dllmserve import LLM, SamplingParams
+from dllmserve.core.model_spec import ExpertSpec
 from dllmserve.core.plan import Mask, Part, Span, StepEntry, StepPlan, Store
 from dllmserve.models.loader import count_weights
 from dllmserve.parallel.partition import Partition
 from dllmserve.tools.bench.roofline import (
     Ceilings,
+    Floor,
     ModelCost,
     attended_keys,
     attended_pairs,
@@ -104,6 +106,25 @@ def test_flop() -> None:
     # 10 tokens through the layers, 4 rows through the head, 10 x 10 pairs
     assert COST.flop(REFRESH) == 2 * (10 * 1152 + 4 * 256) + 64 * 100 == 31488
     assert COST.flop(REUSE) == 2 * (4 * 1152 + 2 * 256) + 64 * 4 * 10 == 12800
+
+
+def test_experts() -> None:
+    """Of 6 experts of 10 a token takes 2, in the second of two layers; a shared one of 10."""
+    experts = ExpertSpec(layers=(False, True), count=6, per_token=2, size=10, shared_size=10)
+    spec = replace(SPEC, architecture="LLaDA2MoeModelLM", experts=replace(experts, bias="choice"))
+    cost, each = ModelCost.of(spec, weight_bytes=2), 3 * 8 * 10
+    dense = LAYERS - 3 * 8 * 16 + 6 * 8 + each  # router and shared expert in place of an MLP
+    assert cost == ModelCost(dense, HEAD, COST.attention_flop, KV, 2, 1, 6, 2, each)
+    assert cost.flop(REUSE) == 2 * (4 * (dense + 2 * each) + 2 * 256) + 64 * 4 * 10
+    assert cost.uniform_experts(1) == pytest.approx(2)
+    assert cost.uniform_experts(4) == pytest.approx(6 * (1 - (2 / 3) ** 4))
+    read = (dense + HEAD + 6 * KV) * 2
+    assert cost.bytes_read(REUSE) == read + 2 * round(cost.uniform_experts(4) * each)
+    assert cost.bytes_read(REUSE, {4: 2.5, 5: 6.0}) == read + 2 * 600
+    floor = Floor(cost, Ceilings(1.0, 1e12, 0, 0), {4: 2.5})
+    assert floor.seconds([REUSE]) == read + 1200
+    assert floor.experts([REUSE, REUSE], {4: 2.5}) == 2.5
+    assert Floor(COST, floor.ceilings, {}).experts([REUSE], {}) is None
 
 
 def test_guidance_counts_twice() -> None:

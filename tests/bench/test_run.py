@@ -18,6 +18,7 @@ from dllmserve.tools.bench.workload import Workload
 from dllmserve.tools.plot import check_plot
 from dllmserve.tools.text import percentile
 from tests.conftest import Engines
+from tests.helpers import GOLDEN
 
 CEILINGS = Ceilings(1e10, 1e11, 1, 1)
 
@@ -51,6 +52,19 @@ def test_counts_of_a_fixed_schedule(llm: LLM) -> None:
     assert rate.max == pytest.approx(24 / min(result.seconds))
     assert 0 < result.floor_seconds < min(result.seconds)
     assert result.roofline_tokens_per_second == pytest.approx(24 / result.floor_seconds)
+
+
+def test_experts_that_steps_touch(engines: Engines) -> None:
+    """One token a step touches as many experts as a token takes; three touch more, seldom all."""
+    llm = engines(GOLDEN / "qwen3moe-kv2of4")  # 2 of 8 experts
+    params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+    work = Workload(prompt_len=1, params=params, runs=1, warmup=0)
+    ops = llm._engine._runner._decoder.ops
+    alone, three = (Bench(llm, work, CEILINGS).throughput(n) for n in (1, 3))
+    assert alone.experts_touched == alone.experts_uniform == 2.0
+    assert three.experts_touched is not None and 2 < three.experts_touched <= 6
+    assert three.experts_uniform == pytest.approx(8 * (1 - 0.75**3))
+    assert "route" not in vars(ops)  # nobody watches any more
 
 
 @pytest.mark.parametrize(

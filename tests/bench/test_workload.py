@@ -77,6 +77,10 @@ def test_counts() -> None:
         ("sdar-8b", "SDARForCausalLM", 8_190_735_360, 32768),
         ("fast-dllm-v2-7b", "Fast_dLLM_QwenForCausalLM", 7_615_616_512, 32768),
         ("qwen3-8b", "Qwen3ForCausalLM", 8_190_735_360, 40960),
+        ("llada2-mini", "LLaDA2MoeModelLM", 16_255_643_392, 16384),
+        ("llada-moe-7b", "LLaDAMoEModelLM", 7_356_880_896, 8192),
+        ("sdar-30b-a3b", "SDARMoeForCausalLM", 30_532_122_624, 32768),
+        ("qwen3-30b-a3b", "Qwen3MoeForCausalLM", 30_532_122_624, 40960),
     ],
 )
 def test_shapes_of_public_checkpoints(

@@ -273,15 +273,18 @@ def test_every_rule_and_sampler_alone_or_together(engines: Engines, name: str) -
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "options"),
     [
-        *("qwen3-kv2of4", "sdar-kv2of4", "fdv2-kv2of4"),
-        *("qwen3moe-kv2of4", "sdarmoe-kv2of4", "llada2-g4e8"),
+        *((name, {}) for name in ("qwen3-kv2of4", "sdar-kv2of4", "fdv2-kv2of4")),
+        *((name, {}) for name in ("sdarmoe-kv2of4", "llada2-g4e8")),
+        *((name, {"expert_parallel": True}) for name in ("qwen3moe-kv2of4", "llada2-g4e8")),
     ],
+    ids=str,
 )
-def test_on_two_ranks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_on_two_ranks(monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]) -> None:
     folder = str(helpers.GOLDEN / name)
-    llm, _, _ = threaded_llm(monkeypatch, folder, 2, kv_pages=40, page_size=8, max_num_seqs=8)
+    options = {"kv_pages": 40, "page_size": 8, "max_num_seqs": 8, **options}
+    llm, _, _ = threaded_llm(monkeypatch, folder, 2, **options)
     batch = cases(name)[::3]
     assert answers(llm, batch) == [case[2] for case in batch]
 

@@ -237,6 +237,8 @@ def test_a_canvas_without_room(engines: Engines) -> None:
         constrained(llm, grammar, [4], gen_length=3, ignore_eos=True)
     with pytest.raises(InvalidParameterError, match="exactly 5 tokens"):
         constrained(llm, grammar, [4], gen_length=5, ignore_eos=True)
+    with pytest.raises(InvalidParameterError, match="end_padding=True writes over"):
+        constrained(llm, grammar, [4], gen_length=6, early_end=True, end_padding=True)
     (output,) = run(llm, [constrained(llm, grammar, [4], gen_length=6, ignore_eos=True)])
     assert output.token_ids == [0] * 6
 

@@ -3,10 +3,12 @@
 import random
 
 import pytest
+import torch
 
-from dllmserve import Hole
+from dllmserve import Hole, SamplingParams
 from tests import helpers
 from tests.conftest import Engines
+from tests.oracles import dinfer, experts
 
 CASES = [
     pytest.param(name, index, id=f"{name}-{index}-{case.kind}")
@@ -34,7 +36,8 @@ def test_alone(engines: Engines, name: str, index: int) -> None:
     output = llm.generate([case.prompt], case.params, case.sparse, use_tqdm=False)[0]
     assert output["token_ids"] == case.output
     assert output["text"] == ""
-    assert output["finish_reason"] == "length"
+    whole = len(case.output) == case.params.gen_length
+    assert output["finish_reason"] == ("length" if whole else "stop")
     assert output["usage"]["prompt_tokens"] == len(case.prompt)
     assert output["usage"]["completion_tokens"] == len(case.output)
 
@@ -81,3 +84,23 @@ def test_blocks_from_position_0(engines: Engines) -> None:
     llm = engines(helpers.GOLDEN / "llada-moe-e8")
     [output] = llm.infill([[case["prompt_ids"], hole]], params, use_tqdm=False)
     assert output["token_ids"] == case["prompt_ids"] + case["output"]
+
+
+def test_end_padding(engines: Engines) -> None:
+    """As the oracle of dInfer's early_stop, with an end id that is written often."""
+    folder, end = helpers.GOLDEN / "llada-moe-e8", 87
+    llm, model = engines(folder, eos_ids=(end,)), experts.load(folder)
+    prompts, params, expected, shorter = [], [], [], 0
+    for seed in range(12):
+        prompt = helpers.random_prompt(seed, 3 + seed)
+        options = {"gen_length": 24, "block_length": 12, "threshold": 0.2 + 0.05 * seed}
+        row = dinfer.Row(lambda ids: model(torch.tensor([ids]))[0], 150, list(prompt))
+        ids = dinfer.fast_dllm(row, steps=24, early_stop=True, eos_id=end, **options)
+        expected.append(ids[: ids.index(end) + 1] if end in ids else ids)
+        prompts.append(prompt)
+        padded = {"early_end": True, "end_padding": True, "unmask": "threshold", **options}
+        params.append(SamplingParams(temperature=0.0, **padded))
+        shorter += 1 < len(expected[-1]) < 24
+    assert shorter > 3
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [output["token_ids"] for output in outputs] == expected

@@ -56,8 +56,9 @@ def test_the_same_in_holes(engines: Engines, checkpoints: dict[str, Path]) -> No
     folder, dice = checkpoints["llada-eos"], random.Random(2)
     triton = LLM(str(folder), device="cpu", attention="triton", kernels="triton", **options)
     templates, params = [], []
+    padded = {"early_end": True, "end_padding": True, "cfg_scale": 0.5}
     for number, extra in enumerate(
-        ({}, {"early_end": True}, {"cfg_scale": 0.5}, {"cache": "dual"})
+        ({}, {"early_end": True}, padded, {"cfg_scale": 0.5}, {"cache": "dual"})
     ):
         for fill in ("exact", "up_to"):
             templates.append(template(*random_row(dice, 9), fill=fill))

@@ -73,7 +73,7 @@ def init_of(
     ints = (
         *(len(prompt), gen, dice.choice([0, 5]), dice.getrandbits(63)),
         *(CONFIDENCE.index(confidence), dice.randrange(2), dice.randrange(2)),
-        *(RULES.index(rule), int(not goes_on and dice.random() < 0.5), 0, 0),
+        *(RULES.index(rule), 0 if goes_on else dice.choice([0, 0, 1, 2]), 0, 0),
         dice.choice([0, 0, dice.randrange(gen + 1)]),
     )
     return RowInit(

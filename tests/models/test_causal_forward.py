@@ -50,11 +50,15 @@ def case_of(name: str, index: int) -> tuple[list[int], int, dict[str, Any]]:
 
 
 def load(
-    folder: Path, group: Group = SOLO, kernels: str = "torch", expert_parallel: bool = False
+    folder: Path,
+    group: Group = SOLO,
+    kernels: str = "torch",
+    dtype: torch.dtype = torch.float32,
+    **shared: bool,
 ) -> Decoder:
     spec = loader.read_spec(loader.read_config(folder))
-    options: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "kernels": kernels}
-    partition = Partition(spec, group, expert_parallel=expert_parallel)
+    options: dict[str, Any] = {"dtype": dtype, "device": CPU, "kernels": kernels}
+    partition = Partition(spec, group, **shared)
     return loader.load_decoder(folder, partition, max_len=128, **options)
 
 

@@ -15,8 +15,9 @@ from tests.engine.test_fewer_forwards import cases, sampling
 from tests.engine.test_invariance import jobs, run
 from tests.helpers import random_prompt
 from tests.infilling import template, truths
+from tests.models.test_causal_forward import load
 from tests.ordered import use_ordered_products
-from tests.parallel.threads import threaded_llm
+from tests.parallel.threads import on_all, thread_groups, threaded_llm
 
 #: sizes that every product cuts at a multiple of 16, as real ones do
 ALIGNED = {
@@ -165,6 +166,43 @@ def test_every_rule_and_policy(
     )
 
 
+@pytest.mark.parametrize("divided", [False, True])
+def test_experts_give_the_same_bits(
+    engines: Engines, monkeypatch: pytest.MonkeyPatch, divided: bool
+) -> None:
+    """Whether ranks cut each expert or divide them; with a shared expert and a dense layer."""
+    folder = helpers.GOLDEN / "llada-moe-variant"
+    one = engines(folder)
+    two, _, _ = threaded_llm(monkeypatch, str(folder), 2, expert_parallel=divided)
+    use_ordered_products(monkeypatch)
+    for given in (
+        {"temperature": 0.0},
+        {"temperature": 1.1},
+        {"temperature": 0.0, "cache": "dual"},
+    ):
+        params = SamplingParams(gen_length=16, steps=8, block_length=8, seed=7, **given)
+        assert pictures(two, params, None) == pictures(one, params, None), given
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_experts_in_half_precision(monkeypatch: pytest.MonkeyPatch, divided: bool) -> None:
+    """Sums over ranks of half precision: near what one rank computes."""
+    folder = helpers.GOLDEN / "llada2-g4e8"
+    layers = [load(folder, dtype=torch.bfloat16).blocks[1].mlp]
+    x = torch.randn(9, 64, generator=torch.manual_seed(0)).bfloat16()
+    whole = layers[0](x)
+    groups = thread_groups(2)
+    ranks = [
+        load(folder, group, dtype=torch.bfloat16, exact=False, expert_parallel=divided).blocks[1]
+        for group in groups
+    ]
+    found = on_all([lambda rank=rank: rank.mlp(x) for rank in ranks])  # type: ignore[misc]
+    for got in found:
+        torch.testing.assert_close(got, whole, atol=0.05, rtol=0.05)
+    sums = [shape for kind, shape, _ in groups[0].exchanged if kind == "reduce"]
+    assert sums == [(9, 64)] * (2 if divided else 1)  # a shared expert beside divided ones
+
+
 def test_half_precision_sums_over_ranks(
     aligned: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +241,13 @@ def processes(request: pytest.FixtureRequest) -> Iterator[tuple[str, LLM]]:
     """Two ranks as real processes, which exchange through gloo."""
     with LLM(str(helpers.GOLDEN / request.param), device="cpu", tensor_parallel_size=2) as llm:
         yield request.param, llm
+
+
+def test_divided_experts_on_two_processes() -> None:
+    folder = str(helpers.GOLDEN / "llada-moe-e8")
+    with LLM(folder, device="cpu", tensor_parallel_size=2, expert_parallel=True) as llm:
+        golden = helpers.golden("llada-moe-e8")
+        assert helpers.run_cases(llm, golden) == [case.output for case in golden]
 
 
 def test_golden_alone_on_two_processes(processes: tuple[str, LLM]) -> None:

@@ -97,6 +97,11 @@ def test_every_option_may_be_a_variable(name: str) -> None:
     if name == "tensor_parallel_size":
         value = 1
     given = {f"DLLMSERVE_{name.upper()}": as_text(value)}
+    others_too = {
+        "expert_parallel": {"DLLMSERVE_TENSOR_PARALLEL_SIZE": "2"},
+        "layers": {"DLLMSERVE_LOAD_FORMAT": "dummy"},
+    }
+    given |= others_too.get(name, {})
     if name == "ssl_certfile":
         given["DLLMSERVE_SSL_KEYFILE"] = "x"
     if name == "ssl_keyfile":

@@ -324,6 +324,7 @@ def _fill(
     packed: tl.tensor,
     tokens: tl.tensor,
     masked: tl.tensor,
+    open_flags: tl.tensor,
     steps: tl.tensor,
     ints: tl.tensor,  # pointer to the row's
     new: tl.tensor,
@@ -337,7 +338,7 @@ def _fill(
     width: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Fill what is masked behind the end id with it; masks left in the block, and the frontier."""
+    """Fill what is masked behind the end id with it, or all; masks left, and the frontier."""
     row, start, blk_len = _block(packed, entry)
     guided = spans - entries
     twin = entry >= entries - guided
@@ -345,14 +346,19 @@ def _fill(
     answer = tl.load(ints + _START).to(tl.int32)
     length = tl.load(ints + _LENGTH).to(tl.int32)
     shared = tl.where(twin, length, 0)
+    over = tl.where(tl.load(ints + _EARLY_END) > 1, first, length)  # behind it all is filled
     left = length * 0
     frontier = length
     for low in range(0, length, BLOCK):
         place = low + tl.arange(0, BLOCK)
         source = row * width + answer + place
         column = answer + place - start
-        recent, _, hidden = _open_places(masked, write, source, column, place < length, blk_len)
-        fill = hidden & (place > first)
+        inside = place < length
+        recent, chosen, hidden = _open_places(masked, write, source, column, inside, blk_len)
+        token = tl.load(tokens + source, mask=inside, other=0)
+        token = tl.where(chosen, tl.load(new + column, mask=chosen, other=0), token)
+        own = tl.load(open_flags + source, mask=inside, other=0) != 0
+        fill = (hidden & (place > first)) | (own & (token != end) & (place > over))
         tl.store(tokens + source, place.to(tl.int64) * 0 + end, mask=fill)
         tl.store(masked + source, fill == 0, mask=fill)
         tl.store(steps + source, place * 0 + forward, mask=fill)
@@ -417,7 +423,8 @@ def _commit(
     if (tl.load(ints + _EARLY_END) > 0) & (end < length) & (row != trash_row):
         tl.debug_barrier()  # the twin's block was written whole, and some of it is filled now
         left, frontier = _fill(
-            *(packed, tokens, masked, steps, ints, new, write, end, token, forward),
+            *(packed, tokens, masked, open_flags, steps),
+            *(ints, new, write, end, token, forward),
             *(entry, spans, entries, width, BLOCK),
         )
     first, count, _, _ = head_rows_of(packed, spans, entry)

@@ -2,15 +2,17 @@
 
 The floor of a step is the longer of two times: its arithmetic at the measured rate of a
 large matrix product, and one read of the weights and of each row's cached K,V at the measured
-copy bandwidth. What is written, activations and logits are not counted.
+copy bandwidth. Of experts those are read that the step's tokens touch. What is written, activations
+and logits are not counted.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ _COPY_BYTES = {"cuda": 2 * GIB, "cpu": GIB // 8}
 #: rows and columns of the multiplied matrices
 _MATRIX = {"cuda": 8192, "cpu": 1024}
 _WARMUP, _REPEATS = 3, 9
+#: no experts have been counted
+NONE_COUNTED: Mapping[int, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,15 @@ class ModelCost:
     """Numbers that a step's cost follows from.
 
     Attributes:
-        layer_weights: weights of all layers' matrices.
+        layer_weights: weights of all layers' matrices, but for routed experts.
         head_weights: weights of the LM head.
         attention_flop: FLOP of one query that attends to one key, all layers and heads.
         kv_values: numbers of K and V of one token, all layers.
         weight_bytes: bytes per weight, and per number of K and V.
+        expert_layers: layers with experts.
+        experts: routed experts of each of these.
+        per_token: of which a token takes so many.
+        expert_weights: weights of one.
     """
 
     layer_weights: int
@@ -63,6 +71,10 @@ class ModelCost:
     attention_flop: int
     kv_values: int
     weight_bytes: int
+    expert_layers: int = 0
+    experts: int = 0
+    per_token: int = 0
+    expert_weights: int = 0
 
     @classmethod
     def of(cls, spec: ModelSpec, weight_bytes: int) -> ModelCost:
@@ -70,8 +82,16 @@ class ModelCost:
         model = outline(Partition(spec))
         tables = (model.embedding.weight, model.head.weight)
         matrices = [w.data for w in model.weights if w.data.dim() == 2]
+        matrices = [w for w in matrices if all(w is not t for t in tables)]
+        experts = spec.experts
+        layers, count = (sum(experts.layers), experts.count) if experts is not None else (0, 0)
+        each = 3 * spec.hidden_size * experts.size if experts is not None else 0
         return cls(
-            layer_weights=sum(w.numel() for w in matrices if all(w is not t for t in tables)),
+            layer_weights=sum(w.numel() for w in matrices) - layers * count * each,
+            expert_layers=layers,
+            experts=count,
+            per_token=0 if experts is None else experts.per_token,
+            expert_weights=each,
             head_weights=model.head.weight.numel(),
             # scores and weighted sum, 2 each
             attention_flop=4 * spec.num_heads * spec.head_dim * spec.num_layers,
@@ -82,24 +102,80 @@ class ModelCost:
     def flop(self, plan: StepPlan) -> int:
         """Floating-point operations of a step; a multiplication and an addition are two."""
         pairs = sum(attended_pairs(span) for span in plan.spans)
-        dense = plan.tokens * self.layer_weights + head_rows(plan) * self.head_weights
+        layers = self.layer_weights + self.expert_layers * self.per_token * self.expert_weights
+        dense = plan.tokens * layers + head_rows(plan) * self.head_weights
         return 2 * dense + self.attention_flop * pairs
 
-    def bytes_read(self, plan: StepPlan) -> int:
-        """Bytes that a step has to read: of the weights once, of cached K,V for each row."""
+    def uniform_experts(self, tokens: int) -> float:
+        """Experts that so many tokens touch, all layers together, if each is as likely as another.
+
+        Example:
+            One layer of 4 experts, of which a token takes 2: 1 token touches 2, 2 tokens 3.
+        """
+        if not self.expert_layers:
+            return 0.0
+        missed: float = (1 - self.per_token / self.experts) ** tokens
+        return self.expert_layers * self.experts * (1 - missed)
+
+    def experts_of(self, plan: StepPlan, touched: Mapping[int, float]) -> float:
+        """Experts that a step touches, all layers together; see ``bytes_read``."""
+        tokens = plan.tokens
+        return touched[tokens] if tokens in touched else self.uniform_experts(tokens)
+
+    def bytes_read(self, plan: StepPlan, touched: Mapping[int, float] = NONE_COUNTED) -> int:
+        """Bytes that a step has to read: of the weights once, of cached K,V for each row.
+
+        Args:
+            plan: of the step.
+            touched: experts that steps of so many tokens touch, all layers together, as counted;
+                for other steps see ``uniform_experts``.
+        """
         head = self.head_weights if head_rows(plan) else 0
         cached = sum(cached_keys(span) for span in plan.spans)
-        return (self.layer_weights + head + cached * self.kv_values) * self.weight_bytes
+        experts = self.experts_of(plan, touched)
+        read = self.layer_weights + head + round(experts * self.expert_weights)
+        return (read + cached * self.kv_values) * self.weight_bytes
 
-    def floor_seconds(self, plans: Iterable[StepPlan], ceilings: Ceilings) -> float:
-        """Seconds that the steps take at least, one after the other."""
+    def floor_seconds(
+        self,
+        plans: Iterable[StepPlan],
+        ceilings: Ceilings,
+        touched: Mapping[int, float] = NONE_COUNTED,
+    ) -> float:
+        """Seconds that the steps take at least, one after the other; see ``bytes_read``."""
         return sum(
             max(
                 self.flop(plan) / ceilings.flop_per_second,
-                self.bytes_read(plan) / ceilings.bytes_per_second,
+                self.bytes_read(plan, touched) / ceilings.bytes_per_second,
             )
             for plan in plans
         )
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The roofline of a model on a device.
+
+    Attributes:
+        cost: of the model.
+        ceilings: of the device.
+        touched: experts that steps touch, see :meth:`ModelCost.bytes_read`.
+    """
+
+    cost: ModelCost
+    ceilings: Ceilings
+    touched: Mapping[int, float]
+
+    def seconds(self, plans: Iterable[StepPlan]) -> float:
+        """Seconds that the steps take at least, one after the other."""
+        return self.cost.floor_seconds(plans, self.ceilings, self.touched)
+
+    def experts(self, plans: Sequence[StepPlan], touched: Mapping[int, float]) -> float | None:
+        """Experts that a step touches in a layer with experts, on average; None without experts."""
+        if not self.cost.expert_layers or not plans:
+            return None
+        every = sum(self.cost.experts_of(plan, touched) for plan in plans)
+        return every / len(plans) / self.cost.expert_layers
 
 
 def cached_keys(span: Span) -> int:

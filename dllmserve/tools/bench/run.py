@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from dllmserve.core.plan import StepPlan
 from dllmserve.errors import EngineError
 from dllmserve.llm import LLM
-from dllmserve.tools.bench.roofline import Ceilings, ModelCost
+from dllmserve.tools.bench.experts import touched_experts
+from dllmserve.tools.bench.roofline import NONE_COUNTED, Ceilings, Floor, ModelCost
 from dllmserve.tools.bench.workload import Workload
 from dllmserve.tools.text import percentile
 
@@ -48,17 +49,23 @@ class Sample:
         seconds: wall time of the whole call.
         tokens: answer tokens of all requests.
         forwards: forward passes of all requests together; a guided one counts once.
-        steps: engine steps.
-        entries: requests in a step, summed over the steps.
-        floor_seconds: the roofline's time for the same steps.
+        plans: of the steps.
     """
 
     seconds: float
     tokens: int
     forwards: int
-    steps: int
-    entries: int
-    floor_seconds: float
+    plans: Sequence[StepPlan]
+
+    @property
+    def steps(self) -> int:
+        """Engine steps."""
+        return len(self.plans)
+
+    @property
+    def entries(self) -> int:
+        """Requests in a step, summed over the steps."""
+        return sum(len(plan.entries) for plan in self.plans)
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,9 @@ class Result:
         ms_per_step: median of wall time over steps.
         floor_seconds: the roofline's time for the steps of the median run.
         roofline_fraction: median of floor over wall time.
+        experts_touched: experts that a step touches in a layer with experts, on average over the
+            median run; None without experts.
+        experts_uniform: as many as it would be if each expert were as likely as another.
         kernels: of a profiled run; None on a CPU or without a profile.
         peak_allocated, peak_reserved: bytes by torch's allocator; None on a CPU.
         latency: with ``dllmserve bench latency``, else None.
@@ -125,6 +135,8 @@ class Result:
     peak_allocated: int | None
     peak_reserved: int | None
     latency: LatencyFigures | None = None
+    experts_touched: float | None = None
+    experts_uniform: float | None = None
 
     @property
     def roofline_tokens_per_second(self) -> float:
@@ -180,7 +192,12 @@ class Bench:
         if self._profile:
             self._progress(f"n={requests}: profile")
             kernels = profiled(lambda: self._generate(prompts), self._device)
-        return _result(samples, requests, kernels, allocated, reserved)
+        touched = NONE_COUNTED
+        if self._llm.spec.experts is not None:
+            self._progress(f"n={requests}: experts")
+            touched = touched_experts(self._llm, lambda: self._generate(prompts))
+        floor = Floor(self._cost, self._ceilings, touched)
+        return _result(samples, requests, floor, kernels, (allocated, reserved))
 
     def latency(self) -> Result:
         """One request at a time."""
@@ -215,9 +232,7 @@ class Bench:
             seconds=seconds,
             tokens=sum(usage["completion_tokens"] for usage in usages),
             forwards=sum(usage["forward_passes"] for usage in usages),
-            steps=len(plans),
-            entries=sum(len(plan.entries) for plan in plans),
-            floor_seconds=self._cost.floor_seconds(plans, self._ceilings),
+            plans=plans,
         )
 
     def _first_token(self) -> float:
@@ -234,9 +249,9 @@ class Bench:
 def _result(
     samples: list[Sample],
     requests: int,
+    floor: Floor,
     kernels: KernelTime | None,
-    allocated: int | None,
-    reserved: int | None,
+    peaks: tuple[int | None, int | None],
 ) -> Result:
     # counts differ between runs only if the device's arithmetic is not repeatable
     middle = sorted(samples, key=lambda s: s.seconds)[(len(samples) - 1) // 2]
@@ -250,11 +265,13 @@ def _result(
         tokens_per_forward=middle.tokens / middle.forwards,
         requests_per_step=middle.entries / middle.steps,
         ms_per_step=statistics.median(1e3 * s.seconds / s.steps for s in samples),
-        floor_seconds=middle.floor_seconds,
-        roofline_fraction=statistics.median(s.floor_seconds / s.seconds for s in samples),
+        floor_seconds=floor.seconds(middle.plans),
+        roofline_fraction=statistics.median(floor.seconds(s.plans) / s.seconds for s in samples),
         kernels=kernels,
-        peak_allocated=allocated,
-        peak_reserved=reserved,
+        peak_allocated=peaks[0],
+        peak_reserved=peaks[1],
+        experts_touched=floor.experts(middle.plans, floor.touched),
+        experts_uniform=floor.experts(middle.plans, NONE_COUNTED),
     )
 
 
