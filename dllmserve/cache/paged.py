@@ -34,10 +34,18 @@ class PagedCache:
         window, start, end = canvas.window, *request.blocks[request.progress.block]
         first, last = canvas.around(start)
         if stored == first:
-            span = Span(row, first, last - first, first)
-            if first == 0:  # sees the same; a step of refreshes alone would be another
-                span = span._replace(mask=Mask.STAIR, mask_arg=window)
-            return span._replace(blk_off=start - first, blk_len=end - start)
+            # with nothing before it it sees the same; a step of refreshes alone would be another
+            mask, argument = (Mask.FULL, 0) if first else (Mask.STAIR, window)
+            return Span(
+                row,
+                first,
+                last - first,
+                first,
+                blk_off=start - first,
+                blk_len=end - start,
+                mask=mask,
+                mask_arg=argument,
+            )
         # a block that is read at the position before it
         if canvas.shift and start == first >= canvas.start:
             return _stored(row, stored, first, window, (start, end))

@@ -7,7 +7,6 @@ them, as the request's rule would have done in a forward, and goes on to the nex
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 
 from dllmserve.catalog import RULES
 from dllmserve.constraints.compiled import Compiled
@@ -43,7 +42,7 @@ def settle(request: Request, report: EntryReport, ends: Collection[int]) -> Entr
         frontier = min(frontier, max(request.blocks[progress.block][0] - canvas.start, 0))
     found = (report.end, request.forced_end)
     end = min((place for place in found if 0 <= place < length), default=-1)
-    return replace(report, frontier=frontier, end=end, eos=end if end < frontier else -1)
+    return report._replace(frontier=frontier, end=end, eos=end if end < frontier else -1)
 
 
 def _forget_taken_back(request: Request, holds: Sequence[int], ends: Collection[int]) -> None:
@@ -145,15 +144,15 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
             regions.append(Region(start, end, grammar))
             _check_room(regions[-1], asked, name, way)
     check_count(len(regions))
-    if regions and params.edits:
-        raise InvalidParameterError(
-            f"edit_threshold={params.edit_threshold:g} does not work with what has to match "
-            "something, whose tokens are written for good: leave one of them out"
-        )
     if regions and params.end_padding:
         raise InvalidParameterError(
             "end_padding=True writes over what stands behind an end id, and does not work with "
             "what has to match something: leave one of them out"
+        )
+    if regions and params.edits:
+        raise InvalidParameterError(
+            f"edit_threshold={params.edit_threshold:g} does not work with what has to match "
+            "something, whose tokens are written for good: leave one of them out"
         )
     return tuple(regions)
 

@@ -59,6 +59,10 @@ class ExpertSpec:
         groups: experts are so many runs of equal length, and are chosen in the ``top_groups`` best
             runs; a run's score is the sum of its two largest.
         top_groups: see there.
+        capacity: the tokens of a window take no more than so many experts among them, those whose
+            score is best in any of its tokens; 0 for no bound (LLaDA2.2).
+        window: positions of a window, cut from 0 on in each request, if there is a capacity. Each
+            forward then computes whole windows.
     """
 
     layers: tuple[bool, ...]
@@ -72,6 +76,8 @@ class ExpertSpec:
     bias: str = ""
     groups: int = 1
     top_groups: int = 1
+    capacity: int = 0
+    window: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +109,7 @@ class ModelSpec:
             shorter, and a schedule's quotas are those of a block's masks. Else the last block is
             filled to its end, and quotas are those of a whole block (SDAR).
         eos_ids: every id that ends an answer.
+        never_ids: ids that are not proposed, besides the mask's.
         turn_end_ids: those of them that end a turn and no text, as chat templates write them
             after what the assistant said (``<|eot_id|>``, ``<|im_end|>``).
         weights: numbers in all weights, counted on the model's modules when config.json is read.
@@ -137,6 +144,7 @@ class ModelSpec:
     dtype: str = "bfloat16"
     weights: int = 0
     experts: ExpertSpec | None = None
+    never_ids: tuple[int, ...] = ()
 
     @property
     def rotated(self) -> int:

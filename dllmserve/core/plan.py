@@ -185,8 +185,7 @@ def with_blind(span: Span, seen: int, shift: int) -> tuple[Span, Span]:
     return span._replace(store=Store.AHEAD, ctx_len=seen, head=Part.BLOCK), blind
 
 
-@dataclass(frozen=True)
-class StepEntry:
+class StepEntry(NamedTuple):
     """A span with what the rule needs to know about it on the host.
 
     Attributes:
@@ -314,8 +313,7 @@ class StepPlan:
 WRITTEN, OPEN = -2, -1
 
 
-@dataclass(frozen=True)
-class EntryReport:
+class EntryReport(NamedTuple):
     """What the runner says of one entry after a step.
 
     Attributes:
@@ -339,9 +337,11 @@ class EntryReport:
 
     def within(self, length: int) -> EntryReport:
         """The report of the answer's first ``length`` positions."""
+        if self.frontier <= length and self.eos < length and self.end < length:
+            return self
         eos = self.eos if self.eos < length else -1
         end = self.end if self.end < length else -1
-        return replace(self, frontier=min(self.frontier, length), eos=eos, end=end)
+        return self._replace(frontier=min(self.frontier, length), eos=eos, end=end)
 
 
 def _validate(span: Span, max_model_len: int) -> None:

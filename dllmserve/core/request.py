@@ -6,10 +6,11 @@ from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from dllmserve._values import SparseConfig
-from dllmserve.catalog import CACHES, RULES
+from dllmserve.catalog import CACHES, EDITS, RULES
 from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas, Range
 from dllmserve.core.prefix import Prefix
@@ -100,6 +101,8 @@ class Progress:
 class Request:
     """Host record of one job. It holds no tensors.
 
+    What a step asks of every request, and what never changes, is worked out once.
+
     ``row``, ``uncond_row``, ``pages``, ``history`` and ``prefix`` (None where K,V cannot be shared)
     are set by the scheduler, ``error`` and ``finish_reason`` when the request ends. ``sent`` pages
     of a row are in the page table, ``preempted`` counts how often its pages were taken.
@@ -155,6 +158,7 @@ class Request:
     def __post_init__(self) -> None:
         params = self.params
         self.masks = self.canvas.masks
+        self._num_blocks = len(self.blocks)
         if RULES[params.unmask].quota:
             self.quotas = self._schedule()
         self.progress.masks_left = self.masks[0]
@@ -266,13 +270,13 @@ class Request:
         """Settings of sparse attention."""
         return self.params.sparse
 
-    @property
+    @cached_property
     def policy(self) -> str:
         """Name of the cache policy; block-causal models have policies of their own."""
         named = self.params.policy
         return named if CACHES[named].windowed or not self.canvas.window else "paged"
 
-    @property
+    @cached_property
     def predictable(self) -> bool:
         """True if the host knows each step's outcome (but for an early end) beforehand."""
         seen = self.watch or self.trace or self.regions
@@ -280,12 +284,12 @@ class Request:
         exact = RULES[self.params.unmask].quota == "exact" and not CACHES[self.policy].follows
         return exact and free
 
-    @property
+    @cached_property
     def revokes(self) -> bool:
         """True if the rule may mask written positions again."""
         return RULES[self.params.unmask].revokes
 
-    @property
+    @cached_property
     def grows(self) -> bool:
         """True if it gets pages as it stores K,V, and may have to compute them anew."""
         return CACHES[self.policy].grows
@@ -295,7 +299,7 @@ class Request:
         """Most tokens of a blind span that a forward of the request computes beside the canvas."""
         return self.longest_block if self.revokes else 0
 
-    @property
+    @cached_property
     def longest_block(self) -> int:
         """Positions of the longest block."""
         return max(end - start for start, end in self.blocks)
@@ -308,7 +312,7 @@ class Request:
     @property
     def launched(self) -> bool:
         """True if every forward has been launched; some reports may be outstanding."""
-        return self.progress.block == len(self.blocks)
+        return self.progress.block == self._num_blocks
 
     @property
     def reported_forwards(self) -> int:
@@ -323,12 +327,24 @@ class Request:
         block = self.quotas[self.progress.block]
         return block[min(self.progress.scheduled, len(block) - 1)]
 
-    @property
+    @cached_property
     def guided(self) -> bool:
         """True if the request runs a second, unconditional row."""
         return self.params.cfg_scale > 0
 
-    @property
+    @cached_property
+    def kind(self) -> tuple[object, ...]:
+        """What requests have in common that a step computes together."""
+        params = self.params
+        filtered = params.top_k > 0 or params.top_p < 1
+        biased = bool(params.logit_bias) or params.logits_eos_inf
+        wants = params.logprobs is not None or bool(self.candidates)
+        edits = sorted(RULES[params.unmask].needs & {*EDITS})
+        sampled = params.temperature > 0
+        needs = (sampled, filtered, params.confidence_eos_eot_inf, wants)
+        return (biased, params.penalty_lambda > 0, bool(self.regions), edits, *needs)
+
+    @cached_property
     def rows_needed(self) -> int:
         """Rows of the state table that the request takes."""
         return 2 if self.guided else 1

@@ -151,7 +151,7 @@ def written_last(params: SamplingParams, spec: ModelSpec) -> tuple[int, ...]:
 
 def bias_of(params: SamplingParams, spec: ModelSpec) -> Pairs:
     """What is added to logits: the request's bias; ids that are out of the question are at -inf."""
-    bias = dict(params.logit_bias or {})
+    bias = dict(params.logit_bias or {}) | dict.fromkeys(spec.never_ids, -inf)
     if params.logits_eos_inf:
         bias |= dict.fromkeys(spec.text_end_ids, -inf)
     return tuple(bias.items())

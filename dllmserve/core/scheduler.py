@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 
-from dllmserve.catalog import EDITS, RULES
 from dllmserve.core.budget import NO_LIMIT, SoftLimit, StepBudget
 from dllmserve.core.constrained import settle
 from dllmserve.core.fair import FairQueue, within_share
@@ -181,21 +180,21 @@ class Scheduler:
             entry = self._fitted(request, room)
         limit = budget.stores if entry.stores else budget.refreshes if entry.span.refresh else None
         amount = entry.tokens, entry.logit_rows, request.rows_needed
-        filling = self.storage.next_names(request, entry.span.final)
+        final = entry.span.final
+        filling = self.storage.next_names(request, final)
         if filling and filling[0] in budget.filling:
             return  # another does the same in this step: what it stores is found in the next one
         if not budget.has(*amount, limit):
             return
-        if request.grows:
-            may = not self.storage.missing(request, entry.span) or self._may_begin(request)
+        if request.grows and (missing := self.storage.missing(request, entry.span)):
             victims = self._victims(request, picked)
-            if not (may and self.storage.grow(request, entry.span, victims)):
+            if not (self._may_begin(request) and self.storage.grow(request, missing, victims)):
                 self._short = True
                 return
         budget.take(*amount, limit)
         budget.filling.update(filling)
         request.last_step = self._step
-        request.progress.storing = entry.span.final
+        request.progress.storing = final
         request.progress.deciding = entry.kind is Kind.FILL
         picked[request] = entry
 
@@ -460,13 +459,6 @@ def _known_tokens(requests: Sequence[Request]) -> tuple[NewToken, ...]:
 
 def _packing_order(request: Request, entry: StepEntry) -> tuple[object, ...]:
     """Guided entries last; then like with like, so that kernels see few, large groups."""
-    params = request.params
     span = entry.span
-    filtered = params.top_k > 0 or params.top_p < 1
     shape = (span.q_len, span.ctx_len, span.store, span.q_start, span.keep, span.blk_off)
-    edits = sorted(RULES[entry.rule].needs & {*EDITS})
-    biased = bool(params.logit_bias) or params.logits_eos_inf, params.penalty_lambda > 0
-    kind = (entry.uncond is not None, entry.blind is not None, biased, bool(request.regions), edits)
-    wants = params.logprobs is not None or bool(request.candidates)
-    needs = (params.temperature > 0, filtered, params.confidence_eos_eot_inf, wants)
-    return (*kind, *needs, shape, request.id)
+    return (entry.uncond is not None, entry.blind is not None, *request.kind, shape, request.id)

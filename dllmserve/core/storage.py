@@ -179,6 +179,12 @@ class Storage:
             if page is None:
                 break
             found.append(page)
+        experts = self._spec.experts
+        if experts is not None and experts.capacity:
+            # what a position computes depends on its whole window, so that is computed as a whole
+            first = request.progress.stored // self._limits.page_size
+            while found and (first + len(found)) * self._limits.page_size % request.canvas.window:
+                found.pop()
         return found
 
     def missing(self, request: Request, span: Span) -> int:
@@ -187,15 +193,14 @@ class Storage:
         end = span.q_start + span.reach if stores else 0
         return max(self._limits.pages_of(end) - len(request.pages), 0)
 
-    def grow(self, request: Request, span: Span, victims: Iterable[Request]) -> bool:
-        """Give a request the pages that a span stores to; False if there is no room for them.
+    def grow(self, request: Request, missing: int, victims: Iterable[Request]) -> bool:
+        """Give a request the pages that it lacks; False if there is no room for them.
 
         Args:
             request: one that grows.
-            span: of its next forward.
+            missing: pages that each of its rows lacks.
             victims: running requests whose pages may be taken for it, the first first.
         """
-        missing = self.missing(request, span)
         taken = self.to_take(missing * request.rows_needed, victims)
         if taken is None:
             return False

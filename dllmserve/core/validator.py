@@ -140,6 +140,7 @@ class RequestValidator:
                     "models, and this one has full attention: use block_length"
                 )
             return
+        self._check_windows(params)
         kind = self._kind
         if params.schedule != "uniform":
             raise InvalidParameterError(
@@ -170,11 +171,25 @@ class RequestValidator:
                     "token after the other: leave it out"
                 )
 
+    def _check_windows(self, params: SamplingParams) -> None:
+        """Refuse what computes parts of the blocks that a model's experts are chosen for."""
+        window = 0 if self.spec.experts is None else self.spec.experts.window
+        if window and params.block_length != window:
+            raise InvalidParameterError(
+                f"block_length={params.block_length} does not work with a model whose experts are "
+                f"chosen for blocks of {window}: leave it out"
+            )
+        if window and params.policy == "sub_block":
+            raise InvalidParameterError(
+                f"cache='sub_block' computes parts of blocks, and this model's experts are chosen "
+                f"for a whole block of {window}: leave it out"
+            )
+
     def _check_edits(self, params: SamplingParams) -> None:
         """Refuse edits where a forward does not compute the whole block again."""
         if not params.edits or self.spec.geometry == "full":
             return
-        if self.spec.geometry == "causal" or self.spec.logit_shift:
+        if self.spec.geometry == "causal" or self.spec.logit_shift or self.spec.causal_context:
             why = (
                 "which writes one token after the other"
                 if self.spec.geometry == "causal"

@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.canvas import Canvas
@@ -68,7 +69,7 @@ class _InFlightStep:
     handle: StepHandle | None
     error: OutOfMemoryError | None = None
 
-    @property
+    @cached_property
     def foreseen(self) -> bool:
         """True if the next step can be planned without this one's report."""
         return self.handle is not None and all(r.predictable for r in self.requests)

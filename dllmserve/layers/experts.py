@@ -93,15 +93,23 @@ class Experts:
         self.gate_up = rows.view(len(mine), -1, rows.shape[1])
         self.down = outputs.view(len(mine), -1, outputs.shape[1])
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[N, d] -> [N, d]."""
+    def __call__(self, x: Tensor, windows: Tensor | None = None) -> Tensor:
+        """[N, d] -> [N, d].
+
+        ``windows`` are the numbers of the tokens' windows [N] int64, all of whose tokens are here,
+        if the experts have a capacity.
+        """
         held = range(self._held.start, self._held.stop)
-        routed = self._ops.route(x, self.gate, self.bias, self._spec, held)
+        routed = self._route(x, held, windows)
         if self._divided:
-            out = self._from_all_ranks(x, routed)
+            out = self._from_all_ranks(x, routed, windows)
         else:
             out = self._cut(x, routed)
         return out if self.shared is None else out + self.shared(x)
+
+    def _route(self, x: Tensor, held: range, windows: Tensor | None) -> Routed:
+        """The experts of each token."""
+        return self._ops.route(x, self.gate, self.bias, self._spec, held, windows)
 
     def _cut(self, x: Tensor, routed: Routed) -> Tensor:
         """Of experts whose inner dimension is cut."""
@@ -114,7 +122,7 @@ class Experts:
             return join(group, out, 1)
         return group.all_reduce(out)
 
-    def _from_all_ranks(self, x: Tensor, routed: Routed) -> Tensor:
+    def _from_all_ranks(self, x: Tensor, routed: Routed, windows: Tensor | None) -> Tensor:
         """Of experts that are divided between ranks."""
         ops, group = self._ops, self._group
         inner = ops.expert_up(x, routed, self.gate_up)
@@ -124,5 +132,5 @@ class Experts:
         ids = routed.ids.flatten()[:, None]
         mine = (ids >= routed.held.start) & (ids < routed.held.stop)
         every = group.all_reduce(torch.where(mine, rows, 0.0))
-        whole = ops.route(x, self.gate, self.bias, self._spec, range(self._spec.count))
+        whole = self._route(x, range(self._spec.count), windows)
         return ops.combine(every, whole)

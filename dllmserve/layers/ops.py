@@ -79,11 +79,14 @@ class Routed(NamedTuple):
         ids: [N, K] int32 expert of each pair.
         weights: [N, K] float32.
         held: the experts that this rank has; pairs of others are none of its business.
+        counts, order: where each of them finds its pairs, if the implementation wants to know.
     """
 
     ids: Tensor
     weights: Tensor
     held: range
+    counts: Tensor | None = None
+    order: Tensor | None = None
 
 
 class LayerOps:
@@ -103,6 +106,9 @@ class LayerOps:
         >>> ops.rotate(torch.zeros(3, 5, 64), 2, angles).shape
         torch.Size([3, 2, 64])
     """
+
+    #: experts' products wait for the device, which has to say who chose them
+    asks_for_experts = True
 
     def __init__(
         self,
@@ -172,6 +178,7 @@ class LayerOps:
         bias: Tensor | None,  # [E] float32
         experts: ExpertSpec,
         held: range,
+        windows: Tensor | None = None,  # [N] int64
     ) -> Routed:
         """The experts of each token, with their weights, in float32 whatever x and gate are.
 
@@ -182,13 +189,17 @@ class LayerOps:
             experts: how many each token takes, and how.
             held: experts that this rank has. If the number E is among them, it is that of the
                 shared expert, which every token takes.
+            windows: number of each token's window, from 0 on, where ``experts`` has a capacity.
         """
         logits = self.linear(x.float(), gate.float(), None)
         scores = logits.sigmoid() if experts.score == "sigmoid" else logits.softmax(dim=-1)
         ranked = scores if bias is None else scores + bias
         if experts.bias == "weights":
             scores = ranked
-        ids = _best(_in_best_groups(ranked, experts), experts.per_token)
+        admitted = _in_best_groups(ranked, experts)
+        if windows is not None:
+            admitted = _in_pools(ranked, windows, experts.capacity)
+        ids = _best(admitted, experts.per_token)
         weights = scores.gather(1, ids)
         if experts.normalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -256,15 +267,29 @@ def _in_best_groups(scores: Tensor, experts: ExpertSpec) -> Tensor:
     return runs.masked_fill(outside[:, :, None], -torch.inf).flatten(1)
 
 
+def _in_pools(scores: Tensor, windows: Tensor, capacity: int) -> Tensor:
+    """Scores [N, E], and -inf for experts that the token's window [N] does not admit."""
+    best = torch.full_like(scores, -torch.inf)  # there are no more windows than tokens
+    best.scatter_reduce_(0, windows[:, None].expand_as(scores), scores, "amax")
+    outside = torch.ones_like(scores, dtype=torch.bool)
+    outside.scatter_(1, _best(best, capacity), False)
+    return scores.masked_fill(outside[windows], -torch.inf)
+
+
 def _held(routed: Routed) -> Tensor:
     """Which pairs' experts this rank has: [N, K] bool."""
     return (routed.ids >= routed.held.start) & (routed.ids < routed.held.stop)
 
 
 def _by_expert(routed: Routed, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each expert held that any token takes: its pairs [P] int64, and its weight."""
+    """For each expert held that any token takes: its pairs [P] int64 in order, and its weight."""
+    held = routed.held
     ids = routed.ids.flatten()
-    for expert, weight in zip(routed.held, weights, strict=True):
-        pairs = (ids == expert).nonzero().flatten()
-        if len(pairs):
-            yield pairs, weight
+    pairs = ids.argsort(stable=True)
+    # those of experts before ours, of each of ours, and of experts behind
+    places = (ids - held.start).clamp(-1, len(held)) + 1
+    before, *counts, _ = torch.bincount(places, minlength=len(held) + 2).tolist()
+    for weight, count in zip(weights, counts, strict=True):
+        if count:
+            yield pairs[before : before + count], weight
+        before += count

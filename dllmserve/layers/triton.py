@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dllmserve.core.model_spec import ExpertSpec
 from dllmserve.kernels.activation import silu_mul
+from dllmserve.kernels.experts import combine_pairs, expert_product
 from dllmserve.kernels.linear import invariant_linear
 from dllmserve.kernels.norm import add_rms_norm
 from dllmserve.kernels.rotary import rotate_
-from dllmserve.layers.ops import Angles, HeadNorms, LayerOps
+from dllmserve.kernels.routing import choose_experts
+from dllmserve.layers.ops import Angles, HeadNorms, LayerOps, Routed
 
 
 class TritonOps(LayerOps):
@@ -22,6 +25,8 @@ class TritonOps(LayerOps):
     Example:
         ``ops = TritonOps(64, 1e4, 128, device)``
     """
+
+    asks_for_experts = False
 
     def add_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
@@ -50,3 +55,59 @@ class TritonOps(LayerOps):
         if x.dtype == torch.float32:
             return invariant_linear(x, weight, bias)
         return F.linear(x, weight, bias)
+
+    def route(
+        self,
+        x: Tensor,  # [N, d]
+        gate: Tensor,  # [E, d]
+        bias: Tensor | None,  # [E] float32
+        experts: ExpertSpec,
+        held: range,
+        windows: Tensor | None = None,  # [N] int64
+    ) -> Routed:
+        """See :class:`LayerOps`; with windows, by torch's calls."""
+        if windows is not None:
+            routed = super().route(x, gate, bias, experts, held, windows)
+            counts, order = _listed(routed.ids, held)
+            return routed._replace(counts=counts, order=order)
+        found = choose_experts(x, gate, bias, experts, held)
+        return Routed(found.ids, found.weights, held, found.counts, found.order)
+
+    def expert_up(self, x: Tensor, routed: Routed, gate_up: Tensor) -> Tensor:
+        """See :class:`LayerOps`."""
+        return _product(x, routed, gate_up, gated=True)
+
+    def expert_down(self, inner: Tensor, routed: Routed, down: Tensor) -> Tensor:
+        """See :class:`LayerOps`."""
+        return _product(inner, routed, down, gated=False)
+
+    def combine(self, rows: Tensor, routed: Routed) -> Tensor:
+        """See :class:`LayerOps`."""
+        return combine_pairs(rows, routed.ids, routed.weights, routed.held)
+
+
+def _listed(ids: Tensor, held: range) -> tuple[Tensor, Tensor]:
+    """Pairs of each expert of ``held``, see :class:`~dllmserve.kernels.routing.Choices`.
+
+    Args:
+        ids: [N, K] experts of each token, all different.
+        held: experts that this rank has.
+    """
+    tokens, stored = len(ids), len(held)
+    mine = (ids >= held.start) & (ids < held.stop)
+    place = torch.where(mine, ids.long() - held.start, stored)  # behind them: of no expert here
+    taken = torch.zeros(tokens, stored + 1, dtype=torch.int32, device=ids.device)
+    upto = taken.scatter_(1, place, 1).cumsum(0, dtype=torch.int32)
+    rank = upto.gather(1, place) - 1
+    room = stored * tokens
+    at = torch.where(mine, place * tokens + rank, room)
+    pairs = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
+    order = pairs.new_zeros(room + 1).scatter_(0, at.flatten(), pairs)
+    return taken[:, :stored].sum(0, dtype=torch.int32), order[:room].view(stored, tokens)
+
+
+def _product(x: Tensor, routed: Routed, weight: Tensor, *, gated: bool) -> Tensor:
+    if routed.counts is None or routed.order is None:
+        raise ValueError("experts' pairs are not in order: they have to come from this route()")
+    choices = routed.ids.shape[1]
+    return expert_product(x, weight, routed.counts, routed.order, choices, gated=gated)

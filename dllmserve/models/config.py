@@ -102,9 +102,10 @@ def rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
     """So many first dimensions of each head are rotated: those of ``partial_rotary_factor``."""
     inside = config.get("rope_parameters") or {}
     factor = one_of({**inside, **config}, ("partial_rotary_factor",), 1.0)
-    if not 0 < factor <= 1:
+    if not 0 < factor <= 1 or int(head_dim * factor) == 0:
         raise UnsupportedModelError(
-            f"partial_rotary_factor={factor} is not supported: it must be over 0 and at most 1"
+            f"partial_rotary_factor={factor} is not supported: it must be over 0 and at most 1, "
+            f"and rotate some of the {head_dim} dimensions of a head"
         )
     return int(head_dim * factor)
 
@@ -129,6 +130,11 @@ def expert_spec(**fields: Any) -> ExpertSpec:
             f"config.json: {spec.per_token} of {spec.count} experts of size {spec.size}, chosen in "
             f"{spec.top_groups} of {spec.groups} groups, cannot be: groups must be equal and have "
             "two experts each, and the groups chosen must have as many as a token takes"
+        )
+    if "capacity" in fields and not spec.per_token <= spec.capacity <= spec.count:
+        raise UnsupportedModelError(
+            f"config.json: expert_capacity={spec.capacity} must be at least the {spec.per_token} "
+            f"experts of a token and at most all {spec.count}"
         )
     return spec
 

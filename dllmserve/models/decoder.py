@@ -20,12 +20,15 @@ class Block:
     Attributes:
         attention_norm, attention, mlp_norm: the layer's.
         mlp: [N, d] to [N, d].
+        pooled: it takes the numbers of the tokens' windows [N] as well, see
+            :class:`~dllmserve.layers.experts.Experts`.
     """
 
     attention_norm: RMSNorm
     attention: Attention
     mlp_norm: RMSNorm
-    mlp: Callable[[Tensor], Tensor]
+    mlp: Callable[..., Tensor]
+    pooled: bool = False
 
 
 class Decoder(ABC):
@@ -80,21 +83,36 @@ class Decoder(ABC):
             positions: [N] int64 canvas positions.
             context: attention for this step.
             rows: [M] int64, the tokens whose result is wanted; None for all of them. What
-                follows the last layer's attention is computed for these alone.
+                follows the last layer's attention is computed for these alone, but for experts
+                with a capacity, which need all tokens of a window.
 
         Returns:
             [M, hidden_size] (or [N, hidden_size]) after the final norm.
         """
-        angles = self.ops.at(positions)
+        angles, windows = self.ops.at(positions), self._windows(positions)
+        narrow = len(self.blocks) - 1 if windows is None else None
         # every addition to the residual stream h runs together with the norm that follows it;
         # all in one frame, for a caller's names would keep tensors that a layer no longer needs
         x, h = self.embedding(ids), None
         for layer, block in enumerate(self.blocks):
-            wanted = rows if layer == len(self.blocks) - 1 else None
+            wanted = rows if layer == narrow else None
             x, h = block.attention_norm(x, h)
             x = block.attention(x, angles, context, wanted)
             if wanted is not None:
                 h = h[wanted]
             x, h = block.mlp_norm(x, h)
-            x = block.mlp(x)
+            x = block.mlp(x, windows) if block.pooled else block.mlp(x)
+        if windows is not None and rows is not None and h is not None:
+            x, h = x[rows], h[rows]
         return self.norm(x, h)[0]
+
+    def _windows(self, positions: Tensor) -> Tensor | None:
+        """The number of each token's window [N] int64, where experts have a capacity.
+
+        Tokens of a request follow each other from a window's first position on, so a window begins
+        wherever one of these is. Each token of padding, at position 0, is one by itself.
+        """
+        experts = self.spec.experts
+        if experts is None or not experts.capacity:
+            return None
+        return (positions % experts.window == 0).cumsum(0) - 1

@@ -79,11 +79,13 @@ class LlamaLike(Decoder):
 
     def _block(self, at: Build, layer: int) -> Block:
         """LlamaDecoderLayer."""
+        experts = self.spec.experts
         return Block(
             RMSNorm(at, "input_layernorm"),
             self._attention(at, layer),
             RMSNorm(at, "post_attention_layernorm"),
             self._mlp(at, layer),
+            pooled=bool(experts and experts.capacity and experts.layers[layer]),
         )
 
     def _attention(self, at: Build, layer: int) -> Attention:
@@ -92,7 +94,7 @@ class LlamaLike(Decoder):
         names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
         return Attention(at.inside("self_attn"), layer, **names, norms=norms)
 
-    def _mlp(self, at: Build, layer: int) -> Callable[[Tensor], Tensor]:
+    def _mlp(self, at: Build, layer: int) -> Callable[..., Tensor]:
         """LlamaMLP, or the layer's experts."""
         experts = self.spec.experts
         if experts is not None and experts.layers[layer]:

@@ -253,6 +253,12 @@ def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:
                     f"{option}={value} does not work with an autoregressive model, which {why}: "
                     "leave it out"
                 )
+    window = 0 if spec.experts is None else spec.experts.window
+    if window and block not in (None, window):
+        raise ConfigError(
+            f"default_block_length={block} does not work with a model whose experts are chosen for "
+            f"blocks of {window}: leave it out"
+        )
     most = f"the model's ids are 0..{spec.embedding_size - 1}"
     if mask is not None and mask >= spec.embedding_size:
         raise ConfigError(f"mask_id={mask} has no embedding: {most}")

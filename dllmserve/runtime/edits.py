@@ -107,7 +107,7 @@ class BiasEdit:
 
     @staticmethod
     def _most(sizes: EditSizes) -> int:
-        return MAX_LOGIT_BIAS + len(sizes.spec.eos_ids)
+        return MAX_LOGIT_BIAS + len(sizes.spec.eos_ids) + len(sizes.spec.never_ids)
 
     @classmethod
     def nbytes(cls, sizes: EditSizes) -> int:

@@ -7,9 +7,10 @@ spans, the state table, the K,V pages. What it leaves is read before the next re
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +112,7 @@ class GraphPool:
         # every capture, which costs more than the capture
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
+        with _without_collection(), torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 outputs = step()
@@ -123,3 +124,15 @@ class GraphPool:
         torch.cuda.current_stream().wait_stream(self._stream)
         self.captures += 1
         return _Captured(graph, outputs)
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python from collecting: to free another engine's graphs is an error in a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -161,7 +161,7 @@ class StepHandle:
             return reports
         entries = zip(reports, self._indices, self._constrained, strict=True)
         return [
-            replace(report, holds=self._holds[index].tolist()) if own else report
+            report._replace(holds=self._holds[index].tolist()) if own else report
             for report, index, own in entries
         ]
 
@@ -264,7 +264,9 @@ class ModelRunner:
         self._spec = decoder.spec
         self._table = table
         self.kv = kv
-        self.graphs = graphs if backend.graphs and decoder.group.captures else None
+        waits = decoder.spec.experts is not None and decoder.ops.asks_for_experts
+        captures = backend.graphs and decoder.group.captures and not waits
+        self.graphs = graphs if captures else None
         self._decoder = decoder
         self._backend = backend
         self._head = head

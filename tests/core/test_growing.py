@@ -87,9 +87,9 @@ def test_pages_that_others_hold_too_are_not_gained_by_taking_them() -> None:
     young.pages = storage.pages.reserve(4)
     storage.pages.share(young.pages[:3])
     stores = Span(old.row, 0, 8, 0, Store.POSITIONS)
-    assert storage.grow(old, stores._replace(q_len=16), [young]) is False
+    assert storage.grow(old, storage.missing(old, stores._replace(q_len=16)), [young]) is False
     assert len(young.pages) == 4
-    assert storage.grow(old, stores, [young])
+    assert storage.grow(old, storage.missing(old, stores), [young])
     assert len(old.pages) == 1 and not young.pages
 
 

@@ -209,6 +209,11 @@ def test_an_end_id_of_the_checkpoint(engines: Engines, made: Checkpoints) -> Non
 
 
 def test_what_makes_no_sense_is_refused(engines: Engines, made: Checkpoints) -> None:
-    params = SamplingParams(sub_block_length=4, cache="sub_block")
-    with pytest.raises(InvalidParameterError, match="fills a block as a whole: leave it out"):
-        engines(made[NEMOTRON][0]).generate([[1, 2]], params, use_tqdm=False)
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"sub_block_length": 4, "cache": "sub_block"}, "fills a block as a whole: leave it out"),
+        ({"unmask": "joint"}, "first token of a block is decided with the block before"),
+    ]
+    for given, words in refused:
+        params = SamplingParams(**given)
+        with pytest.raises(InvalidParameterError, match=words):
+            engines(made[NEMOTRON][0]).generate([[1, 2]], params, use_tqdm=False)

@@ -10,18 +10,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dllmserve.kernels import rotary
+from dllmserve.kernels import experts, rotary, routing
 from dllmserve.runtime.kernels import begin, constrain, finish, region_sets
 
 TYPES = {
     "tokens": "*i64 rows cells fields best holds ints positions_ptr",
-    "packed": "*i32 wide entry_of",
+    "packed": "*i32 wide entry_of counts_ptr order_ptr ids_ptr",
     "small": "*i16",
     "sets": "*u8 allowed write left",
     "masked": "*i1",
-    "z": "*bf16 heads_ptr query_ptr key_ptr",
-    "cos_ptr": "*fp32 sin_ptr",
-    "eps": "fp32",
+    "z": "*bf16 heads_ptr query_ptr key_ptr x_ptr gate_ptr weight_ptr rows_ptr out_ptr",
+    "cos_ptr": "*fp32 sin_ptr logits_ptr bias_ptr weights_ptr",
+    "eps": "fp32 scale",
     "confidence": "*fp64",
 }
 #: of kernels of a step, where some names mean something else
@@ -45,9 +45,27 @@ FIXED = {
     "HEADS": 32,
     "HALF": 32,
     "BEHIND": 64,
-    "TOKENS": 256,
-    "SPANS": 256,
+    "TOKENS": 64,
+    "EXPERTS": 256,
+    "DEPTH": 64,
+    "HELD": 512,
+    "CHOICES": 8,
+    "SHARED": 1,
+    "SIGMOID": True,
+    "BIAS": 1,
+    "NORMALIZE": True,
+    "GROUPS": 8,
+    "SIZE": 32,
+    "TOP": 4,
+    "SLOTS": 16,
+    "GATED": True,
+    "EVEN": True,
+    "PAIRS": 16,
+    "MORE": 16,
+    "OUTS": 64,
+    "ALL": False,
     "BLOCK": 128,
+    "SPANS": 256,
     "MARGIN": True,
     "ENTROPY": True,
     "REPLACES": True,
@@ -60,6 +78,10 @@ KERNELS = (
     constrain.settle,
     constrain.only_ids,
     rotary._rotate_kernel,
+    routing._logits_kernel,
+    routing._choose_kernel,
+    experts._product_kernel,
+    experts._combine_kernel,
 )
 STEP_KERNELS = (begin._begin, finish._spread, finish._commit)
 

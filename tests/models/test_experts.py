@@ -31,3 +31,16 @@ def test_upstreams_router(name: str) -> None:
     rows = decoder.ops.expert_down(inner, routed, experts.down[: len(every)])
     out = decoder.ops.combine(rows, routed)[:, :8]
     torch.testing.assert_close(out, torch.tensor(case["moe_output_first8"]), atol=2e-5, rtol=1e-5)
+
+
+def test_a_router_computes_in_float32() -> None:
+    """Also in a model of half precision, where scores would tie."""
+    decoder = load(GOLDEN / "llada21-g4e12", dtype=torch.bfloat16)
+    experts, spec = decoder.blocks[1].mlp, decoder.spec.experts
+    assert isinstance(experts, Experts) and spec is not None and experts.bias is not None
+    assert experts.bias.dtype == torch.float32
+    x = torch.randn(50, 48, generator=torch.manual_seed(0)).bfloat16()
+    routed = decoder.ops.route(x, experts.gate, experts.bias, spec, range(spec.count))
+    scores = (x.double() @ experts.gate.double().T).sigmoid().gather(1, routed.ids.long())
+    expected = scores / scores.sum(dim=-1, keepdim=True) * spec.scale
+    torch.testing.assert_close(routed.weights, expected.float(), atol=1e-5, rtol=1e-5)

@@ -71,7 +71,7 @@ def table_and_plan(biases: dict[int, int]) -> tuple[StateTable, StepPlan]:
 def test_whose_head_rows_they_are(pad: Padding, shift: int) -> None:
     """The host's numbers say the same as the masks themselves, padding rows included."""
     table, plan = table_and_plan({})
-    plan = StepPlan(tuple(replace(e, entering=e.masks == 6) for e in plan.entries))
+    plan = StepPlan(tuple(e._replace(entering=e.masks == 6) for e in plan.entries))
     packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
     ints, shape = packed(packing.ints), packing.shape
     work = TorchStep(table, {}, replace(SPEC, logit_shift=shift)).begin(ints, shape)
