@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from dllmserve import LLM, SamplingParams
 from dllmserve.core.canvas import answer_canvas, template_canvas, window_template
 from dllmserve.core.request import Request
 from dllmserve.core.work import forwards_of
+from dllmserve.models.loader import find_model
 from dllmserve.outputs import RequestOutput
+from dllmserve.server.native import _changes
 from tests import helpers
 from tests.conftest import Engines
 from tests.oracles import edits, models
@@ -130,7 +133,7 @@ def test_against_the_plain_loop(engines: Engines, name: str, full: bool) -> None
     for job in jobs(model, 1, full):
         check(job, run(engines(helpers.GOLDEN / name), [job[0]])[0])
     options: list[dict[str, Any]] = [
-        {"kv_pages": 40, "page_size": 4},
+        {"kv_pages": 24, "page_size": 4},
         {"max_num_batched_tokens": 80, "page_size": 3, "max_logit_rows": 9},
     ]
     for option in options:
@@ -221,6 +224,8 @@ def test_what_a_watcher_sees(engines: Engines) -> None:
         for place in step.edited:
             assert step.committed[place] and step.token_ids[place] != before[place]
             assert step.confidence[place] is not None
+        told = _changes(None, step, str)["changed"]
+        assert [c["position"] for c in told if c.get("edited")] == step.edited
         kept = set(range(len(before))) - set(step.edited)
         assert all(step.token_ids[p] == before[p] for p in kept if before[p] is not None)
         pairs = zip(step.token_ids, step.committed, strict=True)
@@ -231,3 +236,41 @@ def test_what_a_watcher_sees(engines: Engines) -> None:
     assert output["token_ids"] == step.output.token_ids
     counts = [len(forward["written"]) for forward in output["history"]]
     assert sum(counts) == 8 + seen
+
+
+def test_what_is_stored_is_final(engines: Engines) -> None:
+    """A request that goes on from an edited answer finds its K,V, which are those of its tokens."""
+    folder = helpers.GOLDEN / "llada2-g4e8"
+    given: dict[str, Any] = {"block_length": 8, "threshold": 0.5, "edit_threshold": 0.3}
+    params = SamplingParams(
+        temperature=0.0, gen_length=24, unmask="joint", max_edit_steps=4, ignore_eos=True, **given
+    )
+    llm, cold = engines(folder, page_size=4), engines(folder, page_size=4, prefix_caching=False)
+    first = llm.generate([helpers.random_prompt(3, 19)], params, use_tqdm=False)[0]
+    assert first["usage"]["edits"] > 0
+    prompt = [*helpers.random_prompt(3, 19), *first["token_ids"], 5, 6]
+    warm, other = (e.generate([prompt], params, use_tqdm=False)[0] for e in (llm, cold))
+    assert warm["usage"]["cached_tokens"] == 40
+    assert (warm["token_ids"], warm["steps"]) == (other["token_ids"], other["steps"])
+
+
+def test_a_stop_string_is_looked_for_in_final_text(engines: Engines) -> None:
+    llm, dice, edits = engines(find_model("tiny")), random.Random(1), 0
+    for number in range(5):
+        params = SamplingParams(
+            temperature=0.0,
+            gen_length=32,
+            block_length=dice.choice([4, 8, 16]),
+            unmask="joint",
+            threshold=dice.choice([0.1, 0.3]),
+            max_edit_steps=dice.choice([0, 1, 3]),
+            ignore_eos=True,
+        )
+        prompt = [f"Tell me {number} things"]
+        text = llm.generate(prompt, params, use_tqdm=False)[0]["text"]
+        place = dice.randrange(len(text) - 3)
+        stop = text[place : place + 3]
+        output = llm.generate(prompt, replace(params, stop=stop), use_tqdm=False)[0]
+        assert (output["text"], output["finish_reason"]) == (text[: text.index(stop)], "stop")
+        edits += output["usage"]["edits"]
+    assert edits > 0

@@ -401,6 +401,7 @@ _FRONTIER: Settings = {
     **_rule("credit", "threshold", 0.9),
     **_rule("klass", "threshold", 0.9, 0.6, kl_history=1),
     **_rule("wino", "threshold", 0.6, 0.3),
+    **_rule("joint", "threshold", 0.5),
 }
 
 #: every refresh policy and sparse attention, one token a step
