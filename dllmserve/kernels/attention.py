@@ -83,8 +83,9 @@ def span_attention(
     kv_heads, group = k.shape[1], heads // k.shape[1]
     need_contiguous(out, k_cache, v_cache)
     q, k, v = heads_together(q), heads_together(k), heads_together(v)
-    tile = tile_for(q.dtype, dim, group, max_q)
-    tiles, count = triton.cdiv(max_q * group, tile.block_m), spans.shape[0]
+    count = spans.shape[0]
+    tile = tile_for(q.dtype, dim, group, max_q, kv_heads * count)
+    tiles = triton.cdiv(max_q * group, tile.block_m)
     if tiles == 0 or count == 0:
         return
     parts = parts_for(q.dtype, tiles * kv_heads * count, page_table.shape[1] * page_size)

@@ -9,6 +9,8 @@ import triton
 
 #: Programs that fill the device (an H100 has 132 multiprocessors).
 MAX_PROGRAMS = 528
+#: So many leave most of it idle.
+FEW_PROGRAMS = 32
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,14 @@ class Tile:
     max_registers: int | None = None
 
 
-def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int) -> Tile:
+def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int, heads: int) -> Tile:
     """The tile of a launch.
+
+    Args:
+        dtype: of the queries.
+        head_dim, group: size of a head, and query heads of a K,V head.
+        max_q: most queries of a span.
+        heads: K,V heads of all spans together.
 
     In float32 it depends on the model alone: sums are then made in the same order whatever
     else is in the batch, so a request's result does not change by a bit.
@@ -40,6 +48,8 @@ def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int) -> Tile:
         # no tensor cores here, so registers set the limits; these spill nothing on sm_90
         return Tile(16, 64, 8, 1) if wide else Tile(32, 64, 8, 2)
     rows = max(16, min(triton.next_power_of_2(group * max_q), 64))
+    if rows == 64 and group > 1 and heads * triton.cdiv(group * max_q, 64) <= FEW_PROGRAMS:
+        rows = 32  # measured with one request of LLaDA2-mini: 6 % more tokens a second
     if wide:
         return Tile(rows, block_n=32, num_warps=8 if rows == 64 else 4, num_stages=3)
     if rows == 64:

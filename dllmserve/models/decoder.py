@@ -110,9 +110,10 @@ class Decoder(ABC):
         """The number of each token's window [N] int64, where experts have a capacity.
 
         Tokens of a request follow each other from a window's first position on, so a window begins
-        wherever one of these is. Each token of padding, at position 0, is one by itself.
+        wherever one of these is. Each token of padding, at position 0, is one by itself. A step
+        that only measures memory may begin anywhere.
         """
         experts = self.spec.experts
         if experts is None or not experts.capacity:
             return None
-        return (positions % experts.window == 0).cumsum(0) - 1
+        return ((positions % experts.window == 0).cumsum(0) - 1).clamp(min=0)

@@ -17,7 +17,7 @@ __all__ = ["batch", "checkpoint"]  # fixtures
 
 SHARED = [
     pytest.param(name, divided, id=f"{name}-{'divided' if divided else 'cut'}")
-    for name in ("llada21-g4e12", "sdarmoe-kv2of4", "qwen3moe-kv2of4")
+    for name in ("llada2-g4e8", "sdarmoe-kv2of4", "qwen3moe-kv2of4")
     for divided in (False, True)
 ]
 
@@ -41,8 +41,6 @@ def test_upstreams_outputs(name: str) -> None:
         assert helpers.run_cases(llm, [case]) == [case.output], case.kind
     for _ in range(2):
         assert helpers.run_cases(llm, found) == [case.output for case in found]
-    runner: Any = llm._engine._runner
-    assert runner.graphs.replays > 50
 
 
 @pytest.mark.parametrize("kernels", ["triton", "torch"])
