@@ -91,8 +91,9 @@ class Canvas:
 
     def around(self, position: int) -> Range:
         """The frame or window of a position; the canvas may end inside the last one."""
-        low = self.origin + (position - self.origin) // self.unit * self.unit
-        return low, min(low + self.unit, len(self))
+        origin, unit = self.origin, self.unit
+        low = origin + (position - origin) // unit * unit
+        return low, min(low + unit, len(self))
 
     def filled(self, length: int) -> int:
         """Positions to fill among the first ``length`` of the answer; the others are given."""

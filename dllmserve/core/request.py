@@ -354,7 +354,7 @@ class Request:
         """Given tokens."""
         return self.canvas.given
 
-    @property
+    @cached_property
     def canvas_len(self) -> int:
         """Prompt and answer together, in tokens."""
         return len(self.canvas)
@@ -367,11 +367,13 @@ class Request:
         answer is known to end before (``early_end``) and what follows is left out.
         """
         length, window = self.canvas_len, self.params.suffix_window
+        ends = self.params.early_end and not self.params.end_padding
+        if window is None and not ends:
+            return length
         block = min(self.progress.block, len(self.blocks) - 1)
         _, end = self.blocks[block]
         if window is not None:
             length = min(length, end + window)
-        ends = self.params.early_end and not self.params.end_padding
         if ends and self.progress.end >= 0 and not self.holes:
             length = min(length, end)  # an end id is never written behind the active block
         return length

@@ -430,16 +430,17 @@ class Scheduler:
         if request.params.edits:
             span = span._replace(head=Part.OPEN)
             uncond = uncond and uncond._replace(head=Part.OPEN)
+        quota = request.quota
         return StepEntry(
             span=span,
             uncond=uncond,
             masks=progress.masks_left,
             rule=request.params.unmask,
             entering=progress.step_in_block == 0,
-            quota=request.quota,
+            quota=quota,
             last=request.predictable
             and progress.block == len(request.blocks) - 1
-            and progress.masks_left == request.quota,
+            and progress.masks_left == quota,
             blind=blind,
             stores=stores,
             fills=request.masks[progress.block],
