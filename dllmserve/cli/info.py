@@ -14,7 +14,7 @@ from dllmserve import __version__
 from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import ENGINE_ALONE, ModelOption, engine_config, with_options
-from dllmserve.core.model_spec import NO_MASK
+from dllmserve.core.model_spec import NO_MASK, ExpertSpec
 
 if TYPE_CHECKING:
     from torch import device
@@ -87,10 +87,23 @@ def _model(name: str, plan: EnginePlan) -> dict[str, Any]:
         "architecture": spec["architecture"],
         "parameters": plan.spec.parameters(),
         **{n.removeprefix("num_"): spec[n] for n in _SPEC if spec[n] != _ABSENT.get(n)},
+        **_experts(plan.spec.experts),
         "max_model_len": plan.limits.max_model_len,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "tokenizer": tokenizer is not None,
         "chat_template": tokenizer is not None and tokenizer.has_chat_template,
+    }
+
+
+def _experts(experts: ExpertSpec | None) -> dict[str, int]:
+    if experts is None:
+        return {}
+    return {
+        "experts": experts.count,
+        "experts_per_token": experts.per_token,
+        "expert_size": experts.size,
+        "shared_expert_size": experts.shared_size,
+        "layers_with_experts": sum(experts.layers),
     }
 
 

@@ -185,6 +185,14 @@ def test_info_json(capfd: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     assert sum(facts["memory"][f"{p}_bytes"] for p in parts) == facts["memory"]["planned_bytes"]
 
 
+def test_info_of_experts(capfd: pytest.CaptureFixture[str]) -> None:
+    args = ["info", "-m", "llada2-mini", "--layers", "3", "--dtype", "bfloat16", "--json"]
+    assert main([*args, "--load-format", "dummy", "--max-model-len", "256"]) == 0
+    model = json.loads(capfd.readouterr().out)["model"]
+    assert (model["experts"], model["experts_per_token"], model["expert_size"]) == (256, 8, 512)
+    assert model["layers_with_experts"] == 2
+
+
 def test_info_reads_no_weights(capfd: pytest.CaptureFixture[str], checkpoint: Path) -> None:
     bare = checkpoint.parent / "info"
     bare.mkdir()
