@@ -86,7 +86,7 @@ def everything_counted() -> bytes:
     """The page of /metrics after every kind of event."""
     metrics = Metrics("m", "vllm")
     metrics.accepted(3, 8)
-    metrics.finished("stop", 4, 5)
+    metrics.finished("stop", 4, 5, 1)
     metrics.failed("engine_died")
     metrics.aborted("disconnect")
     metrics.rejected("full")
