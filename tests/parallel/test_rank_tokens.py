@@ -236,7 +236,7 @@ def test_only_statistics_of_logits_cross_ranks(
     assert all(torch.Size(shape).numel() < 8 * vocabulary // 4 for shape in gathered), gathered
 
 
-@pytest.fixture(scope="module", params=helpers.MODELS)
+@pytest.fixture(scope="module", params=["llada-kv2of4", "dream-kv2of4"])
 def processes(request: pytest.FixtureRequest) -> Iterator[tuple[str, LLM]]:
     """Two ranks as real processes, which exchange through gloo."""
     with LLM(str(helpers.GOLDEN / request.param), device="cpu", tensor_parallel_size=2) as llm:
