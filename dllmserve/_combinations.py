@@ -80,6 +80,16 @@ def _of_ends(params: Any) -> Iterator[str]:
             "end_padding=True says what stands behind an end id that early_end=True looks for: "
             "give early_end, or leave end_padding out"
         )
+    if params.end_padding and params.constrained:
+        yield (
+            "end_padding=True writes over what stands behind an end id, and does not work with "
+            "regex, json_schema and choice: leave one of them out"
+        )
+    if params.end_padding and not CACHES[params.cache].block:
+        yield (
+            "end_padding=True replaces tokens whose K,V have to be computed again: it works with "
+            f"cache={_listed(_of_blocks())}, got {params.cache!r}"
+        )
 
 
 def _of_revoking(params: Any) -> Iterator[str]:
@@ -114,7 +124,7 @@ def _of_edits(params: Any) -> Iterator[str]:
                 "edit_threshold, too"
             )
         return
-    given = f"edit_threshold={params.edit_threshold:g}"
+    given = editing(params)
     if not RULES[rule].edits:
         known = [name for name, info in RULES.items() if info.edits]
         yield f"{given} works with unmask={_listed(known)}, got unmask={rule!r}"
@@ -129,11 +139,24 @@ def _of_edits(params: Any) -> Iterator[str]:
             "good: leave one of them out"
         )
     if params.early_end:
-        yield f"early_end=True does not work with {given}, which may replace an end id"
-    cache = CACHES[params.cache]
-    if not cache.block:
-        caches = [name for name, info in CACHES.items() if info.block and info.named]
-        yield f"{given} works with cache={_listed(caches)}, got {params.cache!r}"
+        yield (
+            f"early_end=True does not work with {given}, since edits may replace an end id: leave "
+            "early_end out"
+        )
+    if not CACHES[params.cache].block:
+        yield f"{given} works with cache={_listed(_of_blocks())}, got {params.cache!r}"
+
+
+def editing(params: Any) -> str:
+    """What asks for edits, as errors name it."""
+    if params.unmask == "joint":
+        return "unmask='joint', which edits,"
+    return f"edit_threshold={params.edit_threshold:g}"
+
+
+def _of_blocks() -> list[str]:
+    """Caches with which each forward computes all of its block."""
+    return [name for name, info in CACHES.items() if info.block and info.named]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -44,6 +44,7 @@ _SAME: tuple[tuple[str, str], ...] = (
     ("edit_threshold", "editing_threshold"),
     ("max_edit_steps", "max_post_steps max_post_edit_steps"),
     ("min_tokens_per_step", "num_to_transfer"),
+    ("steps_per_block", "minimal_topk"),
     ("retention_ratio", "keep_ratio retain_ratio"),
     ("pool_kernel", "kernel_size"),
     ("early_end", "early_stop eos_early_stop eos_early_exit"),

@@ -71,8 +71,11 @@ def filled(params: Any, given: Collection[str]) -> dict[str, Any]:
     edits = params.edits or params.unmask == "joint"
     if params.ignore_eos or revokes or edits:
         values.pop("early_end", None)
+    rule = params.unmask if "unmask" in given else values["unmask"]
+    if edits and params.quality != "exact" and not RULES[rule].edits:
+        values["unmask"] = "threshold_strict"
     cache = CACHES[values["cache"]]
-    if (revokes and not cache.whole) or (edits and not cache.block):
+    if (revokes and not cache.whole) or ((edits or params.end_padding) and not cache.block):
         values["cache"] = Filled("dual")
     return {name: value for name, value in values.items() if name not in given}
 

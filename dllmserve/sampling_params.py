@@ -351,7 +351,7 @@ class SamplingParams:
         column=True,
     )
     max_edit_steps: int = knob(
-        16, "Most steps of a block without masks, for edits alone.", low=0, high=MAX_STEPS
+        16, "Most steps of a block without masks, for edits alone.", low=0, high=256
     )
     min_tokens_per_step: int = knob(
         1,
@@ -442,17 +442,17 @@ class SamplingParams:
         """Fill fields that were not given: from the preset, and with what a rule has of its own."""
         given: frozenset[str] = self.__dict__["_given"]
         values = dict[str, Any]()
-        if self.unmask == "joint":
-            values = {name: value for name, value in JOINT.items() if name not in given}
-            if self.edit_threshold is None:  # the rule is nothing without
-                values["edit_threshold"] = JOINT["edit_threshold"]
         if self.quality is not None:
             from dllmserve.presets import filled
 
             check_knobs(InvalidParameterError, self, "quality")
             if not isinstance(self.block_length, NotGiven):  # a check makes a plain number of it
                 check_knobs(InvalidParameterError, self, "block_length")
-            values |= filled(self, given)
+            values = filled(self, given)
+        if self.unmask == "joint":
+            values |= {name: value for name, value in JOINT.items() if name not in given}
+            if self.edit_threshold is None:  # the rule is nothing without
+                values["edit_threshold"] = JOINT["edit_threshold"]
         for name, value in values.items():
             object.__setattr__(self, name, value)
 

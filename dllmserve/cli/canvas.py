@@ -98,10 +98,10 @@ class CanvasText:
     def _states(self, step: CanvasStep) -> list[State]:
         """State of every slot up to the first committed end id."""
         states: list[State] = []
-        start, end = step.block
+        (start, end), edited = step.block, {*step.edited}
         for place, (token, sure) in enumerate(zip(step.token_ids, step.confidence, strict=True)):
             if step.committed[place]:
-                old = place < len(self._known) and self._known[place] and place not in step.edited
+                old = place < len(self._known) and self._known[place] and place not in edited
                 states.append(State.COMMITTED if old else State.FRESH)
                 if token in self._end_ids:
                     break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from dllmserve._combinations import editing
 from dllmserve.catalog import RULES
 from dllmserve.constraints.compiled import Compiled
 from dllmserve.core.plan import OPEN, WRITTEN, EntryReport
@@ -151,8 +152,8 @@ def regions_of(request: Request, grammars: Sequence[Compiled | None]) -> tuple[R
         )
     if regions and params.edits:
         raise InvalidParameterError(
-            f"edit_threshold={params.edit_threshold:g} does not work with what has to match "
-            "something, whose tokens are written for good: leave one of them out"
+            f"{editing(params)} does not work with what has to match something, whose tokens are "
+            "written for good: leave one of them out"
         )
     return tuple(regions)
 

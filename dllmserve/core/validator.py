@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dllmserve._combinations import editing
 from dllmserve._lengths import DEFAULT_LENGTHS
 from dllmserve._values import Filled, NotGiven, rank
 from dllmserve.catalog import CACHES, RULES
@@ -196,9 +197,8 @@ class RequestValidator:
                 else "whose first token of a block is decided with the block before"
             )
             raise InvalidParameterError(
-                f"edit_threshold={params.edit_threshold:g} replaces tokens of a block, and this is "
-                f"{self._kind} {why}: leave it out"
-                + (", and take another rule than 'joint'" if params.unmask == "joint" else "")
+                f"{editing(params)} replaces tokens of a block, and this is {self._kind} {why}: "
+                + ("take another rule" if params.unmask == "joint" else "leave it out")
             )
 
     @property

@@ -151,7 +151,7 @@ class Sizing:
     def _of_experts(self) -> int:
         """Numbers per token in the widest moment of a layer's experts."""
         experts, width = self.spec.experts, self.spec.hidden_size
-        if experts is None:
+        if experts is None or not any(experts.layers):
             return 0
         pairs, size = experts.per_token + bool(experts.shared_size), experts.size
         # gate and up, and their product; or that, each pair's output, and their sum in float32

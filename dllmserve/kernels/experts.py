@@ -160,7 +160,7 @@ def _product_kernel(
     x_place = x_ptr + (pair // choices).to(tl.int64)[:, None] * depth + k[None, :]
     rows = expert.to(tl.int64) * outs * (2 if GATED else 1)
     w_place = weight_ptr + (rows + out)[:, None] * depth + k[None, :]
-    w_above = w_place + outs.to(tl.int64) * depth
+    w_above = weight_ptr + (rows + outs + out)[:, None] * depth + k[None, :]
     w_ok, x_ok = (out < outs)[:, None], pair_ok[:, None]
     total = tl.zeros((OUTS, PAIRS), dtype=tl.float32)
     above = tl.zeros((OUTS, PAIRS), dtype=tl.float32)
@@ -195,6 +195,7 @@ def expert_product(
     counts: Tensor,
     order: Tensor,
     choices: int,
+    among: int,
     *,
     gated: bool,
 ) -> Tensor:
@@ -209,19 +210,20 @@ def expert_product(
         counts: [E'] int32, pairs of each expert.
         order: [E', N] int32, the pairs of each expert, n * K + j.
         choices: K.
+        among: experts that pairs are spread over, those of other ranks included.
         gated: the result is ``silu(gate) * up``.
 
     Returns:
         [N*K, out]; rows of pairs that no expert has are undefined.
 
     Example:
-        ``inner = expert_product(x, gate_up, counts, order, 8, gated=True)``
+        ``inner = expert_product(x, gate_up, counts, order, 8, 256, gated=True)``
     """
     experts, depth = weight.shape[0], weight.shape[2]
     outs = weight.shape[1] // 2 if gated else weight.shape[1]
     pairs = order.shape[1] * choices
     out = torch.empty((pairs, outs), dtype=x.dtype, device=x.device)
-    tiling = tiling_for(x.dtype, pairs // experts, gated)
+    tiling = tiling_for(x.dtype, pairs // max(among, 1), gated)
     tiles = min(pairs, pairs // (tiling.pairs + tiling.more) + experts)
     if pairs:
         _product_kernel[(tiles * triton.cdiv(outs, tiling.outs),)](
@@ -250,7 +252,6 @@ def _combine_kernel(
     held_from: tl.tensor,
     held_to: tl.tensor,
     PAIRS: tl.constexpr,
-    ALL: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     token = tl.program_id(0).to(tl.int64)
@@ -260,10 +261,8 @@ def _combine_kernel(
     for j in tl.static_range(PAIRS):
         pair = token * PAIRS + j
         weight = tl.load(weights_ptr + pair)
-        length = width
-        if not ALL:
-            expert = tl.load(ids_ptr + pair)
-            length = tl.where((expert >= held_from) & (expert < held_to), width, 0)
+        expert = tl.load(ids_ptr + pair)
+        length = tl.where((expert >= held_from) & (expert < held_to), width, 0)
         row = tl.load(rows_ptr + pair * width + column, mask=column < length, other=0.0)
         total += weight * row.to(tl.float32)
     tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -273,7 +272,7 @@ def combine_pairs(
     rows: Tensor,  # [N*K, d]
     ids: Tensor,  # [N, K] int32
     weights: Tensor,  # [N, K] float32
-    held: range | None,
+    held: range,
 ) -> Tensor:
     """``sum_j weights[n, j] * rows[n*K + j]`` in float32, in the order of j: [N, d].
 
@@ -281,7 +280,7 @@ def combine_pairs(
         rows: of pairs.
         ids: experts of pairs.
         weights: of pairs.
-        held: experts whose rows are defined; the others count nothing. None: all.
+        held: experts whose rows are defined; the others count nothing.
     """
     (tokens, pairs), width = ids.shape, rows.shape[1]
     out = torch.empty((tokens, width), dtype=rows.dtype, device=rows.device)
@@ -289,9 +288,8 @@ def combine_pairs(
     if tokens:
         _combine_kernel[(tokens, triton.cdiv(width, block))](
             *(rows, ids, weights, out, width),
-            *((0, 0) if held is None else (held.start, held.stop)),
+            *(held.start, held.stop),
             PAIRS=pairs,
-            ALL=held is None,
             BLOCK=block,
             num_warps=4,
             enable_fp_fusion=False,  # torch rounds after every operation

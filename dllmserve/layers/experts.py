@@ -100,16 +100,12 @@ class Experts:
         if the experts have a capacity.
         """
         held = range(self._held.start, self._held.stop)
-        routed = self._route(x, held, windows)
+        routed = self._ops.route(x, self.gate, self.bias, self._spec, held, windows)
         if self._divided:
-            out = self._from_all_ranks(x, routed, windows)
+            out = self._from_all_ranks(x, routed)
         else:
             out = self._cut(x, routed)
         return out if self.shared is None else out + self.shared(x)
-
-    def _route(self, x: Tensor, held: range, windows: Tensor | None) -> Routed:
-        """The experts of each token."""
-        return self._ops.route(x, self.gate, self.bias, self._spec, held, windows)
 
     def _cut(self, x: Tensor, routed: Routed) -> Tensor:
         """Of experts whose inner dimension is cut."""
@@ -122,7 +118,7 @@ class Experts:
             return join(group, out, 1)
         return group.all_reduce(out)
 
-    def _from_all_ranks(self, x: Tensor, routed: Routed, windows: Tensor | None) -> Tensor:
+    def _from_all_ranks(self, x: Tensor, routed: Routed) -> Tensor:
         """Of experts that are divided between ranks."""
         ops, group = self._ops, self._group
         inner = ops.expert_up(x, routed, self.gate_up)
@@ -132,5 +128,4 @@ class Experts:
         ids = routed.ids.flatten()[:, None]
         mine = (ids >= routed.held.start) & (ids < routed.held.stop)
         every = group.all_reduce(torch.where(mine, rows, 0.0))
-        whole = self._route(x, range(self._spec.count), windows)
-        return ops.combine(every, whole)
+        return ops.combine(every, routed._replace(held=range(self._spec.count)))

@@ -80,6 +80,7 @@ class Routed(NamedTuple):
         weights: [N, K] float32.
         held: the experts that this rank has; pairs of others are none of its business.
         counts, order: where each of them finds its pairs, if the implementation wants to know.
+        among: experts that pairs are spread over, those of other ranks included; likewise.
     """
 
     ids: Tensor
@@ -87,6 +88,7 @@ class Routed(NamedTuple):
     held: range
     counts: Tensor | None = None
     order: Tensor | None = None
+    among: int = 0
 
 
 class LayerOps:

@@ -69,9 +69,9 @@ class TritonOps(LayerOps):
         if windows is not None:
             routed = super().route(x, gate, bias, experts, held, windows)
             counts, order = _listed(routed.ids, held)
-            return routed._replace(counts=counts, order=order)
+            return routed._replace(counts=counts, order=order, among=experts.count)
         found = choose_experts(x, gate, bias, experts, held)
-        return Routed(found.ids, found.weights, held, found.counts, found.order)
+        return Routed(*found[:2], held, *found[2:], experts.count)
 
     def expert_up(self, x: Tensor, routed: Routed, gate_up: Tensor) -> Tensor:
         """See :class:`LayerOps`."""
@@ -109,5 +109,5 @@ def _listed(ids: Tensor, held: range) -> tuple[Tensor, Tensor]:
 def _product(x: Tensor, routed: Routed, weight: Tensor, *, gated: bool) -> Tensor:
     if routed.counts is None or routed.order is None:
         raise ValueError("experts' pairs are not in order: they have to come from this route()")
-    choices = routed.ids.shape[1]
-    return expert_product(x, weight, routed.counts, routed.order, choices, gated=gated)
+    pairs = routed.counts, routed.order, routed.ids.shape[1], routed.among
+    return expert_product(x, weight, *pairs, gated=gated)

@@ -13,7 +13,7 @@ two proposals are never made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 from dllmserve.core.model_spec import ExpertSpec
@@ -62,7 +62,7 @@ class Llada2(LlamaLike):
             **block,
             "mask_id": mask,
             "eos_ids": ends(config, END_ID),
-            "never_ids": tuple(_moving_ids(config, mask)),
+            "never_ids": tuple(_moving_ids(config, {mask, *ends(config, END_ID)})),
             "qkv_bias": bool(config.get("use_qkv_bias", False)),
             "out_bias": bool(config.get("use_bias", False)),
             "head_norms": bool(config.get("use_qk_norm", True)),
@@ -96,16 +96,16 @@ class Llada2(LlamaLike):
         )
 
 
-def _moving_ids(config: Mapping[str, Any], mask: int) -> Iterator[int]:
+def _moving_ids(config: Mapping[str, Any], taken: Collection[int]) -> Iterator[int]:
     """Ids of proposals that would move tokens."""
     vocab = int(need(config, "vocab_size", Llada2.name))
     for field in _MOVING:
         if config.get(field) is None:
             continue
         token = int(config[field])
-        if token == mask or not 0 <= token < vocab:
+        if token in taken or not 0 <= token < vocab:
             raise UnsupportedModelError(
-                f"config.json: {field}={token} is the mask's or outside the vocabulary "
+                f"config.json: {field}={token} is the mask's, an end's or outside the vocabulary "
                 f"0..{vocab - 1}"
             )
         yield token

@@ -75,4 +75,4 @@ def _layers(config: Mapping[str, Any]) -> tuple[bool, ...]:
             f"{LladaMoe.name} with moe_layer_freq={given!r} is not supported: it must be a list "
             f"with a number for each of the {count} layers"
         )
-    return tuple(value != 0 for value in given[:count])
+    return tuple(int(value) != 0 for value in given[:count])

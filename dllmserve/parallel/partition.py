@@ -52,7 +52,7 @@ class Partition:
             raise ConfigError(
                 f"tensor_parallel_size={size} does not fit the model: it has to divide "
                 f"{spec.num_heads} heads, {spec.num_kv_heads} K,V heads, hidden size "
-                f"{spec.hidden_size} and {_inner_names(spec, self.expert_parallel)}, and to leave "
+                f"{spec.hidden_size}, {_inner_names(spec, self.expert_parallel)}, and to leave "
                 f"each rank one of {splits_of(spec.embedding_size)} parts of the vocabulary; what "
                 f"works: {', '.join(map(str, sizes(spec, self.expert_parallel)))}"
             )

@@ -303,7 +303,7 @@ def _changes(
     before: CanvasStep | None, now: CanvasStep, text: Callable[[int], str]
 ) -> dict[str, Any]:
     """The positions of the answer that a step has changed; ``text`` decodes one token."""
-    changed = []
+    changed, edited = [], {*now.edited}
     for position, token in enumerate(now.token_ids):
         cell = (token, now.committed[position], now.confidence[position])
         if before is not None and cell == (
@@ -321,7 +321,7 @@ def _changes(
                 "text": "" if token is None else text(token),
                 "committed": cell[1],
                 "confidence": cell[2],
-                **({"edited": True} if position in now.edited else {}),
+                **({"edited": True} if position in edited else {}),
             }
         )
     return {

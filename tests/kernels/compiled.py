@@ -63,7 +63,6 @@ FIXED = {
     "PAIRS": 16,
     "MORE": 16,
     "OUTS": 64,
-    "ALL": False,
     "BLOCK": 128,
     "SPANS": 256,
     "MARGIN": True,
