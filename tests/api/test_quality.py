@@ -33,6 +33,17 @@ def test_a_preset_fills_what_is_not_given(name: str) -> None:
     assert values(SamplingParams(gen_length=50, temperature=0.0)) != values(params)
 
 
+@pytest.mark.parametrize("name", ["balanced", "fast"])
+def test_edits_beside_a_preset(name: str) -> None:
+    edited = SamplingParams(quality=name, edit_threshold=0.5)
+    assert (edited.unmask, edited.early_end, edited.cache) == ("threshold_strict", False, "dual")
+    assert edited.threshold == PRESETS[name]["threshold"]
+    joint = SamplingParams(quality=name, unmask="joint")
+    assert (joint.threshold, joint.edit_threshold) == (0.5, 0.0)
+    with pytest.raises(InvalidParameterError, match=r"edit_threshold=0\.5 works with unmask="):
+        SamplingParams(quality="exact", edit_threshold=0.5)
+
+
 @pytest.mark.parametrize(
     ("length", "block", "steps"), [(64, 32, 64), (50, 32, 64), (7, 32, 7), (20, 6, 24)]
 )

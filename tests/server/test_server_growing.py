@@ -202,6 +202,22 @@ async def watched(server: Server, llm: LLM) -> None:
     assert ids == events[-1][1]["token_ids"]
 
 
+async def edited(server: Server, llm: LLM) -> None:
+    """Edits are counted and shown, and the canvas that is played back is the answer."""
+    body: dict[str, Any] = {"prompt": [5, 6, 7], "gen_length": 21, "temperature": 0.0}
+    body |= {"unmask": "joint", "block_length": 8, "ignore_eos": True}
+    output = expected(llm, body)
+    edits = output["usage"]["edits"]
+    assert edits > 0
+    answer = (await server.post(COMPLETE, body)).json()
+    assert answer["usage"]["edits"] == edits == server.metric("edited_tokens_total")
+    events = (await server.post("/v1/generate/stream", body)).events()
+    cells = [cell for name, data in events if name == "step" for cell in data["changed"]]
+    assert sum(cell.get("edited", False) for cell in cells) == edits
+    ids = {cell["position"]: cell["token_id"] for cell in cells}
+    assert [ids[place] for place in range(21)] == events[-1][1]["token_ids"] == output["token_ids"]
+
+
 @pytest.mark.parametrize("family", ["sdar", "qwen3"])
 def test_from_the_first_request_to_the_last(
     family: str,
@@ -226,6 +242,8 @@ def test_from_the_first_request_to_the_last(
             # forwards that only store, those after a preemption too, decide nothing
             assert server.metric("diffusion_num_denoising_steps_total") == forwards
             await watched(server, llm)
+            if family == "sdar":
+                await edited(server, llm)
 
     with nothing_left():
         asyncio.run(asyncio.wait_for(main(), 200))
