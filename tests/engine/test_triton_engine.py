@@ -60,10 +60,10 @@ def test_the_same_in_holes(engines: Engines, checkpoints: dict[str, Path]) -> No
     for number, extra in enumerate(
         ({}, {"early_end": True}, padded, {"cfg_scale": 0.5}, {"cache": "dual"})
     ):
-        for fill in ("exact", "up_to"):
-            templates.append(template(*random_row(dice, 9), fill=fill))
-            how = {"temperature": 0.0, "block_length": 7, "steps_per_block": 2, "seed": number}
-            params.append(SamplingParams(**how, **extra))
+        fill = ("exact", "up_to")[number % 2]
+        templates.append(template(*random_row(dice, 9), fill=fill))
+        how = {"temperature": 0.0, "block_length": 7, "steps_per_block": 2, "seed": number}
+        params.append(SamplingParams(**how, **extra))
     expected = engines(folder).infill(templates, params, use_tqdm=False)
     assert triton.infill(templates, params, use_tqdm=False) == expected
 

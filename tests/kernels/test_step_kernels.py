@@ -290,7 +290,7 @@ def same_views(got: RuleView, expected: RuleView) -> None:
 
 #: Random cases: few of those that take the interpreter long.
 CASES = [
-    *((seed, EXACT) for seed in range(8)),
+    *((seed, EXACT) for seed in range(5)),
     *((seed, LADDER) for seed in range(20, 23)),
     *((seed, MUCH) for seed in range(40, 42)),
 ]

@@ -164,14 +164,15 @@ def test_every_field_of_every_route(byte_checkpoint: Path, monkeypatch: pytest.M
                         continue  # another route, or another message, of the same body
                     seen.add((frame, str(schema)))
                     before, _, after = frame.partition(b'"@"')
-                    for bomb in raw:
+                    # each field gets one bomb in two, and the next field the others
+                    for bomb in raw[sent % 2 :: 2]:
                         del counts[:]
                         answer = await server.post(path, before + bomb + after)
                         what = (path, name, bomb[:40], answer)
                         assert answer.status in (200, 400, 404, 422), what
                         assert sum(counts) <= MOST_ERRORS, what
                         sent += 1
-        assert sent > 3000
+        assert sent > 1500
 
     with counted(monkeypatch) as counts:
         run(main())
