@@ -145,6 +145,7 @@ def test_padded_steps_in_flight(
         {"steps": 4, "confidence_eos_eot_inf": True},
         {"steps": 4, "temperature": 0.7, "seed": 5, "logits_eos_inf": True},
     ]
+    variants = variants[:: 2 if kernels == "triton" else 1]  # the interpreter is slow
     params = [SamplingParams(ignore_eos=True, **base | given) for given in variants]
     batch: list[Job] = [(random_prompt(n, 1 + 2 * n), one, None) for n, one in enumerate(params)]
     assert run(llm, batch) == [answer(engines(checkpoints["llada"]), *job) for job in batch]

@@ -252,7 +252,7 @@ def test_divided_experts_on_two_processes() -> None:
 
 def test_golden_alone_on_two_processes(processes: tuple[str, LLM]) -> None:
     name, llm = processes
-    for case in helpers.golden(name)[::3]:  # all of them follow, mixed
+    for case in helpers.golden(name)[::9]:  # all of them follow, mixed
         assert helpers.answer(llm, case.prompt, case.params, case.sparse) == case.output, case
 
 
