@@ -64,10 +64,11 @@ class Experts:
             self.bias = build.weight(Part(bias, (count,), (_ALL,)), dtype=torch.float32)
         names = [f"{inside}.experts.{e}" for e in range(count)]
         self.shared: Mlp | None = None
-        self._held = part.share(count) if self._divided else slice(0, count)
+        own = part.share(count) if self._divided else slice(0, count)
+        self._held = range(own.start, own.stop)
         if experts.shared_size == experts.size and not self._divided:
             names.append(shared)
-            self._held = slice(0, count + 1)
+            self._held = range(count + 1)
         elif experts.shared_size:
             gate, up, down = (f"{shared}.{name}" for name in _NAMES)
             self.shared = Mlp(build, gate=gate, up=up, down=down, inner=experts.shared_size)
@@ -81,7 +82,7 @@ class Experts:
         if self._exact and not self._divided:
             out = (part.share(width), _ALL)  # by rows
         gate_up, down = [], []
-        mine = range(len(names))[self._held]
+        mine = self._held
         for number, name in enumerate(names):
             gate, up, below = (f"{name}.{matrix}.weight" for matrix in _NAMES)
             # of another rank's expert there are no rows
@@ -99,8 +100,7 @@ class Experts:
         ``windows`` are the numbers of the tokens' windows [N] int64, all of whose tokens are here,
         if the experts have a capacity.
         """
-        held = range(self._held.start, self._held.stop)
-        routed = self._ops.route(x, self.gate, self.bias, self._spec, held, windows)
+        routed = self._ops.route(x, self.gate, self.bias, self._spec, self._held, windows)
         if self._divided:
             out = self._from_all_ranks(x, routed)
         else:
@@ -125,7 +125,5 @@ class Experts:
         rows = ops.expert_down(inner, routed, self.down)
         if not self._exact:
             return group.all_reduce(ops.combine(rows, routed))
-        ids = routed.ids.flatten()[:, None]
-        mine = (ids >= routed.held.start) & (ids < routed.held.stop)
-        every = group.all_reduce(torch.where(mine, rows, 0.0))
+        every = group.all_reduce(torch.where(routed.mine.view(-1, 1), rows, 0.0))
         return ops.combine(every, routed._replace(held=range(self._spec.count)))

@@ -90,6 +90,11 @@ class Routed(NamedTuple):
     order: Tensor | None = None
     among: int = 0
 
+    @property
+    def mine(self) -> Tensor:
+        """Which pairs' experts this rank has: [N, K] bool."""
+        return (self.ids >= self.held.start) & (self.ids < self.held.stop)
+
 
 class LayerOps:
     """The operations of a decoder layer, apart from attention: plain torch, on any device.
@@ -198,8 +203,9 @@ class LayerOps:
         ranked = scores if bias is None else scores + bias
         if experts.bias == "weights":
             scores = ranked
-        admitted = _in_best_groups(ranked, experts)
-        if windows is not None:
+        if windows is None:
+            admitted = _in_best_groups(ranked, experts)
+        else:
             admitted = _in_pools(ranked, windows, experts.capacity)
         ids = _best(admitted, experts.per_token)
         weights = scores.gather(1, ids)
@@ -244,7 +250,7 @@ class LayerOps:
 
         It is computed in float32, in the order of the choice, and cast once.
         """
-        choices, held = routed.ids.shape[1], _held(routed)
+        choices, held = routed.ids.shape[1], routed.mine
         each = rows.view(-1, choices, rows.shape[1])
         total = torch.zeros_like(each[:, 0], dtype=torch.float32)
         for j in range(choices):
@@ -276,11 +282,6 @@ def _in_pools(scores: Tensor, windows: Tensor, capacity: int) -> Tensor:
     outside = torch.ones_like(scores, dtype=torch.bool)
     outside.scatter_(1, _best(best, capacity), False)
     return scores.masked_fill(outside[windows], -torch.inf)
-
-
-def _held(routed: Routed) -> Tensor:
-    """Which pairs' experts this rank has: [N, K] bool."""
-    return (routed.ids >= routed.held.start) & (routed.ids < routed.held.stop)
 
 
 def _by_expert(routed: Routed, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

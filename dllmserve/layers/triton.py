@@ -68,7 +68,7 @@ class TritonOps(LayerOps):
         """See :class:`LayerOps`; with windows, by torch's calls."""
         if windows is not None:
             routed = super().route(x, gate, bias, experts, held, windows)
-            counts, order = _listed(routed.ids, held)
+            counts, order = _listed(routed)
             return routed._replace(counts=counts, order=order, among=experts.count)
         found = choose_experts(x, gate, bias, experts, held)
         return Routed(*found[:2], held, *found[2:], experts.count)
@@ -86,15 +86,10 @@ class TritonOps(LayerOps):
         return combine_pairs(rows, routed.ids, routed.weights, routed.held)
 
 
-def _listed(ids: Tensor, held: range) -> tuple[Tensor, Tensor]:
-    """Pairs of each expert of ``held``, see :class:`~dllmserve.kernels.routing.Choices`.
-
-    Args:
-        ids: [N, K] experts of each token, all different.
-        held: experts that this rank has.
-    """
+def _listed(routed: Routed) -> tuple[Tensor, Tensor]:
+    """Pairs of each expert held, see :class:`~dllmserve.kernels.routing.Choices`."""
+    ids, held, mine = routed.ids, routed.held, routed.mine
     tokens, stored = len(ids), len(held)
-    mine = (ids >= held.start) & (ids < held.stop)
     place = torch.where(mine, ids.long() - held.start, stored)  # behind them: of no expert here
     taken = torch.zeros(tokens, stored + 1, dtype=torch.int32, device=ids.device)
     upto = taken.scatter_(1, place, 1).cumsum(0, dtype=torch.int32)
