@@ -120,26 +120,18 @@ def of_llada2(case: dict[str, Any]) -> SamplingParams | None:
             min_tokens_per_step=given["num_to_transfer"],
             ignore_eos=given["eos_id"] < 0,
         )
-    if kind == "sglang-joint-threshold":
+    if kind in ("sglang-joint-threshold", "sglang-low-confidence"):
         own = dict(given["algorithm_config"])
-        if "max_post_edit_steps" in own:
+        if kind == "sglang-low-confidence":
+            own = {"unmask": "threshold_strict", "threshold": own.get("threshold", 0.95)}
+        elif "max_post_edit_steps" in own:
             own["max_edit_steps"] = own.pop("max_post_edit_steps")
         return SamplingParams(
             temperature=0.0,
             gen_length=given["max_new_tokens"],
             block_length=given["block_size"],
-            unmask="joint",
             ignore_eos=given["ignore_eos"],
-            **own,
-        )
-    if kind == "sglang-low-confidence":
-        return SamplingParams(
-            temperature=0.0,
-            gen_length=given["max_new_tokens"],
-            block_length=given["block_size"],
-            unmask="threshold_strict",
-            threshold=given["algorithm_config"].get("threshold", 0.95),
-            ignore_eos=given["ignore_eos"],
+            **{"unmask": "joint", **own},
         )
     return None
 

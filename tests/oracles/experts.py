@@ -14,20 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .models import Dims, OracleModel, read
+from .models import DREAM_NAMES, Dims, OracleModel, read
 
 INCLUSION_MASK = 156895  # no released config.json of these names it
 QWEN_NAMES = {
-    "layer": "model.layers.{}.",
-    "embed": "model.embed_tokens",
-    "final_norm": "model.norm",
-    "head": "lm_head",
-    "attn_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
+    **DREAM_NAMES,
     "q_norm": "self_attn.q_norm",
     "k_norm": "self_attn.k_norm",
     "bias": "mlp.expert_bias",
