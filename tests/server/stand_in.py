@@ -30,6 +30,7 @@ from dllmserve.server.http.keys import ApiKeys
 from dllmserve.server.jobs import Jobs
 from dllmserve.server.service import Service
 from dllmserve.server.settings import Settings
+from tests import steady
 from tests.helpers import PLAIN
 
 #: what no test waits longer for; far more than any of them needs
@@ -57,7 +58,7 @@ def secret(name: str) -> dict[str, str]:
 
 def run(main: Coroutine[Any, Any, None]) -> None:
     """Run a test; one that hangs fails soon."""
-    asyncio.run(asyncio.wait_for(main, 2 * PATIENCE))
+    steady.run(asyncio.wait_for(main, 2 * PATIENCE))
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 from dllmserve.server.http.request_id import RequestLog
 from dllmserve.server.sse import EventStream
 from tests.server.http.live import Client, Echo, connected, read_body, reply, serving
+from tests.steady import run
 
 EVENTS = [b"data: 1\n\n", b"data: 22\n\n", b"data: [DONE]\n\n"]
 
@@ -56,7 +57,7 @@ def test_a_stream_is_sent_as_it_is(method: str, header: str) -> None:
             assert b"text/event-stream" in head
             assert answer == b"".join(EVENTS)
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_answers_without_a_body_or_of_known_length() -> None:
@@ -74,7 +75,7 @@ def test_answers_without_a_body_or_of_known_length() -> None:
                 assert b"transfer-encoding" not in head
                 assert (length in head) if length else (b"content-length" not in head)
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_no_continue_is_sent_to_them() -> None:
@@ -84,7 +85,7 @@ def test_no_continue_is_sent_to_them() -> None:
             head, answer = await whole(client, data)
             assert b" 200 " in head.split(b"\r\n")[0] and answer == b"POST / abc"
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_the_others_get_chunks_as_ever() -> None:
@@ -95,4 +96,4 @@ def test_the_others_get_chunks_as_ever() -> None:
                 assert answer.headers["transfer-encoding"] == "chunked"
                 assert answer.body == b"".join(EVENTS)
 
-    asyncio.run(main())
+    run(main())

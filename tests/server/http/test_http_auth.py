@@ -28,6 +28,7 @@ from tests.server.http.live import (
     serving,
     until,
 )
+from tests.steady import run
 
 ALICE, BOB = "alice-" + "0" * 20, "bob-" + "1" * 20
 KEYS = ApiKeys.from_list([f"alice={ALICE}", f"bob={BOB}"])
@@ -110,7 +111,7 @@ def test_no_spelling_of_a_path_makes_it_open() -> None:
                 await client.send(head)
                 assert (await client.answer(head=True)).status == 401
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_open_paths_need_no_key() -> None:
@@ -130,7 +131,7 @@ def test_open_paths_need_no_key() -> None:
             assert {scope["path"] for scope in echo.seen} == {"/health"}
             assert {scope["state"]["owner"] for scope in echo.seen} == {""}
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_guard_and_router_agree_on_the_path() -> None:
@@ -163,7 +164,7 @@ def test_guard_and_router_agree_on_the_path() -> None:
         # "/" is open, and there is nothing
         assert answers == {(200, b"healthy"), (401, b""), (404, b"")}
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_both_headers_carry_a_key() -> None:
@@ -192,7 +193,7 @@ def test_both_headers_carry_a_key() -> None:
             assert echo.seen[-1]["state"]["key_name"] == "bob"
             assert echo.seen[-1]["state"]["owner"] != alice.owner
 
-    asyncio.run(main())
+    run(main())
 
 
 BAD = {
@@ -242,7 +243,7 @@ def test_no_or_bad_keys(code: str) -> None:
             await refused(live.port, get(f"/v1/x?api_key={ALICE}"))
             assert not echo.seen
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_without_keys_everybody_is_nobody() -> None:
@@ -253,7 +254,7 @@ def test_without_keys_everybody_is_nobody() -> None:
         state = echo.seen[0]["state"]
         assert (state["owner"], state["key_name"]) == ("", "")
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("close", [True, False])
@@ -279,7 +280,7 @@ def test_client_still_sending_its_body_gets_the_401(close: bool) -> None:
             expected = [401] if close else [401, 200]
             assert await asyncio.to_thread(send_all, live.port) == expected
 
-    asyncio.run(main())
+    run(main())
 
 
 class Clock:
@@ -314,7 +315,7 @@ class Direct:
 
         headers = [(b"x-api-key", key.encode())] if key else []
         scope = {"type": "http", "method": method, "path": path, "headers": headers}
-        asyncio.run(self.guard(scope, receive, send))
+        run(self.guard(scope, receive, send))
         start = dict(sent[0]["headers"])
         return sent[0]["status"], int(start.get(b"retry-after", b"0"))
 
@@ -374,7 +375,7 @@ def test_calls_of_one_key_in_progress() -> None:
             assert {(await one.answer()).body, (await bob).body, (await again).body} == {b"told"}
             assert (await ask(live.port, mine)).status == 200
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_place_is_given_back_after_an_exception() -> None:
@@ -406,7 +407,7 @@ def test_other_scopes() -> None:
         await guard({"type": "websocket", "path": "/health"}, nothing, send)
         return sent
 
-    assert asyncio.run(main()) == [{"type": "websocket.close", "code": 1008}]
+    assert run(main()) == [{"type": "websocket.close", "code": 1008}]
     assert seen == ["lifespan"]
 
 

@@ -25,6 +25,7 @@ from tests.server.http.live import (
     serving,
     until,
 )
+from tests.steady import run
 
 LIMIT = 1000
 
@@ -51,7 +52,7 @@ def test_content_length_over_the_limit_is_refused_without_reading() -> None:
             await asyncio.gather(*(one(live.port, n) for n in (LIMIT + 1, 10**15, 2**64 - 1)))
             assert not echo.seen
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_expectation_is_not_met_for_a_body_over_the_limit() -> None:
@@ -64,7 +65,7 @@ def test_expectation_is_not_met_for_a_body_over_the_limit() -> None:
                 assert (await client.ask(head("Content-Length: 2", *expect))).status == 100
                 assert (await client.ask(b"{}")).body == b"POST / {}"
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("endless", [True, False])
@@ -84,7 +85,7 @@ def test_chunked_body_over_the_limit(endless: bool) -> None:
                 assert await client.closed() < (3 if endless else 0.95)
             assert not echo.seen
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_refused_client_can_send_all_and_read_the_answer() -> None:
@@ -102,7 +103,7 @@ def test_refused_client_can_send_all_and_read_the_answer() -> None:
         async with serving(BodyGuard(Echo())) as live:
             assert await asyncio.to_thread(send_all, live.port) == 413
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_body_of_exactly_the_limit_passes() -> None:
@@ -114,7 +115,7 @@ def test_body_of_exactly_the_limit_passes() -> None:
             assert (await ask(live.port, post(body + b"x"))).status == 413
             assert (await ask(live.port, chunked(body, b"x"))).status == 413
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_incomplete_body_times_out() -> None:
@@ -135,7 +136,7 @@ def test_incomplete_body_times_out() -> None:
                     assert await client.closed() < 2
             assert not echo.seen
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_client_that_leaves_while_it_sends_is_not_served() -> None:
@@ -148,7 +149,7 @@ def test_client_that_leaves_while_it_sends_is_not_served() -> None:
             await until(lambda: not live.state.tasks, "still waiting")
             assert not echo.seen
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS"])
@@ -167,7 +168,7 @@ def test_other_methods_may_have_a_body_but_no_large_one(method: str) -> None:
                     assert (await client.answer(head=method == "HEAD")).status == status
             assert echo.bodies == [b"", b"ab"]
 
-    asyncio.run(main())
+    run(main())
 
 
 JSON_TYPES = [
@@ -212,7 +213,7 @@ def test_content_types(method: str) -> None:
             assert (await client.ask(head("Content-Length: 0", method=method))).status == 200
             assert (await client.ask(head("Content-Type: a/b", method=method))).status == 200
 
-    asyncio.run(main())
+    run(main())
 
 
 TWO_TYPES = ["Content-Type: application/json", "Content-Type: text/plain"]
@@ -228,7 +229,7 @@ def test_native_paths_have_detail_too() -> None:
                 answer = await ask(live.port, head("Content-Length: 1001", path=path))
                 assert set(json.loads(answer.body)) == {"error"}
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_app_gets_the_body_once_and_then_hears_of_the_disconnect() -> None:
@@ -254,7 +255,7 @@ def test_app_gets_the_body_once_and_then_hears_of_the_disconnect() -> None:
             {"type": "http.disconnect"},
         ]
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_disconnect_reaches_a_waiting_app() -> None:
@@ -266,7 +267,7 @@ def test_disconnect_reaches_a_waiting_app() -> None:
                 await until(lambda: waiter.started == 1, "not started")
             await until(lambda: waiter.left == 1, "not noticed")
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_timeout_is_for_the_body_and_not_for_the_app() -> None:
@@ -280,7 +281,7 @@ def test_timeout_is_for_the_body_and_not_for_the_app() -> None:
             assert (await ask(live.port, post(b"{}"))).body == b"late"
             assert (await ask(live.port, get())).body == b"late"
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("value", [b"", b"x", b"1_0", b"-1", b"1" * 21, "٣".encode()])
@@ -299,7 +300,7 @@ def test_length_that_is_no_number(value: bytes) -> None:
         scope = {"type": "http", "method": "POST", "path": "/", "headers": headers}
         await BodyGuard(Echo())(scope, receive, send)
 
-    asyncio.run(main())
+    run(main())
     assert sent[0]["status"] == 400
 
 
@@ -315,7 +316,7 @@ def test_other_scopes_pass() -> None:
             await BodyGuard(app)({"type": kind}, nothing, nothing)
         return seen
 
-    assert asyncio.run(main()) == ["lifespan", "websocket"]
+    assert run(main()) == ["lifespan", "websocket"]
 
 
 @pytest.mark.parametrize("option", [{"max_bytes": 0}, {"max_bytes": True}, {"timeout_s": 0}])
@@ -360,7 +361,7 @@ def test_paths_without_bodies_refuse_them_at_once(method: str) -> None:
                     status = (await client.answer(head=method == "HEAD")).status
                     assert status in (200, 415), data
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_what_is_left_of_a_refused_body_is_not_read_without_end() -> None:
@@ -378,7 +379,7 @@ def test_what_is_left_of_a_refused_body_is_not_read_without_end() -> None:
             # 16 MiB, and what the system holds at both ends
             assert sent < 40_000_000
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_bodies_that_are_not_complete_share_the_memory_by_owner() -> None:
@@ -420,7 +421,7 @@ def test_bodies_that_are_not_complete_share_the_memory_by_owner() -> None:
         await until(lambda: not guard._held, "still counted when the clients have left")
         assert guard._all_held == 0
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_body_in_single_bytes_takes_no_more_memory_than_in_one() -> None:
@@ -450,5 +451,5 @@ def test_a_body_in_single_bytes_takes_no_more_memory_than_in_one() -> None:
         finally:
             tracemalloc.stop()
 
-    asyncio.run(main())
+    run(main())
     assert seen == [size]

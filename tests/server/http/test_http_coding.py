@@ -1,6 +1,5 @@
 """Compressed request bodies: decoded within the limit, or refused."""
 
-import asyncio
 import gzip
 import tracemalloc
 
@@ -9,6 +8,7 @@ import pytest
 from dllmserve.server.http.body import BodyGuard
 from dllmserve.server.http.coding import CodingError, DecodedTooLarge, decode, zstd
 from tests.server.http.live import Echo, connected, post, serving
+from tests.steady import run
 
 LIMIT = 1000
 
@@ -50,7 +50,7 @@ def test_compressed_bodies_are_decoded(coding: str) -> None:
                     assert (answer.status, answer.error["code"]) == (400, "malformed_request")
                     assert text in answer.error["message"], data
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("coding", CODINGS)
@@ -88,4 +88,4 @@ def test_other_codings_are_refused() -> None:
             assert (await client.ask(twice)).status == 415
             assert (await client.ask(post(b"{}", "Content-Encoding: identity"))).status == 200
 
-    asyncio.run(main())
+    run(main())

@@ -27,6 +27,7 @@ from tests.server.http.live import (
     serving,
     until,
 )
+from tests.steady import run
 
 SHORT = 0.3  # seconds
 SLACK = 2.0
@@ -86,7 +87,7 @@ def test_slow_senders_are_closed_while_others_are_served() -> None:
             assert len(echo.seen) == served, "the app must not see half a request"
             await until(lambda: live.stats.open == 0, "connections are left")
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_silent_connection_is_closed_without_an_answer() -> None:
@@ -99,7 +100,7 @@ def test_silent_connection_is_closed_without_an_answer() -> None:
             assert SHORT - 0.01 <= taken < SHORT + SLACK
             assert not live.stats.refused
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_header_clock_starts_again_with_each_request() -> None:
@@ -118,7 +119,7 @@ def test_header_clock_starts_again_with_each_request() -> None:
                 assert (await client.answer()).status == 408
                 await client.closed()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_stray_line_ends_do_not_keep_a_connection_open() -> None:
@@ -131,7 +132,7 @@ def test_stray_line_ends_do_not_keep_a_connection_open() -> None:
                 assert await first.closed() < SHORT + SLACK
                 assert await later.closed() < 1 + SLACK
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("keep_sending", [False, True])
@@ -155,7 +156,7 @@ def test_unread_body_of_an_answered_request_cannot_hold_the_connection(keep_send
                     await asyncio.wait({closed}, timeout=0.05)
                 assert closed.result() < 2 * SHORT + SLACK
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_rest_of_an_answered_request_leaves_the_connection_usable() -> None:
@@ -172,7 +173,7 @@ def test_rest_of_an_answered_request_leaves_the_connection_usable() -> None:
                 assert (await client.ask(get())).status == 401
                 assert await client.closed() < 1.5 + SLACK
 
-    asyncio.run(main())
+    run(main())
 
 
 BOMBS = {
@@ -232,7 +233,7 @@ def test_header_bombs(name: str) -> None:
             assert not echo.bodies
             assert live.stats.refused == {status: 1}
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_headers_just_within_the_limits_pass() -> None:
@@ -247,7 +248,7 @@ def test_headers_just_within_the_limits_pass() -> None:
             assert (await ask(live.port, fits)).status == 200
             assert (await ask(live.port, fits.replace(b"A: x", b"A: xx"))).status == 431
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_app_can_abort_its_connection() -> None:
@@ -265,7 +266,7 @@ def test_app_can_abort_its_connection() -> None:
             await client.closed()
             await until(lambda: live.stats.open == 0, "still open")
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -290,7 +291,7 @@ def test_upgrade_offers_are_ignored(split: bool) -> None:
             assert (await client.ask(websocket)).body == b"GET /5 "
             assert [scope["type"] for scope in echo.seen] == ["http"] * 5
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_shutdown_closes_idle_connections_and_lets_requests_finish() -> None:
@@ -309,7 +310,7 @@ def test_shutdown_closes_idle_connections_and_lets_requests_finish() -> None:
                 assert answer.body == b"told"
                 await busy.closed()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_no_timer_outlives_its_connection() -> None:
@@ -327,7 +328,7 @@ def test_no_timer_outlives_its_connection() -> None:
                     await until(lambda: live.stats.open == 0, "still open")
                     assert not pending_timers(), data
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """CORS: what a browser asks before it calls, and what a page may read of each answer."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +183,8 @@ def test_refusals_of_the_connection_can_be_read() -> None:
             only = PAGE if len(allowed) == 1 else None
             assert answer.headers.get("access-control-allow-origin") == only
 
-    asyncio.run(main(PAGE))
-    asyncio.run(main("https://first.example", PAGE))
+    run(main(PAGE))
+    run(main("https://first.example", PAGE))
 
 
 def test_origins_as_people_write_them() -> None:

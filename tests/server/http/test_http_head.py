@@ -7,6 +7,7 @@ import pytest
 
 from dllmserve.server.http.body import BodyGuard
 from tests.server.http.live import Answer, Echo, connected, post, serving
+from tests.steady import run
 
 GOOD_HOSTS = [
     b"h",
@@ -133,7 +134,7 @@ def test_hosts_that_are_refused() -> None:
                 assert answer.error["code"] in ("invalid_host", "malformed_request"), name
             assert not echo.seen
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_hosts_that_are_taken() -> None:
@@ -145,7 +146,7 @@ def test_hosts_that_are_taken() -> None:
                 assert (answer.status, rest) == (200, b""), name
             assert len(echo.seen) == len(ACCEPTED)
 
-    asyncio.run(main())
+    run(main())
 
 
 OFFERS = [
@@ -188,7 +189,7 @@ def test_an_offer_to_upgrade_with_close_is_answered(size: int) -> None:
                 assert bodies == [b"POST / 1", b"POST / 2", b"POST / 3"]
                 await client.closed()
 
-    asyncio.run(main())
+    run(main())
 
 
 HEAD = b"POST /first HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
@@ -258,7 +259,7 @@ def test_no_combination_of_lengths_and_codings_smuggles_a_request() -> None:
                 lines = [coding] if length is None else [coding, b"Content-Length: %d" % length]
                 await one(live.port, lines[::-1] if turned else lines, expected(means, length))
 
-    asyncio.run(main())
+    run(main())
 
 
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -296,4 +297,4 @@ def test_what_is_around_chunks_is_bounded(data: bytes, status: int, size: int) -
             if status == 431:
                 assert found.error["code"] in ("headers_too_large", "too_many_headers")
 
-    asyncio.run(main())
+    run(main())

@@ -34,6 +34,7 @@ from tests.server.http.live import (
     serving,
     until,
 )
+from tests.steady import run
 
 SHORT = 0.5  # seconds
 SLACK = 2.0
@@ -117,7 +118,7 @@ def test_a_crowd_keeps_neither_probes_nor_keys_out(name: str) -> None:
                 assert (await ask(live.port, get("/v1/x", MINE))).status == 200
             assert live.stats.open <= 20
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_crowd_keeps_no_tls_client_out(tls: Pair) -> None:
@@ -133,7 +134,7 @@ def test_a_crowd_keeps_no_tls_client_out(tls: Pair) -> None:
                     assert (await asking.ask(get("/health"))).status == 200
             assert live.stats.open <= 40
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_requests_under_way_are_never_dropped() -> None:
@@ -153,7 +154,7 @@ def test_requests_under_way_are_never_dropped() -> None:
             assert [(await client.answer()).body for client in busy] == [b"told"] * 4
             assert waiter.left == 0
 
-    asyncio.run(main())
+    run(main())
 
 
 PIPELINED = {
@@ -192,7 +193,7 @@ def test_a_crowd_that_asks_without_pause_keeps_nobody_out(name: str) -> None:
                 task.cancel()
             await asyncio.wait(tasks)
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("leaves", [False, True])
@@ -223,7 +224,7 @@ def test_a_few_requests_without_a_key_are_answered_at_a_time(leaves: bool) -> No
                 assert (await client.answer()).body == b"told"
             assert live.connections._turns == 0 and not live.connections._waiting
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("keyed", [False, True], ids=["no keys", "keys"])
@@ -261,7 +262,7 @@ def test_when_all_are_busy_clients_are_told_so_and_probes_answered(keyed: bool) 
             await until(lambda: live.stats.busy == 0, "still busy")
             assert (await ask(live.port, get("/x", *header))).status == 200
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_an_address_has_a_limit() -> None:
@@ -279,7 +280,7 @@ def test_an_address_has_a_limit() -> None:
             await until(lambda: live.stats.open == 0, "still open")
             assert (await ask(live.port, get())).status == 200
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_an_address_has_a_limit_with_tls_and_ipv6(tls: Pair) -> None:
@@ -293,7 +294,7 @@ def test_an_address_has_a_limit_with_tls_and_ipv6(tls: Pair) -> None:
                 assert live.stats.refused == {429: 1}
                 assert (await first.ask(get())).status == 200
 
-    asyncio.run(main())
+    run(main())
 
 
 #: how a client begins that will not finish its handshake
@@ -314,7 +315,7 @@ def test_a_handshake_has_the_time_of_a_head(name: str, tls: Pair) -> None:
             await until(lambda: live.stats.open == 0, "still open")
             assert live.stats.dropped == {"handshake": 1}
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_one_clock_runs_from_accept_to_the_end_of_the_head(tls: Pair) -> None:
@@ -334,7 +335,7 @@ def test_one_clock_runs_from_accept_to_the_end_of_the_head(tls: Pair) -> None:
             assert loop.time() - start >= 3 * SHORT
             writer.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize(
@@ -357,7 +358,7 @@ def test_what_is_no_handshake_is_one_line_a_second(
             await until(lambda: live.stats.dropped["handshake"] == 20, "not noticed")
             assert live.stats.open == 0
 
-    asyncio.run(main())
+    run(main())
     ours = [r for r in caplog.records if r.name.startswith("dllmserve")]
     assert 1 <= len(ours) < 10 and {r.levelname for r in ours} == {"INFO"}
     assert all(r.exc_info is None for r in caplog.records)
@@ -419,7 +420,7 @@ def test_without_files_idle_connections_go_and_nothing_spins(
             listener.close()
             await listener.wait_closed()
 
-    asyncio.run(main())
+    run(main())
     lines = [r for r in caplog.records if r.getMessage() == "no connection can be accepted"]
     assert 1 <= len(lines) < 5  # one a second, and five attempts
     assert vars(lines[0])["reason"] == os.strerror(number)
@@ -435,7 +436,7 @@ def test_closing_ends_handshakes_and_accepts_no_more(tls: Pair) -> None:
         # the end of the block waits for what is in its handshake
         assert await asyncio.wait_for(closing, PATIENCE) < SLACK
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_seldom_counts_what_it_does_not_say() -> None:

@@ -1,6 +1,5 @@
 """Logs: whatever is put into them, one event is one line."""
 
-import asyncio
 import io
 import json
 import logging
@@ -16,6 +15,7 @@ from dllmserve.server.http.logs import JsonFormatter, TextFormatter, configure_l
 from dllmserve.server.http.request_id import RequestLog
 from dllmserve.server.http.respond import error_body
 from tests.server.http.live import Echo, connected, get, serving
+from tests.steady import run
 
 NAMES = ("dllmserve", "uvicorn", "uvicorn.error", "uvicorn.access", "asyncio")
 
@@ -265,7 +265,7 @@ def test_requests_with_evil_headers_are_one_line_each() -> None:
                 count += 1
         return count
 
-    count = asyncio.run(main())
+    count = run(main())
     events = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [event["message"] for event in events] == ["request"] * count
     assert all(re.fullmatch("[0-9a-f]{32}|=", event["request_id"]) for event in events)
@@ -283,7 +283,7 @@ def test_asgi_state_of_an_evil_handler_is_one_line() -> None:
         async with serving(app) as live, connected(live.port) as client:
             assert (await client.ask(get())).status == 200
 
-    asyncio.run(main())
+    run(main())
     [line] = stream.getvalue().splitlines()
     assert json.loads(line)["status"] == 200
 

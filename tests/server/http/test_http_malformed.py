@@ -22,6 +22,7 @@ from tests.server.http.live import (
     serving,
     until,
 )
+from tests.steady import run
 
 GET = b"GET / HTTP/1.1\r\nHost: h\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
@@ -101,7 +102,7 @@ def test_malformed_requests(name: str) -> None:
             assert await client.closed() < 2
             assert not echo.seen, "the app must not be called"
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_malformed_request_after_a_good_one_waits_for_its_answer() -> None:
@@ -117,7 +118,7 @@ def test_malformed_request_after_a_good_one_waits_for_its_answer() -> None:
             await client.closed()
             assert waiter.started == 1
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_malformed_body_of_a_waiting_request_leaves_the_one_before_alone() -> None:
@@ -132,7 +133,7 @@ def test_malformed_body_of_a_waiting_request_leaves_the_one_before_alone() -> No
             await client.closed()
             assert waiter.started == 1
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_malformed_body_after_the_answer_began_just_closes() -> None:
@@ -151,7 +152,7 @@ def test_malformed_body_after_the_answer_began_just_closes() -> None:
             await client.closed()
             await until(lambda: not live.state.tasks, "tasks are left")
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_client_that_goes_on_sending_is_not_reset() -> None:
@@ -169,7 +170,7 @@ def test_client_that_goes_on_sending_is_not_reset() -> None:
         async with serving(Echo()) as live:
             assert b" 400 " in await asyncio.to_thread(send_all, live.port)
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_trailers_do_not_become_headers() -> None:
@@ -183,7 +184,7 @@ def test_trailers_do_not_become_headers() -> None:
                 assert b"x-api-key" not in dict(scope["headers"])
             assert dict(echo.seen[0]["headers"])[b"content-type"] == b"application/json"
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("size", [1, 2, 7])
@@ -197,7 +198,7 @@ def test_requests_in_small_pieces(size: int) -> None:
             bodies = [(await client.answer()).body for _ in range(3)]
             assert bodies == [b"POST /1 {}", b'POST /2 "two"', b"GET /3 "]
 
-    asyncio.run(main())
+    run(main())
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
@@ -256,4 +257,4 @@ def test_mutated_requests_leave_a_live_server() -> None:
                 assert not pending_timers()
             assert (await ask(live.port, get())).status == 200
 
-    asyncio.run(main())
+    run(main())

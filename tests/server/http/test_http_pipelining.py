@@ -22,6 +22,7 @@ from tests.server.http.live import (
     serving,
     until,
 )
+from tests.steady import run
 
 
 def test_pipelined_requests_are_answered_in_order() -> None:
@@ -31,7 +32,7 @@ def test_pipelined_requests_are_answered_in_order() -> None:
             bodies = [(await client.answer()).body for _ in range(3)]
             assert bodies == [b"GET /1 ", b"POST /2 {}", b"GET /3 "]
 
-    asyncio.run(main())
+    run(main())
 
 
 SECOND = {
@@ -67,7 +68,7 @@ def test_a_client_that_leaves_ends_all_its_requests(name: str, later: bool, rese
             await until(lambda: not live.state.tasks, "tasks are left")
             assert waiter.started == 1
 
-    asyncio.run(main())
+    run(main())
 
 
 def request(number: int, body: bytes) -> bytes:
@@ -107,7 +108,7 @@ def test_whatever_pieces_requests_come_in_they_are_answered_in_order(seed: int) 
                 assert (await client.answer()).body == b"POST /%d " % number + body
             await sending
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("name", ["never answers", "answers", "answers, nobody reads", "asks on"])
@@ -155,7 +156,7 @@ def test_what_waits_is_bounded(name: str) -> None:
             await asyncio.gather(*tasks, return_exceptions=True)
             await until(lambda: not live.state.tasks, "tasks are left")
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_number_of_pipelined_requests_is_bounded() -> None:
@@ -173,4 +174,4 @@ def test_number_of_pipelined_requests_is_bounded() -> None:
             await client.closed()
             assert waiter.started == MAX_PIPELINED + 1
 
-    asyncio.run(main())
+    run(main())

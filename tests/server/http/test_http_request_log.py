@@ -30,6 +30,7 @@ from tests.server.http.live import (
     serving,
     until,
 )
+from tests.steady import run
 
 NEW_ID = re.compile(r"[0-9a-f]{32}")
 Records = Callable[[], list[Any]]
@@ -73,7 +74,7 @@ def test_good_ids_are_kept_and_others_replaced(lines: Records) -> None:
             assert logged == [scope["state"]["request_id"] for scope in echo.seen]
             assert logged[: len(good)] == good
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_id_of_the_handler_does_not_come_twice() -> None:
@@ -88,7 +89,7 @@ def test_id_of_the_handler_does_not_come_twice() -> None:
             assert b"x-request-id: yours\r\n" in head
             assert b"a: b\r\n" in head
 
-    asyncio.run(main())
+    run(main())
 
 
 KEY = "0123456789abcdef"
@@ -124,7 +125,7 @@ def test_answers_of_inner_guards_have_ids_and_lines(lines: Records) -> None:
             assert answer.status == 400
             assert "x-request-id" not in answer.headers
 
-    asyncio.run(main())
+    run(main())
     seen = [(r.status, r.key_name) for r in lines() if hasattr(r, "request_id")]
     assert seen == [(status, name) for _, status, name in cases]
     [refused] = [r for r in lines() if not hasattr(r, "request_id")]
@@ -153,7 +154,7 @@ def test_probes_that_go_well_are_quiet(lines: Records, caplog: pytest.LogCapture
                 await ask(live.port, data)
 
     caplog.set_level("DEBUG", logger="dllmserve.access")
-    asyncio.run(main())
+    run(main())
     found = [(r.levelname, r.route, r.status) for r in lines()]
     assert found == [("DEBUG", "/live", 200), ("INFO", "/live", 503), ("INFO", "/other", 200)]
 
@@ -179,7 +180,7 @@ def test_fields_of_a_line(lines: Records) -> None:
         counted.append((method, route, status, seconds))
 
     QUERY = get("/item/5").replace(b"GET", b"QUERY", 1)
-    asyncio.run(main())
+    run(main())
     assert counted == [
         ("GET", "/item/{number:int}", 203, 0.25),
         ("GET", "unmatched", 404, 0.0),
@@ -210,7 +211,7 @@ def test_client_that_leaves_is_499(lines: Records, errors: Records) -> None:
                     await asyncio.sleep(0.02)
                 await until(lambda: not live.state.tasks, "still running")
 
-    asyncio.run(main())
+    run(main())
     assert [record.status for record in lines()] == [499, 499]
     assert waiter.left == 1
     assert not errors()
@@ -235,8 +236,8 @@ def test_client_that_leaves_during_the_answer(lines: Records, errors: Records) -
                 await asyncio.sleep(0.02)
             await until(lambda: not live.state.tasks, "still running")
 
-    asyncio.run(main(stream))
-    asyncio.run(main(raising))
+    run(main(stream))
+    run(main(raising))
     first, second = lines()
     assert (first.status, first.disconnected) == (200, True)
     assert second.status == 499
@@ -256,7 +257,7 @@ def test_end_of_a_complete_answer_is_no_disconnect(lines: Records) -> None:
             assert (await ask(live.port, get())).status == 200
             await until(lambda: not live.state.tasks, "still running")
 
-    asyncio.run(main())
+    run(main())
     assert not hasattr(lines()[0], "disconnected")
 
 
@@ -302,7 +303,7 @@ async def outcome(app: ASGIApp) -> tuple[Answer | None, bool]:
 def test_failure_before_the_answer_is_a_generic_500(
     app: ASGIApp, lines: Records, errors: Records
 ) -> None:
-    answer, _ = asyncio.run(outcome(app))
+    answer, _ = run(outcome(app))
     assert answer is not None
     assert answer.status == 500
     assert answer.headers["x-request-id"] == "r"
@@ -317,7 +318,7 @@ def test_failure_before_the_answer_is_a_generic_500(
 
 @pytest.mark.parametrize("app", [broken_after_start, unfinished])
 def test_failure_during_the_answer_cuts_it(app: ASGIApp, lines: Records, errors: Records) -> None:
-    answer, usable = asyncio.run(outcome(app))
+    answer, usable = run(outcome(app))
     assert (answer, usable) == (None, False)
     assert lines()[0].status == 200
     [record] = errors()  # uvicorn has nothing to add
@@ -325,7 +326,7 @@ def test_failure_during_the_answer_cuts_it(app: ASGIApp, lines: Records, errors:
 
 
 def test_failure_after_the_answer_is_only_logged(lines: Records, errors: Records) -> None:
-    answer, usable = asyncio.run(outcome(broken_at_end))
+    answer, usable = run(outcome(broken_at_end))
     assert answer is not None
     assert (answer.body, usable) == (b"whole", True)
     assert [record.getMessage() for record in errors()] == ["request failed"] * 2
@@ -346,7 +347,7 @@ def test_cancelled_requests_are_answered_with_503(lines: Records) -> None:
             assert (answer.status, answer.error["type"]) == (503, "overloaded_error")
             await client.closed()
 
-    asyncio.run(main())
+    run(main())
     assert [record.status for record in lines()] == [503]
 
 
@@ -357,7 +358,7 @@ def test_other_scopes_pass() -> None:
         seen.append(scope)
 
     nothing: Any = None
-    asyncio.run(RequestLog(app)({"type": "lifespan"}, nothing, nothing))
+    run(RequestLog(app)({"type": "lifespan"}, nothing, nothing))
     assert seen == [{"type": "lifespan"}]
 
 
@@ -378,6 +379,6 @@ def test_server_without_the_extension_sees_the_exception_logged(errors: Records)
         scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
         await RequestLog(broken_after_start)(scope, nothing, send)
 
-    asyncio.run(main())
+    run(main())
     assert [message.get("more_body") for message in sent] == [None, True]
     assert [record.getMessage() for record in errors()] == ["request failed"]

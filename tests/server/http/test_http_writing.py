@@ -9,6 +9,7 @@ from starlette.types import Receive, Scope, Send
 from dllmserve.server.http.respond import ABORT
 from dllmserve.server.http.slots import SIDE_BY_SIDE, Classify, Sender
 from tests.server.http.live import Live, ask, connected, get, reply, serving, until
+from tests.steady import run
 
 SHORT = 0.3  # seconds
 SLACK = 2.0
@@ -62,7 +63,7 @@ def test_client_that_does_not_read_is_cut() -> None:
             for sock in socks:
                 sock.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("sender", ["probe", "stranger", "client", "key"])
@@ -85,7 +86,7 @@ def test_who_does_not_read_gives_way_unless_it_is_a_client(sender: Sender) -> No
             for sock in socks:
                 sock.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_those_that_do_not_read_take_nobodys_turn() -> None:
@@ -99,7 +100,7 @@ def test_those_that_do_not_read_take_nobodys_turn() -> None:
                 sock.close()
             await until(lambda: live.connections._turns == 0, "a turn was lost")
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_slow_reader_of_a_large_answer_is_not_cut() -> None:
@@ -123,7 +124,7 @@ def test_slow_reader_of_a_large_answer_is_not_cut() -> None:
             assert live.stats.dropped["slow_reader"] == 0
             sock.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_closing_does_not_wait_for_ever_for_a_client_that_does_not_read() -> None:
@@ -144,7 +145,7 @@ def test_closing_does_not_wait_for_ever_for_a_client_that_does_not_read() -> Non
             await until(lambda: live.stats.open == 0, "still open")
             sock.close()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_reader_that_has_caught_up_is_not_cut() -> None:
@@ -162,4 +163,4 @@ def test_reader_that_has_caught_up_is_not_cut() -> None:
             assert len((await ask(live.port, get())).body) == 2 * part
             assert live.stats.dropped["slow_reader"] == 0
 
-    asyncio.run(main())
+    run(main())
