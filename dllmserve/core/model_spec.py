@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 #: mask_id of a model that knows no mask: it equals no token
 NO_MASK = -1
@@ -81,6 +82,29 @@ class ExpertSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Attention of one layer.
+
+    Attributes:
+        num_kv_heads, head_dim: of the layer; the number of query heads is the model's.
+        window: 0, or a query sees no more than so many positions up to its own. What is filled as
+            one frame or canvas sees all of itself, and ``window - 1`` positions before it.
+        rope_theta: base of the layer's rotary angles.
+        turned: so many of the ``head_dim / 2`` pairs of dimensions (i, i + head_dim / 2) are
+            rotated, the first ones; 0 for all.
+        key_is_value: values are the keys before their norm and rotation, without a matrix of their
+            own.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0
+    rope_theta: float = 10000.0
+    turned: int = 0
+    key_is_value: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """Dimensions and special ids of a checkpoint, read from its config.json.
 
@@ -91,11 +115,19 @@ class ModelSpec:
         mlp_size: inner width of the MLPs, of which a model whose layers all have experts has none.
         experts: None for a model without experts.
         rope_theta, rope_scaling: base of the rotary angles, and what else they depend on.
+        attention: of each layer, where layers differ in it; () where ``num_kv_heads``,
+            ``head_dim``, ``rope_theta`` and the like say it of all.
+        query_scale: scores are multiplied by it; 0 for ``head_dim ** -0.5``.
         rotary_dim: so many first dimensions of each head are rotated; 0 for all.
         head_norms: queries and keys are normalised in each head, before they are rotated.
         qkv_bias, out_bias: attention's matrices have a bias.
         logit_shift: 1 if position i's hidden state predicts token i + 1 (Dream, autoregressive
             models), else 0.
+        activation: "silu" or "gelu_tanh", in MLPs and experts.
+        logit_cap: logits z become ``cap * tanh(z / cap)``; 0 for none.
+        noise: what is filled, a canvas of ``block_length`` positions, holds random ids in place of
+            masks, and each forward is also fed what the one before thought of it (DiffusionGemma).
+            ``mask_id`` is NO_MASK then, and ``causal_context`` is set.
         mask_id: id fed to the model at masked positions; NO_MASK in a "causal" model.
         geometry: which keys a query sees. "full": all of them. "block": those of its own block and
             of earlier ones, with blocks cut from position 0. "causal": none behind its own.
@@ -136,6 +168,8 @@ class ModelSpec:
     causal_context: bool = False
     short_blocks: bool = False
     rope_scaling: RopeScaling | None = None
+    attention: tuple[AttentionSpec, ...] = ()
+    query_scale: float = 0.0
     rotary_dim: int = 0
     head_norms: bool = False
     qkv_bias: bool = False
@@ -145,6 +179,23 @@ class ModelSpec:
     weights: int = 0
     experts: ExpertSpec | None = None
     never_ids: tuple[int, ...] = ()
+    activation: str = "silu"
+    logit_cap: float = 0.0
+    noise: bool = False
+
+    @cached_property
+    def layers(self) -> tuple[AttentionSpec, ...]:
+        """Attention of each layer."""
+        if self.attention:
+            return self.attention
+        alike = AttentionSpec(
+            num_kv_heads=self.num_kv_heads, head_dim=self.head_dim, rope_theta=self.rope_theta
+        )
+        return (alike,) * self.num_layers
+
+    def scale_of(self, layer: int) -> float:
+        """What a layer's scores are multiplied by."""
+        return self.query_scale or self.layers[layer].head_dim ** -0.5
 
     @property
     def rotated(self) -> int:
@@ -163,7 +214,7 @@ class ModelSpec:
 
     def kv_values(self) -> int:
         """Numbers (not bytes) of K and V that one token takes, all layers together."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        return sum(2 * layer.num_kv_heads * layer.head_dim for layer in self.layers)
 
     def parameters(self) -> int:
         """Number of weights."""
