@@ -66,6 +66,28 @@ def refusals(params: Any) -> Iterator[str]:
     if RULES[rule].revokes:
         yield from _of_revoking(params)
     yield from _of_edits(params)
+    if RULES[rule].noise:
+        yield from _of_noise(params, asked)
+
+
+def _of_noise(params: Any, asked: Sequence[str]) -> Iterator[str]:
+    """A rule that writes a canvas at once, of draws that each know the others' noise alone."""
+    rule = params.unmask
+    if asked:
+        yield (
+            f"{asked[0]} does not work with unmask={rule!r}: the tokens of a canvas are taken all "
+            "at once, each by itself, so nothing says that they match together"
+        )
+    if params.confidence_eos_eot_inf:
+        yield (
+            f"confidence_eos_eot_inf=True says what is written last, and unmask={rule!r} writes a "
+            "canvas at once: leave it out"
+        )
+    if params.t_min > params.t_max:
+        yield (
+            f"t_min={params.t_min:g} is over t_max={params.t_max:g}: temperatures fall from t_max "
+            "to t_min"
+        )
 
 
 def _of_ends(params: Any) -> Iterator[str]:

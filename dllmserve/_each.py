@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dllmserve._settings import with_sparse
 from dllmserve._values import SparseConfig
 from dllmserve.errors import InvalidParameterError, InvalidRequestError
-from dllmserve.sampling_params import SamplingParams, with_sparse
+from dllmserve.sampling_params import SamplingParams
 
 
 def each_params(

@@ -54,6 +54,16 @@ class NotGiven(int):
         return int(self)
 
 
+class Usual(float):
+    """A number that nobody gave; a rule may have another.
+
+    Copies, pickles and ``dataclasses.replace`` keep the type. ``asdict`` gives a plain number.
+    """
+
+    def __deepcopy__(self, _: Any) -> float:
+        return float(self)
+
+
 class Kept(NotGiven):
     """A length that somebody gave, and that ``dataclasses.replace`` hands on to a copy."""
 

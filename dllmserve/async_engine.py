@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from dllmserve._checks import check_known
+from dllmserve._settings import with_sparse
 from dllmserve._system import refuse_torchrun
 from dllmserve._values import SparseConfig
 from dllmserve.config import EngineConfig
@@ -36,7 +37,7 @@ from dllmserve.process.fleet import Fleet
 from dllmserve.process.home import Home
 from dllmserve.process.messages import EngineInfo, Submit
 from dllmserve.process.supervisor import State, SupervisorOptions
-from dllmserve.sampling_params import SamplingParams, with_sparse
+from dllmserve.sampling_params import SamplingParams
 
 #: seconds that another event loop gets to close the engines, before they are killed
 _CLOSE_S = 15.0

@@ -84,8 +84,9 @@ class RuleInfo(Info):
     Attributes:
         needs: what it reads beside token and confidence: "entropy"; "back", the probability of
             written tokens, which a blind span of the block gives, so that the rule may mask them
-            again; or the name of a logit edit: "kl", the divergence from the position's
-            distribution in the block's last forward; "credit", which raises logits.
+            again; "noise", canvases of noise, each of which is decided as a whole; or the name of
+            a logit edit: "kl", the divergence from the position's distribution in the block's last
+            forward; "credit", which raises logits; "tempering", temperatures of a schedule.
         memory: what it keeps from forward to forward of a block: the numbers that a block begins
             with, for the request and for each position; None without a memory.
         confidence: what SamplingParams.confidence may be.
@@ -104,6 +105,11 @@ class RuleInfo(Info):
     def revokes(self) -> bool:
         """Written positions may be masked again, so a block is final when all of it is."""
         return "back" in self.needs
+
+    @property
+    def noise(self) -> bool:
+        """It is for models whose canvas holds noise, and the only kind of rule for them."""
+        return "noise" in self.needs
 
     @property
     def compares(self) -> bool:
@@ -314,6 +320,12 @@ RULES = Catalog(
             confidence=_PROBABILITY,
             edits=True,
         ),
+        "renoise": RuleInfo(
+            "dllmserve.decoding.renoise:RenoiseRule",
+            needs=frozenset({"noise", "entropy", "tempering"}),
+            memory=(0.0, -1.0),
+            confidence=_PROBABILITY,
+        ),
     },
 )
 
@@ -353,6 +365,7 @@ CACHES = Catalog(
 EDITS = {
     "bias": EditInfo("dllmserve.runtime.edits:BiasEdit", "dllmserve.core.rows:bias_of"),
     "penalty": EditInfo("dllmserve.runtime.edits:PenaltyEdit", "dllmserve.core.rows:penalty_of"),
+    "tempering": EditInfo("dllmserve.runtime.canvas:Tempering"),
     "credit": EditInfo("dllmserve.runtime.edits:CreditEdit", keeps=True),
     "kl": EditInfo("dllmserve.runtime.edits:KlObserver", keeps=True),
     "constraint": EditInfo(

@@ -20,6 +20,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import StepPlan
 from dllmserve.core.request import Request
+from dllmserve.decoding.noise import CanvasNoise
 from dllmserve.engine.core import EngineCore
 from dllmserve.engine.filled import Template, template_row
 from dllmserve.engine.setup import EnginePlan
@@ -139,6 +140,17 @@ class LLM:
     def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's tokenizer, or None; usable after close() and in forked processes."""
         return self._tokenizer
+
+    def use_noise(self, noise: CanvasNoise) -> None:
+        """Take the noise of canvases from elsewhere, of a model that has such.
+
+        With :class:`dllmserve.decoding.noise.RecordedNoise` a request repeats the draws of another
+        program, by its seed.
+
+        Raises:
+            ConfigError: the model is shared between processes.
+        """
+        self._engine.use_noise(noise)
 
     def observe(self, callback: Callable[[StepPlan], None]) -> AbstractContextManager[None]:
         """Call ``callback`` with the plan of every step launched inside the ``with`` block.

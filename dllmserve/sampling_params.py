@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from dllmserve._checks import check_choice, check_float, check_known
 from dllmserve._combinations import refusals
 from dllmserve._lengths import DEFAULT_LENGTHS, settle_length
+from dllmserve._settings import filled
 from dllmserve._values import (
     LOGIT_BIAS_BOUND,
     MAX_GEN_LENGTH,
@@ -17,6 +18,7 @@ from dllmserve._values import (
     Filled,
     NotGiven,
     SparseConfig,
+    Usual,
     normal_bias,
     normal_choice,
     normal_ids,
@@ -44,10 +46,6 @@ def _qualities() -> tuple[str, ...]:
     from dllmserve.presets import PRESETS  # which nobody needs who names no quality
 
     return tuple(PRESETS)
-
-
-#: what unmask="joint" takes where nobody says more, as SGLang's JointThreshold
-JOINT = {"threshold": 0.5, "edit_threshold": 0.0}
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,8 @@ class SamplingParams:
             "threshold_dinfer", "hierarchy", "credit" (dInfer), "klass" (arXiv 2511.05664), "wino"
             and "joint" (SGLang; 0.5 unless given).
         factor: the factor f of ``unmask="factor"`` (Fast-dLLM) and "factor_strict".
-        entropy_bound: entropy budget in nats of ``unmask="entropy_bound"``.
+        entropy_bound: entropy budget in nats of ``unmask="entropy_bound"``, and of "renoise" (0.1
+            there unless given).
         low_threshold: least confidence of the best position of a run of masks, for
             ``unmask="hierarchy"``.
         kl_threshold, kl_history: ``unmask="klass"`` writes positions whose distribution moved
@@ -145,6 +144,12 @@ class SamplingParams:
         min_tokens_per_step: tokens that a step writes at least ("threshold_strict", "dynamic").
         penalty_lambda: with unmask="joint", taken off the logit of the token that stands one place
             to the left in the block.
+        max_denoising_steps: with unmask="renoise" (DiffusionGemma), forwards of a canvas at most.
+        t_max, t_min: of it, temperatures of a canvas's first forward, and of one behind its last;
+            they fall evenly. ``temperature`` multiplies them where tokens are drawn, and 0 takes
+            the likeliest; entropies are of the schedule's alone.
+        stability_threshold, confidence_threshold: of it, a canvas is done when its likeliest tokens
+            are those of so many forwards before, and the mean entropy is below so many nats.
 
     Numbers may be numpy's, and arrays or tensors without dimensions; they become plain ones.
 
@@ -211,7 +216,10 @@ class SamplingParams:
     )
     factor: float = knob(1.0, "For unmask=factor and factor_strict.", low=0, column=True)
     entropy_bound: float = knob(
-        0.15, "Entropy budget in nats, for unmask=entropy_bound.", low=0, column=True
+        Usual(0.15),
+        "Entropy budget in nats, for unmask=entropy_bound, renoise.",
+        low=0,
+        column=True,
     )
     low_threshold: float = knob(
         0.4,
@@ -366,6 +374,21 @@ class SamplingParams:
         low=0,
         high=LOGIT_BIAS_BOUND,
     )
+    max_denoising_steps: int = knob(
+        48, "Most forwards of a canvas (for unmask=renoise).", low=1, high=MAX_STEPS, column=True
+    )
+    t_min: float = knob(
+        0.4, "Temperature behind a canvas's last forward (renoise).", low=0, column=True
+    )
+    t_max: float = knob(
+        0.8, "Temperature of its first (renoise).", low=0, low_open=True, column=True
+    )
+    stability_threshold: int = knob(
+        1, "Forwards that a canvas has to stay the same (renoise).", low=0, high=64, column=True
+    )
+    confidence_threshold: float = knob(
+        0.005, "Mean entropy in nats below which it is done (renoise).", low=0, column=True
+    )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> SamplingParams:
         """Refuse unknown keywords with the nearest name, which dataclasses would not do."""
@@ -384,11 +407,11 @@ class SamplingParams:
             self._fill()
         else:  # out of a message or a store: another process has done so
             object.__setattr__(self, "max_tokens", NotGiven(self.gen_length))
-        names = ("block_length", "steps", "suffix_window", "cache")
+        names = ("block_length", "steps", "suffix_window", "cache", "entropy_bound")
         filled = {name: getattr(self, name) for name in names}
         self._check_values()
         for name, value in filled.items():
-            if isinstance(value, (NotGiven, Filled)):  # a model may have its own
+            if isinstance(value, (NotGiven, Filled, Usual)):  # a model may have its own
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "stop", normal_stop(self.stop))
         object.__setattr__(self, "stop_token_ids", normal_ids(self.stop_token_ids))
@@ -440,20 +463,11 @@ class SamplingParams:
 
     def _fill(self) -> None:
         """Fill fields that were not given: from the preset, and with what a rule has of its own."""
-        given: frozenset[str] = self.__dict__["_given"]
-        values = dict[str, Any]()
         if self.quality is not None:
-            from dllmserve.presets import filled
-
             check_knobs(InvalidParameterError, self, "quality")
             if not isinstance(self.block_length, NotGiven):  # a check makes a plain number of it
                 check_knobs(InvalidParameterError, self, "block_length")
-            values = filled(self, given)
-        if self.unmask == "joint":
-            values |= {name: value for name, value in JOINT.items() if name not in given}
-            if self.edit_threshold is None:  # the rule is nothing without
-                values["edit_threshold"] = JOINT["edit_threshold"]
-        for name, value in values.items():
+        for name, value in filled(self, self.__dict__["_given"]).items():
             object.__setattr__(self, name, value)
 
     def _check_values(self) -> None:
@@ -478,22 +492,6 @@ class SamplingParams:
         known = CACHES if named else cache_names()
         cache = check_choice(InvalidParameterError, "cache", self.cache, known)
         object.__setattr__(self, "cache", cache)
-
-
-def with_sparse(params: SamplingParams, sparse: SparseConfig | None) -> SamplingParams:
-    """Parameters with a SparseConfig that was given beside them.
-
-    Raises:
-        InvalidParameterError: they have another, or do not work with one.
-    """
-    if sparse is None or sparse == params.sparse:
-        return params
-    if params.sparse is not None:
-        raise InvalidParameterError(
-            "a SparseConfig in the SamplingParams and another one beside them contradict each "
-            "other: give one of them"
-        )
-    return replace(params, sparse=sparse)
 
 
 #: the numbers that rules read, in the order that they have on the device

@@ -26,6 +26,7 @@ LAYERS = (
         "_environment",
         "_needs",
         "_plugins",
+        "_settings",
         "_stepwise",
         "_system",
         "_values",

@@ -199,17 +199,31 @@ def window_template(
     )
 
 
-def framed_canvas(prompt: Sequence[int], gen_length: int, frame: int) -> Canvas:
+def framed_canvas(
+    prompt: Sequence[int], gen_length: int, frame: int, *, whole: bool = False
+) -> Canvas:
     """A prompt and an answer behind it, for models that keep causal K,V and fill whole blocks.
 
     The forward that stores what stands before a frame decides the frame's first position, which is
-    a block of its own.
+    a block of its own, and the last frame ends with the answer; or a frame is one ``whole`` block,
+    and the last one goes on to its end.
 
     Example:
         >>> framed_canvas([5, 6, 7], 6, 4).blocks
         ((3, 4), (4, 7), (7, 8), (8, 9))
+        >>> framed_canvas([5, 6, 7], 6, 4, whole=True).blocks
+        ((3, 7), (7, 11))
     """
-    start, end = len(prompt), len(prompt) + gen_length
-    edges = {edge for low in range(start, end, frame) for edge in (low, low + 1)} | {end}
-    blocks = tuple(pairwise(sorted(edges)))
-    return Canvas(prompt, ((start, end),), blocks, window=1, frame=frame, shift=1)
+    start = len(prompt)
+    end = start + (-(-gen_length // frame) * frame if whole else gen_length)
+    lows = range(start, end, frame)
+    edges = {*lows, end} | (set() if whole else {low + 1 for low in lows})
+    return Canvas(
+        prompt,
+        ((start, end),),
+        tuple(pairwise(sorted(edges))),
+        window=1,
+        asked=gen_length,
+        frame=frame,
+        shift=int(not whole),
+    )

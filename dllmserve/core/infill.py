@@ -146,7 +146,7 @@ def hole_canvas(
     _check_sight(row_length(ids, holes), ranges, block, spec, name)
     if spec.causal_context:
         ((start, end),) = ranges
-        return framed_canvas(ids[:start], end - start, block)
+        return framed_canvas(ids[:start], end - start, block, whole=spec.noise)
     return window_template(ids, ranges, block, spec.logit_shift, part, short=spec.short_blocks)
 
 

@@ -290,6 +290,11 @@ class Request:
         return RULES[self.params.unmask].revokes
 
     @cached_property
+    def noise(self) -> bool:
+        """True if its blocks are canvases of noise, each written at once by its last forward."""
+        return RULES[self.params.unmask].noise
+
+    @cached_property
     def grows(self) -> bool:
         """True if it gets pages as it stores K,V, and may have to compute them anew."""
         return CACHES[self.policy].grows

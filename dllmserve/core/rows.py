@@ -96,6 +96,7 @@ class RowInit:
         logprobs: of so many of the likeliest tokens log-probabilities are wanted; None: of none,
             and not of those that are written.
         candidates: ids whose log-probabilities are wanted, for each position to fill.
+        noise: positions to fill hold noise, and the model is given that in place of a mask.
     """
 
     row: int
@@ -115,6 +116,7 @@ class RowInit:
     regions: tuple[Region, ...] = ()
     logprobs: int | None = None
     candidates: tuple[tuple[int, ...], ...] = ()
+    noise: bool = False
 
     @property
     def wants(self) -> bool:
@@ -223,6 +225,7 @@ def row_inits(request: Request, spec: ModelSpec) -> list[RowInit]:
             regions=request.regions if row == request.row else (),
             logprobs=params.logprobs,
             candidates=request.candidates if row == request.row else (),
+            noise=spec.noise,
         )
         for row, ids, edits in rows
     ]

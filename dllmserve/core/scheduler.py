@@ -317,6 +317,8 @@ class Scheduler:
             return
         if request.revokes:
             stuck = request.progress.step_in_block > MAX_REVOKING * request.longest_block
+        elif request.noise:
+            stuck = request.progress.step_in_block >= request.params.max_denoising_steps
         else:
             # without masks, a forward edits
             stuck = report.masks_left >= max(request.progress.masks_left, 1)
@@ -436,7 +438,7 @@ class Scheduler:
             uncond=uncond,
             masks=progress.masks_left,
             rule=request.params.unmask,
-            entering=progress.step_in_block == 0,
+            step=progress.step_in_block,
             quota=quota,
             last=request.predictable
             and progress.block == len(request.blocks) - 1

@@ -125,13 +125,14 @@ class RequestValidator:
         if spec.geometry == "full":
             return answer_canvas(ids, length, block)
         if spec.causal_context:
-            return framed_canvas(ids, length, block)
+            return framed_canvas(ids, length, block, whole=spec.noise)
         part, short = params.sub_block_length, spec.short_blocks
         return window_canvas(ids, length, block, spec.logit_shift, part, short=short)
 
     def _check_geometry(self, params: SamplingParams) -> None:
         """Refuse what block-causal and autoregressive models have no use for, or cannot do."""
         spec = self.spec
+        self._check_noise(params)
         self._check_cache(params)
         self._check_edits(params)
         if spec.geometry == "full":
@@ -171,6 +172,30 @@ class RequestValidator:
                     f"{name}={getattr(params, name)} does not work with {kind}, which writes one "
                     "token after the other: leave it out"
                 )
+
+    def _check_noise(self, params: SamplingParams) -> None:
+        """Refuse rules that fill masks where there are none, and the other way round."""
+        spec, rule = self.spec, params.unmask
+        if RULES[rule].noise != spec.noise:
+            raise InvalidParameterError(
+                f"unmask={rule!r} fills masks, and this model has a canvas of noise: leave it out "
+                "or take 'renoise'"
+                if spec.noise
+                else f"unmask={rule!r} works on a canvas of noise, and this model has masks: take "
+                "another rule"
+            )
+        if not spec.noise:
+            return
+        if params.steps_per_block is not None:
+            raise InvalidParameterError(
+                f"steps_per_block={params.steps_per_block} is a fixed schedule's, and a canvas of "
+                "noise is done when it is sure: give max_denoising_steps"
+            )
+        if params.resolved_block_length > spec.block_length:
+            raise InvalidParameterError(
+                f"block_length={params.block_length} is over this model's canvas of "
+                f"{spec.block_length} tokens: make it smaller, or leave it out"
+            )
 
     def _check_windows(self, params: SamplingParams) -> None:
         """Refuse what computes parts of the blocks that a model's experts are chosen for."""
@@ -282,8 +307,8 @@ class RequestValidator:
         canvas, limit = request.canvas, self.limits.max_model_len
         if len(canvas) <= limit:
             return
-        window = canvas.window
-        room = limit // window * window - canvas.start
+        window, origin = canvas.unit, canvas.origin
+        room = origin + (limit - origin) // window * window - canvas.start
         way = (
             "shorten it by a block"
             if request.holes
@@ -342,6 +367,8 @@ def settled(params: SamplingParams, spec: ModelSpec) -> SamplingParams:
             changed["steps"] = same_pace(params.steps, params.gen_length, block, spec.block_length)
     if spec.geometry != "full":
         changed |= _without_full_attention(params, spec)
+    if spec.noise and (params.unmask == "steps" or params.quality is not None):
+        changed["unmask"] = "renoise"
     if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
         changed["max_tokens"] = int(DEFAULT_LENGTHS[0])
     return replace(params, **changed) if changed else params
@@ -364,7 +391,8 @@ def _without_full_attention(params: SamplingParams, spec: ModelSpec) -> dict[str
         if fewer and params.steps_per_block is None:
             raise InvalidParameterError(
                 f"steps={params.steps} counts for the whole answer of a model with full attention, "
-                "and this one fills block after block: give steps_per_block"
+                "and this one fills block after block: give "
+                + ("max_denoising_steps" if spec.noise else "steps_per_block")
                 if spec.geometry == "block"
                 else f"steps={params.steps} says nothing to an autoregressive model, which takes a "
                 "forward for each token: leave it out"
@@ -378,6 +406,11 @@ def _check_candidates(request: Request, spec: ModelSpec) -> None:
     given, fills = request.candidates, sum(request.masks)
     if not given:
         return
+    if spec.noise:
+        raise InvalidParameterError(
+            "candidates are read where nothing is written yet, and this model has no masks: its "
+            "canvas holds noise"
+        )
     if len(given) != fills:
         raise InvalidParameterError(
             f"candidates has {len(given)} tuples for {fills} positions to fill: give one for each"
@@ -397,13 +430,22 @@ def _raise_it(limit: int, spec: ModelSpec) -> str:
 
 
 def window_of(spec: ModelSpec, params: SamplingParams) -> int:
-    """Positions to whose multiple a canvas is filled; 0 with full attention."""
+    """Positions to whose multiple a canvas is filled; 0 with full attention.
+
+    They are counted from position 0 on, or of canvases of noise from the prompt's end on.
+    """
     if spec.geometry == "full":
         return 0
-    if spec.causal_context or spec.short_blocks:
+    if spec.short_blocks or (spec.causal_context and not spec.noise):
         return 1
     given = None if isinstance(params.block_length, NotGiven) else params.block_length
     return given or spec.block_length
+
+
+def room_of(spec: ModelSpec, params: SamplingParams, prompt_len: int, room: int) -> int:
+    """Positions, of so many that there is room for, up to which answers can be filled."""
+    window, origin = window_of(spec, params) or 1, prompt_len if spec.noise else 0
+    return origin + max(room - origin, 0) // window * window
 
 
 def _check_masks(ids: Sequence[int], holes: Holes, spec: ModelSpec, name: str) -> None:

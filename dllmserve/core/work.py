@@ -14,6 +14,8 @@ def forwards_of(request: Request) -> int:
     """Forward passes that decide tokens, at most."""
     if RULES[request.params.unmask].quota == "exact":
         return sum(len(block) for block in request.quotas)
+    if request.noise:
+        return request.params.max_denoising_steps * len(request.blocks)
     if request.revokes:
         return sum(request.masks) + REVOKED * len(request.blocks)
     if request.params.edits:

@@ -19,7 +19,7 @@ from dllmserve.decisions.questions import Question
 from dllmserve.decisions.reading import MAX_READINGS, Found, How, decide
 from dllmserve.decisions.template import Reading, Template
 from dllmserve.engine.tokenizer import Tokenizer
-from dllmserve.errors import TokenizerError
+from dllmserve.errors import InvalidRequestError, TokenizerError
 from dllmserve.holes import Hole
 from dllmserve.outputs import RequestOutput
 from dllmserve.sampling_params import SamplingParams
@@ -47,6 +47,11 @@ class Decider:
     def __init__(self, tokenizer: Tokenizer | None, spec: ModelSpec, limits: Limits) -> None:
         if tokenizer is None:
             raise TokenizerError("decisions need a tokenizer, and this checkpoint has none")
+        if spec.noise:
+            raise InvalidRequestError(
+                "decisions are read where nothing is written yet, and this model has no masks, but "
+                "a canvas of noise: use a model with masks, or an autoregressive one"
+            )
         self._together = spec.geometry == "full"
         self._spec = spec
         ends = (*spec.turn_end_ids, *spec.eos_ids)

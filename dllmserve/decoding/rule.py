@@ -39,6 +39,7 @@ class RuleView:
         memory: what the rule left behind in the block's last forward; None unless it has a
             memory.
         edits: what :func:`edited` needs; None if no request may edit.
+        canvas: what a rule for canvases of noise needs; None unless asked for.
     """
 
     eligible: Tensor
@@ -52,6 +53,7 @@ class RuleView:
     back: Tensor | None = None
     memory: Memory | None = None
     edits: Edits | None = None
+    canvas: CanvasView | None = None
 
     def parameter(self, name: str) -> Tensor:
         """[n, 1] float64, a number of SamplingParams, of every request."""
@@ -83,6 +85,21 @@ class Edits:
 
 
 @dataclass(frozen=True)
+class CanvasView:
+    """Canvases of noise; ``RuleView.tokens`` are then the likeliest tokens.
+
+    Attributes:
+        step: [n] int64, forwards that the canvas has had before this one.
+        drawn: [n, W] int64, a draw from each position's distribution.
+        noise: [n, W] int64, fresh noise.
+    """
+
+    step: Tensor
+    drawn: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
 class Memory:
     """What a rule keeps from forward to forward of a block, on the device.
 
@@ -104,12 +121,15 @@ class Update:
         write: [n, W] bool, where they go.
         remask: [n, W] bool, written positions that are masked again; None for none.
         memory: what the rule keeps; None if it keeps nothing.
+        draft: [n, W] int64, what positions that stay open hold in the next forward; None where that
+            is the mask.
     """
 
     tokens: Tensor
     write: Tensor
     remask: Tensor | None = None
     memory: Memory | None = None
+    draft: Tensor | None = None
 
 
 class UnmaskRule(Protocol):

@@ -74,6 +74,8 @@ class TokenStats:
             asked for.
         logprobs: [n, columns] float64 of each segment that asks for log-probabilities, see
             :func:`dllmserve.decoding.logprobs.row_logprobs`.
+        drawn: [N] int64, of canvases of noise a draw from the distribution, whose ``token`` is the
+            likeliest; None otherwise.
     """
 
     token: Tensor
@@ -82,6 +84,7 @@ class TokenStats:
     entropy: Tensor | None
     kl: Tensor | None = None
     logprobs: tuple[Tensor, ...] = ()
+    drawn: Tensor | None = None
 
     @staticmethod
     def concat(parts: list[TokenStats]) -> TokenStats:
@@ -94,7 +97,9 @@ class TokenStats:
         if any(p.kl is not None for p in parts):
             none = [torch.full_like(p.prob, torch.inf) for p in parts]
             kl = torch.cat([n if p.kl is None else p.kl for p, n in zip(parts, none, strict=True)])
+        drawn = [p.drawn for p in parts if p.drawn is not None]
         return TokenStats(
+            drawn=torch.cat(drawn) if drawn else None,
             token=torch.cat([p.token for p in parts]),
             prob=torch.cat([p.prob for p in parts]),
             margin=torch.cat(margins) if margins else None,

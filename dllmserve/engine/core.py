@@ -19,6 +19,7 @@ from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import ends_of, row_inits
 from dllmserve.core.scheduler import Scheduler
 from dllmserve.core.validator import RequestValidator
+from dllmserve.decoding.noise import CanvasNoise
 from dllmserve.engine.filled import with_holes
 from dllmserve.engine.grammars import Grammars
 from dllmserve.engine.history import AnswerHistory
@@ -26,7 +27,7 @@ from dllmserve.engine.logprobs import AnswerLogprobs
 from dllmserve.engine.machine import with_threads
 from dllmserve.engine.sizing import memory_advice
 from dllmserve.engine.tokenizer import AnswerText, Tokenizer
-from dllmserve.errors import OutOfMemoryError
+from dllmserve.errors import ConfigError, OutOfMemoryError
 from dllmserve.holes import Holes
 from dllmserve.outputs import CanvasStep, RequestOutput, TokenLogprob
 from dllmserve.runtime.platform import (
@@ -35,7 +36,7 @@ from dllmserve.runtime.platform import (
     on_device,
     release_cached_memory,
 )
-from dllmserve.runtime.runner import StepHandle, StepRunner
+from dllmserve.runtime.runner import ModelRunner, StepHandle, StepRunner
 from dllmserve.sampling_params import SamplingParams
 
 
@@ -170,6 +171,18 @@ class EngineCore:
         )
         begin(request, ends_of(request.params, self.spec))
         return request
+
+    def use_noise(self, noise: CanvasNoise) -> None:
+        """Take the noise of canvases from elsewhere.
+
+        Raises:
+            ConfigError: several ranks would have to do so.
+        """
+        if not isinstance(self._runner, ModelRunner):
+            raise ConfigError("noise can be replaced with tensor_parallel_size=1 only")
+        self._runner.table.noise = noise
+        if self._runner.graphs is not None:
+            self._runner.graphs.clear()  # they were captured with the other
 
     @property
     def validator(self) -> RequestValidator:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ from dllmserve.config import EngineConfig
 from dllmserve.core.budget import NO_LIMIT, MemoryBudget
 from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
+from dllmserve.decoding.noise import CounterNoise
 from dllmserve.engine.machine import (
     checked_plan,
     choose_attention,
@@ -43,10 +44,13 @@ from dllmserve.models.loader import (
 from dllmserve.parallel.group import Group, smallest
 from dllmserve.parallel.partition import Partition
 from dllmserve.runtime.edits import LogitEdit, make_edits
-from dllmserve.runtime.logits import LogitsHead, TorchReducer
+from dllmserve.runtime.logits import Linear, LogitsHead, TorchReducer
 from dllmserve.runtime.platform import is_out_of_memory, on_device, release_cached_memory
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
+
+if TYPE_CHECKING:
+    from dllmserve.runtime.canvas import ExpectedEmbeddings
 
 _log = logging.getLogger(__name__)
 _MIN_STEP_TOKENS, _MAX_STEP_TOKENS = 8192, 32768
@@ -117,15 +121,19 @@ class RunnerParts:
         limits = plan.limits
         triton = plan.kernels == "triton"
         exact = decoder.ops.linear if triton and plan.dtype == torch.float32 else None
+        spec = plan.spec
         head = LogitsHead(
             decoder.head.weight,
             limits.max_logit_rows,
-            plan.spec.mask_id,
+            spec.mask_id,
             _reducer(plan.kernels)(decoder.vocab),
             exact,
+            cap=spec.logit_cap,
+            expected=_expected(plan, decoder, exact) if spec.noise else None,
         )
-        ends = len(plan.spec.eos_ids)
+        ends = len(spec.eos_ids)
         table = StateTable(limits.max_num_seqs, limits.max_model_len, plan.device, ends)
+        table.noise = CounterNoise(spec.vocab_size)
         backend: AttentionBackend = BACKENDS[plan.attention].load()(plan.partition.local)
         edits = make_edits(plan.sizing.edit_sizes, decoder.vocab, plan.device, plan.kernels)
         return cls(plan, decoder, table, backend, head, edits)
@@ -157,6 +165,14 @@ class RunnerParts:
             kernels=plan.kernels,
             edits=self.edits,
         )
+
+
+def _expected(plan: EnginePlan, decoder: Decoder, exact: Linear | None) -> ExpectedEmbeddings:
+    """What a model with canvases of noise is fed of its last forward."""
+    from dllmserve.runtime.canvas import ExpectedEmbeddings  # nothing else needs it
+
+    rows, block = plan.limits.max_num_seqs + 1, plan.sizing.canvas_len
+    return ExpectedEmbeddings(decoder.embedding.weight, decoder.vocab, rows, block, exact)
 
 
 def _reducer(kernels: str) -> type[TorchReducer]:

@@ -114,6 +114,7 @@ class Sizing:
         pages = length // self.options.page_size
         ends = len(self.spec.eos_ids)
         per_row = length * 26 + pages * 8 + (2 * ends + MAX_STOP_IDS) * 8
+        per_row += 2 * self.canvas_len * self.spec.hidden_size * self.dtype.itemsize
         rows = (self.options.max_num_seqs + 1) * per_row
         edits = edit_bytes(self.edit_sizes, keeps=False)
         return rows + edits + length * self.spec.rotated * 4
@@ -121,6 +122,11 @@ class Sizing:
     def _history(self) -> int:
         """What rules keep of logits."""
         return edit_bytes(self.edit_sizes, keeps=True)
+
+    @property
+    def canvas_len(self) -> int:
+        """Positions of the longest canvas of noise; 0 for models without."""
+        return self.spec.block_length if self.spec.noise else 0
 
     @property
     def edit_sizes(self) -> EditSizes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,6 +29,19 @@ class Block:
     mlp_norm: RMSNorm
     mlp: Callable[..., Tensor]
     pooled: bool = False
+
+
+class CanvasTokens(NamedTuple):
+    """What a model with canvases of noise is given beside ids.
+
+    Attributes:
+        mine: [N] bool, tokens of a canvas that is filled; the others are encoded for good.
+        expected: [N, d], mean of the embedding by the distribution that the forward before gave the
+            position (``sum_v p_v E_v``); zeros where there is none.
+    """
+
+    mine: Tensor
+    expected: Tensor
 
 
 class Decoder(ABC):
@@ -75,6 +88,7 @@ class Decoder(ABC):
         positions: Tensor,
         context: AttentionContext,
         rows: Tensor | None = None,
+        canvas: CanvasTokens | None = None,
     ) -> Tensor:
         """Run N packed tokens of any number of requests.
 
@@ -85,6 +99,7 @@ class Decoder(ABC):
             rows: [M] int64, the tokens whose result is wanted; None for all of them. What
                 follows the last layer's attention is computed for these alone, but for experts
                 with a capacity, which need all tokens of a window.
+            canvas: of models with canvases of noise.
 
         Returns:
             [M, hidden_size] (or [N, hidden_size]) after the final norm.

@@ -237,12 +237,14 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", array_like=True, frozen=True):
 FromWorker = Ready | NotLoaded | Admitted | Report | Crashed | Reached | Heartbeat
 
 
-def plain(value: Any) -> int | str | bytes:
-    """A subclass of int or str, such as Kept, as a plain one, and grammars as bytes."""
+def plain(value: Any) -> int | float | str | bytes:
+    """A subclass of int, float or str, such as Kept, as a plain one, and grammars as bytes."""
     if isinstance(value, Compiled):
         return value.data
     if isinstance(value, int):
         return int(value)
+    if isinstance(value, float):
+        return float(value)
     if isinstance(value, str):
         return str(value)
     raise NotImplementedError(f"{type(value).__name__} is not for messages")

@@ -12,7 +12,15 @@ from torch.nn import functional as F
 from dllmserve.catalog import RULES
 from dllmserve.core.rows import IntField, Track
 from dllmserve.decoding.noise import position_uniforms, row_keys
-from dllmserve.decoding.rule import Edits, Memory, RuleView, UnmaskRule, Update, edited
+from dllmserve.decoding.rule import (
+    CanvasView,
+    Edits,
+    Memory,
+    RuleView,
+    UnmaskRule,
+    Update,
+    edited,
+)
 from dllmserve.decoding.stats import RowParams, TokenStats
 from dllmserve.runtime.inputs import StepInputs
 from dllmserve.runtime.shape import StepShape
@@ -109,8 +117,7 @@ class StepDecision:
         return HeadCells(
             row=torch.where(real, inputs.rows[owner], self._table.trash_row),
             column=inputs.head_cells % self._shape.width,
-            entering=inputs.entering[owner]
-            | ~real,  # see runtime.shape: nothing is kept of padding
+            step=inputs.step[owner].masked_fill(~real, 0),  # nothing is kept of padding
             forward=self._forwards[owner],
             real=real,
         )
@@ -171,6 +178,7 @@ class StepDecision:
             back=self._back(value) if self._shape.blind else None,
             memory=self._memory(),
             edits=self._edits(stats.prob),
+            canvas=self._canvas(stats),
         )
         return view, self._ints[:, IntField.RULE]
 
@@ -187,6 +195,15 @@ class StepDecision:
             return None
         current = self._table.tokens[inputs.rows[:, None], inputs.block]
         return Edits(current, self._spread(prob, inputs.editable, -torch.inf))
+
+    def _canvas(self, stats: TokenStats) -> CanvasView | None:
+        """What canvases of noise may hold next, if the model has such."""
+        if stats.drawn is None:
+            return None
+        inputs, noise = self._inputs, self._table.noise
+        draw = (self._ints[:, IntField.SEED], inputs.block, inputs.step)
+        drawn = noise.drawn(self._to_cells(stats.drawn, 0), *draw)
+        return CanvasView(inputs.step, drawn, noise.ids(*draw))
 
     def _spread_some(self, values: Tensor | None) -> Tensor | None:
         return None if values is None else self._spread(values, self._inputs.eligible, torch.inf)
@@ -215,7 +232,7 @@ class StepDecision:
         for name in self._shape.rules:
             start = RULES[name].memory
             if start is not None:
-                mine = inputs.entering & (self._ints[:, IntField.RULE] == RULES.index(name))
+                mine = (inputs.step == 0) & (self._ints[:, IntField.RULE] == RULES.index(name))
                 row = torch.where(mine, start[0], row)
                 cells = torch.where(mine[:, None], start[1], cells)
         return Memory(row, cells)
@@ -230,6 +247,8 @@ class StepDecision:
         rows = inputs.rows[:, None]
         written = self._laid_over(torch.zeros_like(inside), update.write)
         tokens = self._laid_over(table.tokens[rows, columns], update.tokens, update.write)
+        if update.draft is not None:
+            tokens = self._laid_over(tokens, update.draft, inputs.eligible & ~update.write)
         masked = (table.masked[rows, columns] & inside) & ~written
         if update.remask is not None:
             masked |= self._laid_over(torch.zeros_like(inside), update.remask)
@@ -354,6 +373,7 @@ def apply_rules(
     tokens, write, memory = updates[0].tokens, updates[0].write, view.memory
     revoking = any(update.remask is not None for update in updates)
     remask = torch.zeros_like(write) if revoking else None
+    draft = updates[0].draft
     for name, own in zip(names, updates, strict=True):
         mine = (kind == RULES.index(name))[:, None]
         tokens = torch.where(mine, own.tokens, tokens)
@@ -365,7 +385,9 @@ def apply_rules(
                 torch.where(mine[:, 0], own.memory.row, memory.row),
                 torch.where(mine, own.memory.cells, memory.cells),
             )
-    return Update(tokens, write, remask, memory)
+        if draft is not None and own.draft is not None:
+            draft = torch.where(mine, own.draft, draft)
+    return Update(tokens, write, remask, memory, draft)
 
 
 def with_edits(update: Update, view: RuleView) -> tuple[Update, Tensor | None]:

@@ -32,7 +32,7 @@ class StepInputs:
         block: [n, W] int64, canvas positions of the block; the trash column where the
             block is shorter than W.
         eligible: [n, W] bool, masked block positions.
-        entering: [n] bool, whether it is the block's first forward.
+        step: [n] int64, forwards that the block has had.
         quota: [n] int64, tokens that a schedule writes.
         fills: [n] bool, whether the forward decides tokens.
         scored: [n, W] bool, written block positions whose tokens are scored.
@@ -53,7 +53,7 @@ class StepInputs:
     uncond_rows: Tensor
     block: Tensor
     eligible: Tensor
-    entering: Tensor
+    step: Tensor
     quota: Tensor
     fills: Tensor
     scored: Tensor
@@ -79,10 +79,10 @@ def build_inputs(
     packed: Tensor,  # [..] int32, Packing.ints; it may be longer
     shape: StepShape,
     table: StateTable,
-    mask_id: int,
+    mask_id: int | None,
     logit_shift: int,
 ) -> StepInputs:
-    """Gather a step's inputs from the state table."""
+    """Gather a step's inputs from the state table; see :func:`_fed` for the mask id."""
     wide, entries = span_fields(packed, shape).long(), entry_fields(packed, shape)
     row, q_start, q_len = (wide[:, column] for column in _QUERIES)
     ends = q_len.cumsum(0)
@@ -97,8 +97,8 @@ def build_inputs(
         offset = order.offset_of(owner, offset)
     positions = (offset + q_start[owner]).masked_fill(padding, 0)
     source = row[owner].masked_fill(padding, table.trash_row)
-    hidden = table.masked[source, positions] | (wide[owner, SpanField.MASK] == Mask.BLIND)
-    ids = table.tokens[source, positions].masked_fill(hidden, mask_id)
+    blind = wide[owner, SpanField.MASK] == Mask.BLIND
+    ids = _fed(table, source, positions, blind, mask_id)
     count = shape.entries
     block, eligible, scored, editable = _blocks(wide[:count], shape, table)
     read = eligible | scored if editable is None else eligible | scored | editable
@@ -124,7 +124,7 @@ def build_inputs(
         uncond_rows=row[count : count + shape.guided],
         block=block,
         eligible=eligible,
-        entering=entries[:, EntryField.ENTERING] > 0,
+        step=entries[:, EntryField.STEP].long(),
         quota=entries[:, EntryField.QUOTA].long(),
         fills=wide[:count, SpanField.HEAD] != Part.NONE,
         scored=scored,
@@ -134,6 +134,19 @@ def build_inputs(
         head_cells=cells,
         head_real=real,
     )
+
+
+def _fed(
+    table: StateTable, row: Tensor, position: Tensor, blind: Tensor, mask_id: int | None
+) -> Tensor:
+    """What the model is given [N] int64 at positions of rows: masked ones as the mask.
+
+    Without a mask id it is given what they hold.
+    """
+    ids = table.tokens[row, position]
+    if mask_id is None:
+        return ids
+    return ids.masked_fill(table.masked[row, position] | blind, mask_id)
 
 
 def _blocks(
@@ -275,7 +288,7 @@ def head_cells(
     return HeadCells(
         row=row,
         column=column,
-        entering=(entries[:, EntryField.ENTERING].index_select(0, entry) > 0) | ~real,
+        step=entries[:, EntryField.STEP].index_select(0, entry).long().masked_fill(~real, 0),
         forward=table.forwards[row],
         real=real,
     )

@@ -22,6 +22,7 @@ from dllmserve.runtime.shape import SegmentShape
 from dllmserve.runtime.tensors import HeadCells
 
 if TYPE_CHECKING:
+    from dllmserve.runtime.canvas import ExpectedEmbeddings
     from dllmserve.runtime.constraints import ConstraintEdit
 
 #: ``x [n, d], weight [out, d], bias [out] or None -> [n, out]``
@@ -157,6 +158,8 @@ class LogitsHead:
         reducer: turns logits into statistics; by default of the whole vocabulary.
         exact: products whose result for a row depends on that row alone, bit for bit;
             None takes the fastest.
+        cap: logits z become ``cap * tanh(z / cap)``, in float32; 0 for none.
+        expected: takes what is expected of canvases of noise; None for other models.
     """
 
     def __init__(
@@ -166,8 +169,11 @@ class LogitsHead:
         mask_id: int,
         reducer: RowReducer | None = None,
         exact: Linear | None = None,
+        cap: float = 0.0,
+        expected: ExpectedEmbeddings | None = None,
     ) -> None:
         self._weight = weight
+        self._cap, self.expected = cap, expected
         self._max_rows = max_rows
         self._mask_id = mask_id
         self._reducer = reducer or TorchReducer(VocabShard(len(weight)))
@@ -213,7 +219,7 @@ class LogitsHead:
                 z, found = edits.apply(z, chunk, segment)
                 own = edits.params(params, chunk, segment)
                 edits.note(z, own, chunk, segment, self._mask_id)
-                part = self._reducer.reduce(z, own, self._mask_id, segment, needs)
+                part = self._reduce(z, own, segment, needs, edits.cells, chunk)
                 parts.append(replace(part, **found))
                 if segment.wanted:
                     wanted.append(edits.logprobs(raw, part.token, chunk, segment.wanted, vocab))
@@ -221,6 +227,27 @@ class LogitsHead:
                 logprobs.append(torch.cat(wanted))
             start = end
         return replace(TokenStats.concat(parts), logprobs=tuple(logprobs))
+
+    def _reduce(
+        self,
+        z: Tensor,
+        params: RowParams,
+        segment: SegmentShape,
+        needs: frozenset[str],
+        cells: HeadCells | None,
+        chunk: slice,
+    ) -> TokenStats:
+        """Statistics of a chunk; of canvases of noise the likeliest tokens and draws beside."""
+        reduce, mask_id = self._reducer.reduce, self._mask_id
+        if self.expected is None or cells is None:
+            return reduce(z, params, mask_id, segment, needs)
+        plain = replace(segment, sampled=False, filtered=False)
+        part = reduce(z, params, mask_id, plain, needs)
+        drawn = part.token
+        if segment.sampled or segment.filtered:
+            drawn = reduce(z, params, mask_id, segment, frozenset()).token
+        self.expected.keep(z, cells, chunk)
+        return replace(part, drawn=drawn)
 
     def of_tokens(
         self,
@@ -271,7 +298,7 @@ class LogitsHead:
             rows //= 2  # two rows of logits each
         if segment.edits and self._weight.dtype != torch.float32:
             rows //= 2  # a float32 copy of each, twice its size
-        if segment.keeps or segment.blind or segment.wanted:
+        if segment.keeps or segment.blind or segment.wanted or self.expected is not None:
             rows //= self._reducer.kept_cost
         if segment.filtered:
             rows //= self._reducer.filtered_cost
@@ -282,10 +309,14 @@ class LogitsHead:
     def _logits(self, x: Tensor, offset: int) -> Tensor:
         """[n, v] logits of x [n, d], in the shared buffer from row ``offset`` if there is one."""
         if self._exact is not None:
-            return self._exact(x, self._weight, None)
-        if self._buffer is None:
-            return F.linear(x, self._weight)
-        return torch.mm(x, self._weight.t(), out=self._buffer[offset : offset + len(x)])
+            z = self._exact(x, self._weight, None)
+        elif self._buffer is None:
+            z = F.linear(x, self._weight)
+        else:
+            z = torch.mm(x, self._weight.t(), out=self._buffer[offset : offset + len(x)])
+        if not self._cap:
+            return z
+        return z.float().div_(self._cap).tanh_().mul_(self._cap)
 
     def _guide(self, z: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
         """l_u + (s + 1)(l_c - l_u), with s per row; in place."""

@@ -432,7 +432,10 @@ class ModelRunner:
         constraint = self._constraint(shape)
         if constraint is not None:
             constraint.begin(self._packed, shape, table)
-        hidden = self._decoder(given.ids, given.positions, context, rows)
+        expected, canvas = self._head.expected, None
+        if expected is not None:
+            canvas = expected.tokens(self._packed, shape, given)
+        hidden = self._decoder(given.ids, given.positions, context, rows, canvas)
         stats = self._head.stats(
             hidden,
             given.cfg_scale,

@@ -31,8 +31,8 @@ class EntryField(IntEnum):
     #: the first of its segment's padding rows and their number; 0 but for a segment's first entry
     FIRST_PAD = 2
     PADS = 3
-    #: 1 in a block's first forward
-    ENTERING = 4
+    #: forwards that the block has had; -1 of one that only stores
+    STEP = 4
     #: tokens that a schedule writes
     QUOTA = 5
 
@@ -40,7 +40,7 @@ class EntryField(IntEnum):
 ENTRY_FIELDS = len(EntryField)
 #: LM-head rows of a padding entry, and that it enters a block: what is kept on the trash row, which
 #: may be anything, begins anew in every step
-_PADDING = (0, 1, 0)
+_PADDING = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ class _Layout:
         pad = self._pad
         count = pad.other(len(entries))
         padding = count - len(entries)
-        heads = [(e.head_rows, int(e.entering), e.quota) for e in entries] + [_PADDING] * padding
+        heads = [(e.head_rows, e.step, e.quota) for e in entries] + [_PADDING] * padding
         segment = SegmentShape(
             entries=count,
             # at least one, so that a step that only stores is no special case
@@ -390,13 +390,13 @@ def _entry_fields(heads: list[tuple[int, int, int]], first: int, rows: int) -> a
     """:class:`EntryField` of a segment's entries, if it starts at LM-head row ``first``.
 
     Args:
-        heads: number of LM-head rows of each entry, whether it enters its block, and its quota.
+        heads: number of LM-head rows of each entry, forwards that its block has had, and its quota.
         rows: LM-head rows of the segment.
     """
     ints = array("i")
     row = first
-    for count, entering, quota in heads:
-        ints.extend((row, count, 0, 0, entering, quota))
+    for count, step, quota in heads:
+        ints.extend((row, count, 0, 0, step, quota))
         row += count
     ints[EntryField.FIRST_PAD], ints[EntryField.PADS] = row, first + rows - row
     return ints

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dllmserve._values import MAX_STOP_IDS
 from dllmserve.core.rows import IntField, RowInit, Track
+from dllmserve.decoding.noise import CanvasNoise, CounterNoise
 from dllmserve.device import host_to_device
 from dllmserve.runtime.platform import beside_steps, fetch
 from dllmserve.sampling_params import FLOATS
@@ -36,6 +37,8 @@ class StateTable:
         memory_row: [R + 1] float64, the rule's number for the request.
         memory_cells: [R + 1, T + 1] float64, the rule's number for each position.
         host: row -> its RowInit, for choices that the host makes.
+        noise: where ids of canvases of noise come from; an engine's can be replaced to run with
+            recorded draws.
         candidates: row -> [length, C] int64, ids whose log-probabilities are wanted at the
             positions from the first to fill to the last; -1 for none. Of rows that want some.
     """
@@ -57,6 +60,7 @@ class StateTable:
         self.stale = torch.zeros(rows, width, device=device)
         self.memory_row = torch.zeros(rows, dtype=torch.float64, device=device)
         self.memory_cells = torch.zeros(rows, width, dtype=torch.float64, device=device)
+        self.noise: CanvasNoise = CounterNoise(1)
         self.host: dict[int, RowInit] = {}
         self.candidates: dict[int, Tensor] = {}
 
@@ -68,6 +72,8 @@ class StateTable:
         for start, end in init.holes:
             self.open[row, start:end] = True
         self.masked[row] = self.open[row]
+        if init.noise:
+            self._begin_canvases(init)
         self.steps[row] = 0
         self.candidates.pop(row, None)
         if init.candidates:
@@ -85,6 +91,15 @@ class StateTable:
             self.stale[row] = NEVER_COMPUTED if init.track is Track.DRIFT else -1.0
         self.forwards[row : row + 1] = 0  # a single element would be copied, and waited for
         self.host[row] = init
+
+    def _begin_canvases(self, init: RowInit) -> None:
+        """Put noise where the row is to be filled."""
+        seed = init.ints[IntField.SEED]
+        for start, end in init.holes:
+            position = torch.arange(start, end, device=self.device)[None]
+            drawn = (host_to_device([number], self.device) for number in (seed, -1))
+            seeds, step = drawn
+            self.tokens[init.row, start:end] = self.noise.ids(seeds, position, step)[0]
 
     def answer(self, row: int) -> Tensor:
         """Ids of a row from its first position to fill to its last: [length] int64, a view."""

@@ -76,7 +76,8 @@ class TorchStep:
     def begin(self, packed: Tensor, shape: StepShape) -> TorchWork:
         """See :class:`StepOps`."""
         spec, table = self._spec, self._table
-        inputs = build_inputs(packed, shape, table, spec.fed_mask_id, spec.logit_shift)
+        mask_id = None if spec.noise else spec.fed_mask_id
+        inputs = build_inputs(packed, shape, table, mask_id, spec.logit_shift)
         decision = StepDecision(table, self._rules, shape, inputs)
         tensors = StepTensors(
             ids=inputs.ids,

@@ -19,7 +19,7 @@ class HeadCells:
     Attributes:
         row: [M] int64, row of the state table; the trash row for padding.
         column: [M] int64, index in the block.
-        entering: [M] bool, whether this is the block's first forward.
+        step: [M] int64, forwards that the block has had; 0 for padding, of which nothing is kept.
         forward: [M] int64, forwards that the request has had.
         real: [M] bool, False for padding.
         left: [M] int64, what the model is given one place to the left, the mask id for a mask; None
@@ -28,10 +28,15 @@ class HeadCells:
 
     row: Tensor
     column: Tensor
-    entering: Tensor
+    step: Tensor
     forward: Tensor
     real: Tensor
     left: Tensor | None = None
+
+    @property
+    def entering(self) -> Tensor:
+        """Whether this is the block's first forward: [M] bool."""
+        return self.step == 0
 
 
 @dataclass(frozen=True)

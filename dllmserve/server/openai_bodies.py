@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, Field
 from dllmserve._stepwise import stepwise
 from dllmserve._values import MAX_GEN_LENGTH, MAX_LOGPROBS
 from dllmserve.core.limits import Limits
-from dllmserve.core.validator import window_of
+from dllmserve.core.validator import room_of, window_of
 from dllmserve.messages import template_messages
 from dllmserve.process.messages import EngineInfo
 from dllmserve.sampling_params import SamplingParams
@@ -194,7 +194,8 @@ class OpenAIFields(StructuredFields, DecodingFields):
         room = limits.max_model_len
         if window:  # no masks are seen behind a block, and one that has begun is filled
             ends = not params.ignore_eos
-            room = min(room, limits.num_pages * limits.page_size) // window * window
+            room = min(room, limits.num_pages * limits.page_size)
+            room = room_of(engine.spec, params, prompt_len, room)
         ends = self.open_ended and ends and config.default_max_tokens is None
         if ends and not window:
             room = _room(limits, params, prompt_len)

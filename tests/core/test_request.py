@@ -5,9 +5,10 @@ from itertools import pairwise
 
 import pytest
 
+from dllmserve._settings import with_sparse
 from dllmserve.core.request import Request, Status
 from dllmserve.core.rows import IntField, RowSelect, row_inits
-from dllmserve.sampling_params import FLOATS, SamplingParams, with_sparse
+from dllmserve.sampling_params import FLOATS, SamplingParams
 from dllmserve.sparse.state import SparseConfig
 from tests.helpers import PLAIN, prompt_request
 

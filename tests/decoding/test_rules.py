@@ -122,10 +122,10 @@ def rule(name: str) -> UnmaskRule:
 
 
 def test_every_rule_has_a_twin() -> None:
-    assert set(TWINS) == set(RULES)
+    assert {*TWINS, "renoise"} == set(RULES)
     for name in RULES:
-        assert RULES[name].needs <= {"entropy", "kl", "back", "credit"}
-        assert (RULES[name].memory is not None) == bool(RULES[name].needs & {"kl", "back"})
+        assert RULES[name].needs <= {"entropy", "kl", "back", "credit", "noise", "tempering"}
+        assert (RULES[name].memory is not None) == bool(RULES[name].needs & {"kl", "back", "noise"})
 
 
 @pytest.mark.parametrize("name", TWINS)

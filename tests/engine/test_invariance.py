@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, SamplingParams, SparseConfig
-from dllmserve.sampling_params import with_sparse
+from dllmserve._settings import with_sparse
 from tests.conftest import Engines
 from tests.helpers import answer, check_idle, random_prompt
 from tests.ordered import use_ordered_products

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dllmserve import LLM, Hole, RequestOutput, SamplingParams, SparseConfig
+from dllmserve._settings import with_sparse
 from dllmserve.errors import PromptError
-from dllmserve.sampling_params import with_sparse
 from tests.conftest import SHAPES, Engines
 from tests.helpers import answer, check_idle, prompt_request, random_prompt
 from tests.oracles import models

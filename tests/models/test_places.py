@@ -186,7 +186,7 @@ def test_what_rules_keep(kind: str) -> None:
             cells = HeadCells(
                 row=row,
                 column=row * 0,
-                entering=torch.full((rows,), forward == 0),
+                step=torch.full((rows,), forward),
                 forward=row * 0 + forward,
                 real=row >= 0,
             )

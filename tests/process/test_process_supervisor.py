@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from dllmserve import LLM, SamplingParams, SparseConfig
+from dllmserve._settings import with_sparse
 from dllmserve.errors import (
     EngineDiedError,
     EngineStartError,
@@ -25,7 +26,6 @@ from dllmserve.errors import (
 from dllmserve.process.calls import MAX_KILLS_ALONE, Call, Delta
 from dllmserve.process.messages import Submit
 from dllmserve.process.supervisor import State, Supervisor, SupervisorOptions
-from dllmserve.sampling_params import with_sparse
 from tests.process.faulty_child import POISON
 from tests.process.helpers import until
 from tests.process.left import nothing_left

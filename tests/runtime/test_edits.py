@@ -17,6 +17,7 @@ from dllmserve.runtime.shape import EXACT, LADDER, Padding, SegmentShape, empty_
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import TorchStep
 from dllmserve.runtime.tensors import HeadCells
+from dllmserve.sampling_params import FLOATS
 from tests.helpers import PLAIN
 
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def table_and_plan(biases: dict[int, int]) -> tuple[StateTable, StepPlan]:
                 row=row,
                 ids=[1, 2],
                 holes=((2, 8),),
-                floats=(0.0, 1.0, 0.9, 1.0, 0.1, 0.0, 0.4, 0.01, 2.0, 0.9, 0.0, 1.0),
+                floats=(0.0,) * len(FLOATS),
                 ints=(2, 6, 0, 7, 0, 0, 0, RULES.index("steps"), 0, 0, 0, 0),
                 ends=(),
                 confidence="probability",
@@ -71,7 +72,7 @@ def table_and_plan(biases: dict[int, int]) -> tuple[StateTable, StepPlan]:
 def test_whose_head_rows_they_are(pad: Padding, shift: int) -> None:
     """The host's numbers say the same as the masks themselves, padding rows included."""
     table, plan = table_and_plan({})
-    plan = StepPlan(tuple(e._replace(entering=e.masks == 6) for e in plan.entries))
+    plan = StepPlan(tuple(e._replace(step=0 if e.masks == 6 else 1) for e in plan.entries))
     packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
     ints, shape = packed(packing.ints), packing.shape
     work = TorchStep(table, {}, replace(SPEC, logit_shift=shift)).begin(ints, shape)
@@ -79,7 +80,7 @@ def test_whose_head_rows_they_are(pad: Padding, shift: int) -> None:
     assert len(shape.segments) == 3
     assert torch.equal(got.real, expected.real)
     real = expected.real
-    for name in ("row", "column", "entering", "forward"):
+    for name in ("row", "column", "step", "forward"):
         assert torch.equal(getattr(got, name)[real], getattr(expected, name)[real]), name
     assert bool((got.row[~real] == table.trash_row).all())
     nothing = packed(empty_ints(shape, table.trash_row))

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dllmserve import SamplingParams, SparseConfig
+from dllmserve._settings import with_sparse
 from dllmserve.attention.backend import KVStore
 from dllmserve.attention.sdpa import SdpaBackend
 from dllmserve.catalog import CACHES
@@ -27,7 +28,6 @@ from dllmserve.runtime.edits import EditSizes, make_edits
 from dllmserve.runtime.logits import LogitsHead
 from dllmserve.runtime.runner import ModelRunner
 from dllmserve.runtime.state_table import StateTable
-from dllmserve.sampling_params import with_sparse
 from tests.helpers import prompt_request
 
 META = torch.device("meta")

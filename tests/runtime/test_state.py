@@ -205,15 +205,15 @@ def test_the_host_knows_where_head_rows_lie() -> None:
     packing = lay_out(plan, table.host, lambda _: frozenset(), table.trash_row, pad)
     shape = packing.shape
     heads = list(packing.ints[shape.spans * SPAN_FIELDS :])
-    none = [3, 0, 0, 0, 1, 0]
-    assert heads == [0, 3, 3, 2, 0, 0, *none, *none, 5, 2, 7, 2, 0, 0, *[7, 0, 0, 0, 1, 0] * 2]
+    none = [3, 0, 0, 0, 0, 0]
+    assert heads == [0, 3, 3, 2, -1, 0, *none, *none, 5, 2, 7, 2, -1, 0, *[7, 0, 0, 0, 0, 0] * 2]
     empty = empty_ints(shape, table.trash_row)
     assert len(empty) == len(packing.ints)
     assert list(empty[:SPAN_FIELDS]) == [table.trash_row] + [0] * (SPAN_FIELDS - 1)
-    none = [0, 0, 0, 0, 1, 0]
+    none = [0, 0, 0, 0, 0, 0]
     assert list(empty[shape.spans * SPAN_FIELDS :]) == [
-        *(0, 0, 0, 5, 1, 0, *none, *none),
-        *(5, 0, 5, 4, 1, 0, *[5, 0, 0, 0, 1, 0] * 2),
+        *(0, 0, 0, 5, 0, 0, *none, *none),
+        *(5, 0, 5, 4, 0, 0, *[5, 0, 0, 0, 0, 0] * 2),
     ]
 
 
