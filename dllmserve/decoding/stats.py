@@ -270,11 +270,11 @@ def _propose(
     if params.given is not None:
         given = params.given >= 0
         token = torch.where(given, params.given, token)
-        value = torch.where(given, _value_of(base, params.given, shard), value)
+        value = torch.where(given, value_of(base, params.given, shard), value)
     return token, value
 
 
-def _value_of(base: Tensor, token: Tensor, shard: VocabShard) -> Tensor:
+def value_of(base: Tensor, token: Tensor, shard: VocabShard) -> Tensor:
     """Values [n] of one token a row, whichever rank has it."""
     column, mine = shard.locate(token)
     value = base.gather(1, column[:, None])[:, 0].masked_fill(~mine, 0.0)

@@ -5,6 +5,7 @@ The worst step is run through the runner itself, so nothing is estimated twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from dllmserve._values import MAX_GEN_LENGTH, SparseConfig
 from dllmserve.core.budget import MemoryBudget
 from dllmserve.core.canvas import answer_canvas
 from dllmserve.core.limits import Limits
-from dllmserve.core.plan import Span, StepEntry, StepPlan, Store
+from dllmserve.core.plan import Mask, Part, Span, StepEntry, StepPlan, Store
 from dllmserve.core.request import Request
 from dllmserve.core.rows import row_inits
 from dllmserve.engine.machine import device_memory
@@ -64,11 +65,11 @@ def _activation_bytes(runner: ModelRunner, limits: Limits) -> int:
     """Memory that the worst step takes beyond what is allocated before it."""
     device = runner.table.device
     worst = 0
-    for rule in ("entropy_bound", *runner.keeping):
+    for plan in worst_steps(runner, limits):
         torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved(device)
         torch.cuda.reset_peak_memory_stats(device)
-        runner.execute(worst_step(runner, limits, rule)).result()
+        runner.execute(plan).result()
         worst = max(worst, torch.cuda.max_memory_reserved(device) - before)
     torch.cuda.empty_cache()
     return worst
@@ -77,7 +78,8 @@ def _activation_bytes(runner: ModelRunner, limits: Limits) -> int:
 def _graph_bytes(runner: ModelRunner, limits: Limits, max_graphs: int) -> int:
     """Memory of all graphs: one pool for the largest, and what each takes by itself."""
     device = runner.table.device
-    rows = max(min(limits.max_num_seqs, MAX_GRAPH_TOKENS // _GRAPH_BLOCK), 1)
+    block = runner.spec.block_length if runner.spec.noise else _GRAPH_BLOCK
+    rows = max(min(limits.max_num_seqs, MAX_GRAPH_TOKENS // block), 1)
     taken = []
     for count in (rows, max(rows // 2, 1)):
         plan = _reuse_step(runner, limits, count)
@@ -88,6 +90,19 @@ def _graph_bytes(runner: ModelRunner, limits: Limits, max_graphs: int) -> int:
         torch.cuda.empty_cache()
         taken.append(max(before - device_memory(device)[1], 0))
     return taken[0] + (max_graphs - 1) * taken[1]
+
+
+def worst_steps(runner: ModelRunner, limits: Limits) -> Iterator[StepPlan]:
+    """Steps of which one takes the most memory; each is made when its turn comes."""
+    if not runner.spec.noise:
+        for rule in ("entropy_bound", *runner.keeping):
+            yield worst_step(runner, limits, rule)
+        return
+    tokens = limits.max_num_batched_tokens
+    yield _canvas_step(runner, limits, tokens // runner.spec.block_length)
+    length = min(tokens, limits.max_model_len)
+    span = Span(0, 0, length, 0, Store.POSITIONS, head=Part.NONE, mask=Mask.STAIR, mask_arg=1)
+    yield StepPlan((StepEntry(span, None, 0, "renoise", stores=True),))
 
 
 def worst_step(runner: ModelRunner, limits: Limits, rule: str = "entropy_bound") -> StepPlan:
@@ -131,6 +146,8 @@ def worst_step(runner: ModelRunner, limits: Limits, rule: str = "entropy_bound")
 
 def _reuse_step(runner: ModelRunner, limits: Limits, rows: int) -> StepPlan:
     """One block of every row against cached K,V."""
+    if runner.spec.noise:
+        return _canvas_step(runner, limits, rows)
     block = min(_GRAPH_BLOCK, limits.max_model_len - 1)
     params = SamplingParams(temperature=0.0, gen_length=block, steps=block)
     entries = []
@@ -138,6 +155,18 @@ def _reuse_step(runner: ModelRunner, limits: Limits, rows: int) -> StepPlan:
         _admit(runner, row, [0], params)
         span = Span(row, 1, block, 1, blk_len=block)
         entries.append(StepEntry(span, None, block, params.unmask))
+    return StepPlan(tuple(entries))
+
+
+def _canvas_step(runner: ModelRunner, limits: Limits, rows: int) -> StepPlan:
+    """A canvas of noise in each row, as many as there may be, with every filter."""
+    length = min(runner.spec.block_length, limits.max_model_len - 1)
+    params = SamplingParams(top_p=0.9, gen_length=length, unmask="renoise")
+    entries = []
+    for row in range(max(min(rows, limits.max_num_seqs), 1)):
+        _admit(runner, row, [0], params)
+        span = Span(row, 1, length, 1, blk_len=length)
+        entries.append(StepEntry(span, None, length, params.unmask, step=1))
     return StepPlan(tuple(entries))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dllmserve.core.plan import Part, SpanField
 from dllmserve.core.rows import RowInit
-from dllmserve.decoding.stats import log_sum
+from dllmserve.decoding.stats import TokenStats, value_of
 from dllmserve.models.decoder import CanvasTokens
 from dllmserve.parallel.vocab import VocabShard
 from dllmserve.runtime.edits import EditSizes
@@ -89,10 +89,18 @@ class ExpectedEmbeddings:
         self._columns = weight.t().contiguous() if product is not None else weight.t()
         self.means = weight.new_zeros(2, rows, block, weight.shape[1])
 
-    def keep(self, z: Tensor, cells: HeadCells, rows: slice) -> None:
-        """Take a chunk of logits [n, v], as positions are drawn from them."""
+    def keep(self, z: Tensor, stats: TokenStats, cells: HeadCells, rows: slice) -> None:
+        """Take a chunk of logits [n, v], as positions are drawn from them; they are changed.
+
+        Args:
+            z: logits of this rank's ids.
+            stats: token and probability of each row: that makes the sum over all ids known.
+            cells: whose the step's LM-head rows are.
+            rows: which of them the chunk holds.
+        """
         z = z.float()
-        shares = (z - log_sum(z, self._vocab)).exp_()
+        total = value_of(z, stats.token, self._vocab).double() - stats.prob.log()
+        shares = z.sub_(total.float()[:, None]).exp_()
         step, row = cells.step[rows] % 2, cells.row[rows]
         column = cells.column[rows].clamp(max=self.means.shape[2] - 1)
         self.means[step, row, column] = self._mean(shares).to(self.means.dtype)

@@ -213,8 +213,8 @@ class LogitsHead:
                 if segment.guided:
                     other = hidden[chunk.start + twins : chunk.stop + twins]
                     z = self._guide(z, other, cfg_scale[chunk])
-                # edits, and what has no confidence, change logits in place
-                changed = segment.wanted and (segment.edits or segment.last)
+                # edits, what has no confidence, and what is expected change logits in place
+                changed = segment.wanted and (segment.edits or segment.last or self.expected)
                 raw = z.clone() if changed else z
                 z, found = edits.apply(z, chunk, segment)
                 own = edits.params(params, chunk, segment)
@@ -246,7 +246,7 @@ class LogitsHead:
         drawn = part.token
         if segment.sampled or segment.filtered:
             drawn = reduce(z, params, mask_id, segment, frozenset()).token
-        self.expected.keep(z, cells, chunk)
+        self.expected.keep(z, part, cells, chunk)
         return replace(part, drawn=drawn)
 
     def of_tokens(
@@ -298,7 +298,7 @@ class LogitsHead:
             rows //= 2  # two rows of logits each
         if segment.edits and self._weight.dtype != torch.float32:
             rows //= 2  # a float32 copy of each, twice its size
-        if segment.keeps or segment.blind or segment.wanted or self.expected is not None:
+        if segment.keeps or segment.blind or segment.wanted:
             rows //= self._reducer.kept_cost
         if segment.filtered:
             rows //= self._reducer.filtered_cost
