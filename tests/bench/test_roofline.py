@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from dllmserve import LLM, SamplingParams
-from dllmserve.core.model_spec import ExpertSpec
+from dllmserve.core.model_spec import AttentionSpec, ExpertSpec
 from dllmserve.core.plan import Mask, Part, Span, StepEntry, StepPlan, Store
 from dllmserve.models.loader import count_weights
 from dllmserve.parallel.partition import Partition
 from dllmserve.tools.bench.roofline import (
+    AttentionCost,
     Ceilings,
     Floor,
     ModelCost,
@@ -57,7 +58,7 @@ REUSE = step(span(4, 4, 10, Store.POSITIONS), masks=2)
 
 def test_costs_of_the_model() -> None:
     assert (LAYERS, HEAD) == (1152, 256)
-    assert ModelCost(LAYERS, HEAD, 4 * 2 * 4 * 2, KV, 2) == COST
+    assert ModelCost(LAYERS, HEAD, (AttentionCost(0, 4 * 2 * 4 * 2, KV),), 2) == COST
     norms = 8 * (2 * 2 + 1)
     assert count_weights(Partition(SPEC)) == LAYERS + 2 * HEAD + norms
 
@@ -98,6 +99,31 @@ def test_pairs_of_a_stair(q_start: int, q_len: int, block: int) -> None:
     assert attended_pairs(stair(q_start, q_len, block)) == len(seen)
 
 
+@pytest.mark.parametrize(("q_start", "q_len"), [(0, 12), (8, 8), (3, 2), (2, 4), (3, 9), (7, 1)])
+@pytest.mark.parametrize("window", [1, 4, 20])
+def test_pairs_in_a_window(q_start: int, q_len: int, window: int) -> None:
+    last = q_start + q_len
+    pairs = [(q, k) for q in range(q_start, last) for k in range(last)]
+    causal = [(q, k) for q, k in pairs if q - window < k <= q]
+    assert attended_pairs(stair(q_start, q_len, 1), window) == len(causal)
+    # a canvas sees all of itself, and the window's positions before it
+    canvas = [(q, k) for q, k in pairs if k > q_start - window]
+    assert attended_pairs(span(q_start, q_len, q_start, Store.NONE), window) == len(canvas)
+    keys = {k for _, k in canvas if k < q_start}
+    assert cached_keys(span(q_start, q_len, q_start, Store.NONE), window) == len(keys)
+
+
+def test_layers_with_windows() -> None:
+    wide = AttentionSpec(num_kv_heads=1, head_dim=4)
+    near = AttentionSpec(num_kv_heads=2, head_dim=8, window=3)
+    cost = ModelCost.of(replace(SPEC, attention=(near, wide)), weight_bytes=2)
+    assert cost.attention == (AttentionCost(0, 4 * 2 * 4, 8), AttentionCost(3, 4 * 2 * 8, 32))
+    canvas = step(span(6, 4, 6, Store.NONE), masks=0)
+    assert cost.bytes_read(canvas) == (cost.layer_weights + 6 * 8 + 2 * 32) * 2
+    attention = 32 * 4 * 10 + 64 * 4 * 6
+    assert cost.flop(canvas) == 2 * 4 * cost.layer_weights + attention
+
+
 def test_keys_that_are_stored_ahead_are_seen_once() -> None:
     assert attended_pairs(span(2, 3, 10, Store.AHEAD)) == 3 * 10
 
@@ -114,7 +140,7 @@ def test_experts() -> None:
     spec = replace(SPEC, architecture="LLaDA2MoeModelLM", experts=replace(experts, bias="choice"))
     cost, each = ModelCost.of(spec, weight_bytes=2), 3 * 8 * 10
     dense = LAYERS - 3 * 8 * 16 + 6 * 8 + each  # router and shared expert in place of an MLP
-    assert cost == ModelCost(dense, HEAD, COST.attention_flop, KV, 2, 1, 6, 2, each)
+    assert cost == ModelCost(dense, HEAD, COST.attention, 2, 1, 6, 2, each)
     assert cost.flop(REUSE) == 2 * (4 * (dense + 2 * each) + 2 * 256) + 64 * 4 * 10
     assert cost.uniform_experts(1) == pytest.approx(2)
     assert cost.uniform_experts(4) == pytest.approx(6 * (1 - (2 / 3) ** 4))

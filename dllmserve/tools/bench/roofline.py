@@ -51,14 +51,45 @@ class Ceilings:
 
 
 @dataclass(frozen=True)
+class AttentionCost:
+    """Layers that attend alike.
+
+    Attributes:
+        window: that a query sees up to its own position, see
+            :class:`~dllmserve.core.model_spec.AttentionSpec`; 0 for all.
+        flop: FLOP of one query that attends to one key, all heads of these layers.
+        kv_values: numbers of K and V of one token, of these layers.
+    """
+
+    window: int
+    flop: int
+    kv_values: int
+
+    @staticmethod
+    def of(spec: ModelSpec) -> tuple[AttentionCost, ...]:
+        """Those of a model, by their windows."""
+        windows = sorted({layer.window for layer in spec.layers})
+        groups = [[layer for layer in spec.layers if layer.window == window] for window in windows]
+        return tuple(
+            AttentionCost(
+                window,
+                # scores and weighted sum, 2 each
+                sum(4 * spec.num_heads * layer.head_dim for layer in group),
+                sum(2 * layer.num_kv_heads * layer.head_dim for layer in group),
+            )
+            for window, group in zip(windows, groups, strict=True)
+        )
+
+
+@dataclass(frozen=True)
 class ModelCost:
     """Numbers that a step's cost follows from.
 
     Attributes:
         layer_weights: weights of all layers' matrices, but for routed experts.
-        head_weights: weights of the LM head.
-        attention_flop: FLOP of one query that attends to one key, all layers and heads.
-        kv_values: numbers of K and V of one token, all layers.
+        head_weights: weights of the LM head; of a model with canvases of noise also of the
+            embedding, by which each forward multiplies what it thought of a position.
+        attention: of the layers.
         weight_bytes: bytes per weight, and per number of K and V.
         expert_layers: layers with experts.
         experts: routed experts of each of these.
@@ -68,8 +99,7 @@ class ModelCost:
 
     layer_weights: int
     head_weights: int
-    attention_flop: int
-    kv_values: int
+    attention: tuple[AttentionCost, ...]
     weight_bytes: int
     expert_layers: int = 0
     experts: int = 0
@@ -81,7 +111,7 @@ class ModelCost:
         """Costs of a model whose weights take ``weight_bytes`` bytes each."""
         model = outline(Partition(spec))
         tables = (model.embedding.weight, model.head.weight)
-        matrices = [w.data for w in model.weights if w.data.dim() == 2]
+        matrices = [w.data for w in model.weights if w.data.dim() > 1]
         matrices = [w for w in matrices if all(w is not t for t in tables)]
         experts = spec.experts
         layers, count = (sum(experts.layers), experts.count) if experts is not None else (0, 0)
@@ -92,19 +122,20 @@ class ModelCost:
             experts=count,
             per_token=0 if experts is None else experts.per_token,
             expert_weights=each,
-            head_weights=model.head.weight.numel(),
-            # scores and weighted sum, 2 each
-            attention_flop=4 * spec.num_heads * spec.head_dim * spec.num_layers,
-            kv_values=spec.kv_values(),
+            head_weights=model.head.weight.numel() * (2 if spec.noise else 1),
+            attention=AttentionCost.of(spec),
             weight_bytes=weight_bytes,
         )
 
     def flop(self, plan: StepPlan) -> int:
         """Floating-point operations of a step; a multiplication and an addition are two."""
-        pairs = sum(attended_pairs(span) for span in plan.spans)
+        attention = sum(
+            kind.flop * sum(attended_pairs(span, kind.window) for span in plan.spans)
+            for kind in self.attention
+        )
         layers = self.layer_weights + self.expert_layers * self.per_token * self.expert_weights
         dense = plan.tokens * layers + head_rows(plan) * self.head_weights
-        return 2 * dense + self.attention_flop * pairs
+        return 2 * dense + attention
 
     def uniform_experts(self, tokens: int) -> float:
         """Experts that so many tokens touch, all layers together, if each is as likely as another.
@@ -131,10 +162,13 @@ class ModelCost:
                 for other steps see ``uniform_experts``.
         """
         head = self.head_weights if head_rows(plan) else 0
-        cached = sum(cached_keys(span) for span in plan.spans)
+        cached = sum(
+            kind.kv_values * sum(cached_keys(span, kind.window) for span in plan.spans)
+            for kind in self.attention
+        )
         experts = self.experts_of(plan, touched)
         read = self.layer_weights + head + round(experts * self.expert_weights)
-        return (read + cached * self.kv_values) * self.weight_bytes
+        return (read + cached) * self.weight_bytes
 
     def floor_seconds(
         self,
@@ -178,26 +212,39 @@ class Floor:
         return every / len(plans) / self.cost.expert_layers
 
 
-def cached_keys(span: Span) -> int:
-    """Cached keys that a span sees: those that it does not overwrite."""
-    if span.store != Store.POSITIONS:
-        return span.ctx_len
-    # a fresh key takes the slot of its position
-    return span.ctx_len - max(min(span.ctx_len, span.q_start + span.q_len) - span.q_start, 0)
+def cached_keys(span: Span, window: int = 0) -> int:
+    """Cached keys that a span sees: those that it does not overwrite, and that are in its window.
+
+    A layer with a window sees ``window - 1`` positions before a span that begins behind them.
+    """
+    found = span.ctx_len
+    if span.store == Store.POSITIONS:  # a fresh key takes the slot of its position
+        found -= max(min(span.ctx_len, span.q_start + span.q_len) - span.q_start, 0)
+    return min(found, window - 1) if window else found
 
 
-def attended_keys(span: Span) -> int:
+def attended_keys(span: Span, window: int = 0) -> int:
     """Keys that a span sees: cached ones it does not overwrite, and its own."""
     if span.store == Store.AHEAD:  # its own are in their slots before it attends
         return span.ctx_len
-    return cached_keys(span) + span.q_len
+    return cached_keys(span, window) + span.q_len
 
 
-def attended_pairs(span: Span) -> int:
-    """Pairs of a query of a span and a key that it sees."""
-    keys = attended_keys(span)
+def attended_pairs(span: Span, window: int = 0) -> int:
+    """Pairs of a query of a span and a key that it sees.
+
+    Example:
+        >>> attended_pairs(Span(0, 2, 3, 2, Store.POSITIONS, mask=Mask.STAIR, mask_arg=1), window=4)
+        11
+    """
+    keys = attended_keys(span, window)
     if span.mask != Mask.STAIR:
         return span.q_len * keys
+    if window:  # causal: query p sees the last ``window`` positions up to its own
+        last = span.q_start + span.q_len
+        below = max(min(last, window) - span.q_start, 0)  # queries with fewer positions than that
+        first = span.q_start + 1
+        return below * first + below * (below - 1) // 2 + (span.q_len - below) * window
     # a query sees nothing behind its own block
     first, last, block = span.q_start, span.q_start + span.q_len, span.mask_arg
     pairs = span.q_len * keys
