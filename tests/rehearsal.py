@@ -22,6 +22,9 @@ class Rehearsing:
         """Every step."""
         return True
 
+    def clear(self) -> None:
+        """There is nothing captured."""
+
     def run(self, shape: Any, step: Callable[[], Any], rehearse: Callable[[], None]) -> Any:
         """Rehearse, then step."""
         self.shapes.append(shape)
