@@ -260,6 +260,9 @@ MODELS = Catalog(
         ),
         "NemotronLabsDiffusionModel": ModelInfo("dllmserve.models.nemotron:Nemotron"),
         "MinistralDiffEncoderModel": ModelInfo("dllmserve.models.nemotron:MinistralDiffEncoder"),
+        "DiffusionGemmaForBlockDiffusion": ModelInfo(
+            "dllmserve.models.diffusion_gemma:DiffusionGemma"
+        ),
         "A2DLlamaLMHeadModel": ModelInfo("dllmserve.models.a2d:A2dLlama"),
         "A2DQwen2LMHeadModel": ModelInfo("dllmserve.models.a2d:A2dQwen2"),
         "A2DQwen3LMHeadModel": ModelInfo("dllmserve.models.a2d:A2dQwen3"),

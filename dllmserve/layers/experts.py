@@ -33,7 +33,11 @@ class Experts:
     Args:
         build: that of the layer.
         experts: the model's.
-        inside: what holds ``gate`` and ``experts`` in the layer, in the checkpoint.
+        gate: name of the router's matrix in the layer, in the checkpoint.
+        inside: what holds ``experts`` there.
+        stacked: name of the module there, in place of ``experts``, that holds ``gate_up_proj``
+            [E, 2m, d], gate above up, and ``down_proj`` [E, d, m] of all experts.
+        factors: name of what the weights of a token's experts are multiplied by, [E].
         bias: name of the router's bias in the layer.
         shared: name of the shared expert in the layer.
 
@@ -50,7 +54,10 @@ class Experts:
         build: Build,
         experts: ExpertSpec,
         *,
-        inside: str = "mlp",
+        gate: str = "mlp.gate",
+        inside: str = "mlp.experts",
+        stacked: str = "",
+        factors: str = "",
         bias: str = "",
         shared: str = "",
     ) -> None:
@@ -58,11 +65,16 @@ class Experts:
         self._spec, self._ops, self._group = experts, build.ops, build.group
         self._exact, self._divided = part.exact, part.expert_parallel
         width, count = build.spec.hidden_size, experts.count
-        self.gate = build.weight(Part(f"{inside}.gate.weight", (count, width), (_ALL, _ALL)))
+        self._activation = build.spec.activation
+        self.gate = build.weight(Part(f"{gate}.weight", (count, width), (_ALL, _ALL)))
+        self.factors: Tensor | None = None
+        if factors:
+            part_of = Part(factors, (count,), (_ALL,))
+            self.factors = build.weight(part_of, ones=True, dtype=torch.float32)
         self.bias: Tensor | None = None
         if experts.bias:
             self.bias = build.weight(Part(bias, (count,), (_ALL,)), dtype=torch.float32)
-        names = [f"{inside}.experts.{e}" for e in range(count)]
+        names = [f"{inside}.{e}" for e in range(count)]
         self.shared: Mlp | None = None
         own = part.share(count) if self._divided else slice(0, count)
         self._held = range(own.start, own.stop)
@@ -70,9 +82,12 @@ class Experts:
             names.append(shared)
             self._held = range(count + 1)
         elif experts.shared_size:
-            gate, up, down = (f"{shared}.{name}" for name in _NAMES)
-            self.shared = Mlp(build, gate=gate, up=up, down=down, inner=experts.shared_size)
-        self._store(build, names)
+            into, above, below = (f"{shared}.{name}" for name in _NAMES)
+            self.shared = Mlp(build, gate=into, up=above, down=below, inner=experts.shared_size)
+        if stacked:
+            self._store_stacked(build, stacked)
+        else:
+            self._store(build, names)
 
     def _store(self, build: Build, names: list[str]) -> None:
         """Make the stacked weights of the experts with these names."""
@@ -94,13 +109,41 @@ class Experts:
         self.gate_up = rows.view(len(mine), -1, rows.shape[1])
         self.down = outputs.view(len(mine), -1, outputs.shape[1])
 
-    def __call__(self, x: Tensor, windows: Tensor | None = None) -> Tensor:
+    def _store_stacked(self, build: Build, name: str) -> None:
+        """Make them of tensors that hold all experts."""
+        part, width, size = build.partition, build.spec.hidden_size, self._spec.size
+        count, mine = self._spec.count, self._held
+        inner = _ALL if self._divided else part.share(size)
+        low, high, _ = inner.indices(size)
+        out = (_ALL, inner)
+        if self._exact and not self._divided:
+            out = (part.share(width), _ALL)  # by rows
+        gate_up, down = [], []
+        both, below = (count, 2 * size, width), (count, width, size)
+        for e in mine:
+            one = slice(e, e + 1)
+            for start in (0, size):  # the gate's rows, then the up's
+                cut = (one, slice(start + low, start + high), _ALL)
+                gate_up.append(Part(f"{name}.gate_up_proj", both, cut))
+            down.append(Part(f"{name}.down_proj", below, (one, *out)))
+        self.gate_up = build.weight(*gate_up).view(len(mine), -1, width)
+        self.down = build.weight(*down)
+
+    def __call__(
+        self, x: Tensor, windows: Tensor | None = None, scored: Tensor | None = None
+    ) -> Tensor:
         """[N, d] -> [N, d].
 
-        ``windows`` are the numbers of the tokens' windows [N] int64, all of whose tokens are here,
-        if the experts have a capacity.
+        Args:
+            x: hidden states.
+            windows: the numbers of the tokens' windows [N] int64, all of whose tokens are here, if
+                the experts have a capacity.
+            scored: [N, d], what the router looks at, if that is not x.
         """
-        routed = self._ops.route(x, self.gate, self.bias, self._spec, self._held, windows)
+        given = x if scored is None else scored
+        routed = self._ops.route(given, self.gate, self.bias, self._spec, self._held, windows)
+        if self.factors is not None:
+            routed = routed._replace(weights=routed.weights * self.factors[routed.ids.long()])
         if self._divided:
             out = self._from_all_ranks(x, routed)
         else:
@@ -110,7 +153,7 @@ class Experts:
     def _cut(self, x: Tensor, routed: Routed) -> Tensor:
         """Of experts whose inner dimension is cut."""
         ops, group = self._ops, self._group
-        inner = ops.expert_up(x, routed, self.gate_up)
+        inner = ops.expert_up(x, routed, self.gate_up, self._activation)
         if self._exact:
             inner = join(group, inner, 1)
         out = ops.combine(ops.expert_down(inner, routed, self.down), routed)
@@ -121,7 +164,7 @@ class Experts:
     def _from_all_ranks(self, x: Tensor, routed: Routed) -> Tensor:
         """Of experts that are divided between ranks."""
         ops, group = self._ops, self._group
-        inner = ops.expert_up(x, routed, self.gate_up)
+        inner = ops.expert_up(x, routed, self.gate_up, self._activation)
         rows = ops.expert_down(inner, routed, self.down)
         if not self._exact:
             return group.all_reduce(ops.combine(rows, routed))

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.core.model_spec import ExpertSpec, RopeScaling
+from dllmserve.core.model_spec import AttentionSpec, ExpertSpec, RopeScaling
 from dllmserve.layers.rotary import query_factors, rotary_tables
 
 #: what ``at`` gives and ``rotate`` takes; its content is the implementation's own
 Angles = tuple[Tensor, ...]
+
+
+class Rotary(NamedTuple):
+    """How a layer's heads are rotated.
+
+    Attributes:
+        dim: so many first dimensions of each head.
+        theta: base of the angles.
+        turned: of the ``dim / 2`` pairs so many first ones; 0 for all.
+    """
+
+    dim: int
+    theta: float
+    turned: int = 0
+
+
+#: -2 sqrt(2 / pi), in :func:`gelu_tanh`
+_GELU_SLOPE = -2.0 * math.sqrt(2.0 / math.pi)
+
+
+def rotary_of(layer: AttentionSpec) -> Rotary:
+    """How a layer's heads are rotated."""
+    return Rotary(layer.head_dim, layer.rope_theta, layer.turned)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,6 +75,21 @@ def silu(x: Tensor) -> Tensor:
     if x.dtype != torch.float32 or x.device.type != "cpu":
         return F.silu(x)
     below = x.neg().exp_().add_(1.0)
+    return torch.div(x, below, out=below)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by tanh, ``x / (1 + exp(-2u))``, ``u = sqrt(2/pi) (x + 0.044715 x^3)``; as :func:`silu`.
+
+    That is ``x (1 + tanh(u)) / 2``.
+
+    Example:
+        >>> round(float(gelu_tanh(torch.tensor([1.0]))), 4)
+        0.8412
+    """
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        return F.gelu(x, approximate="tanh")
+    below = (x * x).mul_(0.044715).add_(1.0).mul_(x).mul_(_GELU_SLOPE).exp_().add_(1.0)
     return torch.div(x, below, out=below)
 
 
@@ -124,8 +163,14 @@ class LayerOps:
         max_len: int,
         device: torch.device,
         scaling: RopeScaling | None = None,
+        others: Sequence[Rotary] = (),
     ) -> None:
         self.tables = rotary_tables(rotary_dim, theta, max_len, device, scaling)
+        #: of layers that are rotated in other ways
+        self.others = {
+            other: rotary_tables(other.dim, other.theta, max_len, device, turned=other.turned)
+            for other in others
+        }
         self._query_factors = query_factors(max_len, device, scaling)
 
     def add_norm(
@@ -138,9 +183,12 @@ class LayerOps:
         h = x if residual is None else residual + x
         return rms_norm(h, weight, eps), h
 
-    def at(self, positions: Tensor) -> Angles:
-        """Once per forward: what ``rotate`` needs of positions [N] int64, which come last."""
-        cos, sin = self.tables
+    def at(self, positions: Tensor, rotary: Rotary | None = None) -> Angles:
+        """Once per forward: what ``rotate`` needs of positions [N] int64, which come last.
+
+        Of layers that are rotated in another way, that is said.
+        """
+        cos, sin = self.tables if rotary is None else self.others[rotary]
         return cos[positions][:, None, :], sin[positions][:, None, :], positions  # [N, 1, r/2]
 
     def rotate(
@@ -169,10 +217,10 @@ class LayerOps:
             return queries
         return queries * self._query_factors[angles[-1]].to(queries.dtype)[:, None, None]
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """``silu(gate) * up`` of [N, 2m] -> [N, m]. The argument may be overwritten."""
+    def act_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
+        """``act(gate) * up`` of [N, 2m] -> [N, m]. The argument may be overwritten."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return silu(gate).mul_(up)
+        return (silu(gate) if activation == "silu" else gelu_tanh(gate)).mul_(up)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``: [N, d] -> [N, out]."""
@@ -216,8 +264,10 @@ class LayerOps:
             ids, weights = F.pad(ids, (0, 1), value=experts.count), F.pad(weights, (0, 1), value=1)
         return Routed(ids.int(), weights, held)
 
-    def expert_up(self, x: Tensor, routed: Routed, gate_up: Tensor) -> Tensor:
-        """``silu(gate) * up`` of each pair's token and expert: [N, d] -> [N*K, m].
+    def expert_up(
+        self, x: Tensor, routed: Routed, gate_up: Tensor, activation: str = "silu"
+    ) -> Tensor:
+        """``act(gate) * up`` of each pair's token and expert: [N, d] -> [N*K, m].
 
         Rows of pairs whose expert this rank has not are undefined.
 
@@ -225,11 +275,13 @@ class LayerOps:
             x: [N, d].
             routed: of x.
             gate_up: [held experts, 2m, d]: gate's m rows, then up's.
+            activation: see ``ModelSpec.activation``.
         """
         choices = routed.ids.shape[1]
         inner = x.new_empty((routed.ids.numel(), gate_up.shape[1] // 2))
         for pairs, weight in _by_expert(routed, gate_up):
-            inner[pairs] = self.silu_mul(self.linear(x[pairs // choices], weight, None))
+            wide = self.linear(x[pairs // choices], weight, None)
+            inner[pairs] = self.act_mul(wide, activation)
         return inner
 
     def expert_down(self, inner: Tensor, routed: Routed, down: Tensor) -> Tensor:

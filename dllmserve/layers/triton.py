@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.core.model_spec import ExpertSpec
-from dllmserve.kernels.activation import silu_mul
+from dllmserve.kernels.activation import act_mul
 from dllmserve.kernels.experts import combine_pairs, expert_product
 from dllmserve.kernels.linear import invariant_linear
 from dllmserve.kernels.norm import add_rms_norm
 from dllmserve.kernels.rotary import rotate_
 from dllmserve.kernels.routing import choose_experts
-from dllmserve.layers.ops import Angles, HeadNorms, LayerOps, Routed
+from dllmserve.layers.ops import Angles, HeadNorms, LayerOps, Rotary, Routed
 
 
 class TritonOps(LayerOps):
@@ -34,21 +34,21 @@ class TritonOps(LayerOps):
         """See :class:`LayerOps`; the sum is written into ``residual``."""
         return add_rms_norm(x, residual, weight, eps)
 
-    def at(self, positions: Tensor) -> Angles:
-        """The positions: the kernel reads the tables itself."""
-        return (positions,)
+    def at(self, positions: Tensor, rotary: Rotary | None = None) -> Angles:
+        """The tables, which the kernel reads itself, and the positions."""
+        return (*(self.tables if rotary is None else self.others[rotary]), positions)
 
     def rotate(
         self, heads: Tensor, count: int, angles: Angles, norms: HeadNorms | None = None
     ) -> Tensor:
         """See :class:`LayerOps`; in place."""
-        cos, sin = self.tables
-        rotate_(heads, cos, sin, angles[0], count, norms)
+        cos, sin, positions = angles
+        rotate_(heads, cos, sin, positions, count, norms)
         return heads[:, :count]
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def act_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
         """See :class:`LayerOps`."""
-        return silu_mul(gate_up)
+        return act_mul(gate_up, activation)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`LayerOps`."""
@@ -73,13 +73,15 @@ class TritonOps(LayerOps):
         found = choose_experts(x, gate, bias, experts, held)
         return Routed(*found[:2], held, *found[2:], experts.count)
 
-    def expert_up(self, x: Tensor, routed: Routed, gate_up: Tensor) -> Tensor:
+    def expert_up(
+        self, x: Tensor, routed: Routed, gate_up: Tensor, activation: str = "silu"
+    ) -> Tensor:
         """See :class:`LayerOps`."""
-        return _product(x, routed, gate_up, gated=True)
+        return _product(x, routed, gate_up, activation)
 
     def expert_down(self, inner: Tensor, routed: Routed, down: Tensor) -> Tensor:
         """See :class:`LayerOps`."""
-        return _product(inner, routed, down, gated=False)
+        return _product(inner, routed, down, "")
 
     def combine(self, rows: Tensor, routed: Routed) -> Tensor:
         """See :class:`LayerOps`."""
@@ -101,8 +103,8 @@ def _listed(routed: Routed) -> tuple[Tensor, Tensor]:
     return taken[:, :stored].sum(0, dtype=torch.int32), order[:room].view(stored, tokens)
 
 
-def _product(x: Tensor, routed: Routed, weight: Tensor, *, gated: bool) -> Tensor:
+def _product(x: Tensor, routed: Routed, weight: Tensor, activation: str) -> Tensor:
     if routed.counts is None or routed.order is None:
         raise ValueError("experts' pairs are not in order: they have to come from this route()")
     pairs = routed.counts, routed.order, routed.ids.shape[1], routed.among
-    return expert_product(x, weight, *pairs, gated=gated)
+    return expert_product(x, weight, *pairs, activation=activation)

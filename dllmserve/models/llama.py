@@ -91,8 +91,10 @@ class LlamaLike(Decoder):
     def _attention(self, at: Build, layer: int) -> Attention:
         """LlamaAttention."""
         norms = ("q_norm", "k_norm") if self.spec.head_norms else None
-        names = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
-        return Attention(at.inside("self_attn"), layer, **names, norms=norms)
+        inside = at.inside("self_attn")
+        return Attention(
+            inside, layer, q="q_proj", k="k_proj", v="v_proj", out="o_proj", norms=norms
+        )
 
     def _mlp(self, at: Build, layer: int) -> Callable[..., Tensor]:
         """LlamaMLP, or the layer's experts."""

@@ -23,7 +23,7 @@ from dllmserve.errors import (
     WeightsError,
 )
 from dllmserve.layers.modules import Build, Part
-from dllmserve.layers.ops import LayerOps
+from dllmserve.layers.ops import LayerOps, rotary_of
 from dllmserve.models.config import MASK_FIELD, quantization
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.files import read_object, weight_files
@@ -218,7 +218,8 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
         raise UnsupportedModelError(
             f"embedding_size={spec.embedding_size} is under vocab_size={spec.vocab_size}"
         )
-    if spec.geometry != "causal" and not 0 <= spec.mask_id < spec.embedding_size:
+    masks = spec.geometry != "causal" and not spec.noise
+    if masks and not 0 <= spec.mask_id < spec.embedding_size:
         raise UnsupportedModelError(
             f"mask_token_id={spec.mask_id} is outside the {spec.embedding_size} embeddings: give "
             "mask_id (--mask-id)"
@@ -231,28 +232,36 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
         ) from error
 
 
-def _first_layers(config: dict[str, Any], layers: int) -> dict[str, int]:
+def _first_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """The number of layers under its names, of so many layers alone."""
     names = [name for name in _LAYER_FIELDS if isinstance(config.get(name), int)]
     for name in names:
         if config[name] < layers:
             raise ConfigError(f"layers={layers} is over the {config[name]} that the model has")
-    return dict.fromkeys(names, layers)
+    found: dict[str, Any] = dict.fromkeys(names, layers)
+    if isinstance(text := config.get("text_config"), dict):
+        found["text_config"] = text | _first_layers(text, layers)
+    return found
 
 
 def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:
     """The spec with what the engine's options say of mask, ends and blocks."""
     mask, block, ends = given.mask_id, given.default_block_length, given.eos_ids
-    if spec.geometry == "causal":
-        for option, value, why in (
-            ("mask_id", mask, "has no mask"),
-            ("default_block_length", block, "writes one token after the other"),
-        ):
-            if value is not None:
-                raise ConfigError(
-                    f"{option}={value} does not work with an autoregressive model, which {why}: "
-                    "leave it out"
-                )
+    causal = spec.geometry == "causal"
+    kind = "an autoregressive model" if causal else "a model with canvases of noise"
+    for option, value, why in (
+        ("mask_id", mask if causal or spec.noise else None, "has no mask"),
+        ("default_block_length", block if causal else None, "writes one token after the other"),
+    ):
+        if value is not None:
+            raise ConfigError(
+                f"{option}={value} does not work with {kind}, which {why}: leave it out"
+            )
+    if spec.noise and block is not None and block > spec.block_length:
+        raise ConfigError(
+            f"default_block_length={block} is over the model's canvas of {spec.block_length} "
+            "tokens: make it smaller, or leave it out"
+        )
     window = 0 if spec.experts is None else spec.experts.window
     if window and block not in (None, window):
         raise ConfigError(
@@ -309,7 +318,8 @@ def empty_decoder(
         from dllmserve.layers.triton import TritonOps
 
         kind = TritonOps
-    ops = kind(spec.rotated, spec.rope_theta, max_len, device, spec.rope_scaling)
+    others = tuple(dict.fromkeys(rotary_of(layer) for layer in spec.attention))
+    ops = kind(spec.rotated, spec.rope_theta, max_len, device, spec.rope_scaling, others)
     return _compose(Build(partition, dtype, device, ops))
 
 

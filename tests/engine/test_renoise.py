@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 
-from dllmserve import LLM, Hole, SamplingParams
+from dllmserve import LLM, SamplingParams
 from dllmserve.decoding.noise import Recorded, RecordedNoise
-from dllmserve.errors import InvalidParameterError, InvalidRequestError, PromptError
 from tests.conftest import Engines
 from tests.engine.test_growth import count_taken
 from tests.helpers import GOLDEN, need_interpreter
-from tests.parallel.threads import threaded_llm
 from tests.rehearsal import rehearsing
 
 MODEL = GOLDEN / "diffusion-gemma-e6"
