@@ -31,9 +31,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """torch.nn.functional.scaled_dot_product_attention of [b, H, n, D]."""
-    scores = einsum("bhnd,bhmd->bhnm", q, k) / q.shape[-1] ** 0.5
+    scores = einsum("bhnd,bhmd->bhnm", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
     return einsum("bhnm,bhmd->bhnd", scores.softmax(dim=-1), v)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from typing import Protocol
 
 import torch
@@ -22,13 +23,14 @@ class KVStore:
     """Paged K and V of all layers.
 
     Attributes:
-        k, v: [layers, slots, Hkv, D]; slot = page * page_size + offset. Page 0 is trash.
+        k, v: [slots, Hkv, D] of each layer, with its own Hkv and D; slot = page * page_size +
+            offset. Page 0 is trash.
         page_table: [rows + 1, pages_per_row] int64 page numbers; unused entries are 0.
         page_size: tokens per page.
     """
 
-    k: Tensor
-    v: Tensor
+    k: tuple[Tensor, ...]
+    v: tuple[Tensor, ...]
     page_table: Tensor
     page_size: int
 
@@ -45,13 +47,26 @@ class KVStore:
         device: torch.device,
     ) -> KVStore:
         """Allocate the store, uninitialised: a slot is never read before it is written."""
-        shape = (spec.num_layers, (num_pages + 1) * page_size, spec.num_kv_heads, spec.head_dim)
+        slots = (num_pages + 1) * page_size
+        shapes = [(slots, layer.num_kv_heads, layer.head_dim) for layer in spec.layers]
+        sizes = [prod(shape) for shape in shapes]
+
+        def room() -> tuple[Tensor, ...]:
+            whole = torch.empty(sum(sizes), dtype=dtype, device=device)  # in one piece
+            parts = zip(torch.split(whole, sizes), shapes, strict=True)
+            return tuple(part.view(shape) for part, shape in parts)
+
         return cls(
-            k=torch.empty(shape, dtype=dtype, device=device),
-            v=torch.empty(shape, dtype=dtype, device=device),
+            k=room(),
+            v=room(),
             page_table=torch.zeros(num_rows + 1, pages_per_row, dtype=torch.int64, device=device),
             page_size=page_size,
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pages are."""
+        return self.page_table.device
 
     def slots(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Slots of ``positions`` [n] (or [b, n]) int64 for ``rows`` [b] int64 -> [b, n]."""
@@ -112,6 +127,21 @@ def token_slots(step: AttentionStep, stores: tuple[Store, ...]) -> tuple[Tensor,
     return rows, step.positions, slots.masked_fill(~wanted, 0)
 
 
+def check_spans(spec: ModelSpec, plan: StepPlan) -> None:
+    """Refuse what is not defined where layers attend in their own ways (a bug, never user input).
+
+    A window is one of positions, so slots have to be positions.
+
+    Raises:
+        ValueError: a span selects, stores ahead or is blind.
+    """
+    if not spec.attention:
+        return
+    for span in plan.spans:
+        if span.store not in (Store.NONE, Store.POSITIONS) or span.mask == Mask.BLIND:
+            raise ValueError(f"layers that attend in their own ways cannot attend {span}")
+
+
 class AheadStore:
     """Stores the fresh K,V of spans that store AHEAD, before anything attends.
 
@@ -140,7 +170,7 @@ def unpadded_step(
     lengths = [span.q_len for span in plan.spans]
     fields = [field for span in plan.spans for field in span]
     starts = list(accumulate(lengths, initial=0))
-    device = kv.k.device
+    device = kv.device
     ahead = any(s.store == Store.AHEAD or s.mask == Mask.BLIND for s in plan.spans)
     positions = [p for s in plan.spans for p in range(s.q_start, s.q_start + s.q_len)]
     owners = [i for i, length in enumerate(lengths) for _ in range(length)]

@@ -71,7 +71,7 @@ def build_selection(
     span: Span, rows: Tensor, step: AttentionStep, settings: RowSelect, shift: int
 ) -> Selection:
     """The selection of spans that differ in their rows [b] int64 alone."""
-    kv, device = step.kv, step.kv.k.device
+    kv, device = step.kv, step.kv.device
     # what the reuse spans that follow compute themselves never competes: the block's
     # window and, in a shifted model, the token before it
     skip_from = max(span.blk_off - shift, 0)

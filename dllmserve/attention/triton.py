@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.attention.backend import AheadStore, AttentionStep
+from dllmserve.attention.backend import AheadStore, AttentionStep, KVStore, check_spans
 from dllmserve.attention.select import Selection, build_selection, row_numbers
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Span, SpanField
@@ -21,7 +21,9 @@ from dllmserve.kernels import missing
 from dllmserve.layers.modules import AttentionContext
 
 #: Longer K,V tiles do not fit into a multiprocessor's memory.
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+#: Flash attention's limit.
+_MAX_FLASH_DIM = 256
 
 
 class TritonBackend:
@@ -35,12 +37,14 @@ class TritonBackend:
     def unsupported(self, spec: ModelSpec, device: torch.device) -> list[str]:
         """Needs triton and a CUDA device, whose shared memory bounds the head dimension."""
         reasons = missing(device)
-        if spec.head_dim > MAX_HEAD_DIM:
-            reasons.append(f"head_dim {spec.head_dim} is more than {MAX_HEAD_DIM}")
+        head_dim = max(layer.head_dim for layer in spec.layers)
+        if head_dim > MAX_HEAD_DIM:
+            reasons.append(f"head_dim {head_dim} is more than {MAX_HEAD_DIM}")
         return reasons
 
     def prepare(self, step: AttentionStep) -> AttentionContext:
         """Sort out which kernels the step needs."""
+        check_spans(self._spec, step.plan)
         return _TritonContext(step, self._spec)
 
 
@@ -53,18 +57,21 @@ class _TritonContext:
         self._span_attention = attention.span_attention
         self._store_pages = attention.store_pages
         self._keep_best = select.keep_best
-        self._step = step
+        self._step, self._spec = step, spec
         self._ahead = AheadStore(step) if step.ahead else None
-        self._turns = parts.room_for_turns(step.kv.k.device)  # of all layers, one by one
-        spans, device = step.plan.spans, step.kv.k.device
+        self._turns = parts.room_for_turns(step.kv.device)  # of all layers, one by one
+        spans, device = step.plan.spans, step.kv.device
         alone = sum(span.refresh for span in spans)
-        # ends [S + 1] int32 of the spans, for flash attention
-        self._ends: Tensor | None = None
-        if alone and _flash_runs(step.kv.k, spec.head_dim):
+        # head sizes of layers whose whole spans go through flash attention
+        self._flash_dims: set[int] = set()
+        if alone:
+            dims = {layer.head_dim for layer in spec.layers}
+            self._flash_dims = {dim for dim in dims if _flash_runs(step.kv, dim)}
+        if self._flash_dims:
             # from the lengths, because a padding span may start anywhere
             ends = step.spans[:, SpanField.Q_LEN].cumsum(0, dtype=torch.int32)
-            self._ends = F.pad(ends, (1, 0))
-        self._rest = self._ends is None or alone < len(spans)
+            self._ends = F.pad(ends, (1, 0))  # [S + 1] int32
+        self._others = alone < len(spans)
         chosen = [
             (index, span, step.selects[span.row])
             for index, span in zip(step.indices, spans, strict=True)
@@ -86,16 +93,21 @@ class _TritonContext:
         caches = (kv.k[layer], kv.v[layer])
         where = (step.spans, step.starts, kv.page_table)
         page, longest = kv.page_size, step.max_q
-        if self._ends is None:
-            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        else:
-            out = _flash(q, k, v, self._ends, longest)
+        own, scale = self._spec.layers[layer], self._spec.scale_of(layer)
+        flash = own.head_dim in self._flash_dims
+        if flash:  # a whole span has nothing before it that a window could hide
+            out = _flash(q, k, v, self._ends, longest, scale)
             self._store_pages(k, v, *caches, *where, page, longest)
-        if self._rest:
-            skip = self._ends is not None
-            blind = step.ahead  # there may be such spans
+        else:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if self._others or not flash:
             self._span_attention(
-                *(q, k, v, out, *caches, *where, page, longest, skip, blind, self._turns)
+                *(q, k, v, out, *caches, *where, page, longest),
+                scale=scale,
+                window=own.window,
+                skip_whole=flash,
+                blind=step.ahead,  # there may be such spans
+                turns=self._turns,
             )
         if self._selection is not None:
             self._keep_best(self._selection, q, k, v, *caches, *where, page)
@@ -112,7 +124,7 @@ def _attention_groups(step: AttentionStep, shift: int) -> list[tuple[slice, int,
         spans = list(members)
         end = start + sum(span.q_len for span in spans)
         if shape is not None:
-            rows = row_numbers(spans, step.kv.k.device)
+            rows = row_numbers(spans, step.kv.device)
             settings = step.selects[spans[0].row]
             selection = build_selection(spans[0], rows, step, settings, shift)
             found.append((slice(start, end), spans[0].q_len, selection))
@@ -127,12 +139,15 @@ def _select_shape(span: Span, step: AttentionStep) -> tuple[object, ...] | None:
     return (span[1:], step.selects[span.row])
 
 
-def _flash_runs(k: Tensor, head_dim: int) -> bool:
+def _flash_runs(kv: KVStore, head_dim: int) -> bool:
     """True if torch's flash attention takes such K,V; it knows no float32."""
+    k = kv.k[0]
     if not k.is_cuda or k.dtype not in (torch.bfloat16, torch.float16):
         return False
     capable = torch.cuda.get_device_capability(k.device) >= (8, 0)
-    return capable and torch.version.hip is None and head_dim % 8 == 0 and head_dim <= MAX_HEAD_DIM
+    return (
+        capable and torch.version.hip is None and head_dim % 8 == 0 and head_dim <= _MAX_FLASH_DIM
+    )
 
 
 def _flash(
@@ -141,6 +156,7 @@ def _flash(
     v: Tensor,  # [N, Hkv, D]
     ends: Tensor,  # [S + 1] int32
     max_q: int,
+    scale: float,
 ) -> Tensor:
     """Every span over its own fresh K,V [N, Hq, D]; of use for whole spans alone.
 
@@ -148,6 +164,6 @@ def _flash(
     learned of grouped heads later still. This operator is in all of 2.9 to 2.13.
     """
     out: Tensor = torch.ops.aten._flash_attention_forward(
-        q, k, v, ends, ends, max_q, max_q, 0.0, False, False
+        q, k, v, ends, ends, max_q, max_q, 0.0, False, False, scale=scale
     )[0]
     return out.contiguous()

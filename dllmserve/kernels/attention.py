@@ -60,7 +60,10 @@ def span_attention(
     page_table: Tensor,  # [rows + 1, P] int64, contiguous
     page_size: int,
     max_q: int,
-    skip_whole: bool,
+    *,
+    scale: float,
+    window: int = 0,
+    skip_whole: bool = False,
     blind: bool = False,
     turns: Tensor | None = None,  # [MAX_PROGRAMS] int32, zeros; they are zeros again afterwards
 ) -> None:
@@ -68,6 +71,8 @@ def span_attention(
 
     Args:
         max_q: upper bound of q_len, for which the grid is made.
+        scale: scores are multiplied by it.
+        window: as in :class:`dllmserve.core.model_spec.AttentionSpec`; slots are positions then.
         blind: whether there may be blind spans.
         turns: room for counters, which launches that follow one another may share; None makes it.
         skip_whole: leave out the spans that are a :attr:`dllmserve.core.plan.Span.refresh`:
@@ -77,7 +82,8 @@ def span_attention(
         ValueError: ``out`` or the cache is not contiguous.
 
     Example:
-        >>> span_attention(q, k, v, out, kv.k[0], kv.v[0], spans, starts, table, 32, 64, False)
+        >>> caches = (kv.k[0], kv.v[0])
+        >>> span_attention(q, k, v, out, *caches, spans, starts, table, 32, 64, scale=128**-0.5)
     """
     tokens, heads, dim = q.shape
     kv_heads, group = k.shape[1], heads // k.shape[1]
@@ -88,25 +94,19 @@ def span_attention(
     tiles = triton.cdiv(max_q * group, tile.block_m)
     if tiles == 0 or count == 0:
         return
-    parts = parts_for(q.dtype, tiles * kv_heads * count, page_table.shape[1] * page_size)
+    seen = page_table.shape[1] * page_size
+    seen = min(seen, window) if window else seen
+    parts = parts_for(q.dtype, tiles * kv_heads * count, seen)
     found, sums, turns = room_for_parts(out, parts, turns)
+    sizes: dict[str, Any] = {"GROUP": group, "HEADS": kv_heads, "DIM": dim, "D": padded(dim)}
+    sizes |= {"M": tile.block_m, "N": tile.block_n, "PARTS": parts, "PAGE": page_size}
+    sizes |= {"SKIP_WHOLE": skip_whole, "WINDOW": window, "BLIND": blind}
     _attend[(tiles * parts, kv_heads, count)](
         *(q, k, v, out, found, sums, turns, k_cache, v_cache, spans, starts, page_table),
         *(tokens, q.stride(0), k.stride(0), v.stride(0), page_table.stride(0)),
-        log2(e) / dim**0.5,
-        GROUP=group,
-        HEADS=kv_heads,
-        DIM=dim,
-        D=padded(dim),
-        PARTS=parts,
-        M=tile.block_m,
-        N=tile.block_n,
-        PAGE=page_size,
-        SKIP_WHOLE=skip_whole,
-        BLIND=blind,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        maxnreg=tile.max_registers,
+        log2(e) * scale,
+        **sizes,
+        **tile.options(),
     )
 
 
@@ -154,9 +154,11 @@ def _see(
     k: tl.tensor,  # [N, D]
     v: tl.tensor,  # [N, D], zero where hidden
     position: tl.tensor,  # [N] int32 of the keys
-    horizon: tl.tensor,  # [M] int32, first position that a query does not see
+    floor: tl.tensor,  # [M] int32, first position that a query sees, if there is a window
+    horizon: tl.tensor,  # [M] int32, first position behind it that it does not see
     blind: tl.tensor,  # [M] int32, a position that it does not see either
     scale: tl.tensor,
+    WINDOW: tl.constexpr,
     BLIND: tl.constexpr,
 ) -> Any:
     """One step of the running softmax, in powers of two."""
@@ -164,6 +166,8 @@ def _see(
         q, k, v = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     scores = tl.where(position[None, :] < horizon[:, None], scores, _NEVER)
+    if WINDOW:
+        scores = tl.where(position[None, :] >= floor[:, None], scores, _NEVER)
     if BLIND:
         scores = tl.where(position[None, :] == blind[:, None], _NEVER, scores)
     higher = tl.maximum(peak, tl.max(scores, 1))
@@ -188,6 +192,7 @@ def _see_cached(
     high: tl.tensor,
     gap: tl.tensor,
     skipped: tl.tensor,
+    floor: tl.tensor,  # [M]
     horizon: tl.tensor,  # [M]
     blind: tl.tensor,  # [M]
     scale: tl.tensor,
@@ -196,6 +201,7 @@ def _see_cached(
     D: tl.constexpr,
     N: tl.constexpr,
     PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLIND: tl.constexpr,
 ) -> Any:
     """Attend cached keys, except those that the span overwrites."""
@@ -207,7 +213,9 @@ def _see_cached(
         k = vectors(k_cache, slot, valid, DIM, D)
         v = vectors(v_cache, slot, valid, DIM, D)
         position = tl.where(valid, position, _HIDDEN)
-        acc, peak, total = _see(acc, peak, total, q, k, v, position, horizon, blind, scale, BLIND)
+        acc, peak, total = _see(
+            acc, peak, total, q, k, v, position, floor, horizon, blind, scale, WINDOW, BLIND
+        )
     return acc, peak, total
 
 
@@ -220,7 +228,9 @@ def _see_fresh(
     k: tl.tensor,  # pointer to the span's first token, own head
     v: tl.tensor,
     q_start: tl.tensor,
-    q_len: tl.tensor,
+    low: tl.tensor,  # tokens low .. high - 1 of it
+    high: tl.tensor,
+    floor: tl.tensor,  # [M]
     horizon: tl.tensor,  # [M]
     scale: tl.tensor,
     k_token: tl.tensor,
@@ -228,19 +238,21 @@ def _see_fresh(
     DIM: tl.constexpr,
     D: tl.constexpr,
     N: tl.constexpr,
+    WINDOW: tl.constexpr,
 ) -> Any:
     """Attend the span itself."""
-    for j in range(0, q_len, N):
+    for j in range(low, high, N):
         index = j + tl.arange(0, N)
-        valid = index < q_len
+        valid = index < high
         token = index.to(tl.int64)
         k_tile = vectors(k, token * k_token, valid, DIM, D)
         v_tile = vectors(v, token * v_token, valid, DIM, D)
         position = tl.where(valid, q_start + index, _HIDDEN)
         # a blind span sees all of itself
         acc, peak, total = _see(
-            acc, peak, total, q, k_tile, v_tile, position, horizon, horizon, scale, False
-        )
+            acc, peak, total, q, k_tile, v_tile, position, floor, horizon, horizon, scale,
+            WINDOW, False,
+        )  # fmt: skip
     return acc, peak, total
 
 
@@ -251,6 +263,13 @@ def _horizon(span: tl.tensor, query: tl.tensor) -> Any:
     step = tl.where(stair, tl.load(span + MASK_ARG), 1)
     block = (tl.load(span + Q_START) + query) // step
     return tl.where(stair, (block + 1) * step, _HIDDEN)
+
+
+@triton.jit
+def _floor(span: tl.tensor, query: tl.tensor, WINDOW: tl.constexpr) -> Any:
+    """First position [M] that the span's queries number ``query`` [M] see through a window."""
+    stair = tl.load(span + MASK) == MASK_STAIR
+    return tl.load(span + Q_START) + tl.where(stair, query, 0) - WINDOW + 1
 
 
 @triton.jit
@@ -274,6 +293,7 @@ def _tile(
     M: tl.constexpr,
     N: tl.constexpr,
     PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLIND: tl.constexpr,
 ) -> Any:
     """Attend a tile of queries to one part of the span's keys; the last has the fresh ones."""
@@ -284,25 +304,35 @@ def _tile(
     before = tl.where(writes, tl.minimum(q_start, ctx_len), ctx_len)
     after = tl.where(writes, tl.maximum(ctx_len - q_start - q_len, 0), 0)
     count = before + after
-    share = tl.cdiv(tl.cdiv(count, PARTS), N) * N
-    low = tl.minimum(part * share, count)
-    high = tl.minimum(low + share, count)
     # what was stored ahead is among the cached keys
     fresh = tl.where((part == PARTS - 1) & (store != STORE_AHEAD), q_len, 0)
     skipped = q_start + q_len - before
     horizon = _horizon(span, query)
+    least, own, floor = 0, 0, horizon
+    if WINDOW:
+        # keys that no query of the tile sees are left out, in whole steps of N: sums are made in
+        # the same order as with them
+        floor = _floor(span, query, WINDOW)
+        first = tl.min(floor, 0)
+        least = tl.minimum(tl.maximum(first, 0), before) // N * N
+        own = tl.maximum(first - q_start, 0) // N * N
+        fresh = tl.minimum(fresh, tl.max(horizon, 0) - q_start)
+    share = tl.cdiv(tl.cdiv(count - least, PARTS), N) * N
+    low = tl.minimum(least + part * share, count)
+    high = tl.minimum(low + share, count)
     unseen = q_start + query + tl.load(span + MASK_ARG)
     blind = tl.where(tl.load(span + MASK) == MASK_BLIND, unseen, -1)
     acc = tl.zeros([M, D], dtype=tl.float32)
     peak = tl.full([M], _NEVER, dtype=tl.float32)
     total = tl.zeros([M], dtype=tl.float32)
     acc, peak, total = _see_cached(
-        acc, peak, total, q, k_cache, v_cache, table, low, high, before, skipped, horizon, blind,
-        scale, SLOT, DIM, D, N, PAGE, BLIND,
+        acc, peak, total, q, k_cache, v_cache, table, low, high, before, skipped, floor, horizon,
+        blind, scale, SLOT, DIM, D, N, PAGE, WINDOW, BLIND,
     )  # fmt: skip
     return _see_fresh(
-        acc, peak, total, q, k, v, q_start, fresh, horizon, scale, k_token, v_token, DIM, D, N
-    )
+        acc, peak, total, q, k, v, q_start, own, fresh, floor, horizon, scale, k_token, v_token,
+        DIM, D, N, WINDOW,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -369,14 +399,14 @@ def _attend(
     PAGE: tl.constexpr,
     PARTS: tl.constexpr,
     SKIP_WHOLE: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLIND: tl.constexpr,
 ) -> None:
     span = spans + tl.program_id(2) * FIELDS
     first, part = tl.program_id(0) // PARTS * M, tl.program_id(0) % PARTS
     if _done(span, first, GROUP, SKIP_WHOLE):
         return
-    start = tl.load(starts + tl.program_id(2)).to(tl.int64)
-    own = tl.program_id(1) * DIM
+    start, own = tl.load(starts + tl.program_id(2)).to(tl.int64), tl.program_id(1) * DIM
     k, v = k + start * k_token + own, v + start * v_token + own
     k_cache, v_cache = k_cache + own, v_cache + own
     table = page_table + tl.load(span + ROW).to(tl.int64) * pages
@@ -386,7 +416,7 @@ def _attend(
     q_tile = vectors(q, token * q_token + head * DIM, real, DIM, D)
     acc, peak, total = _tile(
         q_tile, row // GROUP, k, v, k_cache, v_cache, table, span, part, k_token, v_token, scale,
-        PARTS, HEADS * DIM, DIM, D, M, N, PAGE, BLIND,
+        PARTS, HEADS * DIM, DIM, D, M, N, PAGE, WINDOW, BLIND,
     )  # fmt: skip
     _store_share(
         k, v, k_cache, v_cache, table, span, first, part, k_token, v_token,

@@ -30,6 +30,14 @@ class Tile:
     num_stages: int
     max_registers: int | None = None
 
+    def options(self) -> dict[str, int | None]:
+        """What a launch is told besides its sizes."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.max_registers,
+        }
+
 
 def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int, heads: int) -> Tile:
     """The tile of a launch.
@@ -44,6 +52,12 @@ def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int, heads: i
     else is in the batch, so a request's result does not change by a bit.
     """
     wide = head_dim > 128
+    if head_dim > 256:
+        # outputs alone fill most registers; these tiles spill nothing on sm_90
+        if dtype == torch.float32:
+            return Tile(16, 32, 8, 1)
+        rows = max(16, min(triton.next_power_of_2(group * max_q), 32))
+        return Tile(rows, block_n=32, num_warps=8, num_stages=3)
     if dtype == torch.float32:
         # no tensor cores here, so registers set the limits; these spill nothing on sm_90
         return Tile(16, 64, 8, 1) if wide else Tile(32, 64, 8, 2)

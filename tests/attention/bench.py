@@ -9,19 +9,29 @@ from torch import Tensor
 
 from dllmserve.attention.backend import AttentionBackend, KVStore, unpadded_step
 from dllmserve.catalog import BACKENDS
+from dllmserve.core.model_spec import AttentionSpec
 from dllmserve.core.plan import Mask, Span, StepEntry, StepPlan, Store
 from dllmserve.core.rows import RowSelect
 from tests.attention.naive import Slots, attend, keep
 from tests.helpers import PLAIN
 
 LENGTH = 24  # slots of a row
+#: layers as of a model with windows: few large heads see all, more smaller ones do not
+LAYERS = (
+    AttentionSpec(num_kv_heads=2, head_dim=16, window=16),
+    AttentionSpec(num_kv_heads=1, head_dim=32),
+)
 HEADS = [(4, 4, 8), (4, 2, 8), (3, 1, 6), (6, 2, 4), (1, 1, 16)]
 AHEAD = Store.AHEAD
 CPU = torch.device("cpu")
 
 
 class Bench:
-    """Rows whose slots are known, with shuffled pages and NaN wherever nothing was written."""
+    """Rows whose slots are known, with shuffled pages and NaN wherever nothing was written.
+
+    Of two layers, ``layer`` is the one that attends. ``attention`` says how layers do, if not all
+    do as ``heads`` says (query heads, K,V heads, head size); ``scale`` is the model's query_scale.
+    """
 
     def __init__(
         self,
@@ -30,25 +40,34 @@ class Bench:
         shift: int,
         page: int,
         device: torch.device = CPU,
+        *,
+        attention: tuple[AttentionSpec, ...] = (),
+        scale: float = 0.0,
+        layer: int = 1,
+        length: int = LENGTH,
     ) -> None:
-        self.device = device
+        self.device, self.layer, self.length = device, layer, length
         # on a CPU the reference backend keeps what torch.topk picks of equal scores
         self.ties = "topk" if name == "sdpa" and device == CPU else "position"
-        self.heads, self.kv_heads, self.dim = heads
+        self.heads, kv_heads, dim = heads
         self.spec = replace(
             PLAIN,
             num_heads=self.heads,
-            num_kv_heads=self.kv_heads,
-            head_dim=self.dim,
+            num_kv_heads=kv_heads,
+            head_dim=dim,
             num_layers=2,
             logit_shift=shift,
+            attention=attention,
+            query_scale=scale,
         )
+        own = self.spec.layers[layer]
+        self.kv_heads, self.dim, self.window = own.num_kv_heads, own.head_dim, own.window
         self.backend: AttentionBackend = BACKENDS[name].load()(self.spec)
         if reasons := self.backend.unsupported(self.spec, device):
             pytest.skip("; ".join(reasons))
         self.rows: dict[int, Slots] = {}
         self.generator = torch.Generator().manual_seed(sum(heads) + page)
-        per_row = -(-LENGTH // page)
+        per_row = -(-length // page)
         self.kv = KVStore.create(
             self.spec,
             num_pages=8 * per_row,
@@ -58,8 +77,8 @@ class Bench:
             dtype=torch.float32,
             device=device,
         )
-        self.kv.k.fill_(torch.nan)
-        self.kv.v.fill_(torch.nan)
+        for side in (*self.kv.k, *self.kv.v):
+            side.fill_(torch.nan)
         pages = torch.randperm(8 * per_row, generator=self.generator) + 1
         self.kv.page_table[:8] = pages.view(8, per_row).to(device)
 
@@ -67,11 +86,12 @@ class Bench:
         return torch.randn(count, heads, self.dim, generator=self.generator)
 
     def fill(self, row: int, length: int) -> None:
-        """Write slots 0..length - 1 of a row, in layer 1 only."""
+        """Write slots 0..length - 1 of a row, in one layer only."""
         k, v = self.random(length, self.kv_heads), self.random(length, self.kv_heads)
         self.rows[row] = {i: (k[i], v[i]) for i in range(length)}
         slots = self.slots(row, list(range(length)))
-        self.kv.k[1, slots], self.kv.v[1, slots] = k.to(self.device), v.to(self.device)
+        self.kv.k[self.layer][slots] = k.to(self.device)
+        self.kv.v[self.layer][slots] = v.to(self.device)
 
     def slots(self, row: int, positions: list[int]) -> Tensor:
         """Slots [n] in the store of a row's positions."""
@@ -79,15 +99,16 @@ class Bench:
         return self.kv.slots(torch.tensor([row], device=self.device), wanted)[0]
 
     def check(self, spans: list[Span], selects: dict[int, RowSelect]) -> None:
-        """Attend a plan in layer 1 and compare outputs and slots with the naive loops."""
+        """Attend a plan in the layer and compare outputs and slots with the naive loops."""
         plan = StepPlan(tuple(StepEntry(s, None, 0, "steps") for s in spans))
         # a plan has what reads a span stored ahead in the same entry; here it has its own
         if all(span.store != AHEAD for span in spans):
-            plan.validate(LENGTH)
+            plan.validate(self.length)
         q = self.random(plan.tokens, self.heads)
         k, v = self.random(plan.tokens, self.kv_heads), self.random(plan.tokens, self.kv_heads)
         moved = [t.to(self.device) for t in (q, k, v)]
-        out = self.backend.prepare(unpadded_step(plan, self.kv, selects)).attend(1, *moved).cpu()
+        context = self.backend.prepare(unpadded_step(plan, self.kv, selects))
+        out = context.attend(self.layer, *moved).cpu()
         assert out.shape == q.shape
         ends = [0]
         for span in spans:
@@ -97,17 +118,18 @@ class Bench:
         for span, (low, high) in order:
             mine = slice(low, high)
             slots = self.rows.setdefault(span.row, {})
-            expected = attend(span, q[mine], k[mine], v[mine], slots)
+            how = (self.window, self.spec.scale_of(self.layer))
+            expected = attend(span, q[mine], k[mine], v[mine], slots, *how)
             torch.testing.assert_close(out[mine], expected, atol=1e-5, rtol=1e-5)
             if span.selects:
-                how, shift = selects[span.row], self.spec.logit_shift
-                slots.update(keep(span, q[mine], k[mine], v[mine], how, shift, self.ties))
+                select, shift = selects[span.row], self.spec.logit_shift
+                slots.update(keep(span, q[mine], k[mine], v[mine], select, shift, self.ties))
         self.check_slots()
-        assert bool(self.kv.k[0].isnan().all())  # the other layer is untouched
+        assert bool(self.kv.k[1 - self.layer].isnan().all())  # the other layer is untouched
 
     def check_slots(self) -> None:
         """Written slots hold what they should, all others are still NaN."""
-        stored_k, stored_v = self.kv.k[1].cpu(), self.kv.v[1].cpu()
+        stored_k, stored_v = self.kv.k[self.layer].cpu(), self.kv.v[self.layer].cpu()
         written = torch.zeros(len(stored_k), dtype=torch.bool)
         written[: self.kv.page_size] = True  # trash
         for row, slots in self.rows.items():
@@ -149,6 +171,34 @@ def ahead_and_blind(bench: Bench) -> None:
     bench.check(
         [span(3, 0, 1, LENGTH, AHEAD), span(3, 0, 9, 9, Store.NONE, blk_len=0, blind=0)], {}
     )
+
+
+def windows(bench: Bench) -> None:
+    """Prompts in causal chunks, and canvases behind contexts much longer than the window."""
+    for row, length in ((1, 150), (2, 150), (3, 200), (4, 9), (5, 131)):
+        bench.fill(row, length)
+    bench.check(
+        [
+            span(0, 0, 90, 0, Store.POSITIONS, stair=1),  # a prompt, or its first chunk
+            span(1, 150, 20, 150, Store.NONE),  # canvases longer than the window
+            span(2, 150, 20, 150, Store.NONE),
+            span(3, 200, 10, 200, Store.POSITIONS, stair=1),  # a finished canvas
+            span(4, 9, 18, 9, Store.NONE),  # less behind it than a window
+            span(5, 131, 1, 131, Store.POSITIONS, stair=1),
+            span(6, 0, 18, 0, Store.NONE),  # nothing behind it
+        ],
+        {},
+    )
+    bench.check(
+        [
+            span(0, 90, 75, 90, Store.POSITIONS, stair=1),  # the second chunk
+            span(3, 210, 5, 210, Store.NONE),
+            span(1, 100, 9, 150, Store.POSITIONS, stair=4),  # blocks over what was there
+            span(2, 100, 9, 150, Store.POSITIONS),
+        ],
+        {},
+    )
+    bench.check([span(0, 165, 16, 165, Store.NONE)], {})
 
 
 def mixed_plans(bench: Bench) -> None:

@@ -10,8 +10,17 @@ from tests.oracles import sparse_dllm
 Slots = dict[int, tuple[Tensor, Tensor]]  # slot of a row -> K [Hkv, D], V [Hkv, D]
 
 
-def attend(span: Span, q: Tensor, k: Tensor, v: Tensor, slots: Slots) -> Tensor:
+def attend(
+    span: Span,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Slots,
+    window: int = 0,
+    scale: float | None = None,
+) -> Tensor:
     """Output [q_len, Hq, D] of q, k, v [q_len, H, D]; POSITIONS and AHEAD fill the row's slots."""
+    scale = q.shape[2] ** -0.5 if scale is None else scale
     positions = range(span.q_start, span.q_start + span.q_len)
     if span.store in (Store.POSITIONS, Store.AHEAD):
         slots.update({p: (k[i], v[i]) for i, p in enumerate(positions)})
@@ -29,10 +38,13 @@ def attend(span: Span, q: Tensor, k: Tensor, v: Tensor, slots: Slots) -> Tensor:
         visible = [e for e in keys if not stair or e[0] // stair <= p // stair]
         if span.mask == Mask.BLIND:  # all but the token that the query predicts, and itself
             visible = [(s, *slots[s]) for s in seen if s != p + span.mask_arg] + own
+        if window:
+            base = p if stair else span.q_start
+            visible = [e for e in visible if e[0] > base - window]
         for head in range(q.shape[1]):
             own_k = torch.stack([e[1][head // group] for e in visible])
             own_v = torch.stack([e[2][head // group] for e in visible])
-            weights = (own_k @ q[i, head] / q.shape[2] ** 0.5).softmax(dim=0)
+            weights = (own_k @ q[i, head] * scale).softmax(dim=0)
             out[i, head] = weights @ own_v
     return out
 

@@ -10,7 +10,16 @@ import pytest
 from dllmserve.catalog import BACKENDS
 from dllmserve.core.plan import Store
 from dllmserve.core.rows import RowSelect
-from tests.attention.bench import HEADS, LENGTH, Bench, ahead_and_blind, mixed_plans, span
+from tests.attention.bench import (
+    HEADS,
+    LAYERS,
+    LENGTH,
+    Bench,
+    ahead_and_blind,
+    mixed_plans,
+    span,
+    windows,
+)
 
 Setup = tuple[str, int, int]  # backend, logit_shift, page size
 SETUPS: list[Setup] = [(b, s, p) for b in BACKENDS for s, p in ((0, 1), (1, 5), (0, 32))]
@@ -72,6 +81,25 @@ def test_three_geometries_in_one_plan(setup: Setup, heads: tuple[int, int, int])
         ],
         {},
     )
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_layers_that_attend_in_their_own_ways(setup: Setup, layer: int) -> None:
+    how: dict[str, Any] = {"attention": LAYERS, "layer": layer, "length": 220}
+    windows(Bench((4, 2, 16), *setup, **how, scale=1.0 if setup[1] else 0.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_a_window_does_not_know(backend: str) -> None:
+    bench = Bench((4, 2, 16), backend, 0, 4, attention=LAYERS)
+    bench.fill(0, 20)
+    for wrong in (
+        span(0, 0, 9, 0, Store.SELECT_SHARED, keep=2, blk_len=4),
+        span(0, 4, 9, 20, Store.AHEAD),
+        span(0, 4, 9, 20, Store.NONE, blind=0),
+    ):
+        with pytest.raises(ValueError, match="cannot attend"):
+            bench.check([wrong], {0: RowSelect(1, 4)})
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
 """What the triton backend decides on the host: which kernels a step needs, padded or not."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dllmserve.attention import triton as backend
-from dllmserve.attention.backend import AttentionStep, unpadded_step
+from dllmserve.attention.backend import AttentionStep, KVStore, unpadded_step
 from dllmserve.core.plan import Span, StepEntry, StepPlan, Store
 from dllmserve.core.rows import RowSelect
-from tests.attention.bench import Bench, span
+from tests.attention.bench import LAYERS, Bench, span
 
 PER_HEAD = Store.SELECT_PER_HEAD
 HALVES = [torch.float16, torch.bfloat16]
@@ -27,14 +28,20 @@ def padded(step: AttentionStep, trash_row: int) -> AttentionStep:
     return replace(step, spans=spans, starts=starts, indices=places, tokens=tokens, max_q=longest)
 
 
-def stand_in(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, max_q: int) -> Tensor:
+def cast(kv: KVStore, dtype: torch.dtype) -> KVStore:
+    """The same K and V in another dtype."""
+    k, v = (tuple(x.to(dtype, copy=True) for x in side) for side in (kv.k, kv.v))
+    return replace(kv, k=k, v=v)
+
+
+def stand_in(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, max_q: int, scale: float) -> Tensor:
     """Flash attention of every span over itself, for machines without a GPU."""
     out = torch.full_like(q, torch.nan)
     group = q.shape[1] // k.shape[1]
     for low, high in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
         assert high - low <= max_q
         wide = [x[low:high].float().repeat_interleave(n, 1) for x, n in ((k, group), (v, group))]
-        scores = torch.einsum("qhd,khd->hqk", q[low:high].float(), wide[0]) / q.shape[2] ** 0.5
+        scores = torch.einsum("qhd,khd->hqk", q[low:high].float(), wide[0]) * scale
         out[low:high] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), wide[1]).to(q.dtype)
     return out
 
@@ -49,6 +56,11 @@ PLANS: dict[str, list[Span]] = {
         span(6, 0, 11, 0, Store.SELECT_SHARED, keep=4, blk_off=2, blk_len=4),
     ],
     "whole": [span(0, 0, 17, 17, Store.POSITIONS), span(4, 0, 5, 0, Store.NONE)],
+    "windows": [
+        span(0, 0, 40, 40, Store.POSITIONS),  # whole, and longer than the window
+        span(1, 0, 30, 0, Store.POSITIONS, stair=1),
+        span(2, 9, 5, 9, Store.NONE),
+    ],
     "reuse": [span(1, 9, 5, 9, Store.NONE), span(2, 3, 4, 9, Store.POSITIONS)],
 }
 
@@ -61,25 +73,30 @@ def test_flash_and_the_kernel_share_a_step(
     """All of it agrees with float32 through the one kernel, which other tests prove."""
     cuda = torch.cuda.is_available()
     if not cuda:
-        monkeypatch.setattr(backend, "_flash_runs", lambda k, _: k.dtype != torch.float32)
+        monkeypatch.setattr(backend, "_flash_runs", lambda kv, _: kv.k[0].dtype != torch.float32)
         monkeypatch.setattr(backend, "_flash", stand_in)
-    bench = Bench((4, 2, 8), "triton", 1, 5, torch.device("cuda" if cuda else "cpu"))
+    own: dict[str, Any] = {}
+    if name == "windows":
+        own = {"attention": LAYERS, "layer": 0, "scale": 0.5, "length": 40}
+    bench = Bench((4, 2, 8), "triton", 1, 5, torch.device("cuda" if cuda else "cpu"), **own)
     for row in (1, 2, 3):
         bench.fill(row, 9)
-    bench.kv.k, bench.kv.v = bench.kv.k.to(dtype), bench.kv.v.to(dtype)
+    bench.kv = cast(bench.kv, dtype)
     plan = StepPlan(tuple(StepEntry(s, None, 0, "steps") for s in PLANS[name]))
     selects = {5: RowSelect(3, 6), 6: RowSelect(2, 4)}
     fresh = [bench.random(plan.tokens + 3, h).to(bench.device, dtype) for h in (4, 2, 2)]
 
-    exact = replace(bench.kv, k=bench.kv.k.float(), v=bench.kv.v.float())
+    exact = cast(bench.kv, torch.float32)
     one = unpadded_step(plan, exact, selects)
-    wanted = bench.backend.prepare(one).attend(1, *(x[: plan.tokens].float() for x in fresh))
+    wanted = bench.backend.prepare(one).attend(
+        bench.layer, *(x[: plan.tokens].float() for x in fresh)
+    )
     two = padded(unpadded_step(plan, bench.kv, selects), trash_row=8)
-    out = bench.backend.prepare(two).attend(1, *fresh)
+    out = bench.backend.prepare(two).attend(bench.layer, *fresh)
 
-    assert out.shape == (plan.tokens + 3, 4, 8)
+    assert out.shape == (plan.tokens + 3, 4, bench.dim)
     torch.testing.assert_close(out[: plan.tokens].float(), wanted, atol=1e-2, rtol=1e-2)
-    for got, expected in ((bench.kv.k, exact.k), (bench.kv.v, exact.v)):
+    for got, expected in zip((*bench.kv.k, *bench.kv.v), (*exact.k, *exact.v), strict=True):
         assert torch.equal(got.float().nan_to_num(nan=9e9), expected.nan_to_num(nan=9e9))
 
 
@@ -93,8 +110,11 @@ def test_flash_attends_whole_spans_only() -> None:
 
 def test_what_is_unsupported(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench((1, 1, 16), "triton", 0, 4)
-    wide = replace(bench.spec, head_dim=257)
-    assert bench.backend.unsupported(wide, bench.device) == ["head_dim 257 is more than 256"]
+    wide = replace(bench.spec, head_dim=513)
+    layers = replace(bench.spec, attention=(LAYERS[0], replace(LAYERS[1], head_dim=513)))
+    for spec in (wide, layers):
+        assert bench.backend.unsupported(spec, bench.device) == ["head_dim 513 is more than 512"]
+    assert not bench.backend.unsupported(replace(bench.spec, head_dim=512), bench.device)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     (reason,) = bench.backend.unsupported(bench.spec, torch.device("cpu"))
     assert "CUDA" in reason

@@ -56,8 +56,8 @@ def test_mixed(engines: Engines, name: str, options: dict[str, int]) -> None:
 def test_what_was_in_the_pages_before_does_not_matter(engines: Engines, name: str) -> None:
     llm = engines(helpers.GOLDEN / name)
     kv = llm._engine._runner.kv
-    kv.k.fill_(float("nan"))
-    kv.v.fill_(float("nan"))
+    for side in (*kv.k, *kv.v):
+        side.fill_(float("nan"))
     cases = helpers.golden(name)
     assert helpers.run_cases(llm, cases) == [c.output for c in cases]
 

@@ -1,4 +1,4 @@
-"""Compile kernels of steps and constraints, and the rotation of heads, for a GPU not at hand.
+"""Compile kernels of attention, layers, steps and constraints for a GPU that is not at hand.
 
 ``python -m tests.kernels.compiled``; Triton's interpreter takes what the compiler refuses.
 """
@@ -6,11 +6,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dllmserve.kernels import experts, rotary, routing
+from dllmserve.kernels import attention, experts, rotary, routing
+from dllmserve.kernels.tiles import tile_for
 from dllmserve.runtime.kernels import begin, constrain, finish, region_sets
 
 TYPES = {
@@ -82,6 +84,16 @@ KERNELS = (
     experts._product_kernel,
     experts._combine_kernel,
 )
+#: pointers of the attention kernel, whose others are of the dtype
+ATTENTION_TYPES = {
+    "found": "*fp32 sums",
+    "turns": "*i32 spans starts",
+    "page_table": "*i64",
+}
+#: head size, query heads of a K,V head, and window of layers whose tiles fill the memory
+WIDE_LAYERS = ((256, 2, 1024), (512, 8, 0))
+#: bytes of shared memory that a block may have on sm_90
+SHARED_BYTES = 227 * 1024
 STEP_KERNELS = (begin._begin, finish._spread, finish._commit)
 
 
@@ -89,22 +101,64 @@ def main() -> None:
     """Compile each; an error names the line."""
     compile_all(KERNELS, TYPES)
     compile_all(STEP_KERNELS, STEP_TYPES)
+    for layer in WIDE_LAYERS:
+        compile_attention(torch.bfloat16, "*bf16", *layer)
+        compile_attention(torch.float32, "*fp32", *layer)
 
 
 def compile_all(kernels: Sequence[Any], types: Mapping[str, str]) -> None:
     """Compile kernels whose arguments have types by their names."""
+    for kernel in kernels:
+        compiled(kernel, by_name(types), FIXED, {"num_warps": 8})
+
+
+def compile_attention(dtype: torch.dtype, pointer: str, dim: int, group: int, window: int) -> None:
+    """Compile attention with its own tile, of the longest canvas, and see that it fits."""
+    tile = tile_for(dtype, dim, group, max_q=256, heads=64)
+    sizes = {"GROUP": group, "HEADS": 8, "DIM": dim, "D": dim, "WINDOW": window, "PAGE": 32}
+    parts = {"PARTS": 1 if dtype == torch.float32 else 4, "SKIP_WHOLE": False, "BLIND": False}
+    pointers = by_name({"q": f"{pointer} k v out k_cache v_cache", **ATTENTION_TYPES})
+    made = compiled(
+        attention._attend,
+        {**pointers, "scale": "fp32"},
+        {**sizes, **parts, "M": tile.block_m, "N": tile.block_n},
+        tile.options(),
+        aligned=[*pointers, "q_token", "k_token", "v_token"],
+    )
+    if made.metadata.shared > SHARED_BYTES:
+        raise ValueError(f"{dtype} heads of {dim} take {made.metadata.shared} bytes of a block")
+
+
+def by_name(types: Mapping[str, str]) -> dict[str, str]:
+    """The type of each argument, of lines that begin with one's name."""
     kinds = dict[str, str]()
     for first, line in types.items():
         kind, *others = line.split()
         kinds |= dict.fromkeys([first, *others], kind)
-    for kernel in kernels:
-        parameters = kernel.params
-        fixed = {(i,): FIXED[p.name] for i, p in enumerate(parameters) if p.is_constexpr}
-        signature = {
-            p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters
-        }
-        source = ASTSource(kernel, signature, fixed)
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    return kinds
+
+
+def compiled(
+    kernel: Any,
+    kinds: Mapping[str, str],
+    sizes: Mapping[str, Any],
+    options: Mapping[str, int | None],
+    aligned: Sequence[str] = (),
+) -> Any:
+    """A kernel for sm_90 whose arguments have these types, int32 if there is none, and sizes.
+
+    Those that are ``aligned`` are multiples of 16, which loads in advance depend on.
+    """
+    parameters = kernel.params
+    fixed = {(i,): sizes[p.name] for i, p in enumerate(parameters) if p.is_constexpr}
+    signature = {
+        p.name: "constexpr" if p.is_constexpr else kinds.get(p.name, "i32") for p in parameters
+    }
+    places = {
+        (i,): [["tt.divisibility", 16]] for i, p in enumerate(parameters) if p.name in aligned
+    }
+    source = ASTSource(kernel, signature, fixed, places)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(options))
 
 
 if __name__ == "__main__":

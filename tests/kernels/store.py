@@ -28,6 +28,7 @@ class Store:
         seed: int = 0,
     ) -> None:
         self.heads, self.kv_heads, self.dim = heads
+        self.scale = self.dim**-0.5
         self.device, self.dtype, self.page = device, dtype, page
         self.generator = torch.Generator().manual_seed(seed)
         per_row = -(-slots // page)
@@ -70,6 +71,7 @@ class Store:
         fresh: tuple[Tensor, Tensor, Tensor],
         *,
         skip_whole: bool = False,
+        window: int = 0,
         strided: bool = False,
         padding: int = 0,
     ) -> Tensor:
@@ -82,7 +84,8 @@ class Store:
         fields, starts = self.packed(spans, padding)
         longest = max(s.q_len for s in spans) + 2 * padding  # an upper bound is enough
         where = (fields, starts, self.table, self.page, longest)
-        span_attention(q, k, v, out, self.k, self.v, *where, skip_whole)
+        how = {"scale": self.scale, "window": window, "skip_whole": skip_whole}
+        span_attention(q, k, v, out, self.k, self.v, *where, **how)
         if skip_whole:
             store_pages(k, v, self.k, self.v, *where)
         return out.cpu()

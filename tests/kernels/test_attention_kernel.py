@@ -13,7 +13,9 @@ from tests.kernels.store import Store, span
 EXACT = {"atol": 1e-5, "rtol": 1e-5}
 
 
-def expected(store: Store, spans: list[Span], fresh: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+def expected(
+    store: Store, spans: list[Span], fresh: tuple[Tensor, Tensor, Tensor], window: int = 0
+) -> Tensor:
     """What the loops make of the plan, in float64; the store's known slots are updated."""
     outs, low = [], 0
     for one in spans:
@@ -21,18 +23,22 @@ def expected(store: Store, spans: list[Span], fresh: tuple[Tensor, Tensor, Tenso
         low += one.q_len
         slots = store.rows.setdefault(one.row, {})
         wide = {slot: (k.double(), v.double()) for slot, (k, v) in slots.items()}
-        outs.append(attend(one, q.double(), k.double(), v.double(), wide))
+        outs.append(attend(one, q.double(), k.double(), v.double(), wide, window, store.scale))
         if one.store == How.POSITIONS:
             slots.update({one.q_start + i: (k[i], v[i]) for i in range(one.q_len)})
     return torch.cat(outs).to(fresh[0].dtype)
 
 
 def check(
-    store: Store, spans: list[Span], tolerance: dict[str, float] = EXACT, **options: bool
+    store: Store,
+    spans: list[Span],
+    tolerance: dict[str, float] = EXACT,
+    window: int = 0,
+    **options: bool,
 ) -> None:
     fresh = store.fresh(sum(s.q_len for s in spans))
-    out = store.attend(spans, fresh, **options)
-    torch.testing.assert_close(out, expected(store, spans, fresh), **tolerance)
+    out = store.attend(spans, fresh, window=window, **options)
+    torch.testing.assert_close(out, expected(store, spans, fresh, window), **tolerance)
     store.check_slots()
 
 
@@ -102,6 +108,33 @@ def test_three_geometries_in_one_plan(device: torch.device) -> None:
     )
 
 
+def test_windows(device: torch.device) -> None:
+    """What no query of a tile sees is not read: it would poison the sums."""
+    store, window = Store((4, 2, 8), device, page=6, slots=300), 20
+    for row, count in ((0, 200), (1, 260), (2, 0), (3, 130)):
+        store.fill(row, count)
+    for row, count in ((0, 128), (1, 192), (3, 64)):  # steps of 64 keys before the windows
+        places = store.places(row, count)
+        store.k[places], store.v[places] = torch.nan, torch.nan
+        for slot in range(count):
+            nothing = torch.full((2, 8), torch.nan)
+            store.rows[row][slot] = (nothing, nothing)
+    plan = [
+        span(0, 200, 30, 200, How.NONE),
+        span(1, 260, 17, 260, How.POSITIONS, stair=1),
+        span(2, 0, 120, 0, How.POSITIONS, stair=1),  # whole tiles of the span itself
+        span(3, 130, 9, 130, How.POSITIONS, stair=4),
+    ]
+    fresh = store.fresh(sum(s.q_len for s in plan))
+    low = plan[0].q_len + plan[1].q_len
+    together = store.attend(plan, fresh, window=window, padding=1)
+    torch.testing.assert_close(together, expected(store, plan, fresh, window), **EXACT)
+    store.check_slots()
+    mine = slice(low, low + plan[2].q_len)
+    alone = store.attend([plan[2]], (fresh[0][mine], fresh[1][mine], fresh[2][mine]), window=window)
+    assert torch.equal(alone, together[mine])
+
+
 def test_whole_spans_are_left_to_others(device: torch.device) -> None:
     store = Store((2, 2, 8), device, page=3)
     for row, count in ((1, 12), (2, 8)):
@@ -131,8 +164,9 @@ def test_half_precision(
     for row in range(2):
         store.fill(row, 650)
     step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
-    plan = [span(0, 100, 9, 650, How.POSITIONS), span(1, 0, 3, 0, How.NONE)]
-    check(store, plan, tolerance={"atol": 2 * step, "rtol": 2 * step})
+    tolerance = {"atol": 2 * step, "rtol": 2 * step}
+    check(store, [span(0, 100, 9, 650, How.POSITIONS), span(1, 0, 3, 0, How.NONE)], tolerance)
+    check(store, [span(0, 640, 5, 640, How.NONE)], tolerance, window=400)
 
 
 def test_when_the_context_is_split() -> None:
