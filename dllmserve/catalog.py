@@ -246,6 +246,9 @@ MODELS = Catalog(
         "ILLaDAForCausalLM": ModelInfo("dllmserve.models.illada:Illada"),
         "LLaDA2MoeModelLM": ModelInfo("dllmserve.models.llada2:Llada2"),
         "LLaDAMoEModelLM": ModelInfo("dllmserve.models.llada_moe:LladaMoe"),
+        "DiffusionGemmaForBlockDiffusion": ModelInfo(
+            "dllmserve.models.diffusion_gemma:DiffusionGemma"
+        ),
         "SDARForCausalLM": ModelInfo("dllmserve.models.sdar:Sdar"),
         "SDARMoeForCausalLM": ModelInfo("dllmserve.models.sdar:SdarMoe"),
         "Fast_dLLM_QwenForCausalLM": ModelInfo("dllmserve.models.fast_dllm:FastDllm"),

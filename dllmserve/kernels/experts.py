@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllmserve.kernels.activation import activate
+
 
 @dataclass(frozen=True)
 class Tiling:
@@ -113,6 +115,7 @@ def _store(
     out: tl.tensor,
     outs: tl.tensor,
     GATED: tl.constexpr,
+    GELU: tl.constexpr,
 ) -> None:
     """Results to the rows of their pairs."""
     dtype = out_ptr.dtype.element_ty
@@ -120,7 +123,7 @@ def _store(
     if GATED:
         wide = found.to(tl.float32)
         # rounded to the dtype after every operation, as torch's calls do
-        act = tl.div_rn(wide, 1.0 + tl.exp(-wide)).to(dtype)
+        act = activate(wide, GELU).to(dtype)
         found = (act.to(tl.float32) * above.to(dtype).to(tl.float32)).to(dtype)
     to = out_ptr + pair.to(tl.int64)[None, :] * outs + out[:, None]
     tl.store(to, found, mask=pair_ok[None, :] & (out < outs)[:, None])
@@ -140,6 +143,7 @@ def _product_kernel(
     outs: tl.tensor,
     depth: tl.tensor,
     GATED: tl.constexpr,
+    GELU: tl.constexpr,
     EVEN: tl.constexpr,
     EXPERTS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -184,9 +188,9 @@ def _product_kernel(
             above = tl.dot(v, tl.trans(x), above, input_precision="ieee")
             if MORE:
                 above_more = tl.dot(v, tl.trans(y), above_more, input_precision="ieee")
-    _store(out_ptr, total, above, pair, pair_ok, out, outs, GATED)
+    _store(out_ptr, total, above, pair, pair_ok, out, outs, GATED, GELU)
     if MORE:
-        _store(out_ptr, total_more, above_more, pair_more, more_ok, out, outs, GATED)
+        _store(out_ptr, total_more, above_more, pair_more, more_ok, out, outs, GATED, GELU)
 
 
 def expert_product(
@@ -197,7 +201,7 @@ def expert_product(
     choices: int,
     among: int,
     *,
-    gated: bool,
+    activation: str = "",
 ) -> Tensor:
     """Rows of pairs times the matrices of their experts, which may be gates and ups of an MLP.
 
@@ -211,14 +215,15 @@ def expert_product(
         order: [E', N] int32, the pairs of each expert, n * K + j.
         choices: K.
         among: experts that pairs are spread over, those of other ranks included.
-        gated: the result is ``silu(gate) * up``.
+        activation: "silu" or "gelu_tanh" if the result is gated, ``act(gate) * up``.
 
     Returns:
         [N*K, out]; rows of pairs that no expert has are undefined.
 
     Example:
-        ``inner = expert_product(x, gate_up, counts, order, 8, 256, gated=True)``
+        ``inner = expert_product(x, gate_up, counts, order, 8, 256, activation="silu")``
     """
+    gated = activation != ""
     experts, depth = weight.shape[0], weight.shape[2]
     outs = weight.shape[1] // 2 if gated else weight.shape[1]
     pairs = order.shape[1] * choices
@@ -230,6 +235,7 @@ def expert_product(
             *(x, weight, out, counts, order),
             *(order.shape[1], experts, choices if gated else 1, outs, depth),
             GATED=gated,
+            GELU=activation == "gelu_tanh",
             EVEN=outs % tiling.outs == 0 and depth % tiling.depth == 0,
             EXPERTS=triton.next_power_of_2(experts),
             PAIRS=tiling.pairs,

@@ -33,13 +33,17 @@ class Experts:
     Args:
         build: that of the layer.
         experts: the model's.
-        inside: what holds ``gate`` and ``experts`` in the layer, in the checkpoint.
+        inside: what holds ``experts`` in the layer, in the checkpoint; "" for the layer itself.
+        gate: name of the router's matrix in the layer; ``gate`` inside if it is not given.
+        factors: name of what each expert's weights are multiplied by, if there is such a thing.
+        stacked: ``gate_up_proj`` [E, 2m, d] and ``down_proj`` [E, d, m] hold those of all experts.
         bias: name of the router's bias in the layer.
         shared: name of the shared expert in the layer.
 
     Attributes:
         gate: [E, d], whole on every rank.
         bias: [E] float32, whole on every rank, or None.
+        factors: [E], whole on every rank, or None.
         gate_up: [E', 2m, d] of the rank's experts: gate's rows of an expert, then up's.
         down: [E', d, m]; of some outputs alone where ranks cut it by rows.
         shared: an MLP, or None.
@@ -51,18 +55,27 @@ class Experts:
         experts: ExpertSpec,
         *,
         inside: str = "mlp",
+        gate: str = "",
+        factors: str = "",
+        stacked: bool = False,
         bias: str = "",
         shared: str = "",
     ) -> None:
         part = build.partition
         self._spec, self._ops, self._group = experts, build.ops, build.group
+        self._activation = build.spec.activation
         self._exact, self._divided = part.exact, part.expert_parallel
         width, count = build.spec.hidden_size, experts.count
-        self.gate = build.weight(Part(f"{inside}.gate.weight", (count, width), (_ALL, _ALL)))
+        router = f"{gate or f'{inside}.gate'}.weight"
+        self.gate = build.weight(Part(router, (count, width), (_ALL, _ALL)))
         self.bias: Tensor | None = None
+        self.factors: Tensor | None = None
+        if factors:
+            self.factors = build.weight(Part(factors, (count,), (_ALL,)), ones=True)
         if experts.bias:
             self.bias = build.weight(Part(bias, (count,), (_ALL,)), dtype=torch.float32)
-        names = [f"{inside}.experts.{e}" for e in range(count)]
+        at = f"{inside}.experts" if inside else "experts"
+        names = [f"{at}.{e}" for e in range(count)]
         self.shared: Mlp | None = None
         own = part.share(count) if self._divided else slice(0, count)
         self._held = range(own.start, own.stop)
@@ -72,7 +85,10 @@ class Experts:
         elif experts.shared_size:
             gate, up, down = (f"{shared}.{name}" for name in _NAMES)
             self.shared = Mlp(build, gate=gate, up=up, down=down, inner=experts.shared_size)
-        self._store(build, names)
+        if stacked:
+            self._store_stacked(build, at)
+        else:
+            self._store(build, names)
 
     def _store(self, build: Build, names: list[str]) -> None:
         """Make the stacked weights of the experts with these names."""
@@ -94,13 +110,43 @@ class Experts:
         self.gate_up = rows.view(len(mine), -1, rows.shape[1])
         self.down = outputs.view(len(mine), -1, outputs.shape[1])
 
-    def __call__(self, x: Tensor, windows: Tensor | None = None) -> Tensor:
+    def _store_stacked(self, build: Build, name: str) -> None:
+        """Make them of the two tensors that hold those of all experts."""
+        part, width, size, mine = (
+            build.partition,
+            build.spec.hidden_size,
+            self._spec.size,
+            self._held,
+        )
+        count = self._spec.count
+        inner = slice(0, size) if self._divided else part.share(size)
+        halves = inner, slice(size + inner.start, size + inner.stop)
+        shape, gate_up = (count, 2 * size, width), f"{name}.gate_up_proj"
+        rows = build.weight(
+            *(Part(gate_up, shape, (slice(e, e + 1), half, _ALL)) for e in mine for half in halves)
+        )
+        self.gate_up = rows.view(len(mine), -1, width)
+        by_rows = self._exact and not self._divided
+        cut = (part.share(width), _ALL) if by_rows else (_ALL, inner)
+        held = slice(mine.start, mine.stop)
+        self.down = build.weight(Part(f"{name}.down_proj", (count, width, size), (held, *cut)))
+
+    def __call__(
+        self, x: Tensor, windows: Tensor | None = None, seen: Tensor | None = None
+    ) -> Tensor:
         """[N, d] -> [N, d].
 
-        ``windows`` are the numbers of the tokens' windows [N] int64, all of whose tokens are here,
-        if the experts have a capacity.
+        Args:
+            x: [N, d] what the experts see.
+            windows: [N] int64 numbers of the tokens' windows, all of whose tokens are here, if the
+                experts have a capacity.
+            seen: [N, d] what the router sees; x if it is not given.
         """
-        routed = self._ops.route(x, self.gate, self.bias, self._spec, self._held, windows)
+        routed = self._ops.route(
+            *(x if seen is None else seen, self.gate, self.bias, self._spec, self._held),
+            windows,
+            self.factors,
+        )
         if self._divided:
             out = self._from_all_ranks(x, routed)
         else:
@@ -110,7 +156,7 @@ class Experts:
     def _cut(self, x: Tensor, routed: Routed) -> Tensor:
         """Of experts whose inner dimension is cut."""
         ops, group = self._ops, self._group
-        inner = ops.expert_up(x, routed, self.gate_up)
+        inner = ops.expert_up(x, routed, self.gate_up, self._activation)
         if self._exact:
             inner = join(group, inner, 1)
         out = ops.combine(ops.expert_down(inner, routed, self.down), routed)
@@ -121,7 +167,7 @@ class Experts:
     def _from_all_ranks(self, x: Tensor, routed: Routed) -> Tensor:
         """Of experts that are divided between ranks."""
         ops, group = self._ops, self._group
-        inner = ops.expert_up(x, routed, self.gate_up)
+        inner = ops.expert_up(x, routed, self.gate_up, self._activation)
         rows = ops.expert_down(inner, routed, self.down)
         if not self._exact:
             return group.all_reduce(ops.combine(rows, routed))

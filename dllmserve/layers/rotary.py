@@ -20,8 +20,12 @@ def rotary_tables(
     max_len: int,
     device: torch.device,
     scaling: RopeScaling | None = None,
+    turned: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Cos and sin of positions ``0 .. max_len - 1``: [max_len, D/2] float32 each.
+
+    Of D/2 pairs of dimensions the first ``turned`` are rotated, or all of them if that is 0; the
+    angle of the others is 0.
 
     Example:
         >>> cos, sin = rotary_tables(64, 1e4, 128, torch.device("cpu"))
@@ -29,6 +33,8 @@ def rotary_tables(
         torch.Size([128, 32])
     """
     frequencies = inverse_frequencies(head_dim, theta, device, scaling)
+    if turned:
+        frequencies[turned:] = 0.0
     angles = torch.outer(torch.arange(max_len, dtype=torch.float32, device=device), frequencies)
     cos, sin = angles.cos(), angles.sin()
     if scaling is None or scaling.attention_factor == 1.0:

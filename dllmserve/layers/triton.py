@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.core.model_spec import ExpertSpec
-from dllmserve.kernels.activation import silu_mul
+from dllmserve.kernels.activation import gated
 from dllmserve.kernels.experts import combine_pairs, expert_product
 from dllmserve.kernels.linear import invariant_linear
 from dllmserve.kernels.norm import add_rms_norm
@@ -46,9 +46,9 @@ class TritonOps(LayerOps):
         rotate_(heads, cos, sin, angles[0], count, norms)
         return heads[:, :count]
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
+    def gated(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
         """See :class:`LayerOps`."""
-        return silu_mul(gate_up)
+        return gated(gate_up, activation)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`LayerOps`."""
@@ -64,22 +64,25 @@ class TritonOps(LayerOps):
         experts: ExpertSpec,
         held: range,
         windows: Tensor | None = None,  # [N] int64
+        factors: Tensor | None = None,  # [E]
     ) -> Routed:
         """See :class:`LayerOps`; with windows, by torch's calls."""
         if windows is not None:
-            routed = super().route(x, gate, bias, experts, held, windows)
+            routed = super().route(x, gate, bias, experts, held, windows, factors)
             counts, order = _listed(routed)
             return routed._replace(counts=counts, order=order, among=experts.count)
-        found = choose_experts(x, gate, bias, experts, held)
+        found = choose_experts(x, gate, bias, experts, held, factors)
         return Routed(*found[:2], held, *found[2:], experts.count)
 
-    def expert_up(self, x: Tensor, routed: Routed, gate_up: Tensor) -> Tensor:
+    def expert_up(
+        self, x: Tensor, routed: Routed, gate_up: Tensor, activation: str = "silu"
+    ) -> Tensor:
         """See :class:`LayerOps`."""
-        return _product(x, routed, gate_up, gated=True)
+        return _product(x, routed, gate_up, activation)
 
     def expert_down(self, inner: Tensor, routed: Routed, down: Tensor) -> Tensor:
         """See :class:`LayerOps`."""
-        return _product(inner, routed, down, gated=False)
+        return _product(inner, routed, down)
 
     def combine(self, rows: Tensor, routed: Routed) -> Tensor:
         """See :class:`LayerOps`."""
@@ -101,8 +104,8 @@ def _listed(routed: Routed) -> tuple[Tensor, Tensor]:
     return taken[:, :stored].sum(0, dtype=torch.int32), order[:room].view(stored, tokens)
 
 
-def _product(x: Tensor, routed: Routed, weight: Tensor, *, gated: bool) -> Tensor:
+def _product(x: Tensor, routed: Routed, weight: Tensor, activation: str = "") -> Tensor:
     if routed.counts is None or routed.order is None:
         raise ValueError("experts' pairs are not in order: they have to come from this route()")
     pairs = routed.counts, routed.order, routed.ids.shape[1], routed.among
-    return expert_product(x, weight, *pairs, gated=gated)
+    return expert_product(x, weight, *pairs, activation=activation)

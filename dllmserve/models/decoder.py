@@ -5,12 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.layers.modules import Attention, AttentionContext, Build, Embedding, Head, RMSNorm
+
+
+class CanvasTokens(NamedTuple):
+    """What a step's tokens are to a model that fills canvases of noise.
+
+    Attributes:
+        mine: [N] bool, tokens of a canvas that is being filled; the others are encoded for good.
+        expected: [N, d], what the forward before thought of the position: the mean of the
+            embedding's rows by its distribution; zeros where there is none.
+    """
+
+    mine: Tensor
+    expected: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,7 @@ class Decoder(ABC):
         positions: Tensor,
         context: AttentionContext,
         rows: Tensor | None = None,
+        canvas: CanvasTokens | None = None,
     ) -> Tensor:
         """Run N packed tokens of any number of requests.
 
@@ -85,6 +99,8 @@ class Decoder(ABC):
             rows: [M] int64, the tokens whose result is wanted; None for all of them. What
                 follows the last layer's attention is computed for these alone, but for experts
                 with a capacity, which need all tokens of a window.
+            canvas: of a model with ``spec.noise`` alone; None if no token is of a canvas that is
+                being filled.
 
         Returns:
             [M, hidden_size] (or [N, hidden_size]) after the final norm.

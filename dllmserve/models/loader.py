@@ -45,6 +45,7 @@ SHAPES_ONLY = (
     "llada-moe-7b",
     "sdar-30b-a3b",
     "qwen3-30b-a3b",
+    "diffusion-gemma-26b",
 )
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -190,7 +191,11 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
     if given.eos_ids is not None:
         config = config | {"eos_token_id": list(given.eos_ids)}
     if given.layers is not None:
-        config = config | _first_layers(config, given.layers)
+        inner = config.get("text_config")
+        cut = _first_layers(config, given.layers)
+        if isinstance(inner, dict):
+            cut["text_config"] = inner | _first_layers(inner, given.layers)
+        config = config | cut
     try:
         spec = architecture.read(config)
     except UnsupportedModelError:
@@ -218,7 +223,8 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
         raise UnsupportedModelError(
             f"embedding_size={spec.embedding_size} is under vocab_size={spec.vocab_size}"
         )
-    if spec.geometry != "causal" and not 0 <= spec.mask_id < spec.embedding_size:
+    masks = spec.geometry != "causal" and not spec.noise
+    if masks and not 0 <= spec.mask_id < spec.embedding_size:
         raise UnsupportedModelError(
             f"mask_token_id={spec.mask_id} is outside the {spec.embedding_size} embeddings: give "
             "mask_id (--mask-id)"
@@ -231,13 +237,13 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
         ) from error
 
 
-def _first_layers(config: dict[str, Any], layers: int) -> dict[str, int]:
+def _first_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
     """The number of layers under its names, of so many layers alone."""
     names = [name for name in _LAYER_FIELDS if isinstance(config.get(name), int)]
     for name in names:
         if config[name] < layers:
             raise ConfigError(f"layers={layers} is over the {config[name]} that the model has")
-    return dict.fromkeys(names, layers)
+    return dict[str, Any].fromkeys(names, layers)
 
 
 def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:
@@ -253,6 +259,11 @@ def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:
                     f"{option}={value} does not work with an autoregressive model, which {why}: "
                     "leave it out"
                 )
+    if spec.noise and mask is not None:
+        raise ConfigError(
+            f"mask_id={mask} does not work with a model that fills canvases of random ids, which "
+            "have no mask: leave it out"
+        )
     window = 0 if spec.experts is None else spec.experts.window
     if window and block not in (None, window):
         raise ConfigError(

@@ -128,8 +128,8 @@ def test_every_tiling(pairs: int, gated: bool) -> None:
         own = places[start : start + count]
         order[expert, :count], start = own, start + count
         product = PLAIN.linear(x[own.long()], weight[expert], None)
-        expected[own.long()] = (PLAIN.silu_mul(product) if gated else product).float()
-    found = expert_product(x, weight, counts, order, 1, 4, gated=gated)
+        expected[own.long()] = (PLAIN.gated(product) if gated else product).float()
+    found = expert_product(x, weight, counts, order, 1, 4, activation="silu" if gated else "")
     assert len({tiling_for(HALF, n, gated) for n in PAIRS}) == (6 if gated else 5)
     defined = places[:start].long()
     torch.testing.assert_close(found[defined].float(), expected[defined], atol=0.05, rtol=0.02)
