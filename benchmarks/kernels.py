@@ -68,7 +68,7 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def layer_cases(rows: int) -> Iterator[Case]:
-    """add_rms_norm, rotate and act_mul on bf16 activations."""
+    """add_rms_norm, rotate and gated on bf16 activations."""
     device = torch.device("cuda")
     plain, fused = (kind(HEAD_DIM, 5e5, 4096, device) for kind in (LayerOps, TritonOps))
     x, h, weight = random(rows, WIDTH), random(rows, WIDTH), random(WIDTH)
@@ -94,14 +94,14 @@ def layer_cases(rows: int) -> Iterator[Case]:
         lambda: rotate(heads, count, angles),
     )
     wide = random(rows, 2 * MLP)
-    act_mul = torch.compile(plain.act_mul, dynamic=False)
+    gated = torch.compile(plain.gated, dynamic=False)
     yield Case(
-        "act_mul",
+        "gated",
         rows,
         wide.nbytes * 3 // 2,
-        lambda: fused.act_mul(wide),
-        lambda: plain.act_mul(wide),
-        lambda: act_mul(wide),
+        lambda: fused.gated(wide),
+        lambda: plain.gated(wide),
+        lambda: gated(wide),
     )
 
 

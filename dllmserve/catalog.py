@@ -252,6 +252,9 @@ MODELS = Catalog(
         "ILLaDAForCausalLM": ModelInfo("dllmserve.models.illada:Illada"),
         "LLaDA2MoeModelLM": ModelInfo("dllmserve.models.llada2:Llada2"),
         "LLaDAMoEModelLM": ModelInfo("dllmserve.models.llada_moe:LladaMoe"),
+        "DiffusionGemmaForBlockDiffusion": ModelInfo(
+            "dllmserve.models.diffusion_gemma:DiffusionGemma"
+        ),
         "SDARForCausalLM": ModelInfo("dllmserve.models.sdar:Sdar"),
         "SDARMoeForCausalLM": ModelInfo("dllmserve.models.sdar:SdarMoe"),
         "Fast_dLLM_QwenForCausalLM": ModelInfo("dllmserve.models.fast_dllm:FastDllm"),
@@ -260,9 +263,6 @@ MODELS = Catalog(
         ),
         "NemotronLabsDiffusionModel": ModelInfo("dllmserve.models.nemotron:Nemotron"),
         "MinistralDiffEncoderModel": ModelInfo("dllmserve.models.nemotron:MinistralDiffEncoder"),
-        "DiffusionGemmaForBlockDiffusion": ModelInfo(
-            "dllmserve.models.diffusion_gemma:DiffusionGemma"
-        ),
         "A2DLlamaLMHeadModel": ModelInfo("dllmserve.models.a2d:A2dLlama"),
         "A2DQwen2LMHeadModel": ModelInfo("dllmserve.models.a2d:A2dQwen2"),
         "A2DQwen3LMHeadModel": ModelInfo("dllmserve.models.a2d:A2dQwen3"),

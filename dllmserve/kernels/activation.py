@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import pi, sqrt
-
 import torch
 import triton
 import triton.language as tl
@@ -12,21 +10,20 @@ from torch import Tensor
 _BLOCK = 1024
 
 
-#: of GELU by tanh, as x / (1 + exp(slope (x + 0.044715 x^3)))
-_SLOPE = tl.constexpr(-2.0 * sqrt(2.0 / pi))
-
-
 @triton.jit
-def activated(x: tl.tensor, GELU: tl.constexpr) -> tl.tensor:
-    """SiLU, or GELU by tanh, of float32."""
-    below = -x
+def activate(
+    x: tl.tensor,  # float32
+    GELU: tl.constexpr,
+) -> tl.tensor:
+    """silu(x), or gelu(x) with tanh, which is ``x / (1 + exp(-2u))`` of its own u."""
     if GELU:
-        below = (x * x * 0.044715 + 1.0) * x * _SLOPE
-    return tl.div_rn(x, 1.0 + tl.exp(below))
+        # 2 * sqrt(2 / pi) * (x + 0.044715 x^3)
+        return tl.div_rn(x, 1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
+    return tl.div_rn(x, 1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _act_mul_kernel(
+def _gated_kernel(
     wide_ptr: tl.tensor,
     out_ptr: tl.tensor,
     wide_stride: tl.tensor,
@@ -42,14 +39,13 @@ def _act_mul_kernel(
     place = wide_ptr + row * wide_stride + column
     gate = tl.load(place, mask=inside, other=0.0)
     up = tl.load(place + width, mask=inside, other=0.0)
-    x = gate.to(tl.float32)
     # rounded to the dtype before the product, as the two torch calls do
-    act = activated(x, GELU).to(gate.dtype)
+    act = activate(gate.to(tl.float32), GELU).to(gate.dtype)
     out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
     tl.store(out_ptr + row * width + column, out, mask=inside)
 
 
-def act_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
+def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """``act(gate) * up`` of the fused product.
 
     Args:
@@ -60,17 +56,16 @@ def act_mul(gate_up: Tensor, activation: str = "silu") -> Tensor:
         [N, m] of the same dtype.
 
     Example:
-        ``hidden = act_mul(F.linear(x, gate_up_weight))``
+        ``hidden = gated(F.linear(x, gate_up_weight))``
     """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     blocks = triton.cdiv(width, _BLOCK)
     if rows:
-        _act_mul_kernel[(rows * blocks,)](
+        _gated_kernel[(rows * blocks,)](
             *(gate_up, out, gate_up.stride(0), width, blocks),
             GELU=activation == "gelu_tanh",
             BLOCK=_BLOCK,
             num_warps=4,
-            enable_fp_fusion=False,  # torch rounds after every operation
         )
     return out

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dllmserve.kernels.activation import activated
+from dllmserve.kernels.activation import activate
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _store(
     if GATED:
         wide = found.to(tl.float32)
         # rounded to the dtype after every operation, as torch's calls do
-        act = activated(wide, GELU).to(dtype)
+        act = activate(wide, GELU).to(dtype)
         found = (act.to(tl.float32) * above.to(dtype).to(tl.float32)).to(dtype)
     to = out_ptr + pair.to(tl.int64)[None, :] * outs + out[:, None]
     tl.store(to, found, mask=pair_ok[None, :] & (out < outs)[:, None])
@@ -215,7 +215,7 @@ def expert_product(
         order: [E', N] int32, the pairs of each expert, n * K + j.
         choices: K.
         among: experts that pairs are spread over, those of other ranks included.
-        activation: "silu" or "gelu_tanh" if gated: the result is ``act(gate) * up``; else "".
+        activation: "silu" or "gelu_tanh" if the result is gated, ``act(gate) * up``.
 
     Returns:
         [N*K, out]; rows of pairs that no expert has are undefined.
@@ -223,7 +223,8 @@ def expert_product(
     Example:
         ``inner = expert_product(x, gate_up, counts, order, 8, 256, activation="silu")``
     """
-    experts, depth, gated = weight.shape[0], weight.shape[2], activation != ""
+    gated = activation != ""
+    experts, depth = weight.shape[0], weight.shape[2]
     outs = weight.shape[1] // 2 if gated else weight.shape[1]
     pairs = order.shape[1] * choices
     out = torch.empty((pairs, outs), dtype=x.dtype, device=x.device)

@@ -11,6 +11,14 @@ _ELEMENTS = 1024
 
 
 @triton.jit
+def _normed(x: tl.tensor, dtype: tl.constexpr, WIDE: tl.constexpr) -> tl.tensor:
+    """What is multiplied by a norm's weight, as torch's calls round it."""
+    if WIDE:
+        return x
+    return x.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _rotate_kernel(
     heads_ptr: tl.tensor,
     cos_ptr: tl.tensor,
@@ -26,6 +34,7 @@ def _rotate_kernel(
     queries: tl.tensor,
     eps: tl.tensor,
     NORM: tl.constexpr,
+    WIDE: tl.constexpr,  # cast behind the weight, not before it as well
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     BEHIND: tl.constexpr,  # dimensions that are normalised and not rotated, in tl.arange's sizes
@@ -55,7 +64,7 @@ def _rotate_kernel(
             query, key = (head < queries)[:, None] & within, (head >= queries)[:, None] & within
             weight = tl.load(query_ptr + dim[None, :], mask=query, other=0.0).to(tl.float32)
             weight += tl.load(key_ptr + dim[None, :], mask=key, other=0.0).to(tl.float32)
-            rest = (rest * scale).to(dtype).to(tl.float32) * weight
+            rest = _normed(rest * scale, dtype, WIDE) * weight
             tl.store(rest_place, rest.to(dtype), mask=within)
         # a head's weight is the queries' or the keys'
         query, key = (head < queries)[:, None] & inside, (head >= queries)[:, None] & inside
@@ -63,8 +72,8 @@ def _rotate_kernel(
         low += tl.load(key_ptr + pair[None, :], mask=key, other=0.0).to(tl.float32)
         high = tl.load(query_ptr + half + pair[None, :], mask=query, other=0.0).to(tl.float32)
         high += tl.load(key_ptr + half + pair[None, :], mask=key, other=0.0).to(tl.float32)
-        first = ((first * scale).to(dtype).to(tl.float32) * low).to(dtype).to(tl.float32)
-        second = ((second * scale).to(dtype).to(tl.float32) * high).to(dtype).to(tl.float32)
+        first = (_normed(first * scale, dtype, WIDE) * low).to(dtype).to(tl.float32)
+        second = (_normed(second * scale, dtype, WIDE) * high).to(dtype).to(tl.float32)
     tl.store(place, (first * cos - second * sin).to(dtype), mask=inside)
     tl.store(place + half, (second * cos + first * sin).to(dtype), mask=inside)
 
@@ -75,7 +84,7 @@ def rotate_(
     sin: Tensor,  # [max_len, r/2] float32
     positions: Tensor,  # [N] int64
     count: int,
-    norms: tuple[Tensor, Tensor, int, float] | None = None,
+    norms: tuple[Tensor, Tensor, int, float, bool] | None = None,
 ) -> None:
     """Rotate the first ``count`` heads in place, in float32, and cast back.
 
@@ -87,7 +96,7 @@ def rotate_(
         cos, sin: contiguous tables, row p for position p.
         positions: [N], each below max_len.
         norms: weights [D] of the queries and of the keys, number of query heads, which come first,
-            and epsilon; see :class:`dllmserve.layers.ops.HeadNorms`.
+            epsilon, and whether they cast behind the weight; see :class:`dllmserve.layers.ops.HeadNorms`.
 
     Example:
         ``rotate_(qkv.view(n, -1, 128), cos, sin, positions, num_heads + num_kv_heads)``
@@ -95,7 +104,7 @@ def rotate_(
     rows, _, dim = heads.shape
     if rows == 0 or count == 0:
         return
-    query, key, queries, eps = (cos, cos, 0, 0.0) if norms is None else norms
+    query, key, queries, eps, wide = (cos, cos, 0, 0.0, False) if norms is None else norms
     half = cos.shape[1]
     behind = dim - 2 * half
     half_block = triton.next_power_of_2(half)
@@ -115,6 +124,7 @@ def rotate_(
         queries,
         eps,
         NORM=norms is not None,
+        WIDE=wide,
         HEADS=per_program,
         HALF=half_block,
         BEHIND=triton.next_power_of_2(behind) if behind and norms is not None else 0,

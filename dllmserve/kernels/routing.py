@@ -153,6 +153,7 @@ def _list_pairs(
 def _choose_kernel(
     logits_ptr: tl.tensor,
     bias_ptr: tl.tensor,
+    factors_ptr: tl.tensor,
     ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     counts_ptr: tl.tensor,
@@ -168,6 +169,7 @@ def _choose_kernel(
     SIGMOID: tl.constexpr,
     BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    FACTORS: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     TOP: tl.constexpr,
@@ -201,6 +203,8 @@ def _choose_kernel(
     if NORMALIZE:
         weights = tl.div_rn(weights, tl.sum(weights, 0) + 1e-20)
     weights = weights * scale
+    if FACTORS:
+        weights *= tl.load(factors_ptr + ids, mask=routed, other=0.0).to(tl.float32)
     if SHARED != 0:
         ids = tl.where(slot == CHOICES, experts, ids)
         weights = tl.where(slot == CHOICES, 1.0, weights)
@@ -233,6 +237,7 @@ def choose_experts(
     bias: Tensor | None,  # [E] float32
     experts: ExpertSpec,
     held: range,
+    factors: Tensor | None = None,  # [E]
 ) -> Choices:
     """The experts of each token. Ties go to the lower number.
 
@@ -242,6 +247,7 @@ def choose_experts(
         experts: how they are chosen.
         held: those that this rank has; pairs of others are in no expert's order. With number E
             among them, that is a shared one, which every token takes.
+        factors: of each expert, which its weights are multiplied by.
     """
     (tokens, depth), count = x.shape, experts.count
     shared, stored = int(count in held), len(held)
@@ -273,13 +279,15 @@ def choose_experts(
         grouped = experts.groups > experts.top_groups
         groups = experts.groups if grouped else 1
         _choose_kernel[(tokens,)](
-            *(logits, logits if bias is None else bias, *found),
+            *(logits, logits if bias is None else bias),
+            *(logits if factors is None else factors, *found),
             *(tokens, count, groups, held.start, stored - shared, experts.scale),
             CHOICES=experts.per_token,
             SHARED=shared,
             SIGMOID=experts.score == "sigmoid",
             BIAS=("", "choice", "weights").index(experts.bias),
             NORMALIZE=experts.normalize,
+            FACTORS=factors is not None,
             GROUPS=triton.next_power_of_2(groups),
             SIZE=triton.next_power_of_2(count // groups),
             TOP=experts.top_groups if grouped else 0,

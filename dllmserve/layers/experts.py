@@ -33,17 +33,17 @@ class Experts:
     Args:
         build: that of the layer.
         experts: the model's.
-        gate: name of the router's matrix in the layer, in the checkpoint.
-        inside: what holds ``experts`` there.
-        stacked: name of the module there, in place of ``experts``, that holds ``gate_up_proj``
-            [E, 2m, d], gate above up, and ``down_proj`` [E, d, m] of all experts.
-        factors: name of what the weights of a token's experts are multiplied by, [E].
+        inside: what holds ``experts`` in the layer, in the checkpoint; "" for the layer itself.
+        gate: name of the router's matrix in the layer; ``gate`` inside if it is not given.
+        factors: name of what each expert's weights are multiplied by, if there is such a thing.
+        stacked: ``gate_up_proj`` [E, 2m, d] and ``down_proj`` [E, d, m] hold those of all experts.
         bias: name of the router's bias in the layer.
         shared: name of the shared expert in the layer.
 
     Attributes:
         gate: [E, d], whole on every rank.
         bias: [E] float32, whole on every rank, or None.
+        factors: [E], whole on every rank, or None.
         gate_up: [E', 2m, d] of the rank's experts: gate's rows of an expert, then up's.
         down: [E', d, m]; of some outputs alone where ranks cut it by rows.
         shared: an MLP, or None.
@@ -54,27 +54,28 @@ class Experts:
         build: Build,
         experts: ExpertSpec,
         *,
-        gate: str = "mlp.gate",
-        inside: str = "mlp.experts",
-        stacked: str = "",
+        inside: str = "mlp",
+        gate: str = "",
         factors: str = "",
+        stacked: bool = False,
         bias: str = "",
         shared: str = "",
     ) -> None:
         part = build.partition
         self._spec, self._ops, self._group = experts, build.ops, build.group
+        self._activation = build.spec.activation
         self._exact, self._divided = part.exact, part.expert_parallel
         width, count = build.spec.hidden_size, experts.count
-        self._activation = build.spec.activation
-        self.gate = build.weight(Part(f"{gate}.weight", (count, width), (_ALL, _ALL)))
+        router = f"{gate or f'{inside}.gate'}.weight"
+        self.gate = build.weight(Part(router, (count, width), (_ALL, _ALL)))
+        self.bias: Tensor | None = None
         self.factors: Tensor | None = None
         if factors:
-            part_of = Part(factors, (count,), (_ALL,))
-            self.factors = build.weight(part_of, ones=True, dtype=torch.float32)
-        self.bias: Tensor | None = None
+            self.factors = build.weight(Part(factors, (count,), (_ALL,)), ones=True)
         if experts.bias:
             self.bias = build.weight(Part(bias, (count,), (_ALL,)), dtype=torch.float32)
-        names = [f"{inside}.{e}" for e in range(count)]
+        at = f"{inside}.experts" if inside else "experts"
+        names = [f"{at}.{e}" for e in range(count)]
         self.shared: Mlp | None = None
         own = part.share(count) if self._divided else slice(0, count)
         self._held = range(own.start, own.stop)
@@ -82,10 +83,10 @@ class Experts:
             names.append(shared)
             self._held = range(count + 1)
         elif experts.shared_size:
-            into, above, below = (f"{shared}.{name}" for name in _NAMES)
-            self.shared = Mlp(build, gate=into, up=above, down=below, inner=experts.shared_size)
+            gate, up, down = (f"{shared}.{name}" for name in _NAMES)
+            self.shared = Mlp(build, gate=gate, up=up, down=down, inner=experts.shared_size)
         if stacked:
-            self._store_stacked(build, stacked)
+            self._store_stacked(build, at)
         else:
             self._store(build, names)
 
@@ -110,40 +111,42 @@ class Experts:
         self.down = outputs.view(len(mine), -1, outputs.shape[1])
 
     def _store_stacked(self, build: Build, name: str) -> None:
-        """Make them of tensors that hold all experts."""
-        part, width, size = build.partition, build.spec.hidden_size, self._spec.size
-        count, mine = self._spec.count, self._held
-        inner = _ALL if self._divided else part.share(size)
-        low, high, _ = inner.indices(size)
-        out = (_ALL, inner)
-        if self._exact and not self._divided:
-            out = (part.share(width), _ALL)  # by rows
-        gate_up, down = [], []
-        both, below = (count, 2 * size, width), (count, width, size)
-        for e in mine:
-            one = slice(e, e + 1)
-            for start in (0, size):  # the gate's rows, then the up's
-                cut = (one, slice(start + low, start + high), _ALL)
-                gate_up.append(Part(f"{name}.gate_up_proj", both, cut))
-            down.append(Part(f"{name}.down_proj", below, (one, *out)))
-        self.gate_up = build.weight(*gate_up).view(len(mine), -1, width)
-        self.down = build.weight(*down)
+        """Make them of the two tensors that hold those of all experts."""
+        part, width, size, mine = (
+            build.partition,
+            build.spec.hidden_size,
+            self._spec.size,
+            self._held,
+        )
+        count = self._spec.count
+        inner = slice(0, size) if self._divided else part.share(size)
+        halves = inner, slice(size + inner.start, size + inner.stop)
+        shape, gate_up = (count, 2 * size, width), f"{name}.gate_up_proj"
+        rows = build.weight(
+            *(Part(gate_up, shape, (slice(e, e + 1), half, _ALL)) for e in mine for half in halves)
+        )
+        self.gate_up = rows.view(len(mine), -1, width)
+        by_rows = self._exact and not self._divided
+        cut = (part.share(width), _ALL) if by_rows else (_ALL, inner)
+        held = slice(mine.start, mine.stop)
+        self.down = build.weight(Part(f"{name}.down_proj", (count, width, size), (held, *cut)))
 
     def __call__(
-        self, x: Tensor, windows: Tensor | None = None, scored: Tensor | None = None
+        self, x: Tensor, windows: Tensor | None = None, seen: Tensor | None = None
     ) -> Tensor:
         """[N, d] -> [N, d].
 
         Args:
-            x: hidden states.
-            windows: the numbers of the tokens' windows [N] int64, all of whose tokens are here, if
-                the experts have a capacity.
-            scored: [N, d], what the router looks at, if that is not x.
+            x: [N, d] what the experts see.
+            windows: [N] int64 numbers of the tokens' windows, all of whose tokens are here, if the
+                experts have a capacity.
+            seen: [N, d] what the router sees; x if it is not given.
         """
-        given = x if scored is None else scored
-        routed = self._ops.route(given, self.gate, self.bias, self._spec, self._held, windows)
-        if self.factors is not None:
-            routed = routed._replace(weights=routed.weights * self.factors[routed.ids.long()])
+        routed = self._ops.route(
+            *(x if seen is None else seen, self.gate, self.bias, self._spec, self._held),
+            windows,
+            self.factors,
+        )
         if self._divided:
             out = self._from_all_ranks(x, routed)
         else:

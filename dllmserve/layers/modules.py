@@ -255,7 +255,8 @@ class Attention:
         packed: name of the one matrix that q, k and v are rows of, if they are.
         norms: names of the norms over each head of the queries and of the keys, if there are any;
             whole on every rank.
-        value_norm: values are divided by their root mean square over each head.
+        wide: these cast behind the weight, and each head of the values is normalised as well,
+            without one (Gemma).
     """
 
     def __init__(
@@ -269,31 +270,25 @@ class Attention:
         v: str = "v",
         packed: str = "",
         norms: tuple[str, str] | None = None,
-        value_norm: bool = False,
+        wide: bool = False,
     ) -> None:
-        spec, local, self._ops = build.spec, build.partition.local, build.ops
-        own, dim = spec.layers[layer], spec.layers[layer].head_dim
-        width, kv = spec.num_heads * dim, own.num_kv_heads * dim
-        self._key_is_value, self._eps = own.key_is_value, spec.norm_eps
-        self.qkv = Linear(
-            build,
-            spec.hidden_size,
-            {q: width, k: kv} if own.key_is_value else {q: width, k: kv, v: kv},
-            bias=spec.qkv_bias,
-            packed=packed,
-        )
-        self._ones: Tensor | None = None
-        if value_norm:
-            self._ones = torch.ones(dim, dtype=build.dtype, device=build.device)
+        spec, own, self._ops = build.spec, build.spec.layers[layer], build.ops
+        heads, kv_heads = (n // build.group.size for n in (spec.num_heads, own.num_kv_heads))
+        width, kv = spec.num_heads * own.head_dim, own.num_kv_heads * own.head_dim
+        matrices = {q: width, k: kv} | ({} if own.key_is_value else {v: kv})
+        self.qkv = Linear(build, spec.hidden_size, matrices, bias=spec.qkv_bias, packed=packed)
         self.norms: HeadNorms | None = None
         if norms is not None:
-            parts = [Part(f"{name}.weight", (dim,), (_ALL,)) for name in norms]
+            parts = [Part(f"{name}.weight", (own.head_dim,), (_ALL,)) for name in norms]
             of_q, of_k = (build.weight(part, ones=True) for part in parts)
-            self.norms = HeadNorms(of_q, of_k, local.num_heads, spec.norm_eps)
+            self.norms = HeadNorms(of_q, of_k, heads, spec.norm_eps, wide)
         self.out = JoinedLinear(build, width, spec.hidden_size, out, bias=spec.out_bias)
         self._layer = layer
-        self._heads, self._head_dim = local.num_heads, dim
-        self._rotated = local.num_heads + local.layers[layer].num_kv_heads
+        self._heads, self._head_dim = heads, own.head_dim
+        self._rotated = heads + kv_heads
+        #: behind which the values are: the keys themselves, before anything is done to them
+        self._behind = heads if own.key_is_value else self._rotated
+        self._value_eps = spec.norm_eps if wide else None
 
     def __call__(
         self,
@@ -305,20 +300,15 @@ class Attention:
         """[N, d], or [M, d] of the tokens ``rows``; K and V of all N are stored in any case."""
         heads, count = self._heads, self._rotated
         vectors = self.qkv(x).view(x.shape[0], -1, self._head_dim)
-        v = vectors[:, heads:] if self._key_is_value else vectors[:, count:]
-        if self._ones is not None:  # before keys are changed in place
-            v = self._normed(v, self._ones)
+        v = vectors[:, self._behind :]
+        if self._value_eps is not None:
+            v = self._ops.wide_norm(v, None, self._value_eps)  # before keys are changed in place
         turned = self._ops.rotate(vectors, count, angles, self.norms)  # q and k together
         q = self._ops.scale_queries(turned[:, :heads], angles)
         flat = context.attend(self._layer, q, turned[:, heads:], v).reshape(
             x.shape[0], heads * self._head_dim
         )
         return self.out(flat if rows is None else flat[rows])
-
-    def _normed(self, v: Tensor, ones: Tensor) -> Tensor:
-        """Values [N, Hkv, D] over their root mean square."""
-        flat = v.reshape(-1, self._head_dim)
-        return self._ops.add_norm(flat, None, ones, self._eps)[0].view(v.shape)
 
 
 class Mlp:
@@ -336,8 +326,8 @@ class Mlp:
         width, inner = build.spec.hidden_size, inner or build.spec.mlp_size
         self.gate_up = Linear(build, width, {gate: inner, up: inner})
         self.down = JoinedLinear(build, inner, width, down)
-        self._act_mul, self._activation = build.ops.act_mul, build.spec.activation
+        self._gated, self._activation = build.ops.gated, build.spec.activation
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, d] -> [N, d]."""
-        return self.down(self._act_mul(self.gate_up(x), self._activation))
+        return self.down(self._gated(self.gate_up(x), self._activation))

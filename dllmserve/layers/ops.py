@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.core.model_spec import AttentionSpec, ExpertSpec, RopeScaling
+from dllmserve.core.model_spec import ExpertSpec, RopeScaling
 from dllmserve.layers.rotary import query_factors, rotary_tables
 
 #: what ``at`` gives and ``rotate`` takes; its content is the implementation's own
 Angles = tuple[Tensor, ...]
-
-
-class Rotary(NamedTuple):
-    """How a layer's heads are rotated.
-
-    Attributes:
-        dim: so many first dimensions of each head.
-        theta: base of the angles.
-        turned: of the ``dim / 2`` pairs so many first ones; 0 for all.
-    """
-
-    dim: int
-    theta: float
-    turned: int = 0
-
-
-#: -2 sqrt(2 / pi), in :func:`gelu_tanh`
-_GELU_SLOPE = -2.0 * math.sqrt(2.0 / math.pi)
-
-
-def rotary_of(layer: AttentionSpec) -> Rotary:
-    """How a layer's heads are rotated."""
-    return Rotary(layer.head_dim, layer.rope_theta, layer.turned)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -54,6 +32,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return wide.to(x.dtype) * weight
+
+
+def wide_norm(x: Tensor, weight: Tensor | None, eps: float, factor: float = 1.0) -> Tensor:
+    """``x / rms(x) * weight * factor``, all of it in float32 and cast once, as Gemma does.
+
+    Args:
+        x: [.., d] activations.
+        weight: [d]; None for ones.
+    """
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        wide = wide * weight.float()
+    return (wide if factor == 1.0 else wide * factor).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:
@@ -79,18 +71,35 @@ def silu(x: Tensor) -> Tensor:
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by tanh, ``x / (1 + exp(-2u))``, ``u = sqrt(2/pi) (x + 0.044715 x^3)``; as :func:`silu`.
+    """GELU with tanh in place of the error function, as ``x / (1 + exp(-2u))``.
 
-    That is ``x (1 + tanh(u)) / 2``.
-
-    Example:
-        >>> round(float(gelu_tanh(torch.tensor([1.0]))), 4)
-        0.8412
+    That is ``x / 2 * (1 + tanh(u))`` with ``u = sqrt(2 / pi) * (x + 0.044715 x^3)``. It is computed
+    in float32 and cast once; see :func:`silu` for why it is no call of torch's there.
     """
     if x.dtype != torch.float32 or x.device.type != "cpu":
         return F.gelu(x, approximate="tanh")
-    below = (x * x).mul_(0.044715).add_(1.0).mul_(x).mul_(_GELU_SLOPE).exp_().add_(1.0)
+    below = (x * x).mul_(0.044715).add_(1.0).mul_(x).mul_(-2 * math.sqrt(2 / math.pi))
+    below = below.exp_().add_(1.0)
     return torch.div(x, below, out=below)
+
+
+class Sandwich(NamedTuple):
+    """Weights of the norms around an addition to the residual stream (Gemma).
+
+    Attributes:
+        branches: [d] each, of what is added up: one for each of two sublayers side by side, or none
+            for one sublayer.
+        after: [d] of the norm of what is added to the stream.
+        then: [d] each, of the norms of the sum, which the next sublayers read.
+        factors: what each of these is multiplied by.
+        eps: of all.
+    """
+
+    branches: tuple[Tensor, ...]
+    after: Tensor
+    then: tuple[Tensor, ...]
+    factors: tuple[float, ...]
+    eps: float
 
 
 class HeadNorms(NamedTuple):
@@ -100,12 +109,14 @@ class HeadNorms(NamedTuple):
         query, key: [D] weights.
         queries: number of query heads; heads behind them are key heads.
         eps: of both.
+        wide: they cast behind the weight, see :func:`wide_norm`.
     """
 
     query: Tensor
     key: Tensor
     queries: int
     eps: float
+    wide: bool = False
 
 
 class Routed(NamedTuple):
@@ -163,14 +174,8 @@ class LayerOps:
         max_len: int,
         device: torch.device,
         scaling: RopeScaling | None = None,
-        others: Sequence[Rotary] = (),
     ) -> None:
         self.tables = rotary_tables(rotary_dim, theta, max_len, device, scaling)
-        #: of layers that are rotated in other ways
-        self.others = {
-            other: rotary_tables(other.dim, other.theta, max_len, device, turned=other.turned)
-            for other in others
-        }
         self._query_factors = query_factors(max_len, device, scaling)
 
     def add_norm(
@@ -183,12 +188,55 @@ class LayerOps:
         h = x if residual is None else residual + x
         return rms_norm(h, weight, eps), h
 
-    def at(self, positions: Tensor, rotary: Rotary | None = None) -> Angles:
-        """Once per forward: what ``rotate`` needs of positions [N] int64, which come last.
+    def turning(self, head_dim: int, theta: float, turned: int) -> Self:
+        """The same operations with other rotary tables, see :func:`rotary_tables`."""
+        cos, _ = self.tables
+        other = copy.copy(self)
+        other.tables = rotary_tables(head_dim, theta, len(cos), cos.device, None, turned)
+        return other
 
-        Of layers that are rotated in another way, that is said.
+    def sandwich(
+        self,
+        outs: Sequence[Tensor],  # [N, d] each
+        residual: Tensor,  # [N, d]
+        norms: Sandwich,
+        scalars: Tensor | None = None,  # [N]
+    ) -> tuple[list[Tensor], Tensor]:
+        """``h = (residual + norm(outs)) * scalars``, and norms of h; ``residual`` may be overwritten.
+
+        Args:
+            outs: what a sublayer gives, or each of two side by side, which are normalised by
+                themselves and added up before.
+            residual: the stream.
+            norms: the weights.
+            scalars: a factor of each token; None for 1.
+
+        Returns:
+            A norm of h [N, d] for each weight in ``norms.then``, and h [N, d].
         """
-        cos, sin = self.tables if rotary is None else self.others[rotary]
+        added = outs[0]
+        if norms.branches:
+            first, second = (
+                wide_norm(x, weight, norms.eps)
+                for x, weight in zip(outs, norms.branches, strict=True)
+            )
+            added = first + second
+        h = residual + wide_norm(added, norms.after, norms.eps)
+        if scalars is not None:
+            h = h * scalars[:, None]
+        then = zip(norms.then, norms.factors, strict=True)
+        return [wide_norm(h, weight, norms.eps, factor) for weight, factor in then], h
+
+    def wide_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """``x / rms(x) * weight`` of the last dimension in a new tensor, cast once.
+
+        x may be [N, d] or [N, H, D]; without a weight it is 1.
+        """
+        return wide_norm(x, weight, eps)
+
+    def at(self, positions: Tensor) -> Angles:
+        """Once per forward: what ``rotate`` needs of positions [N] int64, which come last."""
+        cos, sin = self.tables
         return cos[positions][:, None, :], sin[positions][:, None, :], positions  # [N, 1, r/2]
 
     def rotate(
@@ -201,9 +249,10 @@ class LayerOps:
         cos, sin, _ = angles
         turning = heads[:, :count]
         if norms is not None:
-            query, key, first_key, eps = norms
+            query, key, first_key, eps, wide = norms
+            norm = wide_norm if wide else rms_norm
             queries, keys = turning[:, :first_key], turning[:, first_key:]
-            turning = torch.cat((rms_norm(queries, query, eps), rms_norm(keys, key, eps)), dim=1)
+            turning = torch.cat((norm(queries, query, eps), norm(keys, key, eps)), dim=1)
         rotated = 2 * cos.shape[-1]
         behind = turning[..., rotated:]
         first, second = turning[..., :rotated].float().chunk(2, dim=-1)
@@ -217,8 +266,11 @@ class LayerOps:
             return queries
         return queries * self._query_factors[angles[-1]].to(queries.dtype)[:, None, None]
 
-    def act_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
-        """``act(gate) * up`` of [N, 2m] -> [N, m]. The argument may be overwritten."""
+    def gated(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
+        """``act(gate) * up`` of [N, 2m] -> [N, m]. The argument may be overwritten.
+
+        ``activation`` is :class:`~dllmserve.core.model_spec.ModelSpec`'s.
+        """
         gate, up = gate_up.chunk(2, dim=-1)
         return (silu(gate) if activation == "silu" else gelu_tanh(gate)).mul_(up)
 
@@ -234,6 +286,7 @@ class LayerOps:
         experts: ExpertSpec,
         held: range,
         windows: Tensor | None = None,  # [N] int64
+        factors: Tensor | None = None,  # [E]
     ) -> Routed:
         """The experts of each token, with their weights, in float32 whatever x and gate are.
 
@@ -245,6 +298,7 @@ class LayerOps:
             held: experts that this rank has. If the number E is among them, it is that of the
                 shared expert, which every token takes.
             windows: number of each token's window, from 0 on, where ``experts`` has a capacity.
+            factors: of each expert, which its weights are multiplied by in the end.
         """
         logits = self.linear(x.float(), gate.float(), None)
         scores = logits.sigmoid() if experts.score == "sigmoid" else logits.softmax(dim=-1)
@@ -260,6 +314,8 @@ class LayerOps:
         if experts.normalize:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
         weights = weights * experts.scale
+        if factors is not None:
+            weights = weights * factors.float()[ids]
         if experts.count in held:
             ids, weights = F.pad(ids, (0, 1), value=experts.count), F.pad(weights, (0, 1), value=1)
         return Routed(ids.int(), weights, held)
@@ -275,13 +331,13 @@ class LayerOps:
             x: [N, d].
             routed: of x.
             gate_up: [held experts, 2m, d]: gate's m rows, then up's.
-            activation: see ``ModelSpec.activation``.
+            activation: see ``gated``.
         """
         choices = routed.ids.shape[1]
         inner = x.new_empty((routed.ids.numel(), gate_up.shape[1] // 2))
         for pairs, weight in _by_expert(routed, gate_up):
-            wide = self.linear(x[pairs // choices], weight, None)
-            inner[pairs] = self.act_mul(wide, activation)
+            product = self.linear(x[pairs // choices], weight, None)
+            inner[pairs] = self.gated(product, activation)
         return inner
 
     def expert_down(self, inner: Tensor, routed: Routed, down: Tensor) -> Tensor:

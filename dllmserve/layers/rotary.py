@@ -24,7 +24,8 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cos and sin of positions ``0 .. max_len - 1``: [max_len, D/2] float32 each.
 
-    Of the D/2 frequencies all but the first ``turned`` are 0, if that is not 0.
+    Of D/2 pairs of dimensions the first ``turned`` are rotated, or all of them if that is 0; the
+    angle of the others is 0.
 
     Example:
         >>> cos, sin = rotary_tables(64, 1e4, 128, torch.device("cpu"))

@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.core.model_spec import ExpertSpec
-from dllmserve.kernels.activation import act_mul
+from dllmserve.kernels.activation import gated
 from dllmserve.kernels.experts import combine_pairs, expert_product
 from dllmserve.kernels.linear import invariant_linear
 from dllmserve.kernels.norm import add_rms_norm
 from dllmserve.kernels.rotary import rotate_
 from dllmserve.kernels.routing import choose_experts
-from dllmserve.layers.ops import Angles, HeadNorms, LayerOps, Rotary, Routed
+from dllmserve.layers.ops import Angles, HeadNorms, LayerOps, Routed
 
 
 class TritonOps(LayerOps):
@@ -34,21 +34,21 @@ class TritonOps(LayerOps):
         """See :class:`LayerOps`; the sum is written into ``residual``."""
         return add_rms_norm(x, residual, weight, eps)
 
-    def at(self, positions: Tensor, rotary: Rotary | None = None) -> Angles:
-        """The tables, which the kernel reads itself, and the positions."""
-        return (*(self.tables if rotary is None else self.others[rotary]), positions)
+    def at(self, positions: Tensor) -> Angles:
+        """The positions: the kernel reads the tables itself."""
+        return (positions,)
 
     def rotate(
         self, heads: Tensor, count: int, angles: Angles, norms: HeadNorms | None = None
     ) -> Tensor:
         """See :class:`LayerOps`; in place."""
-        cos, sin, positions = angles
-        rotate_(heads, cos, sin, positions, count, norms)
+        cos, sin = self.tables
+        rotate_(heads, cos, sin, angles[0], count, norms)
         return heads[:, :count]
 
-    def act_mul(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
+    def gated(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
         """See :class:`LayerOps`."""
-        return act_mul(gate_up, activation)
+        return gated(gate_up, activation)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`LayerOps`."""
@@ -64,13 +64,14 @@ class TritonOps(LayerOps):
         experts: ExpertSpec,
         held: range,
         windows: Tensor | None = None,  # [N] int64
+        factors: Tensor | None = None,  # [E]
     ) -> Routed:
         """See :class:`LayerOps`; with windows, by torch's calls."""
         if windows is not None:
-            routed = super().route(x, gate, bias, experts, held, windows)
+            routed = super().route(x, gate, bias, experts, held, windows, factors)
             counts, order = _listed(routed)
             return routed._replace(counts=counts, order=order, among=experts.count)
-        found = choose_experts(x, gate, bias, experts, held)
+        found = choose_experts(x, gate, bias, experts, held, factors)
         return Routed(*found[:2], held, *found[2:], experts.count)
 
     def expert_up(
@@ -81,7 +82,7 @@ class TritonOps(LayerOps):
 
     def expert_down(self, inner: Tensor, routed: Routed, down: Tensor) -> Tensor:
         """See :class:`LayerOps`."""
-        return _product(inner, routed, down, "")
+        return _product(inner, routed, down)
 
     def combine(self, rows: Tensor, routed: Routed) -> Tensor:
         """See :class:`LayerOps`."""
@@ -103,7 +104,7 @@ def _listed(routed: Routed) -> tuple[Tensor, Tensor]:
     return taken[:, :stored].sum(0, dtype=torch.int32), order[:room].view(stored, tokens)
 
 
-def _product(x: Tensor, routed: Routed, weight: Tensor, activation: str) -> Tensor:
+def _product(x: Tensor, routed: Routed, weight: Tensor, activation: str = "") -> Tensor:
     if routed.counts is None or routed.order is None:
         raise ValueError("experts' pairs are not in order: they have to come from this route()")
     pairs = routed.counts, routed.order, routed.ids.shape[1], routed.among

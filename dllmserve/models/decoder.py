@@ -13,6 +13,19 @@ from dllmserve.core.model_spec import ModelSpec
 from dllmserve.layers.modules import Attention, AttentionContext, Build, Embedding, Head, RMSNorm
 
 
+class CanvasTokens(NamedTuple):
+    """What a step's tokens are to a model that fills canvases of noise.
+
+    Attributes:
+        mine: [N] bool, tokens of a canvas that is being filled; the others are encoded for good.
+        expected: [N, d], what the forward before thought of the position: the mean of the
+            embedding's rows by its distribution; zeros where there is none.
+    """
+
+    mine: Tensor
+    expected: Tensor
+
+
 @dataclass(frozen=True)
 class Block:
     """A layer; what attention and the MLP give is added to the residual stream.
@@ -29,19 +42,6 @@ class Block:
     mlp_norm: RMSNorm
     mlp: Callable[..., Tensor]
     pooled: bool = False
-
-
-class CanvasTokens(NamedTuple):
-    """What a model with canvases of noise is given beside ids.
-
-    Attributes:
-        mine: [N] bool, tokens of a canvas that is filled; the others are encoded for good.
-        expected: [N, d], mean of the embedding by the distribution that the forward before gave the
-            position (``sum_v p_v E_v``); zeros where there is none.
-    """
-
-    mine: Tensor
-    expected: Tensor
 
 
 class Decoder(ABC):
@@ -99,7 +99,8 @@ class Decoder(ABC):
             rows: [M] int64, the tokens whose result is wanted; None for all of them. What
                 follows the last layer's attention is computed for these alone, but for experts
                 with a capacity, which need all tokens of a window.
-            canvas: of models with canvases of noise.
+            canvas: of a model with ``spec.noise`` alone; None if no token is of a canvas that is
+                being filled.
 
         Returns:
             [M, hidden_size] (or [N, hidden_size]) after the final norm.

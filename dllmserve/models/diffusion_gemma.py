@@ -1,149 +1,105 @@
-"""DiffusionGemma (Google): a causal encoder and a canvas of noise, of the same weights.
+"""DiffusionGemma (Google): Gemma 4's text layers, which fill a canvas of random ids.
 
 Source of the fields and names: configuration_diffusion_gemma.py and modeling_diffusion_gemma.py of
-transformers. The text model alone: pictures are not read.
-
-What is stored, the prompt and finished canvases, passes as in a causal model. A canvas that is
-filled passes the same layers, whose last factor is another number then, and begins with a mixture
-of its ids and what the forward before thought of each position.
+transformers 5.24. Text that stays, the prompt and each finished canvas, is encoded with a causal
+mask; a canvas sees all of itself. Both have the same weights, but for a scalar of each layer. Text
+is all that is run here: the tensors of the vision tower are left where they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dllmserve.core.model_spec import NO_MASK, AttentionSpec, ExpertSpec, ModelSpec
+from dllmserve.core.model_spec import NO_MASK, AttentionSpec, ModelSpec
 from dllmserve.errors import UnsupportedModelError
 from dllmserve.layers.experts import Experts
-from dllmserve.layers.modules import (
-    Attention,
-    AttentionContext,
-    Build,
-    Embedding,
-    Head,
-    Mlp,
-    Part,
-    RMSNorm,
-)
-from dllmserve.layers.ops import Angles, rotary_of
+from dllmserve.layers.modules import Attention, AttentionContext, Build, Embedding, Head, Mlp, Part
+from dllmserve.layers.ops import LayerOps, Sandwich
 from dllmserve.models.config import eos_ids, expert_spec, need, one_of, refuse
 from dllmserve.models.decoder import CanvasTokens, Decoder
 
-NAME = "DiffusionGemmaForBlockDiffusion"
-FULL, SLIDING = "full_attention", "sliding_attention"
-#: of five layers that slide one does not, unless config.json says otherwise
-_PATTERN = 6
-_ROTATION: Mapping[str, Mapping[str, Any]] = {
-    SLIDING: {"rope_type": "default", "rope_theta": 1e4},
-    FULL: {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
-}
-_ONLY = {
-    "hidden_activation": "gelu_pytorch_tanh",
-    "attention_bias": False,
-    "use_bidirectional_attention": "vision",  # that is of pictures
-    "tie_word_embeddings": True,
-}
+_NAME = "DiffusionGemmaForBlockDiffusion"
 _ALL = slice(None)
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+#: rotary angles of files that do not say them
+_ROPE: Mapping[str, Mapping[str, Any]] = {
+    _SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    _FULL: {
+        "rope_type": "proportional",
+        "partial_rotary_factor": 0.25,
+        "rope_theta": 1_000_000.0,
+    },
+}
+#: what ``per_layer_config`` may say of a layer
+_OVER = frozenset({"head_dim", "num_key_value_heads"})
 
 
-class Layer:
-    """A layer: attention, then an MLP and experts side by side, each between norms of its own.
+@dataclass(frozen=True)
+class GemmaBlock:
+    """A layer: attention, then an MLP and experts side by side; norms before and after each.
 
-    Args:
-        build: of the decoder.
-        root: of the model.
-        number: the layer's.
+    Attributes:
+        attention: the layer's; its input is normalised by the layer before.
+        middle: norms around the addition of what attention gives.
+        mlp, experts: both read the stream behind it, each by a norm of its own; so does the router.
+        end: norms around the addition of what these give, and the first one of the next layer.
+        ops: with the layer's rotary tables.
     """
 
-    def __init__(self, build: Build, root: Build, number: int) -> None:
-        name, spec = f"layers.{number}", build.spec
-        at = build.inside(name)
-        self.attention = Attention(
-            at.inside("self_attn"),
-            number,
-            q="q_proj",
-            k="k_proj",
-            v="v_proj",
-            out="o_proj",
-            norms=("q_norm", "k_norm"),
-            value_norm=True,
-        )
-        self.before = RMSNorm(at, "input_layernorm")
-        self.behind = RMSNorm(at, "post_attention_layernorm")
-        self.mlp = Mlp(at.inside("mlp"), gate="gate_proj", up="up_proj", down="down_proj")
-        self.before_mlp = RMSNorm(at, "pre_feedforward_layernorm")
-        self.behind_all = RMSNorm(at, "post_feedforward_layernorm")
-        self.experts: Experts | None = None
-        if spec.experts is not None:
-            self.experts = Experts(
-                at,
-                spec.experts,
-                gate="router.proj",
-                stacked="experts",
-                factors="router.per_expert_scale",
-            )
-            scale = Part("router.scale", (spec.hidden_size,), (_ALL,))
-            self.router_scale = at.weight(scale, ones=True)
-            self.behind_mlp = RMSNorm(at, "post_feedforward_layernorm_1")
-            self.before_experts = RMSNorm(at, "pre_feedforward_layernorm_2")
-            self.behind_experts = RMSNorm(at, "post_feedforward_layernorm_2")
-        # of a canvas, and of what is encoded
-        owners = ("model.decoder", "model.encoder.language_model")
-        names = [f"{owner}.{name}.layer_scalar" for owner in owners]
-        self.factors = root.weight(*(Part(n, (1,), (_ALL,)) for n in names), ones=True)
-        self._add_norm, self._eps = build.ops.add_norm, spec.norm_eps
-        self._root = spec.hidden_size**-0.5
-        self.number, self.rotary = number, rotary_of(spec.layers[number])
-
-    def __call__(
-        self,
-        h: Tensor,  # [N, d]
-        angles: Angles,
-        context: AttentionContext,
-        which: Tensor,  # [N] int64, 0 for tokens of a canvas, 1 for others
-        rows: Tensor | None,  # [M] int64
-    ) -> Tensor:
-        """[N, d], or [M, d] of the tokens ``rows``."""
-        x = self.attention(self.before(h, None)[0], angles, context, rows)
-        if rows is not None:
-            h, which = h[rows], which[rows]
-        x, h = self.before_mlp(self.behind(x, None)[0], h)
-        x = self._with_experts(self.mlp(x), h)
-        return (x + h) * self.factors[which][:, None]
-
-    def _with_experts(self, x: Tensor, h: Tensor) -> Tensor:
-        """What the layer adds to h: from the MLP's output x, and from experts."""
-        if self.experts is None:
-            return self.behind_all(x, None)[0]
-        # the router looks at h by a norm of its own
-        scored = self._add_norm(h, None, self.router_scale * self._root, self._eps)[0]
-        y = self.experts(self.before_experts(h, None)[0], scored=scored)
-        x, y = self.behind_mlp(x, None)[0], self.behind_experts(y, None)[0]
-        return self.behind_all(x, y)[0]
+    attention: Attention
+    middle: Sandwich
+    mlp: Mlp
+    experts: Experts
+    end: Sandwich
+    ops: LayerOps
 
 
 class DiffusionGemma(Decoder):
     """DiffusionGemmaForBlockDiffusion."""
 
+    only: ClassVar[Mapping[str, Any]] = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+        "use_bidirectional_attention": "vision",
+        "tie_word_embeddings": True,
+    }
+
     def __init__(self, build: Build) -> None:
         super().__init__(build)
-        spec, at = build.spec, build.inside("model.decoder")
-        # pictures, and the encoder's copies of what the decoder has
-        build.ignored.extend(("vision_tower", "embed_vision", "model.encoder.language_model."))
+        spec, at = self.spec, build.inside("model").inside("decoder")
         self.embedding = Embedding(at, "embed_tokens")
-        inside = at.inside("self_conditioning")
-        self.condition = Mlp(inside, gate="gate_proj", up="up_proj", down="down_proj")
-        self.before_condition = RMSNorm(inside, "pre_norm")
-        self.layers = [Layer(at, build, i) for i in range(spec.num_layers)]
-        self.norm = RMSNorm(at, "norm")
-        self.head = Head(build, "lm_head", self.embedding)
-        self._ones = torch.ones(spec.hidden_size, dtype=build.dtype, device=build.device)
-        # rounded to the weights' dtype, as upstream
+        # upstream rounds it to the weights' dtype
         self._scale = float(torch.tensor(spec.hidden_size**0.5, dtype=build.dtype))
+        inside = at.inside("self_conditioning")
+        self._before_condition = _norm(inside, "pre_norm.weight")
+        self._condition = Mlp(inside, gate="gate_proj", up="up_proj", down="down_proj")
+        layers = [at.inside(f"layers.{i}") for i in range(spec.num_layers)]
+        firsts = [_norm(layer, "input_layernorm.weight") for layer in layers]
+        self._first, nexts = firsts[0], [*firsts[1:], _norm(at, "norm.weight")]
+        turning = dict[tuple[int, float, int], LayerOps]()
+        self.layers = [
+            _block(layer, i, then, _turning(build, turning, spec.layers[i]))
+            for i, (layer, then) in enumerate(zip(layers, nexts, strict=True))
+        ]
+        #: [layers] each: of canvases that are filled, and of what is encoded
+        self._scalars = [
+            build.weight(
+                *(
+                    Part(f"model.{name}.layers.{i}.layer_scalar", (1,), (_ALL,))
+                    for i in range(spec.num_layers)
+                ),
+                ones=True,
+            )
+            for name in ("decoder", "encoder.language_model")
+        ]
+        self.head = Head(build, "lm_head", self.embedding)
+        # the vision tower, and second copies of weights that encoder and decoder share
+        build.ignored.append("model.encoder.")
 
     def __call__(
         self,
@@ -154,134 +110,208 @@ class DiffusionGemma(Decoder):
         canvas: CanvasTokens | None = None,
     ) -> Tensor:
         """See :class:`Decoder`."""
-        if canvas is None:
-            raise ValueError("the tokens of canvases are not known")
-        angles = {r: self.ops.at(positions, r) for r in {x.rotary for x in self.layers}}
-        h, which = self._mixed(self.embedding(ids) * self._scale, canvas), (~canvas.mine).long()
-        last = len(self.layers) - 1
-        for number, layer in enumerate(self.layers):
-            wanted = rows if number == last else None
-            h = layer(h, angles[layer.rotary], context, which, wanted)
-        return self.norm(h, None)[0]
+        ops, eps = self.ops, self.spec.norm_eps
+        own, encoders = self._scalars
+        h = self.embedding(ids) * self._scale
+        scalars = encoders[:, None].expand(-1, len(ids))  # [layers, N]
+        if canvas is not None:
+            h = torch.where(canvas.mine[:, None], self._conditioned(h, canvas.expected), h)
+            scalars = torch.where(canvas.mine, own[:, None], encoders[:, None])
+        angles = {id(block.ops): block.ops.at(positions) for block in self.layers}
+        x = ops.wide_norm(h, self._first, eps)
+        for layer, block in enumerate(self.layers):
+            wanted = rows if layer == len(self.layers) - 1 else None
+            scalar = scalars[layer]
+            x = block.attention(x, angles[id(block.ops)], context, wanted)
+            if wanted is not None:
+                h, scalar = h[wanted], scalar[wanted]
+            (x, y, seen), h = ops.sandwich((x,), h, block.middle)
+            outs = block.mlp(x), block.experts(y, seen=seen)
+            (x,), h = ops.sandwich(outs, h, block.end, scalar)
+        return x
 
-    def _mixed(self, e: Tensor, canvas: CanvasTokens) -> Tensor:
-        """Embeddings [N, d]; those of canvases with what the forward before thought."""
-        x = self.before_condition(canvas.expected * self._scale, None)[0]
-        # the norm's residual would be overwritten
-        mixed = self.ops.add_norm(e + self.condition(x), None, self._ones, self.spec.norm_eps)[0]
-        return torch.where(canvas.mine[:, None], mixed, e)
+    def _conditioned(self, h: Tensor, expected: Tensor) -> Tensor:
+        """The input [N, d] of a canvas: its embeddings, and what the forward before expected."""
+        ops, eps = self.ops, self.spec.norm_eps
+        soft = ops.wide_norm(expected * self._scale, self._before_condition, eps)
+        return ops.wide_norm(h + self._condition(soft), None, eps)
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ModelSpec:
-        """Read config.json, whose text_config has most."""
-        text = need(config, "text_config", NAME)
+        """Read a DiffusionGemma config.json, whose ``text_config`` is what is read."""
+        text = need(config, "text_config", _NAME)
         if not isinstance(text, Mapping):
             raise TypeError(f"text_config must be an object, got {text!r}")
-        refuse(text, NAME, _ONLY)
-        refuse(config, NAME, {"tie_word_embeddings": True})
-        vocab = int(need(text, "vocab_size", NAME))
-        heads = int(need(text, "num_attention_heads", NAME))
-        attention = _attention(text)
-        for layer in attention:
-            if heads % layer.num_kv_heads:
-                raise UnsupportedModelError(
-                    f"num_attention_heads={heads} is not a multiple of num_key_value_heads="
-                    f"{layer.num_kv_heads}"
-                )
+        refuse(text, _NAME, cls.only)
+        refuse(config, _NAME, {"tie_word_embeddings": True})
+        layers = int(need(text, "num_hidden_layers", _NAME))
+        vocab = int(need(text, "vocab_size", _NAME))
         return ModelSpec(
-            architecture=NAME,
+            architecture=_NAME,
             vocab_size=vocab,
             embedding_size=vocab,
-            hidden_size=int(need(text, "hidden_size", NAME)),
-            num_layers=len(attention),
-            num_heads=heads,
-            num_kv_heads=attention[0].num_kv_heads,
-            head_dim=attention[0].head_dim,
-            attention=attention,
-            query_scale=1.0,
-            mlp_size=int(need(text, "intermediate_size", NAME)),
-            max_model_len=int(one_of(text, ("max_position_embeddings",), 131072)),
-            rope_theta=attention[0].rope_theta,
-            norm_eps=float(text.get("rms_norm_eps") or 1e-6),
-            head_norms=True,
-            activation="gelu_tanh",
-            logit_cap=float(one_of(text, ("final_logit_softcapping",), 30.0)),
-            noise=True,
+            hidden_size=int(need(text, "hidden_size", _NAME)),
+            num_layers=layers,
+            num_heads=int(need(text, "num_attention_heads", _NAME)),
+            num_kv_heads=int(need(text, "num_key_value_heads", _NAME)),
+            head_dim=int(need(text, "head_dim", _NAME)),
+            mlp_size=int(need(text, "intermediate_size", _NAME)),
+            max_model_len=int(need(text, "max_position_embeddings", _NAME)),
+            rope_theta=_angles(text, _SLIDING, 2)[0],
+            norm_eps=float(one_of(text, ("rms_norm_eps",), 1e-6)),
             mask_id=NO_MASK,
-            eos_ids=eos_ids(config) or eos_ids(text),
+            eos_ids=tuple(dict.fromkeys(eos_ids(config) + eos_ids(text))),
             geometry="block",
             block_length=int(one_of(config, ("canvas_length",), 256)),
             causal_context=True,
+            noise=True,
+            attention=tuple(_attention(text, layers)),
+            query_scale=1.0,
+            head_norms=True,
             tied_head=True,
-            dtype=str(one_of({**text, **config}, ("torch_dtype", "dtype"), "bfloat16")),
-            experts=_experts(text, len(attention)),
+            dtype=str(one_of({**text, **config}, ("dtype", "torch_dtype"), "bfloat16")),
+            experts=expert_spec(
+                layers=(True,) * layers,
+                count=int(need(text, "num_experts", _NAME)),
+                per_token=int(need(text, "top_k_experts", _NAME)),
+                size=int(need(text, "moe_intermediate_size", _NAME)),
+                normalize=True,
+            ),
+            activation="gelu_tanh",
+            logit_cap=float(one_of(text, ("final_logit_softcapping",), 30.0)),
         )
 
 
-def _experts(text: Mapping[str, Any], layers: int) -> ExpertSpec | None:
-    """Experts beside the MLP of every layer, if there are any."""
-    if text.get("num_experts") is None:
-        return None
-    return expert_spec(
-        layers=(True,) * layers,
-        count=int(text["num_experts"]),
-        per_token=int(need(text, "top_k_experts", NAME)),
-        size=int(need(text, "moe_intermediate_size", NAME)),
-        normalize=True,
+def _norm(at: Build, name: str) -> Tensor:
+    """The weight of a norm [d], whole on every rank."""
+    return at.weight(Part(name, (at.spec.hidden_size,), (_ALL,)), ones=True)
+
+
+def _turning(
+    build: Build, known: dict[tuple[int, float, int], LayerOps], layer: AttentionSpec
+) -> LayerOps:
+    """Operations with the rotary tables of a layer; layers that turn alike share them."""
+    spec, key = build.spec, (layer.head_dim, layer.rope_theta, layer.turned)
+    if key == (spec.head_dim, spec.rope_theta, 0):
+        return build.ops
+    if key not in known:
+        known[key] = build.ops.turning(*key)
+    return known[key]
+
+
+def _block(at: Build, layer: int, then: Tensor, ops: LayerOps) -> GemmaBlock:
+    """DiffusionGemmaDecoderTextLayer; ``then`` is the norm behind it."""
+    spec, names = at.spec, {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
+    experts = spec.experts
+    if experts is None:
+        raise UnsupportedModelError(f"{_NAME} without experts is not supported")
+    inside = replace(at.inside("self_attn"), ops=ops)
+    attention = Attention(inside, layer, **names, norms=("q_norm", "k_norm"), wide=True)
+    before = "pre_feedforward_layernorm"
+    reads = (f"{before}.weight", f"{before}_2.weight", "router.scale")
+    middle = Sandwich(
+        branches=(),
+        after=_norm(at, "post_attention_layernorm.weight"),
+        then=tuple(_norm(at, name) for name in reads),
+        factors=(1.0, 1.0, spec.hidden_size**-0.5),
+        eps=spec.norm_eps,
     )
+    behind = "post_feedforward_layernorm"
+    end = Sandwich(
+        branches=(_norm(at, f"{behind}_1.weight"), _norm(at, f"{behind}_2.weight")),
+        after=_norm(at, f"{behind}.weight"),
+        then=(then,),
+        factors=(1.0,),
+        eps=spec.norm_eps,
+    )
+    mlp = Mlp(at.inside("mlp"), gate="gate_proj", up="up_proj", down="down_proj")
+    routed = Experts(
+        at,
+        experts,
+        inside="",
+        gate="router.proj",
+        factors="router.per_expert_scale",
+        stacked=True,
+    )
+    return GemmaBlock(attention, middle, mlp, routed, end, ops)
 
 
-def _attention(text: Mapping[str, Any]) -> tuple[AttentionSpec, ...]:
-    """How each layer attends."""
-    count = int(need(text, "num_hidden_layers", NAME))
-    kinds = list(text.get("layer_types") or ())
-    if not kinds:
-        kinds = [SLIDING if (i + 1) % _PATTERN else FULL for i in range(count)]
-    if len(kinds) < count or {*kinds} - {SLIDING, FULL}:
+def _kinds(text: Mapping[str, Any], layers: int) -> list[str]:
+    """``layer_types`` of the first layers: as given, or five sliding ones before each full one."""
+    given = text.get("layer_types")
+    if given is None:
+        given = [_SLIDING if (i + 1) % 6 else _FULL for i in range(layers)]
+    if not isinstance(given, list) or set(map(str, given)) - {_SLIDING, _FULL}:
         raise UnsupportedModelError(
-            f"layer_types of {NAME} must name {SLIDING!r} or {FULL!r} for each of {count} layers, "
-            f"got {kinds!r}"
+            f"{_NAME} with layer_types={given!r} is not supported (only a list of {_SLIDING!r} and "
+            f"{_FULL!r})"
         )
-    kinds = [*kinds[: count - 1], FULL]  # transformers makes the last one so
-    return tuple(_layer(text, number, kind) for number, kind in enumerate(kinds))
+    if len(given) < layers:
+        raise UnsupportedModelError(
+            f"config.json: layer_types has {len(given)} layers, and num_hidden_layers is {layers}"
+        )
+    return [*given[:-1], _FULL][:layers]  # as upstream, whatever the last one is called
 
 
-def _layer(text: Mapping[str, Any], number: int, kind: str) -> AttentionSpec:
-    """One layer; what differs of full ones is in fields of two spellings."""
-    own: Mapping[str, Any] = {}
-    if kind == FULL:
-        older = {
-            "head_dim": one_of(text, ("global_head_dim",), 512),
-            "num_key_value_heads": text.get("num_global_key_value_heads"),
-        }
-        own = (text.get("per_layer_config") or {}).get(str(number), older)
-    head_dim = int(one_of({**text, **_present(own)}, ("head_dim",), 256))
-    heads = int(need({**text, **_present(own)}, "num_key_value_heads", NAME))
-    angles = {**_ROTATION[kind], **((text.get("rope_parameters") or {}).get(kind) or {})}
-    return AttentionSpec(
-        num_kv_heads=heads,
-        head_dim=head_dim,
-        window=0 if kind == FULL else int(one_of(text, ("sliding_window",), 512)),
-        rope_theta=float(angles["rope_theta"]),
-        turned=_turned(angles, head_dim),
-        key_is_value=kind == FULL,
+def _overrides(text: Mapping[str, Any], kinds: list[str]) -> dict[int, Mapping[str, Any]]:
+    """What layers have of their own, by their numbers: ``per_layer_config``, or what came before."""
+    if "per_layer_config" not in text:
+        own = {"head_dim": one_of(text, ("global_head_dim",), 512)}
+        if text.get("num_global_key_value_heads") is not None:
+            own["num_key_value_heads"] = text["num_global_key_value_heads"]
+        return {i: own for i, kind in enumerate(kinds) if kind == _FULL}
+    found = dict[int, Mapping[str, Any]]()
+    for index, own in (text["per_layer_config"] or {}).items():
+        if set(own) - _OVER:
+            raise UnsupportedModelError(
+                f"{_NAME} with per_layer_config of {', '.join(sorted(set(own) - _OVER))} is not "
+                f"supported (only {' and '.join(sorted(_OVER))})"
+            )
+        found[int(index)] = own
+    return found
+
+
+def _attention(text: Mapping[str, Any], layers: int) -> Iterator[AttentionSpec]:
+    """Attention of each layer."""
+    heads, kinds = int(need(text, "num_attention_heads", _NAME)), _kinds(text, layers)
+    overrides = _overrides(text, kinds)
+    window = int(one_of(text, ("sliding_window",), 512))
+    if window < 1:
+        raise UnsupportedModelError(f"config.json: sliding_window is {window}; it must be over 0")
+    for layer, kind in enumerate(kinds):
+        own = {**text, **overrides.get(layer, {})}
+        kv, dim = int(need(own, "num_key_value_heads", _NAME)), int(need(own, "head_dim", _NAME))
+        if kv < 1 or heads % kv:
+            raise UnsupportedModelError(
+                f"layer {layer}: num_attention_heads={heads} is not a multiple of "
+                f"num_key_value_heads={kv}"
+            )
+        if dim < 2 or dim % 2:
+            raise UnsupportedModelError(f"layer {layer}: head_dim={dim} is odd or under 2")
+        theta, turned = _angles(text, kind, dim)
+        yield AttentionSpec(
+            num_kv_heads=kv,
+            head_dim=dim,
+            window=window if kind == _SLIDING else 0,
+            rope_theta=theta,
+            turned=turned,
+            key_is_value=kind == _FULL,
+        )
+
+
+def _angles(text: Mapping[str, Any], kind: str, head_dim: int) -> tuple[float, int]:
+    """The rotary base of a kind of layers, and how many pairs of a head turn; 0 for all."""
+    given = (text.get("rope_parameters") or _ROPE).get(kind) or {}
+    theta, name = float(given.get("rope_theta") or 10_000.0), given.get("rope_type") or "default"
+    part, factor = (
+        float(one_of(given, (field,), 1.0)) for field in ("partial_rotary_factor", "factor")
     )
-
-
-def _present(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _turned(angles: Mapping[str, Any], head_dim: int) -> int:
-    """How many pairs of a head's dimensions are rotated; 0 for all."""
-    kind = angles.get("rope_type", "default")
-    share = float(angles.get("partial_rotary_factor", 1.0))
-    pairs = int(share * head_dim // 2)
-    if kind == "proportional" and 0 < pairs <= head_dim // 2:
-        return pairs if pairs < head_dim // 2 else 0
-    if kind == "default" and share == 1.0:
-        return 0
-    raise UnsupportedModelError(
-        f"rope_parameters of {NAME} with {dict(angles)!r} are not supported: rope_type is "
-        "'default', or 'proportional' with a partial_rotary_factor that rotates something"
-    )
+    pairs = int(part * head_dim // 2)
+    runs = {"default": part == 1, "proportional": 0 < part <= 1 and pairs > 0}
+    if not runs.get(name, False) or factor != 1 or theta <= 0:
+        raise UnsupportedModelError(
+            f"{_NAME} with rope_parameters of {kind} {dict(given)!r} is not supported (only "
+            "'default', or 'proportional' with partial_rotary_factor up to 1 that turns something, "
+            "and no factor)"
+        )
+    return theta, pairs % (head_dim // 2)

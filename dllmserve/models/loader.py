@@ -23,7 +23,7 @@ from dllmserve.errors import (
     WeightsError,
 )
 from dllmserve.layers.modules import Build, Part
-from dllmserve.layers.ops import LayerOps, rotary_of
+from dllmserve.layers.ops import LayerOps
 from dllmserve.models.config import MASK_FIELD, quantization
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.files import read_object, weight_files
@@ -45,6 +45,7 @@ SHAPES_ONLY = (
     "llada-moe-7b",
     "sdar-30b-a3b",
     "qwen3-30b-a3b",
+    "diffusion-gemma-26b",
 )
 #: File patterns fetched for a hub id: never pickles, never code.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -190,7 +191,11 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
     if given.eos_ids is not None:
         config = config | {"eos_token_id": list(given.eos_ids)}
     if given.layers is not None:
-        config = config | _first_layers(config, given.layers)
+        inner = config.get("text_config")
+        cut = _first_layers(config, given.layers)
+        if isinstance(inner, dict):
+            cut["text_config"] = inner | _first_layers(inner, given.layers)
+        config = config | cut
     try:
         spec = architecture.read(config)
     except UnsupportedModelError:
@@ -238,29 +243,26 @@ def _first_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:
     for name in names:
         if config[name] < layers:
             raise ConfigError(f"layers={layers} is over the {config[name]} that the model has")
-    found: dict[str, Any] = dict.fromkeys(names, layers)
-    if isinstance(text := config.get("text_config"), dict):
-        found["text_config"] = text | _first_layers(text, layers)
-    return found
+    return dict[str, Any].fromkeys(names, layers)
 
 
 def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:
     """The spec with what the engine's options say of mask, ends and blocks."""
     mask, block, ends = given.mask_id, given.default_block_length, given.eos_ids
-    causal = spec.geometry == "causal"
-    kind = "an autoregressive model" if causal else "a model with canvases of noise"
-    for option, value, why in (
-        ("mask_id", mask if causal or spec.noise else None, "has no mask"),
-        ("default_block_length", block if causal else None, "writes one token after the other"),
-    ):
-        if value is not None:
-            raise ConfigError(
-                f"{option}={value} does not work with {kind}, which {why}: leave it out"
-            )
-    if spec.noise and block is not None and block > spec.block_length:
+    if spec.geometry == "causal":
+        for option, value, why in (
+            ("mask_id", mask, "has no mask"),
+            ("default_block_length", block, "writes one token after the other"),
+        ):
+            if value is not None:
+                raise ConfigError(
+                    f"{option}={value} does not work with an autoregressive model, which {why}: "
+                    "leave it out"
+                )
+    if spec.noise and mask is not None:
         raise ConfigError(
-            f"default_block_length={block} is over the model's canvas of {spec.block_length} "
-            "tokens: make it smaller, or leave it out"
+            f"mask_id={mask} does not work with a model that fills canvases of random ids, which "
+            "have no mask: leave it out"
         )
     window = 0 if spec.experts is None else spec.experts.window
     if window and block not in (None, window):
@@ -318,8 +320,7 @@ def empty_decoder(
         from dllmserve.layers.triton import TritonOps
 
         kind = TritonOps
-    others = tuple(dict.fromkeys(rotary_of(layer) for layer in spec.attention))
-    ops = kind(spec.rotated, spec.rope_theta, max_len, device, spec.rope_scaling, others)
+    ops = kind(spec.rotated, spec.rope_theta, max_len, device, spec.rope_scaling)
     return _compose(Build(partition, dtype, device, ops))
 
 

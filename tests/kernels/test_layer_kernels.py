@@ -93,14 +93,14 @@ def test_rotate(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 37, 1500])
-def test_act_mul(dtype: torch.dtype, width: int) -> None:
-    from dllmserve.kernels.activation import act_mul
+def test_gated(dtype: torch.dtype, width: int) -> None:
+    from dllmserve.kernels.activation import gated
 
     wide = random(3, 2 * width + 4, dtype=dtype) * 4
     wide[0, 0] = -200.0 if dtype != torch.float32 else -80.0
     gate_up = wide[:, : 2 * width]
     gate, up = gate_up.chunk(2, dim=-1)
-    close(act_mul(gate_up), F.silu(gate).mul_(up), roundings=2)
+    close(gated(gate_up), F.silu(gate).mul_(up), roundings=2)
 
 
 @pytest.mark.parametrize(("rows", "depth", "outs"), [(1, 5, 3), (67, 64, 130), (130, 100, 64)])
@@ -148,14 +148,14 @@ def test_invariant_linear_is_for_float32() -> None:
 
 
 def test_no_rows() -> None:
-    from dllmserve.kernels.activation import act_mul
+    from dllmserve.kernels.activation import gated
     from dllmserve.kernels.linear import invariant_linear
     from dllmserve.kernels.norm import add_rms_norm
     from dllmserve.kernels.rotary import rotate_
 
     table, none = random(4, 2), torch.empty(0, dtype=torch.int64, device=DEVICE)
     assert add_rms_norm(random(0, 8), random(0, 8), random(8), 1e-5)[0].shape == (0, 8)
-    assert act_mul(random(0, 8)).shape == (0, 4)
+    assert gated(random(0, 8)).shape == (0, 4)
     assert invariant_linear(random(0, 8), random(3, 8), None).shape == (0, 3)
     rotate_(random(0, 3, 4), table, table, none, 2)
 
@@ -175,7 +175,7 @@ def test_ops_agree(dtype: torch.dtype) -> None:
         close(got, expected, roundings=4)
     matrix, bias = random(12, 24, dtype=dtype, seed=3), random(12, dtype=dtype, seed=4)
     close(fused.linear(x, matrix, bias), plain.linear(x, matrix, bias), roundings=8)
-    close(fused.act_mul(x), plain.act_mul(x), roundings=2)
+    close(fused.gated(x), plain.gated(x), roundings=2)
     positions = torch.tensor([3, 0, 63, 5, 5], device=DEVICE)
     heads = x.view(5, 4, 6)
     expected = plain.rotate(heads, 3, plain.at(positions))
