@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from tests.checkpoints import (
     write_byte_model,
     write_random,
 )
+from tests.interpreter import quicken
 
 if not torch.cuda.is_available():
     # before anything loads triton, which reads it once: kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton"):
+        quicken()
 
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
