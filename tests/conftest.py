@@ -1,7 +1,9 @@
 """Settings of the whole suite, and engines that tests share."""
 
+import gc
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,29 @@ from tests.checkpoints import (
     write_byte_model,
     write_random,
 )
+from tests.interpreter import quicken
 
 if not torch.cuda.is_available():
     # before anything loads triton, which reads it once: kernels then run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if find_spec("triton"):
+        quicken()
 
 settings.register_profile("suite", derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays; to look through it takes the collector a third of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """At the end all may go, which libraries complain about otherwise."""
+    gc.unfreeze()
+
 
 Engines = Callable[..., LLM]
 

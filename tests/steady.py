@@ -2,8 +2,10 @@
 
 import asyncio
 import selectors
+import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 #: the longest that a steady loop sleeps at a time, in seconds
@@ -44,3 +46,27 @@ def run(main: Coroutine[Any, Any, Any]) -> Any:
     """``asyncio.run`` in a steady loop."""
     with asyncio.Runner(loop_factory=SteadyLoop) as runner:
         return runner.run(main)
+
+
+@contextmanager
+def watched() -> Iterator[Callable[[], float]]:
+    """Seconds so far that a thread which only naps overslept, all in all.
+
+    For tests whose times are real ones, as where a server has a thread of its own.
+    """
+    lost, ended = [0.0], threading.Event()
+
+    def nap() -> None:
+        seen = time.monotonic()
+        while not ended.wait(NAP):
+            now = time.monotonic()
+            lost[0] += now - seen - NAP
+            seen = now
+
+    thread = threading.Thread(target=nap, daemon=True)
+    thread.start()
+    try:
+        yield lambda: lost[0]
+    finally:
+        ended.set()
+        thread.join()

@@ -13,7 +13,7 @@ from chaos.raw import Reader, half_header, slow_body
 from chaos.scenario import Ground, Report, Scenario
 from chaos.server import Server
 
-#: and that a closed connection may be late
+#: seconds that a closed connection may be late, at the least
 SLACK_S = 2.0
 #: every event of a stream names the model, so a long name makes small answers that are large
 #: on the wire: more than all buffers on the way can hold
@@ -33,11 +33,19 @@ Slow = Callable[[int, float], Awaitable[float | None]]
 
 
 async def run(
-    ground: Ground, report: Report, *, headers: int, bodies: int, readers: int, limit_s: float
+    ground: Ground,
+    report: Report,
+    *,
+    headers: int,
+    bodies: int,
+    readers: int,
+    limit_s: float,
+    noise_s: float,
 ) -> None:
     """Normal traffic beside slow clients, against the same beside clients that read.
 
-    The server gives ``limit_s`` seconds for headers, for a body, and for reading.
+    The server gives ``limit_s`` seconds for headers, for a body, and for reading. A busy machine
+    may add ``noise_s`` seconds.
     """
     limit = str(limit_s)
     options = (
@@ -51,15 +59,15 @@ async def run(
         began = time.monotonic()
         baseline = await _traffic(server, asks, report, _read_all(server, readers, limit_s / 2))
         reading_s = time.monotonic() - began
-        crowd = _Crowd(server, report, limit_s)
+        crowd = _Crowd(server, report, limit_s, max(SLACK_S, 5 * noise_s))
         slow = crowd.all(headers, bodies, readers, reading_s)
         beside = await _traffic(server, asks, report, slow)
         metrics = await server.metrics()
     rejected = int(metrics.get("admission_rejections_total", 0))
     report.expect(not rejected, f"{rejected} requests were refused")
     base, loaded = (percentile(seconds, 0.99) for seconds in (baseline, beside))
-    # a few milliseconds of a busy machine are not a factor
-    allowed = 2 * max(base, 0.1)
+    # what a busy machine adds is not a factor
+    allowed = 2 * max(base, noise_s)
     report.expect(loaded <= allowed, f"p99 is {loaded:.2f} s beside slow clients, was {base:.2f} s")
     report.measured |= {
         "p99 s alone": round(percentile(idle, 0.99), 3),
@@ -99,10 +107,12 @@ class _Crowd:
         server: that they connect to.
         report: for what goes wrong.
         limit_s: the server's limits.
+        slack_s: how late it may be.
     """
 
-    def __init__(self, server: Server, report: Report, limit_s: float) -> None:
-        self._server, self._report, self._limit_s = server, report, limit_s
+    def __init__(self, server: Server, report: Report, limit_s: float, slack_s: float) -> None:
+        self._server, self._report = server, report
+        self._limit_s, self._slack_s = limit_s, slack_s
 
     async def all(self, headers: int, bodies: int, readers: int, reading_s: float) -> None:
         """So many of each, at once."""
@@ -116,10 +126,10 @@ class _Crowd:
         limit, port = self._limit_s, self._server.port
         seconds = await asyncio.gather(*[slow(port, limit + 10) for _ in range(count)])
         closed = [s for s in seconds if s is not None]
-        late = sum(s > limit + SLACK_S for s in closed) + count - len(closed)
+        late = sum(s > limit + self._slack_s for s in closed) + count - len(closed)
         early = sum(s < 0.8 * limit for s in closed)
         expect, measured = self._report.expect, self._report.measured
-        expect(not late, f"{late} of {count} {what} were not closed in {limit + SLACK_S:g} s")
+        expect(not late, f"{late} of {count} {what} were not closed in {limit + self._slack_s:g} s")
         expect(not early, f"{early} of {count} {what} were closed before their time")
         measured[f"{what} closed"] = f"{len(closed)} of {count}"
         measured[f"{what}, longest s"] = round(max(closed, default=0.0), 1)
@@ -133,7 +143,7 @@ class _Crowd:
             await reader.ask()
             await asyncio.sleep(self._limit_s / 2 / count)
         # what the answers take to be made, and then the limit
-        allowed = reading_s + self._limit_s + SLACK_S
+        allowed = reading_s + self._limit_s + self._slack_s
         while (left := _connected(server, readers)) and time.monotonic() - began < allowed + 10:
             await asyncio.sleep(0.1)
         seconds = time.monotonic() - began
@@ -163,6 +173,6 @@ SLOW_CLIENTS = Scenario(
     does="300 half-open headers, 200 slow bodies and 100 streams that are never read, at once",
     passes="all closed within their limit + 2 s; p99 of normal traffic at most twice its baseline",
     run=run,
-    full={"headers": 300, "bodies": 200, "readers": 100, "limit_s": 3.0},
-    quick={"headers": 40, "bodies": 30, "readers": 8, "limit_s": 1.0},
+    full={"headers": 300, "bodies": 200, "readers": 100, "limit_s": 3.0, "noise_s": 0.1},
+    quick={"headers": 40, "bodies": 30, "readers": 8, "limit_s": 1.0, "noise_s": 1.0},
 )

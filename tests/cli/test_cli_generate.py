@@ -62,9 +62,11 @@ def test_the_demo_says_what_it_asks(run: Run, checkpoint: Path, extra: tuple[str
     assert result.stderr == ""
 
 
-def test_quality(run: Run) -> None:
+def test_quality(capfd: pytest.CaptureFixture[str]) -> None:
     def forwards(*args: str) -> int:
-        line = json.loads(run("generate", "--json", "Sort the numbers: 9 41 7", *args).stdout)
+        code, out, _ = _main(capfd, "generate", "--json", "Sort the numbers: 9 41 7", *args)
+        assert code == 0
+        line = json.loads(out)
         assert line["text"] == "7 9 41"
         count: int = line["usage"]["forward_passes"]
         return count
@@ -74,9 +76,15 @@ def test_quality(run: Run) -> None:
     assert forwards("--steps", "16") == 8
 
 
-def test_json_schema(run: Run, checkpoint: Path, answer: Callable[[str], dict[str, Any]]) -> None:
-    result = run("generate", "--model", checkpoint, *SHORT, "--json", "one", "zwei ü", "3\n4")
-    lines = [json.loads(line) for line in result.stdout.splitlines()]
+def test_json_schema(
+    capfd: pytest.CaptureFixture[str],
+    checkpoint: Path,
+    answer: Callable[[str], dict[str, Any]],
+) -> None:
+    asked = ("one", "zwei ü", "3\n4")
+    code, out, err = _main(capfd, "generate", "--model", checkpoint, *SHORT, "--json", *asked)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, err) == (0, "")
     assert [line["prompt"] for line in lines] == ["one", "zwei ü", "3\n4"]
     for line in lines:
         answered = ["text", "token_ids", "finish_reason", "usage", "steps"]
@@ -86,7 +94,6 @@ def test_json_schema(run: Run, checkpoint: Path, answer: Callable[[str], dict[st
         assert line["seconds"] > 0
         wanted = answer(line["prompt"])
         assert {k: line[k] for k in wanted} == wanted
-    assert result.stderr == ""
 
 
 def test_many_prompts_from_a_file(
@@ -100,22 +107,16 @@ def test_many_prompts_from_a_file(
     assert result.stderr == ""
 
 
-def test_json_of_one_run_is_input_of_the_next(run: Run, checkpoint: Path, tmp_path: Path) -> None:
-    first = run("generate", "-m", checkpoint, *SHORT, "--json", "--logprobs", "2", "a\nb", "c")
-    (tmp_path / "again.jsonl").write_text(first.stdout)
-    again = run(
-        "generate",
-        "-m",
-        checkpoint,
-        *SHORT,
-        "--json",
-        "--logprobs",
-        "2",
-        "-f",
-        tmp_path / "again.jsonl",
-    )
-    drop = [{**json.loads(x), "seconds": 0} for x in first.stdout.splitlines()]
-    assert drop == [{**json.loads(x), "seconds": 0} for x in again.stdout.splitlines()]
+def test_json_of_one_run_is_input_of_the_next(
+    capfd: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    how = ("generate", "-m", checkpoint, *SHORT, "--json", "--logprobs", "2")
+    _, first, _ = _main(capfd, *how, "a\nb", "c")
+    (tmp_path / "again.jsonl").write_text(first)
+    _, again, _ = _main(capfd, *how, "-f", tmp_path / "again.jsonl")
+    drop = [{**json.loads(x), "seconds": 0} for x in first.splitlines()]
+    assert len(drop) == 2
+    assert drop == [{**json.loads(x), "seconds": 0} for x in again.splitlines()]
 
 
 def test_chat_and_raw(

@@ -157,7 +157,7 @@ def test_padded_steps_in_flight_when_pages_are_short(
         guided = {"cfg_scale": 0.5, "temperature": 0.8}
         options: list[dict[str, Any]] = [{}, guided, {"temperature": 0.5}]
         return [
-            request(helpers.random_prompt(3, 5), gen_length=4, block_length=2, steps=3, **given)
+            request(helpers.random_prompt(3, 3), gen_length=4, block_length=2, steps=3, **given)
             for given in options
         ]
 
@@ -170,7 +170,7 @@ def test_padded_steps_in_flight_when_pages_are_short(
         max_model_len=32,
         max_num_seqs=4,
         page_size=2,
-        kv_pages=10,
+        kv_pages=8,
         max_logit_rows=8,
     )
     taken = count_taken(llm)

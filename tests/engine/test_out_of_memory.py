@@ -132,7 +132,7 @@ def run(
             entered = True
         return found
 
-    prompts = [random_prompt(place, 3 + 2 * place) for place in range(len(params))]
+    prompts = [random_prompt(place, 1 + place) for place in range(len(params))]
     with monkeypatch.context() as patch:
         patch.setattr(ModelRunner, "execute", executing)
         patch.setattr(LogitsHead, "stats", then_short)

@@ -149,11 +149,12 @@ def test_ranks_get_their_part(tmp_path: Path) -> None:
     """Without anything that was said before; both ranks say what they have."""
     kept = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     code = (
-        "import os; from dllmserve import LLM\n"
+        "import os; from dllmserve import LLM, SamplingParams\n"
         "llm = LLM('tiny', device='cpu', tensor_parallel_size=2, threads=6)\n"
         "import torch; before = torch.get_num_threads()\n"
         "said = []; note = lambda plan: said.append(torch.get_num_threads())\n"
-        "with llm.observe(note): llm.generate(['Hi'], use_tqdm=False)\n"
+        "few = SamplingParams(gen_length=2)\n"
+        "with llm.observe(note): llm.generate(['Hi'], few, use_tqdm=False)\n"
         "print(set(said))\n"
         "for pid in os.listdir('/proc'):\n"
         "    try: said = open(f'/proc/{pid}/environ').read(), open(f'/proc/{pid}/stat').read()\n"

@@ -140,7 +140,8 @@ def test_killed_engines_lose_no_request(byte_checkpoint: Path, engines: Any) -> 
     with_engine(byte_checkpoint, faulty("none"), body)
 
 
-@pytest.mark.parametrize("how", ["raise", "SIGSEGV", "hang"])
+# chaos has signals
+@pytest.mark.parametrize("how", ["raise", "hang"])
 def test_a_request_that_kills_the_engine_twice_fails_alone(byte_checkpoint: Path, how: str) -> None:
     async def body(supervisor: Supervisor) -> None:
         good = [ask(supervisor, [65, n + 1], LONG) for n in range(3)]
@@ -246,7 +247,7 @@ def test_bad_models_are_named(tmp_path: Path) -> None:
         started = time.monotonic()
         with pytest.raises(EngineStartError, match=r"not ready after 0\.5 s"):
             await Supervisor(options(tmp_path), how).start()
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 40
 
     with nothing_left():
         asyncio.run(main())

@@ -73,7 +73,8 @@ def test_answers_are_valid(family: str, template: str | None, tmp_path: Path) ->
         async with app.router.lifespan_context(app):
             tokenizer = app.state.service.llm.tokenizer
             assert tokenizer.tool_form.native == (template is not None)
-            for temperature in (0.0, 1.5):
+            # tests/engine has each of them at both; the server does not tell them apart
+            for temperature in (0.0, 1.5) if (family, template) == MODELS[0] else (1.5,):
                 told = {**ASK, "temperature": temperature, "seed": 5}
                 chats = [
                     {**told, "response_format": FORMAT},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,15 +19,22 @@ from dllmserve.tools.bench.serve.options import ServeOptions
 from dllmserve.tools.bench.serve.prompts import builtin
 from tests.bench.serve.conftest import Load
 from tests.bench.serve.fake import MODEL, Fake, Plan
+from tests.steady import watched
 
-#: seconds that a loaded machine may add to anything
-SLACK = 0.6
 INF = float("inf")
+Slack = Callable[[], float]
+
+
+@pytest.fixture
+def slack() -> Iterator[Slack]:
+    """Seconds that this machine may have added to anything."""
+    with watched() as lost:
+        yield lambda: 0.6 + lost()
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_openai(fake: Fake, load: Load, endpoint: str, stream: bool) -> None:
+def test_openai(fake: Fake, load: Load, slack: Slack, endpoint: str, stream: bool) -> None:
     fake.plan = lambda number: Plan(first=0.1, gap=0.1, chunks=3)
     measured, (result,) = load(
         endpoint=endpoint, stream=stream, rates=(INF,), requests=4, body={"steps": 7}
@@ -43,9 +51,9 @@ def test_openai(fake: Fake, load: Load, endpoint: str, stream: bool) -> None:
     prompt = body["messages"][0]["content"] if endpoint == "chat" else body["prompt"]
     assert prompt in {builtin(0)(n)[0] for n in range(4)}
     assert result.output_tokens == 48 and result.tokens_per_forward == 3.0
-    assert result.total is not None and 0.3 <= result.total.p50 <= 0.3 + SLACK
+    assert result.total is not None and 0.3 <= result.total.p50 <= 0.3 + slack()
     if stream:
-        assert result.first_text is not None and 0.1 <= result.first_text.p50 <= 0.1 + SLACK
+        assert result.first_text is not None and 0.1 <= result.first_text.p50 <= 0.1 + slack()
         assert result.first_text.p50 <= result.total.p50 - 0.19
     else:
         assert result.first_text is None
@@ -54,7 +62,7 @@ def test_openai(fake: Fake, load: Load, endpoint: str, stream: bool) -> None:
         assert outcome.sent is not None and outcome.finished is not None
         assert seen.answered is not None
         assert outcome.scheduled <= outcome.started <= outcome.sent <= seen.arrived
-        assert seen.answered <= outcome.finished <= seen.answered + SLACK
+        assert seen.answered <= outcome.finished <= seen.answered + slack()
 
 
 def _in_order(fake: Fake, measured: Any) -> list[Any]:
@@ -69,12 +77,12 @@ def _in_order(fake: Fake, measured: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("long_poll", [True, False])
-def test_native(fake: Fake, load: Load, long_poll: bool) -> None:
+def test_native(fake: Fake, load: Load, slack: Slack, long_poll: bool) -> None:
     fake.plan = lambda number: Plan(first=0.4)
     fake.long_poll = long_poll
     _, (result,) = load(endpoint="native", stream=False, rates=(INF,), requests=3, max_tokens=9)
     assert (result.ok, result.output_tokens, result.first_text) == (3, 36, None)
-    assert result.total is not None and 0.4 <= result.total.p50 <= 0.4 + SLACK
+    assert result.total is not None and 0.4 <= result.total.p50 <= 0.4 + slack()
     body = fake.seen[0].body
     assert set(body) == {"prompt", "gen_length", "temperature"} and body["gen_length"] == 9
     assert result.polled is not long_poll
@@ -109,7 +117,7 @@ def test_every_way_to_fail(fake: Fake, load: Load) -> None:
         Plan(usage=None),
     ]
     fake.plan = lambda number: plans[number]
-    measured, (result,) = load(rates=(20.0,), requests=len(plans), timeout=1.5, slo_total=60.0)
+    measured, (result,) = load(rates=(20.0,), requests=len(plans), timeout=3.0, slo_total=60.0)
     assert result.requests == len(plans) and result.unfinished == 0
     assert (result.ok, result.rejected, result.failed) == (2, 3, 8)
     assert result.rejections == {"503": 2, "429": 1} and result.retry_after == 2
@@ -123,7 +131,7 @@ def test_every_way_to_fail(fake: Fake, load: Load) -> None:
     }
     assert result.messages["stream error"] == "the engine died"
     assert result.messages["http 400"] == "no: 400"
-    assert result.messages["timeout"] == "no answer within 1.5 s"
+    assert result.messages["timeout"] == "no answer within 3 s"
     assert result.good is not None
     assert (result.good.requests, result.good.share) == (2, 2 / 13)
     assert (result.without_usage, result.output_tokens) == (1, 12)
@@ -140,11 +148,11 @@ def test_answers_that_are_not_json(fake: Fake, load: Load) -> None:
     assert result.failures == {"bad answer": 2} and result.total is None
 
 
-def test_a_stream_ends_with_its_last_event(fake: Fake, load: Load) -> None:
+def test_a_stream_ends_with_its_last_event(fake: Fake, load: Load, slack: Slack) -> None:
     """Even if the server leaves the connection open; it is then not used again."""
     fake.plan = lambda number: Plan(linger=0.0 if number else 30.0)
     _, (result,) = load(rates=(INF,), requests=3, concurrency=1)
-    assert result.ok == 3 and result.total is not None and result.total.max < SLACK
+    assert result.ok == 3 and result.total is not None and result.total.max < slack()
     first, second, third = (s.peer for s in fake.seen)
     assert first != second == third
 
@@ -163,16 +171,16 @@ def test_queue_time(fake: Fake, load: Load) -> None:
     assert (result.queue.count, result.queue.mean, result.queue.max) == (4, 0.5, 0.75)
 
 
-def test_percentiles_and_goodput(fake: Fake, load: Load) -> None:
+def test_percentiles_and_goodput(fake: Fake, load: Load, slack: Slack) -> None:
     """Nine quick answers in ten and a slow one; the bound lies far from both."""
-    fake.plan = lambda number: Plan(first=1.5 if number % 10 == 9 else 0.0, chunks=1)
-    _, (result,) = load(rates=(40.0,), requests=40, slo_total=1.0, slo_first=1.0)
+    fake.plan = lambda number: Plan(first=3.0 if number % 10 == 9 else 0.0, chunks=1)
+    _, (result,) = load(rates=(40.0,), requests=40, slo_total=2.5, slo_first=2.5)
     assert result.ok == 40
     assert result.total is not None and result.first_text is not None
     assert result.total.count == 40
-    assert result.total.p50 < 0.8 and 1.5 <= result.total.p99 <= 1.5 + SLACK
+    assert result.total.p50 < 2.5 and 3.0 <= result.total.p99 <= 3.0 + slack()
     # as the percentile of 36 small values and 4 large ones, between two of them
-    assert result.total.mean >= 0.15
+    assert result.total.mean >= 0.3
     assert result.good is not None
     assert (result.good.requests, result.good.share) == (36, 0.9)
     assert result.good.per_second == pytest.approx(36 / result.seconds)
@@ -180,7 +188,7 @@ def test_percentiles_and_goodput(fake: Fake, load: Load) -> None:
     assert result.tokens_per_second == pytest.approx(40 * 12 / result.seconds)
 
 
-def test_requests_arrive_on_schedule(fake: Fake, load: Load) -> None:
+def test_requests_arrive_on_schedule(fake: Fake, load: Load, slack: Slack) -> None:
     """At the server, too; slow answers keep nobody back."""
     fake.plan = lambda number: Plan(first=1.0)
     measured, (result,) = load(rates=(30.0,), duration=1.0, seed=5, burstiness=0.5)
@@ -193,12 +201,12 @@ def test_requests_arrive_on_schedule(fake: Fake, load: Load) -> None:
     assert result.requests == len(expected) == len(fake.seen) > 5
     assert [o.scheduled - row.start for o in row.outcomes] == pytest.approx(expected)
     late = [s.arrived - row.start - at for s, at in zip(fake.seen, expected, strict=True)]
-    assert all(-0.01 <= seconds <= SLACK for seconds in late)
+    assert all(-0.01 <= seconds <= slack() for seconds in late)
     assert (result.arrivals, result.rate) == ("gamma", 30.0)
-    assert result.client.max_send_delay < SLACK
+    assert result.client.max_send_delay < slack()
 
 
-def test_a_stall_shows(fake: Fake, load: Load) -> None:
+def test_a_stall_shows(fake: Fake, load: Load, slack: Slack) -> None:
     """A second in which the server does nothing is in the times of all who came meanwhile."""
     timer = threading.Timer(0.5, lambda: fake.stall(1.0))
     timer.start()
@@ -208,12 +216,12 @@ def test_a_stall_shows(fake: Fake, load: Load) -> None:
     # twenty arrivals fall into the stall; a client that waits for its turn would see one
     assert result.total.max >= 0.9
     assert result.total.p90 >= 0.7
-    assert result.total.p50 <= 0.5
+    assert result.total.p50 <= slack()
     # the client itself was in time
-    assert result.client.max_send_delay < 0.5
+    assert result.client.max_send_delay < slack()
 
 
-def test_the_client_reports_its_own_lateness(load: Load) -> None:
+def test_the_client_reports_its_own_lateness(load: Load, slack: Slack) -> None:
     """Times count from the schedule even if the client is what stalls."""
     entries = [TraceEntry(n / 20, "hello", {}) for n in range(10)]
 
@@ -223,7 +231,7 @@ def test_the_client_reports_its_own_lateness(load: Load) -> None:
         return "hello", {}
 
     _, (result,) = load(trace=entries, source=source)
-    assert 0.3 <= result.client.max_send_delay <= 0.5 + SLACK and result.late
+    assert 0.3 <= result.client.max_send_delay <= 0.5 + slack() and result.late
     assert result.total is not None and result.total.max >= 0.4
 
 
@@ -238,14 +246,14 @@ def test_cap(fake: Fake, load: Load) -> None:
     assert len({s.peer for s in fake.seen}) == 2  # connections are used again
 
 
-def test_closed_loop(fake: Fake, load: Load) -> None:
+def test_closed_loop(fake: Fake, load: Load, slack: Slack) -> None:
     """Users who wait for their answers: their times count from sending."""
     fake.plan = lambda number: Plan(first=0.2, chunks=1)
     _, (result,) = load(rates=(INF,), concurrency=3, duration=0.7)
     assert result.arrivals == "closed loop" and result.rate is None
     assert result.ok == result.requests and 3 <= result.requests <= 12
     assert _most_at_once(fake) == 3
-    assert result.total is not None and result.total.p50 <= 0.2 + SLACK
+    assert result.total is not None and result.total.p50 <= 0.2 + slack()
     assert result.client.max_slot_wait is None
     _, (result,) = load(rates=(INF,), concurrency=3, requests=5)
     assert result.ok == 5

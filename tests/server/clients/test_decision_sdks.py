@@ -53,18 +53,18 @@ def test_openai(client: OpenAI, pair: dict[str, Any]) -> None:
 
 def test_openai_options_and_sizes(client: OpenAI) -> None:
     ask: dict[str, Any] = {"model": "tiny", "input": "Take an umbrella."}
-    plain = client.decisions.create(**ask, questions=[RAIN] * 50)
-    assert len(plain.answers) == 50 and plain.usage.output_tokens == 50
+    plain = client.decisions.create(**ask, questions=[RAIN] * 5)
+    assert len(plain.answers) == 5 and plain.usage.output_tokens == 5
     for more in ({"reading": "sequential"}, {"orders": 2}):
         other = client.decisions.create(**ask, questions=[RAIN] * 5, extra_body=more)
         assert other.answers[0] != plain.answers[0] or more == {"reading": "sequential"}
     # more than one prompt's worth
     many = client.decisions.create(**ask, questions=[RAIN] * 150)
     assert len(many.answers) == 150
-    values: Any = [{"value": str(i)} for i in range(255)]
+    values: Any = [{"value": str(i)} for i in range(40)]
     wide: Any = {"type": "choice", "instructions": "Which?", "choices": values}
     (made,) = client.decisions.create(**ask, questions=[wide]).answers
-    assert made.type == "choice" and len(made.probabilities) == 255
+    assert made.type == "choice" and len(made.probabilities) == 40
     raw = client.decisions.with_raw_response.create(**ask, questions=[RAIN])
     assert raw.headers["x-request-id"] and len(raw.parse().answers) == 1
 
