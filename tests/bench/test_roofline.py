@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dllmserve import LLM, SamplingParams
-from dllmserve.core.model_spec import ExpertSpec
+from dllmserve.core.model_spec import AttentionSpec, ExpertSpec
 from dllmserve.core.plan import Mask, Part, Span, StepEntry, StepPlan, Store
 from dllmserve.models.loader import count_weights
 from dllmserve.parallel.partition import Partition
@@ -20,6 +20,8 @@ from dllmserve.tools.bench.roofline import (
     attended_pairs,
     cached_keys,
     head_rows,
+    hidden_keys,
+    hidden_pairs,
     measure_ceilings,
 )
 from tests.helpers import GOLDEN, PLAIN
@@ -96,6 +98,29 @@ def test_pairs_of_a_stair(q_start: int, q_len: int, block: int) -> None:
         if k < q_start or k // block <= q // block
     ]
     assert attended_pairs(stair(q_start, q_len, block)) == len(seen)
+
+
+@pytest.mark.parametrize(("q_start", "q_len"), [(0, 12), (9, 8), (3, 9), (5, 2), (30, 3)])
+@pytest.mark.parametrize("window", [1, 4, 6])
+def test_what_windows_hide(q_start: int, q_len: int, window: int) -> None:
+    queries, last = range(q_start, q_start + q_len), q_start + q_len
+    causal, canvas = stair(q_start, q_len, 1), span(q_start, q_len, q_start, Store.NONE)
+    hidden = [(q, k) for q in queries for k in range(last) if k <= q - window]
+    assert hidden_pairs(causal, window) == len(hidden)
+    unread = [k for k in range(q_start) if k <= q_start - window]
+    assert hidden_keys(causal, window) == hidden_keys(canvas, window) == len(unread)
+    assert hidden_pairs(canvas, window) == q_len * len(unread)
+
+
+def test_costs_of_layers_with_windows() -> None:
+    layers = tuple(AttentionSpec(num_kv_heads=n, head_dim=d) for n, d in ((2, 4), (1, 8)))
+    seen = ModelCost.of(replace(SPEC, attention=layers), 2)
+    windows = (replace(layers[0], window=3), layers[1])
+    cost = ModelCost.of(replace(SPEC, attention=windows), 2)
+    assert (cost.attention_flop, cost.kv_values) == (4 * 2 * (4 + 8), 2 * (2 * 4 + 8))
+    plan = step(span(10, 4, 10, Store.NONE), masks=4)  # 8 of 10 cached keys are hidden
+    assert seen.flop(plan) - cost.flop(plan) == 4 * 2 * 4 * 8 * 4
+    assert seen.bytes_read(plan) - cost.bytes_read(plan) == 2 * 2 * 4 * 8 * 2
 
 
 def test_keys_that_are_stored_ahead_are_seen_once() -> None:

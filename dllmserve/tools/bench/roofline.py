@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,19 @@ class Ceilings:
     matrix_size: int
 
 
+class WindowCost(NamedTuple):
+    """Layers with one window, as far as they see; :class:`ModelCost` counts them among all.
+
+    Attributes:
+        window: as in :class:`dllmserve.core.model_spec.AttentionSpec`.
+        attention_flop, kv_values: as in :class:`ModelCost`, of these layers.
+    """
+
+    window: int
+    attention_flop: int
+    kv_values: int
+
+
 @dataclass(frozen=True)
 class ModelCost:
     """Numbers that a step's cost follows from.
@@ -64,6 +77,7 @@ class ModelCost:
         experts: routed experts of each of these.
         per_token: of which a token takes so many.
         expert_weights: weights of one.
+        windows: layers with windows, which do not see all keys.
     """
 
     layer_weights: int
@@ -75,6 +89,7 @@ class ModelCost:
     experts: int = 0
     per_token: int = 0
     expert_weights: int = 0
+    windows: tuple[WindowCost, ...] = ()
 
     @classmethod
     def of(cls, spec: ModelSpec, weight_bytes: int) -> ModelCost:
@@ -94,9 +109,10 @@ class ModelCost:
             expert_weights=each,
             head_weights=model.head.weight.numel(),
             # scores and weighted sum, 2 each
-            attention_flop=4 * spec.num_heads * spec.head_dim * spec.num_layers,
+            attention_flop=sum(4 * spec.num_heads * layer.head_dim for layer in spec.layers),
             kv_values=spec.kv_values(),
             weight_bytes=weight_bytes,
+            windows=_windows(spec),
         )
 
     def flop(self, plan: StepPlan) -> int:
@@ -104,7 +120,11 @@ class ModelCost:
         pairs = sum(attended_pairs(span) for span in plan.spans)
         layers = self.layer_weights + self.expert_layers * self.per_token * self.expert_weights
         dense = plan.tokens * layers + head_rows(plan) * self.head_weights
-        return 2 * dense + self.attention_flop * pairs
+        hidden = sum(
+            layers.attention_flop * sum(hidden_pairs(span, layers.window) for span in plan.spans)
+            for layers in self.windows
+        )
+        return 2 * dense + self.attention_flop * pairs - hidden
 
     def uniform_experts(self, tokens: int) -> float:
         """Experts that so many tokens touch, all layers together, if each is as likely as another.
@@ -134,7 +154,11 @@ class ModelCost:
         cached = sum(cached_keys(span) for span in plan.spans)
         experts = self.experts_of(plan, touched)
         read = self.layer_weights + head + round(experts * self.expert_weights)
-        return (read + cached * self.kv_values) * self.weight_bytes
+        hidden = sum(
+            layers.kv_values * sum(hidden_keys(span, layers.window) for span in plan.spans)
+            for layers in self.windows
+        )
+        return (read + cached * self.kv_values - hidden) * self.weight_bytes
 
     def floor_seconds(
         self,
@@ -204,6 +228,31 @@ def attended_pairs(span: Span) -> int:
     for end in range((first // block + 1) * block, last, block):
         pairs -= (end - max(end - block, first)) * (last - end)
     return pairs
+
+
+def hidden_keys(span: Span, window: int) -> int:
+    """Cached keys of a span that a window hides from all of its queries."""
+    return min(max(span.q_start - window + 1, 0), span.ctx_len)
+
+
+def hidden_pairs(span: Span, window: int) -> int:
+    """Pairs of a query of a span and a key that only a window hides from it."""
+    first = span.q_start - window + 1  # keys hidden from the first query, negative for room
+    if span.mask != Mask.STAIR:
+        return span.q_len * hidden_keys(span, window)
+    low, last = max(first, 0), first + span.q_len - 1
+    return (low + last) * (last - low + 1) // 2 if last > 0 else 0
+
+
+def _windows(spec: ModelSpec) -> tuple[WindowCost, ...]:
+    """Layers with windows."""
+    found = []
+    for window in sorted({layer.window for layer in spec.layers} - {0}):
+        layers = [layer for layer in spec.layers if layer.window == window]
+        flop = sum(4 * spec.num_heads * layer.head_dim for layer in layers)
+        values = sum(2 * layer.num_kv_heads * layer.head_dim for layer in layers)
+        found.append(WindowCost(window, flop, values))
+    return tuple(found)
 
 
 def head_rows(plan: StepPlan) -> int:
