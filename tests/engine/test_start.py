@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dllmserve import SamplingParams
+from dllmserve.attention.backend import check_spans
 from dllmserve.catalog import EDITS
 from dllmserve.config import EngineConfig
 from dllmserve.core.limits import Limits
@@ -90,6 +91,9 @@ def test_the_measured_step_is_as_large_as_any(
         assert entry.masks == entry.span.blk_len
         assert entry.rule == rule
     assert runner.rows[plan.entries[-1].span.row].filtered == (rule == "entropy_bound")
+    check_spans(PLAIN, plan)
+    runner.spec = replace(PLAIN, attention=PLAIN.layers)
+    check_spans(runner.spec, worst_step(runner, limits, rule))
 
 
 def kept_bytes(runner: ModelRunner) -> int:
