@@ -14,7 +14,7 @@ from dllmserve import __version__
 from dllmserve.cli.commands import short_errors
 from dllmserve.cli.loading import loading
 from dllmserve.cli.options import ENGINE_ALONE, ModelOption, engine_config, with_options
-from dllmserve.core.model_spec import NO_MASK, ExpertSpec
+from dllmserve.core.model_spec import NO_MASK, ExpertSpec, ModelSpec
 
 if TYPE_CHECKING:
     from torch import device
@@ -87,12 +87,20 @@ def _model(name: str, plan: EnginePlan) -> dict[str, Any]:
         "architecture": spec["architecture"],
         "parameters": plan.spec.parameters(),
         **{n.removeprefix("num_"): spec[n] for n in _SPEC if spec[n] != _ABSENT.get(n)},
+        **_layers(plan.spec),
         **_experts(plan.spec.experts),
         "max_model_len": plan.limits.max_model_len,
         "dtype": str(plan.dtype).removeprefix("torch."),
         "tokenizer": tokenizer is not None,
         "chat_template": tokenizer is not None and tokenizer.has_chat_template,
     }
+
+
+def _layers(spec: ModelSpec) -> dict[str, str]:
+    """How layers attend, if not all do in one way."""
+    from dllmserve.tools.environment import kv_heads_text
+
+    return {"attention_layers": kv_heads_text(spec)} if spec.attention else {}
 
 
 def _experts(experts: ExpertSpec | None) -> dict[str, int]:

@@ -106,7 +106,7 @@ def worst_steps(runner: ModelRunner, limits: Limits) -> Iterator[StepPlan]:
 
 
 def worst_step(runner: ModelRunner, limits: Limits, rule: str = "entropy_bound") -> StepPlan:
-    """Whole canvases that fill the step, all selecting.
+    """Whole canvases that fill the step, all selecting, if the model's layers can.
 
     With ``entropy_bound`` with every statistic and filter; with a rule that keeps something of
     logits, whose rows are reduced by themselves, with that.
@@ -115,6 +115,8 @@ def worst_step(runner: ModelRunner, limits: Limits, rule: str = "entropy_bound")
     full, rest = divmod(limits.max_num_batched_tokens, longest)
     lengths = [longest] * full + ([rest] if rest > 1 else [])
     lengths = lengths[: limits.max_num_seqs]
+    # see dllmserve.attention.backend.check_spans
+    store = Store.POSITIONS if runner.spec.attention else Store.SELECT_PER_HEAD
     entries = []
     for row, length in enumerate(lengths):
         keeps = rule != "entropy_bound"
@@ -135,7 +137,7 @@ def worst_step(runner: ModelRunner, limits: Limits, rule: str = "entropy_bound")
             q_start=0,
             q_len=length,
             ctx_len=0,
-            store=Store.SELECT_PER_HEAD,
+            store=store,
             keep=1 if length > block + 1 else 0,
             blk_off=length - block,
             blk_len=block,

@@ -92,9 +92,12 @@ class Sizing:
         """Bytes that a step needs per page beside it.
 
         In torch, a layer gathers the context of a step's reuse spans, at worst all pages,
-        and joins it with the fresh K,V: twice a layer's share of the pages.
+        and joins it with the fresh K,V: twice the largest layer's share of the pages.
         """
-        return 0 if self.fused else 2 * self.page_bytes // self.spec.num_layers
+        if self.fused:
+            return 0
+        most = max(2 * layer.num_kv_heads * layer.head_dim for layer in self.spec.layers)
+        return 2 * self.options.page_size * most * self.dtype.itemsize
 
     @property
     def _canvas_pages(self) -> int:
@@ -117,7 +120,13 @@ class Sizing:
         per_row += 2 * self.canvas_len * self.spec.hidden_size * self.dtype.itemsize
         rows = (self.options.max_num_seqs + 1) * per_row
         edits = edit_bytes(self.edit_sizes, keeps=False)
-        return rows + edits + length * self.spec.rotated * 4
+        return rows + edits + length * self._angles * 4
+
+    @property
+    def _angles(self) -> int:
+        """Numbers of rotary tables of a position."""
+        kinds = {(layer.head_dim, layer.rope_theta, layer.turned) for layer in self.spec.attention}
+        return sum(dim for dim, *_ in kinds) if kinds else self.spec.rotated
 
     def _history(self) -> int:
         """What rules keep of logits."""
@@ -144,11 +153,13 @@ class Sizing:
     def _widest(self) -> int:
         """Numbers per token in the widest moment of a layer."""
         spec = self.spec
-        q = spec.num_heads * spec.head_dim
-        kv = spec.num_kv_heads * spec.head_dim
-        # the MLP holds gate, up and their product; attention holds q, k, v twice (before and
-        # after the rotation) and its output; the residual stream and its norm are always there
-        inner = max(3 * spec.mlp_size, 2 * (q + 2 * kv) + q)
+        # attention holds q, k, v twice (before and after the rotation) and its output
+        attention = max(
+            (3 * spec.num_heads + 4 * layer.num_kv_heads) * layer.head_dim for layer in spec.layers
+        )
+        # the MLP holds gate, up and their product; the residual stream and its norm are always
+        # there
+        inner = max(3 * spec.mlp_size, attention)
         if self.dtype == torch.float32:  # in which ranks gather each other's
             inner *= self.options.tensor_parallel_size
         return max(inner, self._of_experts) + 3 * spec.hidden_size

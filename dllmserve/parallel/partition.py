@@ -51,7 +51,7 @@ class Partition:
         if not divides(spec, size, self.expert_parallel):
             raise ConfigError(
                 f"tensor_parallel_size={size} does not fit the model: it has to divide "
-                f"{spec.num_heads} heads, {spec.num_kv_heads} K,V heads, hidden size "
+                f"{spec.num_heads} heads, {_kv_heads_names(spec)} K,V heads, hidden size "
                 f"{spec.hidden_size}, {_inner_names(spec, self.expert_parallel)}, and to leave "
                 f"each rank one of {splits_of(spec.embedding_size)} parts of the vocabulary; what "
                 f"works: {', '.join(map(str, sizes(spec, self.expert_parallel)))}"
@@ -64,6 +64,10 @@ class Partition:
             self.spec,
             num_heads=self.spec.num_heads // self.group.size,
             num_kv_heads=self.spec.num_kv_heads // self.group.size,
+            attention=tuple(
+                replace(layer, num_kv_heads=layer.num_kv_heads // self.group.size)
+                for layer in self.spec.attention
+            ),
             mlp_size=self.spec.mlp_size // self.group.size,
             experts=self._experts(),
             embedding_size=self.vocab.stop - self.vocab.start,
@@ -109,13 +113,23 @@ def _inner_names(spec: ModelSpec, expert_parallel: bool) -> str:
     return ", ".join(f"{name} {size}" for name, size in _inner(spec, expert_parallel).items())
 
 
+def _kv_heads(spec: ModelSpec) -> set[int]:
+    """Numbers of K,V heads of the layers."""
+    return {layer.num_kv_heads for layer in spec.layers}
+
+
+def _kv_heads_names(spec: ModelSpec) -> str:
+    return " and ".join(map(str, sorted(_kv_heads(spec))))
+
+
 def divides(spec: ModelSpec, size: int, expert_parallel: bool = False) -> bool:
     """Whether so many ranks can share the model."""
     inner = _inner(spec, expert_parallel).values()
-    whole = (spec.num_heads, spec.num_kv_heads, spec.hidden_size, *inner)
+    whole = (spec.num_heads, *_kv_heads(spec), spec.hidden_size, *inner)
     return not any(n % size for n in whole) and size <= splits_of(spec.embedding_size)
 
 
 def sizes(spec: ModelSpec, expert_parallel: bool = False) -> list[int]:
     """Every tensor_parallel_size that the model can have."""
-    return [n for n in range(1, spec.num_kv_heads + 1) if divides(spec, n, expert_parallel)]
+    most = min(_kv_heads(spec))
+    return [n for n in range(1, most + 1) if divides(spec, n, expert_parallel)]

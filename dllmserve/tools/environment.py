@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from dllmserve import __version__
 from dllmserve.config import EngineConfig
+from dllmserve.core.model_spec import ModelSpec
 from dllmserve.engine.setup import EnginePlan
 from dllmserve.runtime.platform import device_facts
 from dllmserve.tools.bench.roofline import ModelCost
@@ -60,8 +62,8 @@ def header_lines(config: EngineConfig, plan: EnginePlan) -> dict[str, str]:
         inner = of if all(experts.layers) else f"{inner}, {of}"
     return {
         "model": f"{config.model} ({spec.architecture}), {weights}: {spec.num_layers} layers of "
-        f"{spec.hidden_size}, {spec.num_heads} heads, {spec.num_kv_heads} K,V heads of "
-        f"{spec.head_dim}, {inner}, vocabulary {spec.vocab_size}, "
+        f"{spec.hidden_size}, {spec.num_heads} heads, {kv_heads_text(spec)}, "
+        f"{inner}, vocabulary {spec.vocab_size}, "
         f"{spec.parameters() / 1e6:,.1f} M parameters",
         "device": f"{found['name']}{threads}, {dtype_name(plan)}, torch {torch.__version__}{cuda}",
         "engine": f"dllmserve {__version__}, attention {plan.attention}, kernels {plan.kernels}"
@@ -69,6 +71,22 @@ def header_lines(config: EngineConfig, plan: EnginePlan) -> dict[str, str]:
         f"max_num_batched_tokens {limits.max_num_batched_tokens}, "
         f"max_logit_rows {limits.max_logit_rows}",
     }
+
+
+def kv_heads_text(spec: ModelSpec) -> str:
+    """Number and size of K,V heads, and what layers see.
+
+    Example:
+        "2 K,V heads of 64", or "8 K,V heads of 256 with a window of 1024 (25 layers), 2 K,V heads
+        of 512 (5 layers)".
+    """
+    kinds = Counter((a.num_kv_heads, a.head_dim, a.window) for a in spec.layers)
+    texts = []
+    for (heads, dim, window), layers in kinds.items():
+        text = f"{heads} K,V heads of {dim}" + (f" with a window of {window}" if window else "")
+        share = f" ({layers} layer{'s' if layers > 1 else ''})"
+        texts.append(text + share if len(kinds) > 1 else text)
+    return ", ".join(texts)
 
 
 def dtype_name(plan: EnginePlan) -> str:

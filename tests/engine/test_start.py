@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from dllmserve import SamplingParams
+from dllmserve.attention.backend import check_spans
 from dllmserve.catalog import EDITS
 from dllmserve.config import EngineConfig
 from dllmserve.core.limits import Limits
+from dllmserve.core.model_spec import AttentionSpec
 from dllmserve.core.rows import RowInit
 from dllmserve.engine import machine, setup
 from dllmserve.engine.profile import worst_step
 from dllmserve.errors import CapacityError, ConfigError
 from dllmserve.runtime.runner import ModelRunner
+from dllmserve.tools.environment import kv_heads_text
 from tests.helpers import PLAIN
 from tests.parallel.threads import threaded_llm
 
@@ -88,6 +91,9 @@ def test_the_measured_step_is_as_large_as_any(
         assert entry.masks == entry.span.blk_len
         assert entry.rule == rule
     assert runner.rows[plan.entries[-1].span.row].filtered == (rule == "entropy_bound")
+    check_spans(PLAIN, plan)
+    runner.spec = replace(PLAIN, attention=PLAIN.layers)
+    check_spans(runner.spec, worst_step(runner, limits, rule))
 
 
 def kept_bytes(runner: ModelRunner) -> int:
@@ -139,6 +145,24 @@ def test_pages_leave_room_for_what_rules_keep(monkeypatch: pytest.MonkeyPatch) -
     lost = without.limits.num_pages - plan.limits.num_pages
     assert abs(lost * page - plan.memory.history) < page
     assert plan.memory.planned <= plan.memory.allowed
+
+
+def test_memory_of_layers_with_their_own_heads() -> None:
+    """As of a model whose layers are all alike; the largest layer is the widest moment."""
+    sizing = setup.plan_engine(EngineConfig(device="cpu", max_model_len=256)).sizing
+    spec = sizing.spec
+    alike = AttentionSpec(num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
+    same = replace(sizing, spec=replace(spec, attention=(alike,) * spec.num_layers))
+    assert (same.bare(), same.page_bytes, same.gather_bytes) == (
+        *(sizing.bare(), sizing.page_bytes, sizing.gather_bytes),
+    )
+    wide = replace(alike, head_dim=32 * spec.head_dim, window=4)
+    own = replace(sizing, spec=replace(spec, attention=(wide, *same.spec.attention[1:])))
+    assert own.gather_bytes == 32 * sizing.gather_bytes
+    assert own.page_bytes == sizing.page_bytes * (spec.num_layers + 31) // spec.num_layers
+    assert own.bare().activations > sizing.bare().activations
+    text = "2 K,V heads of 2048 with a window of 4 (1 layer), 2 K,V heads of 64 (6 layers)"
+    assert kv_heads_text(own.spec) == text
 
 
 def test_pages_that_torch_gathers_are_paid_for_after_the_measurement_too(

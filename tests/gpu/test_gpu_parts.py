@@ -1,12 +1,15 @@
 """Attention, selection, noise and statistics on a CUDA device against their CPU twins."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from dllmserve.attention.select import select_tokens
 from dllmserve.catalog import BACKENDS
 from dllmserve.decoding.noise import position_uniforms, row_keys, token_uniforms
-from tests.attention.bench import HEADS, Bench, mixed_plans
+from tests.attention.bench import HEADS, LAYERS, Bench, mixed_plans, windows
 from tests.oracles.sparse_dllm import Eviction, select
 
 SETUPS = [(name, shift, page) for name in BACKENDS for shift, page in ((0, 1), (1, 5))]
@@ -16,6 +19,18 @@ SETUPS = [(name, shift, page) for name in BACKENDS for shift, page in ((0, 1), (
 @pytest.mark.parametrize("setup", SETUPS)
 def test_backends(heads: tuple[int, int, int], setup: tuple[str, int, int]) -> None:
     mixed_plans(Bench(heads, *setup, device=torch.device("cuda")))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("times", [1, 16])
+@pytest.mark.parametrize("setup", SETUPS)
+def test_layers_that_attend_in_their_own_ways(
+    setup: tuple[str, int, int], times: int, layer: int
+) -> None:
+    """Heads of 16 and 32, and of 256 and 512."""
+    own = tuple(replace(one, head_dim=times * one.head_dim) for one in LAYERS)
+    how: dict[str, Any] = {"attention": own, "layer": layer, "length": 220}
+    windows(Bench((4, 2, 16), *setup, device=torch.device("cuda"), **how))
 
 
 @pytest.mark.parametrize("per_head", [True, False])

@@ -51,7 +51,7 @@ def test_odd_lengths(length: int, device: torch.device) -> None:
     check(store, [span(0, length // 2, length - length // 2, length // 2, How.NONE)])
 
 
-@pytest.mark.parametrize("heads", [(7, 1, 6), (14, 2, 20), (3, 3, 5)])
+@pytest.mark.parametrize("heads", [(7, 1, 6), (14, 2, 20), (3, 3, 5), (2, 1, 320)])
 def test_ragged_batch_of_grouped_heads(heads: tuple[int, int, int], device: torch.device) -> None:
     store = Store(heads, device, page=3)
     for row, count in ((0, 70), (1, 9)):
@@ -155,7 +155,7 @@ def test_whole_spans_are_left_to_others(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("heads", [(2, 2, 24), (7, 1, 64)])
+@pytest.mark.parametrize("heads", [(2, 2, 24), (7, 1, 64), (8, 1, 512)])
 def test_half_precision(
     dtype: torch.dtype, heads: tuple[int, int, int], device: torch.device
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dllmserve.config import EngineConfig
-from dllmserve.core.model_spec import ExpertSpec, ModelSpec
+from dllmserve.core.model_spec import AttentionSpec, ExpertSpec, ModelSpec
 from dllmserve.engine.setup import plan_engine
 from dllmserve.errors import ConfigError
 from dllmserve.layers.modules import Part
@@ -127,6 +127,17 @@ def test_a_share_of_the_weights_is_a_share_of_the_memory() -> None:
 
 def spec_of(name: str) -> ModelSpec:
     return loader.read_spec(loader.read_config(ASSETS / name))
+
+
+def test_layers_with_their_own_heads_are_cut_too() -> None:
+    attention = tuple(AttentionSpec(num_kv_heads=n, head_dim=d) for n, d in ((6, 4), (2, 8)))
+    spec = replace(SPEC, num_layers=2, attention=attention)
+    local = Partition(spec, Group(1, 2)).local
+    assert [(a.num_kv_heads, a.head_dim) for a in local.layers] == [(3, 4), (1, 8)]
+    assert 2 * local.kv_values() == spec.kv_values() == 2 * (6 * 4 + 2 * 8)
+    assert sizes(spec) == [1, 2]
+    with pytest.raises(ConfigError, match="2 and 6 K,V heads"):
+        Partition(spec, Group(0, 3))
 
 
 def test_sizes_that_work() -> None:
