@@ -64,6 +64,11 @@ class Grammars:
     def _compiled(self, asked: Any, ends: tuple[int, ...]) -> Compiled:
         from dllmserve.constraints.compile import compile_grammar, grammar_key
 
+        if self._spec.noise:
+            raise InvalidParameterError(
+                "regex, json_schema and choice do not work with a canvas of noise: its tokens are "
+                "taken all at once, each by itself, so nothing says that they match together"
+            )
         given: dict[str, Any] = {
             "regex": asked.regex,
             "json_schema": asked.json_schema,
