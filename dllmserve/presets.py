@@ -15,7 +15,7 @@ from dllmserve.catalog import CACHES, RULES
 _BLOCK = NotGiven(BLOCK_LENGTH)
 #: what "exact" stands for besides its steps
 _EXACT: dict[str, Any] = {
-    "unmask": "steps",
+    "unmask": Filled("steps"),
     "cache": "none",
     "block_length": _BLOCK,
 }
@@ -23,7 +23,7 @@ _EXACT: dict[str, Any] = {
 #: what both faster presets share: cost that does not grow with gen_length, and blocks that end
 #: when the model is sure
 _SURE: dict[str, Any] = {
-    "unmask": "threshold",
+    "unmask": Filled("threshold"),
     "block_length": _BLOCK,
     "suffix_window": NotGiven(32),
     "early_end": True,

@@ -407,7 +407,7 @@ class SamplingParams:
             self._fill()
         else:  # out of a message or a store: another process has done so
             object.__setattr__(self, "max_tokens", NotGiven(self.gen_length))
-        names = ("block_length", "steps", "suffix_window", "cache", "entropy_bound")
+        names = ("block_length", "steps", "suffix_window", "cache", "unmask", "entropy_bound")
         filled = {name: getattr(self, name) for name in names}
         self._check_values()
         for name, value in filled.items():

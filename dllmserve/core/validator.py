@@ -367,7 +367,7 @@ def settled(params: SamplingParams, spec: ModelSpec) -> SamplingParams:
             changed["steps"] = same_pace(params.steps, params.gen_length, block, spec.block_length)
     if spec.geometry != "full":
         changed |= _without_full_attention(params, spec)
-    if spec.noise and (params.unmask == "steps" or params.quality is not None):
+    if spec.noise and (params.unmask == "steps" or isinstance(params.unmask, Filled)):
         changed["unmask"] = "renoise"
     if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
         changed["max_tokens"] = int(DEFAULT_LENGTHS[0])

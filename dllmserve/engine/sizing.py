@@ -138,12 +138,17 @@ class Sizing:
         return self.spec.block_length if self.spec.noise else 0
 
     @property
+    def history_rows(self) -> int:
+        """Distributions that may be kept: no rule for canvases of noise does so."""
+        return 0 if self.spec.noise else self.options.max_history_rows
+
+    @property
     def edit_sizes(self) -> EditSizes:
         """What logit edits take depends on this."""
         options = self.options
         return EditSizes(
             rows=options.max_num_seqs + 1,
-            slots=options.max_history_rows,
+            slots=self.history_rows,
             max_len=self.max_len,
             ids=self.spec.embedding_size,
             spec=self.spec,
