@@ -73,8 +73,9 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Local directory, hub id, or tiny; llada-8b, illada-8b, dream-7b, sdar-4b, sdar-8b, "
-        "fast-dllm-v2-7b, qwen3-8b, llada2-mini, llada-moe-7b, sdar-30b-a3b and qwen3-30b-a3b are "
-        "the public checkpoints' shapes, for --load-format dummy. (default tiny)",
+        "fast-dllm-v2-7b, qwen3-8b, llada2-mini, llada-moe-7b, sdar-30b-a3b, qwen3-30b-a3b and "
+        "diffusion-gemma-26b are the public checkpoints' shapes, for --load-format dummy. "
+        "(default tiny)",
         show_default=False,
     ),
 ]

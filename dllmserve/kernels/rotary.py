@@ -96,7 +96,8 @@ def rotate_(
         cos, sin: contiguous tables, row p for position p.
         positions: [N], each below max_len.
         norms: weights [D] of the queries and of the keys, number of query heads, which come first,
-            epsilon, and whether they cast behind the weight; see :class:`dllmserve.layers.ops.HeadNorms`.
+            epsilon, and whether they cast behind the weight; see
+            :class:`dllmserve.layers.ops.HeadNorms`.
 
     Example:
         ``rotate_(qkv.view(n, -1, 128), cos, sin, positions, num_heads + num_kv_heads)``

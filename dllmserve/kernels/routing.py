@@ -81,6 +81,34 @@ def _scores(
 
 
 @triton.jit
+def _weights(
+    logits_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    factors_ptr: tl.tensor,
+    ids: tl.tensor,
+    routed: tl.tensor,  # which of them are experts
+    top: tl.tensor,
+    total: tl.tensor,
+    scale: tl.tensor,
+    SIGMOID: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    FACTORS: tl.constexpr,
+) -> tl.tensor:
+    """What a token's experts count."""
+    own = tl.load(logits_ptr + ids, mask=routed, other=0.0)
+    bias = tl.load(bias_ptr + ids, mask=routed, other=0.0)
+    weights, _ = _scores(own, bias, top, total, SIGMOID, BIAS)
+    weights = tl.where(routed, weights, 0.0)
+    if NORMALIZE:
+        weights = tl.div_rn(weights, tl.sum(weights, 0) + 1e-20)
+    weights = weights * scale
+    if FACTORS:
+        weights *= tl.load(factors_ptr + ids, mask=routed, other=0.0).to(tl.float32)
+    return weights
+
+
+@triton.jit
 def _ordered(key: tl.tensor, real: tl.tensor) -> tl.tensor:
     """Keys float32 as int32 of the same order, which a warp reduces in one instruction.
 
@@ -195,16 +223,10 @@ def _choose_kernel(
         one, keys = _take_best(keys, number)
         ids = tl.where(slot == choice, one, ids)
     routed = slot < CHOICES
-    own = tl.load(logits_ptr + ids, mask=routed, other=0.0)
-    weights, _ = _scores(
-        own, tl.load(bias_ptr + ids, mask=routed, other=0.0), top, total, SIGMOID, BIAS
+    weights = _weights(
+        *(logits_ptr, bias_ptr, factors_ptr, ids, routed, top, total, scale),
+        *(SIGMOID, BIAS, NORMALIZE, FACTORS),
     )
-    weights = tl.where(routed, weights, 0.0)
-    if NORMALIZE:
-        weights = tl.div_rn(weights, tl.sum(weights, 0) + 1e-20)
-    weights = weights * scale
-    if FACTORS:
-        weights *= tl.load(factors_ptr + ids, mask=routed, other=0.0).to(tl.float32)
     if SHARED != 0:
         ids = tl.where(slot == CHOICES, experts, ids)
         weights = tl.where(slot == CHOICES, 1.0, weights)
@@ -231,6 +253,25 @@ class Choices(NamedTuple):
     order: Tensor
 
 
+def _logits(x: Tensor, gate: Tensor, counts: Tensor) -> Tensor:
+    """The router's product [N, E] float32; ``counts`` are set to 0."""
+    (tokens, depth), count = x.shape, len(gate)
+    logits = torch.empty((tokens, count), dtype=torch.float32, device=x.device)
+    exact = x.dtype == torch.float32
+    # measured on an H200 with 256 experts: 5 us up to 512 tokens, 8 for 2,048
+    tile, each = (16, 16) if exact else (64, 16 if tokens <= 1024 else 64)
+    _logits_kernel[(max(triton.cdiv(tokens, tile), 1), triton.cdiv(count, each))](
+        *(x, gate, logits, counts, tokens, depth, count, len(counts)),
+        TOKENS=tile,
+        EXPERTS=each,
+        DEPTH=32 if exact else 128,
+        HELD=triton.next_power_of_2(len(counts)),
+        num_warps=4,
+        num_stages=3 if exact else 4,
+    )
+    return logits
+
+
 def choose_experts(
     x: Tensor,  # [N, d]
     gate: Tensor,  # [E, d]
@@ -249,32 +290,20 @@ def choose_experts(
             among them, that is a shared one, which every token takes.
         factors: of each expert, which its weights are multiplied by.
     """
-    (tokens, depth), count = x.shape, experts.count
+    tokens, count = len(x), experts.count
     shared, stored = int(count in held), len(held)
     pairs = experts.per_token + shared
 
     def room(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=x.device)
 
-    logits = room(tokens, count, dtype=torch.float32)
     found = Choices(
         ids=room(tokens, pairs),
         weights=room(tokens, pairs, dtype=torch.float32),
         counts=room(stored),
         order=room(stored, tokens),
     )
-    exact = x.dtype == torch.float32
-    # measured on an H200 with 256 experts: 5 us up to 512 tokens, 8 for 2,048
-    tile, each = (16, 16) if exact else (64, 16 if tokens <= 1024 else 64)
-    _logits_kernel[(max(triton.cdiv(tokens, tile), 1), triton.cdiv(count, each))](
-        *(x, gate, logits, found.counts, tokens, depth, count, stored),
-        TOKENS=tile,
-        EXPERTS=each,
-        DEPTH=32 if exact else 128,
-        HELD=triton.next_power_of_2(stored),
-        num_warps=4,
-        num_stages=3 if exact else 4,
-    )
+    logits = _logits(x, gate, found.counts)
     if tokens:
         grouped = experts.groups > experts.top_groups
         groups = experts.groups if grouped else 1

@@ -202,7 +202,9 @@ class LayerOps:
         norms: Sandwich,
         scalars: Tensor | None = None,  # [N]
     ) -> tuple[list[Tensor], Tensor]:
-        """``h = (residual + norm(outs)) * scalars``, and norms of h; ``residual`` may be overwritten.
+        """``h = (residual + norm(outs)) * scalars``, and norms of h.
+
+        ``residual`` may be overwritten.
 
         Args:
             outs: what a sublayer gives, or each of two side by side, which are normalised by

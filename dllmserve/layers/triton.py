@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,10 +12,10 @@ from dllmserve.core.model_spec import ExpertSpec
 from dllmserve.kernels.activation import gated
 from dllmserve.kernels.experts import combine_pairs, expert_product
 from dllmserve.kernels.linear import invariant_linear
-from dllmserve.kernels.norm import add_rms_norm
+from dllmserve.kernels.norm import add_rms_norm, sandwich_norms, wide_rms_norm
 from dllmserve.kernels.rotary import rotate_
 from dllmserve.kernels.routing import choose_experts
-from dllmserve.layers.ops import Angles, HeadNorms, LayerOps, Routed
+from dllmserve.layers.ops import Angles, HeadNorms, LayerOps, Routed, Sandwich
 
 
 class TritonOps(LayerOps):
@@ -33,6 +35,20 @@ class TritonOps(LayerOps):
     ) -> tuple[Tensor, Tensor]:
         """See :class:`LayerOps`; the sum is written into ``residual``."""
         return add_rms_norm(x, residual, weight, eps)
+
+    def sandwich(
+        self,
+        outs: Sequence[Tensor],  # [N, d] each
+        residual: Tensor,  # [N, d]
+        norms: Sandwich,
+        scalars: Tensor | None = None,  # [N]
+    ) -> tuple[list[Tensor], Tensor]:
+        """See :class:`LayerOps`; h is written into ``residual``."""
+        return sandwich_norms(outs, residual, *norms, scalars), residual
+
+    def wide_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """See :class:`LayerOps`."""
+        return wide_rms_norm(x, weight, eps)
 
     def at(self, positions: Tensor) -> Angles:
         """The positions: the kernel reads the tables itself."""

@@ -48,7 +48,7 @@ class GemmaBlock:
         middle: norms around the addition of what attention gives.
         mlp, experts: both read the stream behind it, each by a norm of its own; so does the router.
         end: norms around the addition of what these give, and the first one of the next layer.
-        ops: with the layer's rotary tables.
+        turning: index of the operations with the layer's rotary tables.
     """
 
     attention: Attention
@@ -56,7 +56,7 @@ class GemmaBlock:
     mlp: Mlp
     experts: Experts
     end: Sandwich
-    ops: LayerOps
+    turning: int
 
 
 class DiffusionGemma(Decoder):
@@ -81,10 +81,12 @@ class DiffusionGemma(Decoder):
         layers = [at.inside(f"layers.{i}") for i in range(spec.num_layers)]
         firsts = [_norm(layer, "input_layernorm.weight") for layer in layers]
         self._first, nexts = firsts[0], [*firsts[1:], _norm(at, "norm.weight")]
-        turning = dict[tuple[int, float, int], LayerOps]()
+        kinds = list(dict.fromkeys(map(_turn, spec.layers)))
+        self._turning = [_ops(build, *kind) for kind in kinds]
         self.layers = [
-            _block(layer, i, then, _turning(build, turning, spec.layers[i]))
+            _block(replace(layer, ops=self._turning[kind]), i, then, kind)
             for i, (layer, then) in enumerate(zip(layers, nexts, strict=True))
+            for kind in [kinds.index(_turn(spec.layers[i]))]
         ]
         #: [layers] each: of canvases that are filled, and of what is encoded
         self._scalars = [
@@ -117,12 +119,12 @@ class DiffusionGemma(Decoder):
         if canvas is not None:
             h = torch.where(canvas.mine[:, None], self._conditioned(h, canvas.expected), h)
             scalars = torch.where(canvas.mine, own[:, None], encoders[:, None])
-        angles = {id(block.ops): block.ops.at(positions) for block in self.layers}
+        angles = [turning.at(positions) for turning in self._turning]
         x = ops.wide_norm(h, self._first, eps)
         for layer, block in enumerate(self.layers):
             wanted = rows if layer == len(self.layers) - 1 else None
             scalar = scalars[layer]
-            x = block.attention(x, angles[id(block.ops)], context, wanted)
+            x = block.attention(x, angles[block.turning], context, wanted)
             if wanted is not None:
                 h, scalar = h[wanted], scalar[wanted]
             (x, y, seen), h = ops.sandwich((x,), h, block.middle)
@@ -178,8 +180,18 @@ class DiffusionGemma(Decoder):
                 normalize=True,
             ),
             activation="gelu_tanh",
-            logit_cap=float(one_of(text, ("final_logit_softcapping",), 30.0)),
+            logit_cap=_cap(text),
         )
+
+
+def _cap(text: Mapping[str, Any]) -> float:
+    """Logits stay under it; files that upstream saves do not say it."""
+    cap = float(one_of(text, ("final_logit_softcapping",), 30.0))
+    if not cap > 0:
+        raise UnsupportedModelError(
+            f"config.json: final_logit_softcapping is {cap}; it must be over 0"
+        )
+    return cap
 
 
 def _norm(at: Build, name: str) -> Tensor:
@@ -187,25 +199,26 @@ def _norm(at: Build, name: str) -> Tensor:
     return at.weight(Part(name, (at.spec.hidden_size,), (_ALL,)), ones=True)
 
 
-def _turning(
-    build: Build, known: dict[tuple[int, float, int], LayerOps], layer: AttentionSpec
-) -> LayerOps:
-    """Operations with the rotary tables of a layer; layers that turn alike share them."""
-    spec, key = build.spec, (layer.head_dim, layer.rope_theta, layer.turned)
-    if key == (spec.head_dim, spec.rope_theta, 0):
+def _turn(layer: AttentionSpec) -> tuple[int, float, int]:
+    """What rotary tables depend on."""
+    return layer.head_dim, layer.rope_theta, layer.turned
+
+
+def _ops(build: Build, head_dim: int, theta: float, turned: int) -> LayerOps:
+    """Operations with these rotary tables; the model's own where they are the same."""
+    spec = build.spec
+    if (head_dim, theta, turned) == (spec.head_dim, spec.rope_theta, 0):
         return build.ops
-    if key not in known:
-        known[key] = build.ops.turning(*key)
-    return known[key]
+    return build.ops.turning(head_dim, theta, turned)
 
 
-def _block(at: Build, layer: int, then: Tensor, ops: LayerOps) -> GemmaBlock:
+def _block(at: Build, layer: int, then: Tensor, turning: int) -> GemmaBlock:
     """DiffusionGemmaDecoderTextLayer; ``then`` is the norm behind it."""
     spec, names = at.spec, {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "o_proj"}
     experts = spec.experts
     if experts is None:
         raise UnsupportedModelError(f"{_NAME} without experts is not supported")
-    inside = replace(at.inside("self_attn"), ops=ops)
+    inside = at.inside("self_attn")
     attention = Attention(inside, layer, **names, norms=("q_norm", "k_norm"), wide=True)
     before = "pre_feedforward_layernorm"
     reads = (f"{before}.weight", f"{before}_2.weight", "router.scale")
@@ -233,7 +246,7 @@ def _block(at: Build, layer: int, then: Tensor, ops: LayerOps) -> GemmaBlock:
         factors="router.per_expert_scale",
         stacked=True,
     )
-    return GemmaBlock(attention, middle, mlp, routed, end, ops)
+    return GemmaBlock(attention, middle, mlp, routed, end, turning)
 
 
 def _kinds(text: Mapping[str, Any], layers: int) -> list[str]:
@@ -254,7 +267,7 @@ def _kinds(text: Mapping[str, Any], layers: int) -> list[str]:
 
 
 def _overrides(text: Mapping[str, Any], kinds: list[str]) -> dict[int, Mapping[str, Any]]:
-    """What layers have of their own, by their numbers: ``per_layer_config``, or what came before."""
+    """What layers have of their own, by their numbers; in either spelling."""
     if "per_layer_config" not in text:
         own = {"head_dim": one_of(text, ("global_head_dim",), 512)}
         if text.get("num_global_key_value_heads") is not None:

@@ -205,6 +205,17 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
             f"config.json has a value of a wrong type or size: {error}"
         ) from error
     spec = _with_options(spec, given)
+    _check(spec)
+    try:
+        return replace(spec, weights=count_weights(Partition(spec)))
+    except (RuntimeError, OverflowError) as error:
+        raise UnsupportedModelError(
+            f"config.json has sizes that no memory could hold: {error}"
+        ) from error
+
+
+def _check(spec: ModelSpec) -> None:
+    """Raise UnsupportedModelError on numbers that no engine could use."""
     for name in _POSITIVE:
         value, most = getattr(spec, name), _MOST_LAYERS if name == "num_layers" else sys.maxsize
         if not 0 < value <= most:
@@ -229,12 +240,6 @@ def read_spec(config: dict[str, Any], options: EngineConfig | None = None) -> Mo
             f"mask_token_id={spec.mask_id} is outside the {spec.embedding_size} embeddings: give "
             "mask_id (--mask-id)"
         )
-    try:
-        return replace(spec, weights=count_weights(Partition(spec)))
-    except (RuntimeError, OverflowError) as error:
-        raise UnsupportedModelError(
-            f"config.json has sizes that no memory could hold: {error}"
-        ) from error
 
 
 def _first_layers(config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -81,6 +81,7 @@ def test_counts() -> None:
         ("llada-moe-7b", "LLaDAMoEModelLM", 7_356_880_896, 8192),
         ("sdar-30b-a3b", "SDARMoeForCausalLM", 30_532_122_624, 32768),
         ("qwen3-30b-a3b", "Qwen3MoeForCausalLM", 30_532_122_624, 40960),
+        ("diffusion-gemma-26b", "DiffusionGemmaForBlockDiffusion", 25_250_986_812, 262144),
     ],
 )
 def test_shapes_of_public_checkpoints(

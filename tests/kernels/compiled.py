@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dllmserve.kernels import attention, experts, rotary, routing
+from dllmserve.kernels import activation, attention, experts, norm, rotary, routing
 from dllmserve.kernels.tiles import tile_for
 from dllmserve.runtime.kernels import begin, constrain, finish, region_sets
 
@@ -22,8 +22,10 @@ TYPES = {
     "sets": "*u8 allowed write left",
     "masked": "*i1",
     "z": "*bf16 heads_ptr query_ptr key_ptr x_ptr gate_ptr weight_ptr rows_ptr out_ptr",
+    "first_ptr": "*bf16 second_ptr residual_ptr scalars_ptr first_weight_ptr second_weight_ptr "
+    "after_weight_ptr a_weight_ptr b_weight_ptr c_weight_ptr wide_ptr factors_ptr",
     "cos_ptr": "*fp32 sin_ptr logits_ptr bias_ptr weights_ptr",
-    "eps": "fp32 scale",
+    "eps": "fp32 scale a_factor b_factor c_factor",
     "confidence": "*fp64",
 }
 #: of kernels of a step, where some names mean something else
@@ -44,6 +46,13 @@ FIXED = {
     "CT": 128,
     "WIDTH": 32,
     "NORM": True,
+    "WIDE": True,
+    "GELU": True,
+    "FACTORS": True,
+    "BRANCHES": True,
+    "SCALED": True,
+    "THEN": 3,
+    "WEIGHT": True,
     "HEADS": 32,
     "HALF": 32,
     "BEHIND": 64,
@@ -79,6 +88,9 @@ KERNELS = (
     constrain.settle,
     constrain.only_ids,
     rotary._rotate_kernel,
+    norm._sandwich_kernel,
+    norm._wide_rms_norm_kernel,
+    activation._gated_kernel,
     routing._logits_kernel,
     routing._choose_kernel,
     experts._product_kernel,

@@ -40,10 +40,12 @@ PAIRS = (5, 15, 30, 60, 120, 500)
 PLAIN, FUSED = (kind(8, 100.0, 8, DEVICE) for kind in (LayerOps, TritonOps))
 
 
-def routed(spec: ExpertSpec, x: Tensor, ops: LayerOps, held: range) -> Routed:
+def routed(
+    spec: ExpertSpec, x: Tensor, ops: LayerOps, held: range, factors: Tensor | None = None
+) -> Routed:
     gate = random(spec.count, x.shape[1], dtype=x.dtype, seed=1) * 0.2
     bias = random(spec.count, seed=2) * 0.1 if spec.bias else None
-    return ops.route(x, gate, bias, spec, held)
+    return ops.route(x, gate, bias, spec, held, factors=factors)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -51,7 +53,8 @@ def routed(spec: ExpertSpec, x: Tensor, ops: LayerOps, held: range) -> Routed:
 def test_route(spec: ExpertSpec, tokens: int) -> None:
     x = random(tokens, 40)
     held = range(1, spec.count + (spec.count == 12))  # with the shared one, or without
-    found, expected = (routed(spec, x, ops, held) for ops in (FUSED, PLAIN))
+    factors = random(spec.count, seed=5) if spec.normalize else None
+    found, expected = (routed(spec, x, ops, held, factors) for ops in (FUSED, PLAIN))
     assert torch.equal(found.ids, expected.ids)
     close(found.weights, expected.weights, 20)
     for place, expert in enumerate(held):
@@ -88,8 +91,9 @@ def test_products(dtype: torch.dtype, tokens: int, held: range) -> None:
     down = random(len(held), depth, size, dtype=dtype, seed=4) * 0.2
     to = routed(spec, x, FUSED, held)
     mine = ((to.ids >= held.start) & (to.ids < held.stop)).flatten()
-    inner = FUSED.expert_up(x, to, gate_up)
-    close(inner[mine], PLAIN.expert_up(x, to, gate_up)[mine], 64)
+    for activation in ("gelu_tanh", "silu"):
+        inner = FUSED.expert_up(x, to, gate_up, activation)
+        close(inner[mine], PLAIN.expert_up(x, to, gate_up, activation)[mine], 64)
     inner[~mine] = torch.nan  # undefined
     rows = FUSED.expert_down(inner, to, down)
     close(rows[mine], PLAIN.expert_down(inner, to, down)[mine], 64)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.kernels import missing
-from dllmserve.layers.ops import HeadNorms, LayerOps, rms_norm
+from dllmserve.layers.ops import HeadNorms, LayerOps, Sandwich, rms_norm
 from dllmserve.layers.triton import TritonOps
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import empty_decoder
@@ -80,7 +80,7 @@ def test_rotate(
     norms = None
     if queries is not None:  # heads are normalised first
         weights = (random(dim, dtype=dtype, seed=seed) for seed in (1, 2))
-        norms = HeadNorms(*weights, min(queries, count), 1e-5)
+        norms = HeadNorms(*weights, min(queries, count), 1e-5, wide=queries == 25)
     expected = ops.rotate(view.clone(), count, ops.at(positions), norms)
     rotate_(view, *ops.tables, positions, count, norms)
     close(view[:, :count], expected, roundings=1 if norms is None else 4)
@@ -101,6 +101,37 @@ def test_gated(dtype: torch.dtype, width: int) -> None:
     gate_up = wide[:, : 2 * width]
     gate, up = gate_up.chunk(2, dim=-1)
     close(gated(gate_up), F.silu(gate).mul_(up), roundings=2)
+    # torch's own form of it cancels where the gate is far below 0
+    close(gated(gate_up, "gelu_tanh"), F.gelu(gate, approximate="tanh").mul_(up), roundings=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("branches", "then", "scaled"), [(2, 1, True), (0, 3, False), (0, 2, True)]
+)
+def test_sandwich(dtype: torch.dtype, branches: int, then: int, scaled: bool) -> None:
+    plain, fused = both_ops()
+    width = 300
+    outs = [random(5, width + 1, dtype=dtype, seed=i)[:, 1:] for i in range(branches or 1)]
+    weights = [random(width, dtype=dtype, seed=i) for i in range(10, 16)]
+    ends = tuple(weights[:then]), (1.0, 1.0, 0.3)[:then]
+    norms = Sandwich(tuple(weights[3 : 3 + branches]), weights[5], *ends, eps=1e-5)
+    scalars = random(5, dtype=dtype, seed=20) if scaled else None
+    h = random(5, width, dtype=dtype, seed=9)
+    found, expected = (ops.sandwich(outs, h.clone(), norms, scalars) for ops in (fused, plain))
+    for got, wanted in zip((found[1], *found[0]), (expected[1], *expected[0]), strict=True):
+        close(got, wanted, roundings=8)
+    for rows in (slice(0, 1), slice(2, 5)):
+        part = fused.sandwich(
+            [x[rows] for x in outs],
+            h[rows].clone(),
+            norms,
+            scalars if scalars is None else scalars[rows],
+        )
+        assert all(torch.equal(a, b[rows]) for a, b in zip(part[0], found[0], strict=True))
+    heads = random(5, 4, 60, dtype=dtype)[:, 1:]
+    for weight in (None, weights[0][:60]):
+        close(fused.wide_norm(heads, weight, 1e-5), plain.wide_norm(heads, weight, 1e-5), 4)
 
 
 @pytest.mark.parametrize(("rows", "depth", "outs"), [(1, 5, 3), (67, 64, 130), (130, 100, 64)])
