@@ -45,8 +45,9 @@ class ExpertSpec:
     choice; of equal scores the expert with the smaller number comes first.
 
     Attributes:
-        layers: of each layer, whether experts stand in place of its MLP; ``ModelSpec.mlp_size`` is
-            the width of the others.
+        layers: of each layer, whether it has experts, in place of its MLP; ``ModelSpec.mlp_size``
+            is the width of the others.
+        beside: they stand beside the MLP, not in its place (Gemma).
         count: routed experts of a layer.
         per_token: of which each token takes so many.
         size: inner width of each.
@@ -79,6 +80,12 @@ class ExpertSpec:
     top_groups: int = 1
     capacity: int = 0
     window: int = 0
+    beside: bool = False
+
+    @property
+    def everywhere(self) -> bool:
+        """True if no layer has an MLP."""
+        return all(self.layers) and not self.beside
 
 
 @dataclass(frozen=True, kw_only=True)

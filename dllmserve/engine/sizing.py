@@ -167,7 +167,9 @@ class Sizing:
         inner = max(3 * spec.mlp_size, attention)
         if self.dtype == torch.float32:  # in which ranks gather each other's
             inner *= self.options.tensor_parallel_size
-        return max(inner, self._of_experts) + 3 * spec.hidden_size
+        # beside the MLP's output, experts see the stream by two norms more
+        stream = 5 if spec.experts is not None and spec.experts.beside else 3
+        return max(inner, self._of_experts) + stream * spec.hidden_size
 
     @property
     def _of_experts(self) -> int:

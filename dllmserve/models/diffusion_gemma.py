@@ -178,6 +178,7 @@ class DiffusionGemma(Decoder):
                 per_token=int(need(text, "top_k_experts", _NAME)),
                 size=int(need(text, "moe_intermediate_size", _NAME)),
                 normalize=True,
+                beside=True,
             ),
             activation="gelu_tanh",
             logit_cap=_cap(text),

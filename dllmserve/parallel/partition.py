@@ -102,7 +102,7 @@ def _inner(spec: ModelSpec, expert_parallel: bool) -> dict[str, int]:
         return {"MLP size": spec.mlp_size}
     number = {"number of experts": experts.count} if expert_parallel else {}
     sizes = {
-        "MLP size": 0 if all(experts.layers) else spec.mlp_size,
+        "MLP size": 0 if experts.everywhere else spec.mlp_size,
         "expert size": 0 if expert_parallel else experts.size,
         "shared expert's size": experts.shared_size,
     }

@@ -59,7 +59,7 @@ def header_lines(config: EngineConfig, plan: EnginePlan) -> dict[str, str]:
     inner = f"MLP {spec.mlp_size}"
     if (experts := spec.experts) is not None:
         of = f"{experts.per_token} of {experts.count} experts of {experts.size}"
-        inner = of if all(experts.layers) else f"{inner}, {of}"
+        inner = of if experts.everywhere else f"{inner}, {of}"
     return {
         "model": f"{config.model} ({spec.architecture}), {weights}: {spec.num_layers} layers of "
         f"{spec.hidden_size}, {spec.num_heads} heads, {kv_heads_text(spec)}, "
