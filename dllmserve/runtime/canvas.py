@@ -24,6 +24,8 @@ from dllmserve.runtime.shape import EntryField, StepShape
 from dllmserve.runtime.tensors import HeadCells, StepTensors
 from dllmserve.sampling_params import FLOATS
 
+#: ``logits [n, v] float32, sums of their exponentials [n], dtype -> [n, v]``
+Shares = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 _COLUMNS = tuple(FLOATS.index(name) for name in ("t_min", "t_max", "max_denoising_steps"))
 
 
@@ -89,7 +91,9 @@ class ExpectedEmbeddings:
         self._columns = weight.t().contiguous() if product is not None else weight.t()
         self.means = weight.new_zeros(2, rows, block, weight.shape[1])
 
-    def keep(self, z: Tensor, stats: TokenStats, cells: HeadCells, rows: slice) -> None:
+    def keep(
+        self, z: Tensor, stats: TokenStats, cells: HeadCells, rows: slice, shares: Shares
+    ) -> None:
         """Take a chunk of logits [n, v], as positions are drawn from them; they are changed.
 
         Args:
@@ -97,13 +101,14 @@ class ExpectedEmbeddings:
             stats: token and probability of each row: that makes the sum over all ids known.
             cells: whose the step's LM-head rows are.
             rows: which of them the chunk holds.
+            shares: see :meth:`dllmserve.runtime.logits.RowReducer.shares`.
         """
         z = z.float()
         total = value_of(z, stats.token, self._vocab).double() - stats.prob.log()
-        shares = z.sub_(total.float()[:, None]).exp_()
+        chances = shares(z, total.float(), self._weight.dtype)
         step, row = cells.step[rows] % 2, cells.row[rows]
         column = cells.column[rows].clamp(max=self.means.shape[2] - 1)
-        self.means[step, row, column] = self._mean(shares).to(self.means.dtype)
+        self.means[step, row, column] = self._mean(chances)
 
     def _mean(self, shares: Tensor) -> Tensor:
         """``shares @ embedding`` over all ranks' ids: [n, d].
@@ -112,7 +117,7 @@ class ExpectedEmbeddings:
         """
         vocab = self._vocab
         if self._weight.dtype != torch.float32:
-            return vocab.group.all_reduce(shares.to(self._weight.dtype) @ self._weight)
+            return vocab.group.all_reduce(shares @ self._weight)
         parts = []
         for low in range(0, shares.shape[1], vocab.width):
             own = shares[:, low : low + vocab.width]

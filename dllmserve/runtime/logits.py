@@ -51,6 +51,14 @@ class RowReducer(Protocol):
         """Statistics of n rows."""
         ...
 
+    def capped(self, z: Tensor, cap: float) -> Tensor:
+        """``cap * tanh(z / cap)`` in float32: [n, v]."""
+        ...
+
+    def shares(self, z: Tensor, totals: Tensor, dtype: torch.dtype) -> Tensor:
+        """``exp(z - totals)`` of z [n, v] float32, which may be overwritten, and totals [n]."""
+        ...
+
 
 class TorchReducer:
     """Plain torch operations, on any device.
@@ -84,6 +92,14 @@ class TorchReducer:
             needs=needs,
             shard=self.vocab,
         )
+
+    def capped(self, z: Tensor, cap: float) -> Tensor:
+        """See :class:`RowReducer`."""
+        return z.float().div_(cap).tanh_().mul_(cap)
+
+    def shares(self, z: Tensor, totals: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :class:`RowReducer`."""
+        return z.sub_(totals[:, None]).exp_().to(dtype)
 
 
 @dataclass(frozen=True)
@@ -246,7 +262,7 @@ class LogitsHead:
         drawn = part.token
         if segment.sampled or segment.filtered:
             drawn = reduce(z, params, mask_id, segment, frozenset()).token
-        self.expected.keep(z, part, cells, chunk)
+        self.expected.keep(z, part, cells, chunk, self._reducer.shares)
         return replace(part, drawn=drawn)
 
     def of_tokens(
@@ -316,7 +332,7 @@ class LogitsHead:
             z = torch.mm(x, self._weight.t(), out=self._buffer[offset : offset + len(x)])
         if not self._cap:
             return z
-        return z.float().div_(self._cap).tanh_().mul_(self._cap)
+        return self._reducer.capped(z, self._cap)
 
     def _guide(self, z: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
         """l_u + (s + 1)(l_c - l_u), with s per row; in place."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from dllmserve.decoding.stats import RowParams, TokenStats, strike, without_confidence
+from dllmserve.kernels.logits import capped_logits, token_shares
 from dllmserve.kernels.stats import fused_row_stats
 from dllmserve.runtime.logits import TorchReducer
 from dllmserve.runtime.shape import SegmentShape
@@ -43,3 +45,11 @@ class TritonReducer(TorchReducer):
         strike(z, params.last, self.vocab)
         again = replace(stats(), token=found.token)
         return without_confidence(again, params.last, found.prob.isnan())
+
+    def capped(self, z: Tensor, cap: float) -> Tensor:
+        """See :class:`RowReducer`."""
+        return capped_logits(z, cap)
+
+    def shares(self, z: Tensor, totals: Tensor, dtype: torch.dtype) -> Tensor:
+        """See :class:`RowReducer`."""
+        return token_shares(z, totals, dtype)
