@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dllmserve.kernels import activation, attention, experts, norm, rotary, routing
+from dllmserve.kernels import activation, attention, experts, logits, norm, rotary, routing
 from dllmserve.kernels.tiles import tile_for
 from dllmserve.runtime.kernels import begin, constrain, finish, region_sets
 
@@ -24,8 +24,9 @@ TYPES = {
     "z": "*bf16 heads_ptr query_ptr key_ptr x_ptr gate_ptr weight_ptr rows_ptr out_ptr",
     "first_ptr": "*bf16 second_ptr residual_ptr scalars_ptr first_weight_ptr second_weight_ptr "
     "after_weight_ptr a_weight_ptr b_weight_ptr c_weight_ptr wide_ptr factors_ptr",
-    "cos_ptr": "*fp32 sin_ptr logits_ptr bias_ptr weights_ptr",
-    "eps": "fp32 scale a_factor b_factor c_factor",
+    "z_ptr": "*bf16 shares_ptr",
+    "cos_ptr": "*fp32 sin_ptr logits_ptr bias_ptr weights_ptr capped_ptr totals_ptr",
+    "eps": "fp32 cap scale a_factor b_factor c_factor",
     "confidence": "*fp64",
 }
 #: of kernels of a step, where some names mean something else
@@ -95,6 +96,8 @@ KERNELS = (
     routing._choose_kernel,
     experts._product_kernel,
     experts._combine_kernel,
+    logits._cap_kernel,
+    logits._shares_kernel,
 )
 #: pointers of the attention kernel, whose others are of the dtype
 ATTENTION_TYPES = {
