@@ -60,8 +60,8 @@ def variants(llm: LLM, dice: random.Random) -> list[dict[str, Any]]:
     """Each rule with some cache, cold and hot, and what else changes logits or steps."""
     full, found = llm.spec.geometry == "full", []
     for rule, info in RULES.own.items():
-        if rule == "joint" or (info.revokes and not full):
-            continue  # what edits is not for constraints
+        if rule == "joint" or info.noise or (info.revokes and not full):
+            continue  # what edits, or writes all at once, is not for constraints
         for temperature in (0.0, 1.3):
             given: dict[str, Any] = {"unmask": rule, "temperature": temperature, **SPEEDS}
             if full:

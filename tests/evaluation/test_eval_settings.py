@@ -242,7 +242,9 @@ def test_the_frontier() -> None:
     settings = {setting.name: setting for setting in suite("frontier")}
     assert next(iter(settings)) == "one token a step"
     assert settings["8 tokens a step"].params(64).steps == 8
-    assert {setting.params(64).unmask for setting in settings.values()} == set(RULES)
+    # a rule that is for one kind of model alone is not compared
+    rules = {name for name, info in RULES.items() if not info.noise}
+    assert {setting.params(64).unmask for setting in settings.values()} == rules
     cached = {setting.name: setting for setting in suite("caches")}
     # the caches of full attention
     named = {name for name in cache_names() if not CACHES[name].windowed}

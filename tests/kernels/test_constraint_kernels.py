@@ -25,6 +25,7 @@ from dllmserve.runtime.kernels.constraints import TritonConstraints
 from dllmserve.runtime.shape import EXACT, LADDER, Padding, lay_out
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.step import TorchStep
+from dllmserve.sampling_params import FLOATS
 from tests.grammars import random_grammar
 from tests.helpers import PLAIN
 
@@ -49,7 +50,7 @@ def row_of(row: int, dice: random.Random) -> RowInit:
         row=row,
         ids=[5, 6, 7, *[8] * 9],
         holes=holes,
-        floats=(0.8 * (row % 2), 1.0, 0.9, 1.0, 0.1, 0.0, 0.4, 0.01, 2.0, 0.9, 0.0, 1.0),
+        floats=(0.8 * (row % 2), 1.0, *[0.0] * (len(FLOATS) - 2)),
         ints=(3, length, 0, 7 + row, 0, 0, 0, RULES.index("steps"), 0, 0, 0, 0),
         ends=(),
         confidence="probability",

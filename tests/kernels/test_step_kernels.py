@@ -68,6 +68,7 @@ def init_of(
         dice.choice([0.0, 1.5]),
         *(dice.choice([0.0, 0.4, 1.0]), dice.random(), 2.0, 0.9),
         *(dice.choice([0.0, 0.5, torch.inf]), dice.choice([1.0, 3.0])),
+        *(48.0, 0.4, 0.8, 1.0, 0.005),
     )
     goes_on = dice.random() < 0.3
     ints = (
@@ -344,7 +345,7 @@ def init_of(*given):
 steps.init_of = init_of
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 case = steps.make_case(1, device, entries=2)
-assert case.tables[0].floats.shape[1] == len(sampling_params.FLOATS) == 19
+assert case.tables[0].floats.shape[1] == len(sampling_params.FLOATS) == 24
 steps.check(case, steps.EXACT, steps=1)
 """
 
