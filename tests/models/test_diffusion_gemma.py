@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dllmserve.config import EngineConfig
+from dllmserve.core.model_spec import ModelSpec
 from dllmserve.errors import ConfigError, UnsupportedModelError
 from dllmserve.models import loader
 from dllmserve.models.decoder import CanvasTokens, Decoder
@@ -85,11 +86,37 @@ def capped(decoder: Decoder, hidden: Tensor) -> Tensor:
     return torch.tanh(hidden @ decoder.head.weight.T / cap) * cap
 
 
+class Attention:
+    """The context of the package's decoder for one request, in the oracle's way.
+
+    It stores K and V unless it is ``filling``.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec, self.filling = spec, False
+        self.positions = torch.empty(0)
+        self.kept: list[list[oracle.KV]] = [[] for _ in range(spec.num_layers)]
+
+    def begin(self, positions: Tensor, filling: bool) -> None:
+        """What the next forward runs."""
+        self.positions, self.filling = positions, filling
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See the package's AttentionContext."""
+        kept = [*self.kept[layer], (k.clone(), v.clone())]
+        if not self.filling:
+            self.kept[layer] = kept
+        keys, values = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        window = self.spec.layers[layer].window
+        visible = oracle.sees(self.positions, len(keys), window, self.filling)
+        return oracle.attended(q, keys, values, visible, self.spec.scale_of(layer))
+
+
 class Run:
     """A request: what is encoded stays, canvases are filled behind it."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.decoder, self.context, self.length = decoder, oracle.Attention(decoder.spec), 0
+        self.decoder, self.context, self.length = decoder, Attention(decoder.spec), 0
 
     def forward(self, ids: list[int], canvas: CanvasTokens | None, rows: Tensor | None) -> Tensor:
         positions = torch.arange(self.length, self.length + len(ids))

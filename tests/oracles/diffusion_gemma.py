@@ -1,4 +1,4 @@
-"""Naive forward of DiffusionGemma's text model, and attention of a step for its decoder.
+"""Naive forward of DiffusionGemma's text model.
 
 Upstream: models/diffusion_gemma of transformers 5.24.0 (eager attention). One sequence at a time,
 every head by itself, every token's experts by themselves.
@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
-
-from dllmserve.core.model_spec import ModelSpec
 
 KV = tuple[Tensor, Tensor]  # [tokens, heads, D] each
 
@@ -147,32 +145,6 @@ def attended(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> 
             scores.masked_fill(~visible, -torch.inf).softmax(dim=-1) @ v[:, head // group]
         )
     return out
-
-
-class Attention:
-    """The context of the package's decoder for one request, in ``Gemma``'s way.
-
-    It stores K and V unless it is ``filling``.
-    """
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.spec, self.filling = spec, False
-        self.positions = torch.empty(0)
-        self.kept: list[list[KV]] = [[] for _ in range(spec.num_layers)]
-
-    def begin(self, positions: Tensor, filling: bool) -> None:
-        """What the next forward runs."""
-        self.positions, self.filling = positions, filling
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """See the package's AttentionContext."""
-        kept = [*self.kept[layer], (k.clone(), v.clone())]
-        if not self.filling:
-            self.kept[layer] = kept
-        keys, values = (torch.cat(parts) for parts in zip(*kept, strict=True))
-        window = self.spec.layers[layer].window
-        visible = sees(self.positions, len(keys), window, self.filling)
-        return attended(q, keys, values, visible, self.spec.scale_of(layer))
 
 
 def load(folder: str | Path) -> Gemma:
