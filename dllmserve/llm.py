@@ -148,7 +148,7 @@ class LLM:
         program, by its seed.
 
         Raises:
-            ConfigError: the model is shared between processes.
+            ConfigError: the model is shared between processes, or it has masks.
         """
         self._engine.use_noise(noise)
 

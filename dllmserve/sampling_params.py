@@ -206,7 +206,9 @@ class SamplingParams:
         low=1,
         high=MAX_GEN_LENGTH,
     )
-    unmask: str = knob("steps", "Rule that chooses what is written in a step.", choices=RULES)
+    unmask: str = knob(
+        Filled("steps"), "Rule that chooses what is written in a step.", choices=RULES
+    )
     threshold: float = knob(
         0.9,
         "Least confidence, for unmask=threshold, threshold_strict, threshold_dinfer, dynamic, "
@@ -380,9 +382,7 @@ class SamplingParams:
     t_min: float = knob(
         0.4, "Temperature behind a canvas's last forward (renoise).", low=0, column=True
     )
-    t_max: float = knob(
-        0.8, "Temperature of its first (renoise).", low=0, low_open=True, column=True
-    )
+    t_max: float = knob(0.8, "Temperature of its first (renoise).", low=0.001, column=True)
     stability_threshold: int = knob(
         1, "Forwards that a canvas has to stay the same (renoise).", low=0, high=64, column=True
     )

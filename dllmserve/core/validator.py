@@ -309,12 +309,13 @@ class RequestValidator:
             return
         window, origin = canvas.unit, canvas.origin
         room = origin + (limit - origin) // window * window - canvas.start
+        short = len(canvas) - limit if canvas.frame else 1 - room
         way = (
             "shorten it by a block"
             if request.holes
             else f"{request.params.length_name} may be {room} at most"
             if room > 0
-            else f"shorten {name} by {1 - room} tokens, or take a shorter block_length"
+            else f"shorten {name} by {short} tokens, or take a shorter block_length"
         )
         raise ContextLengthError(
             f"{name} and its answer fill {len(canvas)} positions in blocks of {window}, over "
@@ -367,7 +368,7 @@ def settled(params: SamplingParams, spec: ModelSpec) -> SamplingParams:
             changed["steps"] = same_pace(params.steps, params.gen_length, block, spec.block_length)
     if spec.geometry != "full":
         changed |= _without_full_attention(params, spec)
-    if spec.noise and (params.unmask == "steps" or isinstance(params.unmask, Filled)):
+    if spec.noise and isinstance(params.unmask, Filled):
         changed["unmask"] = "renoise"
     if spec.geometry == "causal" and not (rank(params.gen_length) or rank(params.max_tokens)):
         changed["max_tokens"] = int(DEFAULT_LENGTHS[0])

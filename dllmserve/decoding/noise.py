@@ -148,6 +148,9 @@ class RecordedNoise:
         vocab_size: of :class:`CounterNoise`, for the others.
         records: by seed.
 
+    Raises:
+        ValueError: nothing is recorded.
+
     Example:
         >>> record = Recorded(3, [[5, 6]], [[[7, 8]]])
         >>> noise = RecordedNoise(131, {1: record})
@@ -159,6 +162,8 @@ class RecordedNoise:
     def __init__(self, vocab_size: int, records: Mapping[int, Recorded]) -> None:
         self._other = CounterNoise(vocab_size)
         found = list(records.values())
+        if not any(each for record in found for each in record.fresh):
+            raise ValueError("there are no recorded draws: give a canvas and a forward at least")
         canvases = max(len(r.first) for r in found)
         steps = max(len(each) for r in found for each in r.fresh)
         width = max(len(ids) for r in found for ids in r.first)

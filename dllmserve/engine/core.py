@@ -176,8 +176,10 @@ class EngineCore:
         """Take the noise of canvases from elsewhere.
 
         Raises:
-            ConfigError: several ranks would have to do so.
+            ConfigError: several ranks would have to do so, or the model has none.
         """
+        if not self.spec.noise:
+            raise ConfigError("this model has masks, and no noise that could be replaced")
         if not isinstance(self._runner, ModelRunner):
             raise ConfigError("noise can be replaced with tensor_parallel_size=1 only")
         self._runner.table.noise = noise

@@ -373,7 +373,7 @@ def apply_rules(
     tokens, write, memory = updates[0].tokens, updates[0].write, view.memory
     revoking = any(update.remask is not None for update in updates)
     remask = torch.zeros_like(write) if revoking else None
-    draft = updates[0].draft
+    draft: Tensor | None = None
     for name, own in zip(names, updates, strict=True):
         mine = (kind == RULES.index(name))[:, None]
         tokens = torch.where(mine, own.tokens, tokens)
@@ -385,8 +385,8 @@ def apply_rules(
                 torch.where(mine[:, 0], own.memory.row, memory.row),
                 torch.where(mine, own.memory.cells, memory.cells),
             )
-        if draft is not None and own.draft is not None:
-            draft = torch.where(mine, own.draft, draft)
+        if own.draft is not None:
+            draft = torch.where(mine, own.draft, own.tokens if draft is None else draft)
     return Update(tokens, write, remask, memory, draft)
 
 

@@ -38,8 +38,8 @@ class EntryField(IntEnum):
 
 
 ENTRY_FIELDS = len(EntryField)
-#: LM-head rows of a padding entry, and that it enters a block: what is kept on the trash row, which
-#: may be anything, begins anew in every step
+#: LM-head rows of a padding entry, its step and its quota. It enters a block in every step: what is
+#: kept on the trash row may be anything, and begins anew
 _PADDING = (0, 0, 0)
 
 

@@ -94,12 +94,11 @@ class StateTable:
 
     def _begin_canvases(self, init: RowInit) -> None:
         """Put noise where the row is to be filled."""
-        seed = init.ints[IntField.SEED]
+        seed = host_to_device([init.ints[IntField.SEED]], self.device)
+        step = torch.full_like(seed, -1)
         for start, end in init.holes:
             position = torch.arange(start, end, device=self.device)[None]
-            drawn = (host_to_device([number], self.device) for number in (seed, -1))
-            seeds, step = drawn
-            self.tokens[init.row, start:end] = self.noise.ids(seeds, position, step)[0]
+            self.tokens[init.row, start:end] = self.noise.ids(seed, position, step)[0]
 
     def answer(self, row: int) -> Tensor:
         """Ids of a row from its first position to fill to its last: [length] int64, a view."""

@@ -103,7 +103,7 @@ def test_mixed(options: dict[str, Any]) -> None:
     run_all(llm, [*range(len(CASES))][::-1])
 
 
-def test_when_pages_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_pages_are_short() -> None:
     """Canvases go on where they were when their context was stored anew."""
     llm = LLM(str(MODEL), device="cpu", dtype="float32", page_size=2, kv_pages=45)
     llm.use_noise(noise_of(enumerate(CASES)))
@@ -125,7 +125,7 @@ def test_on_triton_kernels(llm: LLM) -> None:
     assert pool.replays
 
 
-def test_counted_noise(engines: Engines) -> None:
+def test_counted_noise() -> None:
     """Answers follow from seeds; they do not depend on the batch, and are not all the same."""
     llm = LLM(str(MODEL), device="cpu", dtype="float32")
     params = [SamplingParams(gen_length=20, max_denoising_steps=6, seed=s) for s in (1, 2, 1)]
@@ -211,7 +211,6 @@ def test_logprobs_are_of_what_is_written(llm: LLM) -> None:
         assert entry["token_id"] == token == entry["top"][0][0]
         assert entry["logprob"] == entry["top"][0][1] <= 0
         assert entry["top"][1][1] < entry["logprob"]
-    # at a canvas's end the mean entropy is that of the record, at the schedule's temperature there
     assert any(entry["logprob"] < -0.01 for entry in output["logprobs"])
 
 
@@ -231,6 +230,7 @@ def test_bias_and_filters(llm: LLM) -> None:
     ("given", "message"),
     [
         ({"unmask": "threshold"}, "canvas of noise"),
+        ({"unmask": "steps"}, "canvas of noise"),
         ({"regex": "a"}, "all at once"),
         ({"choice": ["a"]}, "all at once"),
         ({"cfg_scale": 1.0}, "cfg_scale"),
@@ -255,6 +255,10 @@ def test_refused(llm: LLM, given: dict[str, Any], message: str) -> None:
 
 def test_refused_elsewhere(llm: LLM, engines: Engines) -> None:
     masked = engines(GOLDEN / "sdar-kv2of4", dtype="float32")
+    with pytest.raises(ConfigError, match="this model has masks"):
+        masked.use_noise(noise_of(enumerate(CASES)))
+    with pytest.raises(InvalidRequestError, match="by 15 tokens"):
+        llm.generate([[5] * 1023], SamplingParams(gen_length=1), use_tqdm=False)
     with pytest.raises(InvalidParameterError, match="this model has masks"):
         masked.generate([[5]], SamplingParams(unmask="renoise"), use_tqdm=False)
     with pytest.raises(InvalidRequestError, match="fills a block as a whole"):
