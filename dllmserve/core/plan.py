@@ -193,7 +193,8 @@ class StepEntry(NamedTuple):
         uncond: the same span on the row whose given tokens are masked (cfg_scale > 0), or None.
         masks: masked positions in the block.
         rule: name of the unmask rule.
-        step: forwards that the block has had; -1 of a forward that only stores.
+        step: forwards that the block has had; rules begin anew at 0. -1 of a forward that only
+            stores.
         quota: tokens that a schedule writes in this forward; 0 for rules without one.
         last: True if the request's answer is known to be complete after this step.
         blind: the block once more, with Mask.BLIND, where the written positions are scored; or
@@ -213,11 +214,6 @@ class StepEntry(NamedTuple):
     blind: Span | None = None
     stores: bool = False
     fills: int = 0
-
-    @property
-    def entering(self) -> bool:
-        """True in the block's first forward, where rules begin anew."""
-        return self.step == 0
 
     @property
     def kind(self) -> Kind:
