@@ -42,13 +42,13 @@ class Tiling:
 
 
 #: of half precision, by the largest mean number of an expert's pairs that it is for. Measured on an
-#: H200 with 256 experts of 512 and 128 of 768, hidden size 2048.
+#: H200 with 256 experts of 512 and 128 of 768, hidden size 2048, and 128 of 704, 2816.
 _UP = {
     10: Tiling(16, 64, 128, 4, 3),
     20: Tiling(32, 128, 64, 8, 3),
     40: Tiling(32, 64, 64, 4, 3, more=16),
     90: Tiling(64, 64, 64, 4, 4, more=16),
-    180: Tiling(128, 64, 64, 4, 3, more=32),
+    380: Tiling(128, 64, 64, 4, 3, more=32),
 }
 _DOWN = {
     10: Tiling(16, 64, 64, 4, 4),
@@ -56,7 +56,7 @@ _DOWN = {
     90: Tiling(64, 128, 64, 4, 3),
     180: Tiling(128, 128, 64, 4, 3, more=32),
 }
-_MANY = Tiling(128, 128, 64, 8, 3)
+_MANY = {True: Tiling(128, 128, 64, 8, 3), False: Tiling(128, 256, 64, 8, 3)}
 #: of float32: one for every number of rows, so that it cannot change a bit
 _EXACT = Tiling(16, 32, 32, 4, 2)
 
@@ -65,7 +65,7 @@ def tiling_for(dtype: torch.dtype, mean: int, gated: bool) -> Tiling:
     """The tiling of a launch whose experts have ``mean`` pairs each on average."""
     if dtype == torch.float32:
         return _EXACT
-    return next((t for most, t in (_UP if gated else _DOWN).items() if mean <= most), _MANY)
+    return next((t for most, t in (_UP if gated else _DOWN).items() if mean <= most), _MANY[gated])
 
 
 @triton.jit
@@ -236,7 +236,7 @@ def expert_product(
             *(order.shape[1], experts, choices if gated else 1, outs, depth),
             GATED=gated,
             GELU=activation == "gelu_tanh",
-            EVEN=outs % tiling.outs == 0 and depth % tiling.depth == 0,
+            EVEN=depth % tiling.depth == 0,
             EXPERTS=triton.next_power_of_2(experts),
             PAIRS=tiling.pairs,
             MORE=tiling.more,

@@ -13,11 +13,13 @@ _BLOCK = 2048
 @triton.jit
 def _cap_kernel(
     z_ptr: tl.tensor,
+    by_ptr: tl.tensor,
     capped_ptr: tl.tensor,
     z_stride: tl.tensor,
     vocab: tl.tensor,
     blocks: tl.tensor,
     cap: tl.tensor,
+    DIVIDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -27,15 +29,18 @@ def _cap_kernel(
     # tanh(u) = (1 - e) / (1 + e) of u's sign, with e = exp(-2 |u|), which never overflows
     e = tl.exp(-2.0 * tl.abs(z) / cap)
     size = cap * (1.0 - e) / (1.0 + e)
+    if DIVIDED:
+        size = tl.div_rn(size, tl.load(by_ptr + row) + tl.zeros_like(size))
     tl.store(capped_ptr + row * vocab + column, tl.where(z < 0, -size, size), mask=inside)
 
 
-def capped_logits(z: Tensor, cap: float) -> Tensor:
-    """``cap * tanh(z / cap)`` in float32.
+def capped_logits(z: Tensor, cap: float, by: Tensor | None = None) -> Tensor:
+    """``cap * tanh(z / cap)`` in float32, divided by a number of each row if there is any.
 
     Args:
         z: [n, v] logits, last dimension contiguous.
         cap: over 0.
+        by: [n] float32, contiguous.
 
     Returns:
         [n, v] float32.
@@ -43,7 +48,11 @@ def capped_logits(z: Tensor, cap: float) -> Tensor:
     (rows, vocab), blocks = z.shape, triton.cdiv(z.shape[1], _BLOCK)
     out = torch.empty((rows, vocab), dtype=torch.float32, device=z.device)
     if rows:
-        _cap_kernel[(rows * blocks,)](z, out, z.stride(0), vocab, blocks, cap, BLOCK=_BLOCK)
+        _cap_kernel[(rows * blocks,)](
+            *(z, z if by is None else by, out, z.stride(0), vocab, blocks, cap),
+            DIVIDED=by is not None,
+            BLOCK=_BLOCK,
+        )
     return out
 
 

@@ -57,7 +57,9 @@ def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int, heads: i
         if dtype == torch.float32:
             return Tile(16, 32, 8, 1)
         rows = max(16, min(triton.next_power_of_2(group * max_q), 32))
-        return Tile(rows, block_n=32, num_warps=8, num_stages=3)
+        if heads * triton.cdiv(group * max_q, 64) > MAX_PROGRAMS:
+            return Tile(64, block_n=32, num_warps=8, num_stages=2)
+        return Tile(rows, block_n=32, num_warps=4, num_stages=2)
     if dtype == torch.float32:
         # no tensor cores here, so registers set the limits; these spill nothing on sm_90
         return Tile(16, 64, 8, 1) if wide else Tile(32, 64, 8, 2)
@@ -65,7 +67,9 @@ def tile_for(dtype: torch.dtype, head_dim: int, group: int, max_q: int, heads: i
     if rows == 64 and group > 1 and heads * triton.cdiv(group * max_q, 64) <= FEW_PROGRAMS:
         rows = 32  # measured with one request of LLaDA2-mini: 6 % more tokens a second
     if wide:
-        return Tile(rows, block_n=32, num_warps=8 if rows == 64 else 4, num_stages=3)
+        if heads * triton.cdiv(group * max_q, 128) > MAX_PROGRAMS:
+            return Tile(128, block_n=64, num_warps=8, num_stages=2)
+        return Tile(rows, block_n=32, num_warps=4, num_stages=2 if rows == 64 else 3)
     if rows == 64:
         return Tile(rows, block_n=64, num_warps=4, num_stages=3)
     # a small tile waits for memory: with 128 registers several of them share a multiprocessor

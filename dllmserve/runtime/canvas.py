@@ -53,12 +53,15 @@ class Tempering:
         for place, column in enumerate(_COLUMNS):
             self.schedule[init.row, place : place + 1] = init.floats[column]
 
-    def apply(self, z: Tensor, cells: HeadCells, rows: slice, size: int) -> Tensor:
-        """Tempered logits [n, v] float32."""
+    def divisors(self, cells: HeadCells, rows: slice) -> Tensor:
+        """The temperature of each of a chunk's rows: [n] float32."""
         low, high, steps = self.schedule[cells.row[rows]].unbind(dim=1)
         left = (steps - cells.step[rows]) / steps
-        temperature = (low + (high - low) * left).float()
-        return z.float().div_(temperature[:, None])
+        return (low + (high - low) * left).float()
+
+    def apply(self, z: Tensor, cells: HeadCells, rows: slice, size: int) -> Tensor:
+        """Tempered logits [n, v] float32."""
+        return z.float().div_(self.divisors(cells, rows)[:, None])
 
 
 class ExpectedEmbeddings:

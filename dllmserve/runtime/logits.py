@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from dllmserve.runtime.shape import SegmentShape
 from dllmserve.runtime.tensors import HeadCells
 
 if TYPE_CHECKING:
-    from dllmserve.runtime.canvas import ExpectedEmbeddings
+    from dllmserve.runtime.canvas import ExpectedEmbeddings, Tempering
     from dllmserve.runtime.constraints import ConstraintEdit
 
 #: ``x [n, d], weight [out, d], bias [out] or None -> [n, out]``
@@ -48,11 +48,11 @@ class RowReducer(Protocol):
         segment: SegmentShape,
         needs: frozenset[str],
     ) -> TokenStats:
-        """Statistics of n rows."""
+        """Statistics of n rows; with "noise" in needs of the likeliest tokens, and draws beside."""
         ...
 
-    def capped(self, z: Tensor, cap: float) -> Tensor:
-        """``cap * tanh(z / cap)`` in float32: [n, v]."""
+    def capped(self, z: Tensor, cap: float, by: Tensor | None = None) -> Tensor:
+        """``cap * tanh(z / cap)`` in float32, divided by [n] float32 if there is any: [n, v]."""
         ...
 
     def shares(self, z: Tensor, totals: Tensor, dtype: torch.dtype) -> Tensor:
@@ -83,19 +83,28 @@ class TorchReducer:
         needs: frozenset[str],
     ) -> TokenStats:
         """See :class:`RowReducer`."""
-        return row_stats(
-            z,
-            params,
-            mask_id=mask_id,
-            sampled=segment.sampled,
-            filtered=segment.filtered,
-            needs=needs,
-            shard=self.vocab,
-        )
 
-    def capped(self, z: Tensor, cap: float) -> Tensor:
+        def stats(sampled: bool, filtered: bool) -> TokenStats:
+            return row_stats(
+                z,
+                params,
+                mask_id=mask_id,
+                sampled=sampled,
+                filtered=filtered,
+                needs=needs,
+                shard=self.vocab,
+            )
+
+        drawn = stats(segment.sampled, segment.filtered)
+        if "noise" not in needs:
+            return drawn
+        chosen = segment.sampled or segment.filtered
+        return replace(stats(False, False) if chosen else drawn, drawn=drawn.token)
+
+    def capped(self, z: Tensor, cap: float, by: Tensor | None = None) -> Tensor:
         """See :class:`RowReducer`."""
-        return z.float().div_(cap).tanh_().mul_(cap)
+        capped = z.float().div_(cap).tanh_().mul_(cap)
+        return capped if by is None else capped.div_(by[:, None])
 
     def shares(self, z: Tensor, totals: Tensor, dtype: torch.dtype) -> Tensor:
         """See :class:`RowReducer`."""
@@ -121,10 +130,20 @@ class StepEdits:
     candidates: Tensor | None = None
     constraint: ConstraintEdit | None = None
 
+    def divisors(self, chunk: slice, segment: SegmentShape) -> Tensor | None:
+        """What a segment's first edit divides a chunk's logits by, [n], if that is all it does."""
+        if self.cells is None or not segment.edits or segment.edits[0][0] != "tempering":
+            return None
+        tempering = cast("Tempering", self.edits["tempering"])
+        return tempering.divisors(self.cells, chunk)
+
     def apply(
-        self, z: Tensor, chunk: slice, segment: SegmentShape
+        self, z: Tensor, chunk: slice, segment: SegmentShape, done: int = 0
     ) -> tuple[Tensor, dict[str, Any]]:
         """Apply a segment's edits to a chunk of its rows, in order.
+
+        Args:
+            done: how many of them have been applied.
 
         Returns:
             Logits [n, v], and what edits have to say of them: [n] float64 by statistic.
@@ -132,7 +151,7 @@ class StepEdits:
         found: dict[str, Any] = {}
         if self.cells is None:
             return z, found
-        for name, size in segment.edits:
+        for name, size in segment.edits[done:]:
             edit = self.edits[name]
             result = edit.apply(z, self.cells, chunk, size)
             if edit.statistic:
@@ -225,14 +244,17 @@ class LogitsHead:
             wanted = list[Tensor]()
             for low in range(start, end, step):
                 chunk = slice(low, min(low + step, end))
-                z = self._logits(hidden[chunk], 0)
+                # a pass over the logits less, where nobody needs them undivided
+                plain = not self._cap or segment.guided or segment.wanted
+                by = None if plain else edits.divisors(chunk, segment)
+                z = self._logits(hidden[chunk], 0, by)
                 if segment.guided:
                     other = hidden[chunk.start + twins : chunk.stop + twins]
                     z = self._guide(z, other, cfg_scale[chunk])
                 # edits, what has no confidence, and what is expected change logits in place
                 changed = segment.wanted and (segment.edits or segment.last or self.expected)
                 raw = z.clone() if changed else z
-                z, found = edits.apply(z, chunk, segment)
+                z, found = edits.apply(z, chunk, segment, 0 if by is None else 1)
                 own = edits.params(params, chunk, segment)
                 edits.note(z, own, chunk, segment, self._mask_id)
                 part = self._reduce(z, own, segment, needs, edits.cells, chunk)
@@ -253,17 +275,11 @@ class LogitsHead:
         cells: HeadCells | None,
         chunk: slice,
     ) -> TokenStats:
-        """Statistics of a chunk; of canvases of noise the likeliest tokens and draws beside."""
-        reduce, mask_id = self._reducer.reduce, self._mask_id
-        if self.expected is None or cells is None:
-            return reduce(z, params, mask_id, segment, needs)
-        plain = replace(segment, sampled=False, filtered=False)
-        part = reduce(z, params, mask_id, plain, needs)
-        drawn = part.token
-        if segment.sampled or segment.filtered:
-            drawn = reduce(z, params, mask_id, segment, frozenset()).token
-        self.expected.keep(z, part, cells, chunk, self._reducer.shares)
-        return replace(part, drawn=drawn)
+        """Statistics of a chunk; what is expected of canvases of noise is kept."""
+        part = self._reducer.reduce(z, params, self._mask_id, segment, needs)
+        if self.expected is not None and cells is not None:
+            self.expected.keep(z, part, cells, chunk, self._reducer.shares)
+        return part
 
     def of_tokens(
         self,
@@ -322,8 +338,12 @@ class LogitsHead:
             rows //= self._reducer.sampled_cost
         return max(rows, 1)
 
-    def _logits(self, x: Tensor, offset: int) -> Tensor:
-        """[n, v] logits of x [n, d], in the shared buffer from row ``offset`` if there is one."""
+    def _logits(self, x: Tensor, offset: int, by: Tensor | None = None) -> Tensor:
+        """[n, v] logits of x [n, d], in the shared buffer from row ``offset`` if there is one.
+
+        Args:
+            by: capped logits are divided by it, [n] float32.
+        """
         if self._exact is not None:
             z = self._exact(x, self._weight, None)
         elif self._buffer is None:
@@ -332,7 +352,7 @@ class LogitsHead:
             z = torch.mm(x, self._weight.t(), out=self._buffer[offset : offset + len(x)])
         if not self._cap:
             return z
-        return self._reducer.capped(z, self._cap)
+        return self._reducer.capped(z, self._cap, by)
 
     def _guide(self, z: Tensor, hidden: Tensor, scale: Tensor) -> Tensor:
         """l_u + (s + 1)(l_c - l_u), with s per row; in place."""

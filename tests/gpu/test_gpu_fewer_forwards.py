@@ -18,7 +18,7 @@ def test_rules_and_policies(tmp_path: Path, name: str, early: bool) -> None:
     listed = cases(early)
     prompts = [random_prompt(place, 1 + 5 * place % 17) for place in range(len(listed))]
     answers = [
-        expected(folder, prompt, options, shape).tokens
+        expected(folder, prompt, options, shape.eos_ids).tokens
         for prompt, (_, _, options) in zip(prompts, listed, strict=True)
     ]
     llm = LLM(
@@ -43,7 +43,9 @@ def test_one_rule_replayed(tmp_path: Path, rule: str) -> None:
         for _, _, options in found or []:
             prompts = [random_prompt(place, 6) for place in range(6)]
             params = [sampling(options)] * 6
-            answers = [expected(folder, prompt, options, shape).tokens for prompt in prompts]
+            answers = [
+                expected(folder, prompt, options, shape.eos_ids).tokens for prompt in prompts
+            ]
             for _ in range(3):
                 outputs = llm.generate(prompts, params, use_tqdm=False)
                 assert [o["token_ids"] for o in outputs] == answers, (rule, policy)

@@ -1,9 +1,13 @@
 """Canvases of noise on a CUDA device, in float32 and with CUDA graphs."""
 
 import random
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dllmserve import LLM, SamplingParams
 from tests.engine.test_renoise import CASES, MODEL, noise_of, run_all
@@ -16,8 +20,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def engine(**options: Any) -> LLM:
-    return LLM(str(MODEL), device="cuda", gpu_memory_utilization=0.5, **options)
+def engine(model: Path = MODEL, **options: Any) -> LLM:
+    return LLM(str(model), device="cuda", gpu_memory_utilization=0.5, **options)
+
+
+@pytest.fixture(scope="module")
+def steep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with weights so large that a changed last bit soon changes tokens."""
+    folder = tmp_path_factory.mktemp("steep")
+    for file in MODEL.glob("*.json"):
+        shutil.copy(file, folder)
+    torch.manual_seed(0)
+    tensors = load_file(str(MODEL / "model.safetensors"))
+    random_tensors = {
+        name: 0.3 * torch.randn(tensor.shape) if tensor.dim() > 1 else tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(random_tensors, str(folder / "model.safetensors"))
+    return folder
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -35,9 +55,10 @@ def test_upstreams_outputs(options: dict[str, Any]) -> None:
     assert graphs is None or graphs.replays > 100
 
 
-def test_tokens_do_not_depend_on_the_batch() -> None:
+@pytest.mark.parametrize("weights", ["golden", "steep"])
+def test_tokens_do_not_depend_on_the_batch(weights: str, steep: Path) -> None:
     """Counted noise and draws, filtered ones among them, with graphs and padded steps."""
-    llm = engine(dtype="float32", kv_pages=400)
+    llm = engine({"golden": MODEL, "steep": steep}[weights], dtype="float32", kv_pages=400)
     prompts = [[*range(3, 4 + n)] for n in range(12)]
     params = [
         SamplingParams(

@@ -11,7 +11,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dllmserve.kernels import activation, attention, experts, logits, norm, rotary, routing
+from dllmserve.kernels import (
+    activation,
+    attention,
+    draw,
+    experts,
+    logits,
+    norm,
+    rotary,
+    routing,
+    stats,
+)
 from dllmserve.kernels.tiles import tile_for
 from dllmserve.runtime.kernels import begin, constrain, finish, region_sets
 
@@ -25,7 +35,7 @@ TYPES = {
     "first_ptr": "*bf16 second_ptr residual_ptr scalars_ptr first_weight_ptr second_weight_ptr "
     "after_weight_ptr a_weight_ptr b_weight_ptr c_weight_ptr wide_ptr factors_ptr",
     "z_ptr": "*bf16 shares_ptr",
-    "cos_ptr": "*fp32 sin_ptr logits_ptr bias_ptr weights_ptr capped_ptr totals_ptr",
+    "cos_ptr": "*fp32 sin_ptr logits_ptr bias_ptr weights_ptr capped_ptr totals_ptr by_ptr",
     "eps": "fp32 cap scale a_factor b_factor c_factor",
     "confidence": "*fp64",
 }
@@ -37,6 +47,14 @@ STEP_TYPES = {
     "floats": "*fp64 temperature top_p cfg_scale prob margin entropy confidence_out entropy_out "
     "edit_out floats_out",
     "packed": "*i32 starts steps",
+}
+#: of kernels of statistics
+STATS_TYPES = {
+    "z_ptr": "*fp32 tops_ptr partial_ptr",
+    "score_ptr": "*fp64 temperature_ptr prob_ptr margin_ptr entropy_ptr",
+    "id_ptr": "*i32",
+    "keys_ptr": "*i64 token_ptr",
+    "tempered_ptr": "*u8",
 }
 #: sizes that a launch fixes
 FIXED = {
@@ -80,6 +98,11 @@ FIXED = {
     "MARGIN": True,
     "ENTROPY": True,
     "REPLACES": True,
+    "SAMPLED": True,
+    "DIVIDED": True,
+    "FIRST": 0,
+    "SPLIT": 16384,
+    "SPLITS": 16,
 }
 KERNELS = (
     region_sets.sweep,
@@ -109,12 +132,19 @@ ATTENTION_TYPES = {
 WIDE_LAYERS = ((256, 2, 1024), (512, 8, 0))
 #: bytes of shared memory that a block may have on sm_90
 SHARED_BYTES = 227 * 1024
+STATS_KERNELS = (
+    draw._tops_kernel,
+    draw._draw_kernel,
+    stats._stats_kernel,
+    stats._finish_kernel,
+)
 STEP_KERNELS = (begin._begin, finish._spread, finish._commit)
 
 
 def main() -> None:
     """Compile each; an error names the line."""
     compile_all(KERNELS, TYPES)
+    compile_all(STATS_KERNELS, STATS_TYPES)
     compile_all(STEP_KERNELS, STEP_TYPES)
     for layer in WIDE_LAYERS:
         compile_attention(torch.bfloat16, "*bf16", *layer)
@@ -128,8 +158,16 @@ def compile_all(kernels: Sequence[Any], types: Mapping[str, str]) -> None:
 
 
 def compile_attention(dtype: torch.dtype, pointer: str, dim: int, group: int, window: int) -> None:
-    """Compile attention with its own tile, of the longest canvas, and see that it fits."""
-    tile = tile_for(dtype, dim, group, max_q=256, heads=64)
+    """Compile attention with its own tiles, of the longest canvas, and see that they fit."""
+    for heads in (8, 1024):
+        compile_tile(dtype, pointer, dim, group, window, heads)
+
+
+def compile_tile(
+    dtype: torch.dtype, pointer: str, dim: int, group: int, window: int, heads: int
+) -> None:
+    """The tile for few heads, or for many."""
+    tile = tile_for(dtype, dim, group, max_q=256, heads=heads)
     sizes = {"GROUP": group, "HEADS": 8, "DIM": dim, "D": dim, "WINDOW": window, "PAGE": 32}
     parts = {"PARTS": 1 if dtype == torch.float32 else 4, "SKIP_WHOLE": False, "BLIND": False}
     pointers = by_name({"q": f"{pointer} k v out k_cache v_cache", **ATTENTION_TYPES})

@@ -17,7 +17,8 @@ from dllmserve.runtime.shape import SegmentShape
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from dllmserve.kernels.stats import fused_row_stats, uniform  # noqa: E402
+from dllmserve.kernels.noise import gumbel, rough_gumbel, spread, uniform  # noqa: E402
+from dllmserve.kernels.stats import fused_row_stats  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BOTH = frozenset({"margin", "entropy"})
@@ -275,6 +276,43 @@ def test_noise_is_that_of_the_plain_path_bit_for_bit() -> None:
         draw[(len(keys),)](keys, out, vocab - 1024, BLOCK=1024)
         ids = torch.arange(vocab - 1024, vocab, device=DEVICE)
         assert torch.equal(out, token_uniforms(keys, ids))
+
+
+@triton.jit
+def differ(keys_ptr, out_ptr, unsure_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    key = tl.load(keys_ptr + row)
+    rough, sure = rough_gumbel(key.to(tl.uint64) + spread(column))
+    place = row * BLOCK + column
+    tl.store(out_ptr + place, rough.to(tl.float64) - gumbel(key, column))
+    tl.store(unsure_ptr + place, (sure < 256).to(tl.int8))
+
+
+def test_rough_noise_is_near_the_exact() -> None:
+    """Or says that it may not be; draws rely on a distance of 0.0025."""
+    keys = torch.arange(64, device=DEVICE) * 104729 + 5
+    out = torch.empty(64, 16384, dtype=torch.float64, device=DEVICE)
+    unsure = torch.empty(64, 16384, dtype=torch.int8, device=DEVICE)
+    differ[(64,)](keys, out, unsure, BLOCK=16384)
+    unsure = unsure.bool()
+    assert int(unsure.sum()) < 10  # one in 2^23
+    assert float(out[~unsure].abs().max()) < 0.0025
+
+
+@pytest.mark.parametrize("vocab", [1000, 9000])
+def test_draws_beside_the_likeliest(vocab: int) -> None:
+    """Close scores among them: flat logits, and such that are all the same."""
+    z = logits(len(KINDS), vocab)
+    z[2::3] = 0.25
+    params = replace(parameters(KINDS), tempered=torch.zeros(len(KINDS), dtype=torch.bool))
+    found = fused(z.clone(), params, 7, True, frozenset({"entropy", "noise"}))
+    plain = fused(z.clone(), params, 7, False, frozenset({"entropy"}))
+    drawn = row_stats(z, params, mask_id=7, sampled=True, filtered=False, needs=frozenset()).token
+    assert found.drawn is not None
+    assert torch.equal(found.drawn, drawn)
+    assert torch.equal(found.token, plain.token)
+    assert torch.equal(found.prob, plain.prob)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")

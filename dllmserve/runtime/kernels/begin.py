@@ -16,8 +16,8 @@ from dllmserve import sampling_params
 from dllmserve.core.plan import Part
 from dllmserve.core.rows import IntField
 from dllmserve.decoding.stats import RowParams
+from dllmserve.kernels.noise import mix
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, HEAD, Q_LEN, Q_START, ROW
-from dllmserve.kernels.stats import mix
 from dllmserve.runtime.shape import ENTRY_FIELDS, StepShape
 from dllmserve.runtime.state_table import StateTable
 from dllmserve.runtime.tensors import StepTensors

@@ -16,8 +16,8 @@ from torch import Tensor
 from dllmserve.core.rows import IntField
 from dllmserve.decoding.rule import Edits, RuleView, Update
 from dllmserve.decoding.stats import TokenStats
+from dllmserve.kernels.noise import uniform
 from dllmserve.kernels.pages import BLK_LEN, BLK_OFF, FIELDS, HEAD, Q_START, ROW
-from dllmserve.kernels.stats import uniform
 from dllmserve.runtime.kernels.begin import FLOATS, INTS, block_tile, find_read, head_rows_of
 from dllmserve.runtime.kernels.pick import MAX_RANKED, pick_best
 from dllmserve.runtime.shape import ENTRY_FIELDS, EntryField, StepShape

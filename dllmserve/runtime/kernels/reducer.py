@@ -43,12 +43,12 @@ class TritonReducer(TorchReducer):
             return found
         # striking ids off does not change which of the others is best, or drawn
         strike(z, params.last, self.vocab)
-        again = replace(stats(), token=found.token)
+        again = replace(stats(), token=found.token, drawn=found.drawn)
         return without_confidence(again, params.last, found.prob.isnan())
 
-    def capped(self, z: Tensor, cap: float) -> Tensor:
+    def capped(self, z: Tensor, cap: float, by: Tensor | None = None) -> Tensor:
         """See :class:`RowReducer`."""
-        return capped_logits(z, cap)
+        return capped_logits(z, cap, by)
 
     def shares(self, z: Tensor, totals: Tensor, dtype: torch.dtype) -> Tensor:
         """See :class:`RowReducer`."""
