@@ -14,6 +14,7 @@ from dllmserve.errors import ConfigError
 from dllmserve.knobs import check_knobs, knob
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("fp8",)
 LOAD_FORMATS = ("auto", "dummy")
 KERNELS = ("auto", "torch", "triton")
 MAX_THREADS = 1024
@@ -42,6 +43,10 @@ class EngineConfig:
             DLLMSERVE_TRUST_REMOTE_CODE=0 forbids it for a machine.
         dtype: "auto" is float32 on a CPU and the checkpoint's dtype elsewhere.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        quantization: "fp8" scales the matrices of the layers, experts included, to e4m3 while they
+            are loaded, and activations token by token; see :mod:`dllmserve.kernels.e4m3`.
+            Embedding, LM head, norms, routers and K,V stay. It needs CUDA with FP8 products
+            (compute capability 8.9 or more) and a dtype of half precision.
         load_format: "auto" reads safetensors; "dummy" makes random weights from a bare
             config.json, for benchmarks.
         layers: of the model only so many layers, the first ones, with load_format="dummy"; None is
@@ -110,6 +115,11 @@ class EngineConfig:
     )
     dtype: str = knob(
         "auto", "auto is float32 on a CPU, the checkpoint's dtype elsewhere.", choices=DTYPES
+    )
+    quantization: str | None = knob(
+        None,
+        "fp8 keeps the layers' matrices in eight bits (CUDA, of compute capability 8.9 or more).",
+        choices=QUANTIZATIONS,
     )
     device: str = knob("auto", "auto, cpu, cuda or cuda:N.")
     load_format: str = knob(

@@ -199,7 +199,7 @@ def _report(
         plan = plan_engine(config)
         # before the engine takes the memory that this needs
         with with_threads(rank_threads(config, plan.device)):
-            ceilings = measure_ceilings(plan.device, plan.dtype)
+            ceilings = measure_ceilings(plan.device, plan.dtype, plan.sizing.options.quantization)
         llm = LLM(**asdict(config))
     engine = Bench(llm, work, ceilings, profile=profile, progress=progress)
     return Report(benchmark, config, llm.plan, work, ceilings, measure(engine))

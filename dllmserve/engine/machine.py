@@ -90,6 +90,30 @@ def choose_dtype(name: str, spec: ModelSpec, device: torch.device) -> torch.dtyp
     return dtype
 
 
+def check_quantization(
+    name: str | None, dtype: torch.dtype, device: torch.device, kernels: str
+) -> None:
+    """Raise ConfigError unless the device can compute so."""
+    if name is None:
+        return
+    if reason := _not_quantized(dtype, device, kernels):
+        raise ConfigError(f"quantization={name!r}: {reason}; leave quantization out")
+
+
+def _not_quantized(dtype: torch.dtype, device: torch.device, kernels: str) -> str:
+    """Why products cannot be those of eight-bit numbers; "" if they can."""
+    if device.type != "cuda":
+        return f"it needs a CUDA device, and the device is {device}"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
+        found = ".".join(map(str, capability))
+        return f"it needs compute capability 8.9 or more (L4, H100, ..), and {device} has {found}"
+    if dtype == torch.float32:
+        return "dtype is float32, which promises exact products: use bfloat16 or float16"
+    if kernels != "triton":
+        return f"it needs kernels='triton', and they are {kernels!r}"
+    return ""
+
+
 def mind_the_parent(options: EngineConfig) -> None:
     """Do without what a forked process cannot use of its parent's, where that is possible.
 

@@ -18,6 +18,7 @@ from dllmserve.core.limits import Limits
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.decoding.noise import CounterNoise
 from dllmserve.engine.machine import (
+    check_quantization,
     checked_plan,
     choose_attention,
     choose_device,
@@ -35,6 +36,7 @@ from dllmserve.errors import (
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import (
     check_files,
+    count_quantized,
     count_weights,
     find_model,
     load_decoder,
@@ -229,6 +231,7 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
     partition = Partition(spec, Group(rank, ranks), exact, options.expert_parallel)
     attention = choose_attention(options.attention, partition.local, device)
     kernels = choose_kernels(options.kernels, device)
+    check_quantization(options.quantization, dtype, device, kernels)
     max_len = _longest(options, spec)
     tokens = options.max_num_batched_tokens
     if tokens is None:
@@ -240,6 +243,7 @@ def plan_engine(options: EngineConfig, rank: int = 0) -> EnginePlan:
         tokens=tokens,
         max_len=max_len,
         fused=attention == kernels == "triton",
+        in_e4m3=count_quantized(partition, options.quantization),
     )
     memory, pages = plan_memory(sizing, device)
     limits = Limits(
@@ -311,6 +315,7 @@ def _build_runner(plan: EnginePlan, group: Group, ready: Callable[[], None]) -> 
         "device": plan.device,
         "max_len": plan.limits.max_model_len,
         "kernels": plan.kernels,
+        "quantization": plan.sizing.options.quantization,
     }
     partition = replace(plan.partition, group=group)  # which is connected now
     if plan.sizing.options.load_format == "dummy":

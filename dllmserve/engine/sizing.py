@@ -34,6 +34,7 @@ class Sizing:
         max_len: longest canvas.
         fused: Triton kernels read pages in place and reduce logits in one pass; plain torch
             operations gather and copy.
+        in_e4m3: of the weights those that are quantized, and the factors of their rows.
     """
 
     options: EngineConfig
@@ -42,6 +43,7 @@ class Sizing:
     tokens: int
     max_len: int
     fused: bool
+    in_e4m3: tuple[int, int] = (0, 0)
 
     def bare(self) -> MemoryBudget:
         """Bytes of everything but the pages, on a device of no size yet."""
@@ -50,7 +52,7 @@ class Sizing:
             total=0,
             free=0,
             utilization=self.options.gpu_memory_utilization,
-            weights=self.spec.weights * size,
+            weights=self._weights(),
             activations=self.tokens * self._widest * size,
             logits=self._logits(),
             tables=self._tables(),
@@ -102,6 +104,11 @@ class Sizing:
     @property
     def _canvas_pages(self) -> int:
         return -(-self.max_len // self.options.page_size)
+
+    def _weights(self) -> int:
+        """Weights: in the dtype, or a byte each and a float32 factor for each row."""
+        numbers, factors = self.in_e4m3
+        return (self.spec.weights - numbers) * self.dtype.itemsize + numbers + 4 * factors
 
     def _logits(self) -> int:
         """Logits of max_logit_rows rows and what their statistics need beside them."""

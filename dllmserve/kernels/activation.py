@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllmserve.kernels.e4m3 import Scaled
+from dllmserve.kernels.scaled import room_for, store_scaled, warps_for
+
 _BLOCK = 1024
 
 
@@ -43,6 +46,51 @@ def _gated_kernel(
     act = activate(gate.to(tl.float32), GELU).to(gate.dtype)
     out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
     tl.store(out_ptr + row * width + column, out, mask=inside)
+
+
+@triton.jit
+def _gated_row_kernel(
+    wide_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    wide_stride: tl.tensor,
+    width: tl.tensor,
+    GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A whole row, whose largest number has to be known before it is stored in e4m3."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < width
+    place = wide_ptr + row * wide_stride + columns
+    gate = tl.load(place, mask=inside, other=0.0)
+    up = tl.load(place + width, mask=inside, other=0.0)
+    act = activate(gate.to(tl.float32), GELU).to(gate.dtype)
+    out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype).to(tl.float32)
+    store_scaled(out_ptr + row * width, scale_ptr + row, out, columns, inside)
+
+
+def gated_scaled(gate_up: Tensor, activation: str = "silu") -> Scaled:
+    """``gated`` in e4m3.
+
+    Args:
+        gate_up: [N, 2m], gate in the first half, last dimension contiguous.
+        activation: "silu" or "gelu_tanh".
+
+    Returns:
+        [N, m].
+    """
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = room_for(rows, width, gate_up)
+    block = triton.next_power_of_2(width)
+    if rows:
+        _gated_row_kernel[(rows,)](
+            *(gate_up, out.data, out.scale, gate_up.stride(0), width),
+            GELU=activation == "gelu_tanh",
+            BLOCK=block,
+            num_warps=warps_for(block),
+        )
+    return out
 
 
 def gated(gate_up: Tensor, activation: str = "silu") -> Tensor:

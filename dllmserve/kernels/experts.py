@@ -13,7 +13,7 @@ Rows are in the order of pairs, before and after a product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dllmserve.kernels.activation import activate
+from dllmserve.kernels.e4m3 import Rows, Scaled
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,31 @@ def _tile_of(
 
 
 @triton.jit
+def _places(
+    base: tl.tensor,
+    row: tl.tensor,  # int64
+    depth: tl.tensor,
+    k: tl.tensor,
+) -> tl.tensor:
+    """Pointers to rows' first columns."""
+    return base + row[:, None] * depth + k[None, :]
+
+
+@triton.jit
 def _pairs_of(
     order_ptr: tl.tensor,  # pointer to the expert's
+    x_ptr: tl.tensor,
     first: tl.tensor,
     count: tl.tensor,
+    choices: tl.tensor,
+    depth: tl.tensor,
+    k: tl.tensor,
     PAIRS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Some of an expert's pairs, and which are real."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Some of an expert's pairs, which are real, and where their rows begin."""
     place = first + tl.arange(0, PAIRS)
-    return tl.load(order_ptr + place, mask=place < count, other=0), place < count
+    pair = tl.load(order_ptr + place, mask=place < count, other=0)
+    return pair, place < count, _places(x_ptr, (pair // choices).to(tl.int64), depth, k)
 
 
 @triton.jit
@@ -129,11 +146,40 @@ def _store(
     tl.store(to, found, mask=pair_ok[None, :] & (out < outs)[:, None])
 
 
-# numbers of tokens must not choose the machine code
+@triton.jit
+def _leave(
+    out_ptr: tl.tensor,
+    total: tl.tensor,  # [OUTS, pairs] float32
+    above: tl.tensor,
+    pair: tl.tensor,
+    pair_ok: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    scale_ptr: tl.tensor,  # pointer to the expert's
+    out: tl.tensor,
+    outs: tl.tensor,
+    choices: tl.tensor,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
+    E4M3: tl.constexpr,
+) -> None:
+    """Results to the rows of their pairs; sums of e4m3 numbers times the factors of their rows."""
+    if E4M3:
+        x_scale = tl.load(x_scale_ptr + pair // choices, mask=pair_ok, other=0.0)[None, :]
+        total *= tl.load(scale_ptr + out, mask=out < outs, other=0.0)[:, None] * x_scale
+        if GATED:
+            scale = tl.load(scale_ptr + outs + out, mask=out < outs, other=0.0)
+            above *= scale[:, None] * x_scale
+    _store(out_ptr, total, above, pair, pair_ok, out, outs, GATED, GELU)
+
+
+# numbers of tokens must not choose the machine code; weights come first in products, because with
+# few pairs the matrix units want the longer side there
 @triton.jit(do_not_specialize=["num_tokens"])
 def _product_kernel(
     x_ptr: tl.tensor,
+    x_scale_ptr: tl.tensor,
     weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     out_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     order_ptr: tl.tensor,
@@ -144,6 +190,7 @@ def _product_kernel(
     depth: tl.tensor,
     GATED: tl.constexpr,
     GELU: tl.constexpr,
+    E4M3: tl.constexpr,
     EVEN: tl.constexpr,
     EXPERTS: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -152,50 +199,52 @@ def _product_kernel(
     DEPTH: tl.constexpr,
 ) -> None:
     out_tiles = tl.cdiv(outs, OUTS)
-    expert, first, count = _tile_of(
-        counts_ptr, tl.program_id(0) // out_tiles, experts, EXPERTS, PAIRS + MORE
-    )
+    tile = tl.program_id(0) // out_tiles
+    expert, first, count = _tile_of(counts_ptr, tile, experts, EXPERTS, PAIRS + MORE)
     if first >= count:
         return
     order_ptr += expert.to(tl.int64) * num_tokens
-    pair, pair_ok = _pairs_of(order_ptr, first, count, PAIRS)
     out = (tl.program_id(0) % out_tiles) * OUTS + tl.arange(0, OUTS)
     k = tl.arange(0, DEPTH)
-    x_place = x_ptr + (pair // choices).to(tl.int64)[:, None] * depth + k[None, :]
+    rows_of = (count, choices, depth, k)
+    pair, pair_ok, x_place = _pairs_of(order_ptr, x_ptr, first, *rows_of, PAIRS)
     rows = expert.to(tl.int64) * outs * (2 if GATED else 1)
-    w_place = weight_ptr + (rows + out)[:, None] * depth + k[None, :]
-    w_above = weight_ptr + (rows + outs + out)[:, None] * depth + k[None, :]
-    w_ok, x_ok = (out < outs)[:, None], pair_ok[:, None]
+    w_place = _places(weight_ptr, rows + out, depth, k)
+    w_above = _places(weight_ptr, rows + outs + out, depth, k)
+    w_ok = (out < outs)[:, None]
     total = tl.zeros((OUTS, PAIRS), dtype=tl.float32)
     above = tl.zeros((OUTS, PAIRS), dtype=tl.float32)
     if MORE:  # a tile has rows of two lengths, since each has to be a power of two
-        pair_more, more_ok = _pairs_of(order_ptr, first + PAIRS, count, MORE)
-        y_ok = more_ok[:, None]
-        y_place = x_ptr + (pair_more // choices).to(tl.int64)[:, None] * depth + k[None, :]
+        pair_more, more_ok, y_place = _pairs_of(order_ptr, x_ptr, first + PAIRS, *rows_of, MORE)
         total_more = tl.zeros((OUTS, MORE), dtype=tl.float32)
         above_more = tl.zeros((OUTS, MORE), dtype=tl.float32)
     for low in range(0, depth, DEPTH):
         inside = (k < depth - low)[None, :]
-        x = _load(x_place + low, x_ok, inside, EVEN)
-        # weights come first: with few pairs the matrix units want the longer side there
+        x = _load(x_place + low, pair_ok[:, None], inside, EVEN)
         w = _load(w_place + low, w_ok, inside, EVEN)
         total = tl.dot(w, tl.trans(x), total, input_precision="ieee")
         if MORE:
-            y = _load(y_place + low, y_ok, inside, EVEN)
+            y = _load(y_place + low, more_ok[:, None], inside, EVEN)
             total_more = tl.dot(w, tl.trans(y), total_more, input_precision="ieee")
         if GATED:
             v = _load(w_above + low, w_ok, inside, EVEN)
             above = tl.dot(v, tl.trans(x), above, input_precision="ieee")
             if MORE:
                 above_more = tl.dot(v, tl.trans(y), above_more, input_precision="ieee")
-    _store(out_ptr, total, above, pair, pair_ok, out, outs, GATED, GELU)
+    where = (x_scale_ptr, scale_ptr + rows, out, outs, choices)
+    _leave(out_ptr, total, above, pair, pair_ok, *where, GATED, GELU, E4M3)
     if MORE:
-        _store(out_ptr, total_more, above_more, pair_more, more_ok, out, outs, GATED, GELU)
+        _leave(out_ptr, total_more, above_more, pair_more, more_ok, *where, GATED, GELU, E4M3)
+
+
+def _with_scales(x: Rows) -> tuple[Tensor, Tensor]:
+    """What a launch is given of rows: them, and their factors, or something in their place."""
+    return x[:2] if isinstance(x, Scaled) else (x, x)
 
 
 def expert_product(
-    x: Tensor,
-    weight: Tensor,
+    x: Rows,
+    weight: Rows,
     counts: Tensor,
     order: Tensor,
     choices: int,
@@ -208,7 +257,8 @@ def expert_product(
     In float32 a row's bits do not depend on the other rows.
 
     Args:
-        x: rows of tokens [N, d] if gated, else of pairs [N*K, d], contiguous.
+        x: rows of tokens [N, d] if gated, else of pairs [N*K, d], contiguous; in e4m3 if the
+            weight is.
         weight: [E', out, d], or [E', 2 * out, d] if gated: the gate's rows of an expert, then the
             up's.
         counts: [E'] int32, pairs of each expert.
@@ -227,15 +277,18 @@ def expert_product(
     experts, depth = weight.shape[0], weight.shape[2]
     outs = weight.shape[1] // 2 if gated else weight.shape[1]
     pairs = order.shape[1] * choices
-    out = torch.empty((pairs, outs), dtype=x.dtype, device=x.device)
+    out = torch.empty((pairs, outs), dtype=x.dtype, device=counts.device)
     tiling = tiling_for(x.dtype, pairs // max(among, 1), gated)
+    if isinstance(x, Scaled):  # of the same bytes
+        tiling = replace(tiling, depth=2 * tiling.depth)
     tiles = min(pairs, pairs // (tiling.pairs + tiling.more) + experts)
     if pairs:
         _product_kernel[(tiles * triton.cdiv(outs, tiling.outs),)](
-            *(x, weight, out, counts, order),
+            *(*_with_scales(x), *_with_scales(weight), out, counts, order),
             *(order.shape[1], experts, choices if gated else 1, outs, depth),
             GATED=gated,
             GELU=activation == "gelu_tanh",
+            E4M3=isinstance(x, Scaled),
             EVEN=depth % tiling.depth == 0,
             EXPERTS=triton.next_power_of_2(experts),
             PAIRS=tiling.pairs,

@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dllmserve.kernels.e4m3 import Scaled
+from dllmserve.kernels.scaled import room_for, store_scaled
+
 
 @triton.jit
 def _add_rms_norm_kernel(
@@ -16,11 +19,13 @@ def _add_rms_norm_kernel(
     residual_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     x_stride: tl.tensor,
     residual_stride: tl.tensor,
     width: tl.tensor,
     eps: tl.tensor,
     HAS_RESIDUAL: tl.constexpr,
+    SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
@@ -39,7 +44,11 @@ def _add_rms_norm_kernel(
     normed = (wide * scale).to(dtype)
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0)
     out = (normed.to(tl.float32) * weight.to(tl.float32)).to(dtype)
-    tl.store(out_ptr + row * width + columns, out, mask=inside)
+    if SCALES:
+        own = out.to(tl.float32)
+        store_scaled(out_ptr + row * width, scale_ptr + row, own, columns, inside)
+    else:
+        tl.store(out_ptr + row * width + columns, out, mask=inside)
 
 
 def add_rms_norm(
@@ -47,7 +56,8 @@ def add_rms_norm(
     residual: Tensor | None,  # [N, d]
     weight: Tensor,  # [d]
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    scales: bool = False,
+) -> tuple[Tensor | Scaled, Tensor]:
     """``h = x + residual`` and ``rms_norm(h)``, rounded as the two torch calls round.
 
     A row's result does not depend on the other rows.
@@ -57,6 +67,7 @@ def add_rms_norm(
         residual: [N, d] of x's dtype, or None if x alone is normalised. The sum is written
             into it.
         weight: [d] of the norm.
+        scales: give the norm in e4m3.
 
     Returns:
         rms_norm(h) [N, d], and h [N, d]: ``residual`` itself, or ``x`` if that was None.
@@ -65,25 +76,21 @@ def add_rms_norm(
         ``normed, h = add_rms_norm(attention_out, h, weight, 1e-5)``
     """
     rows, width = x.shape
-    out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    narrow = room_for(rows, width, x) if scales else None
+    wide = x if narrow is not None else torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    out, scale = (wide, weight) if narrow is None else (narrow.data, narrow.scale)
     h = x if residual is None else residual
     if rows:
         block = triton.next_power_of_2(width)
         _add_rms_norm_kernel[(rows,)](
-            x,
-            h,
-            weight,
-            out,
-            x.stride(0),
-            h.stride(0),
-            width,
-            eps,
+            *(x, h, weight, out, scale, x.stride(0), h.stride(0), width, eps),
             HAS_RESIDUAL=residual is not None,
+            SCALES=scales,
             BLOCK=block,
             num_warps=min(max(block // 512, 1), 8),
             enable_fp_fusion=False,  # torch rounds after every operation
         )
-    return out, h
+    return wide if narrow is None else narrow, h
 
 
 @triton.jit

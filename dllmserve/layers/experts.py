@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from dllmserve.core.model_spec import ExpertSpec
+from dllmserve.kernels.e4m3 import Rows, Scaled
 from dllmserve.layers.modules import Build, Mlp, Part
 from dllmserve.layers.ops import Routed
 from dllmserve.parallel.group import join
 
 _ALL = slice(None)
 _NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def _stacked(rows: Rows, count: int) -> Rows:
+    """The rows of ``count`` matrices [count * n, k], or [count, .., k], as [count, n, k]."""
+    if isinstance(rows, Scaled):
+        return rows.stacked(count)
+    return rows.view(count, -1, rows.shape[-1])
 
 
 class Experts:
@@ -106,9 +114,8 @@ class Experts:
             gate_up += [Part(gate, (size, width), cut), Part(up, (size, width), cut)]
             cut = out if number in mine else (slice(0, 0), _ALL)
             down.append(Part(below, (width, size), cut))
-        rows, outputs = build.weight(*gate_up), build.weight(*down)
-        self.gate_up = rows.view(len(mine), -1, rows.shape[1])
-        self.down = outputs.view(len(mine), -1, outputs.shape[1])
+        self.gate_up = _stacked(build.matrix(*gate_up), len(mine))
+        self.down = _stacked(build.matrix(*down), len(mine))
 
     def _store_stacked(self, build: Build, name: str) -> None:
         """Make them of the two tensors that hold those of all experts."""
@@ -122,14 +129,14 @@ class Experts:
         inner = slice(0, size) if self._divided else part.share(size)
         halves = inner, slice(size + inner.start, size + inner.stop)
         shape, gate_up = (count, 2 * size, width), f"{name}.gate_up_proj"
-        rows = build.weight(
+        rows = build.matrix(
             *(Part(gate_up, shape, (slice(e, e + 1), half, _ALL)) for e in mine for half in halves)
         )
-        self.gate_up = rows.view(len(mine), -1, width)
+        self.gate_up = _stacked(rows, len(mine))
         by_rows = self._exact and not self._divided
         cut = (part.share(width), _ALL) if by_rows else (_ALL, inner)
         held = slice(mine.start, mine.stop)
-        self.down = build.weight(Part(f"{name}.down_proj", (count, width, size), (held, *cut)))
+        self.down = build.matrix(Part(f"{name}.down_proj", (count, width, size), (held, *cut)))
 
     def __call__(
         self, x: Tensor, windows: Tensor | None = None, seen: Tensor | None = None

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.core.model_spec import ModelSpec
+from dllmserve.kernels.e4m3 import E4M3, Rows, Scaled, fill
 from dllmserve.layers.ops import Angles, HeadNorms, LayerOps
 from dllmserve.parallel.group import Group, join
 from dllmserve.parallel.partition import Partition
@@ -60,19 +61,42 @@ class Weight:
     """Tensors of the checkpoint below each other.
 
     Attributes:
-        data: [rows of all parts, ...].
+        data: [rows of all parts, ...], or those in e4m3.
         parts: the tensors, from the first row on.
         ones: what it holds in a model without a checkpoint: ones, or random numbers.
     """
 
-    data: Tensor
+    data: Rows
     parts: tuple[Part, ...]
     ones: bool
 
-    def places(self) -> Iterator[tuple[Part, Tensor]]:
+    @property
+    def numbers(self) -> int:
+        """How many it has, factors of rows not counted."""
+        return self.data.shape.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its numbers are in, or are made of."""
+        return self.data.dtype
+
+    def places(self) -> Iterator[tuple[Part, Rows]]:
         """Each part, and the rows of ``data`` where it belongs."""
-        rows = torch.split(self.data, [part.held[0] for part in self.parts])
+        counts = [part.held[0] for part in self.parts]
+        if not isinstance(self.data, Scaled):
+            return zip(self.parts, torch.split(self.data, counts), strict=True)
+        data, scale = (torch.split(x, counts) for x in self.data[:2])
+        kind = self.data.dtype
+        rows = (Scaled(d, s, kind) for d, s in zip(data, scale, strict=True))
         return zip(self.parts, rows, strict=True)
+
+
+def put(to: Rows, source: Tensor) -> None:
+    """Copy rows of a checkpoint into their place."""
+    if isinstance(to, Scaled):
+        fill(to, source)
+    else:
+        to.copy_(source)
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,7 @@ class Build:
         partition: the model's dimensions, the ranks, and this rank's share.
         dtype, device: of the weights.
         ops: the operations that the modules are made of.
+        quantization: "fp8" has matrices in e4m3, see :mod:`dllmserve.kernels.e4m3`; None none.
         prefix: what the names of weights in the checkpoint begin with.
         weights: of the modules made so far.
         ignored: parts of names of tensors that a checkpoint may hold and that nothing needs.
@@ -92,6 +117,7 @@ class Build:
     dtype: torch.dtype
     device: torch.device
     ops: LayerOps
+    quantization: str | None = None
     prefix: str = ""
     weights: list[Weight] = field(default_factory=list)
     ignored: list[str] = field(default_factory=lambda: ["rotary_emb"])
@@ -123,6 +149,19 @@ class Build:
         self.weights.append(Weight(data, named, ones))
         return data
 
+    def matrix(self, *parts: Part) -> Rows:
+        """An uninitialised weight that products are made with, in eight bits if that is asked for.
+
+        Its last dimension is what is summed over.
+        """
+        if self.quantization is None:
+            return self.weight(*parts)
+        data = self.weight(*parts, dtype=E4M3)
+        scale = torch.empty(data.shape[:-1], dtype=torch.float32, device=self.device)
+        whole = Scaled(data, scale, self.dtype)
+        self.weights[-1] = replace(self.weights[-1], data=whole)
+        return whole
+
 
 class RMSNorm:
     """``x / rms(x) * weight``, together with the addition before it; whole on every rank."""
@@ -131,10 +170,12 @@ class RMSNorm:
         part = Part(f"{name}.weight", (build.spec.hidden_size,), (_ALL,))
         self.weight = build.weight(part, ones=True)
         self._eps, self._add_norm = build.spec.norm_eps, build.ops.add_norm
+        #: whether what reads the norm takes it in e4m3
+        self.scales = False
 
-    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Rows, Tensor]:
         """The norm of ``h = residual + x``, and h, both [N, d]; without a residual h is x."""
-        return self._add_norm(x, residual, self.weight, self._eps)
+        return self._add_norm(x, residual, self.weight, self._eps, self.scales)
 
 
 class Linear:
@@ -174,11 +215,16 @@ class Linear:
                 above += rows
             matrices.append(Part(f"{name}.weight", (height, inputs), cut))
             biases.append(Part(f"{name}.bias", (height,), cut[:1]))
-        self.weight = build.weight(*matrices)
+        self.weight = build.matrix(*matrices)
         self.bias = build.weight(*biases) if bias else None
         self._product = build.ops.linear
 
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def scales(self) -> bool:
+        """Whether its product is one of numbers in e4m3."""
+        return isinstance(self.weight, Scaled)
+
+    def __call__(self, x: Rows) -> Tensor:
         """[N, inputs] -> [N, this rank's outputs], those of one matrix after the other's."""
         return self._product(x, self.weight, self.bias)
 
@@ -194,12 +240,12 @@ class JoinedLinear(Linear):
         if self._group.rank and not self._exact:
             self.bias = None  # the first rank adds it to the sum
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[N, this rank's inputs] -> [N, outputs]."""
         group = self._group
         if group.size == 1:
             return super().__call__(x)
-        if self._exact:
+        if self._exact and isinstance(x, Tensor):
             return join(group, super().__call__(join(group, x, 1)), 1)
         return group.all_reduce(super().__call__(x))
 
@@ -292,7 +338,7 @@ class Attention:
 
     def __call__(
         self,
-        x: Tensor,  # [N, d]
+        x: Rows,  # [N, d]
         angles: Angles,
         context: AttentionContext,
         rows: Tensor | None,  # [M] int64
@@ -328,6 +374,7 @@ class Mlp:
         self.down = JoinedLinear(build, inner, width, down)
         self._gated, self._activation = build.ops.gated, build.spec.activation
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         """[N, d] -> [N, d]."""
-        return self.down(self._gated(self.gate_up(x), self._activation))
+        wide = self.gate_up(x)
+        return self.down(self._gated(wide, self._activation, self.down.scales))

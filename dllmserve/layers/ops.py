@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dllmserve.core.model_spec import ExpertSpec, RopeScaling
+from dllmserve.kernels.e4m3 import Rows, Scaled, scaled
 from dllmserve.layers.rotary import query_factors, rotary_tables
 
 #: what ``at`` gives and ``rotate`` takes; its content is the implementation's own
@@ -81,6 +82,12 @@ def gelu_tanh(x: Tensor) -> Tensor:
     below = (x * x).mul_(0.044715).add_(1.0).mul_(x).mul_(-2 * math.sqrt(2 / math.pi))
     below = below.exp_().add_(1.0)
     return torch.div(x, below, out=below)
+
+
+def gated(gate_up: Tensor, activation: str) -> Tensor:
+    """``act(gate) * up`` of [N, 2m] -> [N, m], see :meth:`LayerOps.gated`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (silu(gate) if activation == "silu" else gelu_tanh(gate)).mul_(up)
 
 
 class Sandwich(NamedTuple):
@@ -179,14 +186,24 @@ class LayerOps:
         self._query_factors = query_factors(max_len, device, scaling)
 
     def add_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        scales: bool = False,
+    ) -> tuple[Rows, Tensor]:
         """``h = residual + x``; (rms_norm(h), h), both [N, d]. ``residual`` may be overwritten.
 
-        Without a residual h is x.
+        Without a residual h is x. With ``scales`` the norm is in e4m3, as ``scaled`` gives it.
         """
         h = x if residual is None else residual + x
-        return rms_norm(h, weight, eps), h
+        normed = rms_norm(h, weight, eps)
+        return scaled(normed) if scales else normed, h
+
+    def scaled(self, x: Tensor) -> Scaled:
+        """Rows [N, d] in e4m3, see :func:`dllmserve.kernels.e4m3.scaled`."""
+        return scaled(x)
 
     def turning(self, head_dim: int, theta: float, turned: int) -> Self:
         """The same operations with other rotary tables, see :func:`rotary_tables`."""
@@ -268,17 +285,32 @@ class LayerOps:
             return queries
         return queries * self._query_factors[angles[-1]].to(queries.dtype)[:, None, None]
 
-    def gated(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
+    def gated(self, gate_up: Tensor, activation: str = "silu", scales: bool = False) -> Rows:
         """``act(gate) * up`` of [N, 2m] -> [N, m]. The argument may be overwritten.
 
-        ``activation`` is :class:`~dllmserve.core.model_spec.ModelSpec`'s.
+        ``activation`` is :class:`~dllmserve.core.model_spec.ModelSpec`'s. With ``scales`` the
+        result is in e4m3.
         """
-        gate, up = gate_up.chunk(2, dim=-1)
-        return (silu(gate) if activation == "silu" else gelu_tanh(gate)).mul_(up)
+        inner = gated(gate_up, activation)
+        return scaled(inner) if scales else inner
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ weight.T + bias``: [N, d] -> [N, out]."""
+    def linear(self, x: Rows, weight: Rows, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias``: [N, d] -> [N, out]; of x in e4m3, if the weight is."""
+        if isinstance(weight, Scaled):
+            return self.scaled_linear(x if isinstance(x, Scaled) else self.scaled(x), weight, bias)
+        if isinstance(x, Scaled):
+            raise TypeError("rows in e4m3 have no product with a weight that is not")
+        return self.plain_linear(x, weight, bias)
+
+    def plain_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``linear`` of what is not in e4m3."""
         return F.linear(x, weight, bias)
+
+    def scaled_linear(self, x: Scaled, weight: Scaled, bias: Tensor | None) -> Tensor:
+        """``linear`` of what is in e4m3, summed in float32 and cast once."""
+        wide = F.linear(x.data.float(), weight.data.float())
+        wide = wide * x.scale[:, None] * weight.scale
+        return (wide if bias is None else wide + bias.float()).to(weight.dtype)
 
     def route(
         self,
@@ -323,7 +355,7 @@ class LayerOps:
         return Routed(ids.int(), weights, held)
 
     def expert_up(
-        self, x: Tensor, routed: Routed, gate_up: Tensor, activation: str = "silu"
+        self, x: Tensor, routed: Routed, gate_up: Rows, activation: str = "silu"
     ) -> Tensor:
         """``act(gate) * up`` of each pair's token and expert: [N, d] -> [N*K, m].
 
@@ -339,10 +371,10 @@ class LayerOps:
         inner = x.new_empty((routed.ids.numel(), gate_up.shape[1] // 2))
         for pairs, weight in _by_expert(routed, gate_up):
             product = self.linear(x[pairs // choices], weight, None)
-            inner[pairs] = self.gated(product, activation)
+            inner[pairs] = gated(product, activation)
         return inner
 
-    def expert_down(self, inner: Tensor, routed: Routed, down: Tensor) -> Tensor:
+    def expert_down(self, inner: Tensor, routed: Routed, down: Rows) -> Tensor:
         """Each pair's row times its expert's matrix: [N*K, m] -> [N*K, d].
 
         Args:
@@ -394,7 +426,7 @@ def _in_pools(scores: Tensor, windows: Tensor, capacity: int) -> Tensor:
     return scores.masked_fill(outside[windows], -torch.inf)
 
 
-def _by_expert(routed: Routed, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _by_expert(routed: Routed, weights: Rows) -> Iterator[tuple[Tensor, Rows]]:
     """For each expert held that any token takes: its pairs [P] int64 in order, and its weight."""
     held = routed.held
     ids = routed.ids.flatten()
@@ -402,7 +434,8 @@ def _by_expert(routed: Routed, weights: Tensor) -> Iterator[tuple[Tensor, Tensor
     # those of experts before ours, of each of ours, and of experts behind
     places = (ids - held.start).clamp(-1, len(held)) + 1
     before, *counts, _ = torch.bincount(places, minlength=len(held) + 2).tolist()
-    for weight, count in zip(weights, counts, strict=True):
+    each = weights.matrices() if isinstance(weights, Scaled) else iter(weights)
+    for weight, count in zip(each, counts, strict=True):
         if count:
             yield pairs[before : before + count], weight
         before += count

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.core.model_spec import ExpertSpec
-from dllmserve.kernels.activation import gated
+from dllmserve.core.model_spec import ExpertSpec, RopeScaling
+from dllmserve.kernels.activation import gated, gated_scaled
+from dllmserve.kernels.e4m3 import Rows, Scaled
 from dllmserve.kernels.experts import combine_pairs, expert_product
 from dllmserve.kernels.linear import invariant_linear
 from dllmserve.kernels.norm import add_rms_norm, sandwich_norms, wide_rms_norm
 from dllmserve.kernels.rotary import rotate_
 from dllmserve.kernels.routing import choose_experts
+from dllmserve.kernels.scaled import MAX_TILES, few_rows_product, scale_rows, takes_few_rows
 from dllmserve.layers.ops import Angles, HeadNorms, LayerOps, Routed, Sandwich
 
 
@@ -30,11 +32,32 @@ class TritonOps(LayerOps):
 
     asks_for_experts = False
 
+    def __init__(
+        self,
+        rotary_dim: int,
+        theta: float,
+        max_len: int,
+        device: torch.device,
+        scaling: RopeScaling | None = None,
+    ) -> None:
+        super().__init__(rotary_dim, theta, max_len, device, scaling)
+        #: counters of products whose sums are cut
+        self._turns = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
     def add_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        scales: bool = False,
+    ) -> tuple[Rows, Tensor]:
         """See :class:`LayerOps`; the sum is written into ``residual``."""
-        return add_rms_norm(x, residual, weight, eps)
+        return add_rms_norm(x, residual, weight, eps, scales)
+
+    def scaled(self, x: Tensor) -> Scaled:
+        """See :class:`LayerOps`."""
+        return scale_rows(x)
 
     def sandwich(
         self,
@@ -62,11 +85,21 @@ class TritonOps(LayerOps):
         rotate_(heads, cos, sin, angles[0], count, norms)
         return heads[:, :count]
 
-    def gated(self, gate_up: Tensor, activation: str = "silu") -> Tensor:
+    def gated(self, gate_up: Tensor, activation: str = "silu", scales: bool = False) -> Rows:
         """See :class:`LayerOps`."""
-        return gated(gate_up, activation)
+        return gated_scaled(gate_up, activation) if scales else gated(gate_up, activation)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def scaled_linear(self, x: Scaled, weight: Scaled, bias: Tensor | None) -> Tensor:
+        """See :class:`LayerOps`; sums of many rows are the library's, and less exact."""
+        if takes_few_rows(x, weight) or not x.data.is_cuda:
+            return few_rows_product(x, weight, bias, self._turns)
+        by_row, by_out = x.scale[:, None], weight.scale[None, :]
+        return torch._scaled_mm(
+            x.data, weight.data.t(), by_row, by_out, bias, out_dtype=weight.dtype,
+            use_fast_accum=True,
+        )  # fmt: skip
+
+    def plain_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`LayerOps`."""
         if x.dtype == torch.float32:
             return invariant_linear(x, weight, bias)
@@ -91,12 +124,12 @@ class TritonOps(LayerOps):
         return Routed(*found[:2], held, *found[2:], experts.count)
 
     def expert_up(
-        self, x: Tensor, routed: Routed, gate_up: Tensor, activation: str = "silu"
+        self, x: Tensor, routed: Routed, gate_up: Rows, activation: str = "silu"
     ) -> Tensor:
         """See :class:`LayerOps`."""
         return _product(x, routed, gate_up, activation)
 
-    def expert_down(self, inner: Tensor, routed: Routed, down: Tensor) -> Tensor:
+    def expert_down(self, inner: Tensor, routed: Routed, down: Rows) -> Tensor:
         """See :class:`LayerOps`."""
         return _product(inner, routed, down)
 
@@ -120,8 +153,10 @@ def _listed(routed: Routed) -> tuple[Tensor, Tensor]:
     return taken[:, :stored].sum(0, dtype=torch.int32), order[:room].view(stored, tokens)
 
 
-def _product(x: Tensor, routed: Routed, weight: Tensor, activation: str = "") -> Tensor:
+def _product(x: Tensor, routed: Routed, weight: Rows, activation: str = "") -> Tensor:
     if routed.counts is None or routed.order is None:
         raise ValueError("experts' pairs are not in order: they have to come from this route()")
     pairs = routed.counts, routed.order, routed.ids.shape[1], routed.among
+    if isinstance(weight, Scaled):
+        return expert_product(scale_rows(x), weight, *pairs, activation=activation)
     return expert_product(x, weight, *pairs, activation=activation)

@@ -5,12 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
 from dllmserve.core.model_spec import ModelSpec
-from dllmserve.layers.modules import Attention, AttentionContext, Build, Embedding, Head, RMSNorm
+from dllmserve.layers.modules import (
+    Attention,
+    AttentionContext,
+    Build,
+    Embedding,
+    Head,
+    Mlp,
+    RMSNorm,
+)
 
 
 class CanvasTokens(NamedTuple):
@@ -42,6 +50,11 @@ class Block:
     mlp_norm: RMSNorm
     mlp: Callable[..., Tensor]
     pooled: bool = False
+
+    def __post_init__(self) -> None:
+        self.attention_norm.scales = self.attention.qkv.scales
+        # experts have a router, which is not quantized
+        self.mlp_norm.scales = isinstance(self.mlp, Mlp) and self.mlp.gate_up.scales
 
 
 class Decoder(ABC):
@@ -109,7 +122,8 @@ class Decoder(ABC):
         narrow = len(self.blocks) - 1 if windows is None else None
         # every addition to the residual stream h runs together with the norm that follows it;
         # all in one frame, for a caller's names would keep tensors that a layer no longer needs
-        x, h = self.embedding(ids), None
+        x: Any = self.embedding(ids)  # and what norms give, which may be in e4m3
+        h: Any = None
         for layer, block in enumerate(self.blocks):
             wanted = rows if layer == narrow else None
             x, h = block.attention_norm(x, h)
@@ -118,9 +132,9 @@ class Decoder(ABC):
                 h = h[wanted]
             x, h = block.mlp_norm(x, h)
             x = block.mlp(x, windows) if block.pooled else block.mlp(x)
-        if windows is not None and rows is not None and h is not None:
+        if windows is not None and rows is not None:
             x, h = x[rows], h[rows]
-        return self.norm(x, h)[0]
+        return cast(Tensor, self.norm(x, h)[0])
 
     def _windows(self, positions: Tensor) -> Tensor | None:
         """The number of each token's window [N] int64, where experts have a capacity.

@@ -22,7 +22,8 @@ from dllmserve.errors import (
     UnsupportedModelError,
     WeightsError,
 )
-from dllmserve.layers.modules import Build, Part
+from dllmserve.kernels.e4m3 import Rows, Scaled
+from dllmserve.layers.modules import Build, Part, put
 from dllmserve.layers.ops import LayerOps
 from dllmserve.models.config import MASK_FIELD, quantization
 from dllmserve.models.decoder import Decoder
@@ -292,15 +293,22 @@ def _with_options(spec: ModelSpec, given: EngineConfig) -> ModelSpec:
     return spec
 
 
-def outline(partition: Partition) -> Decoder:
+def outline(partition: Partition, quantization: str | None = None) -> Decoder:
     """A rank's decoder without memory: its weights have shapes, and nothing can be computed."""
     ops = LayerOps(2, 1.0, 0, torch.device("cpu"))
-    return _compose(Build(partition, torch.bfloat16, torch.device("meta"), ops))
+    return _compose(Build(partition, torch.bfloat16, torch.device("meta"), ops, quantization))
 
 
 def count_weights(partition: Partition) -> int:
     """Numbers in all weights of a rank."""
-    return sum(weight.data.numel() for weight in outline(partition).weights)
+    return sum(weight.numbers for weight in outline(partition).weights)
+
+
+def count_quantized(partition: Partition, quantization: str | None) -> tuple[int, int]:
+    """Numbers in a rank's quantized weights, and rows, each of which has a factor."""
+    found = [weight.data for weight in outline(partition, quantization).weights]
+    narrow = [data for data in found if isinstance(data, Scaled)]
+    return sum(w.data.numel() for w in narrow), sum(w.scale.numel() for w in narrow)
 
 
 def empty_decoder(
@@ -310,6 +318,7 @@ def empty_decoder(
     device: torch.device,
     max_len: int,
     kernels: str = "torch",
+    quantization: str | None = None,
 ) -> Decoder:
     """A rank's decoder, with weights that are not initialised.
 
@@ -318,6 +327,7 @@ def empty_decoder(
         dtype, device: of the weights.
         max_len: positions that the rotary tables cover.
         kernels: "torch" or "triton", see :mod:`dllmserve.layers.ops`.
+        quantization: "fp8" for matrices in eight bits, None for none.
     """
     spec = partition.spec
     kind = LayerOps
@@ -326,7 +336,7 @@ def empty_decoder(
 
         kind = TritonOps
     ops = kind(spec.rotated, spec.rope_theta, max_len, device, spec.rope_scaling)
-    return _compose(Build(partition, dtype, device, ops))
+    return _compose(Build(partition, dtype, device, ops, quantization))
 
 
 def _compose(build: Build) -> Decoder:
@@ -350,7 +360,7 @@ def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decod
     """
     files = _weight_files(directory)
     decoder = empty_decoder(partition, **options)
-    places: dict[str, list[tuple[Part, Tensor]]] = {}
+    places: dict[str, list[tuple[Part, Rows]]] = {}
     for weight in decoder.weights:
         for part, rows in weight.places():
             places.setdefault(part.name, []).append((part, rows))
@@ -372,8 +382,8 @@ def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decod
             problems["unusable"].append(f"{name} is {kind}, expected F32, BF16 or F16")
         else:
             for part, rows in places[name]:
-                if rows.numel():
-                    rows.copy_(_read(name, tensor, part.cut))
+                if rows.shape.numel():
+                    put(rows, _read(name, tensor, part.cut))
         seen.add(name)
     problems["missing"] = [name for name in places if name not in seen]
     _report(directory, problems)

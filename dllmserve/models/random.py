@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dllmserve.layers.modules import Weight
+from dllmserve.layers.modules import Weight, put
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.loader import empty_decoder
 from dllmserve.parallel.partition import Partition
@@ -24,7 +25,7 @@ def random_decoder(partition: Partition, **options: Any) -> Decoder:
     decoder = empty_decoder(partition, **options)
     generator = torch.Generator(device=decoder.head.weight.device).manual_seed(0)
     for weight in decoder.weights:
-        if weight.ones:
+        if weight.ones and isinstance(weight.data, Tensor):
             weight.data.fill_(1.0)
         else:
             _randomize(weight, generator)
@@ -35,10 +36,11 @@ def _randomize(weight: Weight, generator: torch.Generator) -> None:
     rows_of = {part.name: part.shape[0] for part in weight.parts}
     shape = (sum(rows_of.values()), *weight.parts[0].shape[1:])
     # in place where a rank has all of it: an embedding's copy takes a gigabyte
-    complete = weight.data.shape == shape
-    whole = weight.data if complete else weight.data.new_empty(shape)
+    if isinstance(weight.data, Tensor) and weight.data.shape == shape:
+        weight.data.normal_(0.0, 0.02, generator=generator)
+        return
+    whole = torch.empty(shape, dtype=weight.dtype, device=generator.device)
     whole.normal_(0.0, 0.02, generator=generator)
-    if not complete:
-        drawn = dict(zip(rows_of, torch.split(whole, list(rows_of.values())), strict=True))
-        for part, rows in weight.places():
-            rows.copy_(drawn[part.name][part.cut])
+    drawn = dict(zip(rows_of, torch.split(whole, list(rows_of.values())), strict=True))
+    for part, rows in weight.places():
+        put(rows, drawn[part.name][part.cut])

@@ -19,7 +19,7 @@ from dllmserve.tools.bench.roofline import ModelCost
 
 def environment(config: EngineConfig, plan: EnginePlan) -> dict[str, Any]:
     """What every record begins with; docs/benchmarks.md describes it."""
-    cost = ModelCost.of(plan.spec, plan.dtype.itemsize)
+    cost = ModelCost.of(plan.spec, plan.dtype.itemsize, config.quantization)
     return {
         "versions": {
             "dllmserve": __version__,
@@ -32,11 +32,11 @@ def environment(config: EngineConfig, plan: EnginePlan) -> dict[str, Any]:
         "model": {
             "name": config.model,
             "parameters": plan.spec.parameters(),
-            "layer_weight_bytes": cost.layer_weights * cost.weight_bytes,
+            "layer_weight_bytes": cost.layer_weights * cost.matrix_bytes,
             "expert_weight_bytes": cost.expert_layers
             * cost.experts
             * cost.expert_weights
-            * cost.weight_bytes,
+            * cost.matrix_bytes,
             "head_weight_bytes": cost.head_weights * cost.weight_bytes,
             **asdict(plan.spec),
         },
@@ -56,6 +56,7 @@ def header_lines(config: EngineConfig, plan: EnginePlan) -> dict[str, str]:
     threads = f" ({found['threads']} threads)" if "threads" in found else ""
     cuda = f", CUDA {torch.version.cuda}" if plan.device.type == "cuda" else ""
     mode = ", eager" if config.enforce_eager else ""
+    narrow = f" (matrices {config.quantization})" if config.quantization else ""
     inner = f"MLP {spec.mlp_size}"
     if (experts := spec.experts) is not None:
         of = f"{experts.per_token} of {experts.count} experts of {experts.size}"
@@ -65,7 +66,8 @@ def header_lines(config: EngineConfig, plan: EnginePlan) -> dict[str, str]:
         f"{spec.hidden_size}, {spec.num_heads} heads, {kv_heads_text(spec)}, "
         f"{inner}, vocabulary {spec.vocab_size}, "
         f"{spec.parameters() / 1e6:,.1f} M parameters",
-        "device": f"{found['name']}{threads}, {dtype_name(plan)}, torch {torch.__version__}{cuda}",
+        "device": f"{found['name']}{threads}, {dtype_name(plan)}{narrow}, "
+        f"torch {torch.__version__}{cuda}",
         "engine": f"dllmserve {__version__}, attention {plan.attention}, kernels {plan.kernels}"
         f"{mode}, max_model_len {limits.max_model_len}, max_num_seqs {limits.max_num_seqs}, "
         f"max_num_batched_tokens {limits.max_num_batched_tokens}, "

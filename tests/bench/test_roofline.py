@@ -58,7 +58,7 @@ REUSE = step(span(4, 4, 10, Store.POSITIONS), masks=2)
 
 def test_costs_of_the_model() -> None:
     assert (LAYERS, HEAD) == (1152, 256)
-    assert ModelCost(LAYERS, HEAD, (AttentionCost(0, 4 * 2 * 4 * 2, KV),), 2) == COST
+    assert ModelCost(LAYERS, HEAD, (AttentionCost(0, 4 * 2 * 4 * 2, KV),), 2, 2) == COST
     norms = 8 * (2 * 2 + 1)
     assert count_weights(Partition(SPEC)) == LAYERS + 2 * HEAD + norms
 
@@ -140,7 +140,7 @@ def test_experts() -> None:
     spec = replace(SPEC, architecture="LLaDA2MoeModelLM", experts=replace(experts, bias="choice"))
     cost, each = ModelCost.of(spec, weight_bytes=2), 3 * 8 * 10
     dense = LAYERS - 3 * 8 * 16 + 6 * 8 + each  # router and shared expert in place of an MLP
-    assert cost == ModelCost(dense, HEAD, COST.attention, 2, 1, 6, 2, each)
+    assert cost == ModelCost(dense, HEAD, COST.attention, 2, 2, 1, 6, 2, each)
     assert cost.flop(REUSE) == 2 * (4 * (dense + 2 * each) + 2 * 256) + 64 * 4 * 10
     assert cost.uniform_experts(1) == pytest.approx(2)
     assert cost.uniform_experts(4) == pytest.approx(6 * (1 - (2 / 3) ** 4))
@@ -151,6 +151,17 @@ def test_experts() -> None:
     assert floor.seconds([REUSE]) == read + 1200
     assert floor.experts([REUSE, REUSE], {4: 2.5}) == 2.5
     assert Floor(COST, floor.ceilings, {}).experts([REUSE], {}) is None
+
+
+def test_matrices_in_eight_bits() -> None:
+    """A byte each, and products at a rate of their own; LM head, K,V and scores stay."""
+    cost = ModelCost.of(SPEC, 2, "fp8")
+    assert cost.flop(REUSE) == COST.flop(REUSE)
+    assert cost.bytes_read(REUSE) == COST.bytes_read(REUSE) - LAYERS
+    ceilings = Ceilings(1e12, 1.0, 0, 0, scaled_flop_per_second=2.0)
+    layers = 2 * 4 * LAYERS
+    assert cost.layer_flop(REUSE) == layers
+    assert cost.floor_seconds([REUSE], ceilings) == cost.flop(REUSE) - layers / 2
 
 
 def test_guidance_counts_twice() -> None:

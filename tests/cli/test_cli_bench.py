@@ -136,7 +136,7 @@ def test_a_result_above_the_roofline_is_noted(
     capfd: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = roofline.Ceilings(1.0, 1.0, 1, 1)
-    monkeypatch.setattr(roofline, "measure_ceilings", lambda device, dtype: slow)
+    monkeypatch.setattr(roofline, "measure_ceilings", lambda *given: slow)
     (note,) = record(capfd, "latency", checkpoint, *SMALL)["notes"]
     assert note.startswith("1 requests ran above the roofline: the ceilings are too low")
 

@@ -20,6 +20,7 @@ from dllmserve.kernels import (
     norm,
     rotary,
     routing,
+    scaled,
     stats,
 )
 from dllmserve.kernels.tiles import tile_for
@@ -36,6 +37,8 @@ TYPES = {
     "after_weight_ptr a_weight_ptr b_weight_ptr c_weight_ptr wide_ptr factors_ptr",
     "z_ptr": "*bf16 shares_ptr",
     "cos_ptr": "*fp32 sin_ptr logits_ptr bias_ptr weights_ptr capped_ptr totals_ptr by_ptr",
+    "scale_ptr": "*fp32 x_scale_ptr parts_ptr",
+    "turns_ptr": "*i32",
     "eps": "fp32 cap scale a_factor b_factor c_factor",
     "confidence": "*fp64",
 }
@@ -98,12 +101,18 @@ FIXED = {
     "MARGIN": True,
     "ENTROPY": True,
     "REPLACES": True,
+    "E4M3": False,
+    "SCALES": False,
+    "HAS_RESIDUAL": True,
+    "ROWS": 32,
+    "CUT": 2,
     "SAMPLED": True,
     "DIVIDED": True,
     "FIRST": 0,
     "SPLIT": 16384,
     "SPLITS": 16,
 }
+SCALED = {**FIXED, "E4M3": True, "SCALES": True, "BIAS": True, "EVEN": False}
 KERNELS = (
     region_sets.sweep,
     constrain.allowed_classes,
@@ -112,6 +121,7 @@ KERNELS = (
     constrain.settle,
     constrain.only_ids,
     rotary._rotate_kernel,
+    norm._add_rms_norm_kernel,
     norm._sandwich_kernel,
     norm._wide_rms_norm_kernel,
     activation._gated_kernel,
@@ -122,6 +132,9 @@ KERNELS = (
     logits._cap_kernel,
     logits._shares_kernel,
 )
+#: what is in e4m3, of kernels that multiply or make such rows
+READS_SCALED = {**TYPES, "x_ptr": "*fp8e4nv weight_ptr"}
+WRITES_SCALED = {**TYPES, "out_ptr": "*fp8e4nv"}
 #: pointers of the attention kernel, whose others are of the dtype
 ATTENTION_TYPES = {
     "found": "*fp32 sums",
@@ -144,6 +157,9 @@ STEP_KERNELS = (begin._begin, finish._spread, finish._commit)
 def main() -> None:
     """Compile each; an error names the line."""
     compile_all(KERNELS, TYPES)
+    compile_all((experts._product_kernel, scaled._few_kernel), READS_SCALED, SCALED)
+    rows = (norm._add_rms_norm_kernel, activation._gated_row_kernel, scaled._scale_kernel)
+    compile_all(rows, WRITES_SCALED, SCALED)
     compile_all(STATS_KERNELS, STATS_TYPES)
     compile_all(STEP_KERNELS, STEP_TYPES)
     for layer in WIDE_LAYERS:
@@ -151,10 +167,12 @@ def main() -> None:
         compile_attention(torch.float32, "*fp32", *layer)
 
 
-def compile_all(kernels: Sequence[Any], types: Mapping[str, str]) -> None:
+def compile_all(
+    kernels: Sequence[Any], types: Mapping[str, str], sizes: Mapping[str, Any] = FIXED
+) -> None:
     """Compile kernels whose arguments have types by their names."""
     for kernel in kernels:
-        compiled(kernel, by_name(types), FIXED, {"num_warps": 8})
+        compiled(kernel, by_name(types), sizes, {"num_warps": 8})
 
 
 def compile_attention(dtype: torch.dtype, pointer: str, dim: int, group: int, window: int) -> None:

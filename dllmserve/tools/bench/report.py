@@ -130,10 +130,12 @@ class Report:
 
     def _ceilings_text(self) -> str:
         found = self.ceilings
+        fast = found.scaled_flop_per_second
+        narrow = "" if fast is None else f", in e4m3 {fast / 1e12:,.0f} TFLOP/s"
         return (
             f"copy {found.bytes_per_second / 1e9:,.1f} GB/s ({size_text(found.copy_bytes)}), "
             f"matrix product {found.flop_per_second / 1e12:,.3f} TFLOP/s "
-            f"({found.matrix_size} x {found.matrix_size}, {dtype_name(self.plan)})"
+            f"({found.matrix_size} x {found.matrix_size}, {dtype_name(self.plan)}){narrow}"
         )
 
 

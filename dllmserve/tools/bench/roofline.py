@@ -21,6 +21,7 @@ from dllmserve.core.budget import GIB
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Mask, Span, StepPlan, Store
 from dllmserve.engine.machine import device_memory
+from dllmserve.kernels.e4m3 import scaled
 from dllmserve.models.loader import outline
 from dllmserve.parallel.partition import Partition
 
@@ -42,12 +43,14 @@ class Ceilings:
         flop_per_second: of a square matrix product in the engine's dtype.
         copy_bytes: size of the copied buffer.
         matrix_size: rows and columns of the matrices.
+        scaled_flop_per_second: of that product in e4m3; None where nothing is quantized.
     """
 
     bytes_per_second: float
     flop_per_second: float
     copy_bytes: int
     matrix_size: int
+    scaled_flop_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class ModelCost:
         head_weights: weights of the LM head; of a model with canvases of noise also of the
             embedding, by which each forward multiplies what it thought of a position.
         attention: of the layers.
-        weight_bytes: bytes per weight, and per number of K and V.
+        weight_bytes: bytes per number of the LM head, and of K and V.
+        matrix_bytes: bytes per weight of the layers (routers, which stay as they are, included).
         expert_layers: layers with experts.
         experts: routed experts of each of these.
         per_token: of which a token takes so many.
@@ -101,23 +105,24 @@ class ModelCost:
     head_weights: int
     attention: tuple[AttentionCost, ...]
     weight_bytes: int
+    matrix_bytes: int
     expert_layers: int = 0
     experts: int = 0
     per_token: int = 0
     expert_weights: int = 0
 
     @classmethod
-    def of(cls, spec: ModelSpec, weight_bytes: int) -> ModelCost:
-        """Costs of a model whose weights take ``weight_bytes`` bytes each."""
+    def of(cls, spec: ModelSpec, weight_bytes: int, quantization: str | None = None) -> ModelCost:
+        """Costs of a model whose weights take ``weight_bytes`` bytes each, if not quantized."""
         model = outline(Partition(spec))
         tables = (model.embedding.weight, model.head.weight)
-        matrices = [w.data for w in model.weights if w.data.dim() > 1]
-        matrices = [w for w in matrices if all(w is not t for t in tables)]
+        matrices = [w for w in model.weights if len(w.data.shape) > 1]
+        matrices = [w for w in matrices if all(w.data is not t for t in tables)]
         experts = spec.experts
         layers, count = (sum(experts.layers), experts.count) if experts is not None else (0, 0)
         each = 3 * spec.hidden_size * experts.size if experts is not None else 0
         return cls(
-            layer_weights=sum(w.numel() for w in matrices) - layers * count * each,
+            layer_weights=sum(w.numbers for w in matrices) - layers * count * each,
             expert_layers=layers,
             experts=count,
             per_token=0 if experts is None else experts.per_token,
@@ -125,6 +130,7 @@ class ModelCost:
             head_weights=model.head.weight.numel() * (2 if spec.noise else 1),
             attention=AttentionCost.of(spec),
             weight_bytes=weight_bytes,
+            matrix_bytes=weight_bytes if quantization is None else 1,
         )
 
     def flop(self, plan: StepPlan) -> int:
@@ -133,9 +139,12 @@ class ModelCost:
             kind.flop * sum(attended_pairs(span, kind.window) for span in plan.spans)
             for kind in self.attention
         )
+        return self.layer_flop(plan) + 2 * head_rows(plan) * self.head_weights + attention
+
+    def layer_flop(self, plan: StepPlan) -> int:
+        """Of these those of the layers' matrices, which may be quantized."""
         layers = self.layer_weights + self.expert_layers * self.per_token * self.expert_weights
-        dense = plan.tokens * layers + head_rows(plan) * self.head_weights
-        return 2 * dense + attention
+        return 2 * plan.tokens * layers
 
     def uniform_experts(self, tokens: int) -> float:
         """Experts that so many tokens touch, all layers together, if each is as likely as another.
@@ -167,8 +176,8 @@ class ModelCost:
             for kind in self.attention
         )
         experts = self.experts_of(plan, touched)
-        read = self.layer_weights + head + round(experts * self.expert_weights)
-        return (read + cached) * self.weight_bytes
+        layers = self.layer_weights + round(experts * self.expert_weights)
+        return layers * self.matrix_bytes + (head + cached) * self.weight_bytes
 
     def floor_seconds(
         self,
@@ -179,11 +188,17 @@ class ModelCost:
         """Seconds that the steps take at least, one after the other; see ``bytes_read``."""
         return sum(
             max(
-                self.flop(plan) / ceilings.flop_per_second,
+                self.compute_seconds(plan, ceilings),
                 self.bytes_read(plan, touched) / ceilings.bytes_per_second,
             )
             for plan in plans
         )
+
+    def compute_seconds(self, plan: StepPlan, ceilings: Ceilings) -> float:
+        """Seconds that a step's operations take at least."""
+        layers = self.layer_flop(plan)
+        fast = ceilings.scaled_flop_per_second or ceilings.flop_per_second
+        return layers / fast + (self.flop(plan) - layers) / ceilings.flop_per_second
 
 
 @dataclass(frozen=True)
@@ -262,7 +277,9 @@ def head_rows(plan: StepPlan) -> int:
 _LEAST_MATRIX = 1024
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+def measure_ceilings(
+    device: torch.device, dtype: torch.dtype, quantization: str | None = None
+) -> Ceilings:
     """Measure copy bandwidth and matrix product rate; medians, after a warm-up."""
     copy_bytes, size = _COPY_BYTES[device.type], _MATRIX[device.type]
     free = device_memory(device)[1]
@@ -270,9 +287,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     while size > _LEAST_MATRIX and 3 * size**2 * dtype.itemsize > free // 4:
         size //= 2
     copy, product = _copy_seconds(copy_bytes, device), _product_seconds(size, dtype, device)
+    fast = None
+    if quantization is not None:
+        fast = 2 * size**3 / _scaled_seconds(size, dtype, device)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the engine is about to plan with what is free
-    return Ceilings(2 * copy_bytes / copy, 2 * size**3 / product, copy_bytes, size)
+    return Ceilings(2 * copy_bytes / copy, 2 * size**3 / product, copy_bytes, size, fast)
 
 
 def _copy_seconds(size: int, device: torch.device) -> float:
@@ -287,6 +307,17 @@ def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> flo
     left, right = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(left)
     return _median_seconds(lambda: torch.mm(left, right, out=out), device)
+
+
+def _scaled_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    left, right = (scaled(torch.randn(size, size, device=device)) for _ in range(2))
+    by_row, by_out = left.scale[:, None], right.scale[None, :]
+    return _median_seconds(
+        lambda: torch._scaled_mm(
+            left.data, right.data.t(), by_row, by_out, out_dtype=dtype, use_fast_accum=True
+        ),
+        device,
+    )
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:

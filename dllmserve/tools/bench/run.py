@@ -167,7 +167,7 @@ class Bench:
         self._llm = llm
         self._workload = workload
         self._ceilings = ceilings
-        self._cost = ModelCost.of(llm.spec, llm.plan.dtype.itemsize)
+        self._cost = ModelCost.of(llm.spec, llm.plan.dtype.itemsize, llm.config.quantization)
         self._device = llm.plan.device
         self._profile = profile
         self._progress = progress

@@ -1,0 +1,87 @@
+"""Matrices and rows in eight bits: e4m3 numbers, and one float32 factor a row.
+
+A weight has a factor for each output, computed once. Activations have one for each token, computed
+where they come from. A product of the two is a product of e4m3 numbers, times both factors::
+
+    x      [N, k] e4m3 x [N]        w  [out, k] e4m3 x [out]
+    x @ w.T = (x.data @ w.data.T) * x.scale[:, None] * w.scale[None, :]
+
+That is the scheme of vLLM's and compressed-tensors' "FP8_DYNAMIC".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: the dtype, and what the largest of a row's numbers is multiplied by: 448 is e4m3's largest
+E4M3, SHARE = torch.float8_e4m3fn, 1 / 448
+#: numbers that are scaled at once while weights are loaded
+_CHUNK = 2**26
+
+
+class Scaled(NamedTuple):
+    """Rows in e4m3.
+
+    Attributes:
+        data: [.., n, k] float8_e4m3fn.
+        scale: [.., n] float32, by which a row is multiplied.
+        dtype: what the rows are in otherwise, and products with them are.
+    """
+
+    data: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of ``data``."""
+        return self.data.shape
+
+    def wide(self) -> Tensor:
+        """The rows in float32."""
+        return self.data.float() * self.scale[..., None]
+
+    def stacked(self, count: int) -> Scaled:
+        """Of [count * n, k] or [count, .., k] rows those of each of ``count`` matrices."""
+        width = self.data.shape[-1]
+        data, scale = self.data.view(count, -1, width), self.scale.view(count, -1)
+        return Scaled(data, scale, self.dtype)
+
+    def matrices(self) -> Iterator[Scaled]:
+        """Each of stacked matrices."""
+        for data, scale in zip(self.data, self.scale, strict=True):
+            yield Scaled(data, scale, self.dtype)
+
+
+#: what a product is made of: rows as they are, or in e4m3
+Rows = Tensor | Scaled
+
+
+def scaled(x: Tensor) -> Scaled:
+    """Rows [.., k] in e4m3, so that the largest of each becomes 448; a row of zeros stays one.
+
+    Example:
+        >>> rows = scaled(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+        >>> rows.data.tolist(), rows.scale.tolist()[1]
+        ([[224.0, -448.0], [0.0, 0.0]], 1.0)
+    """
+    wide = x.float()
+    most = wide.abs().amax(dim=-1)
+    scale = torch.where(most == 0, 1.0, most * SHARE)
+    return Scaled((wide / scale[..., None]).to(E4M3), scale, x.dtype)
+
+
+def fill(to: Scaled, source: Tensor) -> None:
+    """Scale rows of a checkpoint [.., k] into place, some at a time."""
+    width = source.shape[-1]
+    rows = source.reshape(-1, width)
+    data, scale = to.data.view(-1, width), to.scale.view(-1)
+    step = max(_CHUNK // max(width, 1), 1)
+    for low in range(0, len(rows), step):
+        part = scaled(rows[low : low + step].to(data.device))
+        data[low : low + step].copy_(part.data)
+        scale[low : low + step].copy_(part.scale)

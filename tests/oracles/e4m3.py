@@ -1,0 +1,28 @@
+"""Numbers of eight bits by their definition: a sign, four bits of exponent, three of mantissa.
+
+The largest is 448, the smallest step 2^-9. Ties go to the even mantissa. (OCP 8-bit floating point
+specification, E4M3, as torch.float8_e4m3fn.)
+"""
+
+import torch
+from torch import Tensor
+
+
+def rounded(x: Tensor) -> Tensor:
+    """The nearest e4m3 numbers to float64 numbers of at most 448 in size."""
+    _, exponent = torch.frexp(x)  # x = m 2^exponent with 0.5 <= |m| < 1
+    step = torch.pow(2.0, (exponent - 4).clamp(min=-9).double())
+    return torch.round(x / step) * step
+
+
+def by_rows(x: Tensor) -> Tensor:
+    """Rows [.., k] as they come back from e4m3, each scaled so that its largest number is 448."""
+    most = x.float().abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(most == 0, torch.ones_like(most), most * (1 / 448))
+    return rounded((x.float() / scale).double()) * scale.double()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` with both in e4m3, summed in float64."""
+    out = by_rows(x) @ by_rows(weight).T
+    return (out if bias is None else out + bias.double()).to(x.dtype)
