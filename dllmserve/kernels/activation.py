@@ -17,12 +17,18 @@ _BLOCK = 1024
 def activate(
     x: tl.tensor,  # float32
     GELU: tl.constexpr,
+    FAST: tl.constexpr = False,
 ) -> tl.tensor:
-    """silu(x), or gelu(x) with tanh, which is ``x / (1 + exp(-2u))`` of its own u."""
+    """silu(x), or gelu(x) with tanh, which is ``x / (1 + exp(-2u))`` of its own u.
+
+    FAST divides with two units in the last place of float32, of which eight bits keep nothing.
+    """
     if GELU:
         # 2 * sqrt(2 / pi) * (x + 0.044715 x^3)
-        return tl.div_rn(x, 1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x)))
-    return tl.div_rn(x, 1.0 + tl.exp(-x))
+        below = 1.0 + tl.exp(-1.5957691216057308 * x * (1.0 + 0.044715 * x * x))
+    else:
+        below = 1.0 + tl.exp(-x)
+    return x / below if FAST else tl.div_rn(x, below)
 
 
 @triton.jit
@@ -65,8 +71,7 @@ def _gated_row_kernel(
     place = wide_ptr + row * wide_stride + columns
     gate = tl.load(place, mask=inside, other=0.0)
     up = tl.load(place + width, mask=inside, other=0.0)
-    act = activate(gate.to(tl.float32), GELU).to(gate.dtype)
-    out = (act.to(tl.float32) * up.to(tl.float32)).to(gate.dtype).to(tl.float32)
+    out = activate(gate.to(tl.float32), GELU, FAST=True) * up.to(tl.float32)
     store_scaled(out_ptr + row * width, scale_ptr + row, out, columns, inside)
 
 

@@ -17,8 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: the dtype, and what the largest of a row's numbers is multiplied by: 448 is e4m3's largest
-E4M3, SHARE = torch.float8_e4m3fn, 1 / 448
+#: the dtype, its largest number, and the inverse of that
+E4M3, MOST, SHARE = torch.float8_e4m3fn, 448.0, 1 / 448
+#: rows whose largest number is below are scaled as if it were that; so zeros stay zeros
+LEAST = 1e-30
 #: numbers that are scaled at once while weights are loaded
 _CHUNK = 2**26
 
@@ -62,17 +64,19 @@ Rows = Tensor | Scaled
 
 
 def scaled(x: Tensor) -> Scaled:
-    """Rows [.., k] in e4m3, so that the largest of each becomes 448; a row of zeros stays one.
+    """Rows [.., k] in e4m3, so that the largest of each becomes 448.
+
+    They are multiplied by ``448 / largest`` in float32, because dividing each takes longer.
 
     Example:
         >>> rows = scaled(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
-        >>> rows.data.tolist(), rows.scale.tolist()[1]
-        ([[224.0, -448.0], [0.0, 0.0]], 1.0)
+        >>> rows.data.tolist()
+        [[224.0, -448.0], [0.0, 0.0]]
     """
     wide = x.float()
-    most = wide.abs().amax(dim=-1)
-    scale = torch.where(most == 0, 1.0, most * SHARE)
-    return Scaled((wide / scale[..., None]).to(E4M3), scale, x.dtype)
+    most = wide.abs().amax(dim=-1).clamp(min=LEAST)
+    by = most.reciprocal() * MOST
+    return Scaled((wide * by[..., None]).to(E4M3), most * SHARE, x.dtype)
 
 
 def fill(to: Scaled, source: Tensor) -> None:

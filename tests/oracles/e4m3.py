@@ -9,17 +9,18 @@ from torch import Tensor
 
 
 def rounded(x: Tensor) -> Tensor:
-    """The nearest e4m3 numbers to float64 numbers of at most 448 in size."""
+    """The nearest e4m3 numbers to float64 numbers ; what is larger than 448 becomes 448."""
     _, exponent = torch.frexp(x)  # x = m 2^exponent with 0.5 <= |m| < 1
     step = torch.pow(2.0, (exponent - 4).clamp(min=-9).double())
-    return torch.round(x / step) * step
+    return (torch.round(x / step) * step).clamp(-448, 448)
 
 
 def by_rows(x: Tensor) -> Tensor:
     """Rows [.., k] as they come back from e4m3, each scaled so that its largest number is 448."""
     most = x.float().abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(most == 0, torch.ones_like(most), most * (1 / 448))
-    return rounded((x.float() / scale).double()) * scale.double()
+    most = most.clamp(min=1e-30)
+    by = (1 / most) * 448
+    return rounded((x.float() * by).double()) * (most * (1 / 448)).double()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
