@@ -213,15 +213,23 @@ def window(config: Mapping[str, Any], architecture: str) -> None:
 
 def quantization(config: Mapping[str, Any]) -> str | None:
     """The name of the quantization that config.json speaks of, or None."""
+    given = quantization_settings(config)
+    if not given:
+        return None
+    bits = next(_bits(given), None)
+    # transformers writes quant_method; MLX has no more than bits and group_size
+    mlx = given is config.get("quantization")
+    name = given.get("quant_method") or ("MLX" if mlx else "unknown method")
+    return f"{name}, {bits} bits" if bits is not None else str(name)
+
+
+def quantization_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json says of quantization; empty if it says nothing."""
     for field in ("quantization_config", "quantization", "compression_config"):
         given = config.get(field)
-        if not isinstance(given, dict) or not given:
-            continue
-        bits = next(_bits(given), None)
-        # transformers writes quant_method; MLX has no more than bits and group_size
-        name = given.get("quant_method") or ("MLX" if field == "quantization" else "unknown method")
-        return f"{name}, {bits} bits" if bits is not None else str(name)
-    return None
+        if isinstance(given, dict) and given:
+            return given
+    return {}
 
 
 def _bits(settings: dict[str, Any]) -> Iterator[int]:

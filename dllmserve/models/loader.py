@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from dllmserve._checks import is_broken_link, user_path
@@ -25,9 +24,10 @@ from dllmserve.errors import (
 from dllmserve.kernels.e4m3 import Rows, Scaled
 from dllmserve.layers.modules import Build, Part, put
 from dllmserve.layers.ops import LayerOps
-from dllmserve.models.config import MASK_FIELD, quantization
+from dllmserve.models.config import MASK_FIELD
 from dllmserve.models.decoder import Decoder
 from dllmserve.models.files import read_object, weight_files
+from dllmserve.models.quantized import FLOATS, check, tensors
 from dllmserve.parallel.partition import Partition
 
 #: Name of the model inside the package.
@@ -57,8 +57,6 @@ _SHOWN = 6
 _MOST_LAYERS = 10_000
 #: how config.json calls their number
 _LAYER_FIELDS = ("num_hidden_layers", "n_layers")
-#: dtypes of weights, as safetensors calls them
-_DTYPES = ("F32", "BF16", "F16")
 #: fields of a ModelSpec that no model can do without
 _POSITIVE = (
     "vocab_size",
@@ -145,18 +143,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 def check_files(directory: Path, config: dict[str, Any]) -> None:
     """Raise WeightsError for a directory whose files say that it cannot be loaded.
 
-    That is adapters, other formats, quantized weights, git-lfs pointers and downloads that
-    were broken off. A bare config.json passes: its sizes can be worked out.
+    That is adapters, other formats, quantizations that are not read, git-lfs pointers and
+    downloads that were broken off. A bare config.json passes: its sizes can be worked out.
     """
-    files = weight_files(directory)
-    method = quantization(config)
-    for name, tensor in _tensors(files) if method else ():
-        kind = tensor.get_dtype()
-        if kind not in _DTYPES:
-            raise WeightsError(
-                f"{directory} is quantized ({method}; {name} is {kind}), which is not supported; "
-                "use the original checkpoint, with weights in F32, BF16 or F16"
-            )
+    check(directory, config, weight_files(directory))
 
 
 def architecture_of(config: dict[str, Any]) -> type[Decoder]:
@@ -347,7 +337,8 @@ def _compose(build: Build) -> Decoder:
 def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decoder:
     """Build a rank's decoder and fill it from the directory's safetensors.
 
-    Only what the rank holds is read.
+    Only what the rank holds is read; quantized weights are dequantised meanwhile, see
+    :mod:`dllmserve.models.quantized`.
 
     Args:
         directory: of the checkpoint.
@@ -366,9 +357,9 @@ def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decod
             places.setdefault(part.name, []).append((part, rows))
     problems: dict[str, list[str]] = {kind: [] for kind in _PROBLEMS}
     seen: set[str] = set()
-    for name, tensor in _tensors(files):
+    for name, tensor in tensors(read_config(directory), files):
         if name not in places:
-            if not any(part in name for part in decoder.ignored):
+            if not (any(part in name for part in decoder.ignored) or _adds_nothing(name, tensor)):
                 problems["unexpected"].append(name)
             continue
         expected = places[name][0][0].shape
@@ -377,8 +368,8 @@ def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decod
             problems["unusable"].append(f"{name} is in more than one file")
         elif shape != expected:
             problems["misshapen"].append(f"{name} is {shape}, expected {expected}")
-        elif kind not in _DTYPES:
-            # quantized weights come with scales that nothing here would apply
+        elif kind not in FLOATS:
+            # they come with scales that nothing has applied
             problems["unusable"].append(f"{name} is {kind}, expected F32, BF16 or F16")
         else:
             for part, rows in places[name]:
@@ -410,24 +401,20 @@ def _weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _tensors(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
-    """Name and safetensors slice of every tensor; a slice reads what is asked of it."""
-    for path in files:
-        try:
-            with safe_open(path, framework="pt", device="cpu") as handle:
-                for name in handle.keys():
-                    yield name, handle.get_slice(name)
-        except (SafetensorError, OSError) as error:
-            raise WeightsError(f"{path} cannot be read (truncated or corrupt?): {error}") from error
-
-
 def _read(name: str, tensor: Any, index: tuple[slice, ...]) -> Tensor:
-    """What a rank wants of a safetensors slice."""
+    """What a rank wants of a tensor."""
     try:
         part: Tensor = tensor[index]
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{name} cannot be read (truncated or corrupt?): {error}") from error
     return part
+
+
+def _adds_nothing(name: str, tensor: Any) -> bool:
+    """Whether it is a bias of zeros, as AutoGPTQ has written for matrices that have none."""
+    if not name.endswith(".bias") or tensor.get_dtype() not in FLOATS:
+        return False
+    return not bool(_read(name, tensor, tuple(slice(n) for n in tensor.get_shape())).any())
 
 
 def _report(directory: Path, problems: dict[str, list[str]]) -> None:

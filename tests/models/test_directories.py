@@ -206,7 +206,7 @@ KINDS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     "pickles alone": (without_config("consolidated.00.pth"), ("no config.json", "pth", "convert")),
     "GPTQ": (
         quantized(torch.int32, quantization_config={"quant_method": "gptq", "bits": 4}),
-        ("is quantized (gptq, 4 bits", "use the original checkpoint"),
+        ("is quantized (gptq, 4 bits", "is I32", "use the original checkpoint"),
     ),
     "AWQ": (
         quantized(torch.int32, quantization_config={"quant_method": "awq", "bits": 4}),
@@ -221,11 +221,11 @@ KINDS: dict[str, tuple[Edit, tuple[str, ...]]] = {
     ),
     "fp8": (
         quantized(torch.float8_e4m3fn, quantization_config={"quant_method": "fp8"}),
-        ("is quantized (fp8", "F8_E4M3"),
+        ("is quantized (fp8", "q_proj.weight lacks", "weight_scale: expected its scales"),
     ),
     "compressed tensors": (
         quantized(torch.int8, quantization_config={"quant_method": "compressed-tensors"}),
-        ("is quantized (compressed-tensors",),
+        ("is quantized (compressed-tensors", "format is None, and none of float-quantized"),
     ),
     "MLX": (
         quantized(torch.uint32, quantization={"group_size": 64, "bits": 8}),
