@@ -157,8 +157,9 @@ _NOT_OFFERED: tuple[tuple[str, str], ...] = (
     ("LLM.stream shows an answer being filled in", "streamer"),
     ("what generate returns does not depend on it", "return_dict_in_generate output_kind"),
     (
-        "weights run as they are, in float32, bfloat16 or float16",
-        "quantization load_in_8bit load_in_4bit quantization_config kv_cache_dtype",
+        "quantization='fp8' runs matrices in eight bits, a checkpoint says itself how it is "
+        "quantized, and K and V have the dtype of activations",
+        "load_in_8bit load_in_4bit quantization_config kv_cache_dtype",
     ),
     ("weights and K,V stay on the device", "swap_space cpu_offload_gb offload_folder"),
     (

@@ -26,6 +26,7 @@ from dllmserve.layers.modules import Build, Part, put
 from dllmserve.layers.ops import LayerOps
 from dllmserve.models.config import MASK_FIELD
 from dllmserve.models.decoder import Decoder
+from dllmserve.models.dequantized import Dequantized
 from dllmserve.models.files import read_object, weight_files
 from dllmserve.models.quantized import FLOATS, check, tensors
 from dllmserve.parallel.partition import Partition
@@ -374,7 +375,7 @@ def load_decoder(directory: Path, partition: Partition, **options: Any) -> Decod
         else:
             for part, rows in places[name]:
                 if rows.shape.numel():
-                    put(rows, _read(name, tensor, part.cut))
+                    _take(rows, name, tensor, part.cut)
         seen.add(name)
     problems["missing"] = [name for name in places if name not in seen]
     _report(directory, problems)
@@ -408,6 +409,17 @@ def _read(name: str, tensor: Any, index: tuple[slice, ...]) -> Tensor:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{name} cannot be read (truncated or corrupt?): {error}") from error
     return part
+
+
+def _take(to: Rows, name: str, tensor: Any, cut: tuple[slice, ...]) -> None:
+    """Fill rows with a part of a tensor; what is in e4m3, and is to be, stays as it is."""
+    if isinstance(to, Scaled) and isinstance(tensor, Dequantized):
+        stored = tensor.scaled(cut)
+        if stored is not None:
+            to.data.copy_(stored[0])
+            to.scale.copy_(stored[1])
+            return
+    put(to, _read(name, tensor, cut))
 
 
 def _adds_nothing(name: str, tensor: Any) -> bool:

@@ -110,7 +110,7 @@ OF_ENGINES = [
     ("small_block_size", "sub_block_length belongs to SamplingParams"),
     ("suffix_window", "suffix_window belongs to SamplingParams"),
     ("retention_ratio", "retention_ratio belongs to SparseConfig"),
-    ("quantization", "not offered, because weights run as they are"),
+    ("load_in_8bit", "not offered, because quantization=.fp8. runs matrices in eight bits"),
     ("swap_space", "not offered, because weights and K,V stay"),
     ("tokenizer", "not offered, because the tokenizer is that of the model"),
     ("revision", "not offered, because"),

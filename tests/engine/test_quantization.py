@@ -20,6 +20,7 @@ from dllmserve.parallel.partition import Partition
 from tests.helpers import GOLDEN, random_prompt
 from tests.oracles import e4m3
 from tests.parallel.threads import threaded_llm
+from tests.quantized import by_library, fp8, write_both
 
 CPU = torch.device("cpu")
 #: full attention; biases; blocks; experts, a shared one among them; stacked ones and a canvas
@@ -123,6 +124,30 @@ def test_dummy_weights_are_the_same_numbers(anywhere: None) -> None:
             assert torch.equal(scaled(one.data).wide(), other.data.wide())
         else:
             assert torch.equal(one.data, other.data)  # type: ignore[arg-type]
+
+
+CHANNEL = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+FORMS = {
+    "channel": by_library("float-quantized", **CHANNEL),
+    "tensor": fp8(None, "weight_scale"),
+    "block": fp8((16, 16), "weight_scale_inv"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_numbers_of_an_fp8_checkpoint_stay(tmp_path: Path, name: str) -> None:
+    """Those that have one scale for each row; scales of blocks are joined to one of the row."""
+    form, stays = FORMS[name], name != "block"
+    folder, _ = write_both(GOLDEN / "llada-kv2of4", tmp_path, form)
+    spec = loader.read_spec(loader.read_config(folder))
+    sizes: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "max_len": 64}
+    plain = loader.load_decoder(folder, Partition(spec), **sizes)
+    narrow = loader.load_decoder(folder, Partition(spec), quantization="fp8", **sizes)
+    for one, other in zip(plain.weights, narrow.weights, strict=True):
+        if isinstance(other.data, Scaled) and isinstance(one.data, Tensor):
+            expected = one.data if stays else scaled(one.data).wide()
+            assert torch.equal(other.data.wide(), expected)
+            assert stays or not torch.equal(expected, one.data)
 
 
 def test_the_memory_plan_counts_bytes(anywhere: None) -> None:
