@@ -15,6 +15,7 @@ from dllmserve.knobs import check_knobs, knob
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("fp8",)
+WARMUPS = ("none", "quick", "full")
 LOAD_FORMATS = ("auto", "dummy")
 KERNELS = ("auto", "torch", "triton")
 MAX_THREADS = 1024
@@ -73,6 +74,10 @@ class EngineConfig:
             (``unmask="steps"``). Only on CUDA. An answer that ends early costs up to this
             many forwards more.
         max_graphs: CUDA graphs that are kept; the least recently used are dropped.
+        warmup: "quick" and "full" run made-up requests before the engine is ready, one at a time
+            and more and more at once, for at most 20 and 120 seconds: kernels are compiled, and
+            graphs captured. "full" draws tokens with any number of them, too, and has longer
+            prompts. It is of use on CUDA.
         page_size: tokens per K,V page.
         kv_pages: pages of the K,V store; None sizes it from memory.
         prefix_caching: requests of a block-causal or an autoregressive model that begin alike share
@@ -164,6 +169,12 @@ class EngineConfig:
         4, "Forward passes in flight before the host waits (on CUDA, fixed schedules).", low=1
     )
     max_graphs: int = knob(64, "CUDA graphs that are kept.", low=1)
+    warmup: str = knob(
+        "none",
+        "Run made-up requests before the engine is ready, for 20 (quick) or 120 (full) seconds at "
+        "most, so that the first real ones wait for no compilation.",
+        choices=WARMUPS,
+    )
     page_size: int = knob(32, "Tokens per K,V page.", low=1)
     kv_pages: int | None = knob(
         None, "Pages of the K,V store (sized by memory, if not given).", low=0

@@ -37,7 +37,12 @@ def build_engine(options: EngineConfig) -> tuple[EngineCore, EnginePlan]:
             from dllmserve.engine.ranks import lead  # an engine on one device needs none of it
 
             runner, plan = lead(plan)
-        return engine_of(runner, plan), plan
+        engine = engine_of(runner, plan)
+    if options.warmup != "none":
+        from dllmserve.engine.warmup import warm_up
+
+        warm_up(engine, options.warmup)
+    return engine, plan
 
 
 def engine_of(runner: StepRunner, plan: EnginePlan) -> EngineCore:

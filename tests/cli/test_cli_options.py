@@ -104,6 +104,7 @@ VALUES: dict[str, tuple[list[str], Any]] = {
     "engine.max_model_len": (["--max-model-len", "100"], 100),
     "engine.trust_remote_code": (["--trust-remote-code"], True),
     "engine.dtype": (["--dtype", "bfloat16"], "bfloat16"),
+    "engine.warmup": (["--warmup", "quick"], "quick"),
     "engine.quantization": (["--quantization", "fp8"], "fp8"),
     "engine.device": (["--device", "cpu"], "cpu"),
     "engine.load_format": (["--load-format", "dummy"], "dummy"),
