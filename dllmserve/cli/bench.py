@@ -58,6 +58,7 @@ _DECODING = replace(
 )
 _ENGINE = replace(
     ENGINE,
+    skipped=ENGINE.skipped | {"warmup"},  # which is runs that are not timed here
     help={
         "max_model_len": "Longest prompt + answer in tokens (what the workload needs, if not "
         "given).",
@@ -186,7 +187,7 @@ def _report(
     if given["seed"] is None:
         given["seed"] = DEFAULT_SEED
     work = Workload(params=sampling_params(given), seed=given["seed"], **_WORK.given(options))
-    config = engine_config(DEFAULT_MODEL if model is None else model, given)
+    config = engine_config(DEFAULT_MODEL if model is None else model, given, _ENGINE)
     with loading(config.model):
         from dllmserve.engine.machine import rank_threads, with_threads
         from dllmserve.engine.setup import plan_engine

@@ -220,9 +220,9 @@ def one_model(argument: str | None, option: str | None) -> str | None:
     return option if argument is None else argument
 
 
-def engine_config(model: str, options: Mapping[str, Any]) -> EngineConfig:
+def engine_config(model: str, options: Mapping[str, Any], group: Group = ENGINE) -> EngineConfig:
     """EngineConfig from the command line. Remote code runs only if asked for."""
-    values = {"trust_remote_code": False, **ENGINE.given(options)}
+    values = {"trust_remote_code": False, **group.given(options)}
     return EngineConfig(model=model, **values)
 
 
