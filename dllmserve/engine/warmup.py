@@ -90,10 +90,11 @@ def warm_up(engine: EngineCore, name: str, clock: Callable[[], float] = time.mon
             break
     engine.scheduler.storage.pages.forget()  # nobody will ask for made-up beginnings
     found = WarmUp(requests, steps, clock() - began, complete)
-    _log.info(
+    _log.log(
+        logging.INFO if complete else logging.WARNING,
         "warm-up (%s): %d requests, %d steps, %.1f s%s",
         *(name, requests, steps, found.seconds),
-        "" if complete else "; its time was over before it was through",
+        "" if complete else ": its time was over before it was through",
     )
     return found
 
