@@ -239,12 +239,12 @@ def test_a_forward_that_runs_out_of_memory_is_run_again(
     expected = llm.generate(prompts, params, use_tqdm=False)
     product, calls, failing = LogitsHead._logits, 0, 0
 
-    def failing_once(head: LogitsHead, x: Tensor, offset: int) -> Tensor:
+    def failing_once(head: LogitsHead, *given: Any) -> Tensor:
         nonlocal calls
         calls += 1
         if calls == failing:
             raise torch.OutOfMemoryError("CUDA out of memory (not really)")
-        return product(head, x, offset)
+        return product(head, *given)
 
     monkeypatch.setattr(LogitsHead, "_logits", failing_once)
     for failing in range(6, 30, 4):

@@ -94,8 +94,7 @@ def test_every_option_may_be_a_variable(name: str) -> None:
             "str | None": "x",
             "Sequence[int] | None": (5, 7),
         }[str(hint)]
-    if name == "tensor_parallel_size":
-        value = 1
+    value = {"tensor_parallel_size": 1, "quantization": "fp8"}.get(name, value)
     given = {f"DLLMSERVE_{name.upper()}": as_text(value)}
     others_too = {
         "expert_parallel": {"DLLMSERVE_TENSOR_PARALLEL_SIZE": "2"},

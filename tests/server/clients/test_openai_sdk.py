@@ -46,7 +46,7 @@ def lenient(server: Started) -> Iterator[OpenAI]:
 def test_models(client: OpenAI) -> None:
     (listed,) = client.models.list().data
     assert (listed.id, listed.object, listed.owned_by) == (MODEL, "model", "dllmserve")
-    assert abs(listed.created - time.time()) < 600
+    assert abs(listed.created - time.time()) < 7200  # the session's server
     assert client.models.retrieve(MODEL) == listed
     with pytest.raises(openai.NotFoundError) as info:
         client.models.retrieve("gpt-4")
