@@ -46,8 +46,8 @@ class EngineConfig:
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         quantization: "fp8" scales the matrices of the layers, experts included, to e4m3 while they
             are loaded, and activations token by token; see :mod:`dllmserve.kernels.e4m3`.
-            Embedding, LM head, norms, routers and K,V stay. It needs CUDA with FP8 products
-            (compute capability 8.9 or more) and a dtype of half precision.
+            Embedding, LM head, norms, routers and K,V stay. It needs an NVIDIA GPU of compute
+            capability 8.9 or more, and the dtype bfloat16.
         load_format: "auto" reads safetensors; "dummy" makes random weights from a bare
             config.json, for benchmarks.
         layers: of the model only so many layers, the first ones, with load_format="dummy"; None is

@@ -97,20 +97,25 @@ def check_quantization(
     if name is None:
         return
     if reason := _not_quantized(dtype, device, kernels):
-        raise ConfigError(f"quantization={name!r}: {reason}; leave quantization out")
+        raise ConfigError(f"quantization={name!r}: {reason}, or leave quantization out")
 
 
 def _not_quantized(dtype: torch.dtype, device: torch.device, kernels: str) -> str:
     """Why products cannot be those of eight-bit numbers; "" if they can."""
-    if device.type != "cuda":
-        return f"it needs a CUDA device, and the device is {device}"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"it needs an NVIDIA GPU, and the device is {device}: choose another device"
     if (capability := torch.cuda.get_device_capability(device)) < (8, 9):
         found = ".".join(map(str, capability))
-        return f"it needs compute capability 8.9 or more (L4, H100, ..), and {device} has {found}"
-    if dtype == torch.float32:
-        return "dtype is float32, which promises exact products: use bfloat16 or float16"
+        return (
+            f"it needs compute capability 8.9 or more (L4, H100, ..), and {device} has {found}: "
+            "choose another device"
+        )
+    if dtype != torch.bfloat16:  # torch's product of rows writes no other in all releases
+        own = str(dtype).removeprefix("torch.")
+        return f"it computes in bfloat16, and the model runs in {own}: give dtype='bfloat16'"
     if kernels != "triton":
-        return f"it needs kernels='triton', and they are {kernels!r}"
+        why = f" ({'; '.join(reasons)})" if (reasons := missing(device)) else ""
+        return f"it needs Triton kernels, and they are {kernels!r}{why}: set kernels='triton'"
     return ""
 
 

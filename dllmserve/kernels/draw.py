@@ -125,7 +125,7 @@ def _roughly(
     FIRST: tl.constexpr,
     TILE: tl.constexpr,
 ) -> tuple[tl.tensor, ...]:
-    """A column whose rough score is the largest, and whether no other can be as good."""
+    """A column whose rough score is the largest, if no other can be as good, if all are -inf."""
     lane = tl.arange(0, TILE)
     top, share = row_top.to(tl.float32), (1.0 / scale).to(tl.float32)
     keys = key.to(tl.uint64) + spread(FIRST + start + lane)
@@ -151,9 +151,11 @@ def _roughly(
     peak = tl.max(best, axis=0)
     bound = peak - (_NEAR + _NEAR_SHARE * tl.abs(peak))
     near = (best > bound).to(tl.int32) + (second > bound).to(tl.int32)
-    odd |= (fewest < _FEW).to(tl.int32)
-    alone = (tl.sum(near, axis=0) == 1) & (tl.max(odd, axis=0) == 0) & (peak > -_INF)
-    return tl.min(tl.where(best == peak, at, _NO_ID), axis=0), alone
+    sure = tl.max(odd, axis=0) == 0
+    none = sure & (peak == -_INF)
+    sure = sure & (tl.min(fewest, axis=0) >= _FEW)
+    alone = sure & (tl.sum(near, axis=0) == 1) & (peak > -_INF)
+    return tl.min(tl.where(best == peak, at, _NO_ID), axis=0), alone, none
 
 
 @triton.jit
@@ -185,7 +187,7 @@ def _draw_kernel(
     key = tl.load(keys_ptr + row)
     row_top = highest(tops_ptr, row, all_splits, SPLITS)
     z_ptr += row * z_stride
-    column, alone = _roughly(
+    column, alone, none = _roughly(
         z_ptr, key, drawn, row_top, scale, start, end, mask_id, FIRST, TILE
     )  # fmt: skip
     best = tl.full((), float("-inf"), tl.float64)
@@ -196,7 +198,7 @@ def _draw_kernel(
         if drawn:
             best += gumbel(key, token)
     else:
-        for low in range(start, end, TILE):
+        for low in range(tl.where(none, end, start), end, TILE):
             place = low + tl.arange(0, TILE)
             ids = FIRST + place
             z = tl.load(z_ptr + place, mask=place < end, other=float("-inf")).to(tl.float32)

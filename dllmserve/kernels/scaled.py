@@ -147,7 +147,8 @@ def few_rows_product(x: Scaled, weight: Scaled, bias: Tensor | None, turns: Tens
         x: [N, k].
         weight: [out, k].
         bias: [out], or None.
-        turns: [MAX_TILES] int32 zeros, which launches that follow one another may share.
+        turns: [T] int32 zeros, which launches that follow one another may share; of a product with
+            more tiles no sum is cut.
 
     Returns:
         [N, out] of the weight's dtype.
@@ -155,8 +156,8 @@ def few_rows_product(x: Scaled, weight: Scaled, bias: Tensor | None, turns: Tens
     (rows, depth), outs = x.shape, weight.shape[0]
     out = torch.empty((rows, outs), dtype=weight.dtype, device=weight.data.device)
     tall = min(max(triton.next_power_of_2(rows), 16), 64)
-    cut = 2 if outs < _NARROW else 1
     tiles = triton.cdiv(rows, tall) * triton.cdiv(outs, 64)
+    cut = 2 if outs < _NARROW and tiles <= len(turns) else 1
     parts = torch.empty((cut, rows, outs), dtype=torch.float32, device=out.device) if cut > 1 else x
     if rows:
         _few_kernel[(tiles * cut,)](

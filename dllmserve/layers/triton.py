@@ -90,7 +90,7 @@ class TritonOps(LayerOps):
         return gated_scaled(gate_up, activation) if scales else gated(gate_up, activation)
 
     def scaled_linear(self, x: Scaled, weight: Scaled, bias: Tensor | None) -> Tensor:
-        """See :class:`LayerOps`; sums of many rows are the library's, and less exact."""
+        """See :class:`LayerOps`; of many rows the library's product is faster than ours."""
         if takes_few_rows(x, weight) or not x.data.is_cuda:
             return few_rows_product(x, weight, bias, self._turns)
         by_row, by_out = x.scale[:, None], weight.scale[None, :]

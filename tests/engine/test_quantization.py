@@ -161,10 +161,11 @@ def test_the_memory_plan_counts_bytes(anywhere: None) -> None:
 @pytest.mark.parametrize(
     ("dtype", "device", "kernels", "capability", "message"),
     [
-        (torch.bfloat16, "cpu", "torch", None, "needs a CUDA device, and the device is cpu"),
+        (torch.bfloat16, "cpu", "torch", None, "needs an NVIDIA GPU, and the device is cpu"),
         (torch.bfloat16, "cuda", "triton", (8, 0), "8.9 or more .* cuda has 8.0"),
-        (torch.float32, "cuda", "triton", (9, 0), "float32, which promises exact products"),
-        (torch.bfloat16, "cuda", "torch", (9, 0), "needs kernels='triton', and they are 'torch'"),
+        (torch.float32, "cuda", "triton", (9, 0), "runs in float32: give dtype='bfloat16'"),
+        (torch.float16, "cuda", "triton", (9, 0), "runs in float16: give dtype='bfloat16'"),
+        (torch.bfloat16, "cuda", "torch", (9, 0), "Triton kernels, and they are 'torch'"),
     ],
 )
 def test_refused(
@@ -184,5 +185,5 @@ def test_refused(
 def test_refused_at_the_door() -> None:
     with pytest.raises(ConfigError, match="quantization"):
         EngineConfig(quantization="fp4")
-    with pytest.raises(ConfigError, match="leave quantization out"):
+    with pytest.raises(ConfigError, match="or leave quantization out"):
         LLM("tiny", device="cpu", quantization="fp8")

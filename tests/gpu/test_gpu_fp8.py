@@ -61,6 +61,7 @@ def test_canvases_of_noise() -> None:
     assert all(len(output["token_ids"]) == 32 for output in outputs)
 
 
-def test_float32_is_refused() -> None:
-    with pytest.raises(ConfigError, match="float32, which promises exact products"):
-        engine("tiny", dtype="float32")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_other_dtypes_are_refused(dtype: str) -> None:
+    with pytest.raises(ConfigError, match="give dtype='bfloat16'"):
+        engine("tiny", dtype=dtype)

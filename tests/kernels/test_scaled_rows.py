@@ -106,6 +106,18 @@ def test_few_rows(count: int, outs: int, depth: int, bias: bool) -> None:
 
 
 @fused
+def test_more_tiles_than_counters() -> None:
+    from dllmserve.kernels.scaled import few_rows_product
+
+    x, weight = rows(320, 40), rows(72, 40, seed=1)
+    room = torch.full((8,), 7, dtype=torch.int32, device=DEVICE)
+    room[:4] = 0
+    expected = LayerOps(8, 100.0, 8, DEVICE).scaled_linear(x, weight, None)
+    near(few_rows_product(x, weight, None, room[:4]), expected)
+    assert room.tolist() == [0] * 4 + [7] * 4
+
+
+@fused
 @pytest.mark.parametrize("pairs", [5, 30, 120])
 def test_experts(pairs: int) -> None:
     spec = ExpertSpec(layers=(True,), count=6, per_token=2, size=24)
