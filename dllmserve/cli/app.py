@@ -12,6 +12,7 @@ import typer
 from dllmserve import __version__
 from dllmserve.cli.bench import bench
 from dllmserve.cli.commands import Command, CommandGroup
+from dllmserve.cli.convert import convert
 from dllmserve.cli.eval import EPILOG as EVAL_EPILOG
 from dllmserve.cli.eval import evaluate
 from dllmserve.cli.generate import EPILOG, generate
@@ -37,6 +38,7 @@ app.command(cls=Command, epilog=EPILOG)(generate)
 app.command(cls=Command, epilog=SERVE_EPILOG)(serve)
 app.command("eval", cls=Command, epilog=EVAL_EPILOG)(evaluate)
 app.command(cls=Command)(info)
+app.command(cls=Command)(convert)
 app.add_typer(bench)
 
 

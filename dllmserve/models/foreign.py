@@ -39,6 +39,11 @@ def explain_file(path: Path) -> str:
     kind = (kinds | pickles).get(path.suffix)
     if kind is None:
         return "is a file; give the directory that holds config.json"
+    if path.suffix == ".gguf":
+        return (
+            f"{kind}; dllmserve convert {path.name} DIR writes the directory that holds "
+            "config.json and safetensors, if its architecture is llama"
+        )
     return f"{kind}; give the directory that holds config.json and safetensors weights"
 
 
@@ -87,7 +92,10 @@ def _gguf(directory: Path) -> str | None:
     names = [p.name for p in sorted(directory.glob("*.gguf"))]
     if not names:
         return None
-    return f"holds GGUF weights, the format of llama.cpp ({_some(names)}); {_ORIGINAL}"
+    return (
+        f"holds GGUF weights, the format of llama.cpp ({_some(names)}); {_ORIGINAL}, "
+        f"or convert a llama model: dllmserve convert {names[0]} DIR"
+    )
 
 
 def _pickles(directory: Path) -> str | None:

@@ -308,7 +308,7 @@ def test_sizes_of_a_bare_config_can_be_asked_for(
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("model.gguf", "is a GGUF file"),
+        ("model.gguf", "dllmserve convert model.gguf DIR"),
         ("model.onnx", "is an ONNX file"),
         ("pytorch_model.bin", "is a file of pickled weights"),
         ("model.safetensors", "is a file; give the directory that holds config.json"),
