@@ -28,6 +28,18 @@ _TILE = 1024
 
 
 @triton.jit
+def own_split(
+    vocab: tl.tensor,
+    splits: tl.tensor,
+    SPLIT: tl.constexpr,
+) -> tuple[tl.tensor, ...]:
+    """A program's row and split, and the split's first column and the one behind its last."""
+    start = (tl.program_id(0) % splits) * SPLIT
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    return row, tl.program_id(0) % splits, start, tl.minimum(start + SPLIT, vocab)
+
+
+@triton.jit
 def first_max(
     values: tl.tensor,
     ids: tl.tensor,
@@ -99,10 +111,7 @@ def _tops_kernel(
     TILE: tl.constexpr,
 ) -> None:
     """Largest logit of each split. NaN is left out: it makes the row NaN elsewhere."""
-    row = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
-    start = split * SPLIT
-    end = tl.minimum(start + SPLIT, vocab)
+    row, split, start, end = own_split(vocab, splits, SPLIT)
     tops = tl.full((TILE,), float("-inf"), tl.float32)
     for low in range(start, end, TILE):
         column = low + tl.arange(0, TILE)
@@ -178,10 +187,7 @@ def _draw_kernel(
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
-    start = split * SPLIT
-    end = tl.minimum(start + SPLIT, vocab)
+    row, split, start, end = own_split(vocab, splits, SPLIT)
     drawn = tl.load(temperature_ptr + row) > 0
     scale = row_scale(temperature_ptr, row)
     key = tl.load(keys_ptr + row)
@@ -223,7 +229,7 @@ def split_tops(z: Tensor, width: int) -> Tensor:
     (rows, vocab), splits = z.shape, triton.cdiv(z.shape[1], width)
     tops = torch.empty((rows, splits), dtype=torch.float32, device=z.device)
     _tops_kernel[(rows * splits,)](
-        z, tops, z.stride(0), vocab, splits, SPLIT=width, TILE=_tile(width)
+        z, tops, z.stride(0), vocab, splits, SPLIT=width, TILE=tile_of(width)
     )
     return tops
 
@@ -257,7 +263,7 @@ def draw_splits(
         *(partial, score, token, z.stride(0), vocab, splits, mask_id, every),
         FIRST=shard.start,
         SPLIT=shard.width,
-        TILE=_tile(shard.width),
+        TILE=tile_of(shard.width),
         SPLITS=triton.next_power_of_2(every),
     )
 
@@ -284,7 +290,7 @@ def flags_of(params: RowParams) -> Tensor:
     return params.tempered.contiguous().view(torch.uint8)
 
 
-def _tile(width: int) -> int:
+def tile_of(width: int, most: int = _TILE) -> int:
     """Ids of a tile: a small vocabulary needs no full one."""
     power: int = triton.next_power_of_2(width)
-    return min(_TILE, max(power, 16))
+    return min(most, max(power, 16))

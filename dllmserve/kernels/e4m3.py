@@ -79,6 +79,20 @@ def scaled(x: Tensor) -> Scaled:
     return Scaled((wide * by[..., None]).to(E4M3), most * SHARE, x.dtype)
 
 
+def library_product(x: Scaled, weight: Scaled, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` by torch's library: [N, out] of the weight's dtype.
+
+    Args:
+        x: [N, k].
+        weight: [out, k], both multiples of 16.
+        bias: [out], or None.
+    """
+    by_row, by_out = x.scale[:, None], weight.scale[None, :]
+    return torch._scaled_mm(
+        x.data, weight.data.t(), by_row, by_out, bias, out_dtype=weight.dtype, use_fast_accum=True
+    )
+
+
 def fill(to: Scaled, source: Tensor) -> None:
     """Scale rows of a checkpoint [.., k] into place, some at a time."""
     width = source.shape[-1]

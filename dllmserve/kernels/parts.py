@@ -14,7 +14,7 @@ NEVER = tl.constexpr(float("-inf"))
 
 
 def room_for_turns(device: torch.device) -> Tensor:
-    """Counters [MAX_PROGRAMS] int32 of the parts that are done, one for each tile of queries."""
+    """Counters [MAX_PROGRAMS] int32 of the parts that are done, one for each tile."""
     return torch.zeros(MAX_PROGRAMS, dtype=torch.int32, device=device)
 
 

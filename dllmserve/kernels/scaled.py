@@ -15,8 +15,6 @@ _MOST, _SHARE, _LEAST = tl.constexpr(MOST), tl.constexpr(SHARE), tl.constexpr(LE
 FEW_ROWS, FEW_ROWS_NARROW = 64, 128
 #: outputs of a matrix that is narrow: its tiles do not fill the device, so sums are cut in two
 _NARROW = 8192
-#: tiles of a launch whose sums are cut, at most
-MAX_TILES = 4096
 
 
 @triton.jit

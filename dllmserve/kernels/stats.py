@@ -24,9 +24,11 @@ from dllmserve.kernels.draw import (
     flags_of,
     highest,
     leave_best,
+    own_split,
     row_scale,
     split_tops,
     temper,
+    tile_of,
 )
 from dllmserve.parallel.vocab import VocabShard
 
@@ -112,10 +114,7 @@ def _stats_kernel(
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ) -> None:
-    row = (tl.program_id(0) // splits).to(tl.int64)
-    split = tl.program_id(0) % splits
-    start = split * SPLIT
-    end = tl.minimum(start + SPLIT, vocab)
+    row, split, start, end = own_split(vocab, splits, SPLIT)
     if SAMPLED:
         scale = row_scale(temperature_ptr, row)
         tempered = tl.load(tempered_ptr + row) != 0
@@ -333,8 +332,7 @@ def _partials(
         **flags,
         FIRST=shard.start,
         SPLIT=width,
-        # a small vocabulary needs no full tile
-        TILE=min(_TILE, max(triton.next_power_of_2(width), 16)),
+        TILE=tile_of(width, _TILE),
         SPLITS=triton.next_power_of_2(every),
     )
     return found

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dllmserve.core.model_spec import ExpertSpec, RopeScaling
+from dllmserve.core.model_spec import ExpertSpec
 from dllmserve.kernels.activation import gated, gated_scaled
-from dllmserve.kernels.e4m3 import Rows, Scaled
+from dllmserve.kernels.e4m3 import Rows, Scaled, library_product
 from dllmserve.kernels.experts import combine_pairs, expert_product
 from dllmserve.kernels.linear import invariant_linear
 from dllmserve.kernels.norm import add_rms_norm, sandwich_norms, wide_rms_norm
+from dllmserve.kernels.parts import room_for_turns
 from dllmserve.kernels.rotary import rotate_
 from dllmserve.kernels.routing import choose_experts
-from dllmserve.kernels.scaled import MAX_TILES, few_rows_product, scale_rows, takes_few_rows
+from dllmserve.kernels.scaled import few_rows_product, scale_rows, takes_few_rows
 from dllmserve.layers.ops import Angles, HeadNorms, LayerOps, Routed, Sandwich
 
 
@@ -32,17 +34,10 @@ class TritonOps(LayerOps):
 
     asks_for_experts = False
 
-    def __init__(
-        self,
-        rotary_dim: int,
-        theta: float,
-        max_len: int,
-        device: torch.device,
-        scaling: RopeScaling | None = None,
-    ) -> None:
-        super().__init__(rotary_dim, theta, max_len, device, scaling)
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
         #: counters of products whose sums are cut
-        self._turns = torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+        self._turns = room_for_turns(self.tables[0].device)
 
     def add_norm(
         self,
@@ -93,11 +88,7 @@ class TritonOps(LayerOps):
         """See :class:`LayerOps`; of many rows the library's product is faster than ours."""
         if takes_few_rows(x, weight) or not x.data.is_cuda:
             return few_rows_product(x, weight, bias, self._turns)
-        by_row, by_out = x.scale[:, None], weight.scale[None, :]
-        return torch._scaled_mm(
-            x.data, weight.data.t(), by_row, by_out, bias, out_dtype=weight.dtype,
-            use_fast_accum=True,
-        )  # fmt: skip
+        return library_product(x, weight, bias)
 
     def plain_linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See :class:`LayerOps`."""

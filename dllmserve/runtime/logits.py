@@ -84,7 +84,7 @@ class TorchReducer:
     ) -> TokenStats:
         """See :class:`RowReducer`."""
 
-        def stats(sampled: bool, filtered: bool) -> TokenStats:
+        def stats(sampled: bool, filtered: bool, needs: frozenset[str]) -> TokenStats:
             return row_stats(
                 z,
                 params,
@@ -95,11 +95,12 @@ class TorchReducer:
                 shard=self.vocab,
             )
 
-        drawn = stats(segment.sampled, segment.filtered)
         if "noise" not in needs:
-            return drawn
-        chosen = segment.sampled or segment.filtered
-        return replace(stats(False, False) if chosen else drawn, drawn=drawn.token)
+            return stats(segment.sampled, segment.filtered, needs)
+        found = drawn = stats(False, False, needs)
+        if segment.sampled or segment.filtered:
+            drawn = stats(segment.sampled, segment.filtered, frozenset())
+        return replace(found, drawn=drawn.token)
 
     def capped(self, z: Tensor, cap: float, by: Tensor | None = None) -> Tensor:
         """See :class:`RowReducer`."""

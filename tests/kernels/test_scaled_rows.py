@@ -93,11 +93,12 @@ def test_plain_rows_have_no_product_with_weights_that_are_not_scaled() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_few_rows(count: int, outs: int, depth: int, bias: bool) -> None:
     """One tile and several, sums cut in two and whole; twice, for counters go back to zero."""
-    from dllmserve.kernels.scaled import MAX_TILES, few_rows_product
+    from dllmserve.kernels.parts import room_for_turns
+    from dllmserve.kernels.scaled import few_rows_product
 
     x, weight = rows(count, depth), rows(outs, depth, seed=1)
     more = random(outs, seed=2).to(HALF) if bias else None
-    turns = torch.zeros(MAX_TILES, dtype=torch.int32, device=DEVICE)
+    turns = room_for_turns(DEVICE)
     expected = LayerOps(8, 100.0, 8, DEVICE).scaled_linear(x, weight, more)
     for _ in range(2):
         found = few_rows_product(x, weight, more, turns)

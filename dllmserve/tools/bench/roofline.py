@@ -21,7 +21,7 @@ from dllmserve.core.budget import GIB
 from dllmserve.core.model_spec import ModelSpec
 from dllmserve.core.plan import Mask, Span, StepPlan, Store
 from dllmserve.engine.machine import device_memory
-from dllmserve.kernels.e4m3 import scaled
+from dllmserve.kernels.e4m3 import library_product, scaled
 from dllmserve.models.loader import outline
 from dllmserve.parallel.partition import Partition
 
@@ -310,14 +310,8 @@ def _product_seconds(size: int, dtype: torch.dtype, device: torch.device) -> flo
 
 
 def _scaled_seconds(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    left, right = (scaled(torch.randn(size, size, device=device)) for _ in range(2))
-    by_row, by_out = left.scale[:, None], right.scale[None, :]
-    return _median_seconds(
-        lambda: torch._scaled_mm(
-            left.data, right.data.t(), by_row, by_out, out_dtype=dtype, use_fast_accum=True
-        ),
-        device,
-    )
+    left, right = (scaled(torch.randn(size, size, dtype=dtype, device=device)) for _ in range(2))
+    return _median_seconds(lambda: library_product(left, right), device)
 
 
 def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
